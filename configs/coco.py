@@ -1,0 +1,54 @@
+"""Early fusion on MS-COCO captions, or on the embedded world where no data is given.
+
+    python -m unified_mm.main --config=configs/coco.py --workdir=runs/first
+"""
+
+from ml_collections import ConfigDict
+
+from unified_mm.default_config import default_config
+
+SIZES = ("tiny", "base", "large")
+
+
+def get_config(size: str = "auto") -> ConfigDict:
+    """The recipe at a size; 'auto' is resolved by the command once jax has its devices."""
+    config = default_config()
+    config.size = size
+    if size in ("auto", "tiny"):
+        tiny(config)
+    elif size == "base":
+        base(config)
+    elif size == "large":
+        base(config)
+        large(config)
+    else:
+        raise ValueError(f"no size {size!r}; there are {', '.join(SIZES)}, or none for auto")
+    return config
+
+
+def tiny(config: ConfigDict) -> None:
+    """Two CPU cores, minutes."""
+    config.data.crop_scale = (0.85, 1.0)
+    config.data.crop_ratio = (0.95, 1.05)
+    config.data.vocabulary_size = 512
+    config.model.modalities.text.length = 40
+    config.train.steps = 600
+    config.train.learning_rate = 2e-3
+
+
+def base(config: ConfigDict) -> None:
+    """One accelerator, hours."""
+    config.data.image_size = 224
+    config.model.width = 512
+    config.model.layers = 6
+    config.model.heads = 8
+    config.model.feed_forward = 2048
+    config.model.modalities.image.patch = 16
+    config.model.modalities.text.length = 64
+
+
+def large(config: ConfigDict) -> None:
+    """Several accelerators."""
+    config.model.width = 2048
+    config.model.heads = 16
+    config.model.feed_forward = 8192

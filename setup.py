@@ -1,0 +1,46 @@
+"""Package metadata; tool settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="unified_mm",
+    version="0.1.0",
+    description="Native multimodal models in JAX: early fusion, gated cross-attention, two towers",
+    packages=find_packages(include=["unified_mm", "unified_mm.*"]),
+    package_data={"unified_mm.analysis": ["*.jinja"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2.1",
+        "flax>=0.12",
+        "grain>=0.2.15",
+        "jax>=0.10,<0.12",
+        "jaxtyping>=0.3",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "pillow>=11",
+        "tensorboardX>=2.6.4",
+        "tokenizers>=0.22",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "opencv": ["opencv-python-headless>=4.10"],
+        "test": [
+            "beartype>=0.22",
+            "hypothesis>=6.100",
+            "mypy>=1.18",
+            "opencv-python-headless>=4.10",
+            "pycocoevalcap>=1.2",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.14",
+            "tensorboard>=2.20",
+        ],
+    },
+)

@@ -1,0 +1,252 @@
+"""The COCO reader: layouts found on disk, faults named with file and place."""
+
+import json
+
+import pytest
+
+from unified_mm.data import coco
+from unified_mm.data.records import Text
+
+
+def write(folder, captions, images=("a.jpg",), name="captions_train.json", where="images", **info):
+    """A data folder; `captions` are (image id, text), ids count the images from 1."""
+    listed = [{"id": i + 1, "file_name": file} for i, file in enumerate(images)]
+    annotations = [
+        {"id": i, "image_id": image, "caption": text} for i, (image, text) in enumerate(captions)
+    ]
+    write_json(folder, name, {"info": info, "images": listed, "annotations": annotations})
+    (folder / where).mkdir(parents=True, exist_ok=True)
+    for file in filter(None, images):
+        (folder / where / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / where / file).touch()
+
+
+def write_json(folder, name, data):
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    text = data if isinstance(data, str) else json.dumps(data)
+    (folder / "annotations" / name).write_text(text, encoding="utf-8")
+
+
+def kinds(captions):
+    return [(p.file, p.what, p.action) for p in captions.problems]
+
+
+@pytest.mark.parametrize("where", ["train2017", "images", "images/train2017"])
+def test_images_are_found_in_every_layout(tmp_path, where):
+    write(tmp_path, [(1, "a cat")], name="captions_train2017.json", where=where)
+    (tmp_path / "images").mkdir(exist_ok=True)
+    captions = coco.read_captions(tmp_path, "train")
+    assert captions.entries[0].path == tmp_path / where / "a.jpg"
+    assert captions.entries[0].captions == ("a cat",)
+
+
+def test_file_name_may_hold_a_subfolder(tmp_path):
+    write(tmp_path, [(1, "a cat")], images=["part/a.jpg"])
+    (tmp_path / "images" / "train").mkdir()
+    assert coco.read_captions(tmp_path, "train").entries[0].path.is_file()
+
+
+def test_splits_are_found_and_named_without_year(tmp_path):
+    for name in ("train2017", "val2017", "test_composition", "2017"):
+        write_json(tmp_path, f"captions_{name}.json", {})
+    write_json(tmp_path, "instances_val2017.json", {})
+    assert sorted(coco.find_splits(tmp_path)) == ["2017", "test_composition", "train", "val"]
+
+
+def test_two_years_of_a_split_keep_their_years(tmp_path):
+    for name in ("train2014", "train2017", "val2017"):
+        write_json(tmp_path, f"captions_{name}.json", {})
+    assert sorted(coco.find_splits(tmp_path)) == ["train2014", "train2017", "val"]
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist.*data\.dir"):
+        coco.find_splits(tmp_path / "nowhere")
+
+
+def test_folder_without_annotations_says_what_is_there(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no annotations/captions_\*.*there is pictures/"):
+        coco.find_splits(tmp_path)
+
+
+def test_unknown_split_lists_the_known_ones(tmp_path):
+    write(tmp_path, [(1, "a cat")])
+    write_json(tmp_path, "captions_val.json", {})
+    with pytest.raises(ValueError, match=r"no split 'test'.*found the splits train, val"):
+        coco.read_captions(tmp_path, "test")
+
+
+def test_missing_image_folder_says_what_was_looked_for(tmp_path):
+    write(tmp_path, [(1, "a cat")], where="photos", name="captions_train2017.json")
+    with pytest.raises(FileNotFoundError, match=r"looked for train2017/ and images/.*photos/"):
+        coco.read_captions(tmp_path, "train")
+
+
+def test_bad_json_is_named_with_line_and_column(tmp_path):
+    write_json(tmp_path, "captions_train.json", '{"images": [],\n "annotations": [}')
+    with pytest.raises(ValueError, match=r"captions_train\.json: not JSON at line 2, column 18"):
+        coco.read_captions(tmp_path, "train")
+
+
+def test_bad_utf8_is_named_with_byte(tmp_path):
+    write(tmp_path, [(1, "x")])
+    path = tmp_path / "annotations" / "captions_train.json"
+    path.write_bytes(path.read_bytes()[:7] + b"\xff")
+    with pytest.raises(ValueError, match=r"captions_train\.json: not UTF-8 at byte 7"):
+        coco.read_captions(tmp_path, "train")
+
+
+GOOD = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ([], r"the file must be an object, is \[\]"),
+        ({"images": []}, r"annotations is missing"),
+        ({**GOOD, "images": {}}, r"images must be a list, is \{\}"),
+        ({**GOOD, "images": [3]}, r"images\[0\] must be an object, is 3"),
+        ({**GOOD, "images": [{"file_name": "a"}]}, r"images\[0\]\.id is missing"),
+        ({**GOOD, "images": [{"id": True}]}, r"images\[0\]\.id must be a whole number"),
+        ({**GOOD, "images": [{"id": 1, "file_name": 5}]}, r"images\[0\]\.file_name must be a str"),
+        (
+            {**GOOD, "annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 1}]},
+            r"annotations\[1\]\.caption is missing",
+        ),
+        (
+            {**GOOD, "annotations": [{"image_id": 1, "caption": ["x"]}]},
+            r"annotations\[0\]\.caption must be a string, is \[\"x\"\]",
+        ),
+    ],
+)
+def test_wrong_types_are_named_with_their_json_path(tmp_path, change, message):
+    write_json(tmp_path, "captions_train.json", change)
+    with pytest.raises(ValueError, match=r"captions_train\.json: " + message):
+        coco.read_captions(tmp_path, "train")
+
+
+def test_examples_may_lack_image_or_text(tmp_path):
+    write(tmp_path, [(2, "only text")], images=["a.jpg", None, ""])
+    first, second, third = coco.read_captions(tmp_path, "train").entries
+    assert (first.file, first.captions) == ("a.jpg", ())
+    assert (second.file, second.path, second.captions) == (None, None, ("only text",))
+    assert (third.file, third.path) == (None, None)
+
+
+def test_captions_in_any_script_keep_their_order(tmp_path):
+    texts = ["a cat", "кошка", "고양이", "猫が寝ている", "قطة", "🐈‍⬛"]
+    write(tmp_path, [(1, text) for text in texts])
+    captions = coco.read_captions(tmp_path, "train")
+    assert captions.entries[0].captions == tuple(texts)
+    assert not captions.problems
+
+
+def test_faulty_captions_are_left_out_and_named(tmp_path):
+    write(tmp_path, [(1, "a cat"), (1, ""), (1, " \n\t"), (9, "whose?")])
+    captions = coco.read_captions(tmp_path, "train")
+    assert captions.entries[0].captions == ("a cat",)
+    assert kinds(captions) == [
+        ("captions_train.json: annotations[1]", "empty caption", "left out"),
+        ("captions_train.json: annotations[2]", "empty caption", "left out"),
+        (
+            "captions_train.json: annotations[3]",
+            "caption of an image that is not listed",
+            "left out",
+        ),
+    ]
+
+
+def test_repeated_ids_are_merged_kept_or_left_out(tmp_path):
+    data = {
+        "images": [
+            {"id": 1, "file_name": "a.jpg"},
+            {"id": 1, "file_name": "a.jpg"},
+            {"id": 2, "file_name": "a.jpg"},
+            {"id": 2, "file_name": "b.jpg"},
+        ],
+        "annotations": [
+            {"id": 5, "image_id": 1, "caption": "one"},
+            {"id": 5, "image_id": 1, "caption": "one"},
+            {"id": 5, "image_id": 1, "caption": "another"},
+            {"id": 6, "image_id": 2, "caption": "of which file?"},
+        ],
+    }
+    write(tmp_path, [])
+    write_json(tmp_path, "captions_train.json", data)
+    captions = coco.read_captions(tmp_path, "train")
+    assert [(e.id, e.captions) for e in captions.entries] == [(1, ("one", "another"))]
+    assert captions.listed == 2
+    assert [(p.what, p.action) for p in captions.problems] == [
+        ("image listed twice", "converted"),
+        ("image id with two different files", "left out"),
+        ("annotation listed twice", "left out"),
+        ("annotation id of another annotation", "converted"),
+    ]
+
+
+@pytest.mark.parametrize("directional", [True, False])
+def test_directional_info_is_read(tmp_path, directional):
+    write(tmp_path, [(1, "a cat")], directional=directional)
+    assert coco.read_captions(tmp_path, "train").directional is directional
+
+
+def vqa(answer="red", **changes):
+    ten = [{"answer": a, "answer_confidence": "yes", "answer_id": 1} for a in [answer] * 9 + ["no"]]
+    question = {"question_id": 7, "image_id": 1, "question": "What colour is it?"}
+    answers = {
+        "question_id": 7,
+        "image_id": 1,
+        "question_type": "what colour",
+        "answer_type": "other",
+        "multiple_choice_answer": answer,
+        "answers": ten,
+        **changes,
+    }
+    return {"questions": [question]}, {"annotations": [answers]}
+
+
+@pytest.mark.parametrize("suffix", ["train2017", "train"])
+def test_questions_are_read_in_the_layout_of_vqa(tmp_path, suffix):
+    write(tmp_path, [], name="captions_train2017.json")
+    assert not coco.has_questions(tmp_path, "train")
+    questions, answers = vqa()
+    write_json(tmp_path, f"questions_{suffix}.json", questions)
+    write_json(tmp_path, f"answers_{suffix}.json", answers)
+    assert coco.has_questions(tmp_path, "train")
+    (question,) = coco.read_questions(tmp_path, "train")
+    assert question.text == Text("What colour is it?", "red")
+    assert (question.id, question.image_id) == (7, 1)
+    assert question.answers == ("red",) * 9 + ("no",)
+    assert (question.answer_type, question.question_type) == ("other", "what colour")
+
+
+def test_question_without_answer_is_an_error(tmp_path):
+    write(tmp_path, [])
+    questions, answers = vqa(question_id=8)
+    write_json(tmp_path, "questions_train.json", questions)
+    write_json(tmp_path, "answers_train.json", answers)
+    with pytest.raises(ValueError, match=r"questions_train\.json: questions\[0\].*has no answer"):
+        coco.read_questions(tmp_path, "train")
+
+
+def test_malformed_answer_is_named_with_its_place(tmp_path):
+    write(tmp_path, [])
+    questions, answers = vqa(answers=[{"answer": "red"}, {}])
+    write_json(tmp_path, "questions_train.json", questions)
+    write_json(tmp_path, "answers_train.json", answers)
+    message = r"answers_train\.json: annotations\[0\]\.answers\[1\]\.answer is missing"
+    with pytest.raises(ValueError, match=message):
+        coco.read_questions(tmp_path, "train")
+
+
+def test_foils_are_read(tmp_path):
+    write(tmp_path, [])
+    assert not coco.has_foils(tmp_path, "train")
+    foil = {"image_id": 1, "caption": "a red ball", "foil": "a blue ball", "kind": "colour"}
+    write_json(tmp_path, "foils_train.json", [foil])
+    assert coco.has_foils(tmp_path, "train")
+    assert coco.read_foils(tmp_path, "train") == (coco.Foil(**foil),)
+    write_json(tmp_path, "foils_train.json", [foil, {**foil, "foil": None}])
+    with pytest.raises(ValueError, match=r"foils_train\.json: \[1\]\.foil must be a string"):
+        coco.read_foils(tmp_path, "train")

@@ -1,0 +1,156 @@
+"""The tokenizer: every script comes back, training repeats, texts are laid out for the loss."""
+
+import pickle
+import unicodedata
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unified_mm.data.text_tokenizer import TextTokenizer
+
+TEXTS = [
+    f"a {size} {colour} {shape} stands on the ground"
+    for size in ("large", "small")
+    for colour in ("red", "blue", "green", "yellow")
+    for shape in ("cube", "ball", "cylinder")
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return TextTokenizer.train(TEXTS, 400)
+
+
+def ids_of(row):
+    return row["ids"][row["valid"]].tolist()
+
+
+def test_special_ids_are_fixed(tokenizer):
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+
+
+def test_small_vocabulary_is_kept_to_and_merges_words(tokenizer):
+    assert 260 < tokenizer.vocabulary_size <= 400
+    row = tokenizer.encode("", TEXTS[0], 32)
+    assert row["valid"].sum() == 2 + len(TEXTS[0].split())
+
+
+def test_smallest_vocabulary_is_bytes_alone():
+    assert TextTokenizer.train(TEXTS, 260).vocabulary_size == 260
+    with pytest.raises(ValueError, match="259 tokens is too small.*at least 260"):
+        TextTokenizer.train(TEXTS, 259)
+
+
+def test_training_twice_gives_equal_tokenizers(tmp_path):
+    for name in ("one", "two"):
+        TextTokenizer.train(iter(TEXTS), 400).save(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+# Lower case of one character at a time: a final sigma is not special here.
+def plain(text):
+    return "".join(c.lower() for c in unicodedata.normalize("NFC", text))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cn", "Co", "Cs", "Lu", "Lt"])))
+def test_any_script_comes_back(tokenizer, text):
+    text = plain(text).strip()
+    row = tokenizer.encode("", text, 8 + 12 * len(text))
+    assert tokenizer.decode(row["ids"]) == text
+
+
+@pytest.mark.parametrize("text", ["ΣΊΣΥΦΟΣ", "ЁЖИК", "Cafe\u0301", "고양이 🐈‍⬛", "A  CAT"])
+def test_case_and_composition_are_normalised(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode("", text, 64)["ids"]) == plain(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(TEXTS), st.sampled_from(TEXTS), st.integers(20, 40))
+def test_layout_is_bos_prompt_target_eos(tokenizer, prompt, target, length):
+    row = tokenizer.encode(prompt, target, length)
+    before, after = tokenizer.encode_prompt(prompt), tokenizer.encode_prompt(target)[1:]
+    want = [tokenizer.bos_id, *before[1:], *after, tokenizer.eos_id][:length]
+    assert ids_of(row) == want
+    assert row["scored"].tolist() == [len(before) <= i < len(want) for i in range(length)]
+    assert {k: (v.shape, v.dtype) for k, v in row.items()} == {
+        "ids": ((length,), np.dtype("int32")),
+        "valid": ((length,), np.dtype("bool")),
+        "scored": ((length,), np.dtype("bool")),
+    }
+
+
+def test_long_text_is_cut_without_an_end(tokenizer):
+    row = tokenizer.encode("", TEXTS[0], 4)
+    assert row["valid"].all() and row["scored"].tolist() == [False, True, True, True]
+    assert tokenizer.eos_id not in row["ids"]
+
+
+def test_text_that_just_fits_keeps_its_end(tokenizer):
+    length = 2 + len(TEXTS[0].split())
+    assert tokenizer.encode("", TEXTS[0], length)["ids"][-1] == tokenizer.eos_id
+
+
+def test_prompt_without_room_for_the_target_is_an_error(tokenizer):
+    prompt = tokenizer.encode_prompt(TEXTS[0])
+    tokenizer.encode(TEXTS[0], "yes", len(prompt) + 1)
+    with pytest.raises(ValueError, match="leaves no room after the prompt 'a large"):
+        tokenizer.encode(TEXTS[0], "yes", len(prompt))
+
+
+def test_special_tokens_in_a_text_are_text(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    for each in (tokenizer, TextTokenizer.load(tmp_path / "tokenizer.json")):
+        row = each.encode("", "the <eos> of <pad>", 64)
+        assert ids_of(row).count(each.eos_id) == 1 and each.pad_id not in ids_of(row)
+        assert each.decode(row["ids"]) == "the <eos> of <pad>"
+
+
+def test_saved_and_pickled_tokenizers_encode_alike(tokenizer, tmp_path):
+    path = tmp_path / "run" / "tokenizer.json"
+    tokenizer.save(path)
+    want = tokenizer.encode("is it <bos>?", "ja, 赤い", 40)
+    for other in (TextTokenizer.load(path), pickle.loads(pickle.dumps(tokenizer))):
+        assert other.vocabulary_size == tokenizer.vocabulary_size
+        for key, value in other.encode("is it <bos>?", "ja, 赤い", 40).items():
+            np.testing.assert_array_equal(value, want[key])
+    assert [p.name for p in path.parent.iterdir()] == ["tokenizer.json"]
+
+
+def test_failed_save_leaves_the_old_file(tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("old")
+
+    def full_disk(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr("os.replace", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        tokenizer.save(path)
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_foreign_padding_and_truncation_are_not_applied(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    foreign = tokenizers.Tokenizer.from_file(str(path))
+    foreign.enable_padding(length=50)
+    foreign.enable_truncation(3)
+    foreign.save(str(path))
+    assert ids_of(TextTokenizer.load(path).encode("", TEXTS[0], 32)) == ids_of(
+        tokenizer.encode("", TEXTS[0], 32)
+    )
+
+
+def test_unusable_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer at .*absent.json"):
+        TextTokenizer.load(tmp_path / "absent.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match="bad.json is no usable tokenizer.json"):
+        TextTokenizer.load(tmp_path / "bad.json")
+    tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "bare.json"))
+    with pytest.raises(ValueError, match="bare.json.*no <pad>, <bos>, <eos>"):
+        TextTokenizer.load(tmp_path / "bare.json")

@@ -1,0 +1,132 @@
+"""VQA accuracy: hand-worked answers, and the leave-one-out mean against a written-out oracle."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unified_mm.evaluation.answers import (
+    Question,
+    answer_accuracy,
+    answer_scores,
+    normalize_answer,
+    question_prior,
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "normalized"),
+    [
+        ("Yes.", "yes"),
+        ("  The red CUBE! ", "red cube"),
+        ("two", "2"),
+        ("None", "0"),
+        ("twenty", "twenty"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("3.", "3"),
+        ("10:30", "10:30"),
+        ("t-shirt", "t shirt"),
+        ("black/white", "black white"),
+        ("isnt", "isn't"),
+        ("Isn\u2019t", "isn't"),
+        ("couldntve", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
+        ("its", "its"),
+        ("man's", "man's"),
+        ("a\nb\tthe", "b"),
+        ("the", ""),
+    ],
+)
+def test_normalization(answer, normalized):
+    assert normalize_answer(answer) == normalized
+
+
+@given(st.text(max_size=40))
+def test_normalized_text_is_plain(text):
+    once = normalize_answer(text)
+    assert once == " ".join(once.split())
+    assert once == once.lower()
+    assert not {"a", "an", "the"} & set(once.split())
+
+
+@pytest.mark.parametrize(
+    ("agreeing", "accuracy"),
+    # With m of ten agreeing: (m * min((m - 1) / 3, 1) + (10 - m) * min(m / 3, 1)) / 10.
+    [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)],
+)
+def test_ten_people(agreeing, accuracy):
+    answers = ["Red."] * agreeing + ["blue"] * (10 - agreeing)
+    assert answer_accuracy("the red", answers) == pytest.approx(accuracy)
+
+
+@given(st.lists(st.sampled_from("xyz"), min_size=10, max_size=10), st.sampled_from("xyz"))
+def test_ten_people_is_the_mean_over_subsets_of_nine(answers, prediction):
+    nines = itertools.combinations(answers, 9)
+    by_hand = sum(min(nine.count(prediction) / 3, 1) for nine in nines) / 10
+    assert answer_accuracy(prediction, answers) == pytest.approx(by_hand)
+
+
+def test_few_people():
+    assert answer_accuracy("2", ["two"]) == 1.0
+    assert answer_accuracy("2", ["three"]) == 0.0
+    assert answer_accuracy("2", ["2", "2"]) == 1.0
+    assert answer_accuracy("2", ["2", "3"]) == 0.5
+
+
+def test_scores_by_type():
+    scores = answer_scores(
+        ["red", "two", "three", "yes"],
+        [["red"], ["2"], ["4"], ["no"]],
+        ["colour", "count", "count", "exists"],
+    )
+    assert scores == {
+        "answer/accuracy": 0.5,
+        "answer/accuracy/colour": 1.0,
+        "answer/accuracy/count": 0.5,
+        "answer/accuracy/exists": 0.0,
+    }
+
+
+def test_prior_falls_back_from_words_to_type_to_all():
+    train = [
+        Question("How many cubes?", ("two",), "count"),
+        Question("how many  cubes?", ("2",), "count"),
+        Question("How many cubes?", ("three",), "count"),
+        Question("How many balls?", ("five",), "count"),
+        Question("How many balls?", ("5",), "count"),
+        Question("How many balls?", ("5",), "count"),
+        Question("Is there a cube?", ("no",), "exists"),
+    ]
+    asked = [
+        Question("How many cubes?", ("2",), "count"),
+        Question("How many cones?", ("5",), "count"),
+        Question("Which is left?", ("5",), "side"),
+        Question("Is there a cube?", ("yes",), "exists"),
+    ]
+    assert question_prior(train, asked) == {
+        "answer/accuracy": 0.75,
+        "answer/accuracy/count": 1.0,
+        "answer/accuracy/exists": 0.0,
+        "answer/accuracy/side": 1.0,
+    }
+
+
+def test_prior_breaks_ties_by_the_alphabet():
+    train = [Question("Is it?", ("yes",), "is"), Question("Is it?", ("no",), "is")]
+    assert question_prior(train, [Question("Is it?", ("no",), "is")])["answer/accuracy"] == 1.0
+    assert question_prior(train[::-1], [Question("Is it?", ("no",), "is")])["answer/accuracy"] == 1
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="2 predictions, answers to 1"):
+        answer_scores(["a", "b"], [["a"]], ["x"])
+    with pytest.raises(ValueError, match="empty"):
+        answer_scores([], [], [])
+    with pytest.raises(ValueError, match="question 1 .count. has no answer"):
+        answer_scores(["a", "b"], [["a"], []], ["count", "count"])
+    with pytest.raises(ValueError, match="without an answer"):
+        answer_accuracy("a", [])
+    with pytest.raises(ValueError, match="no prior"):
+        question_prior([], [Question("Is it?", ("no",), "is")])

@@ -1,0 +1,174 @@
+"""The run folder: what may share a config, what is written when, and who holds the run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unified_mm.runs import folder as folder_module
+from unified_mm.runs.folder import (
+    ConfigDifference,
+    RunFolder,
+    RunFolderError,
+    RunLocked,
+    differences,
+    read_json,
+    write_json,
+)
+
+CONFIG = {
+    "seed": 0,
+    "train": {"steps": 100, "batch_size": 8, "learning_rate": 1e-3},
+    "mesh": {"data": 1, "fsdp": 1},
+    "data": {"dir": "/here", "image_size": 64},
+    "model": {"fusion": "early", "widths": (1, 2), "causal": True},
+}
+
+
+def changed(**fields):
+    """CONFIG with some fields, named with __ for dots, changed."""
+    config = json.loads(json.dumps(CONFIG))
+    for name, value in fields.items():
+        *parents, last = name.split("__")
+        place = config
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return config
+
+
+def names_in(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_a_new_folder_gets_the_config_and_the_same_config_goes_on(tmp_path):
+    run = RunFolder(tmp_path / "a" / "first")
+    assert not run.exists and not run.finished
+    assert run.create_or_check(CONFIG)
+    assert run.exists and names_in(run.path) == ["config.json"]
+    assert not run.create_or_check(CONFIG)  # tuples come back as lists: no difference
+    assert read_json(run.config)["model"]["widths"] == [1, 2]
+    write_json(run.result, {"scores": {}})
+    assert run.finished
+
+
+def test_fields_free_to_change_are_taken_over(tmp_path):
+    run = RunFolder(tmp_path)
+    run.create_or_check(CONFIG)
+    asked = changed(train__steps=900, mesh__data=4, mesh__tensor=2, data__dir="/there")
+    assert not run.create_or_check(asked)
+    assert read_json(run.config) == asked
+
+
+def test_every_other_difference_is_listed_and_nothing_written(tmp_path):
+    run = RunFolder(tmp_path)
+    run.create_or_check(CONFIG)
+    asked = changed(train__steps=900, train__batch_size=16, model__fusion="late", model__new=1)
+    del asked["seed"]
+    with pytest.raises(ConfigDifference) as error:
+        run.create_or_check(asked)
+    lines = [line.strip() for line in str(error.value).splitlines()[1:-1]]
+    assert lines == [
+        'model.fusion: run has "early", command asks "late"',
+        "model.new: run has nothing, command asks 1",
+        "seed: run has 0, command asks nothing",
+        "train.batch_size: run has 8, command asks 16",
+    ]
+    assert "--workdir" in str(error.value)
+    assert read_json(run.config)["train"]["steps"] == 100
+
+
+def test_true_is_not_one_but_one_is_one_point_zero():
+    assert differences({"a": True}, {"a": 1})
+    assert not differences({"a": 1.0}, {"a": 1})
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text("xyé", max_size=3),
+    lambda inner: st.dictionaries(st.sampled_from("abcd"), inner, max_size=3),
+    max_leaves=8,
+)
+configs = st.dictionaries(st.sampled_from("abcd"), values, max_size=4)
+
+
+@given(configs, configs)
+def test_differences_are_none_for_equals_and_symmetric(left, right):
+    assert differences(left, left) == ()
+    one_way = [(d.field, d.run, d.asked) for d in differences(left, right)]
+    other_way = [(d.field, d.asked, d.run) for d in differences(right, left)]
+    assert one_way == other_way
+
+
+def test_a_folder_of_something_else_is_refused_untouched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("chapter one")
+    run = RunFolder(tmp_path)
+    with pytest.raises(RunFolderError, match=r"thesis\.tex"):
+        run.create_or_check(CONFIG)
+    with pytest.raises(RunFolderError, match=r"thesis\.tex"), run.lock():
+        pass
+    assert names_in(tmp_path) == ["thesis.tex"]
+    with pytest.raises(RunFolderError, match="is a file"):
+        RunFolder(tmp_path / "thesis.tex").create_or_check(CONFIG)
+
+
+def test_leftovers_of_a_process_killed_in_its_first_moment_are_no_obstacle(tmp_path):
+    (tmp_path / ".lock").write_text("123")
+    (tmp_path / ".config.json.x7.tmp").write_text('{"se')
+    assert RunFolder(tmp_path).create_or_check(CONFIG)
+
+
+HOLDER = """
+import sys, time
+from unified_mm.runs.folder import RunFolder
+with RunFolder(sys.argv[1]).lock():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_processes_cannot_hold_one_run_and_a_kill_frees_it(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run.path)], stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunLocked, match=rf"process {holder.pid} "), run.lock():
+            pass
+        holder.kill()
+    with run.lock():
+        assert (run.path / ".lock").read_text() == str(os.getpid())
+
+
+def test_write_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "value.json"
+    write_json(path, {"old": 1})
+
+    def no_space(source, target):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(folder_module.os, "replace", no_space)
+    with pytest.raises(OSError, match="no space"):
+        write_json(path, {"new": 2})
+    assert read_json(path) == {"old": 1} and names_in(tmp_path) == ["value.json"]
+
+
+def test_write_refuses_what_json_cannot_hold(tmp_path):
+    for value in ({"x": float("nan")}, {"x": object()}):
+        with pytest.raises((ValueError, TypeError), match=r"value\.json"):
+            write_json(tmp_path / "value.json", value)
+    assert names_in(tmp_path) == []
+
+
+def test_read_errors_name_file_and_place(tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text('{"a": 1,\n "b": }')
+    with pytest.raises(ValueError, match=r"broken\.json, line 2, column 7"):
+        read_json(path)
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ValueError, match=r"broken\.json, byte 7"):
+        read_json(path)

@@ -1,0 +1,101 @@
+"""What a run's report shows, gathered from its folder and its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from unified_mm.analysis.report import (
+    CaptionExample,
+    ReportData,
+    RetrievalExample,
+    RuleTable,
+    render_report,
+)
+from unified_mm.data import images
+from unified_mm.evaluation.evaluate import Scores, captions_of
+from unified_mm.modalities.tokens import Group, join_metadata, single_document
+from unified_mm.models.masks import RULES, Stream, Visibility, reference_mask
+from unified_mm.runs.folder import RunFolder, write_atomically
+from unified_mm.runs.metrics import read_metrics
+
+SHOWN_PIXELS = 128
+
+
+def write_report(
+    folder: RunFolder,
+    result: Mapping[str, Any],
+    config: Mapping[str, Any],
+    found: Scores,
+    banner: str | None,
+) -> None:
+    """Writes `report.html`: everything a person looks at first, in one file."""
+    curves = read_metrics(folder.metrics) if folder.metrics.is_file() else {}
+    data = ReportData(
+        title=folder.path.name,
+        banner=banner,
+        result=result,
+        config=config,
+        curves=curves,
+        retrieval=retrieval_examples(found),
+        captions=caption_examples(found),
+        rules={name: rule_table(name) for name in RULES},
+    )
+    write_atomically(folder.report, render_report(data).encode())
+
+
+def retrieval_examples(found: Scores, count: int = 8, shown: int = 6) -> tuple:
+    """The first queries of evenly spread images, each with the pictures found for it."""
+    if found.image_embeddings is None:
+        return ()
+    first = np.flatnonzero(np.diff(found.image_of_text, prepend=-1))
+    examples = []
+    for text in first[np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)]:
+        order = np.argsort(-(found.image_embeddings @ found.text_embeddings[text]), kind="stable")
+        best = order[:shown]
+        examples.append(
+            RetrievalExample(
+                found.texts[text],
+                [picture(found, image) for image in best],
+                [bool(image == found.image_of_text[text]) for image in best],
+            )
+        )
+    return tuple(examples)
+
+
+def caption_examples(found: Scores, count: int = 12) -> tuple:
+    """Evenly spread images with what people and what the model wrote."""
+    if not found.captions:
+        return ()
+    chosen = np.linspace(0, len(found.images) - 1, min(count, len(found.images))).astype(int)
+    return tuple(
+        CaptionExample(
+            picture(found, image), tuple(captions_of(found.images[image])), found.captions[image]
+        )
+        for image in chosen
+    )
+
+
+def picture(found: Scores, image: int) -> np.ndarray:
+    """A scored image [h, w, 3], uint8, no larger than the page shows it."""
+    path = found.images[image].image
+    assert path is not None  # `evaluate` scores images that are there
+    pixels = images.decode(path, at_least=SHOWN_PIXELS)
+    side = min(SHOWN_PIXELS, *pixels.shape[:2])
+    return images.evaluation_view(pixels, side)
+
+
+def rule_table(name: str) -> RuleTable:
+    """The mask of a rule over a small picture and a short text."""
+    groups = (Group("image", "image", 4), Group("text", "text", 5))
+    start, parts = 0, []
+    for group in groups:
+        part = single_document(np.ones((1, group.length), bool), group)  # type: ignore[arg-type]
+        parts.append(part.replace(position=part.position + start))  # type: ignore[attr-defined]
+        start += group.length
+    tokens = join_metadata(parts)
+    mask = reference_mask(Visibility((Stream("text", name),)), tokens, tokens)[0]
+    labels = [f"{group.name} {i + 1}" for group in groups for i in range(group.length)]
+    return RuleTable(labels, np.asarray(mask))

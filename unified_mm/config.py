@@ -1,0 +1,64 @@
+"""A run's config: read-only, and it knows which of its fields were read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+class Config(Mapping[str, Any]):
+    """Nested options by attribute or by key; each leaf that is read is remembered.
+
+    A field that a user sets and nothing reads would be a silent mistake: `unread` finds it.
+    """
+
+    def __init__(
+        self, fields: Mapping[str, Any], _path: str = "", _reads: set[str] | None = None
+    ) -> None:
+        reads: set[str] = set() if _reads is None else _reads
+        self.__dict__["_reads"] = reads
+        self.__dict__["_path"] = _path
+        self.__dict__["_fields"] = {
+            name: Config(value, f"{_path}{name}.", reads) if isinstance(value, Mapping) else value
+            for name, value in fields.items()
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._fields:
+            near = difflib.get_close_matches(name, self._fields, n=1)
+            hint = f" Did you mean {self._path}{near[0]}?" if near else ""
+            raise KeyError(
+                f"config has no field {self._path}{name}.{hint} There are: "
+                f"{', '.join(self._fields)}."
+            )
+        self._reads.add(self._path + name)
+        return self._fields[name]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(error.args[0]) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"the config is read-only: {self._path}{name} cannot be set")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def unread(self, paths: Iterator[str] | list[str]) -> list[str]:
+        """Those of the dotted `paths` that nothing has read yet."""
+        return [path for path in paths if path not in self._reads]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested values, for JSON; reading them so does not count as a read."""
+        return {
+            name: value.as_dict() if isinstance(value, Config) else value
+            for name, value in self._fields.items()
+        }

@@ -1,0 +1,75 @@
+"""JSON from users' files, with errors that say which file and which place in it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_NAMES: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A value in a JSON file. Every method raises ValueError with file and JSON path."""
+
+    file: Path
+    where: str  # '' for the whole file, else such as annotations[17]
+    value: Any
+
+    @property
+    def place(self) -> str:
+        """The short name of this value for a list of problems."""
+        return f"{self.file.name}: {self.where}"
+
+    def error(self, message: str, key: str = "") -> ValueError:
+        where = f"{self.where}.{key}".strip(".") or "the file"
+        return ValueError(f"{self.file}: {where} {message}")
+
+    def has(self, key: str) -> bool:
+        """Whether this object has the key, with a value other than null and ''."""
+        return self._object().get(key) not in (None, "")
+
+    def get(self, key: str) -> Any:
+        members = self._object()
+        if key not in members:
+            raise self.error("is missing", key)
+        return members[key]
+
+    def string(self, key: str) -> str:
+        return self._checked(self.get(key), str, key)
+
+    def id(self, key: str) -> int | str:
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise self.error(f"must be a whole number or a string, is {_shown(value)}", key)
+        return value
+
+    def items(self, key: str = "") -> list["Node"]:
+        """The members of the list under `key`, or of this list itself."""
+        values = self._checked(self.get(key) if key else self.value, list, key)
+        where = f"{self.where}.{key}".strip(".")
+        return [Node(self.file, f"{where}[{i}]", value) for i, value in enumerate(values)]
+
+    def _object(self) -> dict:
+        return self._checked(self.value, dict)
+
+    def _checked(self, value: Any, kind: type, key: str = "") -> Any:
+        if not isinstance(value, kind):
+            raise self.error(f"must be {_NAMES[kind]}, is {_shown(value)}", key)
+        return value
+
+
+def read(path: Path) -> Node:
+    """The whole file. Raises FileNotFoundError, ValueError with line and column, or byte."""
+    try:
+        return Node(path, "", json.loads(path.read_bytes().decode("utf-8-sig")))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{path}: not JSON at {place}: {error.msg}") from error
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,219 @@
+"""Image files to uint8 RGB arrays, and the square views that models see."""
+
+import functools
+import importlib.util
+import io
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+BACKENDS = ("pillow", "opencv")
+Source = str | os.PathLike | bytes
+
+# Larger pictures are refused before they are decoded: a small file can hold a huge picture.
+MAX_PIXELS = 64 * 1024 * 1024
+_TURNED = range(2, 9)  # values of the EXIF tag 274 that turn or mirror the picture
+_WITH_ALPHA = {"RGBA", "LA", "PA", "RGBa", "La"}
+_SUFFIXES = {
+    "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
+    "MPO": {".jpg", ".jpeg", ".mpo"},  # what some cameras call a JPEG
+    "PNG": {".png", ".apng"},
+    "TIFF": {".tif", ".tiff"},
+}
+
+
+class ImageError(ValueError):
+    """A picture that cannot be decoded: `name` says which, `what` is the fault alone."""
+
+    def __init__(self, name: str, what: str):
+        super().__init__(name, what)  # both as args, so that it survives pickling
+        self.name, self.what = name, what
+
+    def __str__(self) -> str:
+        return f"{self.name} cannot be decoded: {self.what}"
+
+
+def resolve_backend(name: str) -> str:
+    """'auto' becomes 'opencv' where it is installed, else 'pillow'.
+
+    The two give slightly different pixels, so a run records what this returned.
+    Raises ValueError for an unknown name, ImportError for an OpenCV that is not installed.
+    """
+    installed = importlib.util.find_spec("cv2") is not None
+    if name == "auto":
+        return "opencv" if installed else "pillow"
+    if name == "opencv" and not installed:
+        raise ImportError("the image backend 'opencv' needs: pip install opencv-python-headless")
+    if name not in BACKENDS:
+        raise ValueError(f"unknown image backend {name!r}: use 'auto', 'pillow' or 'opencv'")
+    return name
+
+
+def decode(
+    source: Source, at_least: int | None = None, *, backend: str = "pillow"
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The whole picture as RGB, upright, 8 bits a channel, transparency over white.
+
+    Where `at_least` is given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long
+    as its short side keeps that many pixels. 'opencv' decodes plain JPEGs; everything else
+    goes through Pillow under either name, so that a conversion has one definition.
+    Raises OSError for a file that cannot be read, ImageError naming one that cannot be decoded.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown image backend {backend!r}: resolve_backend gives one")
+    data, name = _read(source)
+    try:
+        image = _open(data)
+        if backend == "opencv" and image.format == "JPEG" and image.mode == "RGB":
+            return _decode_opencv(data, image.size, at_least)
+        return _to_rgb(image, at_least)
+    except Exception as error:  # decoders raise whatever their parsers meet
+        raise ImageError(name, _reason(error)) from error
+
+
+def check(path: str | os.PathLike) -> str | None:
+    """Decodes a file wholly; says what `decode` has to convert in it, or None for nothing.
+
+    A JPEG is decoded at an eighth of its size: every coded byte is read all the same.
+    Raises as `decode` does.
+    """
+    data, name = _read(path)
+    try:
+        image = _open(data)
+        conversion = _conversion(image, Path(path).suffix.lower())
+        _to_rgb(image, at_least=1)
+    except Exception as error:  # decoders raise whatever their parsers meet
+        raise ImageError(name, _reason(error)) from error
+    return conversion
+
+
+def least_side(size: int, scale: tuple[float, float]) -> int:
+    """The `at_least` of `decode` that keeps training views of `size` from being enlarged."""
+    return math.ceil(size / math.sqrt(scale[0]))
+
+
+def training_view(
+    image: UInt8[np.ndarray, "height width 3"],
+    size: int,
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float] = (0.5, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    mirror: bool = False,
+) -> UInt8[np.ndarray, "size size 3"]:
+    """A random crop of `scale` of the area and `ratio` of width to height, brought to `size`.
+
+    The inception crop (Szegedy et al. 2015, arXiv:1409.4842, section 6), its sides cut to the
+    picture rather than drawn again. With `mirror`, half of the views are flipped left-right.
+    """
+    height, width = image.shape[:2]
+    area = height * width * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    crop_width = min(width, math.sqrt(area * aspect))
+    crop_height = min(height, math.sqrt(area / aspect))
+    left = rng.uniform(0, width - crop_width)
+    top = rng.uniform(0, height - crop_height)
+    view = _resample(image, size, (left, top, left + crop_width, top + crop_height))
+    if mirror and rng.random() < 0.5:
+        return np.ascontiguousarray(view[:, ::-1])
+    return view
+
+
+def evaluation_view(
+    image: UInt8[np.ndarray, "height width 3"], size: int
+) -> UInt8[np.ndarray, "size size 3"]:
+    """The central square, as large as the short side, brought to `size`."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    left, top = (width - side) / 2, (height - side) / 2
+    return _resample(image, size, (left, top, left + side, top + side))
+
+
+def _resample(image: np.ndarray, size: int, box: tuple[float, float, float, float]) -> np.ndarray:
+    # Pillow's bicubic widens its kernel when it shrinks, so nothing aliases.
+    picture = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(picture)
+
+
+def _read(source: Source) -> tuple[bytes, str]:
+    if isinstance(source, bytes):
+        return source, f"an image of {len(source)} bytes"
+    return Path(source).read_bytes(), str(source)
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise ValueError("the file is empty")
+    image = Image.open(io.BytesIO(data))
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are over the limit of {MAX_PIXELS}")
+    return image
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image of a known format"  # Pillow's own text holds a memory address
+    # Without counts of bytes in brackets, equal faults read alike and are counted together.
+    return re.sub(r" \(.*\)$", "", str(error)) or type(error).__name__
+
+
+def _conversion(image: Image.Image, suffix: str) -> str | None:
+    format = image.format or "unknown"
+    if suffix not in _SUFFIXES.get(format, {suffix}):
+        return f"{format} named {suffix or 'without a suffix'}"
+    if image.mode in _WITH_ALPHA or "transparency" in image.info:
+        return "transparency"
+    if image.mode.startswith("I") or any(
+        ";16" in str(tile.args) for tile in getattr(image, "tile", ())
+    ):
+        return "16-bit"
+    if image.mode != "RGB":
+        return {"L": "greyscale", "P": "palette", "1": "black and white"}.get(
+            image.mode, image.mode
+        )
+    if image.getexif().get(274) in _TURNED:
+        return "turned by EXIF"
+    return None
+
+
+def _to_rgb(image: Image.Image, at_least: int | None) -> np.ndarray:
+    if at_least is not None:
+        image.draft(None, (at_least, at_least))
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined white: save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        grey = np.clip(np.asarray(image, np.int64), 0, 65535) / 257  # 65535 is white: 255
+        return np.repeat(np.rint(grey).astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode in _WITH_ALPHA or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _decode_opencv(data: bytes, size: tuple[int, int], at_least: int | None) -> np.ndarray:
+    cv2 = _opencv()
+    flags = {1: cv2.IMREAD_COLOR_RGB, 2: cv2.IMREAD_REDUCED_COLOR_2,
+             4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}  # fmt: skip
+    fits = min(size) // at_least if at_least else 1
+    reduction = max(r for r in flags if r <= max(fits, 1))
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags[reduction])
+    if image is None:
+        raise ValueError("OpenCV finds no image in it")
+    return image if reduction == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+@functools.cache
+def _opencv() -> Any:
+    import cv2
+
+    cv2.setNumThreads(1)  # the reader's threads are the parallelism
+    return cv2

@@ -1,0 +1,211 @@
+"""Records to batches of arrays. The global batch is a function of seed and step alone."""
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from unified_mm.data.records import Record
+
+Arrays = dict[str, np.ndarray]
+Batch = dict[str, Arrays]  # modality -> key -> array [B, ...]
+
+
+@runtime_checkable
+class Preparer(Protocol):
+    """How one modality makes arrays of a record; equal keys, shapes and dtypes for each."""
+
+    def prepare(self, record: Record, rng: np.random.Generator | None) -> Arrays:
+        """The arrays of one example. `rng` None asks for the evaluation view."""
+        ...
+
+    def absent(self) -> Arrays:
+        """The arrays of an example that lacks the modality: `present` is False."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Which row of which global batch a reader's element is.
+
+    This process reads rows `[process_index * rows, (process_index + 1) * rows)` of each global
+    batch. Grain gives worker w of W the elements w, w + W, ... and takes whole batches from the
+    workers in turn, so the elements are numbered such that worker w makes batches w, w + W, ...
+    """
+
+    batch_size: int
+    start_step: int
+    process_index: int
+    process_count: int
+    workers: int
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.batch_size % self.process_count:
+            raise ValueError(
+                f"a batch of {self.batch_size} cannot be split over {self.process_count} "
+                "processes: make train.batch_size a multiple of the number of processes"
+            )
+        if not 0 <= self.process_index < self.process_count:
+            raise ValueError(f"process {self.process_index} of {self.process_count} processes")
+
+    @property
+    def rows(self) -> int:
+        return self.batch_size // self.process_count
+
+    def sample(self, element: int) -> int:
+        """The number of the sample since step 0, over all processes."""
+        workers = max(self.workers, 1)
+        position, worker = divmod(element, workers)
+        batch, row = divmod(position, self.rows)
+        step = self.start_step + batch * workers + worker
+        return step * self.batch_size + self.process_index * self.rows + row
+
+
+class _TrainingRows:
+    """Grain's random-access source of the endless training rows."""
+
+    def __init__(
+        self, records: Sequence[Record], preparers: Mapping[str, Preparer], seed: int, rows: _Rows
+    ):
+        self._records = records
+        self._preparers = {name: (p, zlib.crc32(name.encode())) for name, p in preparers.items()}
+        self._seed = seed
+        self._rows = rows
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return 2**48  # endless for all purposes, and still an index that Grain can count with
+
+    def __getitem__(self, element: int) -> Batch:
+        sample = self._rows.sample(element)
+        epoch, position = divmod(sample, len(self._records))
+        record = self._records[self._epoch_order(epoch)[position]]
+        return {
+            name: preparer.prepare(record, _generator(self._seed, number, sample))
+            for name, (preparer, number) in self._preparers.items()
+        }
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        # One tuple is read and replaced whole, so threads at the turn of an epoch may both
+        # compute an order but never mix two.
+        known, order = self._order
+        if known != epoch:
+            rng = _generator(self._seed, zlib.crc32(b"epoch order"), epoch)
+            order = rng.permutation(len(self._records))
+            self._order = (epoch, order)
+        return order
+
+
+class _EvaluationRows:
+    """Grain's random-access source of every record once, then absent rows to fill the batch."""
+
+    def __init__(self, records: Sequence[Record], preparers: Mapping[str, Preparer], rows: _Rows):
+        self._records = records
+        self._preparers = preparers
+        self._rows = rows
+        self._absent = {name: preparer.absent() for name, preparer in preparers.items()}
+
+    def __len__(self) -> int:
+        return -(-len(self._records) // self._rows.batch_size) * self._rows.rows
+
+    def __getitem__(self, element: int) -> Batch:
+        sample = self._rows.sample(element)
+        if sample >= len(self._records):
+            return self._absent
+        record = self._records[sample]
+        return {name: p.prepare(record, None) for name, p in self._preparers.items()}
+
+
+def training_batches(
+    records: Sequence[Record],
+    preparers: Mapping[str, Preparer],
+    *,
+    seed: int,
+    batch_size: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+    workers: int = 0,
+    prefetch: int = 2,
+) -> Iterator[Batch]:
+    """The endless training batches from `start_step` on; call `.close()` when done.
+
+    Every epoch is a permutation of the records that depends on (seed, epoch); the generator
+    that a modality prepares sample i with depends on (seed, i, the modality's name). So
+    neither threads, workers, processes, a restart nor a further modality changes any array.
+    `batch_size` counts the rows over all processes; each process gets its share of them.
+    `prefetch` is in batches. Raises ValueError for no records, no preparers, or a batch that
+    the processes cannot share; iterating raises what a preparer raises.
+    """
+    _require(records, preparers)
+    rows = _Rows(batch_size, start_step, process_index, process_count, workers)
+    source = _TrainingRows(records, preparers, _checked_seed(seed), rows)
+    return _read(source, rows, threads, workers, prefetch)
+
+
+def evaluation_batches(
+    records: Sequence[Record],
+    preparers: Mapping[str, Preparer],
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+    prefetch: int = 2,
+) -> Iterator[Batch]:
+    """Every record once, in order, in evaluation views; call `.close()` when done.
+
+    The last batch is filled up with rows in which every modality is absent. Raises as
+    `training_batches` does.
+    """
+    _require(records, preparers)
+    rows = _Rows(batch_size, 0, process_index, process_count, 0)
+    return _read(_EvaluationRows(records, preparers, rows), rows, threads, 0, prefetch)
+
+
+def _read(source: Any, rows: _Rows, threads: int, workers: int, prefetch: int) -> Iterator[Batch]:
+    import grain
+
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch * rows.rows)
+    batches = (
+        grain.MapDataset.source(source)
+        .to_iter_dataset(options)
+        .batch(rows.rows, drop_remainder=True)
+    )
+    if workers:
+        _mark_flags_parsed()
+        batches = batches.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
+        )
+    return iter(batches)
+
+
+def _mark_flags_parsed() -> None:
+    # Grain's workers copy absl's flags, which a program without absl.app never parsed.
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _generator(seed: int, stream: int, number: int) -> np.random.Generator:
+    # Philox (Salmon et al. 2011) maps a key and a counter to bits. The highest word of the
+    # counter is never reached by drawing, so streams cannot overlap.
+    key = np.array([seed, stream], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, number]))
+
+
+def _checked_seed(seed: int) -> int:
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed {seed} is not in [0, 2**64)")
+    return seed
+
+
+def _require(records: Sequence[Record], preparers: Mapping[str, Preparer]) -> None:
+    if not records:
+        raise ValueError("there are no records to make batches of: the split is empty")
+    if not preparers:
+        raise ValueError("there are no modalities to make batches of: preparers is empty")

@@ -1,0 +1,128 @@
+"""Text to token ids and back: byte-level BPE, so that every script has tokens.
+
+Sennrich et al. 2016 (arXiv:1508.07909) for BPE, Radford et al. 2019 (GPT-2) for its bytes.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from unified_mm.runs.folder import write_atomically
+
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
+SPECIAL_TOKENS = (PAD, BOS, EOS, UNKNOWN)
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte must have a token
+
+
+class TextTokenizer:
+    """A `tokenizers.Tokenizer` with the layout `<bos> prompt target <eos>` on top.
+
+    Reads any byte-level tokenizer that knows `<pad>`, `<bos>` and `<eos>`; ours has them as
+    ids 0, 1 and 2. Special tokens that are written out in a text are ordinary text here.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in (PAD, BOS, EOS) if token not in vocabulary]
+        if missing:
+            raise ValueError(
+                f"the tokenizer has no {', '.join(missing)}: add them to its added_tokens, or "
+                "give no tokenizer and one is trained on the training captions"
+            )
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True  # not part of tokenizer.json, so set here
+        self._tokenizer = tokenizer
+        self.pad_id, self.bos_id, self.eos_id = (vocabulary[t] for t in (PAD, BOS, EOS))
+
+    def __reduce__(self):
+        # Worker processes get a tokenizer that went through __init__ again.
+        return _from_text, (self._tokenizer.to_str(),)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocabulary_size: int) -> "TextTokenizer":
+        """Learns the merges of `texts`: lower case, NFC, at most `vocabulary_size` tokens.
+
+        Equal texts give equal tokenizers. Fewer tokens come out where the texts have no more
+        pairs to merge. Raises ValueError for a vocabulary below 260 (256 bytes, 4 special).
+        """
+        if vocabulary_size < SMALLEST_VOCABULARY:
+            raise ValueError(
+                f"a vocabulary of {vocabulary_size} tokens is too small: 256 bytes and "
+                f"{len(SPECIAL_TOKENS)} special tokens need at least {SMALLEST_VOCABULARY}"
+            )
+        tokenizer = tokenizers.Tokenizer(models.BPE(unk_token=UNKNOWN))
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Lowercase(), normalizers.Strip()]
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "TextTokenizer":
+        """Reads a tokenizer.json. Raises FileNotFoundError, or ValueError naming the file."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no tokenizer at {path}")
+        try:
+            return _from_text(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} is no usable tokenizer.json: {error}") from error
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes tokenizer.json in one step: a reader sees the old file or the new one."""
+        write_atomically(path, self._tokenizer.to_str().encode())
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, prompt: str, target: str, length: int) -> dict[str, np.ndarray]:
+        """`<bos> prompt target <eos>`, padded or cut to `length` tokens.
+
+        Returns `ids` int32 [N], `valid` bool [N] (not padding) and `scored` bool [N] (the
+        tokens of the target and the `<eos>`: what a model is asked to predict). A text that
+        is too long is cut and then has no `<eos>`, so that no model learns to stop there.
+        Raises ValueError where the prompt leaves no room for one token of the target.
+        """
+        prompt_ids = self.encode_prompt(prompt)
+        if len(prompt_ids) >= length:
+            raise ValueError(
+                f"a text length of {length} tokens leaves no room after the prompt {prompt!r} "
+                f"({len(prompt_ids)} tokens with <bos>): raise the length or shorten the prompt"
+            )
+        row = (prompt_ids + self._ids(target) + [self.eos_id])[:length]
+        ids = np.full(length, self.pad_id, np.int32)
+        ids[: len(row)] = row
+        position = np.arange(length)
+        valid = position < len(row)
+        return {"ids": ids, "valid": valid, "scored": valid & (position >= len(prompt_ids))}
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """`<bos> prompt`: where generation starts."""
+        return [self.bos_id, *self._ids(prompt)]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text before the first `<eos>`, without special tokens and outer spaces."""
+        row = [int(i) for i in ids]
+        end = row.index(self.eos_id) if self.eos_id in row else len(row)
+        return self._tokenizer.decode(row[:end], skip_special_tokens=True).strip()
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
+
+
+def _from_text(text: str) -> TextTokenizer:
+    return TextTokenizer(tokenizers.Tokenizer.from_str(text))

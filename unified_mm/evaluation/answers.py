@@ -1,0 +1,171 @@
+"""Accuracy of open-ended answers, as VQA v2 defines it, and what the question alone would give.
+
+Sources: Antol et al. 2015, section 3 (accuracy by consensus of ten people); Goyal et al. 2017
+(VQA v2), with the answer normalisation published beside its evaluation server.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+_CONSENSUS = 3  # people who have to have said an answer before it counts fully
+
+_ARTICLES = frozenset({"a", "an", "the"})
+_NUMBER_WORDS = {
+    word: str(number)
+    for number, word in enumerate(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    )
+} | {"none": "0"}
+
+# Contractions whose spelling without apostrophes is not a word of its own: "its", "well", "were",
+# "hell", "shell", "ill", "id", "wed" and "shed" are, and so are left as they stand.
+_CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
+    haven't he'd he'd've he's how'd how'll how's i'd've i'm i've isn't it'd it'd've it'll ma'am
+    might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't shan't she'd've
+    she's should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+    someone'd've someone'll someone's something'd something'd've something'll that's there'd
+    there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've we've
+    weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
+    who's who've why'll why're why's won't would've wouldn't wouldn't've y'all you'd you'd've
+    you'll you're you've
+""".split()
+
+
+def _without_some_apostrophes(contraction: str) -> Iterable[str]:
+    """Every spelling of a contraction with at least one apostrophe left out."""
+    first, *rest = contraction.split("'")
+    for marks in itertools.product(("", "'"), repeat=len(rest)):
+        if "" in marks:
+            yield first + "".join(itertools.chain(*zip(marks, rest, strict=True)))
+
+
+_FULL_SPELLING = {
+    short: contraction
+    for contraction in _CONTRACTIONS
+    for short in _without_some_apostrophes(contraction)
+}
+
+_CURLY_APOSTROPHES = str.maketrans("\u2018\u2019", "''")
+_THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d)")
+_FULL_STOP = re.compile(r"\.(?!\d)")
+_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with the answers people gave and its type ("how many", "what colour", ...)."""
+
+    text: str
+    answers: tuple[str, ...]
+    type: str
+
+
+def normalize_answer(answer: str) -> str:
+    """An answer as VQA v2 compares it.
+
+    Lower case; full stops dropped except before a digit; commas between digits dropped; other
+    punctuation except apostrophe and colon turned into spaces; number words up to ten as digits
+    ("none" is 0); articles dropped; apostrophes of contractions put back; single spaces.
+    """
+    answer = answer.lower().translate(_CURLY_APOSTROPHES)
+    answer = _FULL_STOP.sub("", _THOUSANDS_COMMA.sub("", answer))
+    words = _PUNCTUATION.sub(" ", answer).split()
+    digits = (_NUMBER_WORDS.get(word, word) for word in words)
+    return " ".join(_FULL_SPELLING.get(word, word) for word in digits if word not in _ARTICLES)
+
+
+def answer_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VQA accuracy of one prediction, in [0, 1].
+
+    Mean over the people of ``min(m / 3, 1)``, where ``m`` others gave the predicted answer. Data
+    with fewer than four answers asks for all the others instead of three; with a single answer
+    it is an exact match. Both sides are normalized first.
+
+    Raises:
+      ValueError: no answer given.
+    """
+    if not answers:
+        raise ValueError("a question without an answer cannot be scored: leave it out.")
+    predicted = normalize_answer(prediction)
+    matches = [normalize_answer(answer) == predicted for answer in answers]
+    if len(matches) == 1:
+        return float(matches[0])
+    agreeing, needed = sum(matches), min(_CONSENSUS, len(matches) - 1)
+    left_out = (min((agreeing - match) / needed, 1.0) for match in matches)
+    return sum(left_out) / len(matches)
+
+
+def answer_scores(
+    predictions: Sequence[str], answers: Sequence[Sequence[str]], types: Sequence[str]
+) -> dict[str, float]:
+    """Mean accuracy over all questions and over the questions of each type, in [0, 1].
+
+    Returns:
+      ``answer/accuracy`` and, for each type in alphabetic order, ``answer/accuracy/<type>``.
+
+    Raises:
+      ValueError: no question, lengths that differ, or a question without an answer.
+    """
+    if not len(predictions) == len(answers) == len(types):
+        raise ValueError(
+            f"{len(predictions)} predictions, answers to {len(answers)} questions and "
+            f"{len(types)} types: give one of each per question, in the same order."
+        )
+    if not predictions:
+        raise ValueError("no answers to score: the list of questions is empty.")
+    by_type: defaultdict[str, list[float]] = defaultdict(list)
+    for i, (prediction, given, kind) in enumerate(zip(predictions, answers, types, strict=True)):
+        if not given:
+            raise ValueError(f"question {i} ({kind}) has no answer to compare with: leave it out.")
+        by_type[kind].append(answer_accuracy(prediction, given))
+    every = [accuracy for accuracies in by_type.values() for accuracy in accuracies]
+    return {"answer/accuracy": _mean(every)} | {
+        f"answer/accuracy/{kind}": _mean(by_type[kind]) for kind in sorted(by_type)
+    }
+
+
+def question_prior(
+    train_questions: Sequence[Question], questions: Sequence[Question]
+) -> dict[str, float]:
+    """Scores of a model that never looks: what the language of the questions gives away.
+
+    Each question is answered with the most common training answer to the same words, else to
+    questions of its type, else to any question; of equally common answers the alphabetically
+    first. Returns the names of `answer_scores`.
+
+    Raises:
+      ValueError: no training question with an answer, or what `answer_scores` refuses.
+    """
+    by_text: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    by_type: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    overall: Counter[str] = Counter()
+    for question in train_questions:
+        answers = [normalize_answer(answer) for answer in question.answers]
+        for count in (by_text[_same_words(question.text)], by_type[question.type], overall):
+            count.update(answers)
+    if not overall:
+        raise ValueError("no training question has an answer: there is no prior to measure.")
+
+    def guess(question: Question) -> str:
+        known = by_text.get(_same_words(question.text)) or by_type.get(question.type) or overall
+        return min(known, key=lambda answer: (-known[answer], answer))
+
+    return answer_scores(
+        [guess(question) for question in questions],
+        [question.answers for question in questions],
+        [question.type for question in questions],
+    )
+
+
+def _same_words(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,203 @@
+"""The standard scores of a model on one split, with chance, ceilings and examples to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from unified_mm.data.coco import Foil, Question
+from unified_mm.data.pipeline import evaluation_batches
+from unified_mm.data.records import Manifest, Record, Text
+from unified_mm.evaluation import answers, retrieval
+from unified_mm.evaluation.caption_scores import caption_scores
+from unified_mm.inference.predictor import Predictor
+from unified_mm.objectives.captioning import Captioning
+from unified_mm.objectives.contrastive import Contrastive
+
+SINGLE = "single_caption/"  # names of scores with one caption an image
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is scored: a manifest, and what lies beside it."""
+
+    manifest: Manifest
+    foils: Sequence[Foil] = ()
+    questions: Sequence[Question] = ()
+    train_questions: Sequence[Question] = ()
+
+    def first(self, count: int) -> Split:
+        """The first `count` images and what belongs to them."""
+        records = self.manifest.records[:count]
+        kept = {record.id for record in records}
+        return Split(
+            replace(self.manifest, records=records),
+            tuple(foil for foil in self.foils if foil.image_id in kept),
+            tuple(question for question in self.questions if question.image_id in kept),
+            self.train_questions,
+        )
+
+
+@dataclass
+class Scores:
+    """Scores by their fixed names, with what guessing and what a perfect model would reach.
+
+    Attributes:
+      images: the records that were scored, in order.
+      captions: what the model wrote, one an image.
+      image_embeddings, text_embeddings: [I, E] and [C, E], the texts by record and caption.
+      text_of: for each text its string; `image_of_text`: its image's place in `images`.
+    """
+
+    scores: dict[str, float] = field(default_factory=dict)
+    chance: dict[str, float] = field(default_factory=dict)
+    ceiling: dict[str, float] = field(default_factory=dict)
+    images: list[Record] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    image_embeddings: Any = None
+    text_embeddings: Any = None
+    texts: list[str] = field(default_factory=list)
+    image_of_text: Any = None
+
+    def add(self, scores: dict, chance: dict | None = None, ceiling: dict | None = None) -> None:
+        self.scores |= scores
+        self.chance |= chance or {}
+        self.ceiling |= ceiling or {}
+
+
+def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
+    """Every score that the model and the split allow.
+
+    Args:
+      predictor: the model.
+      split: images that have captions, and perhaps foils and questions.
+      batch_size: rows a batch; one size throughout, so that equal inputs give equal outputs.
+
+    Raises:
+      ValueError: no image with a caption, or embeddings that are not finite.
+    """
+    found = Scores(images=[r for r in split.manifest.records if r.image and captions_of(r)])
+    if not found.images:
+        raise ValueError(
+            f"split {split.manifest.split!r} in {split.manifest.folder} has no image with a "
+            "caption: there is nothing to score"
+        )
+    if predictor.can(Contrastive):
+        score_retrieval(predictor, found, batch_size)
+    if predictor.can(Captioning):
+        score_captions(predictor, found, batch_size)
+        if split.foils:
+            score_foils(predictor, split, found, batch_size)
+        if split.questions:
+            score_answers(predictor, split, found, batch_size)
+    return found
+
+
+def captions_of(record: Record) -> list[str]:
+    """The texts that describe: those without a prompt."""
+    return [text.target for text in record.texts if not text.prompt]
+
+
+def score_retrieval(predictor: Predictor, found: Scores, batch_size: int) -> None:
+    """Image to text and text to image, with all captions and with the first of each image."""
+    texts = [captions_of(record) for record in found.images]
+    found.texts = [text for several in texts for text in several]
+    found.image_of_text = np.repeat(np.arange(len(texts)), [len(several) for several in texts])
+    batches = _batches(predictor, found.images, batch_size)
+    found.image_embeddings = _gather(map(predictor.embed_images, batches), len(texts))
+    rows = [Record(i, None, (Text("", text),), False) for i, text in enumerate(found.texts)]
+    batches = _batches(predictor, rows, batch_size)
+    found.text_embeddings = _gather(map(predictor.embed_texts, batches), len(rows))
+    first = np.flatnonzero(np.diff(found.image_of_text, prepend=-1))
+    for prefix, chosen in (("", np.arange(len(rows))), (SINGLE, first)):
+        image_of_text = found.image_of_text[chosen]
+        # What the tokenizer makes equal no model can tell apart.
+        seen = [found.texts[i].lower() for i in chosen]
+        named = (
+            retrieval.retrieval_scores(
+                found.image_embeddings, found.text_embeddings[chosen], image_of_text
+            ),
+            retrieval.chance(image_of_text, len(texts)),
+            retrieval.duplicate_caption_ceiling(seen, image_of_text),
+        )
+        found.add(*({prefix + name: value for name, value in part.items()} for part in named))
+
+
+def score_captions(predictor: Predictor, found: Scores, batch_size: int) -> None:
+    """Greedy captions against the references, and against those of other images."""
+    written: list[str] = []
+    for batch in _batches(predictor, found.images, batch_size):
+        written += predictor.write(batch, [""] * batch_size)
+    found.captions = written[: len(found.images)]
+    references = [captions_of(record) for record in found.images]
+    if len(references) < 2:
+        raise ValueError("captions are scored over two images at least: CIDEr-D compares images")
+    scores = caption_scores(found.captions, references)
+    found.add({f"caption/{name}": value for name, value in scores.items()})
+    # Chance of a caption is that of a fluent one about another picture: all moved on by half.
+    half = len(references) // 2
+    moved = found.captions[half:] + found.captions[:half]
+    shuffled = caption_scores(moved, references)
+    found.add({}, {f"caption/{name}": value for name, value in shuffled.items()})
+
+
+def score_foils(predictor: Predictor, split: Split, found: Scores, batch_size: int) -> None:
+    """How often a caption is likelier beside its image than the same with one word made false."""
+    by_id = {record.id: record for record in found.images}
+    foils = [foil for foil in split.foils if foil.image_id in by_id]
+
+    def likelihoods(texts: Sequence[str]) -> np.ndarray:
+        rows = [
+            replace(by_id[foil.image_id], texts=(Text("", text),))
+            for foil, text in zip(foils, texts, strict=True)
+        ]
+        batches = _batches(predictor, rows, batch_size)
+        return _gather(map(predictor.log_likelihood, batches), len(rows))[:, 0]
+
+    right = likelihoods([f.caption for f in foils]) > likelihoods([f.foil for f in foils])
+    kinds = np.array([foil.kind for foil in foils])
+    scores = {"foil/accuracy": float(right.mean())}
+    for kind in sorted(set(kinds)):
+        scores[f"foil/accuracy/{kind}"] = float(right[kinds == kind].mean())
+    found.add(scores, dict.fromkeys(scores, 0.5))
+
+
+def score_answers(predictor: Predictor, split: Split, found: Scores, batch_size: int) -> None:
+    """VQA accuracy of greedy answers, beside what the question alone gives away."""
+    by_id = {record.id: record for record in split.manifest.records}
+    asked = [question for question in split.questions if question.image_id in by_id]
+    rows = [by_id[question.image_id] for question in asked]
+    prompts = [question.question for question in asked]
+    prompts += [""] * (-len(prompts) % batch_size)
+    written: list[str] = []
+    for start, batch in enumerate(_batches(predictor, rows, batch_size)):
+        written += predictor.write(batch, prompts[start * batch_size :][:batch_size])
+
+    def as_scored(questions: Sequence[Question]) -> list[answers.Question]:
+        return [answers.Question(q.question, q.answers, q.question_type) for q in questions]
+
+    scored = as_scored(asked)
+    found.add(
+        answers.answer_scores(
+            written[: len(asked)], [q.answers for q in scored], [q.type for q in scored]
+        ),
+        answers.question_prior(as_scored(split.train_questions), scored)
+        if split.train_questions
+        else None,
+    )
+
+
+def _batches(
+    predictor: Predictor, records: Sequence[Record], batch_size: int
+) -> Iterator[dict[str, dict[str, np.ndarray]]]:
+    batches = evaluation_batches(records, predictor.task.modalities, batch_size=batch_size)
+    with closing(batches):  # type: ignore[type-var]
+        yield from batches
+
+
+def _gather(parts: Iterator[np.ndarray], rows: int) -> np.ndarray:
+    return np.concatenate(list(parts))[:rows]

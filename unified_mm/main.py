@@ -1,0 +1,229 @@
+"""The main command: train a run, evaluate it, caption with it, search with it.
+
+    python -m unified_mm.main --config=configs/coco.py --workdir=runs/first
+    python -m unified_mm.main --mode=evaluate --workdir=runs/first --split=test_composition
+    python -m unified_mm.main --mode=caption --workdir=runs/first --image=photo.jpg
+    python -m unified_mm.main --mode=search --workdir=runs/first --query="a red cube"
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from unified_mm.config import Config
+from unified_mm.recipes import overridden, resolve_auto
+from unified_mm.runs.checkpoints import CheckpointError
+from unified_mm.runs.folder import RunFolder, RunFolderError, read_json, write_json
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The recipe: configs/coco.py, or with a size, configs/coco.py:base."
+)
+MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "caption", "search"], "What to do.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The run folder.")
+SPLIT = flags.DEFINE_string("split", "", "evaluate, search: the split; '' is the config's own.")
+IMAGE = flags.DEFINE_multi_string("image", [], "caption: an image file; may be repeated.")
+QUERY = flags.DEFINE_string("query", "", "search: what to look for.")
+IMAGES = flags.DEFINE_string("images", "", "search: a folder; '' is the run's evaluation split.")
+TOP = flags.DEFINE_integer("top", 5, "search: how many images to show.", lower_bound=1)
+OUTPUT = flags.DEFINE_string("output", "", "evaluate: a new JSON file for the scores.")
+
+# What a user can put right; anything else is our fault and shows where it happened.
+USER_ERRORS = (ValueError, FileNotFoundError, RunFolderError, CheckpointError)
+
+
+def say(text: str) -> None:
+    """A line of progress for the person at the terminal."""
+    print(text, flush=True)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"not a flag: {' '.join(argv[1:])}")
+    if not WORKDIR.value:
+        raise app.UsageError("--workdir=FOLDER is needed: the run's folder, e.g. runs/first")
+    modes = {"train": train, "evaluate": evaluate, "caption": caption, "search": search}
+    try:
+        sys.exit(modes[MODE.value]())
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def train() -> int:
+    """Trains, scores, reports; running it again resumes."""
+    from unified_mm.analysis.run_report import write_report
+    from unified_mm.training.loop import Stopped
+    from unified_mm.training.run import train_and_score
+    from unified_mm.training.setup import prepare, unseen_accelerator
+
+    if CONFIG.value is None:
+        raise app.UsageError("--config is needed to train: --config=configs/coco.py")
+    chosen = resolve_auto(CONFIG.value, flags.FLAGS["config"])
+    folder = RunFolder(WORKDIR.value)
+    with folder.lock():
+        new = folder.create_or_check(chosen.to_dict())
+        if folder.finished and read_json(folder.result)["steps"] >= chosen.train.steps:
+            say(f"the run in {folder.path} is finished; see {folder.report}")
+            return 0
+        say(f"{'new run' if new else 'run'} in {folder.path} (size: {chosen.size})")
+        if warning := unseen_accelerator():
+            say(f"WARNING: {warning}")
+        config = Config(chosen.to_dict())
+        setup = prepare(config, folder, say)
+        refuse_unread(config, overridden(flags.FLAGS["config"]))
+        try:
+            result, found = train_and_score(setup, say)
+        except Stopped as stop:
+            say(f"\n{stop}; to go on, run the same command again:\n  {command()}")
+            return stop.exit_code
+        write_report(
+            folder, result, config.as_dict(), found[config.evaluation.split], setup.source.banner
+        )
+        write_json(folder.result, result)
+    say(score_table(result))
+    if setup.source.banner:
+        say(setup.source.banner)
+    say(f"report: {folder.report}")
+    return 0
+
+
+def evaluate() -> int:
+    """Scores a run on any data and split."""
+    from unified_mm.data.sources import open_source
+    from unified_mm.evaluation.evaluate import evaluate as score
+    from unified_mm.inference.loaded import load
+    from unified_mm.training.setup import evaluated_splits, framed, open_split
+
+    output = Path(OUTPUT.value) if OUTPUT.value else None
+    if output is not None and output.exists():
+        raise ValueError(f"--output={output} exists and is not overwritten; name a new file")
+    model = load(WORKDIR.value)
+    config = run_config(model.config)
+    source = open_source(config.data)
+    if source.banner:
+        say(framed(source.banner))
+    split = open_split(config, source, evaluated_splits(config, source)[0])
+    found = score(model.predictor, split, batch_size=config.evaluation.batch_size)
+    result = {
+        "scores": found.scores,
+        "chance": found.chance,
+        "ceiling": found.ceiling,
+        "split": split.manifest.split,
+        "step": model.step,
+        "data": {"source": source.name, "folder": source.folder, "notice": source.banner},
+    }
+    say(score_table(result))
+    if output is not None:
+        write_json(output, result)
+    say(json.dumps(result))
+    return 0
+
+
+def caption() -> int:
+    """Writes a caption for each image."""
+    from unified_mm.inference.loaded import load
+
+    if not IMAGE.value:
+        raise app.UsageError("--mode=caption needs --image=FILE")
+    for path, text in zip(IMAGE.value, load(WORKDIR.value).caption(IMAGE.value), strict=True):
+        say(f"{path}: {text}")
+    return 0
+
+
+def search() -> int:
+    """Lists the images that fit the query best."""
+    import numpy as np
+
+    from unified_mm.inference.loaded import load
+
+    if not QUERY.value:
+        raise app.UsageError('--mode=search needs --query="what to look for"')
+    model = load(WORKDIR.value)
+    paths = searched_images(model.config)
+    scores = model.embed_images(paths) @ model.embed_texts([QUERY.value])[0]
+    for place in np.argsort(-scores, kind="stable")[: TOP.value]:
+        say(f"{scores[place]:.3f}  {paths[place]}")
+    return 0
+
+
+def searched_images(saved: Config) -> list[str]:
+    """Image files of `--images`, or of the evaluation split."""
+    if not IMAGES.value:
+        from unified_mm.data.sources import open_source
+        from unified_mm.training.setup import evaluated_splits, open_split
+
+        config = run_config(saved)
+        source = open_source(config.data)
+        split = open_split(config, source, evaluated_splits(config, source)[0])
+        return [record.image for record in split.manifest.records if record.image]
+    folder = Path(IMAGES.value)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--images={folder} is no folder")
+    kinds = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+    found = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in kinds)
+    if not found:
+        raise FileNotFoundError(f"--images={folder} holds no image ({', '.join(sorted(kinds))})")
+    return found
+
+
+def run_config(saved: Config) -> Config:
+    """A run's config with the data and evaluation fields that this command sets."""
+    fields = saved.as_dict()
+    if CONFIG.value is not None:
+        asked = CONFIG.value.to_dict()
+        for path in overridden(flags.FLAGS["config"]):
+            group, *_ = path.split(".")
+            if group not in ("data", "evaluation", "mesh"):
+                raise ValueError(f"{path} belongs to the run and cannot be changed here")
+            node, source = fields, asked
+            *parents, last = path.split(".")
+            for name in parents:
+                node, source = node[name], source[name]
+            node[last] = source[last]
+    if SPLIT.value:
+        fields["evaluation"]["split"] = SPLIT.value
+    return Config(fields)
+
+
+def refuse_unread(config: Config, fields: list[str]) -> None:
+    """A field that the user set and nothing reads would be a silent mistake."""
+    unread = config.unread(fields)
+    if unread:
+        raise ValueError(
+            f"{', '.join(unread)}: set on the command line, but nothing in this run reads it "
+            "(is the objective or modality it belongs to switched on?)"
+        )
+
+
+def score_table(result: dict) -> str:
+    """Scores beside chance and ceiling, one a line."""
+    lines = [f"{'score':<58}{'value':>9}{'chance':>9}{'ceiling':>9}"]
+    for name, value in result["scores"].items():
+        cells = [value, result["chance"].get(name), result["ceiling"].get(name)]
+        lines.append(
+            f"{name:<58}" + "".join(f"{'' if c is None else f'{c:.3f}':>9}" for c in cells)
+        )
+    return "\n".join(lines)
+
+
+def command() -> str:
+    """This command, to be pasted."""
+    import shlex
+
+    return "python -m unified_mm.main " + " ".join(map(shlex.quote, sys.argv[1:]))
+
+
+def run() -> None:
+    """The entry point: flags, then `main`."""
+    # Orbax tells each of its steps at the level of information: `--verbosity=0` shows them.
+    flags.FLAGS.set_default("verbosity", logging.WARNING)
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,63 @@
+"""What a modality is: data for one example on the host, and an embedder on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+import numpy as np
+
+from unified_mm.data.records import Record
+from unified_mm.registry import resolve
+
+BUILT_IN = {
+    "image": "unified_mm.modalities.image:ImageModality",
+    "text": "unified_mm.modalities.text:TextModality",
+}
+
+
+class Modality(Protocol):
+    """One way of turning raw data into tokens.
+
+    A modality is an immutable, hashable value (a frozen dataclass): it describes shapes and holds
+    no arrays. `batch[name]` is what `prepare` returns, stacked over examples; it always has the
+    key `present` (bool).
+    """
+
+    name: str
+
+    @classmethod
+    def from_config(cls, name: str, options: Mapping[str, Any], resources: Any) -> Modality:
+        """Built from `config.model.modalities.<name>` and what the run shares (`Resources`)."""
+
+    def prepare(self, record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+        """Arrays of one example; `rng` draws augmentations, None asks for the evaluation view."""
+
+    def absent(self) -> dict[str, np.ndarray]:
+        """The same keys and shapes for an example that lacks this modality."""
+
+    def embedder(self, width: int, dtype: Any) -> nn.Module:
+        """A module: `batch[name] -> Tokens` with one group that bears the modality's name."""
+
+
+def build_modalities(options: Mapping[str, Mapping[str, Any]], resources: Any) -> dict[str, Any]:
+    """The modalities of a config, by name, in the order of the sequence: text comes last.
+
+    Args:
+      options: `config.model.modalities`: name -> options, with `type` naming the class (a built-in
+        name or `package.module:attribute`).
+      resources: what modalities share (`Resources`: the data options and the tokenizer).
+
+    Raises:
+      ValueError: an unknown type, or no text.
+    """
+    if "text" not in options:
+        raise ValueError("model.modalities must hold 'text': every objective scores or reads text")
+    ordered = sorted(options, key=lambda name: name == "text")
+    return {
+        name: resolve("modality", options[name]["type"], BUILT_IN).from_config(
+            name, options[name], resources
+        )
+        for name in ordered
+    }

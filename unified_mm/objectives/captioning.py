@@ -1,0 +1,78 @@
+"""Captioning: predict each text token from the context and the tokens before it.
+
+Answering is the same thing with the question as a prompt, which is read and not scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from unified_mm.models.masks import Stream
+from unified_mm.models.unified import Batch, Encoded, UnifiedModel
+from unified_mm.objectives.objective import Outcome, masked_pair
+
+
+@dataclass(frozen=True)
+class Captioning:
+    """Autoregressive cross-entropy in nats a token (Wang et al. 2022, SimVLM, equation 3)."""
+
+    name: str
+    weight: float
+    rule: str
+
+    @classmethod
+    def from_config(cls, name: str, options: Mapping[str, Any]) -> Captioning:
+        return cls(name, float(options["weight"]), str(options["rule"]))
+
+    @property
+    def stream(self) -> Stream:
+        return Stream(self.name, self.rule, autoregressive=True)
+
+    def needs(self) -> tuple[str, ...]:
+        return ()
+
+    def streams(self) -> tuple[Stream, ...]:
+        return (self.stream,)
+
+    def head(self) -> nn.Module | None:
+        return None
+
+    def __call__(
+        self,
+        model: UnifiedModel,
+        encoded: Mapping[str, Encoded],
+        batch: Batch,
+        earlier: Mapping[str, Outcome],
+        *,
+        deterministic: bool,
+    ) -> Outcome:
+        logits = model.logits(encoded[self.name].text[:, :-1])
+        log_likelihood, right, scored = next_token_scores(logits, batch["text"])
+        return Outcome(
+            loss=masked_pair(-log_likelihood, scored),
+            metrics={"accuracy": masked_pair(right.astype(jnp.float32), scored)},
+            extras={},
+        )
+
+
+def next_token_scores(
+    logits: Float[Array, "B T-1 V"], text: Mapping[str, Array]
+) -> tuple[Float[Array, "B T-1"], Bool[Array, "B T-1"], Bool[Array, "B T-1"]]:
+    """What the logits at each token say of the next one.
+
+    Returns:
+      The log-likelihood of the true next token in nats, whether it is the likeliest one, and
+      whether it is scored.
+    """
+    targets = text["ids"][:, 1:]
+    scored = (text["valid"] & text["scored"])[:, 1:] & text["present"][:, None]
+    true_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    log_likelihood = true_logit - jax.nn.logsumexp(logits, axis=-1)
+    return log_likelihood, logits.argmax(-1) == targets, scored

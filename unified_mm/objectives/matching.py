@@ -1,0 +1,156 @@
+"""Image-text matching: does this text belong to this image? (Li et al. 2021, ALBEF, equation 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from unified_mm.models.masks import Stream
+from unified_mm.models.unified import Batch, Encoded, UnifiedModel, text_group
+from unified_mm.objectives.objective import Outcome, masked_pair
+from unified_mm.parallel.layers import Dense
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Each image with its own text, a hard wrong text, and each text with a hard wrong image.
+
+    Where the rule keeps the context from seeing the text, the text alone is run, on the keys and
+    values of the context that the first pass saved; else both are encoded anew.
+
+    Attributes:
+      mine_from: the objective whose similarities say which pairs are hard.
+      context_from: the objective whose pass has encoded the context.
+    """
+
+    name: str
+    weight: float
+    rule: str
+    mine_from: str
+    context_from: str
+
+    @classmethod
+    def from_config(cls, name: str, options: Mapping[str, Any]) -> Matching:
+        return cls(
+            name=name,
+            weight=float(options["weight"]),
+            rule=str(options["rule"]),
+            mine_from=str(options["mine_from"]),
+            context_from=str(options["mine_from"]),
+        )
+
+    @property
+    def stream(self) -> Stream:
+        return Stream(self.name, self.rule)
+
+    def needs(self) -> tuple[str, ...]:
+        return (self.mine_from,)
+
+    def streams(self) -> tuple[Stream, ...]:
+        return ()
+
+    def head(self) -> nn.Module | None:
+        return MatchingHead()
+
+    def __call__(
+        self,
+        model: UnifiedModel,
+        encoded: Mapping[str, Encoded],
+        batch: Batch,
+        earlier: Mapping[str, Outcome],
+        *,
+        deterministic: bool,
+    ) -> Outcome:
+        similarity = jax.lax.stop_gradient(earlier[self.mine_from].extras["similarity"])
+        paired = earlier[self.mine_from].extras["paired"]
+        key = model.make_rng("mining")
+        wrong_text, wrong_image, minable = mine(key, similarity, paired, batch["text"]["ids"])
+        rows = jnp.arange(paired.shape[0])
+        image_rows = jnp.concatenate([rows, rows, wrong_image])
+        text_rows = jnp.concatenate([rows, wrong_text, rows])
+        text = {name: values[text_rows] for name, values in batch["text"].items()}
+        x = self._read(model, encoded, batch, text, image_rows, deterministic)
+        logits = model.head[self.name](x, text["valid"])
+        truth = jnp.arange(logits.shape[0]) < paired.shape[0]
+        counted = jnp.concatenate([paired, minable[0], minable[1]])
+        losses = -jax.nn.log_sigmoid(jnp.where(truth, logits, -logits))
+        right = (logits > 0) == truth
+        return Outcome(
+            loss=masked_pair(losses, counted),
+            metrics={"accuracy": masked_pair(right.astype(jnp.float32), counted)},
+            extras={},
+        )
+
+    def _read(
+        self,
+        model: UnifiedModel,
+        encoded: Mapping[str, Encoded],
+        batch: Batch,
+        text: Mapping[str, Array],
+        image_rows: Int[Array, " C"],
+        deterministic: bool,
+    ) -> Float[Array, "C T D"]:
+        """Text read beside the image of its row, from the saved pass where the rule allows it."""
+        if self._can_reuse(encoded):
+            cache = encoded[self.context_from].cache.select(image_rows)
+            cache = cache.reserve(text_group(self.stream, text["ids"].shape[1]))
+            return model.extend(cache, text, self.stream, deterministic=deterministic)[0]
+        context = {
+            name: jax.tree.map(lambda values: values[image_rows], batch[name])
+            for name in model.context_names
+        }
+        both = {**context, "text": text}
+        return model.encode(both, (self.stream,), deterministic=deterministic)[self.name].text
+
+    def _can_reuse(self, encoded: Mapping[str, Encoded]) -> bool:
+        rule, shared = self.stream.resolved(), encoded[self.context_from].rule
+        return rule.context_to_text == "none" and rule.treats_context_like(shared)
+
+
+class MatchingHead(nn.Module):
+    """One logit from the text's last token, which has read all before it."""
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "C T D"], valid: Bool[Array, "C T"]
+    ) -> Float[Array, " C"]:
+        last = jnp.maximum(valid.sum(1) - 1, 0)
+        token = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+        return Dense((1,), ("embed",), (None,), name="score")(token)[:, 0]
+
+
+def mine(
+    key: Array,
+    similarity: Float[Array, "B B"],
+    paired: Bool[Array, " B"],
+    ids: Int[Array, "B T"],
+) -> tuple[Int[Array, " B"], Int[Array, " B"], tuple[Bool[Array, " B"], Bool[Array, " B"]]]:
+    """Draw hard negatives in proportion to the softmax of their similarity.
+
+    Texts equal to the right one are no negatives.
+
+    Args:
+      key: for the draws.
+      similarity: logits of image (rows) and text (columns).
+      paired: examples that have both.
+      ids: token ids, to tell equal texts.
+
+    Returns:
+      For each image a wrong text, for each text a wrong image, and for each of these whether there
+      was one to draw.
+    """
+    same_text = (ids[:, None, :] == ids[None, :, :]).all(-1)
+    allowed = paired[:, None] & paired[None, :] & ~same_text
+    logits = jnp.where(allowed, similarity, -jnp.inf)
+    for_image, for_text = jax.random.split(key)
+    safe = jnp.where(allowed.any(1)[:, None], logits, 0.0)
+    wrong_text = jax.random.categorical(for_image, safe, axis=1)
+    safe = jnp.where(allowed.any(0)[None, :], logits, 0.0)
+    wrong_image = jax.random.categorical(for_text, safe, axis=0)
+    return wrong_text, wrong_image, (allowed.any(1), allowed.any(0))

@@ -1,0 +1,139 @@
+"""What an objective is, and how several add up to one loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from unified_mm.models.masks import Stream
+from unified_mm.models.unified import Batch, Encoded, UnifiedModel
+from unified_mm.registry import resolve
+
+BUILT_IN = {
+    "contrastive": "unified_mm.objectives.contrastive:Contrastive",
+    "captioning": "unified_mm.objectives.captioning:Captioning",
+    "matching": "unified_mm.objectives.matching:Matching",
+}
+
+# A metric as (sum, count), both float32 []: it adds up over devices, micro-batches and batches.
+Pair = tuple[Any, Any]
+
+
+@struct.dataclass
+class Outcome:
+    """What an objective makes of a batch.
+
+    Attributes:
+      loss: (sum, count); the mean is what training minimises.
+      metrics: further pairs, by name.
+      extras: arrays for the objectives that come later (the similarities that negatives are mined
+        from).
+    """
+
+    loss: Pair
+    metrics: dict[str, Pair]
+    extras: dict[str, Any]
+
+
+class Objective(Protocol):
+    """One thing that is scored; an immutable value.
+
+    Attributes:
+      name: its key under `config.objectives`.
+      weight: of its mean loss in the total.
+    """
+
+    name: str
+    weight: float
+
+    @classmethod
+    def from_config(cls, name: str, options: Mapping[str, Any]) -> Objective:
+        """Built from `config.objectives.<name>`."""
+
+    def needs(self) -> tuple[str, ...]:
+        """Names of the objectives that must come earlier."""
+
+    def streams(self) -> tuple[Stream, ...]:
+        """The texts it wants read in the shared pass over the context."""
+
+    def head(self) -> nn.Module | None:
+        """The parameters it adds to the model, found there as `model.head[name]`."""
+
+    def __call__(
+        self,
+        model: UnifiedModel,
+        encoded: Mapping[str, Encoded],
+        batch: Batch,
+        earlier: Mapping[str, Outcome],
+        *,
+        deterministic: bool,
+    ) -> Outcome:
+        """The loss, from the model bound to its parameters and the pass that it shared."""
+
+
+def build_objectives(options: Mapping[str, Mapping[str, Any]]) -> tuple[Any, ...]:
+    """The objectives of a config whose weight is above zero, each after those it needs.
+
+    Raises:
+      ValueError: an unknown type, none at all, or one that needs another which is switched off.
+    """
+    built = {
+        name: resolve("objective", entry["type"], BUILT_IN).from_config(name, entry)
+        for name, entry in options.items()
+        if entry["weight"] > 0
+    }
+    if not built:
+        raise ValueError("no objective has a weight above 0 (config.objectives.<name>.weight)")
+    for objective in built.values():
+        for other in objective.needs():
+            if other not in built:
+                raise ValueError(
+                    f"objectives.{objective.name} needs objectives.{other}.weight above 0"
+                )
+    return tuple(sorted(built.values(), key=lambda objective: len(objective.needs())))
+
+
+def all_losses(
+    model: UnifiedModel,
+    batch: Batch,
+    objectives: Sequence[Objective],
+    *,
+    deterministic: bool,
+) -> dict[str, Outcome]:
+    """Every objective on one batch, the context encoded once for all that can share it."""
+    streams = [stream for objective in objectives for stream in objective.streams()]
+    encoded = model.encode(batch, streams, deterministic=deterministic) if streams else {}
+    outcomes: dict[str, Outcome] = {}
+    for objective in objectives:
+        outcomes[objective.name] = objective(
+            model, encoded, batch, outcomes, deterministic=deterministic
+        )
+    return outcomes
+
+
+def as_pairs(outcomes: Mapping[str, Outcome]) -> dict[str, Pair]:
+    """Losses and metrics by name: `contrastive/loss`, `contrastive/accuracy`, ..."""
+    pairs = {}
+    for name, outcome in outcomes.items():
+        pairs[f"{name}/loss"] = outcome.loss
+        for key, pair in outcome.metrics.items():
+            pairs[f"{name}/{key}"] = pair
+    return pairs
+
+
+def masked_pair(values: Float[Array, "..."], where: Bool[Array, "..."]) -> Pair:
+    """The sum of `values` where it counts, and how many those are."""
+    return (
+        jnp.where(where, values, 0.0).sum(dtype=jnp.float32),
+        where.sum(dtype=jnp.float32),
+    )
+
+
+def mean(pair: Pair) -> Any:
+    """Of nothing it is 0, so an objective that a batch does not feed adds nothing."""
+    return pair[0] / jnp.maximum(pair[1], 1.0)

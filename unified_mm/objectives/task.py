@@ -1,0 +1,116 @@
+"""A task: the modalities, model and objectives that a config asks for, as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unified_mm.config import Config
+from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.modalities.modality import build_modalities
+from unified_mm.models.transformer import TransformerOptions
+from unified_mm.models.unified import UnifiedModel
+from unified_mm.objectives.objective import Pair, all_losses, as_pairs, build_objectives
+from unified_mm.parallel.sharding import path_of
+
+FUSIONS = {"early": UnifiedModel}
+ABLE = """
+    fusion   contrastive      captioning     answering                 matching
+    early    rule 'separate'  rule 'prefix'  rule 'prefix', a prompt   text reads the image
+"""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What modalities share: the data options and the tokenizer."""
+
+    data: Config
+    tokenizer: TextTokenizer
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything static about what is learned."""
+
+    modalities: Mapping[str, Any]
+    model: UnifiedModel
+    objectives: tuple[Any, ...]
+    tokenizer: TextTokenizer
+
+    def example_batch(self, size: int) -> dict[str, dict[str, np.ndarray]]:
+        """A batch [size, ...] of absent examples: the right keys, shapes and types."""
+        return {
+            name: {key: np.stack([value] * size) for key, value in modality.absent().items()}
+            for name, modality in self.modalities.items()
+        }
+
+    def init(self, key: jax.Array) -> Any:
+        """Parameters, boxed with their logical axis names."""
+        batch = jax.tree.map(jnp.asarray, self.example_batch(2))
+        params, dropout, mining = jax.random.split(key, 3)
+        rngs = {"params": params, "dropout": dropout, "mining": mining}
+        variables = self.model.init(
+            rngs, batch, self.objectives, deterministic=True, method=all_losses
+        )
+        return variables["params"]
+
+    def pairs(
+        self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool
+    ) -> dict[str, Pair]:
+        """Every objective's loss and metrics on a batch, as (sum, count) by name."""
+        dropout, mining = jax.random.split(key)
+        outcomes = self.model.apply(
+            {"params": params},
+            batch,
+            self.objectives,
+            deterministic=deterministic,
+            method=all_losses,
+            rngs={"dropout": dropout, "mining": mining},
+        )
+        return as_pairs(outcomes)
+
+
+def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
+    """The task of a config.
+
+    Raises:
+      ValueError: a fusion, modality or objective that is unknown or cannot do what is asked.
+    """
+    m = config.model
+    if m.fusion not in FUSIONS:
+        raise ValueError(f"model.fusion={m.fusion!r} is unknown. What there is:\n{ABLE}")
+    modalities = build_modalities(m.modalities, Resources(config.data, tokenizer))
+    objectives = build_objectives(config.objectives)
+    options = TransformerOptions(
+        width=m.width,
+        layers=m.layers,
+        heads=m.heads,
+        feed_forward=m.feed_forward,
+        dropout=m.dropout,
+        separate_attention=m.separate_attention,
+        separate_feed_forward=m.separate_feed_forward,
+        rematerialise=m.rematerialise,
+        unroll=m.unroll,
+        dtype=jnp.dtype(m.dtype),
+    )
+    heads = {objective.name: objective.head() for objective in objectives}
+    model = FUSIONS[m.fusion](
+        modalities=modalities,
+        options=options,
+        heads={name: head for name, head in heads.items() if head is not None},
+    )
+    return Task(modalities, model, objectives, tokenizer)
+
+
+def parameter_counts(params: Any) -> dict[str, int]:
+    """How many parameters each part of the model has."""
+    counts: dict[str, int] = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        part = path_of(key_path).split("/")[0]
+        counts[part] = counts.get(part, 0) + int(np.prod(leaf.shape))
+    return counts

@@ -1,0 +1,74 @@
+"""The small parts of every layer, their parameters named by logical axis: dense maps and norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Initializer = Callable[..., Any]
+
+
+def partitioned(initializer: Initializer, *axes: str | None) -> Initializer:
+    """An initializer whose parameter carries logical axis names, for `parallel.sharding`."""
+    return nn.with_logical_partitioning(initializer, axes)
+
+
+class Dense(nn.Module):
+    """`x @ kernel + bias` over the last `len(in_axes)` axes of x, with named axes.
+
+    Attributes:
+      features: output shape, e.g. `(heads, head_width)`.
+      in_axes, out_axes: logical axis names of the kernel; their counts say how many axes of the
+        input are contracted and how many come out.
+      scale: multiplies the initial standard deviation `1 / sqrt(fan_in)`.
+    """
+
+    features: tuple[int, ...]
+    in_axes: tuple[str | None, ...]
+    out_axes: tuple[str | None, ...]
+    scale: float = 1.0
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        contracted = len(self.in_axes)
+        in_shape = x.shape[x.ndim - contracted :]
+        initializer = nn.initializers.variance_scaling(
+            self.scale**2,
+            "fan_in",
+            "truncated_normal",
+            in_axis=tuple(range(contracted)),
+            out_axis=tuple(range(contracted, contracted + len(self.features))),
+        )
+        kernel = self.param(
+            "kernel",
+            partitioned(initializer, *self.in_axes, *self.out_axes),
+            (*in_shape, *self.features),
+        )
+        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=contracted)
+        if self.use_bias:
+            zeros = partitioned(nn.initializers.zeros, *self.out_axes)
+            y = y + self.param("bias", zeros, self.features).astype(self.dtype)
+        return y
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation (Ba et al. 2016) with float32 statistics. [..., D] -> [..., D]."""
+
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        width = x.shape[-1:]
+        scale = self.param("scale", partitioned(nn.initializers.ones, "embed"), width)
+        bias = self.param("bias", partitioned(nn.initializers.zeros, "embed"), width)
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        return (x * scale + bias).astype(self.dtype)

@@ -1,0 +1,39 @@
+"""The device mesh, by config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `data`, `fsdp` and `tensor`.
+
+    Args:
+      sizes: of each axis; one of them may be -1 and takes what devices are left.
+      devices: all of this run's by default.
+
+    Raises:
+      ValueError: sizes that do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = [int(sizes[axis]) for axis in AXES]
+    given = 1
+    for size in shape:
+        given *= size if size != -1 else 1
+    open_axes = shape.count(-1)
+    asked = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    if open_axes > 1 or any(size < 1 and size != -1 for size in shape):
+        raise ValueError(f"{asked}: sizes are at least 1, and one alone may be -1")
+    if open_axes and len(devices) % given == 0:
+        shape[shape.index(-1)] = len(devices) // given
+    elif given != len(devices) or open_axes:
+        raise ValueError(
+            f"{asked} asks for {given} devices{' or a multiple' if open_axes else ''}; "
+            f"this machine has {len(devices)}"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

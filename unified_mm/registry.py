@@ -1,0 +1,35 @@
+"""Names in a config become classes: a built-in name, or `package.module:attribute` from outside."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+
+def resolve(kind: str, name: str, built_in: Mapping[str, str]) -> Any:
+    """The object that `name` stands for.
+
+    Args:
+      kind: what is looked up ("modality", "objective", ...), for messages.
+      name: a key of `built_in`, or the path `package.module:attribute` of anything importable, so
+        that a new modality or objective is a file of the user's and no edit of this package.
+      built_in: the names this package brings, each with its path.
+
+    Raises:
+      ValueError: the name is unknown, or its path leads nowhere.
+    """
+    path = built_in.get(name, name)
+    if ":" not in path:
+        near = difflib.get_close_matches(name, built_in, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"unknown {kind} {name!r}.{hint} Built in: {', '.join(sorted(built_in))}; "
+            "anything else is given as 'package.module:attribute'."
+        )
+    module_name, attribute = path.split(":", 1)
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{kind} {name!r}: cannot import {path!r}: {error}") from error

@@ -1,0 +1,144 @@
+"""Metrics of a run: `metrics.jsonl` is the record, TensorBoard a copy of it to look at.
+
+One line of JSON for each write: {"step": 10, "train/loss": 2.5}. By convention, values that
+depend on the clock have names that begin with `time/`; all others are equal, bit by bit, between
+two runs of one config and seed on one kind of machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, SupportsFloat
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from unified_mm.runs.folder import write_atomically
+
+
+class MetricsWriter:
+    """Writes metrics line by line, so that a kill loses none and a resumed run repeats none.
+
+    path: the JSON lines file.
+    tensorboard: folder for TensorBoard's files, or None for none.
+    resume_step: the step the run goes on from: what is recorded of later steps is dropped, for
+        the run is about to write it again. None: the run starts, all that was recorded goes.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        tensorboard: str | os.PathLike[str] | None = None,
+        *,
+        resume_step: int | None = None,
+    ):
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_after(path, resume_step)
+        self._file = open(path, "a", encoding="utf-8")
+        self._tensorboard = _open_tensorboard(tensorboard, resume_step)
+
+    def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """Appends one line. What is not finite stands as null, for JSON has no NaN."""
+        numbers = {name: float(value) for name, value in values.items()}
+        self._append(step, {name: _json_number(value) for name, value in numbers.items()})
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """Appends a line of text, such as a banner that belongs to the numbers."""
+        self._append(step, {name: text})
+        if self._tensorboard is not None:
+            self._tensorboard.add_text(name, text, step)
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _append(self, step: int, values: Mapping[str, float | str | None]) -> None:
+        if "step" in values:
+            raise ValueError("a metric cannot be named 'step': that is the line's own field")
+        self._file.write(_line({"step": int(step), **values}))
+        self._file.flush()
+
+
+def read_metrics(
+    path: str | os.PathLike[str],
+) -> dict[str, tuple[Int64[np.ndarray, " T"], Float64[np.ndarray, " T"]]]:
+    """Each metric's (steps, values) in the order written; null is NaN, texts are left out.
+
+    A torn last line, as a kill leaves it, is passed over. Raises ValueError that names file and
+    line where another line cannot be read.
+    """
+    columns: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
+    for record in _records(Path(path)):
+        for name, value in record.items():
+            if name != "step" and not isinstance(value, str):
+                columns[name][0].append(record["step"])
+                columns[name][1].append(math.nan if value is None else value)
+    return {
+        name: (np.array(steps, np.int64), np.array(values, np.float64))
+        for name, (steps, values) in columns.items()
+    }
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):  # a whole line ends, so the last is torn
+        try:
+            record = json.loads(line)
+            record["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: not a line of metrics ({error}); "
+                "mend or remove the line to go on"
+            ) from error
+        yield record
+
+
+def _drop_after(path: Path, step: int | None) -> None:
+    if not path.exists():
+        return
+    kept = [r for r in _records(path) if step is not None and r["step"] <= step]
+    write_atomically(path, "".join(map(_line, kept)).encode())
+
+
+def _open_tensorboard(folder: str | os.PathLike[str] | None, resume_step: int | None) -> Any:
+    if folder is None:
+        return None
+    from tensorboardX import SummaryWriter
+
+    # TensorBoard itself passes over the events of earlier files from `purge_step` on.
+    purge_step = 0 if resume_step is None else resume_step + 1
+    # A file's name holds only the second it was opened in; two of one second must not collide.
+    suffix = f".{purge_step}.{os.getpid()}"
+    return SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=suffix)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _json_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

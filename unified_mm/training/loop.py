@@ -1,0 +1,230 @@
+"""The training loop: batches in, checkpoints and metrics out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from unified_mm.data.pipeline import training_batches
+from unified_mm.evaluation.evaluate import evaluate
+from unified_mm.inference.predictor import Predictor
+from unified_mm.parallel.sharding import rule_items, to_global
+from unified_mm.runs.checkpoints import Checkpoints
+from unified_mm.runs.metrics import MetricsWriter
+from unified_mm.training.progress import Progress
+from unified_mm.training.setup import Setup
+from unified_mm.training.signals import StopRequest, stop_on_signals
+from unified_mm.training.state import TrainState, evaluation_params
+from unified_mm.training.step import Measured, make_train_step
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; its state is saved."""
+
+    def __init__(self, step: int, exit_code: int) -> None:
+        super().__init__(f"stopped at step {step}, which is saved")
+        self.step = step
+        self.exit_code = exit_code
+
+
+class NotFinite(RuntimeError):
+    """A loss or gradient became infinite or NaN."""
+
+
+def train(setup: Setup, say: Callable[[str], None]) -> TrainState:
+    """Trains from the newest whole checkpoint, or from the start, to the last step.
+
+    Everything after a step is a function of the config and of the checkpoint before it, so a run
+    that was killed ends in the same bits as one that was not.
+
+    Raises:
+      Stopped: after SIGTERM or Ctrl-C, the state being saved.
+      NotFinite: with the step and the last checkpoint.
+      ValueError: the data is not what the run began with.
+    """
+    options = setup.options
+    with ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(setup.mesh))
+        stack.enter_context(nn.logical_axis_rules(rule_items()))
+        stop = stack.enter_context(stop_on_signals())
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                setup.folder.checkpoints, keep=options.keep, asynchronous=options.asynchronous
+            )
+        )
+        state, start = first_state(setup, checkpoints, say)
+        tensorboard = setup.folder.tensorboard if options.tensorboard else None
+        metrics = stack.enter_context(
+            MetricsWriter(setup.folder.metrics, tensorboard, resume_step=start or None)
+        )
+        if setup.source.banner and not start:
+            metrics.write_text(0, "data/notice", setup.source.banner)
+        run = Run(setup, checkpoints, metrics, stop, say)
+        return run.steps(state, start)
+
+
+def first_state(
+    setup: Setup, checkpoints: Checkpoints, say: Callable[[str], None]
+) -> tuple[TrainState, int]:
+    """The state to go on from, and its step."""
+    if not checkpoints.steps():
+        return setup.make_state(), 0
+    restored = checkpoints.restore(setup.abstract_state)
+    began = restored.metadata["data_fingerprint"]
+    if began != setup.train.fingerprint:
+        raise ValueError(
+            f"the data in {setup.source.folder} is not what this run began with (fingerprint "
+            f"{setup.train.fingerprint[:12]}, then {began[:12]}): give the same data, or another "
+            "--workdir for a new run"
+        )
+    say(f"resuming at step {restored.step} of {setup.options.steps}")
+    return restored.state, restored.step
+
+
+@dataclass
+class Run:
+    """What the steps of one run write to."""
+
+    setup: Setup
+    checkpoints: Checkpoints
+    metrics: MetricsWriter
+    stop: StopRequest
+    say: Callable[[str], None]
+
+    def steps(self, state: TrainState, start: int) -> TrainState:
+        """From step `start` to the last."""
+        options = self.setup.options
+        step_function = make_train_step(
+            self.setup.task,
+            self.setup.optimizer,
+            self.setup.mesh,
+            self.setup.abstract_state,
+            micro_batches=options.micro_batches,
+            average_decay=options.average_decay,
+        )
+        batches = training_batches(
+            self.setup.train.records,
+            self.setup.task.modalities,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            start_step=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=options.threads,
+            workers=options.workers,
+        )
+        since: list[Measured] = []
+        waiting: tuple[int, list[Measured]] | None = None
+        with closing(batches), Progress(start, options.steps, options.batch_size) as progress:  # type: ignore[type-var]
+            for step in range(start + 1, options.steps + 1):
+                state, measured = step_function(state, to_global(next(batches), self.setup.mesh))
+                since.append(measured)
+                last = step == options.steps
+                if step % options.log_every == 0 or last:
+                    # What was asked for an interval ago is done by now: reading it waits for
+                    # nothing that the device still works on.
+                    self.record(waiting, progress)
+                    waiting, since = (step, since), []
+                save = last or step % options.save_every == 0 or self.stop.signal is not None
+                score = options.evaluate_every and step % options.evaluate_every == 0 and not last
+                if save or score:
+                    self.record(waiting, progress)
+                    waiting = None
+                    self.save(step, state)
+                    if self.stop.signal is not None:
+                        raise Stopped(step, self.stop.exit_code)
+                    if score:
+                        self.score(step, state)
+                    progress.pause()
+        self.checkpoints.wait()
+        return state
+
+    def record(self, waiting: tuple[int, list[Measured]] | None, progress: Progress) -> None:
+        """Writes the mean metrics of an interval, and stops the run where one was not finite."""
+        if waiting is None:
+            return
+        step, interval = waiting
+        host = jax.device_get(interval)
+        bad = int(host[-1].bad_step)
+        if bad >= 0:
+            self.not_finite(bad)
+        values = mean_metrics([measured.pairs for measured in host])
+        values["learning_rate"] = float(host[-1].learning_rate)
+        self.metrics.write(step, values | progress.update(step, values))
+
+    def save(self, step: int, state: TrainState) -> None:
+        """A checkpoint, unless the state went bad since metrics were last looked at."""
+        bad = int(state.bad_step)
+        if bad >= 0:
+            self.not_finite(bad)
+        if step in self.checkpoints.steps():
+            return
+        self.checkpoints.save(step, state, self.metadata(step))
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says besides its arrays. The position in the data is the step."""
+        setup = self.setup
+        return {
+            "step": step,
+            "seed": setup.options.seed,
+            "data_source": setup.source.name,
+            "data_fingerprint": setup.train.fingerprint,
+            "notice": setup.source.banner,
+        }
+
+    def not_finite(self, step: int) -> None:
+        """Ends the run: no parameter was touched since the step before."""
+        good = self.checkpoints.steps()
+        where = f"step {good[-1]}" if good else "none yet"
+        raise NotFinite(
+            f"the loss or its gradient is not finite at step {step + 1}; the last good checkpoint "
+            f"is {where}. Lower train.learning_rate, or lengthen train.warmup_steps, in a new "
+            "--workdir."
+        )
+
+    def score(self, step: int, state: TrainState) -> None:
+        """Scores along the way; the best state so far is kept in `best/`."""
+        setup, options = self.setup, self.setup.options
+        predictor = Predictor(setup.task, evaluation_params(state), setup.mesh)
+        scores = evaluate(
+            predictor, setup.splits[options.split], batch_size=options.evaluate_batch
+        ).scores
+        self.metrics.write(step, {f"{options.split}/{name}": v for name, v in scores.items()})
+        value = scores.get(options.best_by)
+        if value is None:
+            raise ValueError(
+                f"evaluation.best_by={options.best_by!r} is no score of this run; there are "
+                f"{', '.join(scores)}"
+            )
+        self.say(f"step {step}: {options.split} {options.best_by} {value:.3f}")
+        keep_best(setup, state, step, value, self.metadata(step))
+
+
+def keep_best(
+    setup: Setup, state: TrainState, step: int, value: float, metadata: Mapping[str, Any]
+) -> None:
+    """Saves the state in `best/` if no earlier one scored as high."""
+    name = setup.options.best_by
+    record = {**metadata, "score": name, "value": value}
+    with Checkpoints(setup.folder.best, keep=1) as best:
+        if best.steps():
+            known = best.metadata()
+            if known["step"] >= step or known["value"] >= value:
+                return
+        best.save(step, state, record)
+
+
+def mean_metrics(steps: list[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]:
+    """Each metric's mean over several steps, weighted by what it counts."""
+    means = {}
+    for name in steps[0]:
+        total = np.sum([np.float64(pairs[name][0]) for pairs in steps])
+        count = np.sum([np.float64(pairs[name][1]) for pairs in steps])
+        means[name] = float(total / count) if count else float("nan")
+    return means

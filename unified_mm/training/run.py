@@ -1,0 +1,115 @@
+"""A whole run: train, score, and what is kept of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unified_mm.evaluation.evaluate import Scores, evaluate
+from unified_mm.inference.predictor import Predictor
+from unified_mm.parallel.flops import matmul_flops
+from unified_mm.parallel.sharding import rule_items
+from unified_mm.runs.metrics import MetricsWriter, read_metrics
+from unified_mm.training.loop import keep_best, train
+from unified_mm.training.setup import Setup, device_name, revision, versions
+from unified_mm.training.state import TrainState, evaluation_params
+
+
+def train_and_score(
+    setup: Setup, say: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Scores]]:
+    """Trains to the end, then scores every split.
+
+    Returns:
+      The contents of `result.json`, and the scores by split with what they were taken from.
+    """
+    began = time.perf_counter()
+    state = train(setup, say)
+    found = score_splits(setup, state, say)
+    return summarise(setup, found, time.perf_counter() - began), found
+
+
+def score_splits(
+    setup: Setup, state: TrainState, say: Callable[[str], None]
+) -> dict[str, Scores]:
+    """Scores of each split; those of the first count for `best/`."""
+    options = setup.options
+    predictor = Predictor(setup.task, evaluation_params(state), setup.mesh)
+    found = {}
+    step = options.steps
+    with MetricsWriter(setup.folder.metrics, None, resume_step=step) as metrics:
+        for name, split in setup.splits.items():
+            say(f"scoring {name}: {len(split.manifest.records)} images")
+            found[name] = evaluate(predictor, split, batch_size=options.evaluate_batch)
+            scores = found[name].scores
+            metrics.write(step, {f"{name}/{key}": value for key, value in scores.items()})
+    value = found[options.split].scores.get(options.best_by)
+    if value is not None and options.evaluate_every:
+        keep_best(setup, state, step, value, {"step": step, "data_source": setup.source.name})
+    return found
+
+
+def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict[str, Any]:
+    """What `result.json` holds."""
+    main = found[setup.options.split]
+    others = {name: each for name, each in found.items() if name != setup.options.split}
+    return {
+        "scores": main.scores | prefixed(others, "scores"),
+        "chance": main.chance | prefixed(others, "chance"),
+        "ceiling": main.ceiling | prefixed(others, "ceiling"),
+        "data": {
+            "source": setup.source.name,
+            "folder": setup.source.folder,
+            "notice": setup.source.banner,
+            "fingerprint": setup.train.fingerprint,
+            "counts": {
+                setup.train.split: len(setup.train.records),
+                **{name: len(split.manifest.records) for name, split in setup.splits.items()},
+            },
+        },
+        "device": device_name(),
+        "versions": versions(),
+        "revision": revision(),
+        "seed": setup.options.seed,
+        "steps": setup.options.steps,
+        "seconds": round(seconds, 1),
+        "flops": training_flops(setup) * setup.options.steps,
+    }
+
+
+def prefixed(found: Mapping[str, Scores], kind: str) -> dict[str, float]:
+    """Scores of further splits, as `split/name`."""
+    return {
+        f"{split}/{name}": value
+        for split, scores in found.items()
+        for name, value in getattr(scores, kind).items()
+    }
+
+
+def training_flops(setup: Setup) -> int:
+    """Floating-point operations of the matrix products in one training step, without recomputation.
+
+    Counted on the forward pass of one batch, times three for the gradient.
+    """
+    batch = jax.eval_shape(
+        lambda: jax.tree.map(jnp.asarray, setup.task.example_batch(setup.options.batch_size))
+    )
+    with jax.set_mesh(setup.mesh), nn.logical_axis_rules(rule_items()):
+        forward = matmul_flops(
+            lambda params, batch, key: setup.task.pairs(params, batch, key, deterministic=True),
+            setup.abstract_state.params,
+            batch,
+            jax.eval_shape(lambda: jax.random.key(0)),
+        )
+    return 3 * forward
+
+
+def learning_curve(setup: Setup, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric of this run."""
+    steps, values = read_metrics(setup.folder.metrics)[name]
+    return steps.tolist(), values.tolist()

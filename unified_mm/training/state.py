@@ -1,0 +1,97 @@
+"""TrainState: everything that a step reads and writes, as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from unified_mm.parallel.sharding import shardings_like, shardings_of, without_names
+from unified_mm.training.optimizer import Optimizer
+
+
+@struct.dataclass
+class TrainState:
+    """The state after `step` steps.
+
+    Attributes:
+      step: int32 [], which is also the position in the data.
+      params: the model's and the objectives' parameters.
+      optimizer: its state.
+      average: exponential moving average of the parameters, or None.
+      key: that every step's randomness is folded from.
+      bad_step: int32 [], the first step whose loss or gradient was not finite, else -1; from
+        there on nothing is updated.
+    """
+
+    step: Any
+    params: Any
+    optimizer: Any
+    average: Any
+    key: Any
+    bad_step: Any
+
+
+def initial_state(
+    init_params: Callable[[jax.Array], Any],
+    make_optimizer: Callable[[Any], Optimizer],
+    mesh: Mesh,
+    seed: int,
+    *,
+    averaged: bool,
+) -> tuple[Callable[[], TrainState], TrainState, Optimizer]:
+    """How to make the first state on a mesh, and what any state of this run looks like.
+
+    Args:
+      init_params: key -> parameters boxed with logical axis names.
+      make_optimizer: parameter shapes -> the optimizer.
+      mesh: to lay everything out on.
+      seed: of the initial parameters and of all steps.
+      averaged: whether a moving average of the parameters is kept.
+
+    Returns:
+      A function that makes the first state (sharded as it is made), the abstract state (shapes,
+      types and shardings), and the optimizer.
+    """
+    boxed = jax.eval_shape(init_params, jax.random.key(seed))
+    param_shardings = shardings_of(boxed, mesh)
+    optimizer = make_optimizer(without_names(boxed))
+
+    def make() -> TrainState:
+        root = jax.random.key(seed)
+        params = without_names(init_params(jax.random.fold_in(root, 0)))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            optimizer=optimizer.transform.init(params),
+            average=jax.tree.map(jnp.copy, params) if averaged else None,
+            key=jax.random.fold_in(root, 1),
+            bad_step=jnp.full((), -1, jnp.int32),
+        )
+
+    shapes = jax.eval_shape(make)
+    replicated = NamedSharding(mesh, P())
+    shardings = TrainState(
+        step=replicated,
+        params=param_shardings,
+        optimizer=shardings_like(shapes.params, param_shardings, shapes.optimizer, replicated),
+        average=param_shardings if averaged else None,
+        key=replicated,
+        bad_step=replicated,
+    )
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+    return jax.jit(make, out_shardings=shardings), abstract, optimizer
+
+
+def evaluation_params(state: TrainState) -> Any:
+    """The parameters that scores are taken with: the moving average where there is one."""
+    return state.params if state.average is None else state.average
