@@ -42,6 +42,8 @@ def say(text: str) -> None:
 
 
 def main(argv: list[str]) -> None:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
     if len(argv) > 1:
         raise app.UsageError(f"not a flag: {' '.join(argv[1:])}")
     if not WORKDIR.value:
@@ -220,8 +222,6 @@ def command() -> str:
 
 def run() -> None:
     """The entry point: flags, then `main`."""
-    # Orbax tells each of its steps at the level of information: `--verbosity=0` shows them.
-    flags.FLAGS.set_default("verbosity", logging.WARNING)
     app.run(main)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from unified_mm.data import coco
 from unified_mm.data.manifest import build_manifest, with_questions
@@ -27,6 +27,7 @@ WORLD_BANNER = (
 )
 
 
+@runtime_checkable
 class Source(Protocol):
     """A named origin of examples, split by split."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import numpy as np
@@ -17,6 +17,7 @@ BUILT_IN = {
 }
 
 
+@runtime_checkable
 class Modality(Protocol):
     """One way of turning raw data into tokens.
 

@@ -63,9 +63,9 @@ class Captioning:
 
 
 def next_token_scores(
-    logits: Float[Array, "B T-1 V"], text: Mapping[str, Array]
-) -> tuple[Float[Array, "B T-1"], Bool[Array, "B T-1"], Bool[Array, "B T-1"]]:
-    """What the logits at each token say of the next one.
+    logits: Float[Array, "B P V"], text: Mapping[str, Array]
+) -> tuple[Float[Array, "B P"], Bool[Array, "B P"], Bool[Array, "B P"]]:
+    """What the logits at each token but the last say of the next one; P = T - 1.
 
     Returns:
       The log-likelihood of the true next token in nats, whether it is the likeliest one, and

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ class Outcome:
     extras: dict[str, Any]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """One thing that is scored; an immutable value.
 

@@ -1,0 +1,117 @@
+"""Tiny tasks, batches and data that many tests share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from unified_mm.config import Config
+from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.default_config import default_config
+from unified_mm.objectives.task import Task, build_task
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}
+TEXTS = [f"a {colour} square of size {n}" for colour in COLOURS for n in range(4)]
+
+
+def config_dict(**changes: Any) -> Any:
+    """The default config, shrunk; `changes` are dotted fields with `__` for the dot."""
+    config = default_config()
+    config.update(
+        {
+            "data": {"image_size": 16, "vocabulary_size": 300, "threads": 1},
+            "model": {"width": 16, "layers": 2, "heads": 2, "feed_forward": 32},
+            "train": {"steps": 4, "batch_size": 8, "warmup_steps": 1, "learning_rate": 1e-3},
+            "evaluation": {"batch_size": 8},
+            "logging": {"every": 2, "tensorboard": False},
+            "checkpoint": {"every": 2},
+        }
+    )
+    config.model.modalities.text.length = 12
+    config.objectives.contrastive.width = 8
+    config.objectives.matching.weight = 1.0
+    for field, value in changes.items():
+        node = config
+        *parents, last = field.split("__")
+        for name in parents:
+            node = node[name]
+        node[last] = value
+    return config
+
+
+def tokenizer() -> TextTokenizer:
+    return TextTokenizer.train(TEXTS, 300)
+
+
+def task(**changes: Any) -> Task:
+    return build_task(Config(config_dict(**changes).to_dict()), tokenizer())
+
+
+def params(task: Task, seed: int = 0) -> Any:
+    """Parameters without boxes, biases and scales moved off their zeros and ones."""
+    from unified_mm.parallel.sharding import without_names
+
+    tree = without_names(jax.jit(task.init)(jax.random.key(seed)))
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    moved = [
+        leaf + 0.1 * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, moved)
+
+
+def batch(task: Task, size: int = 4, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Whole examples: random pixels, random texts of different lengths."""
+    rng = np.random.default_rng(seed)
+    image, text = task.modalities["image"], task.modalities["text"]
+    lengths = rng.integers(4, text.length + 1, size)
+    valid = np.arange(text.length) < lengths[:, None]
+    arrays = {
+        "image": {
+            "pixels": rng.uniform(0, 255, (size, image.size, image.size, 3)).astype(np.float32),
+            "present": np.ones(size, bool),
+        },
+        "text": {
+            "ids": np.where(valid, rng.integers(4, text.vocabulary, valid.shape), 0).astype(
+                np.int32
+            ),
+            "valid": valid,
+            "scored": valid & (np.arange(text.length) > 0),
+            "prompted": np.zeros(size, bool),
+            "present": np.ones(size, bool),
+        },
+    }
+    return jax.tree.map(jnp.asarray, arrays)
+
+
+def write_coco(folder: Path, train: int = 24, val: int = 8) -> Path:
+    """A folder in COCO layout: coloured squares with two captions each."""
+    rng = np.random.default_rng(0)
+    (folder / "annotations").mkdir(parents=True)
+    for split, count in (("train", train), ("val", val)):
+        images, annotations = [], []
+        (folder / "images" / split).mkdir(parents=True)
+        for number in range(count):
+            colour = list(COLOURS)[number % 3]
+            pixels = rng.integers(0, 40, (20, 24, 3)) + 100
+            side = 4 + number % 4
+            pixels[4 : 4 + 2 * side, 4 : 4 + 2 * side] = COLOURS[colour]
+            name = f"{split}/{number}.jpg"
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / name)
+            images.append({"id": number, "file_name": name, "width": 24, "height": 20})
+            annotations += [
+                {"id": 2 * number + i, "image_id": number, "caption": caption}
+                for i, caption in enumerate(
+                    (f"a {colour} square of size {number % 4}", f"{colour}, size {number % 4}")
+                )
+            ]
+        content = {"images": images, "annotations": annotations}
+        (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
+    return folder
