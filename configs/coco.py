@@ -31,8 +31,9 @@ def tiny(config: ConfigDict) -> None:
     config.data.crop_scale = (0.85, 1.0)
     config.data.crop_ratio = (0.95, 1.05)
     config.data.vocabulary_size = 512
-    config.model.modalities.text.length = 40
-    config.train.steps = 600
+    config.model.modalities.text.length = 32
+    config.model.unroll = 4
+    config.train.steps = 500
     config.train.learning_rate = 2e-3
 
 

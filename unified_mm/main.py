@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from unified_mm.config import Config
-from unified_mm.recipes import overridden, resolve_auto
+from unified_mm.recipes import overridden, parse_flags, resolve
 from unified_mm.runs.checkpoints import CheckpointError
 from unified_mm.runs.folder import RunFolder, RunFolderError, read_json, write_json
 
@@ -46,8 +46,7 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
     if len(argv) > 1:
         raise app.UsageError(f"not a flag: {' '.join(argv[1:])}")
-    if not WORKDIR.value:
-        raise app.UsageError("--workdir=FOLDER is needed: the run's folder, e.g. runs/first")
+    workdir()
     modes = {"train": train, "evaluate": evaluate, "caption": caption, "search": search}
     try:
         sys.exit(modes[MODE.value]())
@@ -56,19 +55,26 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
+def workdir() -> str:
+    """The run's folder, which every mode needs."""
+    if not WORKDIR.value:
+        raise app.UsageError("--workdir=FOLDER is needed: the run's folder, e.g. runs/first")
+    return WORKDIR.value
+
+
 def train() -> int:
     """Trains, scores, reports; running it again resumes."""
     from unified_mm.analysis.run_report import write_report
-    from unified_mm.training.loop import Stopped
+    from unified_mm.training.loop import NotFinite, Stopped
     from unified_mm.training.run import train_and_score
     from unified_mm.training.setup import prepare, unseen_accelerator
 
     if CONFIG.value is None:
         raise app.UsageError("--config is needed to train: --config=configs/coco.py")
-    chosen = resolve_auto(CONFIG.value, flags.FLAGS["config"])
-    folder = RunFolder(WORKDIR.value)
+    chosen = resolve(CONFIG.value, flags.FLAGS["config"])
+    folder = RunFolder(workdir())
     with folder.lock():
-        new = folder.create_or_check(chosen.to_dict())
+        new = folder.check(chosen.to_dict())
         if folder.finished and read_json(folder.result)["steps"] >= chosen.train.steps:
             say(f"the run in {folder.path} is finished; see {folder.report}")
             return 0
@@ -78,11 +84,17 @@ def train() -> int:
         config = Config(chosen.to_dict())
         setup = prepare(config, folder, say)
         refuse_unread(config, overridden(flags.FLAGS["config"]))
+        folder.create_or_check(config.as_dict())
+        if not folder.tokenizer.is_file():
+            setup.task.tokenizer.save(folder.tokenizer)
         try:
             result, found = train_and_score(setup, say)
         except Stopped as stop:
             say(f"\n{stop}; to go on, run the same command again:\n  {command()}")
             return stop.exit_code
+        except NotFinite as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         write_report(
             folder, result, config.as_dict(), found[config.evaluation.split], setup.source.banner
         )
@@ -104,7 +116,7 @@ def evaluate() -> int:
     output = Path(OUTPUT.value) if OUTPUT.value else None
     if output is not None and output.exists():
         raise ValueError(f"--output={output} exists and is not overwritten; name a new file")
-    model = load(WORKDIR.value)
+    model = load(workdir())
     config = run_config(model.config)
     source = open_source(config.data)
     if source.banner:
@@ -132,7 +144,7 @@ def caption() -> int:
 
     if not IMAGE.value:
         raise app.UsageError("--mode=caption needs --image=FILE")
-    for path, text in zip(IMAGE.value, load(WORKDIR.value).caption(IMAGE.value), strict=True):
+    for path, text in zip(IMAGE.value, load(workdir()).caption(IMAGE.value), strict=True):
         say(f"{path}: {text}")
     return 0
 
@@ -145,7 +157,7 @@ def search() -> int:
 
     if not QUERY.value:
         raise app.UsageError('--mode=search needs --query="what to look for"')
-    model = load(WORKDIR.value)
+    model = load(workdir())
     paths = searched_images(model.config)
     scores = model.embed_images(paths) @ model.embed_texts([QUERY.value])[0]
     for place in np.argsort(-scores, kind="stable")[: TOP.value]:
@@ -222,7 +234,7 @@ def command() -> str:
 
 def run() -> None:
     """The entry point: flags, then `main`."""
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":

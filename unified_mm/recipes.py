@@ -2,12 +2,65 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
+
+from unified_mm.data.images import resolve_backend
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, but a wrong recipe, size or field is one line and no traceback.
+
+    Raises:
+      SystemExit: with that line.
+    """
+    try:
+        check_recipe(argv)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    return app.parse_flags_with_usage(argv)
+
+
+def check_recipe(argv: list[str]) -> None:
+    """Refuses a recipe that is not there, a size that it has not, and fields that no config has."""
+    given = [value.split("=", 1)[1] for value in argv if value.startswith("--config=")]
+    if not given:
+        return
+    path, _, size = given[-1].partition(":")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--config={given[-1]}: there is no file {path!r}")
+    recipe = _load(path)
+    config = recipe.get_config(size) if size else recipe.get_config()
+    fields = list(_fields(config))
+    for flag in argv:
+        name = flag.split("=", 1)[0]
+        if not name.startswith("--config."):
+            continue
+        field = name.removeprefix("--config.")
+        if field not in fields:
+            near = difflib.get_close_matches(field, fields, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{name}: the config has no field {field!r}{hint}")
+
+
+def resolve(config: ConfigDict, flag: flags.Flag) -> ConfigDict:
+    """The config with everything that depends on this machine decided.
+
+    Args:
+      config: as parsed.
+      flag: the absl flag it came from, which knows the recipe's file and the overrides.
+    """
+    chosen = resolve_auto(config, flag)
+    chosen.data.decoder = resolve_backend(chosen.data.decoder)
+    return chosen
 
 
 def resolve_auto(config: ConfigDict, flag: Any) -> ConfigDict:
@@ -40,6 +93,14 @@ def _load(path: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields and groups."""
+    for name, value in config.items():
+        yield prefix + name
+        if isinstance(value, ConfigDict):
+            yield from _fields(value, f"{prefix}{name}.")
 
 
 def _get(config: ConfigDict, field: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from unified_mm.analysis.report import (
@@ -52,9 +53,9 @@ def retrieval_examples(found: Scores, count: int = 8, shown: int = 6) -> tuple:
         return ()
     first = np.flatnonzero(np.diff(found.image_of_text, prepend=-1))
     examples = []
-    for text in first[np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)]:
+    for text in first[_spread(len(first), count)].tolist():
         order = np.argsort(-(found.image_embeddings @ found.text_embeddings[text]), kind="stable")
-        best = order[:shown]
+        best = order[:shown].tolist()
         examples.append(
             RetrievalExample(
                 found.texts[text],
@@ -69,13 +70,18 @@ def caption_examples(found: Scores, count: int = 12) -> tuple:
     """Evenly spread images with what people and what the model wrote."""
     if not found.captions:
         return ()
-    chosen = np.linspace(0, len(found.images) - 1, min(count, len(found.images))).astype(int)
+    chosen = _spread(len(found.images), count).tolist()
     return tuple(
         CaptionExample(
             picture(found, image), tuple(captions_of(found.images[image])), found.captions[image]
         )
         for image in chosen
     )
+
+
+def _spread(total: int, count: int) -> np.ndarray:
+    """`count` places (or all) evenly spread over `total`."""
+    return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
 def picture(found: Scores, image: int) -> np.ndarray:
@@ -92,7 +98,7 @@ def rule_table(name: str) -> RuleTable:
     groups = (Group("image", "image", 4), Group("text", "text", 5))
     start, parts = 0, []
     for group in groups:
-        part = single_document(np.ones((1, group.length), bool), group)  # type: ignore[arg-type]
+        part = single_document(jnp.ones((1, group.length), bool), group)
         parts.append(part.replace(position=part.position + start))  # type: ignore[attr-defined]
         start += group.length
     tokens = join_metadata(parts)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from unified_mm.models.attention import Cache
 from unified_mm.models.masks import Stream
 from unified_mm.models.unified import UnifiedModel, text_group
 
@@ -39,7 +40,7 @@ def greedy(
     """
     rows, length = prompt.shape
     variables = {"params": params}
-    _, cache = model.apply(variables, batch, stream, method="read_context")
+    cache: Cache = model.apply(variables, batch, stream, method="read_context")[1]  # type: ignore[assignment]
     cache = cache.reserve(text_group(stream, length))
 
     def unfinished(carry: Any) -> Array:

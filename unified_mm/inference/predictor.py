@@ -121,7 +121,8 @@ class Predictor:
 
     def _run(self, name: str, function: Any, batch: Batch) -> np.ndarray:
         def apply(params: Any, batch: Any) -> jax.Array:
-            return self.task.model.apply({"params": params}, batch, method=function)
+            embedded: Any = self.task.model.apply({"params": params}, batch, method=function)
+            return embedded
 
         return self._call(name, apply, batch)
 

@@ -120,7 +120,9 @@ class ImageEmbedder(nn.Module):
         return Tokens(blank(x, valid), single_document(valid, group))
 
 
-def patchify(pixels: Float[Array, "B height width C"], patch: int) -> Float[Array, "B down across P"]:
+def patchify(
+    pixels: Float[Array, "B height width C"], patch: int
+) -> Float[Array, "B down across P"]:
     """Cut pictures into squares: P = patch * patch * C, row by row, channels last."""
     batch, height, width, channels = pixels.shape
     if height % patch or width % patch:

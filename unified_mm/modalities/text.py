@@ -63,7 +63,7 @@ class TextModality:
         questions = [text for text in texts if text.prompt]
         if captions and questions:
             texts = questions if rng.random() < self.question_share else captions
-        return texts[rng.integers(len(texts))]
+        return texts[int(rng.integers(len(texts)))]
 
     def encode(self, prompt: str, target: str) -> dict[str, np.ndarray]:
         """`ids` int32 [T], `valid` and `scored` bool [T], `prompted` and `present` bool []."""
@@ -112,10 +112,14 @@ class TextEmbedder(nn.Module):
         valid = batch["valid"] & batch["present"][:, None]
         ids = jnp.where(valid, batch["ids"], 0)
         places = start + jnp.arange(ids.shape[1])
+        # Whole rows are looked up: were their width still divided, as the table is kept, the
+        # gradient of every token would have to be gathered on every device.
+        table = nn.with_logical_constraint(self.table, ("vocabulary", None))
         # Unit variance in, like the patches; the table itself is small, for the tied head.
-        x = self.table[ids] * self.width**0.5 + self.positions[places] + self.modality
+        x = table[ids] * self.width**0.5 + self.positions[places] + self.modality
         x = jnp.where(valid[..., None], x, 0).astype(self.dtype)
-        metadata = single_document(valid, Group(self.name_of_group, self.name_of_group, ids.shape[1]))
+        group = Group(self.name_of_group, self.name_of_group, ids.shape[1])
+        metadata = single_document(valid, group)
         return Tokens(x, metadata.replace(position=metadata.position + start))  # type: ignore[attr-defined]
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

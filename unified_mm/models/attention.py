@@ -61,8 +61,8 @@ class Cache:
         def put(slots: Array, values: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(slots, values, self.length, axis=1)
 
-        written = jax.tree.map(put, self.metadata, new.replace(groups=self.metadata.groups))  # type: ignore[attr-defined]
-        return written
+        same_groups = new.replace(groups=self.metadata.groups)  # type: ignore[attr-defined]
+        return jax.tree.map(put, self.metadata, same_groups)
 
 
 @struct.dataclass

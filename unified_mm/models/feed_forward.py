@@ -15,7 +15,7 @@ from unified_mm.parallel.layers import Dense
 
 
 class Mlp(nn.Module):
-    """Two dense maps with a GELU between (Vaswani et al. 2017, equation 2). [..., D] -> [..., D]."""
+    """Two dense maps, a GELU between (Vaswani et al. 2017, equation 2). [..., D] -> [..., D]."""
 
     hidden: int
     output_scale: float = 1.0

@@ -64,7 +64,7 @@ class Task:
     ) -> dict[str, Pair]:
         """Every objective's loss and metrics on a batch, as (sum, count) by name."""
         dropout, mining = jax.random.split(key)
-        outcomes = self.model.apply(
+        outcomes: Any = self.model.apply(
             {"params": params},
             batch,
             self.objectives,

@@ -91,16 +91,19 @@ class RunFolder:
         Returns whether the run is new. Raises `ConfigDifference` that lists every other
         difference, `RunFolderError` where the folder holds something else; neither writes.
         """
+        new = self.check(config)
+        if new or read_json(self.config) != _as_json(config):
+            write_json(self.config, config)
+        return new
+
+    def check(self, config: Mapping[str, Any]) -> bool:
+        """As `create_or_check`, and writes nothing."""
         self._refuse_foreign_folder()
         if not self.exists:
-            write_json(self.config, config)
             return True
-        saved, asked = read_json(self.config), _as_json(config)
-        found = differences(saved, asked)
+        found = differences(read_json(self.config), _as_json(config))
         if found:
             raise ConfigDifference(self._explain(found))
-        if saved != asked:
-            write_json(self.config, asked)
         return False
 
     @contextlib.contextmanager

@@ -156,16 +156,19 @@ def open_split(config: Config, source: Source, name: str) -> Split:
 
 def run_tokenizer(config: Config, folder: RunFolder, train: Manifest) -> TextTokenizer:
     """The run's own tokenizer: the one kept in it, else one given, else one trained now."""
+    given = config.data.tokenizer
+    size = config.data.vocabulary_size
     if folder.tokenizer.is_file():
         return TextTokenizer.load(folder.tokenizer)
-    if config.data.tokenizer:
-        tokenizer = TextTokenizer.load(Path(config.data.tokenizer).expanduser())
-    else:
-        texts = [part for record in train.records for text in record.texts
-                 for part in (text.prompt, text.target) if part]
-        tokenizer = TextTokenizer.train(texts, config.data.vocabulary_size)
-    tokenizer.save(folder.tokenizer)
-    return tokenizer
+    if given:
+        return TextTokenizer.load(Path(given).expanduser())
+    return TextTokenizer.train(training_texts(train), size)
+
+
+def training_texts(train: Manifest) -> list[str]:
+    """Every prompt and every text that is to be written."""
+    texts = [text for record in train.records for text in record.texts]
+    return [part for text in texts for part in (text.prompt, text.target) if part]
 
 
 def check_batch(options: LoopOptions, mesh: Mesh) -> None:

@@ -76,7 +76,8 @@ def gradients(
     def add(total: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, differentiate(params, *part, counts)), None
 
-    first = jax.eval_shape(differentiate, params, *jax.tree.map(lambda x: x[0], (parts, keys)), counts)
+    one_part = jax.tree.map(lambda x: x[0], (parts, keys))
+    first = jax.eval_shape(differentiate, params, *one_part, counts)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
     return jax.lax.scan(add, zeros, (parts, keys))[0]
 
@@ -90,14 +91,16 @@ def make_train_step(
     micro_batches: int = 1,
     average_decay: float = 0.0,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Measured]]:
-    """The compiled step: state and global batch -> next state (the old one is donated), metrics."""
+    """The compiled step: state and batch -> next state (the old one is donated), and metrics."""
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Pairs]:
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Measured]:
         key = jax.random.fold_in(state.key, state.step)
         gradient, pairs = gradients(
             task, state.params, batch, key, micro_batches
         )
-        updates, optimizer_state = optimizer.transform.update(gradient, state.optimizer, state.params)
+        updates, optimizer_state = optimizer.transform.update(
+            gradient, state.optimizer, state.params
+        )
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if average is not None:

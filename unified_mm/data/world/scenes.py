@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 SHAPES = ("sphere", "cube", "cylinder")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "cyan", "black")
@@ -22,6 +22,8 @@ ATTRIBUTES = {"size": SIZES, "material": MATERIALS, "colour": COLOURS, "shape": 
 HELD_OUT = tuple((colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS))
 
 SPLITS = ("train", "val", "test_composition")  # the position is part of each scene's seed
+
+Places = float | Float[np.ndarray, "..."]
 
 # Half width and half height as shares of an object's radius, so that all shapes look equally big.
 PROPORTIONS = {"sphere": (1.0, 1.0), "cube": (0.8, 0.8), "cylinder": (0.8, 0.95)}
@@ -46,7 +48,7 @@ class WorldSpec:
     spans: tuple[float, ...] = (0.48, 0.40, 0.33, 0.30)
     small_ratio: float = 0.62
     supersample: int = 2
-    version: int = 1
+    version: int = 2
 
     def __post_init__(self) -> None:
         if len(self.object_weights) != len(self.spans) or not self.spans:
@@ -113,11 +115,11 @@ class Camera:
     def position(self) -> Float[np.ndarray, " 3"]:
         return np.array([0.0, 0.0, self.height]) - self.distance * self.axes()[2]
 
-    def project(self, points: Float[np.ndarray, "P 3"]) -> Float[np.ndarray, "P 3"]:
+    def project(self, points: Float[np.ndarray, "*batch 3"]) -> Float[np.ndarray, "*batch 3"]:
         """World points to (image x, image y, depth along the view)."""
-        right, up, depth = ((points - self.position()) @ self.axes().T).T
+        right, up, depth = np.moveaxis((points - self.position()) @ self.axes().T, -1, 0)
         scale = 0.5 * self.focal / depth
-        return np.stack([0.5 + right * scale, 0.5 - up * scale, depth], axis=1)
+        return np.stack([0.5 + right * scale, 0.5 - up * scale, depth], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -134,40 +136,51 @@ class Scene:
         return self.camera.project(np.array([thing.centre for thing in self.objects]))
 
 
-def outline(thing: Object) -> Float[np.ndarray, "P 3"]:
-    """Points whose convex hull is the object (for a sphere, up to 1 % of its radius)."""
-    height = thing.half_height
-    if thing.shape == "cube":
-        turn = thing.rotation + math.pi / 4 + math.pi / 2 * np.arange(4)
-        rings = [
-            (thing.half_width * math.sqrt(2), -height),
-            (thing.half_width * math.sqrt(2), height),
-        ]
+def _unit_hull(shape: str) -> Float[np.ndarray, "P 3"]:
+    """Points whose convex hull is a body of radius 1 about its centre, `rotation` 0."""
+    width, height = PROPORTIONS[shape]
+    if shape == "cube":
+        turn = math.pi / 4 + math.pi / 2 * np.arange(4)
+        rings = [(width * math.sqrt(2), -height), (width * math.sqrt(2), height)]
+    elif shape == "cylinder":
+        turn = math.pi / 8 * np.arange(16)
+        rings = [(width, -height), (width, height)]
     else:
         turn = math.pi / 8 * np.arange(16)
-        if thing.shape == "cylinder":
-            rings = [(thing.half_width, -height), (thing.half_width, height)]
-        else:
-            tilt = math.pi / 12 * np.arange(-6, 7)
-            rings = [(thing.radius * math.cos(a), thing.radius * math.sin(a)) for a in tilt]
-    ring = np.stack([np.cos(turn), np.sin(turn)], axis=1)
-    points = [np.column_stack([ring * width, np.full(len(turn), z)]) for width, z in rings]
-    return np.concatenate(points) + np.array(thing.centre)
+        rings = [(math.cos(tilt), math.sin(tilt)) for tilt in math.pi / 12 * np.arange(-6, 7)]
+    circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    return np.concatenate(
+        [np.column_stack([circle * reach, np.full(len(turn), z)]) for reach, z in rings]
+    )
 
 
-def screen_box(camera: Camera, thing: Object) -> tuple[float, float, float, float]:
-    """The box around an object in the picture: left, top, right, bottom in image coordinates."""
-    seen = camera.project(outline(thing))
-    left, top = seen[:, :2].min(axis=0)
-    right, bottom = seen[:, :2].max(axis=0)
-    return float(left), float(top), float(right), float(bottom)
+HULLS = {shape: _unit_hull(shape) for shape in SHAPES}
+
+
+def outline(thing: Object) -> Float[np.ndarray, "P 3"]:
+    """Points whose convex hull is the object (for a sphere, up to 2 % of its radius)."""
+    return _outlines(thing.shape, thing.x, thing.y, thing.rotation, thing.radius)
+
+
+def _outlines(shape: str, x: Places, y: Places, rotation: Places, radius: Places) -> np.ndarray:
+    """`outline` of many objects of one shape: `[..., P, 3]` for numbers of shape `[...]`."""
+    x, y, rotation, radius = (np.asarray(number)[..., None] for number in (x, y, rotation, radius))
+    along, across, up = HULLS[shape].T
+    cos, sin = radius * np.cos(rotation), radius * np.sin(rotation)
+    points = (
+        x + cos * along - sin * across,
+        y + sin * along + cos * across,
+        radius * (PROPORTIONS[shape][1] + up),
+    )
+    return np.stack(points, axis=-1)
 
 
 # Framing. Sides are said of every pair, so no two centres are closer than this in image x.
 MIN_SIDE_GAP = 0.11
 MARGIN = 0.015  # between an object and the picture's edge
 MAX_COVERED = 0.15  # share of an object's box under the boxes of nearer ones
-ATTEMPTS = 3000
+DRAWS = 32  # placements tried at once
+MAX_DRAWS = 3200
 
 
 def sample_scene(spec: WorldSpec, split: str, index: int) -> Scene:
@@ -187,14 +200,14 @@ def sample_scene(spec: WorldSpec, split: str, index: int) -> Scene:
     camera, light = _sample_view(rng)
     words = _sample_words(rng, count, compose=split == "test_composition")
     identity = number * 1_000_000 + index
-    for _ in range(ATTEMPTS):
-        objects = _place(rng, spec, camera, words)
-        if _framed(camera, objects):
-            order = np.argsort(camera.project(np.array([o.centre for o in objects]))[:, 0])
-            return Scene(identity, tuple(objects[i] for i in order), camera, light)
+    for _ in range(MAX_DRAWS // DRAWS):
+        drawn = _draw_places(rng, spec, camera, words)
+        framed = np.flatnonzero(_framed(camera, words, drawn))
+        if len(framed):
+            return Scene(identity, _left_to_right(camera, words, drawn[:, framed[0]]), camera, light)
     raise ValueError(
         f"world: {count} objects of span {spec.spans[count - 1]} found no place in {split} scene "
-        f"{index} within {ATTEMPTS} attempts; make WorldSpec.spans smaller"
+        f"{index} within {MAX_DRAWS} draws; make WorldSpec.spans smaller"
     )
 
 
@@ -215,60 +228,90 @@ def _sample_words(rng: np.random.Generator, count: int, compose: bool) -> list[d
     """Four words an object, no two objects alike; with `compose`, one object of a held-out pair."""
     words: list[dict[str, str]] = []
     while len(words) < count:
-        word = {name: str(rng.choice(values)) for name, values in ATTRIBUTES.items()}
+        word = {name: values[rng.integers(len(values))] for name, values in ATTRIBUTES.items()}
         held_out = (word["colour"], word["shape"]) in HELD_OUT
         if held_out == (compose and not words) and word not in words:
             words.append(word)
     return words
 
 
-def _place(
+def _draw_places(
     rng: np.random.Generator, spec: WorldSpec, camera: Camera, words: list[dict[str, str]]
-) -> list[Object]:
-    """One draw of places: columns across the picture in random order, any depth."""
+) -> Float[np.ndarray, "4 draws N"]:
+    """x, y, rotation and radius: columns across the picture in random order, any depth."""
     count = len(words)
+    shape = (DRAWS, count)
     right, forward = camera.axes()[0], camera.axes()[2] / math.cos(camera.elevation)
-    reach = (0.0, 0.55, 0.68, 0.74, 0.78)[min(count, 4) if count > 1 else 0]
-    columns = np.linspace(-reach, reach, count)[rng.permutation(count)]
-    objects = []
-    for word, column in zip(words, columns, strict=True):
-        radius = spec.spans[count - 1] * (spec.small_ratio if word["size"] == "small" else 1.0)
-        radius *= rng.uniform(0.96, 1.04)
-        across = column + rng.uniform(-0.2, 0.2)
-        along = rng.uniform(-0.15, 0.15) if count == 1 else rng.uniform(-1.0, 1.3)
-        x, y = across * right[:2] + along * forward[:2]
-        # A corner of a cube towards the camera, so that three faces show.
-        rotation = camera.azimuth + math.radians(rng.uniform(20, 70))
-        objects.append(Object(**word, x=float(x), y=float(y), rotation=rotation, radius=radius))
-    return objects
+    reach = (0.0, 0.0, 0.68, 0.74, 0.78)[min(count, 4)]
+    columns = rng.permuted(np.tile(np.linspace(-reach, reach, count), (DRAWS, 1)), axis=1)
+    across = columns + rng.uniform(-0.2, 0.2, shape)
+    along = rng.uniform(*((-0.15, 0.15) if count == 1 else (-1.0, 1.3)), shape)
+    # A corner of a cube towards the camera, so that three faces show.
+    rotation = camera.azimuth + np.radians(rng.uniform(20, 70, shape))
+    sizes = np.array([spec.small_ratio if word["size"] == "small" else 1.0 for word in words])
+    radius = spec.spans[count - 1] * sizes * rng.uniform(0.96, 1.04, shape)
+    x, y = (across * right[i] + along * forward[i] for i in range(2))
+    return np.stack([x, y, rotation, radius])
 
 
-def _framed(camera: Camera, objects: list[Object]) -> bool:
-    places = camera.project(np.array([thing.centre for thing in objects]))
-    if len(objects) > 1 and np.diff(np.sort(places[:, 0])).min() < MIN_SIDE_GAP:
-        return False
-    boxes = np.array([screen_box(camera, thing) for thing in objects])
-    if boxes.min() < MARGIN or boxes.max() > 1 - MARGIN:
-        return False
-    return all(
-        sum(_shared(box, boxes[j]) for j in range(len(objects)) if places[j, 2] < places[i, 2])
-        <= MAX_COVERED
-        for i, box in enumerate(boxes)
-    ) and not _touching(objects)
-
-
-def _shared(box: Float[np.ndarray, " 4"], other: Float[np.ndarray, " 4"]) -> float:
-    """The share of `box` that lies under `other`."""
-    overlap = np.clip(np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2]), 0, None)
-    return float(overlap.prod() / (box[2:] - box[:2]).prod())
-
-
-def _touching(objects: list[Object]) -> bool:
-    """Whether the ground circles of two objects meet."""
-    reach = [o.half_width * (math.sqrt(2) if o.shape == "cube" else 1.0) for o in objects]
-    return any(
-        math.hypot(a.x - b.x, a.y - b.y) < reach[i] + reach[j]
-        for i, a in enumerate(objects)
-        for j, b in enumerate(objects)
-        if i < j
+def _framed(
+    camera: Camera, words: list[dict[str, str]], drawn: Float[np.ndarray, "4 draws N"]
+) -> Bool[np.ndarray, " draws"]:
+    """Which draws show every object wholly, hardly covered, and with clear sides."""
+    x, y, _, radius = drawn
+    shapes = [word["shape"] for word in words]
+    heights = radius * [PROPORTIONS[shape][1] for shape in shapes]
+    seen = camera.project(np.stack([x, y, heights], axis=-1))
+    gaps = np.diff(np.sort(seen[..., 0], axis=1), axis=1)
+    clear = (gaps >= MIN_SIDE_GAP).all(axis=1) & ~_touching(shapes, x, y, radius)
+    # Outlines cost the most: only of draws that are good so far.
+    left = np.flatnonzero(clear)
+    boxes = np.stack(
+        [_boxes(camera, _outlines(shape, *drawn[:, left, i])) for i, shape in enumerate(shapes)],
+        axis=1,
     )
+    inside = (boxes.min(axis=(1, 2)) >= MARGIN) & (boxes.max(axis=(1, 2)) <= 1 - MARGIN)
+    clear[left] = inside & (_covered(boxes, seen[left, :, 2]) <= MAX_COVERED).all(axis=1)
+    return clear
+
+
+def _touching(
+    shapes: list[str],
+    x: Float[np.ndarray, "draws N"],
+    y: Float[np.ndarray, "draws N"],
+    radius: Float[np.ndarray, "draws N"],
+) -> Bool[np.ndarray, " draws"]:
+    """Whether the ground circles of two objects meet."""
+    corner = {"sphere": 1.0, "cube": math.sqrt(2), "cylinder": 1.0}
+    reach = radius * [PROPORTIONS[shape][0] * corner[shape] for shape in shapes]
+    first, second = np.triu_indices(len(shapes), 1)
+    apart = np.hypot(x[:, first] - x[:, second], y[:, first] - y[:, second])
+    return (apart < reach[:, first] + reach[:, second]).any(axis=1)
+
+
+def _boxes(camera: Camera, points: Float[np.ndarray, "draws P 3"]) -> Float[np.ndarray, "draws 4"]:
+    """The boxes around objects in the picture: left, top, right, bottom in image coordinates."""
+    seen = camera.project(points)[..., :2]
+    return np.concatenate([seen.min(axis=1), seen.max(axis=1)], axis=1)
+
+
+def _covered(
+    boxes: Float[np.ndarray, "draws N 4"], depths: Float[np.ndarray, "draws N"]
+) -> Float[np.ndarray, "draws N"]:
+    """The share of each object's box that lies under the boxes of nearer ones, at most."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    overlap = np.minimum(high[:, :, None], high[:, None]) - np.maximum(low[:, :, None], low[:, None])
+    shared = np.clip(overlap, 0, None).prod(axis=-1) / (high - low).prod(axis=-1)[:, :, None]
+    nearer = depths[:, None, :] < depths[:, :, None]
+    return (shared * nearer).sum(axis=2)
+
+
+def _left_to_right(
+    camera: Camera, words: list[dict[str, str]], place: Float[np.ndarray, "4 N"]
+) -> tuple[Object, ...]:
+    objects = [
+        Object(**word, x=x, y=y, rotation=rotation, radius=radius)
+        for word, (x, y, rotation, radius) in zip(words, place.T.tolist(), strict=True)
+    ]
+    seen = camera.project(np.array([thing.centre for thing in objects]))
+    return tuple(objects[i] for i in np.argsort(seen[:, 0]))

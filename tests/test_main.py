@@ -1,0 +1,217 @@
+"""The command as a user types it, on a small folder in COCO layout."""
+
+import json
+import re
+from pathlib import Path
+
+import commands
+import numpy as np
+import pytest
+import tiny
+import unified_mm
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TINY = f"--config={CONFIGS / 'coco.py'}:tiny"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.write_coco(tmp_path_factory.mktemp("data") / "coco")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNIFIED_MM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def train(data, workdir, *more, config=TINY):
+    return commands.run(
+        config, *commands.SMALL, f"--config.data.dir={data}", f"--workdir={workdir}", *more
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run of four steps with every objective and evaluations on the way."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    more = ("--config.objectives.matching.weight=1.0", "--config.evaluation.every=2")
+    assert train(data, folder, *more) == 0
+    return folder
+
+
+def test_a_run_is_a_folder(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        "config.json",
+        "tokenizer.json",
+        "checkpoints",
+        "best",
+        "metrics.jsonl",
+        "tensorboard",
+        "result.json",
+        "report.html",
+    }
+    result = json.loads((finished / "result.json").read_text())
+    assert result["scores"].keys() >= {
+        "text_to_image/recall_at_1",
+        "text_to_image/median_rank",
+        "image_to_text/recall_at_10",
+        "single_caption/text_to_image/recall_at_1",
+        "caption/cider_d",
+        "caption/bleu_4",
+        "caption/rouge_l",
+    }
+    assert result.keys() >= {
+        "chance", "ceiling", "data", "device", "versions", "revision", "seed", "seconds", "flops",
+    }  # fmt: skip
+    assert result["data"]["counts"] == {"train": 24, "val": 8}
+    assert result["flops"] > 0
+
+
+def test_metrics_hold_every_loss_by_step(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    losses = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in losses] == [2, 4]
+    for line in losses:
+        expected = sum(line[f"{name}/loss"] for name in ("contrastive", "captioning", "matching"))
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+    assert [line["step"] for line in lines if "val/caption/cider_d" in line] == [2, 4]
+
+
+def test_the_report_asks_nothing_of_the_network(finished):
+    page = (finished / "report.html").read_text()
+    assert "recall_at_1" in page or "R@1" in page
+    assert not re.search(r"""(src|href)\s*=\s*["']?https?:""", page)
+
+
+def test_a_finished_run_says_so(finished, data, capsys):
+    before = (finished / "result.json").read_bytes()
+    more = ("--config.objectives.matching.weight=1.0", "--config.evaluation.every=2")
+    assert train(data, finished, *more) == 0
+    assert "finished" in capsys.readouterr().out
+    assert (finished / "result.json").read_bytes() == before
+
+
+def test_another_config_is_refused_with_the_differences(finished, data, capsys):
+    assert train(data, finished, "--config.seed=5", "--config.model.dropout=0.1") == 1
+    error = capsys.readouterr().err
+    assert "seed: run has 0, command asks 5" in error
+    assert "model.dropout: run has 0.0, command asks 0.1" in error
+
+
+def test_evaluate_scores_another_folder(finished, data, tmp_path, capsys):
+    output = tmp_path / "scores.json"
+    evaluate = ("--mode=evaluate", f"--workdir={finished}", "--split=train", f"--output={output}")
+    assert commands.run(*evaluate) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["split"] == "train" and result == json.loads(output.read_text())
+    assert commands.run(*evaluate) == 1
+    assert "not overwritten" in capsys.readouterr().err
+    assert commands.run("--mode=evaluate", f"--workdir={finished}", "--split=nope") == 1
+    assert "train, val" in capsys.readouterr().err
+
+
+def test_caption_and_search(finished, data, capsys):
+    images = [str(data / "images" / "val" / f"{i}.jpg") for i in range(2)]
+    assert commands.run(
+        "--mode=caption", f"--workdir={finished}", *(f"--image={path}" for path in images)
+    ) == 0
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == images
+    search = ("--mode=search", f"--workdir={finished}", "--query=a red square")
+    assert commands.run(*search, f"--images={data / 'images' / 'val'}", "--top=3") == 0
+    found = capsys.readouterr().out.splitlines()
+    assert len(found) == 3
+    values = [float(line.split()[0]) for line in found]
+    assert values == sorted(values, reverse=True)
+    assert commands.run(*search, f"--images={data / 'annotations'}") == 1
+    assert "holds no image" in capsys.readouterr().err
+
+
+def test_load_gives_the_model(finished, data):
+    model = unified_mm.load(finished)
+    assert model.step == 4
+    path = data / "images" / "val" / "0.jpg"
+    vectors = model.embed_images([path, path])
+    assert vectors.shape == (2, 128) and vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.linalg.norm(model.embed_texts(["a red cube left of a ball"]), axis=1), 1, rtol=1e-5
+    )
+    assert isinstance(model.caption([path])[0], str)
+    assert {"transformer", "embedders_image", "embedders_text"} <= model.params.keys()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.data.dirr=x", "did you mean data.dir"),
+        ("--config.model.moddalities.image.patch=4", "did you mean model.modalities.image.patch"),
+        ("--config.objectives.matching.rule=joint", "nothing in this run reads it"),
+        ("--config.model.fusion=sideways", "early"),
+        ("--config.objectives.captioning.rule=joint", "would see the one it must predict"),
+        ("--config.train.batch_size=7", "train.batch_size=7"),
+        ("--config.mesh.tensor=3", "mesh.tensor=3"),
+        ("--config.model.modalities.image.patch=5", "no multiple"),
+        ("--config.evaluation.split=nope", "train, val"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(data, tmp_path, capsys, flag, message):
+    assert train(data, tmp_path / "run", flag) == 1
+    assert message in capsys.readouterr().err
+    written = {path.name for path in (tmp_path / "run").glob("*")} if data else set()
+    assert written <= {".lock"}
+
+
+def test_a_wrong_data_folder_is_an_error_and_never_the_world(tmp_path, capsys):
+    assert train(tmp_path / "nothing", tmp_path / "run") == 1
+    said = capsys.readouterr()
+    assert str(tmp_path / "nothing") in said.err and "world" not in said.out
+
+
+@pytest.mark.parametrize("arguments", [("--workdir=x",), (TINY,), ("--config=none.py",)])
+def test_what_is_missing_is_named(arguments, capsys):
+    assert commands.run(*arguments) == 1
+    assert re.search("--config|--workdir|none.py", capsys.readouterr().err)
+
+
+def test_two_runs_of_one_seed_have_equal_metrics(data, tmp_path):
+    lines = []
+    for name in ("a", "b"):
+        assert train(data, tmp_path / name) == 0
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        lines.append(
+            [
+                {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
+                for line in text.splitlines()
+            ]
+        )
+    assert lines[0] == lines[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys):
+    more = (
+        "--config.train.learning_rate=1e38",
+        "--config.train.clip_norm=1e38",
+        "--config.train.warmup_steps=0",
+        "--config.logging.every=1",
+    )
+    assert train(data, tmp_path / "run", *more) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"not finite at step \d", error) and "last good checkpoint" in error
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+RECIPES = [
+    (path, size)
+    for path in sorted(CONFIGS.glob("*.py"))
+    for size in ("tiny", "base", "large")
+]
+
+
+@pytest.mark.parametrize(("path", "size"), RECIPES, ids=lambda each: getattr(each, "stem", each))
+def test_every_recipe_shrunk_runs_a_step(path, size, data, tmp_path):
+    more = ("--config.train.steps=1", "--config.model.modalities.image.patch=8")
+    assert train(data, tmp_path / "run", *more, config=f"--config={path}:{size}") == 0
+    assert (tmp_path / "run" / "result.json").is_file()

@@ -1,0 +1,140 @@
+"""How fast this device trains and reads: `python -m unified_mm.bench` (`--config=configs/coco.py`).
+
+MFU is the share of the device's measured matrix-product peak that the model's own products reach
+(Chowdhery et al. 2022, appendix B): 3 x the forward products of a step, nothing that is recomputed.
+One line of JSON comes last.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from itertools import cycle, islice
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from unified_mm.config import Config
+from unified_mm.data.pipeline import training_batches
+from unified_mm.parallel.sharding import rule_items, to_global
+from unified_mm.recipes import parse_flags, resolve
+from unified_mm.runs.folder import RunFolder
+from unified_mm.training.run import training_flops
+from unified_mm.training.setup import Setup, device_name, prepare, revision, versions
+from unified_mm.training.step import make_train_step
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/coco.py", "The recipe to measure.")
+STEPS = flags.DEFINE_integer("steps", 10, "Steps to time, after two that warm up.", lower_bound=1)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    config = Config(resolve(CONFIG.value, flags.FLAGS["config"]).to_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(prepare(config, RunFolder(folder), print), STEPS.value)
+    for name, value in result.items():
+        print(f"{name:<28}{value}")
+    print(json.dumps(result))
+
+
+def measure(setup: Setup, steps: int) -> dict[str, Any]:
+    """Speeds of one config on this device; rates are a second, sizes bytes."""
+    batch_size = setup.options.batch_size
+    peak = matmul_peak(setup.task.model.options.dtype)
+    loader = loader_rate(setup, steps)
+    seconds, memory = step_seconds(setup, steps)
+    flops = training_flops(setup)
+    return {
+        "steps_per_second": round(1 / seconds, 3),
+        "images_per_second": round(batch_size / seconds, 1),
+        "loader_images_per_second": round(loader, 1),
+        "model_flops_per_step": flops,
+        "matmul_peak_flops": round(peak),
+        "mfu": round(flops / seconds / peak / len(jax.devices()), 4),
+        "compiled_step_bytes": memory,
+        "batch_size": batch_size,
+        "device": device_name(),
+        "versions": versions(),
+        "revision": revision(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def matmul_peak(dtype: Any, size: int = 2048) -> float:
+    """Operations a second of one large matrix product on one device, the best of several."""
+    size = size if jax.default_backend() == "cpu" else 4 * size
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    return 2 * size**3 / min(_times(lambda: product(x, x), 8))
+
+
+def loader_rate(setup: Setup, steps: int) -> float:
+    """Images a second that the data pipeline delivers by itself."""
+    batches = _batches(setup)
+    with closing(batches):
+        for _ in islice(batches, 3):
+            pass
+        began = time.perf_counter()
+        for _ in islice(batches, steps):
+            pass
+    return steps * setup.options.batch_size / (time.perf_counter() - began)
+
+
+def step_seconds(setup: Setup, steps: int) -> tuple[float, int]:
+    """Median seconds of a training step whose batch is at hand, and the compiled step's memory."""
+    with jax.set_mesh(setup.mesh), nn.logical_axis_rules(rule_items()):
+        state = setup.make_state()
+        step = make_train_step(
+            setup.task,
+            setup.optimizer,
+            setup.mesh,
+            setup.abstract_state,
+            micro_batches=setup.options.micro_batches,
+            average_decay=setup.options.average_decay,
+        )
+        with closing(_batches(setup)) as batches:
+            ready = cycle([to_global(next(batches), setup.mesh) for _ in range(2)])
+        compiled = step.lower(state, next(ready)).compile()  # type: ignore[attr-defined]
+        memory = compiled.memory_analysis()
+
+        def one() -> Any:
+            nonlocal state
+            state, measured = compiled(state, next(ready))
+            return measured
+
+        times = _times(one, steps + 2)[2:]
+    total = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    return statistics.median(times), int(total)
+
+
+def _batches(setup: Setup) -> Any:
+    return training_batches(
+        setup.train.records,
+        setup.task.modalities,
+        seed=setup.options.seed,
+        batch_size=setup.options.batch_size,
+        threads=setup.options.threads,
+        workers=setup.options.workers,
+    )
+
+
+def _times(function: Callable[[], Any], count: int) -> list[float]:
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - began)
+    return times
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
