@@ -54,7 +54,7 @@ def data_fields() -> dict:
         "vocabulary_size": 8192,  # of the one that is trained
         "threads": 2,  # that read ahead
         "workers": 0,  # processes that read ahead, beside the threads
-        "world": {"train": 12000, "val": 1000, "test_composition": 1000, "seed": 0},
+        "world": {"train": 20000, "val": 1000, "test_composition": 1000, "seed": 0},
     }
 
 

@@ -40,7 +40,7 @@ class WorldSpec:
     """
 
     image_size: int = 64
-    train: int = 12000
+    train: int = 20000
     val: int = 1000
     test_composition: int = 1000
     seed: int = 0
@@ -48,7 +48,7 @@ class WorldSpec:
     spans: tuple[float, ...] = (0.48, 0.40, 0.33, 0.30)
     small_ratio: float = 0.62
     supersample: int = 2
-    version: int = 2
+    version: int = 1
 
     def __post_init__(self) -> None:
         if len(self.object_weights) != len(self.spans) or not self.spans:
