@@ -44,8 +44,7 @@ class LoadedModel:
 
     def embed_images(self, images: Sequence[Picture]) -> Float[np.ndarray, "B E"]:
         """Unit vectors, float32; an image is a path, a PIL image or uint8 [height, width, 3]."""
-        rows = [self._image(image) for image in images]
-        return self._embed(self.predictor.embed_images, [{"image": row} for row in rows])
+        return self._embed(self.predictor.embed_images, [self._beside(image) for image in images])
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "B E"]:
         """Unit vectors, float32; a text's cosine with an image says how well it fits."""
@@ -63,14 +62,17 @@ class LoadedModel:
         if len(images) != len(questions):
             raise ValueError(f"{len(images)} images and {len(questions)} questions: give as many")
         written: list[str] = []
-        for batch, count in self._batches([{"image": self._image(image)} for image in images]):
+        for batch, count in self._batches([self._beside(image) for image in images]):
             asked = list(questions[len(written) : len(written) + count])
             asked += [""] * (BATCH - count)
             written += self.predictor.write(batch, asked)[:count]
         return written
 
-    def _image(self, image: Picture) -> dict[str, np.ndarray]:
-        return {"pixels": self._view(image), "present": np.array(True)}
+    def _beside(self, image: Picture) -> dict[str, dict[str, np.ndarray]]:
+        """A row of the context with this image and nothing else."""
+        names = self.task.model.context_names
+        absent = {name: self.task.modalities[name].absent() for name in names}
+        return {**absent, "image": {"pixels": self._view(image), "present": np.array(True)}}
 
     def _view(self, image: Picture) -> UInt8[np.ndarray, "size size 3"]:
         modality = self.task.modalities["image"]

@@ -5,7 +5,7 @@ Answering is the same thing with the question as a prompt, which is read and not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,9 @@ class Captioning:
 
     def streams(self) -> tuple[Stream, ...]:
         return (self.stream,)
+
+    def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
+        return tuple(contexts) if self.stream.resolved().text_to_context != "none" else ()
 
     def head(self) -> nn.Module | None:
         return None

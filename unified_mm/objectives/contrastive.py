@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,9 @@ class Contrastive:
 
     def streams(self) -> tuple[Stream, ...]:
         return (self.stream,)
+
+    def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
+        return (self.between,)
 
     def head(self) -> nn.Module | None:
         return ContrastiveHead((self.between, "text"), self.width, self.loss == "sigmoid")

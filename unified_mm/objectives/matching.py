@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,9 @@ class Matching:
 
     def streams(self) -> tuple[Stream, ...]:
         return ()
+
+    def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
+        return tuple(contexts) if self.stream.resolved().text_to_context != "none" else ()
 
     def head(self) -> nn.Module | None:
         return MatchingHead()

@@ -62,6 +62,9 @@ class Objective(Protocol):
     def streams(self) -> tuple[Stream, ...]:
         """The texts it wants read in the shared pass over the context."""
 
+    def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
+        """Which of the context modalities have a part in its loss."""
+
     def head(self) -> nn.Module | None:
         """The parameters it adds to the model, found there as `model.head[name]`."""
 

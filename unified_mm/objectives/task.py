@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,7 @@ def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
         raise ValueError(f"model.fusion={m.fusion!r} is unknown. What there is:\n{ABLE}")
     modalities = build_modalities(m.modalities, Resources(config.data, tokenizer))
     objectives = build_objectives(config.objectives)
+    check_modalities(modalities, objectives)
     options = TransformerOptions(
         width=m.width,
         layers=m.layers,
@@ -105,6 +106,29 @@ def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
         heads={name: head for name, head in heads.items() if head is not None},
     )
     return Task(modalities, model, objectives, tokenizer)
+
+
+def check_modalities(modalities: Mapping[str, Any], objectives: Sequence[Any]) -> None:
+    """Every modality that is declared has a part in some loss, and every one that is read exists.
+
+    Raises:
+      ValueError: naming the modality.
+    """
+    contexts = [name for name in modalities if name != "text"]
+    for objective in objectives:
+        for name in objective.reads(contexts):
+            if name not in contexts:
+                raise ValueError(
+                    f"objectives.{objective.name} reads modality {name!r}; model.modalities "
+                    f"declares {', '.join(modalities)}"
+                )
+    read = {name for objective in objectives for name in objective.reads(contexts)}
+    unread = [name for name in contexts if name not in read]
+    if unread:
+        raise ValueError(
+            f"model.modalities.{unread[0]} is declared, but no objective with a weight above 0 "
+            "reads it under its rule"
+        )
 
 
 def parameter_counts(params: Any) -> dict[str, int]:

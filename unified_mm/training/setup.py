@@ -115,6 +115,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     for split in splits.values():
         say(summary(split.manifest))
     task = build_task(config, run_tokenizer(config, folder, train))
+    check_records(task, train)
     mesh = make_mesh(config.mesh)
     check_batch(options, mesh)
     make_state, abstract, optimizer = initial_state(
@@ -169,6 +170,17 @@ def training_texts(train: Manifest) -> list[str]:
     """Every prompt and every text that is to be written."""
     texts = [text for record in train.records for text in record.texts]
     return [part for text in texts for part in (text.prompt, text.target) if part]
+
+
+def check_records(task: Task, train: Manifest, looked_at: int = 200) -> None:
+    """Every declared modality is there in some of the first records."""
+    for name, modality in task.modalities.items():
+        first = train.records[:looked_at]
+        if not any(modality.prepare(record, None)["present"] for record in first):
+            raise ValueError(
+                f"model.modalities.{name} is declared, but none of the first {len(first)} examples "
+                f"in {train.folder} has it"
+            )
 
 
 def check_batch(options: LoopOptions, mesh: Mesh) -> None:

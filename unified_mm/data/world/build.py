@@ -7,7 +7,8 @@ import json
 import multiprocessing
 import os
 import shutil
-import tempfile
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from unified_mm.data.world.scenes import ATTRIBUTES, SPLITS, Scene, WorldSpec, s
 CHUNK = 64
 QUESTIONS_A_SCENE = 2
 FOILS_A_SCENE = 2
+ABANDONED = 24 * 3600  # seconds
 FOILED = ("val", "test_composition")
 
 
@@ -65,7 +67,9 @@ def ensure_world(
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
+    _clear_abandoned(cache)
+    partial = cache / f".{folder.name}.{uuid.uuid4().hex}"
+    partial.mkdir()
     try:
         print(
             f"rendering the embedded world, once: {sum(map(spec.count, SPLITS)):,} scenes "
@@ -81,6 +85,17 @@ def ensure_world(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _clear_abandoned(cache: Path) -> None:
+    """Removes what killed builds left, once it is older than any build can take."""
+    for folder in cache.glob(".world-*"):
+        try:
+            old = time.time() - folder.stat().st_mtime > ABANDONED
+        except FileNotFoundError:  # its builder has just finished
+            continue
+        if old:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _digest(spec: WorldSpec) -> str:

@@ -20,6 +20,7 @@ FULL = ("size", "material", "colour", "shape")
 BRIEF = ("colour", "shape")
 CLEAR_DEPTH = 0.25  # world units between things of which one is said to stand in front
 KINDS = (*FULL, "side")
+UNEVEN = ("is there", "how many")  # types of question that `balanced` thins out
 OPPOSITE = {
     "left of": "right of",
     "right of": "left of",
@@ -68,21 +69,21 @@ def with_article(words: Words) -> str:
 
 def captions(scene: Scene, rng: np.random.Generator) -> tuple[Caption, ...]:
     """Five different captions, in random order, so that the first is of no special kind."""
-    styles = _single(scene) if len(scene.objects) == 1 else _several(scene)
+    styles = _single(scene) if len(scene.objects) == 1 else _several(scene, rng)
     chosen = rng.permutation(len(styles))[:5]
     return tuple(styles[i] for i in chosen)
 
 
 def _single(scene: Scene) -> list[Caption]:
     full, brief = _said(scene.objects[0], FULL), _said(scene.objects[0], BRIEF)
-    openings = ("", "there is ", "just ", "the picture shows ", "nothing but ")
+    openings = ("", "there is ", "here is just ", "the picture shows ", "on the ground lies ")
     return [
         *(Caption((full,), (), opening, ()) for opening in openings),
         Caption((brief,), (), "", ()),
     ]
 
 
-def _several(scene: Scene) -> list[Caption]:
+def _several(scene: Scene, rng: np.random.Generator) -> list[Caption]:
     things = scene.objects  # from left to right
     full = tuple(_said(thing, FULL) for thing in things)
     brief = tuple(_said(thing, BRIEF) for thing in things)
@@ -98,6 +99,8 @@ def _several(scene: Scene) -> list[Caption]:
         Caption(full[::-1], right, "from right to left, ", listed),
         Caption(brief, left, "", left),
     ]
+    if len(things) > 2:
+        styles.append(_pair(full, rng))
     depths = scene.places()[:, 2]
     order = np.argsort(depths)
     if np.diff(depths[order]).min() > CLEAR_DEPTH:
@@ -108,6 +111,14 @@ def _several(scene: Scene) -> list[Caption]:
             Caption(near_first[::-1], behind, "", behind),
         ]
     return styles
+
+
+def _pair(things: Sequence[Words], rng: np.random.Generator) -> Caption:
+    """Two of more things, given from left to right, and on which side one is of the other."""
+    first, second = np.sort(rng.permutation(len(things))[:2])
+    if rng.random() < 0.5:
+        return Caption((things[first], things[second]), ("left of",), "", ("left of",))
+    return Caption((things[second], things[first]), ("right of",), "", ("right of",))
 
 
 def _said(thing: Object, names: Sequence[str]) -> Words:
@@ -145,9 +156,10 @@ def foil(
 ) -> Caption | None:
     """The caption with one word made false; None where this caption has no such word.
 
-    `kind` is an attribute, or 'side': one `left of` for one `right of`.
+    `kind` is an attribute, or 'side': `left of` for `right of` or the reverse. Its words alone do
+    not betray a foil: it says nothing that no true caption of training could say.
     """
-    changed = _other_side(caption, rng) if kind == "side" else _other_word(caption, kind, rng)
+    changed = _other_side(caption) if kind == "side" else _other_word(caption, kind, rng)
     return changed if changed is not None and not holds(changed, scene) else None
 
 
@@ -159,7 +171,13 @@ def _other_word(caption: Caption, kind: str, rng: np.random.Generator) -> Captio
     thing = caption.things[place]
     article = with_article(thing).split()[0]
     swaps = [{**thing, kind: word} for word in ATTRIBUTES[kind] if word != thing[kind]]
-    swaps = [swap for swap in swaps if with_article(swap).split()[0] == article]
+    swaps = [
+        swap
+        for swap in swaps
+        if with_article(swap).split()[0] == article
+        and (swap["colour"], swap["shape"]) not in HELD_OUT
+        and swap not in caption.things
+    ]
     if not swaps:
         return None
     swapped = swaps[rng.integers(len(swaps))]
@@ -167,17 +185,12 @@ def _other_word(caption: Caption, kind: str, rng: np.random.Generator) -> Captio
     return replace(caption, things=things)
 
 
-def _other_side(caption: Caption, rng: np.random.Generator) -> Caption | None:
-    places = [i for i, word in enumerate(caption.spoken) if word in ("left of", "right of")]
-    if not places:
+def _other_side(caption: Caption) -> Caption | None:
+    # Of two things only: true captions of more never mix the two sides.
+    if caption.spoken not in (("left of",), ("right of",)):
         return None
-    place = int(rng.choice(places))
-    word = OPPOSITE[caption.spoken[place]]
-
-    def put(words: tuple[str, ...]) -> tuple[str, ...]:
-        return (*words[:place], word, *words[place + 1 :])
-
-    return replace(caption, relations=put(caption.relations), spoken=put(caption.spoken))
+    swapped = (OPPOSITE[caption.spoken[0]],)
+    return replace(caption, relations=swapped, spoken=swapped)
 
 
 @dataclass(frozen=True)
@@ -192,8 +205,8 @@ class Question:
 def questions(scene: Scene, rng: np.random.Generator, *, compose: bool) -> list[Question]:
     """One question of each type that the scene allows.
 
-    Drawn such that no answer is likelier for its words: the answer is drawn before the words, or
-    both are equally likely. `compose`: pairs of colour and shape that training never shows may be
+    Drawn such that no answer is likelier for its words where that can be done for one scene; for
+    the rest there is `balanced`. `compose`: pairs of colour and shape that training never shows may be
     asked for.
     """
     asked = [
@@ -217,7 +230,8 @@ def _is_there(scene: Scene, rng: np.random.Generator, compose: bool) -> Question
     yes = rng.random() < 0.5
     pairs = shown if yes else [pair for pair in possible if pair not in shown]
     colour, shape = pairs[rng.integers(len(pairs))]
-    return Question(f"is there a {colour} {shape}?", "yes" if yes else "no", "is there")
+    thing = with_article({"colour": colour, "shape": shape})
+    return Question(f"is there {thing}?", "yes" if yes else "no", "is there")
 
 
 def _how_many(scene: Scene, rng: np.random.Generator) -> Question:
@@ -256,7 +270,8 @@ def _which_is_left(scene: Scene, rng: np.random.Generator) -> Question | None:
 def balanced(asked: Iterable[tuple[int, Question]]) -> list[tuple[int, Question]]:
     """Scenes' questions less those that make one answer to a text likelier than all others.
 
-    No answer to a text is kept more often than the second most frequent one.
+    Of the types whose answers are not equally likely from the start, no answer to a text is kept
+    more often than the second most frequent one.
     """
     asked = list(asked)
     counts: dict[str, Counter[str]] = {}
@@ -266,7 +281,8 @@ def balanced(asked: Iterable[tuple[int, Question]]) -> list[tuple[int, Question]
     kept: Counter[tuple[str, str]] = Counter()
     chosen = []
     for number, question in asked:
-        if kept[question.text, question.answer] < most[question.text]:
-            kept[question.text, question.answer] += 1
+        key = (question.text, question.answer)
+        if question.type not in UNEVEN or kept[key] < most[question.text]:
+            kept[key] += 1
             chosen.append((number, question))
     return chosen

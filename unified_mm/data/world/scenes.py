@@ -180,7 +180,7 @@ MIN_SIDE_GAP = 0.11
 MARGIN = 0.015  # between an object and the picture's edge
 MAX_COVERED = 0.15  # share of an object's box under the boxes of nearer ones
 DRAWS = 32  # placements tried at once
-MAX_DRAWS = 3200
+MAX_DRAWS = 64000  # a handful of scenes in a million need more than a few thousand
 
 
 def sample_scene(spec: WorldSpec, split: str, index: int) -> Scene:
