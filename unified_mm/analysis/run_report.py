@@ -33,7 +33,8 @@ def write_report(
     banner: str | None,
 ) -> None:
     """Writes `report.html`: everything a person looks at first, in one file."""
-    curves = read_metrics(folder.metrics) if folder.metrics.is_file() else {}
+    recorded = read_metrics(folder.metrics) if folder.metrics.is_file() else {}
+    curves = {name: curve for name, curve in recorded.items() if len(curve[0]) > 1}
     data = ReportData(
         title=folder.path.name,
         banner=banner,

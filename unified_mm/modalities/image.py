@@ -58,12 +58,13 @@ class ImageModality:
     def prepare(self, record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         if record.image is None:
             return self.absent()
-        pixels = images.decode(record.image, at_least=self.size, backend=self.decoder)
         if rng is None:
+            pixels = images.decode(record.image, at_least=self.size, backend=self.decoder)
             view = images.evaluation_view(pixels, self.size)
         else:
+            at_least = images.least_side(self.size, self.crop_scale)
             view = images.training_view(
-                pixels,
+                images.decode(record.image, at_least=at_least, backend=self.decoder),
                 self.size,
                 rng,
                 scale=self.crop_scale,

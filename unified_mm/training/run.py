@@ -14,7 +14,7 @@ from unified_mm.evaluation.evaluate import Scores, evaluate
 from unified_mm.inference.predictor import Predictor
 from unified_mm.parallel.flops import matmul_flops
 from unified_mm.parallel.sharding import rule_items
-from unified_mm.runs.metrics import MetricsWriter, read_metrics
+from unified_mm.runs.metrics import MetricsWriter
 from unified_mm.training.loop import keep_best, train
 from unified_mm.training.setup import Setup, device_name, revision, versions
 from unified_mm.training.state import TrainState, evaluation_params
@@ -42,7 +42,8 @@ def score_splits(
     predictor = Predictor(setup.task, evaluation_params(state), setup.mesh)
     found = {}
     step = options.steps
-    with MetricsWriter(setup.folder.metrics, None, resume_step=step) as metrics:
+    tensorboard = setup.folder.tensorboard if options.tensorboard else None
+    with MetricsWriter(setup.folder.metrics, tensorboard, resume_step=step) as metrics:
         for name, split in setup.splits.items():
             say(f"scoring {name}: {len(split.manifest.records)} images")
             found[name] = evaluate(predictor, split, batch_size=options.evaluate_batch)
@@ -108,8 +109,3 @@ def training_flops(setup: Setup) -> int:
         )
     return 3 * forward
 
-
-def learning_curve(setup: Setup, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric of this run."""
-    steps, values = read_metrics(setup.folder.metrics)[name]
-    return steps.tolist(), values.tolist()

@@ -191,7 +191,7 @@ def _shade(
     facing = np.maximum(np.tensordot(light, normals, 1), 0)
     brightness = AMBIENT * (0.75 + 0.25 * normals[2]) + DIFFUSE * facing * lit
     palette = np.array([ALBEDO[o.colour] for o in scene.objects] + [(GROUND,) * 3], np.float32)
-    colour = palette[ids].transpose(2, 0, 1) * brightness
+    colour = np.take(palette.T, ids, axis=1) * brightness
     for i, thing in enumerate(scene.objects):
         if thing.material == "shiny":
             hit = ids == i

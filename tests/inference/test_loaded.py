@@ -1,0 +1,154 @@
+"""A run folder on disk, read back by `unified_mm.load`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import unified_mm
+from unified_mm.data.records import Record, Text
+from unified_mm.inference.loaded import one_device_mesh
+from unified_mm.inference.predictor import Predictor
+from unified_mm.runs.checkpoints import CheckpointError, Checkpoints
+from unified_mm.runs.folder import RunFolder, write_json
+from unified_mm.training.state import TrainState
+
+TEXTS = ["a red square of size 1", "blue, size 2", "a green square of size 3"]
+
+
+def write_run(path, config, params, average, step=7):
+    folder = RunFolder(path)
+    write_json(folder.config, config.to_dict())
+    tiny.tokenizer().save(folder.tokenizer)
+    state = TrainState(
+        step=jnp.array(step, jnp.int32),
+        params=params,
+        optimizer={"count": jnp.zeros((), jnp.int32)},
+        average=average,
+        key=jax.random.key(0),
+        bad_step=jnp.array(-1, jnp.int32),
+    )
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        checkpoints.save(step, state, {"step": step})
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Square pictures of the model's size, so that a view of them is the picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(3)
+    arrays = [rng.integers(0, 256, (16, 16, 3), np.uint8) for _ in TEXTS]
+    paths = [folder / f"{number}.png" for number in range(len(arrays))]
+    for path, array in zip(paths, arrays, strict=True):
+        Image.fromarray(array).save(path)
+    return arrays, paths
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The run's folder, and the parameters that are to be found there: the averaged ones."""
+    config = tiny.config_dict(train__average_decay=0.9)
+    task = tiny.task(train__average_decay=0.9)
+    params = tiny.params(task, 1)
+    average = jax.tree.map(lambda x: 0.5 * x, params)
+    path = write_run(tmp_path_factory.mktemp("runs") / "first", config, params, average)
+    return task, average, path
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return unified_mm.load(run[2])
+
+
+def test_what_was_saved_is_what_is_loaded(run, model):
+    _, average, _ = run
+    assert model.step == 7
+    assert model.config.model.width == 16
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(model.params), average)
+
+
+def test_without_an_average_the_parameters_themselves_are_loaded(run, tmp_path):
+    params = jax.tree.map(lambda x: 3 * x, run[1])
+    loaded = unified_mm.load(write_run(tmp_path / "run", tiny.config_dict(), params, None))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(loaded.params), params)
+
+
+def test_embeddings_are_those_of_the_predictor_and_of_unit_norm(run, model, pictures):
+    task, average, _ = run
+    arrays, paths = pictures
+    records = [
+        Record(id=i, image=str(path), texts=(Text("", text),), mirrorable=True)
+        for i, (path, text) in enumerate(zip(paths, TEXTS, strict=True))
+    ]
+    batch = {
+        name: jax.tree.map(
+            lambda *rows: np.stack(rows), *(modality.prepare(r, None) for r in records)
+        )
+        for name, modality in task.modalities.items()
+    }
+    predictor = Predictor(task, average, one_device_mesh())
+    images, texts = model.embed_images(paths), model.embed_texts(TEXTS)
+    assert images.dtype == texts.dtype == np.float32 and images.shape == texts.shape == (3, 8)
+    np.testing.assert_allclose(images, predictor.embed_images(batch), atol=1e-5)
+    np.testing.assert_allclose(texts, predictor.embed_texts(batch), atol=1e-5)
+    for vectors in (images, texts):
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+        assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
+    assert model.caption(paths) == predictor.write(batch, ["", "", ""])
+
+
+def test_a_path_a_pil_image_and_an_array_are_one_picture(model, pictures):
+    arrays, paths = pictures
+    opened = [Image.open(path) for path in paths]
+    forms = [paths, [str(path) for path in paths], opened, arrays]
+    embedded = [model.embed_images(form) for form in forms]
+    for other in embedded[1:]:
+        np.testing.assert_array_equal(other, embedded[0])
+    assert model.caption(arrays) == model.caption(opened) == model.caption(paths)
+    gray = Image.fromarray(arrays[0]).convert("L")
+    as_rgb = np.repeat(np.asarray(gray)[..., None], 3, axis=2)
+    np.testing.assert_array_equal(model.embed_images([gray]), model.embed_images([as_rgb]))
+
+
+def test_more_than_a_batch_comes_back_in_order(model, pictures):
+    arrays, _ = pictures
+    many = [arrays[i % 3] for i in range(35)]
+    few = model.embed_images(arrays)
+    np.testing.assert_array_equal(model.embed_images(many), few[np.arange(35) % 3])
+    assert len(model.answer(many, ["red"] * 35)) == 35
+
+
+def test_wrong_images_and_questions_are_refused(model, pictures, tmp_path):
+    arrays, _ = pictures
+    with pytest.raises(FileNotFoundError, match="there is no image '.*missing.png'"):
+        model.embed_images([tmp_path / "missing.png"])
+    for wrong in (arrays[0].astype(np.float32), arrays[0][..., 0], np.zeros((4, 4, 4), np.uint8)):
+        with pytest.raises(ValueError, match=r"uint8 \[height, width, 3\]; got"):
+            model.caption([wrong])
+    with pytest.raises(ValueError, match="3 images and 1 questions"):
+        model.answer(arrays, ["what?"])
+    with pytest.raises(ValueError, match="no room is left for an answer; shorten it"):
+        model.answer(arrays[:1], ["a very long question " * 5])
+
+
+def test_no_run_and_no_checkpoint_are_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no run .it has no config.json."):
+        unified_mm.load(tmp_path / "nothing")
+    write_json(RunFolder(tmp_path / "begun").config, tiny.config_dict().to_dict())
+    tiny.tokenizer().save(RunFolder(tmp_path / "begun").tokenizer)
+    with pytest.raises(CheckpointError):
+        unified_mm.load(tmp_path / "begun")
+
+
+def test_a_model_says_what_it_was_not_trained_for(run):
+    task = tiny.task(objectives__captioning__weight=0.0, objectives__matching__weight=0.0)
+    predictor = Predictor(task, run[1], one_device_mesh())
+    batch = jax.tree.map(np.asarray, tiny.batch(task, 2))
+    with pytest.raises(ValueError, match="cannot write: it was trained on contrastive"):
+        predictor.write(batch, ["", ""])
+    task = tiny.task(objectives__contrastive__weight=0.0, objectives__matching__weight=0.0)
+    with pytest.raises(ValueError, match="cannot embed: it was trained on captioning"):
+        Predictor(task, run[1], one_device_mesh()).embed_texts(batch)

@@ -1,0 +1,114 @@
+"""InfoNCE and sigmoid pairs against NumPy written out, and what contrast does not count."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unified_mm.objectives.contrastive import (
+    Contrastive,
+    ContrastiveHead,
+    paired_rows,
+    sigmoid_loss,
+    softmax_loss,
+)
+from unified_mm.parallel.sharding import without_names
+
+OPTIONS = {
+    "weight": 1.0, "rule": "separate", "loss": "softmax", "between": "image", "width": 8,
+}
+
+
+def info_nce(logits):
+    """Radford et al. 2021, figure 3: cross-entropy over rows and over columns, halved."""
+    losses = []
+    for i in range(len(logits)):
+        to_text = -np.log(np.exp(logits[i, i]) / np.exp(logits[i]).sum())
+        to_image = -np.log(np.exp(logits[i, i]) / np.exp(logits[:, i]).sum())
+        losses.append((to_text + to_image) / 2)
+    return np.array(losses)
+
+
+def sigmoid_pairs(logits):
+    """Zhai et al. 2023, equation 1: -1/|B| sum_i sum_j log 1 / (1 + exp(z_ij (-t x.y + b)))."""
+    losses = np.zeros(len(logits))
+    for i in range(len(logits)):
+        for j in range(len(logits)):
+            z = 1 if i == j else -1
+            losses[i] += np.log(1 + np.exp(-z * logits[i, j]))
+    return losses
+
+
+@pytest.mark.parametrize("loss, oracle", [(softmax_loss, info_nce), (sigmoid_loss, sigmoid_pairs)])
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_losses_written_out_with_the_unpaired_taken_away(loss, oracle, data):
+    size = 5
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**31)))
+    paired = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+    logits = rng.normal(size=(size, size), scale=3)
+    found = np.asarray(loss(jnp.asarray(logits, jnp.float32), jnp.asarray(paired)))
+    np.testing.assert_allclose(
+        found[paired], oracle(logits[np.ix_(paired, paired)]), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("loss", [softmax_loss, sigmoid_loss])
+def test_unpaired_rows_get_no_gradient_and_none_becomes_nan(loss):
+    paired = jnp.array([True, False, True])
+    logits = jnp.array([[1.0, 50.0, -2.0], [3.0, -60.0, 2.0], [0.5, 70.0, 0.1]])
+    gradient = jax.grad(lambda x: jnp.where(paired, loss(x, paired), 0.0).sum())(logits)
+    assert np.isfinite(gradient).all()
+    assert (gradient[1] == 0).all() and (gradient[:, 1] == 0).all()
+    assert (gradient[0, 2] != 0) and (gradient[2, 0] != 0)
+
+
+def test_the_head_pools_what_is_valid_projects_and_scales_to_unit_length():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 4, 6)).astype(np.float32)
+    valid = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
+    head = ContrastiveHead(("image", "text"), 5, sigmoid=False)
+    kernel = {name: rng.normal(size=(6, 5)).astype(np.float32) for name in ("image", "text")}
+    params = {f"project_{name}": {"kernel": kernel[name]} for name in kernel}
+    params["log_scale"] = jnp.float32(1.5)
+    for name in kernel:
+        found = head.apply({"params": params}, name, jnp.asarray(x), jnp.asarray(valid))
+        for row in range(2):
+            y = x[row][valid[row]].mean(0) @ kernel[name]
+            np.testing.assert_allclose(found[row], y / np.linalg.norm(y), atol=1e-5)
+        assert (np.asarray(found[2]) == 0).all()
+    scale, bias = head.apply({"params": params}, method="scale_and_bias")
+    assert float(scale) == pytest.approx(np.exp(1.5)) and float(bias) == 0
+    params["log_scale"] = jnp.float32(9.0)
+    scale, _ = head.apply({"params": params}, method="scale_and_bias")
+    assert float(scale) == pytest.approx(100, rel=1e-3)  # CLIP's bound
+
+
+@pytest.mark.parametrize("sigmoid, scale, bias", [(False, 1 / 0.07, 0), (True, 10, -10)])
+def test_the_temperature_starts_where_the_paper_starts(sigmoid, scale, bias):
+    head = ContrastiveHead(("text",), 5, sigmoid)
+    ones = jnp.ones((1, 2, 6)), jnp.ones((1, 2), bool)
+    params = without_names(head.init(jax.random.key(0), "text", *ones))
+    found = head.apply(params, method="scale_and_bias")
+    assert [float(x) for x in found] == pytest.approx([scale, bias], rel=1e-3)
+
+
+def test_a_pair_is_an_image_and_a_text_that_describes_it():
+    batch = {
+        "image": {"present": jnp.array([True, True, False, True])},
+        "text": {
+            "present": jnp.array([True, False, True, True]),
+            "prompted": jnp.array([False, False, False, True]),
+        },
+    }
+    np.testing.assert_array_equal(paired_rows(batch, "image"), [True, False, False, False])
+
+
+def test_wrong_options_are_refused():
+    with pytest.raises(ValueError, match="objectives.c.loss='hinge': must be one of softmax, sig"):
+        Contrastive.from_config("c", {**OPTIONS, "loss": "hinge"})
+    for rule in ("joint", "prefix", "causal"):
+        with pytest.raises(ValueError, match=f"rule='{rule}' lets image and text see each other"):
+            Contrastive.from_config("c", {**OPTIONS, "rule": rule})
