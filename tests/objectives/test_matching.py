@@ -98,22 +98,19 @@ def test_the_saved_pass_gives_what_encoding_anew_gives_and_the_loss_is_written_o
     def run(model):
         encoded = model.encode(batch, [s for o in task.objectives for s in o.streams()])
         text = {name: values[text_rows] for name, values in batch["text"].items()}
-        assert matching._can_reuse(encoded)
+        assert matching._can_reuse(encoded, 1)
         saved = matching._read(model, encoded, batch, text, image_rows, True)
         both = {"image": {k: v[image_rows] for k, v in batch["image"].items()}, "text": text}
         anew = model.encode(both, (matching.stream,))["matching"].text
         earlier = {"contrastive": contrastive(model, encoded, batch, {}, deterministic=True)}
         outcome = matching(model, encoded, batch, earlier, deterministic=True)
-        # The same negatives, drawn by hand, and all pairs encoded anew.
+        # Each image with each text, encoded anew.
         extras = earlier["contrastive"].extras
-        logits = {}
-        rows = jnp.arange(5)
-        for image in range(5):
-            picture = {"image": jax.tree.map(lambda x: x[rows * 0 + image], batch["image"])}  # noqa: B023
-            read = model.encode({**picture, "text": batch["text"]}, (matching.stream,))
-            logits[image] = model.head["matching"](
-                read["matching"].text, batch["text"]["valid"]
-            )
+        every = jnp.repeat(jnp.arange(5), 5), jnp.tile(jnp.arange(5), 5)
+        pictures = {name: values[every[0]] for name, values in batch["image"].items()}
+        texts = {name: values[every[1]] for name, values in batch["text"].items()}
+        read = model.encode({"image": pictures, "text": texts}, (matching.stream,))
+        logits = model.head["matching"](read["matching"].text, texts["valid"]).reshape(5, 5)
         return saved, anew, text["valid"], outcome, extras, logits
 
     saved, anew, valid, outcome, extras, logits = jax.jit(
@@ -124,7 +121,7 @@ def test_the_saved_pass_gives_what_encoding_anew_gives_and_the_loss_is_written_o
 
     paired = np.asarray(extras["paired"])
     np.testing.assert_array_equal(paired, [True, False, True, True, True])
-    score = np.array([logits[i] for i in range(5)], np.float64)  # [image, text]
+    score = np.asarray(logits, np.float64)  # [image, text]
     texts = np.asarray(batch["text"]["ids"])
     right = [score[i, i] for i in range(5) if paired[i]]
     others = {

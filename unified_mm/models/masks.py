@@ -51,12 +51,14 @@ class AttentionRule:
         same = query.modality == key.modality
         return self.context_to_context if same else self.across_contexts
 
-    def treats_context_like(self, other: AttentionRule) -> bool:
-        """Whether the context comes out the same under both, the text not being seen."""
-        return (self.context_to_context, self.across_contexts, self.context_to_text) == (
-            other.context_to_context,
-            other.across_contexts,
-            other.context_to_text,
+    def treats_context_like(self, other: AttentionRule, contexts: int) -> bool:
+        """Whether `contexts` context modalities come out the same under both rules.
+
+        How two modalities see each other is no difference where there is but one.
+        """
+        return self.context_to_text == other.context_to_text == "none" and (
+            self.context_to_context == other.context_to_context
+            and (contexts < 2 or self.across_contexts == other.across_contexts)
         )
 
 

@@ -100,7 +100,7 @@ class Matching:
         deterministic: bool,
     ) -> Float[Array, "C T D"]:
         """Text read beside the image of its row, from the saved pass where the rule allows it."""
-        if self._can_reuse(encoded):
+        if self._can_reuse(encoded, len(model.context_names)):
             cache = encoded[self.context_from].cache.select(image_rows)
             cache = cache.reserve(text_group(self.stream, text["ids"].shape[1]))
             return model.extend(cache, text, self.stream, deterministic=deterministic)[0]
@@ -111,9 +111,9 @@ class Matching:
         both = {**context, "text": text}
         return model.encode(both, (self.stream,), deterministic=deterministic)[self.name].text
 
-    def _can_reuse(self, encoded: Mapping[str, Encoded]) -> bool:
-        rule, shared = self.stream.resolved(), encoded[self.context_from].rule
-        return rule.context_to_text == "none" and rule.treats_context_like(shared)
+    def _can_reuse(self, encoded: Mapping[str, Encoded], contexts: int) -> bool:
+        shared = encoded[self.context_from].rule
+        return self.stream.resolved().treats_context_like(shared, contexts)
 
 
 class MatchingHead(nn.Module):
