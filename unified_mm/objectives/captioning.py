@@ -5,47 +5,27 @@ Answering is the same thing with the question as a prompt, which is read and not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from unified_mm.models.masks import Stream
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
-from unified_mm.objectives.objective import Outcome, masked_pair
+from unified_mm.objectives.objective import Outcome, TextObjective, masked_pair
 
 
 @dataclass(frozen=True)
-class Captioning:
+class Captioning(TextObjective):
     """Autoregressive cross-entropy in nats a token (Wang et al. 2022, SimVLM, equation 3)."""
 
-    name: str
-    weight: float
-    rule: str
+    autoregressive: ClassVar[bool] = True
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any]) -> Captioning:
         return cls(name, float(options["weight"]), str(options["rule"]))
-
-    @property
-    def stream(self) -> Stream:
-        return Stream(self.name, self.rule, autoregressive=True)
-
-    def needs(self) -> tuple[str, ...]:
-        return ()
-
-    def streams(self) -> tuple[Stream, ...]:
-        return (self.stream,)
-
-    def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
-        return tuple(contexts) if self.stream.resolved().text_to_context != "none" else ()
-
-    def head(self) -> nn.Module | None:
-        return None
 
     def __call__(
         self,

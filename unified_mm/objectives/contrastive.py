@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from unified_mm.models.masks import Stream
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
-from unified_mm.objectives.objective import Outcome, masked_pair
+from unified_mm.objectives.objective import Outcome, TextObjective, masked_pair
 from unified_mm.parallel.layers import Dense
 
 MAX_LOG_SCALE = 4.6052  # ln 100: CLIP's bound, without which training can run away.
@@ -23,7 +22,7 @@ LOSSES = ("softmax", "sigmoid")
 
 
 @dataclass(frozen=True)
-class Contrastive:
+class Contrastive(TextObjective):
     """InfoNCE both ways (Radford et al. 2021, figure 3) or sigmoid pairs (Zhai et al. 2023, eq. 1).
 
     Attributes:
@@ -32,9 +31,6 @@ class Contrastive:
       width: E, of the shared space.
     """
 
-    name: str
-    weight: float
-    rule: str
     loss: str
     between: str
     width: int
@@ -60,16 +56,6 @@ class Contrastive:
                 "contrast would be trivial; use 'separate'"
             )
         return built
-
-    @property
-    def stream(self) -> Stream:
-        return Stream(self.name, self.rule)
-
-    def needs(self) -> tuple[str, ...]:
-        return ()
-
-    def streams(self) -> tuple[Stream, ...]:
-        return (self.stream,)
 
     def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
         return (self.between,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,27 +13,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unified_mm.models.masks import Stream
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel, text_group
-from unified_mm.objectives.objective import Outcome, masked_pair
+from unified_mm.objectives.objective import Outcome, TextObjective, masked_pair
 from unified_mm.parallel.layers import Dense
 
 
 @dataclass(frozen=True)
-class Matching:
+class Matching(TextObjective):
     """Each image with its own text, a hard wrong text, and each text with a hard wrong image.
 
     Where the rule keeps the context from seeing the text, the text alone is run, on the keys and
     values of the context that the first pass saved; else both are encoded anew.
 
     Attributes:
-      mine_from: the objective whose similarities say which pairs are hard.
-      context_from: the objective whose pass has encoded the context.
+      mine_from: the objective whose similarities say which pairs are hard, and whose pass has
+        encoded the context.
     """
 
-    name: str
-    weight: float
-    rule: str
     mine_from: str
-    context_from: str
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any]) -> Matching:
@@ -42,21 +38,13 @@ class Matching:
             weight=float(options["weight"]),
             rule=str(options["rule"]),
             mine_from=str(options["mine_from"]),
-            context_from=str(options["mine_from"]),
         )
-
-    @property
-    def stream(self) -> Stream:
-        return Stream(self.name, self.rule)
 
     def needs(self) -> tuple[str, ...]:
         return (self.mine_from,)
 
     def streams(self) -> tuple[Stream, ...]:
         return ()
-
-    def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
-        return tuple(contexts) if self.stream.resolved().text_to_context != "none" else ()
 
     def head(self) -> nn.Module | None:
         return MatchingHead()
@@ -101,7 +89,7 @@ class Matching:
     ) -> Float[Array, "C T D"]:
         """Text read beside the image of its row, from the saved pass where the rule allows it."""
         if self._can_reuse(encoded, len(model.context_names)):
-            cache = encoded[self.context_from].cache.select(image_rows)
+            cache = encoded[self.mine_from].cache.select(image_rows)
             cache = cache.reserve(text_group(self.stream, text["ids"].shape[1]))
             return model.extend(cache, text, self.stream, deterministic=deterministic)[0]
         context = {
@@ -112,7 +100,7 @@ class Matching:
         return model.encode(both, (self.stream,), deterministic=deterministic)[self.name].text
 
     def _can_reuse(self, encoded: Mapping[str, Encoded], contexts: int) -> bool:
-        shared = encoded[self.context_from].rule
+        shared = encoded[self.mine_from].rule
         return self.stream.resolved().treats_context_like(shared, contexts)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -78,6 +79,33 @@ class Objective(Protocol):
         deterministic: bool,
     ) -> Outcome:
         """The loss, from the model bound to its parameters and the pass that it shared."""
+
+
+@dataclass(frozen=True)
+class TextObjective:
+    """What objectives have in common that score one text read under one rule."""
+
+    name: str
+    weight: float
+    rule: str
+
+    autoregressive: ClassVar[bool] = False
+
+    @property
+    def stream(self) -> Stream:
+        return Stream(self.name, self.rule, self.autoregressive)
+
+    def needs(self) -> tuple[str, ...]:
+        return ()
+
+    def streams(self) -> tuple[Stream, ...]:
+        return (self.stream,)
+
+    def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
+        return tuple(contexts) if self.stream.resolved().text_to_context != "none" else ()
+
+    def head(self) -> nn.Module | None:
+        return None
 
 
 def build_objectives(options: Mapping[str, Mapping[str, Any]]) -> tuple[Any, ...]:
