@@ -27,8 +27,9 @@ from unified_mm.data.pipeline import training_batches
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.recipes import parse_flags, resolve
 from unified_mm.runs.folder import RunFolder
+from unified_mm.training.environment import device_name, revision, versions
 from unified_mm.training.run import training_flops
-from unified_mm.training.setup import Setup, device_name, prepare, revision, versions
+from unified_mm.training.setup import Setup, prepare
 from unified_mm.training.step import make_train_step
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/coco.py", "The recipe to measure.")

@@ -68,9 +68,10 @@ def workdir() -> str:
 def train() -> int:
     """Trains, scores, reports; running it again resumes."""
     from unified_mm.analysis.run_report import write_report
+    from unified_mm.training.environment import unseen_accelerator
     from unified_mm.training.loop import NotFinite, Stopped
     from unified_mm.training.run import train_and_score
-    from unified_mm.training.setup import prepare, unseen_accelerator
+    from unified_mm.training.setup import prepare
 
     if CONFIG.value is None:
         raise app.UsageError("--config is needed to train: --config=configs/coco.py")

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from unified_mm.config import Config
+from unified_mm.parallel.sharding import without_names
 from unified_mm.training.optimizer import learning_rate_schedule, make_optimizer
 
 STEPS = 6
@@ -116,8 +117,8 @@ def test_the_schedule_by_hand():
 
 def test_default_rules_decay_matrices_alone():
     """Over the whole model: no bias, norm, embedding, position or temperature decays."""
-    task = tiny.task()
-    params = tiny.params(task)
+    shapes = without_names(jax.eval_shape(tiny.task().init, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
     optimizer = make_optimizer(
         options(train__learning_rate_rules=((".*", 1.0),), train__freeze_rules=((".*", False),),
                 train__warmup_steps=0),

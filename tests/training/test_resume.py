@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+
 import unified_mm
 
 pytestmark = pytest.mark.slow

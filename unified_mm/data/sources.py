@@ -121,7 +121,6 @@ def embedded_world(data: Any) -> Source:
         raise ValueError(f"data.source='world' reads no folder, but data.dir={data.dir!r} is given")
     options = dict(data.world)
     spec = WorldSpec(image_size=int(data.image_size), **options)
-    print("the embedded world: rendered once, then read from the cache", flush=True)
     folder = ensure_world(spec, cache_folder(data))
     return CocoFolder(folder, data, name="world", banner=WORLD_BANNER)
 

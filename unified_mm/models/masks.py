@@ -8,7 +8,7 @@ of its own; texts never see one another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -240,7 +240,3 @@ def format_mask(mask: Bool[np.ndarray, "Q K"], groups: Sequence[Group]) -> str:
              for label, row in zip(labels, np.asarray(mask), strict=True)]
     return "\n".join(lines)
 
-
-def describe(rules: Mapping[str, str]) -> str:
-    """One line: which objective reads under which rule."""
-    return ", ".join(f"{name}: {rule}" for name, rule in rules.items())

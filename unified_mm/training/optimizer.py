@@ -56,7 +56,11 @@ def make_optimizer(options: Any, steps: int, params: Any) -> Optimizer:
     schedule = learning_rate_schedule(options, steps)
 
     labels = jax.tree.map(
-        lambda rate, decay, freeze: FROZEN if freeze else (rate, decay), rates, decays, frozen
+        # 1 and 1.0 are one label.
+        lambda rate, decay, freeze: FROZEN if freeze else (float(rate), float(decay)),
+        rates,
+        decays,
+        frozen,
     )
     kinds = {label for label in jax.tree.leaves(labels, is_leaf=_is_label) if label != FROZEN}
 

@@ -15,8 +15,9 @@ from unified_mm.inference.predictor import Predictor
 from unified_mm.parallel.flops import matmul_flops
 from unified_mm.parallel.sharding import rule_items
 from unified_mm.runs.metrics import MetricsWriter
+from unified_mm.training.environment import device_name, revision, versions
 from unified_mm.training.loop import keep_best, train
-from unified_mm.training.setup import Setup, device_name, revision, versions
+from unified_mm.training.setup import Setup
 from unified_mm.training.state import TrainState, evaluation_params
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from unified_mm.config import Config
@@ -22,6 +18,7 @@ from unified_mm.evaluation.evaluate import Split
 from unified_mm.objectives.task import Task, build_task, parameter_counts
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.runs.folder import RunFolder
+from unified_mm.training.environment import device_name
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import TrainState, initial_state
 
@@ -209,52 +206,6 @@ def inventory(options: LoopOptions, mesh: Mesh, abstract: TrainState) -> str:
         f"batch: {options.batch_size} examples in {options.micro_batches} part(s), "
         f"{options.steps} steps"
     )
-
-
-def device_name() -> str:
-    """How many devices of which kind."""
-    devices = jax.devices()
-    kind = devices[0].device_kind
-    if devices[0].platform == "cpu":
-        kind = f"cpu ({platform.processor() or platform.machine()}, {cpu_count()} cores)"
-    return f"{len(devices)} x {kind}"
-
-
-def cpu_count() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def unseen_accelerator() -> str | None:
-    """A warning where the machine has an accelerator that jax does not see."""
-    if jax.default_backend() != "cpu":
-        return None
-    if Path("/proc/driver/nvidia/version").exists():
-        return "this machine has an NVIDIA GPU that jax does not see: pip install -e '.[cuda12]'"
-    if any(Path("/dev").glob("accel*")):
-        return "this machine has a TPU that jax does not see: pip install -e '.[tpu]'"
-    return None
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
-    found = {name: metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **found}
-
-
-def revision() -> str:
-    """The git commit of this checkout, with `+` where it was changed; '' outside one."""
-    here = Path(__file__).parent
-    try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--match="],
-            cwd=here, capture_output=True, text=True, timeout=10, check=False,
-        )
-    except FileNotFoundError:
-        return ""
-    return run.stdout.strip()
 
 
 def framed(text: str, width: int = 78) -> str:

@@ -206,8 +206,8 @@ def questions(scene: Scene, rng: np.random.Generator, *, compose: bool) -> list[
     """One question of each type that the scene allows.
 
     Drawn such that no answer is likelier for its words where that can be done for one scene; for
-    the rest there is `balanced`. `compose`: pairs of colour and shape that training never shows may be
-    asked for.
+    the rest there is `balanced`. `compose`: pairs of colour and shape that training never shows
+    may be asked for.
     """
     asked = [
         _is_there(scene, rng, compose),

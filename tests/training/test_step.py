@@ -1,0 +1,126 @@
+"""One step: micro-batches, the moving average, and what a NaN may not touch."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from unified_mm.config import Config
+from unified_mm.objectives.objective import mean
+from unified_mm.parallel.mesh import make_mesh
+from unified_mm.parallel.sharding import rule_items, to_global
+from unified_mm.training.optimizer import make_optimizer
+from unified_mm.training.state import evaluation_params, initial_state
+from unified_mm.training.step import gradients, make_train_step
+
+DECAY = 0.75
+CHANGES = {"train__warmup_steps": 0, "objectives__contrastive__weight": 0.0,
+           "objectives__matching__weight": 0.0}
+
+
+@pytest.fixture(scope="module")
+def task():
+    return tiny.task(**CHANGES)
+
+
+@pytest.fixture(scope="module")
+def stepper(task):
+    """A first state's maker, and the step on one device with a moving average."""
+    options = Config(tiny.config_dict(**CHANGES).to_dict()).train
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+        make, abstract, optimizer = initial_state(
+            task.init, lambda params: make_optimizer(options, 4, params), mesh, 0, averaged=True
+        )
+        step = make_train_step(task, optimizer, mesh, abstract, average_decay=DECAY)
+        yield make, lambda state, batch: step(state, to_global(batch, mesh)), optimizer
+
+
+def uneven(task):
+    """Six examples whose scored tokens are few in one micro-batch and many in another."""
+    batch = jax.tree.map(np.array, tiny.batch(task, 6, seed=5))
+    batch["text"]["scored"][[0, 3]] &= np.arange(12) == 1
+    batch["text"]["present"][3] = False
+    return batch
+
+
+def test_micro_batches_are_the_whole_batch_where_they_score_unequally(task):
+    params = tiny.params(task)
+    batch = jax.tree.map(jnp.asarray, uneven(task))
+    key = jax.random.key(1)
+    whole, pairs = jax.jit(lambda p: gradients(task, p, batch, key, 1))(params)
+    for parts in (2, 3):
+        counts = np.asarray(batch["text"]["scored"] & batch["text"]["present"][:, None])
+        per_part = counts[:, 1:].sum(1).reshape(-1, parts).sum(0)
+        assert len(set(per_part)) == parts  # else the test would show nothing
+    found, found_pairs = jax.jit(lambda p: gradients(task, p, batch, key, 3))(params)
+    for name in pairs:
+        np.testing.assert_allclose(found_pairs[name], pairs[name], rtol=1e-5)
+    for one, many in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_is_that_of_the_mean_loss(task):
+    """Along a random direction: the slope of the loss, by finite differences."""
+    params = tiny.params(task)
+    batch = jax.tree.map(jnp.asarray, uneven(task))
+    key = jax.random.key(1)
+    keys = iter(jax.random.split(jax.random.key(2), 100))
+    direction = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), params)
+
+    @jax.jit
+    def loss(size):
+        moved = jax.tree.map(lambda x, d: x + size * d, params, direction)
+        return mean(task.pairs(moved, batch, key, deterministic=True)["captioning/loss"])
+
+    gradient, _ = jax.jit(lambda p: gradients(task, p, batch, key, 1))(params)
+    products = jax.tree.map(lambda g, d: float((g * d).sum()), gradient, direction)
+    slope = (float(loss(1e-3)) - float(loss(-1e-3))) / 2e-3
+    assert sum(jax.tree.leaves(products)) == pytest.approx(slope, rel=2e-2)
+
+
+def test_a_step_counts_averages_and_tells(task, stepper):
+    make, step, optimizer = stepper
+    state = make()
+    before = jax.device_get(state.params)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.average), before)
+    batch = uneven(task)
+    average = before
+    for number in range(2):
+        state, measured = step(state, batch)
+        after = jax.device_get(state.params)
+        average = jax.tree.map(lambda a, p: DECAY * a + (1 - DECAY) * p, average, after)
+        for found, expected in zip(
+            jax.tree.leaves(state.average), jax.tree.leaves(average), strict=True
+        ):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        assert int(state.step) == number + 1 and int(state.bad_step) == -1
+        rate = float(optimizer.schedule(number))
+        assert float(measured.learning_rate) == pytest.approx(rate, rel=1e-5)
+    moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before))]
+    assert max(moved) > 1e-4
+    assert evaluation_params(state) is state.average
+    assert float(measured.pairs["loss"][0]) == pytest.approx(
+        float(mean(measured.pairs["captioning/loss"])), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_step_leaves_all_it_learned_untouched_and_is_named(task, stepper, bad):
+    make, step, _ = stepper
+    batch = uneven(task)
+    state, _ = step(make(), batch)
+    kept = jax.device_get((state.params, state.optimizer, state.average))
+    poisoned = jax.tree.map(np.copy, batch)
+    poisoned["image"]["pixels"][1] = bad
+    state, measured = step(state, poisoned)
+    assert int(state.bad_step) == int(measured.bad_step) == 1 and int(state.step) == 2
+    # Nothing is learned from there on, whatever comes; the first bad step stays named.
+    for following in (batch, poisoned):
+        state, measured = step(state, following)
+        assert int(measured.bad_step) == 1
+    found = jax.device_get((state.params, state.optimizer, state.average))
+    jax.tree.map(np.testing.assert_array_equal, found, kept)
+    assert int(state.step) == 4
