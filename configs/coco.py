@@ -31,6 +31,7 @@ def tiny(config: ConfigDict) -> None:
     config.data.crop_scale = (0.85, 1.0)
     config.data.crop_ratio = (0.95, 1.05)
     config.data.vocabulary_size = 4096
+    config.model.modalities.image.stem = "hierarchical"
     config.model.modalities.text.length = 32
     config.model.unroll = 4
     config.train.steps = 500

@@ -73,7 +73,7 @@ def model_fields() -> dict:
         "unroll": 1,  # layers a step of the scan over layers
         "dtype": "float32",  # of the computation; parameters stay float32
         "modalities": {
-            "image": {"type": "image", "patch": 8},
+            "image": {"type": "image", "patch": 8, "stem": "linear"},  # or 'hierarchical'
             "text": {"type": "text", "length": 32},
         },
     }

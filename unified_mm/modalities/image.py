@@ -18,11 +18,16 @@ from unified_mm.modalities.tokens import Group, Tokens, blank, single_document
 from unified_mm.parallel.layers import Dense, partitioned
 
 
+STEMS = ("linear", "hierarchical")
+PART = 4  # pixels on a side of the smallest part that the hierarchical stem looks at
+
+
 @dataclass(frozen=True)
 class ImageModality:
     """RGB images of `size` x `size` pixels, cut into patches of `patch` x `patch`.
 
     Attributes:
+      stem: 'linear', one dense map of a patch, or 'hierarchical', an MLP of parts within parts.
       crop_scale: smallest and largest share of the picture's area that a training crop keeps.
       crop_ratio: narrowest and widest shape (width / height) of a training crop.
       mirror: whether training flips left and right, where no text of the record names a side.
@@ -32,6 +37,7 @@ class ImageModality:
     name: str
     size: int
     patch: int
+    stem: str
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
     mirror: bool
@@ -41,6 +47,15 @@ class ImageModality:
     def from_config(cls, name: str, options: Mapping[str, Any], resources: Any) -> ImageModality:
         data = resources.data
         size, patch = int(data.image_size), int(options["patch"])
+        if options["stem"] not in STEMS:
+            raise ValueError(
+                f"model.modalities.{name}.stem={options['stem']!r}: one of {', '.join(STEMS)}"
+            )
+        if options["stem"] == "hierarchical" and patch % PART:
+            raise ValueError(
+                f"model.modalities.{name}.patch={patch}: the hierarchical stem needs a multiple "
+                f"of {PART}"
+            )
         if size % patch:
             raise ValueError(
                 f"data.image_size={size} is no multiple of model.modalities.{name}.patch={patch}"
@@ -49,6 +64,7 @@ class ImageModality:
             name=name,
             size=size,
             patch=patch,
+            stem=str(options["stem"]),
             crop_scale=tuple(data.crop_scale),
             crop_ratio=tuple(data.crop_ratio),
             mirror=bool(data.mirror),
@@ -81,11 +97,11 @@ class ImageModality:
 
     def embedder(self, width: int, dtype: Any) -> nn.Module:
         side = self.size // self.patch
-        return ImageEmbedder(self.name, self.patch, (side, side), width, dtype)
+        return ImageEmbedder(self.name, self.patch, self.stem, (side, side), width, dtype)
 
 
 class ImageEmbedder(nn.Module):
-    """Patches through one dense map, plus a learned 2D position and the modality's embedding.
+    """Patches through the stem, plus a learned 2D position and the modality's embedding.
 
     `grid` is the number of patches (down, across) that positions are learned for; pictures of
     another size get them interpolated.
@@ -93,6 +109,7 @@ class ImageEmbedder(nn.Module):
 
     name_of_group: str
     patch: int
+    stem: str
     grid: tuple[int, int]
     width: int
     dtype: Any = jnp.float32
@@ -101,7 +118,7 @@ class ImageEmbedder(nn.Module):
     def __call__(self, batch: Mapping[str, Array]) -> Tokens:
         """`pixels` uint8 or float [B, height, width, 3] in 0..255, `present` [B] -> Tokens."""
         pixels = blank(batch["pixels"].astype(self.dtype), batch["present"])
-        patches = patchify(pixels / 127.5 - 1.0, self.patch)
+        patches = self._patches(pixels / 127.5 - 1.0)
         down, across = patches.shape[1:3]
         x = Dense((self.width,), (None,), ("embed",), dtype=self.dtype, name="patches")(
             patches.reshape(patches.shape[0], down * across, -1)
@@ -119,6 +136,21 @@ class ImageEmbedder(nn.Module):
         valid = jnp.broadcast_to(batch["present"][:, None], x.shape[:2])
         group = Group(self.name_of_group, self.name_of_group, down * across)
         return Tokens(blank(x, valid), single_document(valid, group))
+
+
+    def _patches(
+        self, pixels: Float[Array, "B height width C"]
+    ) -> Float[Array, "B down across P"]:
+        """Patches as rows of numbers: pixels, or features of their parts.
+
+        The hierarchical stem follows Touvron et al. 2022 ("Three things everyone should know about
+        vision transformers", section 6): no patch sees another, so what is absent stays apart.
+        """
+        if self.stem == "linear":
+            return patchify(pixels, self.patch)
+        parts = patchify(pixels, PART)
+        features = Dense((self.width // 2,), (None,), (None,), dtype=self.dtype, name="parts")
+        return patchify(nn.gelu(features(parts)), self.patch // PART)
 
 
 def patchify(

@@ -172,7 +172,7 @@ def _lit(scene: Scene, points: Vectors, light: Float[np.ndarray, " 3"]) -> Float
         body = outline(thing)
         cast = body - light * (body[:, 2:] / light[2])  # where its edge falls on the ground
         box = _pixels(scene, np.concatenate([body, cast]), points.shape[1])
-        near, far = interval(thing, points[:, *box], light)
+        near, far = interval(thing, points[:, *box], light[:, None, None])
         lit[box][(near < far) & (near > 0)] = 0
     return lit
 
