@@ -166,7 +166,8 @@ def test_a_spec_that_makes_no_sense_is_refused(change, message):
         replace(SPEC, **change)
 
 
-def test_objects_too_large_for_a_picture_are_an_error_that_says_so():
+def test_objects_too_large_for_a_picture_are_an_error_that_says_so(monkeypatch):
+    monkeypatch.setattr(scenes, "MAX_DRAWS", 2 * scenes.DRAWS)
     spec = replace(SPEC, object_weights=(0.0, 0.0, 0.0, 1.0), spans=(0.9,) * 4)
     with pytest.raises(ValueError, match="4 objects of span 0.9 found no place.*spans smaller"):
         sample_scene(spec, "train", 0)

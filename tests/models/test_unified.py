@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from unified_mm.modalities.image import ImageEmbedder, patchify, resize_positions
+from unified_mm.modalities.image import patchify, resize_positions
 from unified_mm.modalities.tokens import Group, single_document
 from unified_mm.models.attention import Attention, plan_attention
 from unified_mm.models.feed_forward import Mlp
@@ -198,7 +198,7 @@ def test_a_picture_of_another_size_gets_interpolated_positions(task, params):
     assert read.context["image"].shape == (2, 4 * 3, 16) and np.isfinite(read.text).all()
 
     embedder = params["embedders_image"]
-    module = ImageEmbedder("image", 8, (2, 2), 16)
+    module = task.modalities["image"].embedder(16, jnp.float32)
     tokens = module.apply({"params": embedder}, large["image"]).embeddings
     table = np.asarray(embedder["positions"])
     flat = np.asarray(patches_by_loops(pixels, 8)) / 127.5 - 1

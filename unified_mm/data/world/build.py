@@ -117,9 +117,7 @@ def _write_world(spec: WorldSpec, folder: Path, processes: int, progress: bool) 
             _write_annotations(spec, split, folder / "annotations", told)
 
 
-def _rendered(
-    spec: WorldSpec, split: str, folder: Path, processes: int
-) -> Iterator[list[Told]]:
+def _rendered(spec: WorldSpec, split: str, folder: Path, processes: int) -> Iterator[list[Told]]:
     """Scenes in order, chunk by chunk, each rendered into `folder`."""
     count = spec.count(split)
     work = [

@@ -151,9 +151,7 @@ def holds(caption: Caption, scene: Scene) -> bool:
     return any(fits(chosen) for chosen in permutations(range(len(scene.objects)), count))
 
 
-def foil(
-    scene: Scene, caption: Caption, kind: str, rng: np.random.Generator
-) -> Caption | None:
+def foil(scene: Scene, caption: Caption, kind: str, rng: np.random.Generator) -> Caption | None:
     """The caption with one word made false; None where this caption has no such word.
 
     `kind` is an attribute, or 'side': `left of` for `right of` or the reverse. Its words alone do

@@ -50,7 +50,7 @@ def render(scene: Scene, size: int, supersample: int = 2) -> UInt8[np.ndarray, "
 
 
 def render_ids(scene: Scene, size: int) -> Int[np.ndarray, "size size"]:
-    """Which object each pixel's centre shows: its position in `scene.objects`, -1 for the ground."""
+    """Which object each pixel's centre shows: a position in `scene.objects`, or -1: ground."""
     return _first_hits(scene, *_rays(scene, size))[1]
 
 

@@ -204,7 +204,8 @@ def sample_scene(spec: WorldSpec, split: str, index: int) -> Scene:
         drawn = _draw_places(rng, spec, camera, words)
         framed = np.flatnonzero(_framed(camera, words, drawn))
         if len(framed):
-            return Scene(identity, _left_to_right(camera, words, drawn[:, framed[0]]), camera, light)
+            objects = _left_to_right(camera, words, drawn[:, framed[0]])
+            return Scene(identity, objects, camera, light)
     raise ValueError(
         f"world: {count} objects of span {spec.spans[count - 1]} found no place in {split} scene "
         f"{index} within {MAX_DRAWS} draws; make WorldSpec.spans smaller"
@@ -300,8 +301,10 @@ def _covered(
 ) -> Float[np.ndarray, "draws N"]:
     """The share of each object's box that lies under the boxes of nearer ones, at most."""
     low, high = boxes[..., :2], boxes[..., 2:]
-    overlap = np.minimum(high[:, :, None], high[:, None]) - np.maximum(low[:, :, None], low[:, None])
-    shared = np.clip(overlap, 0, None).prod(axis=-1) / (high - low).prod(axis=-1)[:, :, None]
+    shared_low = np.maximum(low[:, :, None], low[:, None])
+    shared_high = np.minimum(high[:, :, None], high[:, None])
+    areas = np.clip(shared_high - shared_low, 0, None).prod(axis=-1)
+    shared = areas / (high - low).prod(axis=-1)[:, :, None]
     nearer = depths[:, None, :] < depths[:, :, None]
     return (shared * nearer).sum(axis=2)
 

@@ -1,0 +1,84 @@
+"""Keeps what a run scored: `python -m experiments.keep runs/first first`.
+
+Writes `experiments/results/NAME.json` (the run's `result.json`, and the scores along the way) and
+`NAME.svg`, the learning curve. An existing result is replaced only with `--replace`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from unified_mm.runs.folder import RunFolder, read_json, write_atomically, write_json
+from unified_mm.runs.metrics import read_metrics
+
+RESULTS = Path(__file__).parent / "results"
+CURVES = {
+    "text-to-image R@1": "single_caption/text_to_image/recall_at_1",
+    "text-to-image R@10": "single_caption/text_to_image/recall_at_10",
+    "caption above its foil": "foil/accuracy",
+    "CIDEr-D / 10": "caption/cider_d",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="a finished run's folder")
+    parser.add_argument("name", help="of the result")
+    parser.add_argument("--replace", action="store_true", help="overwrite what was kept before")
+    args = parser.parse_args()
+    keep(RunFolder(args.run), args.name, replace=args.replace)
+
+
+def keep(folder: RunFolder, name: str, *, replace: bool) -> None:
+    """Writes NAME.json and NAME.svg from a finished run."""
+    target = RESULTS / f"{name}.json"
+    if target.exists() and not replace:
+        raise SystemExit(f"{target} exists; --replace overwrites it")
+    if not folder.finished:
+        raise SystemExit(f"{folder.path} is no finished run (it has no result.json)")
+    split = read_json(folder.config)["evaluation"]["split"]
+    curves = scored_along_the_way(folder, split)
+    result = read_json(folder.result)
+    result["data"]["folder"] = ""  # where it lay is nobody's business
+    write_json(target, {**result, "curves": curves})
+    write_atomically(target.with_suffix(".svg"), draw(curves).encode())
+    print(f"kept {target} and {target.with_suffix('.svg')}")
+    print(json.dumps(result["scores"]))
+
+
+def scored_along_the_way(folder: RunFolder, split: str) -> dict[str, list[list[float]]]:
+    """By label: [step, score] of each evaluation."""
+    metrics = read_metrics(folder.metrics)
+    curves = {}
+    for label, score in CURVES.items():
+        if f"{split}/{score}" in metrics:
+            steps, values = metrics[f"{split}/{score}"]
+            curves[label] = [[int(s), float(v)] for s, v in zip(steps, values, strict=True)]
+    return curves
+
+
+def draw(curves: dict[str, list[list[float]]]) -> str:
+    """The curves over steps, as SVG."""
+    import io
+
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(6, 3.2), layout="constrained")
+    axes: Any = figure.add_subplot()
+    for label, points in curves.items():
+        scale = 10 if label.endswith("/ 10") else 1
+        axes.plot([s for s, _ in points], [v / scale for _, v in points], marker="o", label=label)
+    axes.set_xlabel("training step")
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    content = io.StringIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
+    return content.getvalue()
+
+
+if __name__ == "__main__":
+    main()
