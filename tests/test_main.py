@@ -8,6 +8,7 @@ import commands
 import numpy as np
 import pytest
 import tiny
+
 import unified_mm
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -37,7 +38,7 @@ def finished(data, tmp_path_factory):
     """A run of four steps with every objective and evaluations on the way."""
     folder = tmp_path_factory.mktemp("runs") / "first"
     more = ("--config.objectives.matching.weight=1.0", "--config.evaluation.every=2")
-    assert train(data, folder, *more) == 0
+    assert train(data, folder, *more, "--config.logging.every=1") == 0
     return folder
 
 
@@ -73,7 +74,7 @@ def test_a_run_is_a_folder(finished):
 def test_metrics_hold_every_loss_by_step(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     losses = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in losses] == [2, 4]
+    assert [line["step"] for line in losses] == [1, 2, 3, 4]
     for line in losses:
         expected = sum(line[f"{name}/loss"] for name in ("contrastive", "captioning", "matching"))
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
@@ -153,7 +154,8 @@ def test_load_gives_the_model(finished, data):
         ("--config.objectives.captioning.rule=joint", "would see the one it must predict"),
         ("--config.train.batch_size=7", "train.batch_size=7"),
         ("--config.mesh.tensor=3", "mesh.tensor=3"),
-        ("--config.model.modalities.image.patch=5", "no multiple"),
+        ("--config.model.modalities.image.patch=12", "no multiple"),
+        ("--config.model.modalities.image.patch=6", "hierarchical stem"),
         ("--config.evaluation.split=nope", "train, val"),
     ],
 )

@@ -7,8 +7,8 @@ import commands
 import jax
 import pytest
 import tiny
-import unified_mm
 
+import unified_mm
 from unified_mm.config import Config
 from unified_mm.objectives.task import build_task
 

@@ -30,6 +30,12 @@ def drawn():
     return {split: [sample_scene(SPEC, split, i) for i in range(80)] for split in scenes.SPLITS}
 
 
+@pytest.fixture(scope="module")
+def crowded():
+    spec = replace(SPEC, object_weights=(0.0, 0.0, 0.0, 1.0))
+    return [sample_scene(spec, "train", i) for i in range(60)]
+
+
 def pairs(scene):
     return {(thing.colour, thing.shape) for thing in scene.objects}
 
@@ -65,14 +71,14 @@ def test_no_two_objects_of_a_scene_have_the_same_four_words(drawn):
         assert len(words) == len(scene.objects)
 
 
-def test_objects_are_wholly_in_the_picture_and_mostly_seen(drawn):
-    size = 96
-    for scene in drawn["train"][:25]:
+def test_objects_are_wholly_in_the_picture_and_mostly_seen(drawn, crowded):
+    size = 64
+    for scene in drawn["train"][:20] + crowded:
         ids = render_ids(scene, size)
         for i, thing in enumerate(scene.objects):
             alone = render_ids(replace(scene, objects=(thing,)), size) == 0
             assert not (alone[0] | alone[-1] | alone[:, 0] | alone[:, -1]).any()
-            assert (ids == i).sum() >= 0.7 * alone.sum()
+            assert (ids == i).sum() >= 0.75 * alone.sum()
 
 
 def test_objects_come_from_left_to_right_with_clear_gaps(drawn):
@@ -80,10 +86,10 @@ def test_objects_come_from_left_to_right_with_clear_gaps(drawn):
         assert (np.diff(scene.places()[:, 0]) >= scenes.MIN_SIDE_GAP).all()
 
 
-def test_objects_do_not_pass_through_each_other(drawn):
+def test_objects_do_not_pass_through_each_other(crowded):
     """Points on the ground within one object's foot are in no other's, walked on a fine grid."""
-    grid = np.stack(np.meshgrid(*[np.linspace(-2, 2, 201)] * 2), axis=-1)
-    for scene in drawn["train"][:25]:
+    grid = np.stack(np.meshgrid(*[np.linspace(-2, 2, 161)] * 2), axis=-1)
+    for scene in crowded:
         feet = np.zeros(grid.shape[:2], int)
         for thing in scene.objects:
             x, y = np.moveaxis(grid - [thing.x, thing.y], -1, 0)

@@ -17,7 +17,6 @@ from unified_mm.data.records import Record
 from unified_mm.modalities.tokens import Group, Tokens, blank, single_document
 from unified_mm.parallel.layers import Dense, partitioned
 
-
 STEMS = ("linear", "hierarchical")
 PART = 4  # pixels on a side of the smallest part that the hierarchical stem looks at
 

@@ -16,6 +16,8 @@ from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.modalities.tokens import Group, Tokens, single_document
 from unified_mm.parallel.layers import partitioned
 
+VOCABULARY_MULTIPLE = 64
+
 
 class Hashable:
     """A tokenizer held by a frozen dataclass: equal only to itself, for jit's static arguments."""
@@ -26,7 +28,9 @@ class Hashable:
 
 @dataclass(frozen=True)
 class TextModality:
-    """Texts of at most `length` tokens out of `vocabulary` of them; one text a record is drawn.
+    """Texts of at most `length` tokens; one text a record is drawn.
+
+    `vocabulary` is the number of token embeddings: the tokenizer's, padded for even division.
 
     `question_share` says how often that is a question with its answer, where a record has both.
     """
@@ -43,7 +47,7 @@ class TextModality:
         return cls(
             name=name,
             length=int(options["length"]),
-            vocabulary=tokenizer.vocabulary_size,
+            vocabulary=padded(tokenizer.vocabulary_size),
             question_share=float(resources.data.question_share),
             encoder=Hashable(tokenizer),
         )
@@ -81,6 +85,11 @@ class TextModality:
 
     def embedder(self, width: int, dtype: Any) -> nn.Module:
         return TextEmbedder(self.name, self.vocabulary, self.length, width, dtype)
+
+
+def padded(vocabulary: int) -> int:
+    """A size that meshes divide: how many tokens a tokenizer ends up with is nobody's choice."""
+    return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 class TextEmbedder(nn.Module):
