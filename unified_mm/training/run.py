@@ -14,7 +14,8 @@ from unified_mm.evaluation.evaluate import Scores, evaluate
 from unified_mm.inference.predictor import Predictor
 from unified_mm.parallel.flops import matmul_flops
 from unified_mm.parallel.sharding import rule_items
-from unified_mm.runs.metrics import MetricsWriter
+from unified_mm.runs.folder import RunFolder
+from unified_mm.runs.metrics import MetricsWriter, read_metrics
 from unified_mm.training.environment import device_name, revision, versions
 from unified_mm.training.loop import keep_best, train
 from unified_mm.training.setup import Setup
@@ -43,17 +44,25 @@ def score_splits(
     predictor = Predictor(setup.task, evaluation_params(state), setup.mesh)
     found = {}
     step = options.steps
+    # A run that was killed while it scored comes here again.
+    written = metrics_at(setup.folder, step)
     tensorboard = setup.folder.tensorboard if options.tensorboard else None
     with MetricsWriter(setup.folder.metrics, tensorboard, resume_step=step) as metrics:
         for name, split in setup.splits.items():
             say(f"scoring {name}: {len(split.manifest.records)} images")
             found[name] = evaluate(predictor, split, batch_size=options.evaluate_batch)
-            scores = found[name].scores
-            metrics.write(step, {f"{name}/{key}": value for key, value in scores.items()})
+            scores = {f"{name}/{key}": value for key, value in found[name].scores.items()}
+            if not set(scores) <= written:
+                metrics.write(step, scores)
     value = found[options.split].scores.get(options.best_by)
     if value is not None and options.evaluate_every:
         keep_best(setup, state, step, value, {"step": step, "data_source": setup.source.name})
     return found
+
+
+def metrics_at(folder: RunFolder, step: int) -> set[str]:
+    """Names of the metrics that are recorded for a step."""
+    return {name for name, (steps, _) in read_metrics(folder.metrics).items() if step in steps}
 
 
 def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict[str, Any]:
