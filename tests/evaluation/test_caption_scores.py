@@ -1,7 +1,10 @@
 """Caption scores: parity with pycocoevalcap, hand-worked values, and the tokenizer's words."""
 
 import math
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -168,3 +171,28 @@ def test_errors(scorer):
         scorer([], [])
     with pytest.raises(ValueError, match="1 images have no reference caption .first: index 1"):
         scorer([["a"], ["b"]], [[["a"]], []])
+
+
+def test_every_process_scores_to_the_last_bit_alike():
+    """Python's hashes of text differ from one process to the next, and with them sets' orders."""
+    program = (
+        "import random\n"
+        "from unified_mm.evaluation.caption_scores import caption_scores\n"
+        "draw = random.Random(0)\n"
+        "words = [chr(97 + i) * 3 for i in range(26)]\n"
+        "text = lambda: ' '.join(draw.choices(words, k=14))\n"
+        "references = [[text() for _ in range(3)] for _ in range(40)]\n"
+        "candidates = [r[0].replace('aaa', 'zzz') for r in references]\n"
+        "print(caption_scores(candidates, references))\n"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in range(4)
+    }
+    assert len(said) == 1

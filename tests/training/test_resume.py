@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 STEPS = 600
-LIMIT = 240  # seconds that any process may take
+LIMIT = 900  # seconds that any process may take
 
 
 @pytest.fixture(scope="module")

@@ -105,9 +105,10 @@ def _clipped_cosine(
     """Mean over n of min(g(c), g(s)) . g(s) / (|g(c)| |g(s)|), 0 where a vector is 0."""
     (weights, norms), (reference_weights, reference_norms) = candidate, reference
     products = [0.0] * MAX_NGRAM
-    for ngram in weights.keys() & reference_weights.keys():
-        weight = reference_weights[ngram]
-        products[len(ngram) - 1] += min(weights[ngram], weight) * weight
+    # In the order of the text: a set's order, and so the sum's last bit, differs between processes.
+    for ngram, candidate_weight in weights.items():
+        weight = reference_weights.get(ngram, 0.0)
+        products[len(ngram) - 1] += min(candidate_weight, weight) * weight
     cosines = (
         product / (norm * reference_norm) if norm and reference_norm else 0.0
         for product, norm, reference_norm in zip(products, norms, reference_norms, strict=True)
