@@ -1,16 +1,16 @@
 """Early fusion on MS-COCO captions, or on the embedded world where no data is given.
 
     python -m unified_mm.main --config=configs/coco.py --workdir=runs/first
-    python -m unified_mm.main --config=configs/coco.py:base --config.data.dir=FOLDER --workdir=runs/base
+    python -m unified_mm.main --config=configs/coco.py:base --config.data.dir=DIR --workdir=runs/2
 
 | size | parameters | hardware | time | text-to-image R@1, R@10 |
 | --- | --- | --- | --- | --- |
-| `tiny` | 0.9 M | 2 CPU cores | 9.5 minutes for 1,000 steps | 0.469, 0.924 (1,000 scenes of the world) |
+| `tiny` | 0.9 M | 2 CPU cores | 9.5 minutes, 1,000 steps | 0.469, 0.924 (1,000 world scenes) |
 | `base` | 19.7 M | one accelerator | not measured | not measured |
 | `large` | 305 M | several accelerators | not measured | not measured |
 
-One caption an image; chance is 0.001 and 0.010. How long each was trained, and what else was scored:
-README.md and experiments/results/.
+One caption an image; chance is 0.001 and 0.010. Longer runs and all other scores: README.md and
+experiments/results/.
 """
 
 from ml_collections import ConfigDict
