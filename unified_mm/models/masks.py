@@ -230,13 +230,3 @@ def reference_mask(
                 )
     same = np.asarray(queries.document)[:, :, None] == np.asarray(keys.document)[:, None, :]
     return jnp.asarray(mask & same & np.asarray(keys.valid)[:, None, :])
-
-
-def format_mask(mask: Bool[np.ndarray, "Q K"], groups: Sequence[Group]) -> str:
-    """A mask as text: a row a query token, `x` where it sees the key and `.` where not."""
-    labels = [group.name for group in groups for _ in range(group.length)]
-    wide = max(map(len, labels))
-    lines = [f"{label:>{wide}} " + "".join("x" if seen else "." for seen in row)
-             for label, row in zip(labels, np.asarray(mask), strict=True)]
-    return "\n".join(lines)
-
