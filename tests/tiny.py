@@ -79,7 +79,7 @@ def batch(task: Task, size: int = 4, seed: int = 0) -> dict[str, dict[str, Any]]
             "present": np.ones(size, bool),
         },
         "text": {
-            "ids": np.where(valid, rng.integers(4, text.vocabulary, valid.shape), 0).astype(
+            "ids": np.where(valid, rng.integers(4, text.embedding.used, valid.shape), 0).astype(
                 np.int32
             ),
             "valid": valid,
@@ -115,3 +115,50 @@ def write_coco(folder: Path, train: int = 24, val: int = 8) -> Path:
         content = {"images": images, "annotations": annotations}
         (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
     return folder
+
+
+def documents(task: Task, seed: int = 0, length: int = 14) -> dict[str, dict[str, Any]]:
+    """Two rows of packed documents: text, image, text, image, text | image, text (and swapped).
+
+    Three image slots; the order is in `position` and `segment` alone.
+    """
+    rng = np.random.default_rng(seed)
+    size = task.modalities["image"].size
+    first = ["text", "text", "image", "text", "text", "image", "text", "text"]
+    second = ["image", "text", "text", "text"]
+    rows = [_laid_out(pair, 3, length) for pair in ([first, second], [second, first])]
+    image = {key: np.stack([row[0][key] for row in rows]) for key in rows[0][0]}
+    text = {key: np.stack([row[1][key] for row in rows]) for key in rows[0][1]}
+    image["pixels"] = rng.uniform(0, 255, (2, 3, size, size, 3)).astype(np.float32)
+    used = task.modalities["text"].embedding.used
+    text["ids"] = rng.integers(4, used, text["valid"].shape).astype(np.int32)
+    text["scored"] = text["valid"] & (text["place"] > 0)
+    text["prompted"], text["present"] = np.zeros(2, bool), np.ones(2, bool)
+    return jax.tree.map(jnp.asarray, {"image": image, "text": text})
+
+
+def _laid_out(documents: list[list[str]], slots: int, length: int) -> tuple[dict, dict]:
+    """Where each image and each text token of the documents is, one by one."""
+    images, tokens = [], []
+    for number, parts in enumerate(documents):
+        seen = place = 0
+        for position, part in enumerate(parts):
+            if part == "image":
+                seen += 1
+                images.append({"position": position, "segment": seen, "document": number})
+            else:
+                tokens.append(
+                    {"position": position, "segment": seen, "document": number, "place": place}
+                )
+                place += 1
+    nowhere = {"position": 0, "segment": 0, "document": -1}
+
+    def columns(items: list[dict], width: int, unused: dict) -> dict[str, np.ndarray]:
+        filled = items + [unused] * (width - len(items))
+        return {key: np.array([item[key] for item in filled], np.int32) for key in unused}
+
+    image = columns(images, slots, nowhere)
+    text = columns(tokens, length, {**nowhere, "place": 0})
+    image["present"] = np.arange(slots) < len(images)
+    text["valid"] = np.arange(length) < len(tokens)
+    return image, text

@@ -23,14 +23,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from unified_mm.config import Config
-from unified_mm.data.pipeline import training_batches
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.recipes import parse_flags, resolve
 from unified_mm.runs.folder import RunFolder
 from unified_mm.training.environment import device_name, revision, versions
+from unified_mm.training.loop import phase_batches, phase_step
 from unified_mm.training.run import training_flops
 from unified_mm.training.setup import Setup, prepare
-from unified_mm.training.step import make_train_step
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/coco.py", "The recipe to measure.")
 STEPS = flags.DEFINE_integer("steps", 10, "Steps to time, after two that warm up.", lower_bound=1)
@@ -39,7 +38,7 @@ STEPS = flags.DEFINE_integer("steps", 10, "Steps to time, after two that warm up
 def main(argv: list[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
-    config = Config(resolve(CONFIG.value, flags.FLAGS["config"]).to_dict())
+    config = Config(resolve(CONFIG.value, flags.FLAGS["config"], print).to_dict())
     with tempfile.TemporaryDirectory() as folder:
         result = measure(prepare(config, RunFolder(folder), print), STEPS.value)
     for name, value in result.items():
@@ -49,11 +48,11 @@ def main(argv: list[str]) -> None:
 
 def measure(setup: Setup, steps: int) -> dict[str, Any]:
     """Speeds of one config on this device; rates are a second, sizes bytes."""
-    batch_size = setup.options.batch_size
+    batch_size = setup.phases[0].batch_size
     peak = matmul_peak(setup.task.model.options.dtype)
     loader = loader_rate(setup, steps)
     seconds, memory = step_seconds(setup, steps)
-    flops = training_flops(setup)
+    flops = training_flops(setup, setup.phases[0])
     return {
         "steps_per_second": round(1 / seconds, 3),
         "images_per_second": round(batch_size / seconds, 1),
@@ -80,29 +79,23 @@ def matmul_peak(dtype: Any, size: int = 2048) -> float:
 
 def loader_rate(setup: Setup, steps: int) -> float:
     """Images a second that the data pipeline delivers by itself."""
-    batches = _batches(setup)
-    with closing(batches):
+    batches = phase_batches(setup, setup.phases[0], 0)
+    with closing(batches):  # type: ignore[type-var]
         for _ in islice(batches, 3):
             pass
         began = time.perf_counter()
         for _ in islice(batches, steps):
             pass
-    return steps * setup.options.batch_size / (time.perf_counter() - began)
+    return steps * setup.phases[0].batch_size / (time.perf_counter() - began)
 
 
 def step_seconds(setup: Setup, steps: int) -> tuple[float, int]:
     """Median seconds of a training step whose batch is at hand, and the compiled step's memory."""
     with jax.set_mesh(setup.mesh), nn.logical_axis_rules(rule_items()):
-        state = setup.make_state()
-        step = make_train_step(
-            setup.task,
-            setup.optimizer,
-            setup.mesh,
-            setup.abstract_state,
-            micro_batches=setup.options.micro_batches,
-            average_decay=setup.options.average_decay,
-        )
-        with closing(_batches(setup)) as batches:
+        phase = setup.phases[0]
+        state = phase.enter(setup.make_state())
+        step = phase_step(setup, phase)
+        with closing(phase_batches(setup, phase, 0)) as batches:  # type: ignore[type-var]
             ready = cycle([to_global(next(batches), setup.mesh) for _ in range(2)])
         compiled = step.lower(state, next(ready)).compile()  # type: ignore[attr-defined]
         memory = compiled.memory_analysis()
@@ -115,17 +108,6 @@ def step_seconds(setup: Setup, steps: int) -> tuple[float, int]:
         times = _times(one, steps + 2)[2:]
     total = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     return statistics.median(times), int(total)
-
-
-def _batches(setup: Setup) -> Any:
-    return training_batches(
-        setup.train.records,
-        setup.task.modalities,
-        seed=setup.options.seed,
-        batch_size=setup.options.batch_size,
-        threads=setup.options.threads,
-        workers=setup.options.workers,
-    )
 
 
 def _times(function: Callable[[], Any], count: int) -> list[float]:

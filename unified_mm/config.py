@@ -52,6 +52,12 @@ class Config(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._fields)
 
+    def changed(self, changes: Mapping[str, Any]) -> Config:
+        """The same with other values of some fields; reads of either count for both."""
+        for name in changes:
+            self[name]  # an unknown one is an error
+        return Config({**self.as_dict(), **changes}, self._path, self._reads)
+
     def unread(self, paths: Iterator[str] | list[str]) -> list[str]:
         """Those of the dotted `paths` that nothing has read yet."""
         return [path for path in paths if path not in self._reads]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def default_config() -> ConfigDict:
@@ -48,10 +51,23 @@ def data_fields() -> dict:
         "crop_ratio": (0.75, 1.3333),  # width / height of a training crop
         "mirror": True,  # flip training pictures, where no caption names a side
         "decoder": "pillow",  # or 'opencv'
+        "resampling": "bicubic",  # or 'bilinear'
+        "fit": "crop",  # the central square; or 'crop_resized', 'squash': see `data.images`
         "max_bad_share": 0.05,  # of images that cannot be read, before the run is refused
         "question_share": 0.0,  # how often a question with its answer is drawn, not a caption
         "tokenizer": "",  # a tokenizer.json; '' trains one on the training captions
         "vocabulary_size": 8192,  # of the one that is trained
+        # How the tokenizer calls them; bos '' puts nothing before a text. A text that is too long
+        # loses its eos, unless eos_when_cut.
+        "special_tokens": {"pad": "<pad>", "bos": "<bos>", "eos": "<eos>", "eos_when_cut": False},
+        # Interleaved documents, for the phases of training that ask for them.
+        "documents": {
+            "file": "",  # JSON lines; '' makes few-shot documents of the pairs
+            "shots": 4,  # examples before an example of its own, where they are made
+            "questions": False,  # made of questions and answers, not of captions
+            "images": 5,  # slots a row
+            "length": 160,  # text tokens a row
+        },
         "threads": 2,  # that read ahead
         "workers": 0,  # processes that read ahead, beside the threads
         "world": {"train": 20000, "val": 1000, "test_composition": 1000, "seed": 0},
@@ -59,22 +75,97 @@ def data_fields() -> dict:
 
 
 def model_fields() -> dict:
-    """The transformer and what it reads."""
+    """The transformers and what they read; see `models.options` for the words."""
     return {
-        "fusion": "early",
+        "fusion": "early",  # or 'gated_cross_attention', 'late'
         "width": 128,
         "layers": 4,
         "heads": 4,
+        "key_value_heads": 0,  # 0: as many as heads
+        "head_width": 0,  # 0: width / heads
         "feed_forward": 512,
         "dropout": 0.0,
+        "norm": "layer",  # or 'rms'
+        "norm_epsilon": 1e-6,
+        "norm_place": "pre",  # or 'post'
+        "final_norm": True,
+        "activation": "gelu",
+        "gated_feed_forward": False,
+        "query_bias": True,
+        "output_bias": True,
+        "feed_forward_bias": True,
+        "rotary_base": 0.0,  # 0: no rotary positions
         "separate_attention": False,  # projections of its own for each modality
         "separate_feed_forward": False,
         "rematerialise": False,  # recompute activations in the backward pass
-        "unroll": 1,  # layers a step of the scan over layers
+        "unroll": 1,  # periods a step of the scan over layers
         "dtype": "float32",  # of the computation; parameters stay float32
+        # Width or depth matched to so many FLOPs a training example (0: as they stand).
+        "budget": 0.0,
+        "budget_by": "width",  # or 'layers'
+        # Late and gated fusion: the context's own transformer; what is 0 or None is as above.
+        "tower": {
+            "width": 0,
+            "layers": 0,
+            "heads": 0,
+            "feed_forward": 0,
+            "key_value_heads": placeholder(int),
+            "head_width": placeholder(int),
+            "norm": placeholder(str),
+            "norm_epsilon": placeholder(float),
+            "final_norm": placeholder(bool),
+            "activation": placeholder(str),
+            "gated_feed_forward": placeholder(bool),
+            "query_bias": placeholder(bool),
+            "output_bias": placeholder(bool),
+            "feed_forward_bias": placeholder(bool),
+            "rotary_base": placeholder(float),
+        },
+        # Gated fusion: its cross-attention layers, and the resampler before them.
+        "cross": {
+            "every": 1,  # one before each n-th block
+            "gate": "tanh",  # or 'sigmoid'
+            "shape": "scalar",  # or 'channel'
+            "start": 0.0,  # alpha; the layer passes gate(alpha)
+            "query_key_norm": False,
+        },
+        "resampler": {
+            "latents": 64,  # 0: no resampler, every feature is looked at
+            "layers": 2,
+            "heads": 4,
+            "head_width": 32,
+            "feed_forward": 512,
+            "activation": "gelu_exact",
+            "frames": 8,  # that a clip may have, each with a learned embedding; 0 has none
+            "query_key_norm": False,
+            "head_norm": "rms",  # the kind of that norm; or 'layer'
+        },
         "modalities": {
-            "image": {"type": "image", "patch": 8, "stem": "linear"},  # or 'hierarchical'
-            "text": {"type": "text", "length": 32},
+            "image": {
+                "type": "image",
+                "patch": 8,
+                "stem": "linear",  # or 'hierarchical'
+                "bias": True,
+                "class_token": False,
+                "modality_embedding": True,
+                "norm": False,
+                "norm_epsilon": 1e-6,
+                "mean": (0.5, 0.5, 0.5),  # of pixels in 0..1
+                "deviation": (0.5, 0.5, 0.5),
+            },
+            "text": {
+                "type": "text",
+                "length": 32,
+                "places": 0,  # positions that are learned; 0: as many as length
+                "learned_positions": True,
+                "modality_embedding": True,
+                "scaled": True,
+                "norm": False,
+                "norm_epsilon": 1e-6,
+                "head": "tied",  # or 'own'
+                "vocabulary": 0,  # tokens that have embeddings; 0: those of the tokenizer
+                "attend_padding": False,  # padding is seen as text is
+            },
         },
     }
 
@@ -89,6 +180,13 @@ def objective_fields() -> dict:
             "loss": "softmax",  # or 'sigmoid'
             "between": "image",
             "width": 128,
+            "pool": "mean",  # of the context's tokens: or 'first', 'last', 'attention'
+            "text_pool": "mean",
+            "pool_heads": 4,  # of 'attention'
+            "pool_feed_forward": 0,  # after it; 0: four times the width
+            "projection": "linear",  # or 'affine', or 'none'
+            "text_projection": "linear",
+            "bound_scale": True,  # the logits' scale to at most 100
         },
         "captioning": {"type": "captioning", "weight": 1.0, "rule": "prefix"},
         "matching": {
@@ -118,7 +216,22 @@ def training_fields() -> dict:
         "learning_rate_rules": ((".*", 1.0),),  # factors of the learning rate
         "weight_decay_rules": ((".*/kernel", 1.0), (".*", 0.0)),  # factors of the decay
         "freeze_rules": ((".*", False),),
+        # One group a phase, gone through in the order of their names: see `phase`. Without any
+        # there is one phase of `steps`.
+        "phases": {},
     }
+
+
+def phase(steps: int, **changes: Any) -> dict:
+    """A phase of training, as it stands under its name in `train.phases`.
+
+    Args:
+      steps: that it takes.
+      changes: `data`: 'pairs', 'text' (pairs whose images are withheld) or 'documents';
+        `objectives`: weights by name, in place of those that all objectives have of their own;
+        `train`: other values of fields of `train`, for this phase.
+    """
+    return {"steps": steps, "data": "pairs", "objectives": {}, "train": {}, **changes}
 
 
 def evaluation_fields() -> dict:
@@ -129,5 +242,11 @@ def evaluation_fields() -> dict:
         "every": 0,  # steps between evaluations on the way; 0 scores at the end alone
         "batch_size": 100,
         "max_images": 5000,  # of a split, the first ones
-        "best_by": "single_caption/text_to_image/recall_at_1",
+        "questions": False,  # score answers also where no question is trained on
+        "shots": (),  # examples in context, e.g. (0, 4, 8), for few-shot scores
+        "few_shot_images": 200,  # that these are taken on, the first ones
+        "few_shot_questions": 200,
+        # The score that `best/` is chosen by; '' is text-to-image recall at 1 (of one caption an
+        # image) where contrast is learned, else CIDEr-D.
+        "best_by": "",
     }

@@ -15,10 +15,10 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from unified_mm.commands import exit_code, new_file, say, score_table
 from unified_mm.config import Config
 from unified_mm.recipes import overridden, parse_flags, resolve
-from unified_mm.runs.checkpoints import CheckpointError
-from unified_mm.runs.folder import RunFolder, RunFolderError, read_json, write_json
+from unified_mm.runs.folder import RunFolder, read_json, write_json
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe: configs/coco.py, or with a size, configs/coco.py:base."
@@ -32,14 +32,6 @@ IMAGES = flags.DEFINE_string("images", "", "search: a folder; '' is the run's ev
 TOP = flags.DEFINE_integer("top", 5, "search: how many images to show.", lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", "", "evaluate: a new JSON file for the scores.")
 
-# What a user can put right; anything else is our fault and shows where it happened.
-USER_ERRORS = (ValueError, FileNotFoundError, RunFolderError, CheckpointError)
-
-
-def say(text: str) -> None:
-    """A line of progress for the person at the terminal."""
-    print(text, flush=True)
-
 
 def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
@@ -48,14 +40,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"not a flag: {' '.join(argv[1:])}")
     workdir()
     modes = {"train": train, "evaluate": evaluate, "caption": caption, "search": search}
-    try:
-        sys.exit(modes[MODE.value]())
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    again = "interrupted; the same command goes on from the last checkpoint"
+    sys.exit(exit_code(modes[MODE.value], interrupted=again))
 
 
 def workdir() -> str:
@@ -75,7 +61,7 @@ def train() -> int:
 
     if CONFIG.value is None:
         raise app.UsageError("--config is needed to train: --config=configs/coco.py")
-    chosen = resolve(CONFIG.value, flags.FLAGS["config"])
+    chosen = resolve(CONFIG.value, flags.FLAGS["config"], say)
     folder = RunFolder(workdir())
     with folder.lock():
         new = folder.check(chosen.to_dict())
@@ -117,9 +103,7 @@ def evaluate() -> int:
     from unified_mm.inference.loaded import load
     from unified_mm.training.setup import evaluated_splits, framed, open_split
 
-    output = Path(OUTPUT.value) if OUTPUT.value else None
-    if output is not None and output.exists():
-        raise ValueError(f"--output={output} exists and is not overwritten; name a new file")
+    output = new_file(OUTPUT.value)
     model = load(workdir())
     config = run_config(model.config)
     source = open_source(config.data)
@@ -216,17 +200,6 @@ def refuse_unread(config: Config, fields: list[str]) -> None:
             f"{', '.join(unread)}: set on the command line, but nothing in this run reads it "
             "(is the objective or modality it belongs to switched on?)"
         )
-
-
-def score_table(result: dict) -> str:
-    """Scores beside chance and ceiling, one a line."""
-    lines = [f"{'score':<58}{'value':>9}{'chance':>9}{'ceiling':>9}"]
-    for name, value in result["scores"].items():
-        cells = [value, result["chance"].get(name), result["ceiling"].get(name)]
-        lines.append(
-            f"{name:<58}" + "".join(f"{'' if c is None else f'{c:.3f}':>9}" for c in cells)
-        )
-    return "\n".join(lines)
 
 
 def command() -> str:

@@ -221,6 +221,73 @@ def test_questions_are_read_in_the_layout_of_vqa(tmp_path, suffix):
     assert (question.answer_type, question.question_type) == ("other", "what colour")
 
 
+def write_vqa(folder, name, question="What colour is it?"):
+    """A pair under VQA v2's own names, whose question says which file it is from."""
+    questions, answers = vqa()
+    questions["questions"][0]["question"] = question
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"v2_OpenEnded_mscoco_{name}_questions.json").write_text(json.dumps(questions))
+    (folder / f"v2_mscoco_{name}_annotations.json").write_text(json.dumps(answers))
+
+
+def asked(folder, split="train"):
+    return [question.question for question in coco.read_questions(folder, split)]
+
+
+@pytest.mark.parametrize("captions", ["train2014", "train2017", "train"])
+@pytest.mark.parametrize("where", [".", "annotations"])
+def test_questions_under_the_names_of_vqa_serve_every_year(tmp_path, captions, where):
+    write(tmp_path, [], name=f"captions_{captions}.json")
+    write_vqa(tmp_path / where, "val2014")
+    assert not coco.has_questions(tmp_path, "train")
+    write_vqa(tmp_path / where, "train2014")
+    assert coco.has_questions(tmp_path, "train")
+    (question,) = coco.read_questions(tmp_path, "train")
+    assert question.text == Text("What colour is it?", "red")
+    assert (question.answer_type, question.question_type) == ("other", "what colour")
+
+
+def test_the_order_in_which_questions_are_looked_for(tmp_path):
+    """Each pair is preferred to those written before it."""
+    annotations = tmp_path / "annotations"
+    write(tmp_path, [], name="captions_train2017.json")
+    places = [
+        (tmp_path, "train2015"),
+        (annotations, "train2015"),
+        (tmp_path, "train2014"),
+        (annotations, "train2014"),
+        (tmp_path, "train2017"),
+        (annotations, "train2017"),
+    ]
+    for number, (place, name) in enumerate(places):
+        write_vqa(place, name, f"pair {number}")
+        assert asked(tmp_path) == [f"pair {number}"]
+    questions, answers = vqa()
+    write_json(tmp_path, "questions_train.json", questions)
+    assert asked(tmp_path) == ["pair 5"]  # ours are no whole pair yet
+    write_json(tmp_path, "answers_train.json", answers)
+    assert asked(tmp_path) == ["What colour is it?"]
+
+
+def test_two_years_of_captions_each_read_the_questions_of_their_year(tmp_path):
+    for year in (2014, 2017):
+        write(tmp_path, [], name=f"captions_train{year}.json")
+        write_vqa(tmp_path, f"train{year}", f"year {year}")
+    assert asked(tmp_path, "train2014") == ["year 2014"]
+    assert asked(tmp_path, "train2017") == ["year 2017"]
+
+
+def test_half_a_pair_and_other_splits_are_no_questions(tmp_path):
+    write(tmp_path, [], name="captions_test2015.json")
+    write_vqa(tmp_path, "test2015")
+    (tmp_path / "v2_mscoco_test2015_annotations.json").unlink()
+    write_vqa(tmp_path, "test-dev2015")
+    assert not coco.has_questions(tmp_path, "test")
+    message = r"no questions with answers for the split 'test': looked for .*questions_test\.json"
+    with pytest.raises(FileNotFoundError, match=message):
+        coco.read_questions(tmp_path, "test")
+
+
 def test_question_without_answer_is_an_error(tmp_path):
     write(tmp_path, [])
     questions, answers = vqa(question_id=8)

@@ -3,9 +3,12 @@
 import itertools
 
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unified_mm.data import coco
+from unified_mm.data.manifest import build_manifest, with_questions
 from unified_mm.evaluation.answers import (
     Question,
     answer_accuracy,
@@ -13,6 +16,9 @@ from unified_mm.evaluation.answers import (
     normalize_answer,
     question_prior,
 )
+from unified_mm.evaluation.evaluate import Scores, Split, score_answers
+from unified_mm.inference.loaded import one_device_mesh
+from unified_mm.inference.predictor import Predictor
 
 
 @pytest.mark.parametrize(
@@ -89,6 +95,44 @@ def test_scores_by_type():
     }
 
 
+def test_scores_by_type_of_answer():
+    scores = answer_scores(
+        ["red", "two", "three", "yes"],
+        [["red"], ["2"], ["4"], ["no"]],
+        ["what", "how many", "how many", "is"],
+        ["other", "number", "number", "yes/no"],
+    )
+    assert scores == {
+        "answer/accuracy": 0.5,
+        "answer/accuracy/how many": 0.5,
+        "answer/accuracy/is": 0.0,
+        "answer/accuracy/what": 1.0,
+        "answer/accuracy/answer_type/number": 0.5,
+        "answer/accuracy/answer_type/other": 1.0,
+        "answer/accuracy/answer_type/yes/no": 0.0,
+    }
+    known = answer_scores(["a", "b"], [["a"], ["c"]], ["x", "x"], ["other", ""])
+    assert known == {
+        "answer/accuracy": 0.5,
+        "answer/accuracy/x": 0.5,
+        "answer/accuracy/answer_type/other": 1.0,
+    }
+
+
+def test_prior_by_type_of_answer():
+    train = [
+        Question("How many cubes?", ("2",), "count", "number"),
+        Question("Is there a cube?", ("no",), "exists", "yes/no"),
+    ]
+    asked = [
+        Question("How many cubes?", ("2",), "count", "number"),
+        Question("Is there a cube?", ("yes",), "exists", "yes/no"),
+    ]
+    prior = question_prior(train, asked)
+    assert prior["answer/accuracy/answer_type/number"] == 1.0
+    assert prior["answer/accuracy/answer_type/yes/no"] == 0.0
+
+
 def test_prior_falls_back_from_words_to_type_to_all():
     train = [
         Question("How many cubes?", ("two",), "count"),
@@ -122,6 +166,8 @@ def test_prior_breaks_ties_by_the_alphabet():
 def test_errors():
     with pytest.raises(ValueError, match="2 predictions, answers to 1"):
         answer_scores(["a", "b"], [["a"]], ["x"])
+    with pytest.raises(ValueError, match="1 types and 2 types of answers"):
+        answer_scores(["a"], [["a"]], ["x"], ["other", "other"])
     with pytest.raises(ValueError, match="empty"):
         answer_scores([], [], [])
     with pytest.raises(ValueError, match="question 1 .count. has no answer"):
@@ -130,3 +176,38 @@ def test_errors():
         answer_accuracy("a", [])
     with pytest.raises(ValueError, match="no prior"):
         question_prior([], [Question("Is it?", ("no",), "is")])
+
+
+class SaysRed(Predictor):
+    """Answers "red" to every question."""
+
+    def __init__(self):
+        super().__init__(tiny.task(), {}, one_device_mesh())
+
+    def write(self, batch, prompts):
+        assert len(prompts) == len(batch["image"]["present"])
+        return ["red"] * len(prompts)
+
+
+def on_image(image, answer, answer_type):
+    ten = (answer,) * 10
+    return coco.Question(image, image, "What is it?", answer, ten, answer_type, "what is")
+
+
+def test_questions_on_other_images_are_passed_over(tmp_path):
+    folder = tiny.write_coco(tmp_path / "coco", train=2, val=2)
+    manifest = build_manifest(folder, "val", progress=False)
+    asked = (on_image(0, "red", "other"), on_image(99, "red", "other"), on_image(1, "2", "number"))
+    assert [len(r.texts) for r in with_questions(manifest, asked).records] == [3, 3]
+    found = Scores()
+    score_answers(SaysRed(), Split(manifest, questions=asked, train_questions=asked), found, 8)
+    assert found.scores == {
+        "answer/accuracy": 0.5,
+        "answer/accuracy/what is": 0.5,
+        "answer/accuracy/answer_type/number": 0.0,
+        "answer/accuracy/answer_type/other": 1.0,
+    }
+    assert found.chance == found.scores  # the most common training answer is "red" too
+    nothing = Scores()
+    score_answers(SaysRed(), Split(manifest, questions=asked[1:2]), nothing, 8)
+    assert (nothing.scores, nothing.chance) == ({}, {})

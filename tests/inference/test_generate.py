@@ -28,6 +28,25 @@ def prompts(seed):
     return jnp.asarray(ids, jnp.int32), jnp.asarray(lengths)
 
 
+def write(task, params, batch, prompt, lengths, stream):
+    """Prompts and what greedy writes after them, as whole rows."""
+    valid = jnp.arange(LENGTH) < lengths[:, None]
+    text = {"ids": prompt, "valid": valid, "present": jnp.ones(ROWS, bool)}
+    most = LENGTH - lengths
+
+    def run(params):
+        return greedy(
+            task.model, params, {**batch, "text": text}, stream,
+            room=LENGTH - 1, most=most, end=END, padding=PADDING,
+        )  # fmt: skip
+
+    rows = np.array(prompt)
+    for row, new, start in zip(rows, np.asarray(jax.jit(run)(params)), lengths, strict=True):
+        assert (new[LENGTH - start :] == PADDING).all()
+        row[start:] = new[: LENGTH - start]
+    return rows
+
+
 def by_full_passes(task, params, batch, prompt, lengths, stream):
     """No cache and no loop on the device: the whole text is read anew for each token."""
 
@@ -79,13 +98,7 @@ def test_cached_writing_is_the_likeliest_token_of_a_full_pass(task, params, rule
     batch["image"]["present"] = batch["image"]["present"].at[2].set(False)
     stream = Stream("captioning", rule, autoregressive=True)
     prompt, lengths = prompts(0)
-    written = np.asarray(
-        jax.jit(
-            lambda p: greedy(
-                task.model, p, batch, prompt, lengths, stream, end=END, padding=PADDING
-            )
-        )(params)
-    )
+    written = write(task, params, batch, prompt, lengths, stream)
     expected, done, margin = by_full_passes(task, params, batch, prompt, lengths, stream)
     assert margin > 1e-4, "a tie would make this comparison one of rounding"
     np.testing.assert_array_equal(written, expected)
@@ -105,13 +118,7 @@ def test_the_loop_stops_when_all_have_ended(task, params):
     batch = {"image": tiny.batch(task, ROWS)["image"]}
     prompt, lengths = prompts(1)
     stream = Stream("captioning", "prefix", autoregressive=True)
-    written = np.asarray(
-        jax.jit(
-            lambda p: greedy(
-                task.model, p, batch, prompt, lengths, stream, end=END, padding=PADDING
-            )
-        )(params)
-    )
+    written = write(task, params, batch, prompt, lengths, stream)
     for row, length in zip(range(ROWS), np.asarray(lengths), strict=True):
         np.testing.assert_array_equal(written[row, :length], prompt[row, :length])
         assert written[row, length] == END

@@ -37,7 +37,7 @@ def read(task, params, streams, batch, perturb):
             ]
             texts = []
             for stream in together:
-                text = model.embed_text(batch["text"], stream.name)
+                text = model.embed_text(batch["text"], stream.name, 4)
                 texts.append(text.replace(embeddings=text.embeddings + perturb["text"]))
             outputs |= model.encode_together(context, texts, together)
         return {
@@ -246,11 +246,10 @@ def test_cache_slots_that_hold_nothing_are_never_seen(built):
     text = {**text, "present": batch["text"]["present"]}
 
     def run(model, poison):
-        _, cache = model.read_context(batch, stream)
-        cache = cache.reserve(text_group(stream, 12))
+        cache = model.read_context(batch, stream).cache.reserve(text_group(stream, 12))
         assert isinstance(cache.metadata, TokenMetadata)
-        keys = cache.keys.at[:, :, 9:].set(poison)
-        return model.extend(cache.replace(keys=keys), text, stream)[0]
+        layers = jax.tree.map(lambda x: x.at[:, :, 9:].set(poison), cache.layers)
+        return model.extend(cache.replace(layers=layers), text, stream)[0]
 
     clean = task.model.apply({"params": params}, 0.0, method=run)
     dirty = task.model.apply({"params": params}, 1e4, method=run)

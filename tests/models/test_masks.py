@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unified_mm.modalities.tokens import Group, TokenMetadata, Tokens, concatenate, shift
+from unified_mm.modalities.tokens import Group, TokenMetadata, Tokens, concatenate, place
 from unified_mm.models.masks import (
     RULES,
     Stream,
@@ -77,8 +77,8 @@ def test_the_reference_mask_is_the_rules_in_words(drawn):
     owner = [group for group in metadata.groups for _ in range(group.length)]
     rule_of = {stream.name: RULES[stream.rule] for stream in visibility.streams}
     first = RULES[visibility.streams[0].rule]
-    fields = [np.asarray(getattr(metadata, f)) for f in ("position", "document", "valid")]
-    position, document, valid = fields
+    names = ("position", "segment", "document", "valid")
+    position, segment, document, valid = (np.asarray(getattr(metadata, f)) for f in names)
     for b in range(2):
         for q, query in enumerate(owner):
             for k, key in enumerate(owner):
@@ -92,7 +92,15 @@ def test_the_reference_mask_is_the_rules_in_words(drawn):
                     rule = first.context_to_context
                 else:
                     rule = first.across_contexts
-                seen = {"none": False, "all": True, "causal": position[b, k] <= position[b, q]}
+                before = position[b, k] <= position[b, q]
+                same = segment[b, k] == segment[b, q]
+                seen = {
+                    "none": False,
+                    "all": True,
+                    "causal": before,
+                    "same_segment": same,
+                    "block_causal": before or same,
+                }
                 expected = seen[rule] and valid[b, k] and document[b, k] == document[b, q]
                 assert mask[b, q, k] == expected, (b, query, key)
 
@@ -131,4 +139,4 @@ def test_wrong_rules_and_groups_are_refused():
     part = Tokens(jnp.zeros((1, 2, 3)), metadata)
     with pytest.raises(ValueError, match="two token groups share a name"):
         concatenate([part, part])
-    assert (np.asarray(shift(metadata, 3).position) == 3).all()
+    assert (np.asarray(place(metadata, {}, 3).position) == 3).all()

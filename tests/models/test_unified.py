@@ -13,9 +13,10 @@ from unified_mm.modalities.tokens import Group, single_document
 from unified_mm.models.attention import Attention, plan_attention
 from unified_mm.models.feed_forward import Mlp
 from unified_mm.models.masks import RULES, Stream, Visibility
+from unified_mm.models.options import TransformerOptions
 from unified_mm.models.unified import text_group
 from unified_mm.objectives.captioning import next_token_scores
-from unified_mm.parallel.layers import LayerNorm
+from unified_mm.parallel.layers import Norm
 from unified_mm.parallel.sharding import path_of, without_names
 
 KEY = jax.random.key(0)
@@ -59,13 +60,13 @@ def test_text_read_in_pieces_on_the_cache_equals_one_full_pass(task, params, rul
 
     def both(model):
         whole = model.encode(batch, (stream,))["t"].text
-        _, cache = model.read_context(batch, stream)
-        cache = cache.reserve(text_group(stream, LENGTH))
+        cache = model.read_context(batch, stream).cache.reserve(text_group(stream, LENGTH))
         parts, start = [], 0
         for stop in (1, 2, 7, LENGTH):
             text = {name: batch["text"][name][:, start:stop] for name in ("ids", "valid")}
             text["present"] = batch["text"]["present"]
-            x, cache = model.extend(cache, text, stream, start=start)
+            text["place"] = jnp.broadcast_to(jnp.arange(start, stop), text["ids"].shape)
+            x, cache = model.extend(cache, text, stream)
             parts.append(x)
             start = stop
         return whole, jnp.concatenate(parts, axis=1), cache.length
@@ -90,7 +91,10 @@ def test_a_shared_pass_equals_a_pass_for_each(task, params):
         apart = {s.name: model.encode(batch, (s,))[s.name] for s in streams}
         cut = {"together": together, "apart": apart}
         return {
-            how: {name: (e.text, e.context["image"], e.cache.keys) for name, e in each.items()}
+            how: {
+                name: (e.text, e.context["image"], e.cache.layers["block_0"][0])
+                for name, e in each.items()
+            }
             for how, each in cut.items()
         }
 
@@ -252,7 +256,7 @@ def test_attention_is_softmax_of_scaled_products_written_out():
     metadata = single_document(valid, Group("all", "text", 7)).replace(groups=groups)
     stream = Stream("t", "prefix", autoregressive=True)
     plan = plan_attention(Visibility((stream,)), metadata, metadata, keep=(0, 3))
-    module = Attention(heads=2, separate=False)
+    module = Attention(TransformerOptions(8, 1, 2, 8))
     params = without_names(module.init(KEY, jnp.asarray(x), plan, None))["params"]
     params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape, scale=0.4), p.dtype),
                           params)
@@ -282,7 +286,7 @@ def test_layer_norm_and_mlp_written_out():
     rng = np.random.default_rng(2)
     x = rng.normal(3.0, 2.0, (2, 5, 8)).astype(np.float32)
     scale, bias = rng.normal(size=(2, 8)).astype(np.float32)
-    found = LayerNorm().apply({"params": {"scale": scale, "bias": bias}}, jnp.asarray(x))
+    found = Norm().apply({"params": {"scale": scale, "bias": bias}}, jnp.asarray(x))
     centred = x - x.mean(-1, keepdims=True)
     expected = centred / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * scale + bias
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -7,18 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unified_mm.default_config import default_config
+from unified_mm.models.pooling import AttentionPool, pooled
 from unified_mm.objectives.contrastive import (
     Contrastive,
     ContrastiveHead,
+    Pooling,
     paired_rows,
     sigmoid_loss,
     softmax_loss,
 )
 from unified_mm.parallel.sharding import without_names
 
-OPTIONS = {
-    "weight": 1.0, "rule": "separate", "loss": "softmax", "between": "image", "width": 8,
-}
+DEFAULTS = default_config().objectives.contrastive.to_dict()
+OPTIONS = {**DEFAULTS, "width": 8}
+MEAN = Pooling("mean", "linear", 2, 0)
 
 
 def info_nce(logits):
@@ -69,7 +72,7 @@ def test_the_head_pools_what_is_valid_projects_and_scales_to_unit_length():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, 4, 6)).astype(np.float32)
     valid = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
-    head = ContrastiveHead(("image", "text"), 5, sigmoid=False)
+    head = ContrastiveHead((("image", MEAN), ("text", MEAN)), 5, sigmoid=False)
     kernel = {name: rng.normal(size=(6, 5)).astype(np.float32) for name in ("image", "text")}
     params = {f"project_{name}": {"kernel": kernel[name]} for name in kernel}
     params["log_scale"] = jnp.float32(1.5)
@@ -88,7 +91,7 @@ def test_the_head_pools_what_is_valid_projects_and_scales_to_unit_length():
 
 @pytest.mark.parametrize("sigmoid, scale, bias", [(False, 1 / 0.07, 0), (True, 10, -10)])
 def test_the_temperature_starts_where_the_paper_starts(sigmoid, scale, bias):
-    head = ContrastiveHead(("text",), 5, sigmoid)
+    head = ContrastiveHead((("text", MEAN),), 5, sigmoid)
     ones = jnp.ones((1, 2, 6)), jnp.ones((1, 2), bool)
     params = without_names(head.init(jax.random.key(0), "text", *ones))
     found = head.apply(params, method="scale_and_bias")
@@ -106,7 +109,42 @@ def test_a_pair_is_an_image_and_a_text_that_describes_it():
     np.testing.assert_array_equal(paired_rows(batch, "image"), [True, False, False, False])
 
 
+def test_above_its_bound_the_temperature_stops_and_can_come_back():
+    head = ContrastiveHead((("text", MEAN),), 5, sigmoid=False)
+
+    def scale(log_scale):
+        return head.apply({"params": {"log_scale": log_scale}}, method="scale_and_bias")[0]
+
+    assert float(scale(6.0)) == pytest.approx(100, rel=1e-4)
+    assert float(jax.grad(scale)(6.0)) == pytest.approx(100, rel=1e-4)
+
+
+def test_pools_take_the_tokens_they_name():
+    x = jnp.arange(24.0).reshape(2, 4, 3)
+    valid = jnp.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool)
+    np.testing.assert_array_equal(pooled("first", x, valid), x[:, 0])
+    np.testing.assert_array_equal(pooled("last", x, valid), [x[0, 1], x[1, 3]])
+    np.testing.assert_allclose(pooled("mean", x, valid), [x[0, :2].mean(0), x[1].mean(0)])
+
+
+def test_the_attention_pool_sees_what_is_valid_alone():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 4, 8)), jnp.float32)
+    valid = jnp.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool)
+    pool = AttentionPool(2, 6)
+    params = without_names(pool.init(jax.random.key(0), x, valid))
+    found = pool.apply(params, x, valid)
+    assert found.shape == (2, 8)
+    poisoned = jnp.where(valid[..., None], x, 1e4)
+    np.testing.assert_array_equal(found, pool.apply(params, poisoned, valid))
+    moved = pool.apply(params, x.at[0, 1].add(1.0), valid)
+    assert (moved[0] != found[0]).any() and (moved[1] == found[1]).all()
+
+
 def test_wrong_options_are_refused():
+    for name, value in (("pool", "median"), ("text_projection", "cubic")):
+        with pytest.raises(ValueError, match=f"objectives.c.{name}='{value}': must be one of"):
+            Contrastive.from_config("c", {**OPTIONS, name: value})
     with pytest.raises(ValueError, match="objectives.c.loss='hinge': must be one of softmax, sig"):
         Contrastive.from_config("c", {**OPTIONS, "loss": "hinge"})
     for rule in ("joint", "prefix", "causal"):

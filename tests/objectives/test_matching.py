@@ -147,7 +147,7 @@ def test_the_saved_pass_gives_what_encoding_anew_gives_and_the_loss_is_written_o
 def test_matching_without_the_similarities_it_mines_from_is_refused():
     contrastive = {"type": "contrastive", "weight": 0.0}
     matching = {"type": "matching", "weight": 1.0, "rule": "prefix", "mine_from": "contrastive"}
-    with pytest.raises(ValueError, match="needs objectives.contrastive.weight above 0"):
+    with pytest.raises(ValueError, match="needs contrastive.weight above 0"):
         build_objectives({"contrastive": contrastive, "matching": matching})
     built = Matching.from_config("matching", matching)
     assert built.needs() == ("contrastive",) and built.streams() == ()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
+from unified_mm.default_config import default_config
 from unified_mm.models.masks import RULES
 from unified_mm.models.transformer import Transformer
 from unified_mm.objectives.captioning import Captioning
@@ -81,10 +82,7 @@ def test_a_batch_of_nothing_is_a_loss_of_zero():
 
 
 def test_objectives_come_after_those_they_need_and_weight_zero_switches_off():
-    contrastive = {
-        "type": "contrastive", "weight": 1.0, "rule": "separate", "loss": "softmax",
-        "between": "image", "width": 8,
-    }
+    contrastive = default_config().objectives.contrastive.to_dict()
     matching = {"type": "matching", "weight": 1.0, "rule": "prefix", "mine_from": "contrastive"}
     built = build_objectives(
         {"matching": matching, "contrastive": contrastive, "captioning": CAPTIONING}
@@ -112,7 +110,7 @@ def test_pairs_add_up_and_nothing_has_mean_zero():
 
 def test_one_context_comes_out_alike_under_rules_that_differ_between_contexts():
     separate, prefix = RULES["separate"], RULES["prefix"]
-    assert separate.treats_context_like(prefix, 1) and prefix.treats_context_like(separate, 1)
-    assert not separate.treats_context_like(prefix, 2)
-    assert not RULES["causal"].treats_context_like(prefix, 1)
-    assert not RULES["joint"].treats_context_like(RULES["joint"], 1)  # it sees the text
+    assert separate.context_view(1) == prefix.context_view(1)
+    assert separate.context_view(2) != prefix.context_view(2)
+    assert RULES["causal"].context_view(1) != prefix.context_view(1)
+    assert RULES["joint"].context_view(1) is None  # it sees the text

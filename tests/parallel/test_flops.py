@@ -7,7 +7,8 @@ import pytest
 from unified_mm.modalities.tokens import Group, single_document
 from unified_mm.models.attention import plan_attention
 from unified_mm.models.masks import Stream, Visibility
-from unified_mm.models.transformer import Transformer, TransformerOptions
+from unified_mm.models.options import TransformerOptions
+from unified_mm.models.transformer import Transformer
 from unified_mm.parallel.flops import matmul_flops
 from unified_mm.parallel.sharding import without_names
 

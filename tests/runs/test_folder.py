@@ -172,3 +172,58 @@ def test_read_errors_name_file_and_place(tmp_path):
     path.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ValueError, match=r"broken\.json, byte 7"):
         read_json(path)
+
+
+def test_what_the_system_says_of_a_run_folder_is_said_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for wrong in (tmp_path / "file" / "run", tmp_path / ("x" * 300), "/proc/none"):
+        with pytest.raises(RunFolderError, match="--workdir") as error, RunFolder(wrong).lock():
+            pass
+        assert str(wrong) in str(error.value)
+    with pytest.raises(RunFolderError, match="is no UTF-8"):
+        RunFolder(os.fsdecode(b"run\xff"))
+    with pytest.raises(ValueError, match="~nobody-here.* names no user"):
+        RunFolder("~nobody-here/run")
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", '"x"', "", "{", "[" * 10**6, "9" * 5000], ids=lambda text: text[:6]
+)
+def test_damaged_files_of_a_run_are_named_with_what_to_do(tmp_path, content):
+    run = RunFolder(tmp_path)
+    run.config.write_text(content)
+    with pytest.raises(RunFolderError, match=r"config\.json.*put the run's own config back"):
+        run.check(CONFIG)
+    run.result.write_text(content)
+    with pytest.raises(RunFolderError, match=r"result\.json.*delete it"):
+        run.finished_steps()
+
+
+def test_a_result_says_its_steps(tmp_path):
+    run = RunFolder(tmp_path)
+    write_json(run.result, {"steps": 4})
+    assert run.finished_steps() == 4
+    write_json(run.result, {"steps": True})
+    with pytest.raises(RunFolderError, match="says no number of steps; delete it"):
+        run.finished_steps()
+
+
+def test_another_tokenizer_than_the_checkpoint_tells_of_is_refused(tmp_path):
+    run = RunFolder(tmp_path)
+    run.check_tokenizer({"tokenizer": None})
+    run.tokenizer.write_text("one")
+    known = {"tokenizer": run.tokenizer_digest()}
+    run.check_tokenizer(known)
+    run.check_tokenizer({"step": 0})
+    run.tokenizer.write_text("two")
+    with pytest.raises(RunFolderError, match=r"tokenizer\.json is not the tokenizer"):
+        run.check_tokenizer(known)
+    run.tokenizer.unlink()
+    with pytest.raises(RunFolderError, match=r"tokenizer\.json is missing"):
+        run.check_tokenizer(known)
+
+
+def test_names_that_are_no_utf_8_can_be_written(tmp_path):
+    value = {"folder": os.fsdecode(b"d\xff")}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value

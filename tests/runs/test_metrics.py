@@ -78,6 +78,17 @@ def test_another_broken_line_is_an_error_that_names_it(tmp_path):
     assert len(path.read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["[1]", "3", '{"step": "a"}', '{"step": true}', '{"step": 3, "x": [1]}', '{"step": 3, "x": {}}'],
+)
+def test_a_line_of_another_shape_is_an_error_that_names_it(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "loss": null, "notice": "x"}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a line of metrics"):
+        read_metrics(path)
+
+
 def test_a_metric_named_step_is_refused(tmp_path):
     with MetricsWriter(tmp_path / "m.jsonl") as writer, pytest.raises(ValueError, match="'step'"):
         writer.write(1, {"step": 2.0})

@@ -5,7 +5,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 
@@ -89,12 +88,10 @@ def test_a_few_steps_written_out():
     ]
     for gradient in gradients:
         gradient["frozen"]["kernel"] *= 1e6  # a frozen gradient takes no part in the clip
-    state = optimizer.transform.init(params)
+    state = optimizer.init(params)
     now = params
-    update = jax.jit(optimizer.transform.update)
-    for gradient in gradients:
-        updates, state = update(gradient, state, now)
-        now = optax.apply_updates(now, updates)
+    for step, gradient in enumerate(gradients):
+        now, state = jax.jit(optimizer.update)(optimizer.part(gradient), state, now, step)
     expected = adamw_by_hand(flat(params), [flat(g) for g in gradients])
     for name, found in flat(now).items():
         np.testing.assert_allclose(found, expected[name], rtol=2e-5, atol=2e-6, err_msg=name)
@@ -127,11 +124,10 @@ def test_default_rules_decay_matrices_alone():
         params,
     )
     zeros = jax.tree.map(jnp.zeros_like, params)
-    first = jax.jit(optimizer.transform.init)(params)
-    updates, _ = jax.jit(optimizer.transform.update)(zeros, first, params)
-    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+    new, _ = jax.jit(optimizer.update)(zeros, optimizer.init(params), params, 0)
+    for path, value in jax.tree_util.tree_leaves_with_path(new):
         name = jax.tree_util.keystr(path)
-        moved = bool((np.asarray(update) != 0).any())
+        moved = bool((np.asarray(value) != 1).any())
         assert moved == ("'kernel'" in name), name
 
 
@@ -141,3 +137,13 @@ def test_idle_and_missing_rules_are_refused_by_field():
                        start())
     with pytest.raises(ValueError, match="train.weight_decay_rules: no rule covers parameter"):
         make_optimizer(options(train__weight_decay_rules=((".*/kernel", 1.0),)), 4, start())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("learning_rate", -0.1), ("learning_rate", 0.0), ("learning_rate", math.inf),
+     ("learning_rate", math.nan), ("b2", 1.0), ("clip_norm", 0.0), ("warmup_steps", -1)],
+)  # fmt: skip
+def test_numbers_that_make_no_sense_are_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=f"train.{field}="):
+        make_optimizer(options(**{f"train__{field}": value}), 4, start())

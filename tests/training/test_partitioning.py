@@ -27,8 +27,8 @@ from unified_mm.objectives.task import build_task
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import path_of, rule_items, to_global, without_names
 from unified_mm.training.optimizer import make_optimizer
-from unified_mm.training.state import initial_state
-from unified_mm.training.step import gradients, make_train_step, weighted_total
+from unified_mm.training.state import initial_state, state_of_phase
+from unified_mm.training.step import gradients, make_train_step
 
 MESHES = {
     "data=8": {"data": 8, "fsdp": 1, "tensor": 1},
@@ -75,13 +75,10 @@ def on(mesh):
 
 
 def first_state(mesh):
-    return initial_state(
-        task().init,
-        lambda params: make_optimizer(config().train, 4, params),
-        mesh,
-        0,
-        averaged=True,
-    )
+    make, shapes = initial_state(task().init, mesh, 0, averaged=True)
+    optimizer = make_optimizer(config().train, 4, shapes.params)
+    abstract, enter = state_of_phase(shapes, optimizer, mesh)
+    return lambda: enter(make()), abstract, optimizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,13 +94,12 @@ def alone(quick_compilation):
     """One device: parameters, loss and gradient."""
     mesh = make_mesh(MESHES["data=8"] | {"data": 1}, jax.devices()[:1])
     with on(mesh):
-        state = first_state(mesh)[0]()
+        make, _, optimizer = first_state(mesh)
+        state = make()
         key = jax.random.fold_in(state.key, 0)
-        gradient, pairs = jax.jit(lambda p, b: gradients(task(), p, b, key, 1))(
+        loss, gradient, _ = jax.jit(lambda p, b: gradients(task(), optimizer, p, b, key, 1))(
             state.params, to_global(host_batch(), mesh)
         )
-        counts = {o.name: pairs[f"{o.name}/loss"][1] for o in task().objectives}
-        loss = weighted_total(task().objectives, pairs, counts)
     return jax.device_get((state.params, loss, gradient))
 
 
@@ -169,16 +165,17 @@ def test_loss_and_gradients_are_those_of_one_device(stepped, alone):
 def expected_spec(path, ndim):
     """The table of axes, written out by hand: where each kind of parameter is cut."""
     fsdp, tensor = "fsdp", "tensor"
+    block = "transformer/layers/block_0"
     table = {
-        r"transformer/layers/attention/(query|key|value)/shared/kernel": (None, fsdp, tensor, None),
-        r"transformer/layers/attention/(query|key|value)/shared/bias": (None, tensor, None),
-        r"transformer/layers/attention/output/shared/kernel": (None, tensor, None, fsdp),
-        r"transformer/layers/attention/output/shared/bias": (None, fsdp),
-        r"transformer/layers/feed_forward/mlp/shared/up/kernel": (None, fsdp, tensor),
-        r"transformer/layers/feed_forward/mlp/shared/up/bias": (None, tensor),
-        r"transformer/layers/feed_forward/mlp/shared/down/kernel": (None, tensor, fsdp),
-        r"transformer/layers/feed_forward/mlp/shared/down/bias": (None, fsdp),
-        r"transformer/layers/(attention|feed_forward)_norm/(scale|bias)": (None, fsdp),
+        rf"{block}/attention/(query|key|value)/shared/kernel": (None, fsdp, tensor, None),
+        rf"{block}/attention/(query|key|value)/shared/bias": (None, tensor, None),
+        rf"{block}/attention/output/shared/kernel": (None, tensor, None, fsdp),
+        rf"{block}/attention/output/shared/bias": (None, fsdp),
+        rf"{block}/feed_forward/mlp/shared/up/kernel": (None, fsdp, tensor),
+        rf"{block}/feed_forward/mlp/shared/up/bias": (None, tensor),
+        rf"{block}/feed_forward/mlp/shared/down/kernel": (None, tensor, fsdp),
+        rf"{block}/feed_forward/mlp/shared/down/bias": (None, fsdp),
+        rf"{block}/(attention|feed_forward)_norm/(scale|bias)": (None, fsdp),
         r"transformer/norm/(scale|bias)": (fsdp,),
         r"embedders_text/tokens": (tensor, fsdp),
         r"embedders_text/positions": (None, fsdp),

@@ -12,7 +12,7 @@ from unified_mm.objectives.objective import mean
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.training.optimizer import make_optimizer
-from unified_mm.training.state import evaluation_params, initial_state
+from unified_mm.training.state import evaluation_params, initial_state, state_of_phase
 from unified_mm.training.step import gradients, make_train_step
 
 DECAY = 0.75
@@ -31,10 +31,11 @@ def stepper(task):
     options = Config(tiny.config_dict(**CHANGES).to_dict()).train
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
-        make, abstract, optimizer = initial_state(
-            task.init, lambda params: make_optimizer(options, 4, params), mesh, 0, averaged=True
-        )
+        first, shapes = initial_state(task.init, mesh, 0, averaged=True)
+        optimizer = make_optimizer(options, 4, shapes.params)
+        abstract, enter = state_of_phase(shapes, optimizer, mesh)
         step = make_train_step(task, optimizer, mesh, abstract, average_decay=DECAY)
+        make = lambda: enter(first())  # noqa: E731
         yield make, lambda state, batch: step(state, to_global(batch, mesh)), optimizer
 
 
@@ -50,12 +51,16 @@ def test_micro_batches_are_the_whole_batch_where_they_score_unequally(task):
     params = tiny.params(task)
     batch = jax.tree.map(jnp.asarray, uneven(task))
     key = jax.random.key(1)
-    whole, pairs = jax.jit(lambda p: gradients(task, p, batch, key, 1))(params)
+    optimizer = make_optimizer(Config(tiny.config_dict().to_dict()).train, 4, params)
+    total, whole, pairs = jax.jit(lambda p: gradients(task, optimizer, p, batch, key, 1))(params)
     for parts in (2, 3):
         counts = np.asarray(batch["text"]["scored"] & batch["text"]["present"][:, None])
         per_part = counts[:, 1:].sum(1).reshape(-1, parts).sum(0)
         assert len(set(per_part)) == parts  # else the test would show nothing
-    found, found_pairs = jax.jit(lambda p: gradients(task, p, batch, key, 3))(params)
+    found_total, found, found_pairs = jax.jit(
+        lambda p: gradients(task, optimizer, p, batch, key, 3)
+    )(params)
+    np.testing.assert_allclose(found_total, total, rtol=1e-5)
     for name in pairs:
         np.testing.assert_allclose(found_pairs[name], pairs[name], rtol=1e-5)
     for one, many in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
@@ -75,7 +80,8 @@ def test_the_gradient_is_that_of_the_mean_loss(task):
         moved = jax.tree.map(lambda x, d: x + size * d, params, direction)
         return mean(task.pairs(moved, batch, key, deterministic=True)["captioning/loss"])
 
-    gradient, _ = jax.jit(lambda p: gradients(task, p, batch, key, 1))(params)
+    optimizer = make_optimizer(Config(tiny.config_dict().to_dict()).train, 4, params)
+    _, gradient, _ = jax.jit(lambda p: gradients(task, optimizer, p, batch, key, 1))(params)
     products = jax.tree.map(lambda g, d: float((g * d).sum()), gradient, direction)
     slope = (float(loss(1e-3)) - float(loss(-1e-3))) / 2e-3
     assert sum(jax.tree.leaves(products)) == pytest.approx(slope, rel=2e-2)

@@ -1,9 +1,12 @@
 """JSON from users' files, with errors that say which file and which place in it."""
 
+import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from unified_mm.runs.folder import naming
 
 _NAMES: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
 
@@ -36,19 +39,26 @@ class Node:
         return members[key]
 
     def string(self, key: str) -> str:
-        return self._checked(self.get(key), str, key)
+        return self._text(self._checked(self.get(key), str, key), key)
 
     def id(self, key: str) -> int | str:
         value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, int | str):
             raise self.error(f"must be a whole number or a string, is {_shown(value)}", key)
-        return value
+        return self._text(value, key) if isinstance(value, str) else value
 
     def items(self, key: str = "") -> list["Node"]:
         """The members of the list under `key`, or of this list itself."""
         values = self._checked(self.get(key) if key else self.value, list, key)
         where = f"{self.where}.{key}".strip(".")
         return [Node(self.file, f"{where}[{i}]", value) for i, value in enumerate(values)]
+
+    def _text(self, value: str, key: str) -> str:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise self.error("holds half of a surrogate pair, which is no text", key) from error
+        return value
 
     def _object(self) -> dict:
         return self._checked(self.value, dict)
@@ -61,13 +71,36 @@ class Node:
 
 def read(path: Path) -> Node:
     """The whole file. Raises FileNotFoundError, ValueError with line and column, or byte."""
+    with naming(path):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no file {path}") from error
     try:
-        return Node(path, "", json.loads(path.read_bytes().decode("utf-8-sig")))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
+        return Node(path, "", parse(content, str(path)))
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"{path}: not JSON at {place}: {error.msg}") from error
+
+
+def parse(content: bytes, place: str) -> Any:
+    """The value that JSON in UTF-8 holds; `place` is what errors begin with.
+
+    Raises ValueError, of which JSONDecodeError (not JSON) is left to the caller to place.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{place}: is UTF-16: save it as UTF-8")
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        message = f"{place}: not UTF-8 at byte {error.start}: save it as UTF-8"
+        raise ValueError(message) from error
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise ValueError(f"{place}: is nested too deeply to be read") from error
+    except ValueError as error:  # the interpreter's limit
+        raise ValueError(f"{place}: holds a number of too many digits to be read") from error
 
 
 def _shown(value: Any) -> str:

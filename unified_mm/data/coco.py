@@ -5,19 +5,28 @@ for questions. Layouts that are read (see `find_splits`):
 
     train2017/*.jpg  val2017/*.jpg  annotations/captions_train2017.json  captions_val2017.json
     images/*.jpg                    annotations/captions_{train,val,test,...}.json
+
+Questions with answers beside them (see `read_questions`), under our names or VQA v2's own:
+
+    annotations/questions_train.json                      annotations/answers_train.json
+    v2_OpenEnded_mscoco_train2014_questions.json          v2_mscoco_train2014_annotations.json
 """
 
+import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from unified_mm.data import checked_json
 from unified_mm.data.checked_json import Node
 from unified_mm.data.records import Problem, Text
+from unified_mm.runs.folder import naming
 
 Key = int | str
 _PREFIX = "captions_"
+_VQA_FILES = ("v2_OpenEnded_mscoco_{}_questions.json", "v2_mscoco_{}_annotations.json")
 
 
 @dataclass(frozen=True)
@@ -34,14 +43,22 @@ class Entry:
 class Captions:
     """A captions file. `directional`: its texts name sides throughout, so never mirror.
 
-    `listed` counts different image ids, those that were left out included.
+    `listed` holds the different image ids and `annotations` counts the captions, those that were
+    left out included; `hint` says what may be behind captions of images that are not listed.
     """
 
     path: Path
     entries: tuple[Entry, ...]
-    listed: int
+    listed: frozenset[Key]
+    annotations: int
     directional: bool
-    problems: tuple[Problem, ...]
+    image_problems: tuple[Problem, ...]
+    caption_problems: tuple[Problem, ...]
+    hint: str
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        return (*self.image_problems, *self.caption_problems)
 
 
 @dataclass(frozen=True)
@@ -79,12 +96,13 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
     looked for and what is there.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(
-            f"the data folder {folder} {'is a file' if folder.exists() else 'does not exist'}: "
+            f"the data folder {folder} {'is a file' if os.path.exists(folder) else 'does not exist'}: "
             "set data.dir to a folder with annotations/captions_*.json in it"
         )
-    files = sorted((folder / "annotations").glob(f"{_PREFIX}*.json"))
+    with naming(f"data.dir={folder}"):
+        files = sorted((folder / "annotations").glob(f"{_PREFIX}*.json"))
     if not files:
         raise FileNotFoundError(
             f"no annotations/{_PREFIX}*.json in {folder}; {_what_is_there(folder)}. Set data.dir "
@@ -101,38 +119,95 @@ def read_captions(folder: str | Path, split: str) -> Captions:
     Kept: an image without captions, and an entry whose file_name is null or empty (an example
     without image). Left out and counted: empty captions, captions of unlisted images, repeated
     annotations, ids that name two different files. Raises FileNotFoundError or ValueError for
-    an unknown split or no image folder, ValueError with file and position for a malformed file.
+    an unknown split or no image folder, ValueError with file and position for a malformed file,
+    for one without images, and for a file name that leads out of the folder.
     """
     folder = Path(folder)
     path = _captions_file(folder, split)
     data = checked_json.read(path)
     listed, image_problems = _image_files(data.items("images"))
-    captions, caption_problems = _captions(data.items("annotations"), set(listed))
+    annotations = data.items("annotations")
+    captions, caption_problems = _captions(annotations, set(listed))
+    if not listed:
+        raise data.error("is empty: the file lists no image", "images")
     files = {key: names[0] for key, names in listed.items() if len(names) == 1}
     home = _image_folder(folder, _suffix(path), [f for f in files.values() if f])
     entries = tuple(
         Entry(key, file, home / file if home and file else None, tuple(captions.get(key, ())))
         for key, file in files.items()
     )
-    problems = (*image_problems, *caption_problems)
-    return Captions(path, entries, len(listed), _directional(data), problems)
+    return Captions(
+        path,
+        entries,
+        frozenset(listed),
+        len(annotations),
+        _directional(data),
+        tuple(image_problems),
+        tuple(caption_problems),
+        id_hint(listed, (node.id("image_id") for node in annotations)),
+    )
+
+
+def id_hint(listed: Iterable[Key], used: Iterable[Key]) -> str:
+    """What to look at where ids that are used are not among those listed; '' for nothing."""
+    listed = set(listed)
+    spelled = {str(key): key for key in listed}
+    for key in used:
+        if key not in listed and str(key) in spelled:
+            images, others = ("strings", "numbers") if isinstance(key, int) else (
+                "numbers", "strings")
+            return (
+                f"; ids are {images} in images and {others} here ({spelled[str(key)]!r} and "
+                f"{key!r}): write them alike"
+            )
+    return ""
 
 
 def has_questions(folder: str | Path, split: str) -> bool:
     """Whether a split has questions and answers beside its captions."""
-    return all(_beside(folder, split, kind).is_file() for kind in ("questions", "answers"))
+    return _question_files(folder, split) is not None
+
+
+def questions_serve_others(folder: str | Path, split: str) -> bool:
+    """Whether a split's questions are VQA v2's own files, which hold images of other years too."""
+    files = _question_files(folder, split)
+    return files is not None and files[0].name.startswith(_VQA_FILES[0].partition("{}")[0])
+
+
+def no_questions(folder: str | Path, split: str) -> str:
+    """For an error: that there are none, and what was looked for."""
+    return (
+        f"{folder} has no questions with answers for the split {split!r}: looked for "
+        f"annotations/questions_{split}.json with answers_{split}.json, and for VQA v2's "
+        f"{_VQA_FILES[0].format(split)} with {_VQA_FILES[1].format(split)}, with a year or "
+        "without"
+    )
 
 
 def read_questions(folder: str | Path, split: str) -> tuple[Question, ...]:
-    """`annotations/questions_{split}.json` with `answers_{split}.json`, in VQA v2's layout.
+    """A split's questions with their answers, in VQA v2's layout.
 
-    Raises FileNotFoundError, ValueError with file and position for a malformed file, and
-    ValueError for a question without an answer.
+    Read is the first whole pair of files of:
+
+    1. `annotations/questions_{name}.json` and `answers_{name}.json`, each by the name of the
+       captions file or else of the split;
+    2. `v2_OpenEnded_mscoco_{name}_questions.json` and `v2_mscoco_{name}_annotations.json`, in
+       `annotations/` or else in the folder itself, by the name of the captions file;
+    3. the same by names that differ in the year alone, in alphabetical order: an image has one
+       id in all years of MS-COCO, so `train2014` serves `captions_train2017.json`.
+
+    A file may hold questions on images that are not in the split. Raises FileNotFoundError,
+    ValueError with file and position for a malformed file, and ValueError for a question without
+    words or without an answer.
     """
-    answers_file = checked_json.read(_beside(folder, split, "answers"))
+    files = _question_files(folder, split)
+    if files is None:
+        raise FileNotFoundError(no_questions(folder, split))
+    questions_path, answers_path = files
+    answers_file = checked_json.read(answers_path)
     answers = {node.id("question_id"): node for node in answers_file.items("annotations")}
     questions = []
-    for node in checked_json.read(_beside(folder, split, "questions")).items("questions"):
+    for node in checked_json.read(questions_path).items("questions"):
         key = node.id("question_id")
         if key not in answers:
             raise node.error(f"(question {key!r}) has no answer in {answers_file.file}")
@@ -159,12 +234,25 @@ def _question(question: Node, answer: Node) -> Question:
     return Question(
         id=question.id("question_id"),
         image_id=question.id("image_id"),
-        question=question.string("question"),
-        answer=answer.string("multiple_choice_answer"),
-        answers=tuple(node.string("answer") for node in answer.items("answers")),
+        question=_words(question, "question"),
+        answer=_words(answer, "multiple_choice_answer"),
+        answers=_some(answer, tuple(node.string("answer") for node in answer.items("answers"))),
         answer_type=answer.string("answer_type"),
         question_type=answer.string("question_type"),
     )
+
+
+def _words(node: Node, key: str) -> str:
+    text = node.string(key)
+    if not text.strip():
+        raise node.error("is empty", key)
+    return text
+
+
+def _some(node: Node, answers: tuple[str, ...]) -> tuple[str, ...]:
+    if not answers:
+        raise node.error("is empty: a question needs an answer", "answers")
+    return answers
 
 
 def _directional(data: Node) -> bool:
@@ -175,9 +263,12 @@ def _directional(data: Node) -> bool:
 def _image_files(images: list[Node]) -> tuple[dict[Key, list[str | None]], list[Problem]]:
     """Image id -> its different file names (None: an example without image)."""
     files: dict[Key, list[str | None]] = {}
+    owners: dict[str, Key] = {}
     problems = []
     for node in images:
-        name = node.string("file_name") if node.has("file_name") else None
+        name = _file_name(node)
+        if name and owners.setdefault(name, node.id("id")) != node.id("id"):
+            problems.append(Problem(node.place, "file of another image id too", "converted"))
         names = files.setdefault(node.id("id"), [])
         if name in names:
             problems.append(Problem(node.place, "image listed twice", "converted"))
@@ -186,6 +277,18 @@ def _image_files(images: list[Node]) -> tuple[dict[Key, list[str | None]], list[
             problems.append(Problem(node.place, "image id with two different files", "left out"))
         names.append(name)
     return files, problems
+
+
+def _file_name(node: Node) -> str | None:
+    """The name of an image's file, which lies in the data folder; None: without image."""
+    if not node.has("file_name"):
+        return None
+    name = node.string("file_name")
+    # Below one folder at least, the images' own.
+    inside = os.path.normpath(os.path.join("images", name))
+    if os.path.isabs(name) or inside == ".." or inside.startswith("../"):
+        raise node.error(f"leads out of the data folder: {name!r}", "file_name")
+    return name
 
 
 def _captions(
@@ -241,6 +344,30 @@ def _beside(folder: str | Path, split: str, kind: str) -> Path:
     return next((path for path in names if path.is_file()), names[0])
 
 
+def _question_files(folder: str | Path, split: str) -> tuple[Path, Path] | None:
+    """The questions and the answers of a split, in the order that `read_questions` tells."""
+    captions = _captions_file(Path(folder), split)
+    suffix = _suffix(captions)
+    pairs = [(_beside(folder, split, "questions"), _beside(folder, split, "answers"))]
+    places = (captions.parent, Path(folder))
+    for name in (suffix, *_other_years(places, suffix)):
+        questions, answers = (file.format(name) for file in _VQA_FILES)
+        pairs += [(place / questions, place / answers) for place in places]
+    return next((pair for pair in pairs if all(path.is_file() for path in pair)), None)
+
+
+def _other_years(places: tuple[Path, ...], suffix: str) -> list[str]:
+    """What VQA v2's files of the same split in another year, or in none, are named after."""
+    before, after = _VQA_FILES[0].split("{}")
+    found = {
+        path.name.removeprefix(before).removesuffix(after)
+        for place in places
+        for path in place.glob(f"{before}*{after}")
+    }
+    short = _without_year(suffix)
+    return sorted(name for name in found if name != suffix and _without_year(name) == short)
+
+
 def _image_folder(folder: Path, suffix: str, files: list[str]) -> Path | None:
     """Where the images of a split lie: the first known place that holds one of them."""
     if not files:
@@ -253,7 +380,7 @@ def _image_folder(folder: Path, suffix: str, files: list[str]) -> Path | None:
             f"{_what_is_there(folder)}. Put the pictures (such as {files[0]}) into one of the two"
         )
     sample = files[:100]
-    return next((p for p in there if any((p / f).is_file() for f in sample)), there[0])
+    return next((p for p in there if any(os.path.isfile(p / f) for f in sample)), there[0])
 
 
 def _what_is_there(folder: Path) -> str:

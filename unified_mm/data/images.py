@@ -14,6 +14,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 BACKENDS = ("pillow", "opencv")
+RESAMPLINGS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+FITS = ("crop", "crop_resized", "squash")
 Source = str | os.PathLike | bytes
 
 # Larger pictures are refused before they are decoded: a small file can hold a huge picture.
@@ -106,6 +108,7 @@ def training_view(
     scale: tuple[float, float] = (0.5, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     mirror: bool = False,
+    resampling: str = "bicubic",
 ) -> UInt8[np.ndarray, "size size 3"]:
     """A random crop of `scale` of the area and `ratio` of width to height, brought to `size`.
 
@@ -119,25 +122,52 @@ def training_view(
     crop_height = min(height, math.sqrt(area / aspect))
     left = rng.uniform(0, width - crop_width)
     top = rng.uniform(0, height - crop_height)
-    view = _resample(image, size, (left, top, left + crop_width, top + crop_height))
+    box = (left, top, left + crop_width, top + crop_height)
+    view = _resample(image, size, box, resampling)
     if mirror and rng.random() < 0.5:
         return np.ascontiguousarray(view[:, ::-1])
     return view
 
 
 def evaluation_view(
-    image: UInt8[np.ndarray, "height width 3"], size: int
+    image: UInt8[np.ndarray, "height width 3"],
+    size: int,
+    *,
+    resampling: str = "bicubic",
+    fit: str = "crop",
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """The central square, as large as the short side, brought to `size`."""
+    """The picture as a square of `size`.
+
+    fit: 'crop', the central square, as large as the short side; 'crop_resized', the same as it
+        comes out where the short side is brought to `size` first and whole pixels are cut off then
+        (which is how the preprocessors of many published weights go about it); 'squash', all of
+        the picture.
+    """
     height, width = image.shape[:2]
     side = min(height, width)
-    left, top = (width - side) / 2, (height - side) / 2
-    return _resample(image, size, (left, top, left + side, top + side))
+    if fit == "squash":
+        box = (0.0, 0.0, float(width), float(height))
+    elif fit == "crop_resized":
+        (left, right), (top, bottom) = (_whole_pixels(n, side, size) for n in (width, height))
+        box = (left, top, right, bottom)
+    else:
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+    return _resample(image, size, box, resampling)
 
 
-def _resample(image: np.ndarray, size: int, box: tuple[float, float, float, float]) -> np.ndarray:
-    # Pillow's bicubic widens its kernel when it shrinks, so nothing aliases.
-    picture = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+def _whole_pixels(length: int, shortest: int, size: int) -> tuple[float, float]:
+    """Where the middle `size` pixels of a side begin and end, once `shortest` is resized to it."""
+    resized = int(size * length / shortest)
+    start = (resized - size) // 2
+    return start * length / resized, (start + size) * length / resized
+
+
+def _resample(
+    image: np.ndarray, size: int, box: tuple[float, float, float, float], resampling: str
+) -> np.ndarray:
+    # Pillow widens its kernel when it shrinks, so nothing aliases.
+    picture = Image.fromarray(image).resize((size, size), RESAMPLINGS[resampling], box=box)
     return np.asarray(picture)
 
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import PIL
 
 from unified_mm.data import coco, images
 from unified_mm.data.records import Manifest, Problem, Record, Text
-from unified_mm.runs.folder import write_atomically
+from unified_mm.runs.folder import naming, write_atomically
 
 _FORMAT = 1  # raise it when the checks change: caches of an older format are not found then
 _SIDES = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
@@ -29,13 +29,15 @@ def build_manifest(
     max_bad_share: float = 0.05,
     threads: int | None = None,
     progress: bool = True,
+    beside: Sequence["Beside"] = (),
 ) -> Manifest:
     """Reads a split, decodes every image wholly, leaves out and names what is bad.
 
     With `cache`, the result is kept in `cache/manifests/` under a hash of the annotations and
     of each image's name, size and time of change, so unchanged data is decoded once. Raises
     as `coco.read_captions` does, and ValueError where more than `max_bad_share` of the listed
-    images are left out or none remains.
+    images are left out, or of the captions, or of what lies `beside` them, or none remains; and
+    where the cache cannot be written.
     """
     folder = Path(folder).resolve()
     captions = coco.read_captions(folder, split)
@@ -46,9 +48,46 @@ def build_manifest(
     else:
         manifest = _check(folder, split, source, captions, stats, threads, progress)
         if kept:
-            write_atomically(kept, to_json(manifest).encode())
-    _refuse_bad(manifest, captions.listed, max_bad_share)
-    return manifest
+            with naming(f"data.cache_dir={cache}"):
+                write_atomically(kept, to_json(manifest).encode())
+    # Faults of images come before those of captions.
+    listed_as, remaining = f"images of {split!r} in {folder}", len(manifest.records)
+    refuse_bad(listed_as, len(captions.listed), remaining, manifest.problems, max_bad_share)
+    if captions.annotations:
+        out = [each for each in captions.caption_problems if each.action == "left out"]
+        listed_as = f"captions of {split!r} in {captions.path}"
+        left = captions.annotations - len(out)
+        refuse_bad(listed_as, captions.annotations, left, out, max_bad_share, captions.hint)
+    strangers = [each for members in beside for each in members.strangers(captions)]
+    return dataclasses.replace(manifest, problems=(*manifest.problems, *strangers))
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """What lies beside a split's captions, each with the id of its image.
+
+    `what` is "foil" or "question". Those on images that are not listed are counted; over
+    `max_bad_share` of them, or all, are refused.
+    """
+
+    what: str
+    image_ids: Sequence[coco.Key]
+    max_bad_share: float
+
+    def strangers(self, captions: coco.Captions) -> list[Problem]:
+        """One for each that names no image of the captions. Raises ValueError for too many."""
+        fault = f"{self.what} on an image that is not listed"
+        found = [
+            Problem(f"{self.what} {number}", fault, "left out")
+            for number, image in enumerate(self.image_ids)
+            if image not in captions.listed
+        ]
+        if found:
+            listed_as = f"{self.what}s beside {captions.path}"
+            left = len(self.image_ids) - len(found)
+            hint = coco.id_hint(captions.listed, self.image_ids)
+            refuse_bad(listed_as, len(self.image_ids), left, found, self.max_bad_share, hint)
+        return found
 
 
 def with_questions(manifest: Manifest, questions: Iterable[coco.Question]) -> Manifest:
@@ -81,18 +120,24 @@ def summary(manifest: Manifest) -> str:
         "never mirrored": sum(not r.mirrorable for r in records),
     }
     parts += [f"{count:,} {name}" for name, count in counts.items() if count]
+    return "; ".join(parts + problem_counts(manifest.problems)) + "."
+
+
+def problem_counts(problems: Iterable[Problem]) -> list[str]:
+    """A phrase for each kind of problem: how many there are, and the first of their files."""
     kinds: dict[tuple[str, str], list[str]] = {}
-    for problem in manifest.problems:
+    for problem in problems:
         kinds.setdefault((problem.action, problem.what), []).append(problem.file)
+    phrases = []
     for (action, what), files in sorted(kinds.items()):
         more = ", ..." if len(files) > _NAMED else ""
-        parts.append(f"{action}: {len(files):,} x {what} ({', '.join(files[:_NAMED])}{more})")
-    return "; ".join(parts) + "."
+        phrases.append(f"{action}: {len(files):,} x {what} ({', '.join(files[:_NAMED])}{more})")
+    return phrases
 
 
 def to_json(manifest: Manifest) -> str:
     """The manifest as JSON text; `from_json` gives an equal one back."""
-    return json.dumps(dataclasses.asdict(manifest), ensure_ascii=False)
+    return json.dumps(dataclasses.asdict(manifest))  # ASCII: paths need not be UTF-8
 
 
 def from_json(text: str) -> Manifest:
@@ -106,11 +151,12 @@ def from_json(text: str) -> Manifest:
 
 
 def _with_texts(record: Record, texts: list[Text]) -> Record:
-    mirrorable = record.mirrorable and not _names_sides(texts)
+    mirrorable = record.mirrorable and not names_sides(texts)
     return dataclasses.replace(record, texts=(*record.texts, *texts), mirrorable=mirrorable)
 
 
-def _names_sides(texts: Iterable[Text]) -> bool:
+def names_sides(texts: Iterable[Text]) -> bool:
+    """Whether a text says left or right, so that mirroring its image could make it false."""
     return any(_SIDES.search(t.prompt) or _SIDES.search(t.target) for t in texts)
 
 
@@ -121,7 +167,7 @@ def _stat(captions: coco.Captions) -> Stats:
     """The files that are there, so that a missing one is one without an entry."""
     found = {}
     for entry in captions.entries:
-        if entry.path is not None and entry.path.is_file():
+        if entry.path is not None and os.path.isfile(entry.path):
             found[entry.path] = entry.path.stat()
     return found
 
@@ -130,7 +176,7 @@ def _check(
     folder: Path, split: str, source: str, captions: coco.Captions,
     stats: Stats, threads: int | None, progress: bool,
 ) -> Manifest:  # fmt: skip
-    faults = _image_faults(captions.entries, stats, threads, progress)
+    faults = image_faults(captions.entries, stats, threads, progress)
     records = tuple(
         _record(entry, captions.directional)
         for entry, fault in zip(captions.entries, faults, strict=True)
@@ -141,9 +187,10 @@ def _check(
     return Manifest(split, records, source, str(folder), _fingerprint(records, sizes), problems)
 
 
-def _image_faults(
-    entries: tuple[coco.Entry, ...], stats: Stats, threads: int | None, progress: bool
+def image_faults(
+    entries: Sequence[coco.Entry], stats: Stats, threads: int | None, progress: bool
 ) -> list[Problem | None]:
+    """What is wrong with the image of each entry; what is not in `stats` is missing."""
     from tqdm import tqdm
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
@@ -170,7 +217,7 @@ def _image_fault(entry: coco.Entry, stats: Stats) -> Problem | None:
 def _record(entry: coco.Entry, directional: bool) -> Record:
     texts = tuple(Text(prompt="", target=caption) for caption in entry.captions)
     image = str(entry.path) if entry.path else None
-    return Record(entry.id, image, texts, mirrorable=not directional and not _names_sides(texts))
+    return Record(entry.id, image, texts, mirrorable=not directional and not names_sides(texts))
 
 
 def _fingerprint(records: tuple[Record, ...], sizes: dict[str, int]) -> str:
@@ -182,18 +229,28 @@ def _fingerprint(records: tuple[Record, ...], sizes: dict[str, int]) -> str:
     return digest.hexdigest()
 
 
-def _refuse_bad(manifest: Manifest, listed: int, max_bad_share: float) -> None:
-    bad = listed - len(manifest.records)
+def refuse_bad(
+    listed_as: str,
+    listed: int,
+    kept: int,
+    problems: Iterable[Problem],
+    max_bad_share: float,
+    hint: str = "",
+) -> None:
+    """Raises ValueError where too many of what a file lists are bad, or none is left.
+
+    `listed_as` names them, such as "images of 'train' in /data"; the first bad ones are those
+    of the `problems` that come first; `hint` says what may be behind them.
+    """
+    bad = listed - kept
     share = bad / max(listed, 1)
-    if manifest.records and share <= max_bad_share:
+    if kept and share <= max_bad_share:
         return
-    # Faults of images come before those of captions.
-    out = [f"{p.file} ({p.what})" for p in manifest.problems if p.action == "left out"]
+    out = [f"{p.file} ({p.what})" for p in problems if p.action == "left out"]
     first = f", first {', '.join(out[: min(bad, 10)])}" if bad else ""
     raise ValueError(
-        f"{bad} of the {listed} images of {manifest.split!r} in {manifest.folder} are bad "
-        f"({share:.1%}, allowed are {max_bad_share:.1%}){first}. Mend or remove them, or raise "
-        "data.max_bad_share"
+        f"{bad} of the {listed} {listed_as} are bad ({share:.1%}, allowed are "
+        f"{max_bad_share:.1%}){first}{hint}. Mend or remove them, or raise data.max_bad_share"
     )
 
 
@@ -215,5 +272,5 @@ def _cache_file(
 def _from_cache(path: Path) -> Manifest:
     try:
         return from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"the cached manifest {path} is damaged ({error}): delete it") from error

@@ -7,8 +7,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from unified_mm.data.records import Record
-
 Arrays = dict[str, np.ndarray]
 Batch = dict[str, Arrays]  # modality -> key -> array [B, ...]
 
@@ -17,7 +15,7 @@ Batch = dict[str, Arrays]  # modality -> key -> array [B, ...]
 class Preparer(Protocol):
     """How one modality makes arrays of a record; equal keys, shapes and dtypes for each."""
 
-    def prepare(self, record: Record, rng: np.random.Generator | None) -> Arrays:
+    def prepare(self, record: Any, rng: np.random.Generator | None) -> Arrays:
         """The arrays of one example. `rng` None asks for the evaluation view."""
         ...
 
@@ -67,7 +65,7 @@ class _TrainingRows:
     """Grain's random-access source of the endless training rows."""
 
     def __init__(
-        self, records: Sequence[Record], preparers: Mapping[str, Preparer], seed: int, rows: _Rows
+        self, records: Sequence[Any], preparers: Mapping[str, Preparer], seed: int, rows: _Rows
     ):
         self._records = records
         self._preparers = {name: (p, zlib.crc32(name.encode())) for name, p in preparers.items()}
@@ -81,7 +79,7 @@ class _TrainingRows:
     def __getitem__(self, element: int) -> Batch:
         sample = self._rows.sample(element)
         epoch, position = divmod(sample, len(self._records))
-        record = self._records[self._epoch_order(epoch)[position]]
+        record = self._records[int(self._epoch_order(epoch)[position])]
         return {
             name: preparer.prepare(record, _generator(self._seed, number, sample))
             for name, (preparer, number) in self._preparers.items()
@@ -101,7 +99,7 @@ class _TrainingRows:
 class _EvaluationRows:
     """Grain's random-access source of every record once, then absent rows to fill the batch."""
 
-    def __init__(self, records: Sequence[Record], preparers: Mapping[str, Preparer], rows: _Rows):
+    def __init__(self, records: Sequence[Any], preparers: Mapping[str, Preparer], rows: _Rows):
         self._records = records
         self._preparers = preparers
         self._rows = rows
@@ -119,7 +117,7 @@ class _EvaluationRows:
 
 
 def training_batches(
-    records: Sequence[Record],
+    records: Sequence[Any],
     preparers: Mapping[str, Preparer],
     *,
     seed: int,
@@ -147,7 +145,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    records: Sequence[Record],
+    records: Sequence[Any],
     preparers: Mapping[str, Preparer],
     *,
     batch_size: int,
@@ -204,7 +202,7 @@ def _checked_seed(seed: int) -> int:
     return seed
 
 
-def _require(records: Sequence[Record], preparers: Mapping[str, Preparer]) -> None:
+def _require(records: Sequence[Any], preparers: Mapping[str, Preparer]) -> None:
     if not records:
         raise ValueError("there are no records to make batches of: the split is empty")
     if not preparers:

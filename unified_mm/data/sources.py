@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from unified_mm.data import coco
-from unified_mm.data.manifest import build_manifest, with_questions
+from unified_mm.data.manifest import Beside, build_manifest, with_questions
 from unified_mm.data.records import Manifest
 from unified_mm.registry import resolve
+from unified_mm.runs.folder import naming, user_path
 
 BUILT_IN = {
     "auto": "unified_mm.data.sources:find_source",
@@ -59,39 +61,105 @@ class CocoFolder:
         self.banner = banner
         self._cache = cache_folder(data)
         self._max_bad_share = float(data.max_bad_share)
-        self._with_questions = float(data.question_share) > 0
+        self._asking = asking_field(data)
+        self._train_split = data.train_split
+        self._questions: dict[str, Sequence[coco.Question]] = {}  # those that were read
         self._splits = coco.find_splits(folder)
 
     def splits(self) -> Sequence[str]:
         return tuple(self._splits)
 
     def manifest(self, split: str) -> Manifest:
+        """The validated examples of a split, with the questions that training asks for.
+
+        Foils, and questions that were read, are checked with it: those on images that are not
+        listed are among its problems.
+        """
+        if self._asking and not self.questions(split) and split == self._train_split:
+            raise ValueError(f"{self._asking} asks for questions: {self.no_questions(split)}")
+        questions = self._questions.get(split, ())
         manifest = build_manifest(
             self.folder,
             split,
             source=self.name,
             cache=self._cache,
             max_bad_share=self._max_bad_share,
+            beside=(
+                self._beside("foil", self.foils(split), self._max_bad_share),
+                self._beside("question", questions, self._share_of_questions(split)),
+            ),
         )
-        return with_questions(manifest, self.questions(split)) if self._with_questions else manifest
+        return with_questions(manifest, questions) if self._asking else manifest
 
     def foils(self, split: str) -> Sequence[coco.Foil]:
         return coco.read_foils(self.folder, split) if coco.has_foils(self.folder, split) else ()
 
     def questions(self, split: str) -> Sequence[coco.Question]:
-        """Read where `data.question_share` asks for them."""
-        if not (self._with_questions and coco.has_questions(self.folder, split)):
+        if split not in self._splits or not coco.has_questions(self.folder, split):
             return ()
-        return coco.read_questions(self.folder, split)
+        if split not in self._questions:
+            self._questions[split] = coco.read_questions(self.folder, split)
+        return self._questions[split]
+
+    def no_questions(self, split: str) -> str:
+        """For an error: that there are none, and what was looked for."""
+        return coco.no_questions(self.folder, split)
+
+    def _beside(
+        self, what: str, members: Sequence[coco.Foil] | Sequence[coco.Question], share: float
+    ) -> Beside:
+        return Beside(what, [member.image_id for member in members], share)
+
+    def _share_of_questions(self, split: str) -> float:
+        """How many questions may be on other images: VQA v2's files serve several years."""
+        return 1.0 if coco.questions_serve_others(self.folder, split) else self._max_bad_share
+
+
+def asking_field(data: Any) -> str:
+    """The field of `data` that asks for questions to train on; '' where none does."""
+    if float(data.question_share) > 0:
+        return f"data.question_share={data.question_share}"
+    return "data.documents.questions" if data.documents.questions else ""
+
+
+def check_questions(source: Source, split: str, questions: Sequence[coco.Question]) -> None:
+    """Raises ValueError where answers are to be scored on a split without questions."""
+    if not questions:
+        own = getattr(source, "no_questions", None)
+        said = own(split) if own else f"{source.name} has none for the split {split!r}"
+        raise ValueError(f"evaluation.questions asks for questions: {said}")
 
 
 def open_source(data: Any) -> Source:
     """The source that `config.data` asks for.
 
     Raises:
-      FileNotFoundError, ValueError: a folder that was given and is wrong; never a fallback.
+      FileNotFoundError, ValueError: a folder that was given and is wrong, never a fallback; or what
+        is no source.
     """
-    return resolve("data source", data.source, BUILT_IN)(data)
+    make = resolve("data source", data.source, BUILT_IN)
+    if not _takes_options(make):
+        raise ValueError(f"data.source={data.source!r} cannot be called with the data options")
+    source = make(data)
+    if not isinstance(source, Source):
+        wanted = ("name", "folder", "banner", "splits", "manifest", "foils", "questions")
+        lacking = ", ".join(name for name in wanted if not hasattr(source, name))
+        raise ValueError(
+            f"data.source={data.source!r} gives a {type(source).__name__}, which is no data source: "
+            f"it lacks {lacking}"
+        )
+    return source
+
+
+def _takes_options(make: Any) -> bool:
+    """Whether it can be called with one argument, as far as it says."""
+    try:
+        inspect.signature(make).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # it says nothing
+        return callable(make)
+    return True
 
 
 def find_source(data: Any) -> Source:
@@ -109,7 +177,7 @@ def given_folder(data: Any) -> Source:
     """`data.dir`, which must be there."""
     if not data.dir:
         raise ValueError("data.source='coco' needs data.dir, a folder in COCO captions layout")
-    return CocoFolder(Path(data.dir).expanduser(), data)
+    return CocoFolder(user_path(data.dir, "data.dir"), data)
 
 
 def embedded_world(data: Any) -> Source:
@@ -121,15 +189,17 @@ def embedded_world(data: Any) -> Source:
         raise ValueError(f"data.source='world' reads no folder, but data.dir={data.dir!r} is given")
     options = dict(data.world)
     spec = WorldSpec(image_size=int(data.image_size), **options)
-    folder = ensure_world(spec, cache_folder(data))
+    cache = cache_folder(data)
+    with naming(f"data.cache_dir={cache}"):
+        folder = ensure_world(spec, cache)
     return CocoFolder(folder, data, name="world", banner=WORLD_BANNER)
 
 
 def cache_folder(data: Any) -> Path:
     """`data.cache_dir`, else $UNIFIED_MM_CACHE, else the user's cache."""
     if data.cache_dir:
-        return Path(data.cache_dir).expanduser()
+        return user_path(data.cache_dir, "data.cache_dir")
     if os.environ.get("UNIFIED_MM_CACHE"):
-        return Path(os.environ["UNIFIED_MM_CACHE"]).expanduser()
+        return user_path(os.environ["UNIFIED_MM_CACHE"], "UNIFIED_MM_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "unified_mm"
+    return user_path(base, "XDG_CACHE_HOME") / "unified_mm"

@@ -4,8 +4,9 @@ Sennrich et al. 2016 (arXiv:1508.07909) for BPE, Radford et al. 2019 (GPT-2) for
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -21,27 +22,45 @@ SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte must have a token
 class TextTokenizer:
     """A `tokenizers.Tokenizer` with the layout `<bos> prompt target <eos>` on top.
 
-    Reads any byte-level tokenizer that knows `<pad>`, `<bos>` and `<eos>`; ours has them as
+    Reads any tokenizer that knows its special tokens; ours has `<pad>`, `<bos>` and `<eos>` as
     ids 0, 1 and 2. Special tokens that are written out in a text are ordinary text here.
+
+    tokenizer: of the library.
+    pad, bos, eos: what its special tokens are called; two may be the same. With '' as `bos`
+        nothing stands before a text.
+    eos_when_cut: whether a text that is too long ends in `<eos>` all the same, as encoders that
+        pool there need it.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer):
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        pad: str = PAD,
+        bos: str = BOS,
+        eos: str = EOS,
+        eos_when_cut: bool = False,
+    ):
         vocabulary = tokenizer.get_vocab()
-        missing = [token for token in (PAD, BOS, EOS) if token not in vocabulary]
+        needed = [pad, bos, eos] if bos else [pad, eos]
+        missing = [token for token in needed if token not in vocabulary]
         if missing:
             raise ValueError(
-                f"the tokenizer has no {', '.join(missing)}: add them to its added_tokens, or "
-                "give no tokenizer and one is trained on the training captions"
+                f"the tokenizer has no {', '.join(missing)}: add them to its "
+                "added_tokens or name others in data.special_tokens, or give no tokenizer and "
+                "one is trained on the training captions"
             )
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True  # not part of tokenizer.json, so set here
         self._tokenizer = tokenizer
-        self.pad_id, self.bos_id, self.eos_id = (vocabulary[t] for t in (PAD, BOS, EOS))
+        self.special_tokens = {"pad": pad, "bos": bos, "eos": eos, "eos_when_cut": eos_when_cut}
+        self.pad_id, self.eos_id = vocabulary[pad], vocabulary[eos]
+        self.bos_id = vocabulary[bos] if bos else None
 
     def __reduce__(self):
         # Worker processes get a tokenizer that went through __init__ again.
-        return _from_text, (self._tokenizer.to_str(),)
+        return _from_text, (self._tokenizer.to_str(), self.special_tokens)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary_size: int) -> "TextTokenizer":
@@ -71,13 +90,16 @@ class TextTokenizer:
         return cls(tokenizer)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "TextTokenizer":
-        """Reads a tokenizer.json. Raises FileNotFoundError, or ValueError naming the file."""
+    def load(cls, path: str | os.PathLike, **special_tokens: Any) -> "TextTokenizer":
+        """Reads a tokenizer.json whose special tokens are named as the constructor's arguments.
+
+        Raises FileNotFoundError, or ValueError naming the file.
+        """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no tokenizer at {path}")
         try:
-            return _from_text(path.read_text(encoding="utf-8"))
+            return _from_text(path.read_text(encoding="utf-8"), special_tokens)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is no usable tokenizer.json: {error}") from error
 
@@ -94,7 +116,8 @@ class TextTokenizer:
 
         Returns `ids` int32 [N], `valid` bool [N] (not padding) and `scored` bool [N] (the
         tokens of the target and the `<eos>`: what a model is asked to predict). A text that
-        is too long is cut and then has no `<eos>`, so that no model learns to stop there.
+        is too long is cut and then has no `<eos>`, so that no model learns to stop there
+        (but see `eos_when_cut`).
         Raises ValueError where the prompt leaves no room for one token of the target.
         """
         prompt_ids = self.encode_prompt(prompt)
@@ -103,7 +126,9 @@ class TextTokenizer:
                 f"a text length of {length} tokens leaves no room after the prompt {prompt!r} "
                 f"({len(prompt_ids)} tokens with <bos>): raise the length or shorten the prompt"
             )
-        row = (prompt_ids + self._ids(target) + [self.eos_id])[:length]
+        row = (prompt_ids + self.ids(target) + [self.eos_id])[:length]
+        if self.special_tokens["eos_when_cut"]:
+            row[-1] = self.eos_id
         ids = np.full(length, self.pad_id, np.int32)
         ids[: len(row)] = row
         position = np.arange(length)
@@ -112,7 +137,12 @@ class TextTokenizer:
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """`<bos> prompt`: where generation starts."""
-        return [self.bos_id, *self._ids(prompt)]
+        begin = [] if self.bos_id is None else [self.bos_id]
+        return begin + self.ids(prompt)
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text alone."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text before the first `<eos>`, without special tokens and outer spaces."""
@@ -120,9 +150,6 @@ class TextTokenizer:
         end = row.index(self.eos_id) if self.eos_id in row else len(row)
         return self._tokenizer.decode(row[:end], skip_special_tokens=True).strip()
 
-    def _ids(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
 
-
-def _from_text(text: str) -> TextTokenizer:
-    return TextTokenizer(tokenizers.Tokenizer.from_str(text))
+def _from_text(text: str, special_tokens: Mapping[str, Any]) -> TextTokenizer:
+    return TextTokenizer(tokenizers.Tokenizer.from_str(text), **special_tokens)

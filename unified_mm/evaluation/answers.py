@@ -59,11 +59,15 @@ _PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
 
 @dataclass(frozen=True)
 class Question:
-    """A question with the answers people gave and its type ("how many", "what colour", ...)."""
+    """A question with the answers people gave and its type ("how many", "what colour", ...).
+
+    `answer_type` is VQA v2's 'yes/no', 'number' or 'other'; '' is not known.
+    """
 
     text: str
     answers: tuple[str, ...]
     type: str
+    answer_type: str = ""
 
 
 def normalize_answer(answer: str) -> str:
@@ -102,31 +106,45 @@ def answer_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def answer_scores(
-    predictions: Sequence[str], answers: Sequence[Sequence[str]], types: Sequence[str]
+    predictions: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    types: Sequence[str],
+    answer_types: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Mean accuracy over all questions and over the questions of each type, in [0, 1].
 
     Returns:
-      ``answer/accuracy`` and, for each type in alphabetic order, ``answer/accuracy/<type>``.
+      ``answer/accuracy`` and, in alphabetic order, ``answer/accuracy/<type>`` for each type of
+      question and ``answer/accuracy/answer_type/<type>`` for each known ('' is not) type of answer.
 
     Raises:
       ValueError: no question, lengths that differ, or a question without an answer.
     """
-    if not len(predictions) == len(answers) == len(types):
+    if answer_types is None:
+        answer_types = [""] * len(predictions)
+    if not len(predictions) == len(answers) == len(types) == len(answer_types):
         raise ValueError(
-            f"{len(predictions)} predictions, answers to {len(answers)} questions and "
-            f"{len(types)} types: give one of each per question, in the same order."
+            f"{len(predictions)} predictions, answers to {len(answers)} questions, "
+            f"{len(types)} types and {len(answer_types)} types of answers: give one of each per "
+            "question, in the same order."
         )
     if not predictions:
         raise ValueError("no answers to score: the list of questions is empty.")
     by_type: defaultdict[str, list[float]] = defaultdict(list)
-    for i, (prediction, given, kind) in enumerate(zip(predictions, answers, types, strict=True)):
+    by_answer: defaultdict[str, list[float]] = defaultdict(list)
+    rows = zip(predictions, answers, types, answer_types, strict=True)
+    for i, (prediction, given, kind, answer_type) in enumerate(rows):
         if not given:
             raise ValueError(f"question {i} ({kind}) has no answer to compare with: leave it out.")
-        by_type[kind].append(answer_accuracy(prediction, given))
+        accuracy = answer_accuracy(prediction, given)
+        by_type[kind].append(accuracy)
+        if answer_type:
+            by_answer[answer_type].append(accuracy)
     every = [accuracy for accuracies in by_type.values() for accuracy in accuracies]
-    return {"answer/accuracy": _mean(every)} | {
-        f"answer/accuracy/{kind}": _mean(by_type[kind]) for kind in sorted(by_type)
+    return {
+        "answer/accuracy": _mean(every),
+        **{f"answer/accuracy/{kind}": _mean(by_type[kind]) for kind in sorted(by_type)},
+        **{f"answer/accuracy/answer_type/{k}": _mean(by_answer[k]) for k in sorted(by_answer)},
     }
 
 
@@ -160,6 +178,7 @@ def question_prior(
         [guess(question) for question in questions],
         [question.answers for question in questions],
         [question.type for question in questions],
+        [question.answer_type for question in questions],
     )
 
 

@@ -14,6 +14,7 @@ from unified_mm.data.pipeline import evaluation_batches
 from unified_mm.data.records import Manifest, Record, Text
 from unified_mm.evaluation import answers, retrieval
 from unified_mm.evaluation.caption_scores import caption_scores
+from unified_mm.evaluation.few_shot import FewShot, few_shot_scores
 from unified_mm.inference.predictor import Predictor
 from unified_mm.objectives.captioning import Captioning
 from unified_mm.objectives.contrastive import Contrastive
@@ -29,6 +30,7 @@ class Split:
     foils: Sequence[Foil] = ()
     questions: Sequence[Question] = ()
     train_questions: Sequence[Question] = ()
+    few_shot: FewShot = FewShot()
 
     def first(self, count: int) -> Split:
         """The first `count` images and what belongs to them."""
@@ -39,6 +41,7 @@ class Split:
             tuple(foil for foil in self.foils if foil.image_id in kept),
             tuple(question for question in self.questions if question.image_id in kept),
             self.train_questions,
+            self.few_shot,
         )
 
 
@@ -90,10 +93,17 @@ def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
         score_retrieval(predictor, found, batch_size)
     if predictor.can(Captioning):
         score_captions(predictor, found, batch_size)
+        score_image_gain(predictor, found, batch_size)
         if split.foils:
             score_foils(predictor, split, found, batch_size)
         if split.questions:
             score_answers(predictor, split, found, batch_size)
+        if split.few_shot.shots:
+            found.add(
+                few_shot_scores(
+                    predictor, found.images, split.questions, split.few_shot, batch_size
+                )
+            )
     return found
 
 
@@ -145,6 +155,36 @@ def score_captions(predictor: Predictor, found: Scores, batch_size: int) -> None
     found.add({}, {f"caption/{name}": value for name, value in shuffled.items()})
 
 
+def score_image_gain(predictor: Predictor, found: Scores, batch_size: int) -> None:
+    """How much likelier a caption is beside its own image than beside another, in nats a token.
+
+    The first caption of each image, the other images being all moved on by half; the gain's 95%
+    interval is that of a mean over captions.
+    """
+    rows = [replace(r, texts=(Text("", captions_of(r)[0]),)) for r in found.images]
+    half = len(rows) // 2
+    moved = [other.image for other in rows[half:] + rows[:half]]
+    strangers = [replace(row, image=image) for row, image in zip(rows, moved, strict=True)]
+
+    def nats(records: Sequence[Record]) -> np.ndarray:
+        batches = _batches(predictor, records, batch_size)
+        scored = _gather(map(predictor.log_likelihood, batches), len(records))
+        return -scored[:, 0] / scored[:, 1]
+
+    own, other = nats(rows), nats(strangers)
+    gain = other - own
+    spread = 1.96 * float(gain.std(ddof=1)) / len(gain) ** 0.5
+    found.add(
+        {
+            "caption/nats": float(own.mean()),
+            "caption/image_gain": float(gain.mean()),
+            "caption/image_gain_low": float(gain.mean()) - spread,
+            "caption/image_gain_high": float(gain.mean()) + spread,
+        },
+        {"caption/nats": float(other.mean()), "caption/image_gain": 0.0},
+    )
+
+
 def score_foils(predictor: Predictor, split: Split, found: Scores, batch_size: int) -> None:
     """How often a caption is likelier beside its image than the same with one word made false."""
     by_id = {record.id: record for record in found.images}
@@ -167,9 +207,14 @@ def score_foils(predictor: Predictor, split: Split, found: Scores, batch_size: i
 
 
 def score_answers(predictor: Predictor, split: Split, found: Scores, batch_size: int) -> None:
-    """VQA accuracy of greedy answers, beside what the question alone gives away."""
+    """VQA accuracy of greedy answers, beside what the question alone gives away.
+
+    Questions on images that the split does not have are passed over; there may be no others.
+    """
     by_id = {record.id: record for record in split.manifest.records}
     asked = [question for question in split.questions if question.image_id in by_id]
+    if not asked:
+        return
     rows = [by_id[question.image_id] for question in asked]
     prompts = [question.question for question in asked]
     prompts += [""] * (-len(prompts) % batch_size)
@@ -178,12 +223,18 @@ def score_answers(predictor: Predictor, split: Split, found: Scores, batch_size:
         written += predictor.write(batch, prompts[start * batch_size :][:batch_size])
 
     def as_scored(questions: Sequence[Question]) -> list[answers.Question]:
-        return [answers.Question(q.question, q.answers, q.question_type) for q in questions]
+        return [
+            answers.Question(q.question, q.answers, q.question_type, q.answer_type)
+            for q in questions
+        ]
 
     scored = as_scored(asked)
     found.add(
         answers.answer_scores(
-            written[: len(asked)], [q.answers for q in scored], [q.type for q in scored]
+            written[: len(asked)],
+            [q.answers for q in scored],
+            [q.type for q in scored],
+            [q.answer_type for q in scored],
         ),
         answers.question_prior(as_scored(split.train_questions), scored)
         if split.train_questions

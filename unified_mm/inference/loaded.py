@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from unified_mm.config import Config
 from unified_mm.data import images as pictures
 from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.inference.classes import TEMPLATES, class_embeddings
 from unified_mm.inference.predictor import Predictor
 from unified_mm.objectives.task import Task, build_task
 from unified_mm.parallel.mesh import make_mesh
@@ -53,6 +54,20 @@ class LoadedModel:
             self.predictor.embed_texts, [{"text": text.encode("", each)} for each in texts]
         )
 
+    def classify(
+        self,
+        images: Sequence[Picture],
+        classes: Sequence[str],
+        templates: Sequence[str] = TEMPLATES,
+    ) -> Float[np.ndarray, "B C"]:
+        """Cosine similarities of images and named classes, float32: the largest one fits best.
+
+        Raises:
+          ValueError: as `class_embeddings` does.
+        """
+        named = class_embeddings(self.embed_texts, classes, templates)
+        return self.embed_images(images).reshape(-1, named.shape[1]) @ named.T
+
     def caption(self, images: Sequence[Picture]) -> list[str]:
         """What the model writes about each image, greedily."""
         return self.answer(images, [""] * len(images))
@@ -68,14 +83,16 @@ class LoadedModel:
             written += self.predictor.write(batch, asked)[:count]
         return written
 
-    def _beside(self, image: Picture) -> dict[str, dict[str, np.ndarray]]:
-        """A row of the context with this image and nothing else."""
-        names = self.task.model.context_names
-        absent = {name: self.task.modalities[name].absent() for name in names}
-        return {**absent, "image": {"pixels": self._view(image), "present": np.array(True)}}
+    def view(self, image: Picture) -> UInt8[np.ndarray, "size size 3"]:
+        """What the model sees of an image: the central square, at the model's size.
 
-    def _view(self, image: Picture) -> UInt8[np.ndarray, "size size 3"]:
-        modality = self.task.modalities["image"]
+        Raises:
+          FileNotFoundError, OSError: a file that is not there or cannot be read.
+          ValueError: what cannot be decoded (`ImageError`, naming the file) or is no image.
+        """
+        modality = self.task.modalities.get("image")
+        if modality is None:
+            raise ValueError("this model reads no images: it is of text alone")
         if isinstance(image, (str, os.PathLike)):
             if not Path(image).is_file():
                 raise FileNotFoundError(f"there is no image {str(image)!r}")
@@ -87,7 +104,13 @@ class LoadedModel:
                 "an image is a path, a PIL image or uint8 [height, width, 3]; got "
                 f"{pixels.dtype} {list(pixels.shape)}"
             )
-        return pictures.evaluation_view(pixels, modality.size)
+        return modality.whole_view(pixels)
+
+    def _beside(self, image: Picture) -> dict[str, dict[str, np.ndarray]]:
+        """A row of the context with this image and nothing else."""
+        names = self.task.model.context_names
+        absent = {name: self.task.modalities[name].absent() for name in names}
+        return {**absent, "image": {"pixels": self.view(image), "present": np.array(True)}}
 
     def _batches(self, rows: list[dict]) -> Any:
         """Batches of one size (the last filled up by repeating), and how many rows count."""
@@ -118,13 +141,23 @@ def load(run: str | os.PathLike[str], *, mesh: Mesh | None = None) -> LoadedMode
             f"{folder.path} is no run (it has no config.json); give the --workdir of a training run"
         )
     config = Config(read_json(folder.config))
-    task = build_task(config, TextTokenizer.load(folder.tokenizer))
+    refuse_image_tower(config, folder)
+    task = build_task(config, TextTokenizer.load(folder.tokenizer, **config.data.special_tokens))
     mesh = mesh or one_device_mesh()
     averaged = config.train.average_decay > 0
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         name = "average" if averaged else "params"
         restored = checkpoints.restore({name: abstract_params(task, mesh)}, partial=True)
     return LoadedModel(task, restored.state[name], mesh, config, restored.step)
+
+
+def refuse_image_tower(config: Config, folder: RunFolder) -> None:
+    """Raises ValueError for imported weights that are but a part of a model."""
+    if "imported" in config and config.imported.part == "image":
+        raise ValueError(
+            f"{folder.path} holds an image tower ({config.imported.family}) and no text model: it "
+            "is one to start training from, and cannot be asked anything"
+        )
 
 
 def one_device_mesh() -> Mesh:

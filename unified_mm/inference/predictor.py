@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from unified_mm.inference.generate import greedy
 from unified_mm.models.unified import UnifiedModel
@@ -34,6 +35,12 @@ class Predictor:
         self.mesh = mesh
         self._compiled: dict[str, Any] = {}
 
+    def at(self, params: Any) -> Predictor:
+        """The same with other parameters, sharing what is compiled."""
+        other = copy.copy(self)
+        other.params = params
+        return other
+
     def can(self, kind: type) -> bool:
         """Whether an objective of this class was trained."""
         return any(isinstance(objective, kind) for objective in self.task.objectives)
@@ -43,10 +50,10 @@ class Predictor:
         objective = self._objective(Contrastive, "embed")
 
         def embed(model: UnifiedModel, batch: Any) -> jax.Array:
-            context, cache = model.read_context(batch, objective.stream)
+            encoded = model.read_context(batch, objective.stream)
+            name = objective.between
             head = model.head[objective.name]
-            valid = _valid_of(cache.metadata, objective.between)
-            return head(objective.between, context[objective.between], valid)
+            return head(name, encoded.context[name], encoded.context_valid[name])
 
         return self._run("embed_images", embed, _without_text(batch))
 
@@ -78,21 +85,22 @@ class Predictor:
         Raises:
           ValueError: a prompt that leaves no room for an answer.
         """
+        length = self.task.modalities["text"].length
+        text, used = self._prompts(prompts, length)
+        return self.continue_text({**batch, "text": text}, length - used, length - 1)
+
+    def continue_text(
+        self, batch: Batch, most: Int[np.ndarray, " B"], room: int
+    ) -> list[str]:
+        """What the model writes, greedily, after the beginning that each example's text holds.
+
+        Args:
+          batch: context, and as `text` at least a begin token (in documents with its placement).
+          most: tokens that each text may still have.
+          room: the most that any may have; each value is compiled once.
+        """
         objective = self._objective(Captioning, "write")
         tokenizer = self.task.tokenizer
-        length = self.task.modalities["text"].length
-        ids = np.full((len(prompts), length), tokenizer.pad_id, np.int32)
-        lengths = np.zeros(len(prompts), np.int32)
-        for row, prompt in enumerate(prompts):
-            start = tokenizer.encode_prompt(prompt)
-            if len(start) >= length:
-                raise ValueError(
-                    f"the prompt {prompt!r} has {len(start)} tokens and the model reads {length}: "
-                    "no room is left for an answer; shorten it"
-                )
-            ids[row, : len(start)] = start
-            lengths[row] = len(start)
-        inputs = {"batch": _without_text(batch), "prompt": ids, "prompt_length": lengths}
 
         def generate(params: Any, inputs: Any) -> jax.Array:
             return greedy(
@@ -100,14 +108,35 @@ class Predictor:
                 params,
                 **inputs,
                 stream=objective.stream,
+                room=room,
                 end=tokenizer.eos_id,
                 padding=tokenizer.pad_id,
             )
 
-        written = self._call("write", generate, inputs)
-        return [
-            tokenizer.decode(row[start:]) for row, start in zip(written, lengths, strict=True)
-        ]
+        inputs = {"batch": batch, "most": most.astype(np.int32)}
+        return [tokenizer.decode(row) for row in self._call(f"write {room}", generate, inputs)]
+
+    def _prompts(
+        self, prompts: Sequence[str], length: int
+    ) -> tuple[dict[str, np.ndarray], Int[np.ndarray, " B"]]:
+        """Begin token and prompt of each text as arrays [B, P], and how many tokens these are."""
+        tokenizer = self.task.tokenizer
+        rows = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+        for row, prompt in zip(rows, prompts, strict=True):
+            if not row:
+                raise ValueError("this model's texts have no begin token: give a prompt")
+            if len(row) >= length:
+                raise ValueError(
+                    f"the prompt {prompt!r} has {len(row)} tokens and the model reads {length}: "
+                    "no room is left for an answer; shorten it"
+                )
+        used = np.array([len(row) for row in rows])
+        # Few different shapes, as each is compiled.
+        widest = 1 if used.max() == 1 else min(length, -(-int(used.max()) // 8) * 8)
+        valid = np.arange(widest) < used[:, None]
+        ids = np.full((len(rows), widest), tokenizer.pad_id, np.int32)
+        ids[valid] = np.concatenate(rows)
+        return {"ids": ids, "valid": valid, "present": np.ones(len(rows), bool)}, used
 
     def _objective(self, kind: type, what: str) -> Any:
         for objective in self.task.objectives:
@@ -134,12 +163,3 @@ class Predictor:
 
 def _without_text(batch: Batch) -> dict[str, Any]:
     return {name: arrays for name, arrays in batch.items() if name != "text"}
-
-
-def _valid_of(metadata: Any, name: str) -> jax.Array:
-    start = 0
-    for group in metadata.groups:
-        if group.name == name:
-            return metadata.valid[:, start : start + group.length]
-        start += group.length
-    raise ValueError(f"the context holds no modality {name!r}")

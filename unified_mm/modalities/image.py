@@ -10,12 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from unified_mm.data import images
 from unified_mm.data.records import Record
 from unified_mm.modalities.tokens import Group, Tokens, blank, single_document
-from unified_mm.parallel.layers import Dense, partitioned
+from unified_mm.parallel.layers import Dense, Norm, partitioned
 
 STEMS = ("linear", "hierarchical")
 PART = 4  # pixels on a side of the smallest part that the hierarchical stem looks at
@@ -23,29 +23,40 @@ PART = 4  # pixels on a side of the smallest part that the hierarchical stem loo
 
 @dataclass(frozen=True)
 class ImageModality:
-    """RGB images of `size` x `size` pixels, cut into patches of `patch` x `patch`.
+    """RGB images of `size` x `size` pixels, cut into patches.
 
     Attributes:
-      stem: 'linear', one dense map of a patch, or 'hierarchical', an MLP of parts within parts.
+      size: pixels on a side, as the model sees them.
       crop_scale: smallest and largest share of the picture's area that a training crop keeps.
       crop_ratio: narrowest and widest shape (width / height) of a training crop.
       mirror: whether training flips left and right, where no text of the record names a side.
       decoder: 'pillow' or 'opencv'.
+      resampling: 'bilinear' or 'bicubic', from the picture's pixels to `size`.
+      fit: what evaluation sees of a picture that is no square (`data.images.evaluation_view`).
+      embedding: how they become embeddings.
     """
 
     name: str
     size: int
-    patch: int
-    stem: str
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
     mirror: bool
     decoder: str
+    resampling: str
+    fit: str
+    embedding: ImageEmbedding
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any], resources: Any) -> ImageModality:
         data = resources.data
         size, patch = int(data.image_size), int(options["patch"])
+        if size < 1 or patch < 1:
+            raise ValueError(
+                f"data.image_size={size}, model.modalities.{name}.patch={patch}: both at least 1"
+            )
+        for field in ("crop_scale", "crop_ratio"):
+            if len(data[field]) != 2 or not 0 < data[field][0] <= data[field][1]:
+                raise ValueError(f"data.{field}={tuple(data[field])}: give (least, most) above 0")
         if options["stem"] not in STEMS:
             raise ValueError(
                 f"model.modalities.{name}.stem={options['stem']!r}: one of {', '.join(STEMS)}"
@@ -59,34 +70,66 @@ class ImageModality:
             raise ValueError(
                 f"data.image_size={size} is no multiple of model.modalities.{name}.patch={patch}"
             )
+        for field, allowed in (("resampling", tuple(images.RESAMPLINGS)), ("fit", images.FITS)):
+            if data[field] not in allowed:
+                raise ValueError(f"data.{field}={data[field]!r}: one of {', '.join(allowed)}")
         return cls(
             name=name,
             size=size,
-            patch=patch,
-            stem=str(options["stem"]),
             crop_scale=tuple(data.crop_scale),
             crop_ratio=tuple(data.crop_ratio),
             mirror=bool(data.mirror),
             decoder=str(data.decoder),
+            resampling=str(data.resampling),
+            fit=str(data.fit),
+            embedding=ImageEmbedding(
+                patch=patch,
+                stem=str(options["stem"]),
+                grid=(size // patch, size // patch),
+                bias=bool(options["bias"]),
+                class_token=bool(options["class_token"]),
+                modality=bool(options["modality_embedding"]),
+                norm=bool(options["norm"]),
+                norm_epsilon=float(options["norm_epsilon"]),
+                mean=_channels(f"model.modalities.{name}.mean", options["mean"]),
+                deviation=_channels(f"model.modalities.{name}.deviation", options["deviation"]),
+            ),
         )
 
     def prepare(self, record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         if record.image is None:
             return self.absent()
-        if rng is None:
-            pixels = images.decode(record.image, at_least=self.size, backend=self.decoder)
-            view = images.evaluation_view(pixels, self.size)
-        else:
-            at_least = images.least_side(self.size, self.crop_scale)
-            view = images.training_view(
-                images.decode(record.image, at_least=at_least, backend=self.decoder),
-                self.size,
-                rng,
-                scale=self.crop_scale,
-                ratio=self.crop_ratio,
-                mirror=self.mirror and record.mirrorable,
-            )
+        view = self.view(record.image, rng, record.mirrorable)
         return {"pixels": view, "present": np.array(True)}
+
+    def view(
+        self, path: str, rng: np.random.Generator | None, mirrorable: bool
+    ) -> UInt8[np.ndarray, "size size 3"]:
+        """What the model sees of the picture at `path`; `rng` None asks for the evaluation view.
+
+        Raises OSError or ImageError naming a file that cannot be read or decoded.
+        """
+        if rng is None:
+            pixels = images.decode(path, at_least=self.size, backend=self.decoder)
+            return self.whole_view(pixels)
+        at_least = images.least_side(self.size, self.crop_scale)
+        return images.training_view(
+            images.decode(path, at_least=at_least, backend=self.decoder),
+            self.size,
+            rng,
+            scale=self.crop_scale,
+            ratio=self.crop_ratio,
+            mirror=self.mirror and mirrorable,
+            resampling=self.resampling,
+        )
+
+    def whole_view(
+        self, pixels: UInt8[np.ndarray, "height width 3"]
+    ) -> UInt8[np.ndarray, "size size 3"]:
+        """What evaluation sees of a decoded picture."""
+        return images.evaluation_view(
+            pixels, self.size, resampling=self.resampling, fit=self.fit
+        )
 
     def absent(self) -> dict[str, np.ndarray]:
         return {
@@ -95,47 +138,77 @@ class ImageModality:
         }
 
     def embedder(self, width: int, dtype: Any) -> nn.Module:
-        side = self.size // self.patch
-        return ImageEmbedder(self.name, self.patch, self.stem, (side, side), width, dtype)
+        return ImageEmbedder(self.name, self.embedding, width, dtype)
 
 
-class ImageEmbedder(nn.Module):
-    """Patches through the stem, plus a learned 2D position and the modality's embedding.
+@dataclass(frozen=True)
+class ImageEmbedding:
+    """How pictures become embeddings.
 
-    `grid` is the number of patches (down, across) that positions are learned for; pictures of
-    another size get them interpolated.
+    Attributes:
+      patch: pixels on a side.
+      stem: 'linear', one dense map of a patch, or 'hierarchical', an MLP of parts within parts.
+      grid: patches (down, across) that positions are learned for; others are interpolated.
+      bias: whether that dense map has one.
+      class_token: whether a learned token comes before the patches.
+      modality: whether the modality's own embedding is added.
+      norm, norm_epsilon: a layer norm of the sum (CLIP).
+      mean, deviation: of a channel, in 0..1, that pixels are normalised by.
     """
 
-    name_of_group: str
     patch: int
     stem: str
     grid: tuple[int, int]
+    bias: bool = True
+    class_token: bool = False
+    modality: bool = True
+    norm: bool = False
+    norm_epsilon: float = 1e-6
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    deviation: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+
+class ImageEmbedder(nn.Module):
+    """Patches through the stem, plus a learned 2D position and the modality's embedding."""
+
+    name_of_group: str
+    embedding: ImageEmbedding
     width: int
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, batch: Mapping[str, Array]) -> Tokens:
         """`pixels` uint8 or float [B, height, width, 3] in 0..255, `present` [B] -> Tokens."""
-        pixels = blank(batch["pixels"].astype(self.dtype), batch["present"])
-        patches = self._patches(pixels / 127.5 - 1.0)
-        down, across = patches.shape[1:3]
-        x = Dense((self.width,), (None,), ("embed",), dtype=self.dtype, name="patches")(
-            patches.reshape(patches.shape[0], down * across, -1)
+        e = self.embedding
+        pixels = blank(batch["pixels"].astype(jnp.float32), batch["present"])
+        mean, deviation = (255.0 * jnp.array(value) for value in (e.mean, e.deviation))
+        patches = self._patches(((pixels - mean) / deviation).astype(self.dtype))
+        rows, down, across, _ = patches.shape
+        dense = Dense(
+            (self.width,), (None,), ("embed",), use_bias=e.bias, dtype=self.dtype, name="patches"
         )
+        x = dense(patches.reshape(rows, down * across, -1))
         table = self.param(
-            "positions",
-            partitioned(_sine_positions, None, None, "embed"),
-            (*self.grid, self.width),
-        )
-        modality = self.param(
-            "modality", partitioned(nn.initializers.normal(0.02), "embed"), (self.width,)
+            "positions", partitioned(_sine_positions, None, None, "embed"), (*e.grid, self.width)
         )
         positions = resize_positions(table, (down, across)).reshape(down * across, self.width)
-        x = x + (positions + modality).astype(self.dtype)
+        x = x + positions.astype(self.dtype)
+        if e.class_token:
+            first = self._vector("class_token") + self._vector("class_position")
+            first = jnp.broadcast_to(first.astype(self.dtype), (rows, 1, self.width))
+            x = jnp.concatenate([first, x], axis=1)
+        if e.modality:
+            x = x + self._vector("modality").astype(self.dtype)
+        if e.norm:
+            x = Norm("layer", e.norm_epsilon, self.dtype, name="norm")(x)
         valid = jnp.broadcast_to(batch["present"][:, None], x.shape[:2])
-        group = Group(self.name_of_group, self.name_of_group, down * across)
+        group = Group(self.name_of_group, self.name_of_group, x.shape[1])
         return Tokens(blank(x, valid), single_document(valid, group))
 
+    def _vector(self, name: str) -> Float[Array, " D"]:
+        return self.param(
+            name, partitioned(nn.initializers.normal(0.02), "embed"), (self.width,)
+        )
 
     def _patches(
         self, pixels: Float[Array, "B height width C"]
@@ -145,11 +218,18 @@ class ImageEmbedder(nn.Module):
         The hierarchical stem follows Touvron et al. 2022 ("Three things everyone should know about
         vision transformers", section 6): no patch sees another, so what is absent stays apart.
         """
-        if self.stem == "linear":
-            return patchify(pixels, self.patch)
+        if self.embedding.stem == "linear":
+            return patchify(pixels, self.embedding.patch)
         parts = patchify(pixels, PART)
         features = Dense((self.width // 2,), (None,), (None,), dtype=self.dtype, name="parts")
-        return patchify(nn.gelu(features(parts)), self.patch // PART)
+        return patchify(nn.gelu(features(parts)), self.embedding.patch // PART)
+
+
+def _channels(field: str, values: Any) -> tuple[float, float, float]:
+    if len(values) != 3:
+        raise ValueError(f"{field}={tuple(values)}: give one number for each of red, green, blue")
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
 
 
 def patchify(

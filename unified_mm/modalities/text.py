@@ -14,43 +14,68 @@ from jaxtyping import Array, Float
 from unified_mm.data.records import Record, Text
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.modalities.tokens import Group, Tokens, single_document
-from unified_mm.parallel.layers import partitioned
+from unified_mm.parallel.layers import Norm, partitioned
 
 VOCABULARY_MULTIPLE = 64
 
 
-class Hashable:
-    """A tokenizer held by a frozen dataclass: equal only to itself, for jit's static arguments."""
-
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self.tokenizer = tokenizer
+HEADS = ("tied", "own")
 
 
 @dataclass(frozen=True)
 class TextModality:
     """Texts of at most `length` tokens; one text a record is drawn.
 
-    `vocabulary` is the number of token embeddings: the tokenizer's, padded for even division.
-
-    `question_share` says how often that is a question with its answer, where a record has both.
+    Attributes:
+      question_share: how often that is a question with its answer, where a record has both.
+      tokenizer: of the run.
+      attend_padding: whether padding counts as text: it is seen, and pooled, but never scored.
+      embedding: how ids become embeddings, and how these are scored.
     """
 
     name: str
     length: int
-    vocabulary: int
     question_share: float
-    encoder: Hashable
+    tokenizer: TextTokenizer
+    attend_padding: bool
+    embedding: TextEmbedding
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any], resources: Any) -> TextModality:
-        tokenizer = resources.tokenizer
+        length = int(options["length"])
+        if length < 3:
+            raise ValueError(
+                f"model.modalities.{name}.length={length}: must be at least 3, for begin, word and "
+                "end"
+            )
+        known = resources.tokenizer.vocabulary_size
+        used = int(options["vocabulary"]) or known
+        if used < known:
+            raise ValueError(
+                f"model.modalities.{name}.vocabulary={used}: the tokenizer has {known} tokens"
+            )
         return cls(
             name=name,
-            length=int(options["length"]),
-            vocabulary=padded(tokenizer.vocabulary_size),
+            length=length,
             question_share=float(resources.data.question_share),
-            encoder=Hashable(tokenizer),
+            tokenizer=resources.tokenizer,
+            attend_padding=bool(options["attend_padding"]),
+            embedding=TextEmbedding(
+                used=used,
+                places=int(options["places"]) or length,
+                learned_positions=bool(options["learned_positions"]),
+                modality=bool(options["modality_embedding"]),
+                scaled=bool(options["scaled"]),
+                norm=bool(options["norm"]),
+                norm_epsilon=float(options["norm_epsilon"]),
+                head=str(options["head"]),
+            ),
         )
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the number of token embeddings."""
+        return self.embedding.vocabulary
 
     def prepare(self, record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         """One text of the record, drawn by `rng`; the first one where there is no `rng`."""
@@ -71,7 +96,9 @@ class TextModality:
 
     def encode(self, prompt: str, target: str) -> dict[str, np.ndarray]:
         """`ids` int32 [T], `valid` and `scored` bool [T], `prompted` and `present` bool []."""
-        arrays = self.encoder.tokenizer.encode(prompt, target, self.length)
+        arrays = self.tokenizer.encode(prompt, target, self.length)
+        if self.attend_padding:
+            arrays["valid"] = np.ones(self.length, bool)
         return {**arrays, "prompted": np.array(bool(prompt)), "present": np.array(True)}
 
     def absent(self) -> dict[str, np.ndarray]:
@@ -84,55 +111,101 @@ class TextModality:
         }
 
     def embedder(self, width: int, dtype: Any) -> nn.Module:
-        return TextEmbedder(self.name, self.vocabulary, self.length, width, dtype)
+        return TextEmbedder(self.name, self.embedding, width, dtype)
 
 
-def padded(vocabulary: int) -> int:
-    """A size that meshes divide: how many tokens a tokenizer ends up with is nobody's choice."""
-    return -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+@dataclass(frozen=True)
+class TextEmbedding:
+    """How token ids become embeddings, and embeddings scores of the next token.
+
+    Attributes:
+      used: tokens that have an embedding: those of the tokenizer, or more.
+      places: positions that are learned.
+      learned_positions: whether there are any (rotary positions need none).
+      modality: whether the modality's own embedding is added.
+      scaled: whether token embeddings are multiplied by sqrt(D) (Vaswani et al. 2017, 3.4).
+      norm, norm_epsilon: a layer norm of the sum (BERT).
+      head: 'tied', scores by the table of embeddings, or 'own', by a table of their own.
+    """
+
+    used: int
+    places: int
+    learned_positions: bool = True
+    modality: bool = True
+    scaled: bool = True
+    norm: bool = False
+    norm_epsilon: float = 1e-6
+    head: str = "tied"
+
+    def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise ValueError(f"model.modalities.text.head={self.head!r}: one of {', '.join(HEADS)}")
+
+    @property
+    def vocabulary(self) -> int:
+        """A size that meshes divide: how many tokens a tokenizer has is nobody's choice."""
+        return -(-self.used // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 class TextEmbedder(nn.Module):
     """Token, 1D position and modality embeddings; the same table scores the next token."""
 
     name_of_group: str
-    vocabulary: int
-    length: int
+    embedding: TextEmbedding
     width: int
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        self.table = self.param(
-            "tokens",
-            partitioned(nn.initializers.normal(self.width**-0.5), "vocabulary", "embed"),
-            (self.vocabulary, self.width),
-        )
-        self.positions = self.param(
-            "positions",
-            partitioned(nn.initializers.normal(0.1), None, "embed"),
-            (self.length, self.width),
-        )
-        self.modality = self.param(
-            "modality", partitioned(nn.initializers.normal(0.02), "embed"), (self.width,)
-        )
+        e = self.embedding
+        small = nn.initializers.normal(self.width**-0.5)
+        table = partitioned(small, "vocabulary", "embed")
+        self.table = self.param("tokens", table, (e.vocabulary, self.width))
+        if e.head == "own":
+            self.scores = self.param("scores", table, (e.vocabulary, self.width))
+        if e.learned_positions:
+            self.positions = self.param(
+                "positions",
+                partitioned(nn.initializers.normal(0.1), None, "embed"),
+                (e.places, self.width),
+            )
+        if e.modality:
+            self.modality = self.param(
+                "modality", partitioned(nn.initializers.normal(0.02), "embed"), (self.width,)
+            )
+        if e.norm:
+            self.norm = Norm("layer", e.norm_epsilon, self.dtype)
 
-    def __call__(self, batch: Mapping[str, Array], start: Array | int = 0) -> Tokens:
-        """`ids` [B, T] and `valid` [B, T] -> Tokens; `start` [] is the first one's position."""
+    def __call__(self, batch: Mapping[str, Array]) -> Tokens:
+        """`ids` and `valid` [B, T], `present` [B] -> Tokens.
+
+        `place` [B, T], where it is given, says which position embedding each token gets.
+        """
+        e = self.embedding
         valid = batch["valid"] & batch["present"][:, None]
         ids = jnp.where(valid, batch["ids"], 0)
-        places = start + jnp.arange(ids.shape[1])
         # Whole rows are looked up: were their width still divided, as the table is kept, the
         # gradient of every token would have to be gathered on every device.
-        table = nn.with_logical_constraint(self.table, ("vocabulary", None))
-        # Unit variance in, like the patches; the table itself is small, for the tied head.
-        x = table[ids] * self.width**0.5 + self.positions[places] + self.modality
+        x = nn.with_logical_constraint(self.table, ("vocabulary", None))[ids]
+        if e.scaled:
+            # Unit variance in, like the patches; the table itself is small, for the tied head.
+            x = x * self.width**0.5
+        if e.learned_positions:
+            x = x + self.positions[batch.get("place", jnp.arange(ids.shape[1]))]
+        if e.modality:
+            x = x + self.modality
+        if e.norm:
+            x = self.norm(x)
         x = jnp.where(valid[..., None], x, 0).astype(self.dtype)
         group = Group(self.name_of_group, self.name_of_group, ids.shape[1])
-        metadata = single_document(valid, group)
-        return Tokens(x, metadata.replace(position=metadata.position + start))  # type: ignore[attr-defined]
+        return Tokens(x, single_document(valid, group))
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores of the next token, float32, by the tied table."""
-        return jnp.einsum(
-            "BTD,VD->BTV", x, self.table.astype(x.dtype), preferred_element_type=jnp.float32
+        """Scores of the next token, float32; ids that no token has are out of the question."""
+        e = self.embedding
+        table = self.scores if e.head == "own" else self.table
+        logits = jnp.einsum(
+            "BTD,VD->BTV", x, table.astype(x.dtype), preferred_element_type=jnp.float32
         )
+        if e.used == e.vocabulary:
+            return logits
+        return jnp.where(jnp.arange(e.vocabulary) < e.used, logits, -1e9)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,8 @@ class TokenMetadata:
 
     Attributes:
       position: int32, order within the document (what `causal` compares).
-      segment: int32, which image, clip or passage of the document the token belongs to.
+      segment: int32, which image or clip of the document the token belongs to; of a text token,
+        the latest one before it. Images of a document count from 1, so 0 is before any.
       document: int32, which of the packed documents; no token sees another document.
       valid: bool, false for padding and for what is absent: never seen, never scored.
       groups: static spans in sequence order; their lengths add up to N.
@@ -67,9 +68,69 @@ def spans(groups: Sequence[Group]) -> dict[str, slice]:
     return result
 
 
-def shift(metadata: TokenMetadata, offset: int) -> TokenMetadata:
-    """The same tokens, `offset` positions later in their document."""
+PLACEMENT = ("position", "segment", "document")  # keys of a batch that place what it holds
+
+
+def place(metadata: TokenMetadata, arrays: Mapping[str, Array], offset: int) -> TokenMetadata:
+    """Tokens where their batch puts them in a document, or else `offset` positions later.
+
+    Args:
+      metadata: of tokens [B, N] of a document of their own.
+      arrays: of the batch; with `PLACEMENT` [B, N], these hold.
+      offset: how many tokens come before, where the batch is silent.
+    """
+    if "position" in arrays:
+        return metadata.replace(**{key: arrays[key] for key in PLACEMENT})  # type: ignore[attr-defined]
     return metadata.replace(position=metadata.position + offset)  # type: ignore[attr-defined]
+
+
+def apart(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """The pictures (or clips) of a batch one by one: [B, S, ...] becomes [B * S, ...].
+
+    A batch with one picture an example, whose `present` is [B], stays as it is.
+    """
+    values = {key: value for key, value in arrays.items() if key not in PLACEMENT}
+    if arrays["present"].ndim == 1:
+        return values
+    return {key: value.reshape(-1, *value.shape[2:]) for key, value in values.items()}
+
+
+def together(
+    x: Float[Array, "R N D"], metadata: TokenMetadata, arrays: Mapping[str, Array], offset: int
+) -> Tokens:
+    """What `apart` took apart, as one group [B, S * N] of each example, placed as the batch says.
+
+    Args:
+      x, metadata: of R = B * S pictures of N tokens.
+      arrays: of the batch that they come from; its placement is [B, S].
+      offset: how many tokens come before, where the batch is silent.
+    """
+    batch = arrays["present"].shape[0]
+    tokens = x.shape[1]
+    slots = x.shape[0] // batch
+    (group,) = metadata.groups
+    group = group._replace(length=slots * tokens)
+    placement = {
+        key: jnp.repeat(arrays[key], tokens, axis=1) for key in PLACEMENT if key in arrays
+    }
+    joined = single_document(metadata.valid.reshape(batch, slots * tokens), group)
+    return Tokens(x.reshape(batch, slots * tokens, -1), place(joined, placement, offset))
+
+
+def take(metadata: TokenMetadata, names: Sequence[str]) -> TokenMetadata:
+    """Metadata of the neighbouring groups `names` alone."""
+    groups = tuple(group for group in metadata.groups if group.name in names)
+    if len(groups) != len(names):
+        raise ValueError(f"no token groups {list(names)} in {[g.name for g in metadata.groups]}")
+    where = spans(metadata.groups)
+    cut = slice(where[groups[0].name].start, where[groups[-1].name].stop) if groups else slice(0)
+    return TokenMetadata(
+        position=metadata.position[:, cut],
+        segment=metadata.segment[:, cut],
+        document=metadata.document[:, cut],
+        valid=metadata.valid[:, cut],
+        groups=groups,
+    )
 
 
 def join_metadata(parts: Sequence[TokenMetadata]) -> TokenMetadata:
@@ -88,6 +149,17 @@ def join_metadata(parts: Sequence[TokenMetadata]) -> TokenMetadata:
         valid=side_by_side("valid"),
         groups=tuple(group for part in parts for group in part.groups),
     )
+
+
+def lengthen(metadata: TokenMetadata, more: TokenMetadata) -> TokenMetadata:
+    """Metadata with further tokens at its end, as one group with the last where names agree."""
+    *before, last = metadata.groups
+    (added,) = more.groups
+    if last.name != added.name:
+        return join_metadata([metadata, more])
+    apart_ = more.replace(groups=(added._replace(name=f"{added.name} to come"),))  # type: ignore[attr-defined]
+    grown = last._replace(length=last.length + added.length)
+    return join_metadata([metadata, apart_]).replace(groups=(*before, grown))  # type: ignore[attr-defined]
 
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:

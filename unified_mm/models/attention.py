@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from unified_mm.modalities.tokens import Group, TokenMetadata, join_metadata, single_document
+from unified_mm.modalities.tokens import Group, TokenMetadata, lengthen, single_document
 from unified_mm.models.masks import BlockCall, Visibility, block_calls, block_mask
+from unified_mm.models.options import TransformerOptions
 from unified_mm.models.per_modality import PerModality
 from unified_mm.parallel.layers import Dense
 
-KeysValues = tuple[Array, Array]
+KeysValues = tuple[Array, Array]  # each [B, K, H, A]
 
 
 @struct.dataclass
@@ -24,35 +26,33 @@ class Cache:
     """Keys and values of tokens already seen, for every layer; a plain value, never mutated.
 
     Attributes:
-      keys, values: [L, B, K, H, A].
+      layers: by kind of layer, its keys and values, each [periods, B, K, H, A].
       metadata: of the K slots; a slot that holds nothing yet is not valid.
       length: int32 [], slots written so far; new tokens go there.
+      memory: what gated cross-attention looks at (`models.cross_attention.Memory`), or None.
     """
 
-    keys: Any
-    values: Any
+    layers: Any
     metadata: TokenMetadata
     length: Any
+    memory: Any = None
 
     def reserve(self, group: Group) -> Cache:
-        """Room for `group.length` further tokens."""
+        """Room for `group.length` further tokens, in the last group where that has the name."""
         batch = self.metadata.valid.shape[0]
         empty = single_document(jnp.zeros((batch, group.length), bool), group)
         room = [(0, 0), (0, 0), (0, group.length), (0, 0), (0, 0)]
-        return Cache(
-            keys=jnp.pad(self.keys, room),
-            values=jnp.pad(self.values, room),
-            metadata=join_metadata([self.metadata, empty]),
-            length=self.length,
+        return self.replace(  # type: ignore[attr-defined]
+            layers=jax.tree.map(lambda x: jnp.pad(x, room), self.layers),
+            metadata=lengthen(self.metadata, empty),
         )
 
     def select(self, rows: Array) -> Cache:
         """The examples `rows` [B'] of the batch, for mined negatives or for beams."""
-        return Cache(
-            keys=self.keys[:, rows],
-            values=self.values[:, rows],
+        return self.replace(  # type: ignore[attr-defined]
+            layers=jax.tree.map(lambda x: x[:, rows], self.layers),
             metadata=jax.tree.map(lambda x: x[rows], self.metadata),
-            length=self.length,
+            memory=self.memory and self.memory.select(rows),
         )
 
     def write_metadata(self, new: TokenMetadata) -> TokenMetadata:
@@ -71,12 +71,14 @@ class AttentionPlan:
 
     Attributes:
       masks: one bool [B, Q, K] for each block call.
+      positions: int32 [B, Q] of the queries, for rotary positions.
       write_at: int32 [], where new keys go in the cache; None without a cache.
       calls, groups: the block calls, and the groups of the queries; static.
       keep: slice of the keys to hand back when there is no cache yet; static.
     """
 
     masks: tuple[Any, ...]
+    positions: Any
     write_at: Any
     calls: tuple[BlockCall, ...] = struct.field(pytree_node=False)
     groups: tuple[Group, ...] = struct.field(pytree_node=False)
@@ -95,6 +97,7 @@ def plan_attention(
     calls = block_calls(visibility, queries.groups, keys.groups)
     return AttentionPlan(
         masks=tuple(block_mask(call, queries, keys) for call in calls),
+        positions=queries.position,
         write_at=write_at,
         calls=calls,
         groups=queries.groups,
@@ -104,55 +107,81 @@ def plan_attention(
 
 def attend(
     query: Float[Array, "B Q H A"],
-    key: Float[Array, "B K H A"],
-    value: Float[Array, "B K H A"],
+    key: Float[Array, "B K G A"],
+    value: Float[Array, "B K G A"],
     mask: Bool[Array, "B Q K"],
 ) -> Float[Array, "B Q H A"]:
-    """Scaled dot-product attention (Vaswani et al. 2017, equation 1), softmax in float32."""
+    """Scaled dot-product attention (Vaswani et al. 2017, equation 1), softmax in float32.
+
+    Where there are fewer heads of keys (G) than of queries (H), H / G of these share one.
+    """
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
 
+def rotate(
+    x: Float[Array, "B N H A"], positions: Int[Array, "B N"], base: float
+) -> Float[Array, "B N H A"]:
+    """Rotary positions (Su et al. 2021, equation 34), the two halves of A being the pairs."""
+    half = x.shape[-1] // 2
+    rates = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[:, :, None, None] * rates
+    cosine, sine = jnp.cos(angles), jnp.sin(angles)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def into_heads(heads: int, options: TransformerOptions, use_bias: bool, name: str) -> Dense:
+    """A projection [..., D] -> [..., heads, A]; fewer heads than the queries' are not divided."""
+    axis = "heads" if heads == options.heads else "key_value_heads"
+    return Dense(
+        (heads, options.of_head),
+        ("embed",),
+        (axis, None),
+        use_bias=use_bias,
+        dtype=options.dtype,
+        name=name,
+    )
+
+
+def out_of_heads(width: int, options: TransformerOptions, use_bias: bool, name: str) -> Dense:
+    """A projection [..., H, A] -> [..., width], small at the start as it adds to the stream."""
+    return Dense(
+        (width,),
+        ("heads", None),
+        ("embed",),
+        scale=branch_scale(options),
+        use_bias=use_bias,
+        dtype=options.dtype,
+        name=name,
+    )
+
+
+def branch_scale(options: TransformerOptions) -> float:
+    """Each of the 2 L branches adds to the stream: start them small (GPT-2, section 2.3)."""
+    return (2 * options.layers) ** -0.5
+
+
 class Attention(nn.Module):
-    """Multi-head attention under a plan. [B, N, D] -> [B, N, D] and this layer's keys and values.
+    """Multi-head attention under a plan: [B, N, D] -> [B, N, D], and its keys and values."""
 
-    Attributes:
-      separate: whether each modality has projections of its own.
-      output_scale: multiplies the initial size of the output projection.
-    """
-
-    heads: int
-    separate: bool
-    output_scale: float = 1.0
-    dtype: Any = jnp.float32
+    options: TransformerOptions
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B N D"], plan: AttentionPlan, cached: KeysValues | None
     ) -> tuple[Float[Array, "B N D"], KeysValues]:
-        width = x.shape[-1]
-        head_width = width // self.heads
-
-        def into_heads(**names: Any) -> nn.Module:
-            return Dense(
-                (self.heads, head_width), ("embed",), ("heads", None), dtype=self.dtype, **names
-            )
-
-        def out_of_heads(**names: Any) -> nn.Module:
-            return Dense(
-                (width,),
-                ("heads", None),
-                ("embed",),
-                scale=self.output_scale,
-                dtype=self.dtype,
-                **names,
-            )
+        o = self.options
 
         def project(make: Callable[..., nn.Module], name: str, inputs: Array) -> Array:
-            return PerModality(make, self.separate, name=name)(inputs, plan.groups)
+            return PerModality(make, o.separate_attention, name=name)(inputs, plan.groups)
 
-        query = project(into_heads, "query", x)
-        key = project(into_heads, "key", x)
-        value = project(into_heads, "value", x)
+        query = project(partial(into_heads, o.heads, o, o.query_bias), "query", x)
+        key = project(partial(into_heads, o.of_keys, o, o.query_bias), "key", x)
+        value = project(partial(into_heads, o.of_keys, o, o.query_bias), "value", x)
+        if o.rotary_base:
+            query = rotate(query, plan.positions, o.rotary_base)
+            key = rotate(key, plan.positions, o.rotary_base)
         kept: KeysValues
         if cached is None:
             kept = key[:, slice(*plan.keep)], value[:, slice(*plan.keep)]
@@ -169,10 +198,11 @@ class Attention(nn.Module):
             )
             for call, mask in zip(plan.calls, plan.masks, strict=True)
         ]
-        return project(out_of_heads, "output", jnp.concatenate(seen, axis=1)), kept
+        output = partial(out_of_heads, x.shape[-1], o, o.output_bias)
+        return project(output, "output", jnp.concatenate(seen, axis=1)), kept
 
 
-def _pick(x: Float[Array, "B K H A"], call: BlockCall) -> Float[Array, "B K2 H A"]:
+def _pick(x: Float[Array, "B K G A"], call: BlockCall) -> Float[Array, "B K2 G A"]:
     """The slices of keys that a block call sees; neighbouring slices are one."""
     bounds = [(start, stop) for start, stop, _ in call.keys]
     merged = [bounds[0]]

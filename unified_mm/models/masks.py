@@ -8,9 +8,9 @@ of its own; texts never see one another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +18,28 @@ from jaxtyping import Array, Bool
 
 from unified_mm.modalities.tokens import Group, TokenMetadata, spans
 
-Predicate = Literal["none", "all", "causal"]
+Fields = Mapping[str, Array]
 
-# Each predicate on metadata: (query [B, Q, 1], key [B, 1, K]) -> bool [B, Q, K].
-PREDICATES: dict[str, Callable[..., Array]] = {
+Predicate = Literal["none", "all", "causal", "same_segment", "block_causal"]
+
+
+def _causal(query: Fields, key: Fields) -> Array:
+    return key["position"] <= query["position"]
+
+
+def _same_segment(query: Fields, key: Fields) -> Array:
+    return key["segment"] == query["segment"]
+
+
+# Each predicate on metadata: (query [B, Q, 1], key [B, 1, K]) -> bool [B, Q, K]. A text token's
+# segment is that of the latest image before it, so for it 'same_segment' is that image.
+PREDICATES: dict[str, Callable[[Fields, Fields], Array]] = {
+    "none": lambda query, key: jnp.zeros((1, 1, 1), bool),
     "all": lambda query, key: jnp.ones((1, 1, 1), bool),
-    "causal": lambda query, key: key["position"] <= query["position"],
+    "causal": _causal,
+    "same_segment": _same_segment,
+    # Whole segments in order: all of its own, and all that came before.
+    "block_causal": lambda query, key: _causal(query, key) | _same_segment(query, key),
 }
 
 
@@ -51,26 +67,85 @@ class AttentionRule:
         same = query.modality == key.modality
         return self.context_to_context if same else self.across_contexts
 
-    def treats_context_like(self, other: AttentionRule, contexts: int) -> bool:
-        """Whether `contexts` context modalities come out the same under both rules.
+    def context_view(self, contexts: int) -> tuple[Predicate, Predicate] | None:
+        """How `contexts` context modalities see each other; None where they see the text too.
 
-        How two modalities see each other is no difference where there is but one.
+        Texts whose rules give the same view can share one pass over the context. How two
+        modalities see each other is no difference where there is but one.
         """
-        return self.context_to_text == other.context_to_text == "none" and (
-            self.context_to_context == other.context_to_context
-            and (contexts < 2 or self.across_contexts == other.across_contexts)
-        )
+        if self.context_to_text != "none":
+            return None
+        return self.context_to_context, self.across_contexts if contexts > 1 else "none"
 
 
 RULES: dict[str, AttentionRule] = {
-    # Each modality sees itself alone: two towers in one transformer.
-    "separate": AttentionRule("separate", "all", "none", "none", "none", "all"),
-    # Text reads all of the context, and itself in order (prefix language model).
-    "prefix": AttentionRule("prefix", "all", "all", "none", "all", "causal"),
-    # Everything sees everything.
-    "joint": AttentionRule("joint", "all", "all", "all", "all", "all"),
-    # Everything in order, the context first (so it never sees the text).
-    "causal": AttentionRule("causal", "causal", "causal", "none", "causal", "causal"),
+    rule.name: rule
+    for rule in (
+        # Each modality sees itself alone: two towers in one transformer.
+        AttentionRule(
+            "separate",
+            context_to_context="all",
+            across_contexts="none",
+            context_to_text="none",
+            text_to_context="none",
+            text_to_text="all",
+        ),
+        # The same with text in order, as language models read it.
+        AttentionRule(
+            "separate_causal",
+            context_to_context="all",
+            across_contexts="none",
+            context_to_text="none",
+            text_to_context="none",
+            text_to_text="causal",
+        ),
+        # Text reads all of the context, and itself in order (prefix language model).
+        AttentionRule(
+            "prefix",
+            context_to_context="all",
+            across_contexts="all",
+            context_to_text="none",
+            text_to_context="all",
+            text_to_text="causal",
+        ),
+        # Everything sees everything.
+        AttentionRule(
+            "joint",
+            context_to_context="all",
+            across_contexts="all",
+            context_to_text="all",
+            text_to_context="all",
+            text_to_text="all",
+        ),
+        # Everything in order, the context first (so it never sees the text).
+        AttentionRule(
+            "causal",
+            context_to_context="causal",
+            across_contexts="causal",
+            context_to_text="none",
+            text_to_context="causal",
+            text_to_text="causal",
+        ),
+        # Documents of images and text in any order: each image sees all of itself, and everything
+        # sees what came before it.
+        AttentionRule(
+            "interleaved",
+            context_to_context="block_causal",
+            across_contexts="causal",
+            context_to_text="causal",
+            text_to_context="causal",
+            text_to_text="causal",
+        ),
+        # The same, but text sees only the latest image before it (Alayrac et al. 2022, 3.1.3).
+        AttentionRule(
+            "interleaved_latest",
+            context_to_context="block_causal",
+            across_contexts="causal",
+            context_to_text="causal",
+            text_to_context="same_segment",
+            text_to_text="causal",
+        ),
+    )
 }
 
 
@@ -100,20 +175,13 @@ class Stream:
         rule = RULES[self.rule]
         if not self.autoregressive:
             return rule
-        if rule.context_to_text != "none" and rule.text_to_context != "none":
+        if rule.context_to_text == "all" and rule.text_to_context != "none":
             raise ValueError(
                 f"{self.name}: rule {self.rule!r} lets the context see the text and the text see "
                 "the context, so a token would see the one it must predict; use 'prefix', "
                 "'causal' or 'separate'"
             )
-        return AttentionRule(
-            rule.name,
-            rule.context_to_context,
-            rule.across_contexts,
-            rule.context_to_text,
-            rule.text_to_context,
-            "causal",
-        )
+        return replace(rule, text_to_text="causal")
 
 
 @dataclass(frozen=True)
@@ -138,16 +206,10 @@ def plan_passes(streams: Sequence[Stream], contexts: Sequence[str]) -> list[tupl
     that the context sees gets a pass of its own.
     """
 
-    def context_view(stream: Stream) -> tuple[str, ...]:
-        rule = stream.resolved()
-        if rule.context_to_text != "none":
-            return ("sees", stream.name)
-        across = rule.across_contexts if len(contexts) > 1 else "none"
-        return ("blind", rule.context_to_context, across)
-
-    passes: dict[tuple[str, ...], list[Stream]] = {}
+    passes: dict[Any, list[Stream]] = {}
     for stream in streams:
-        passes.setdefault(context_view(stream), []).append(stream)
+        view = stream.resolved().context_view(len(contexts))
+        passes.setdefault(view or stream.name, []).append(stream)
     return [tuple(group) for group in passes.values()]
 
 
@@ -167,7 +229,10 @@ class BlockCall:
 def block_calls(
     visibility: Visibility, queries: Sequence[Group], keys: Sequence[Group]
 ) -> tuple[BlockCall, ...]:
-    """A rule as a few attention calls: neighbours with equal rows share one."""
+    """A rule as a few attention calls: neighbours with equal rows share one.
+
+    Queries that see nothing have a call without keys.
+    """
     key_spans = spans(keys)
     calls: list[BlockCall] = []
     start = 0
@@ -217,16 +282,20 @@ def reference_mask(
     """The whole mask at once: the definition that block calls are tested against."""
     mask = np.zeros((queries.valid.shape[0], queries.valid.shape[1], keys.valid.shape[1]), bool)
     query_spans, key_spans = spans(queries.groups), spans(keys.groups)
-    position_q, position_k = np.asarray(queries.position), np.asarray(keys.position)
+    position = [np.asarray(each.position) for each in (queries, keys)]
+    segment = [np.asarray(each.segment) for each in (queries, keys)]
     for query in queries.groups:
         for key in keys.groups:
             predicate = visibility.predicate(query, key)
             rows, columns = query_spans[query.name], key_spans[key.name]
-            if predicate == "all":
-                mask[:, rows, columns] = True
-            elif predicate == "causal":
-                mask[:, rows, columns] = (
-                    position_k[:, None, columns] <= position_q[:, rows, None]
-                )
+            earlier = position[1][:, None, columns] <= position[0][:, rows, None]
+            alike = segment[1][:, None, columns] == segment[0][:, rows, None]
+            mask[:, rows, columns] = {
+                "none": False,
+                "all": True,
+                "causal": earlier,
+                "same_segment": alike,
+                "block_causal": earlier | alike,
+            }[predicate]
     same = np.asarray(queries.document)[:, :, None] == np.asarray(keys.document)[:, None, :]
     return jnp.asarray(mask & same & np.asarray(keys.valid)[:, None, :])

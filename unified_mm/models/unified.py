@@ -1,19 +1,38 @@
-"""UnifiedModel: every modality as tokens of one transformer, read under attention rules."""
+"""UnifiedModel: what every fusion offers to objectives and to inference.
+
+A fusion is a subclass in a file of its own and a line in `FUSIONS`. All of them turn modalities
+into tokens and read text under attention rules; they differ in where text meets the context.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from unified_mm.modalities.tokens import Group, TokenMetadata, Tokens, concatenate, shift, spans
+from unified_mm.modalities.tokens import Group, TokenMetadata, Tokens, apart, place, spans
 from unified_mm.models.attention import Cache, plan_attention
-from unified_mm.models.masks import AttentionRule, Stream, Visibility, plan_passes
-from unified_mm.models.transformer import Transformer, TransformerOptions
+from unified_mm.models.masks import AttentionRule, Stream, Visibility
+from unified_mm.models.options import TransformerOptions
+from unified_mm.models.transformer import Transformer
+from unified_mm.registry import resolve
+
+FUSIONS = {
+    "early": "unified_mm.models.early:EarlyFusion",
+    "gated_cross_attention": "unified_mm.models.flamingo:GatedCrossAttention",
+    "late": "unified_mm.models.late:LateFusion",
+}
+ABLE = """
+    fusion                  contrastive        captioning      answering       matching
+    early                   rule 'separate'    rule 'prefix'   with a prompt   text reads the image
+    gated_cross_attention   image features     yes             with a prompt   no
+                            and text alone
+    late                    yes                no              no              no
+"""
 
 Batch = Mapping[str, Mapping[str, Array]]
 
@@ -23,24 +42,25 @@ class Encoded:
     """What one pass says of one text and of the context it was read beside.
 
     Attributes:
-      text: [B, T, D] contextual embeddings of the text.
-      context: by modality, [B, N, D].
-      cache: keys and values of the context.
+      text: [B, T, D] contextual embeddings of the text; None where there was none.
+      context, context_valid: by modality, [B, N, D] and [B, N].
+      cache: what further text needs to be read beside the same context; None in late fusion.
       rule: the rule it was read under; static.
     """
 
     text: Any
     context: dict[str, Any]
-    cache: Cache
+    context_valid: dict[str, Any]
+    cache: Cache | None
     rule: AttentionRule = struct.field(pytree_node=False)
 
 
 class UnifiedModel(nn.Module):
-    """Early fusion: one transformer over [context | text | text ...].
+    """The part that all fusions share: modalities, the main transformer, and heads.
 
     Attributes:
       modalities: by name, in sequence order, text last.
-      options: the transformer's shape.
+      options: shape of the main transformer, the one that reads text.
       heads: what objectives add on top, by name (projections, classifiers).
     """
 
@@ -48,32 +68,34 @@ class UnifiedModel(nn.Module):
     options: TransformerOptions
     heads: Mapping[str, nn.Module]
 
+    # Kinds of objectives that this fusion can serve.
+    abilities: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def from_config(
+        cls, model: Any, modalities: Mapping[str, Any], heads: Mapping[str, nn.Module]
+    ) -> UnifiedModel:
+        """Built from `config.model`."""
+        return cls(
+            modalities=modalities, options=TransformerOptions.from_config(model), heads=heads
+        )
+
     def setup(self) -> None:
-        o = self.options
         self.embedders = {
-            name: modality.embedder(o.width, o.dtype) for name, modality in self.modalities.items()
+            name: modality.embedder(self.width_of(name), self.options.dtype)
+            for name, modality in self.modalities.items()
         }
-        self.transformer = Transformer(o)
+        self.transformer = Transformer(self.options)
         self.head = dict(self.heads)
+
+    def width_of(self, name: str) -> int:
+        """Width of a modality's embeddings."""
+        return self.options.width
 
     @property
     def context_names(self) -> tuple[str, ...]:
         """Every modality but text, in sequence order."""
         return tuple(name for name in self.modalities if name != "text")
-
-    def embed_context(self, batch: Batch) -> list[Tokens]:
-        """Tokens of each context modality, before any layer."""
-        return [self.embedders[name](batch[name]) for name in self.context_names]
-
-    def embed_text(self, text: Mapping[str, Array], name: str, start: Array | int = 0) -> Tokens:
-        """Tokens of `text` (`ids`, `valid` [B, T], `present` [B]) as the group `name`."""
-        tokens = self.embedders["text"](text, start)
-        group = tokens.metadata.groups[0]._replace(name=name)
-        return tokens.replace(metadata=tokens.metadata.replace(groups=(group,)))  # type: ignore[attr-defined]
-
-    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores of each next text token, float32."""
-        return self.embedders["text"].logits(x)
 
     def encode(
         self, batch: Batch, streams: Sequence[Stream], *, deterministic: bool = True
@@ -87,44 +109,21 @@ class UnifiedModel(nn.Module):
         Returns:
           By stream name.
         """
-        encoded: dict[str, Encoded] = {}
-        for together in plan_passes(streams, self.context_names):
-            texts = [self.embed_text(batch["text"], stream.name) for stream in together]
-            encoded |= self.encode_together(
-                self.embed_context(batch), texts, together, deterministic=deterministic
-            )
-        return encoded
+        raise NotImplementedError
 
-    def encode_together(
-        self,
-        context: Sequence[Tokens],
-        texts: Sequence[Tokens],
-        streams: Sequence[Stream],
-        *,
-        deterministic: bool = True,
-    ) -> dict[str, Encoded]:
-        """One pass over [context | text | text ...], the texts named as their streams."""
-        length = sum(part.embeddings.shape[1] for part in context)
-        later = [
-            text.replace(metadata=shift(text.metadata, length))  # type: ignore[attr-defined]
-            for text in texts
-        ]
-        tokens = concatenate([*context, *later])
-        plan = plan_attention(
-            Visibility(tuple(streams)), tokens.metadata, tokens.metadata, keep=(0, length)
-        )
-        x, (keys, values) = self.transformer(
-            tokens.embeddings, plan, deterministic=deterministic
-        )
-        where = spans(tokens.metadata.groups)
-        cache = Cache(
-            keys, values, _head(tokens.metadata, length), jnp.array(length, jnp.int32)
-        )
-        by_name = {name: x[:, where[name]] for name in self.context_names if name in where}
-        return {
-            stream.name: Encoded(x[:, where[stream.name]], by_name, cache, stream.resolved())
-            for stream in streams
-        }
+    def read_context(self, batch: Batch, stream: Stream) -> Encoded:
+        """The context alone, as `stream` would read it."""
+        raise NotImplementedError
+
+    def read_text(self, text: Mapping[str, Array], stream: Stream) -> Float[Array, "B T D"]:
+        """Text alone, as `stream` reads it where there is no context."""
+        raise NotImplementedError
+
+    def prefill(
+        self, batch: Batch, stream: Stream, room: int
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """The context and the beginning of a text, and a cache with room for `room` more tokens."""
+        raise NotImplementedError
 
     def extend(
         self,
@@ -132,46 +131,75 @@ class UnifiedModel(nn.Module):
         text: Mapping[str, Array],
         stream: Stream,
         *,
-        start: Array | int = 0,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Read further text tokens beside what the cache holds.
 
         Args:
-          cache: with room reserved for them, as the group `stream.name`.
-          text: `ids`, `valid` [B, T] and `present` [B].
-          start: [], how many tokens of this text were read before.
+          cache: with room for them.
+          text: `ids`, `valid` [B, T], `present` [B], and `place` [B, T] where they do not begin
+            the text; in documents their placement too.
 
         Returns:
           Contextual embeddings [B, T, D], and the cache with the tokens in it.
         """
-        tokens = self.embed_text(text, stream.name, start)
-        length = sum(g.length for g in cache.metadata.groups if g.name != stream.name)
-        queries = shift(tokens.metadata, length)
-        metadata = cache.write_metadata(queries)
-        plan = plan_attention(Visibility((stream,)), queries, metadata, write_at=cache.length)
-        x, (keys, values) = self.transformer(
-            tokens.embeddings, plan, (cache.keys, cache.values), deterministic=deterministic
-        )
-        return x, Cache(keys, values, metadata, cache.length + x.shape[1])
+        raise NotImplementedError
 
-    def read_context(self, batch: Batch, stream: Stream) -> tuple[dict[str, Array], Cache]:
-        """The context alone, as `stream` would read it: embeddings by modality, and the cache."""
-        context = concatenate(self.embed_context(batch))
-        length = context.embeddings.shape[1]
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Scores of each next text token, float32."""
+        return self.embedders["text"].logits(x)
+
+    def without_recomputation(self) -> UnifiedModel:
+        """The same model, keeping what it would recompute: for counting what has to be done."""
+        return self.clone(options=replace(self.options, rematerialise=False))
+
+    def readings(self, params: Any) -> dict[str, Array]:
+        """Numbers about the parameters that are worth a line in the metrics, each []."""
+        return {}
+
+    def embed_apart(self, name: str, arrays: Mapping[str, Array]) -> Tokens:
+        """Tokens of a context modality before any layer, each picture in a row of its own."""
+        return self.embedders[name](apart(arrays))
+
+    def embed_text(self, text: Mapping[str, Array], name: str, after: int = 0) -> Tokens:
+        """Tokens of `text` as the group `name`, `after` tokens later where the batch is silent."""
+        tokens = self.embedders["text"](text)
+        group = tokens.metadata.groups[0]._replace(name=name)
+        metadata = tokens.metadata.replace(groups=(group,))  # type: ignore[attr-defined]
+        if "place" in text and "position" not in text:
+            metadata = metadata.replace(position=text["place"])
+        return tokens.replace(metadata=place(metadata, text, after))  # type: ignore[attr-defined]
+
+    def write_on(
+        self,
+        cache: Cache,
+        tokens: Tokens,
+        stream: Stream,
+        cross: Any,
+        deterministic: bool,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """Run the main transformer on new tokens beside a cache, and write them into it."""
+        metadata = cache.write_metadata(tokens.metadata)
         plan = plan_attention(
-            Visibility((stream,)), context.metadata, context.metadata, keep=(0, length)
+            Visibility((stream,)), tokens.metadata, metadata, write_at=cache.length
         )
-        x, (keys, values) = self.transformer(context.embeddings, plan)
-        where = spans(context.metadata.groups)
-        cache = Cache(keys, values, context.metadata, jnp.array(length, jnp.int32))
-        return {name: x[:, where[name]] for name in self.context_names}, cache
+        x, layers = self.transformer(
+            tokens.embeddings, plan, cache.layers, cross=cross, deterministic=deterministic
+        )
+        length = cache.length + x.shape[1]
+        return x, cache.replace(layers=layers, metadata=metadata, length=length)  # type: ignore[attr-defined]
 
-    def read_text(self, text: Mapping[str, Array], stream: Stream) -> Float[Array, "B T D"]:
-        """Text alone, as `stream` reads it where there is no context."""
-        return self.encode_together([], [self.embed_text(text, stream.name)], (stream,))[
-            stream.name
-        ].text
+
+def fusion(name: str) -> type[UnifiedModel]:
+    """The class of a fusion.
+
+    Raises:
+      ValueError: an unknown name, with the table of what there is.
+    """
+    if name not in FUSIONS and ":" not in name:
+        raise ValueError(f"model.fusion={name!r} is unknown. What there is:\n{ABLE}")
+    found: type[UnifiedModel] = resolve("fusion", name, FUSIONS)
+    return found
 
 
 def text_group(stream: Stream, length: int) -> Group:
@@ -179,18 +207,6 @@ def text_group(stream: Stream, length: int) -> Group:
     return Group(stream.name, "text", length)
 
 
-def _head(metadata: TokenMetadata, length: int) -> TokenMetadata:
-    """Metadata of the first `length` tokens, which end where a group ends."""
-    groups, total = [], 0
-    for group in metadata.groups:
-        if total == length:
-            break
-        groups.append(group)
-        total += group.length
-    return TokenMetadata(
-        position=metadata.position[:, :length],
-        segment=metadata.segment[:, :length],
-        document=metadata.document[:, :length],
-        valid=metadata.valid[:, :length],
-        groups=tuple(groups),
-    )
+def valid_by_name(metadata: TokenMetadata) -> dict[str, Bool[Array, "B N"]]:
+    """Which tokens of each group are there."""
+    return {name: metadata.valid[:, where] for name, where in spans(metadata.groups).items()}

@@ -21,6 +21,7 @@ from unified_mm.objectives.objective import Outcome, TextObjective, masked_pair
 class Captioning(TextObjective):
     """Autoregressive cross-entropy in nats a token (Wang et al. 2022, SimVLM, equation 3)."""
 
+    kind: ClassVar[str] = "captioning"
     autoregressive: ClassVar[bool] = True
 
     @classmethod

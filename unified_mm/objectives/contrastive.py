@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from unified_mm.models.masks import Stream
+from unified_mm.models.pooling import AttentionPool, pooled
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.objectives.objective import Outcome, TextObjective, masked_pair
 from unified_mm.parallel.layers import Dense
@@ -19,6 +21,41 @@ MAX_LOG_SCALE = 4.6052  # ln 100: CLIP's bound, without which training can run a
 SOFTMAX_START = 2.6593  # ln(1 / 0.07), CLIP
 SIGMOID_START = (2.3026, -10.0)  # ln 10 and the bias, SigLIP
 LOSSES = ("softmax", "sigmoid")
+POOLS = ("mean", "first", "last", "attention")
+PROJECTIONS = ("linear", "affine", "none")
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How a modality's tokens become one vector of the shared space.
+
+    Attributes:
+      pool: the mean of them, the 'first' (a class token), the 'last' that is there, or 'attention'
+        of a learned query (Zhai et al. 2022, "Scaling vision transformers", section 3.2).
+      projection: 'linear', 'affine' (with a bias) or 'none'.
+      heads, hidden: of the attention and the feed-forward that follows it.
+    """
+
+    pool: str
+    projection: str
+    heads: int
+    hidden: int
+
+    @classmethod
+    def from_config(cls, field: str, options: Mapping[str, Any], prefix: str) -> Pooling:
+        """From `config.objectives.<name>`, the keys `<prefix>pool` and `<prefix>projection`."""
+        for key, allowed in (("pool", POOLS), ("projection", PROJECTIONS)):
+            value = options[prefix + key]
+            if value not in allowed:
+                raise ValueError(
+                    f"{field}.{prefix}{key}={value!r}: must be one of {', '.join(allowed)}"
+                )
+        return cls(
+            pool=str(options[f"{prefix}pool"]),
+            projection=str(options[f"{prefix}projection"]),
+            heads=int(options["pool_heads"]),
+            hidden=int(options["pool_feed_forward"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -27,13 +64,20 @@ class Contrastive(TextObjective):
 
     Attributes:
       loss: 'softmax' or 'sigmoid'.
-      between: the context modality that is held against text.
+      between: the context modality that is held against text; 'text' holds each text against
+        itself, read a second time (with dropout that is Gao et al. 2021, SimCSE, section 3).
       width: E, of the shared space.
+      bound_scale: whether the logits' scale stays at 100 at most.
+      pooling: of that modality, and of text.
     """
+
+    kind: ClassVar[str] = "contrastive"
 
     loss: str
     between: str
     width: int
+    bound_scale: bool
+    pooling: tuple[Pooling, Pooling]
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any]) -> Contrastive:
@@ -48,6 +92,11 @@ class Contrastive(TextObjective):
             loss=str(options["loss"]),
             between=str(options["between"]),
             width=int(options["width"]),
+            bound_scale=bool(options["bound_scale"]),
+            pooling=(
+                Pooling.from_config(f"objectives.{name}", options, ""),
+                Pooling.from_config(f"objectives.{name}", options, "text_"),
+            ),
         )
         rule = built.stream.resolved()
         if rule.context_to_text != "none" or rule.text_to_context != "none":
@@ -57,11 +106,28 @@ class Contrastive(TextObjective):
             )
         return built
 
+    @property
+    def of_text_alone(self) -> bool:
+        """Whether no context has a part in it."""
+        return self.between == "text"
+
+    @property
+    def again(self) -> Stream:
+        """The second reading of the text, where it is held against itself."""
+        return Stream(f"{self.name}_again", self.rule)
+
+    def streams(self) -> tuple[Stream, ...]:
+        return (self.stream, self.again) if self.of_text_alone else (self.stream,)
+
     def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
-        return (self.between,)
+        return () if self.of_text_alone else (self.between,)
 
     def head(self) -> nn.Module | None:
-        return ContrastiveHead((self.between, "text"), self.width, self.loss == "sigmoid")
+        context, text = self.pooling
+        poolings: tuple[tuple[str, Pooling], ...] = (("text", text),)
+        if not self.of_text_alone:
+            poolings = ((self.between, context), *poolings)
+        return ContrastiveHead(poolings, self.width, self.loss == "sigmoid", self.bound_scale)
 
     def __call__(
         self,
@@ -74,9 +140,12 @@ class Contrastive(TextObjective):
     ) -> Outcome:
         head = model.head[self.name]
         pass_ = encoded[self.name]
-        seen = context_valid(pass_, self.between)
-        context = head(self.between, pass_.context[self.between], seen)
         text = head("text", pass_.text, text_valid(batch))
+        if self.of_text_alone:
+            context = head("text", encoded[self.again.name].text, text_valid(batch))
+        else:
+            seen = pass_.context_valid[self.between]
+            context = head(self.between, pass_.context[self.between], seen)
         scale, bias = head.scale_and_bias()
         logits = scale * jnp.einsum("BE,CE->BC", context, text) + bias
         paired = paired_rows(batch, self.between)
@@ -95,22 +164,32 @@ class Contrastive(TextObjective):
 
 
 class ContrastiveHead(nn.Module):
-    """Mean over valid tokens, one dense map a modality, unit length; temperature and bias.
+    """Tokens pooled, projected, of unit length; temperature and bias.
 
     Attributes:
-      between: the modalities that are embedded.
+      poolings: of each modality that is embedded.
       width: E.
       sigmoid: whether there is a bias, and which temperature training starts from.
+      bound_scale: whether the scale stays at 100 at most.
     """
 
-    between: tuple[str, ...]
+    poolings: tuple[tuple[str, Pooling], ...]
     width: int
     sigmoid: bool
+    bound_scale: bool = True
 
     def setup(self) -> None:
         self.project = {
-            name: Dense((self.width,), ("embed",), (None,), use_bias=False)
-            for name in self.between
+            name: Dense(
+                (self.width,), ("embed",), (None,), use_bias=pooling.projection == "affine"
+            )
+            for name, pooling in self.poolings
+            if pooling.projection != "none"
+        }
+        self.attend = {
+            name: AttentionPool(pooling.heads, pooling.hidden)
+            for name, pooling in self.poolings
+            if pooling.pool == "attention"
         }
         start = SIGMOID_START[0] if self.sigmoid else SOFTMAX_START
         self.log_scale = self.param("log_scale", nn.initializers.constant(start), ())
@@ -121,31 +200,26 @@ class ContrastiveHead(nn.Module):
         self, name: str, x: Float[Array, "B N D"], valid: Bool[Array, "B N"]
     ) -> Float[Array, "B E"]:
         """Tokens of modality `name`, pooled and projected: float32 of unit norm."""
-        weights = valid[..., None].astype(jnp.float32)
-        total = (x.astype(jnp.float32) * weights).sum(1)
-        y = self.project[name](total / jnp.maximum(weights.sum(1), 1.0))
+        pool = dict(self.poolings)[name].pool
+        y = self.attend[name](x, valid) if pool == "attention" else pooled(pool, x, valid)
+        if name in self.project:
+            y = self.project[name](y)
         # The small term keeps the gradient finite for an example that has nothing valid.
         return y * jax.lax.rsqrt(jnp.square(y).sum(-1, keepdims=True) + 1e-12)
 
     def scale_and_bias(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """exp(t) and b of the logits; without the sigmoid loss b is 0."""
-        scale = jnp.exp(jnp.minimum(self.log_scale, MAX_LOG_SCALE))
-        return scale, self.bias if self.sigmoid else jnp.zeros(())
+        log_scale = self.log_scale
+        if self.bound_scale:
+            # At CLIP's bound it stops growing, but its gradient goes on, so it can come back.
+            bounded = jnp.minimum(log_scale, MAX_LOG_SCALE)
+            log_scale = log_scale + jax.lax.stop_gradient(bounded - log_scale)
+        return jnp.exp(log_scale), self.bias if self.sigmoid else jnp.zeros(())
 
 
 def text_valid(batch: Batch) -> Bool[Array, "B T"]:
     """Text tokens that are there."""
     return batch["text"]["valid"] & batch["text"]["present"][:, None]
-
-
-def context_valid(encoded: Encoded, name: str) -> Bool[Array, "B N"]:
-    """Tokens of one context modality that are there."""
-    start = 0
-    for group in encoded.cache.metadata.groups:
-        if group.name == name:
-            return encoded.cache.metadata.valid[:, start : start + group.length]
-        start += group.length
-    raise ValueError(f"the pass holds no modality {name!r}")
 
 
 def paired_rows(batch: Batch, between: str) -> Bool[Array, " B"]:

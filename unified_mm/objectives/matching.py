@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -28,6 +28,8 @@ class Matching(TextObjective):
       mine_from: the objective whose similarities say which pairs are hard, and whose pass has
         encoded the context.
     """
+
+    kind: ClassVar[str] = "matching"
 
     mine_from: str
 
@@ -89,8 +91,10 @@ class Matching(TextObjective):
     ) -> Float[Array, "C T D"]:
         """Text read beside the image of its row, from the saved pass where the rule allows it."""
         if self._can_reuse(encoded, len(model.context_names)):
-            cache = encoded[self.mine_from].cache.select(image_rows)
-            cache = cache.reserve(text_group(self.stream, text["ids"].shape[1]))
+            cache = encoded[self.mine_from].cache
+            assert cache is not None
+            room = text_group(self.stream, text["ids"].shape[1])
+            cache = cache.select(image_rows).reserve(room)
             return model.extend(cache, text, self.stream, deterministic=deterministic)[0]
         context = {
             name: jax.tree.map(lambda values: values[image_rows], batch[name])
@@ -100,8 +104,8 @@ class Matching(TextObjective):
         return model.encode(both, (self.stream,), deterministic=deterministic)[self.name].text
 
     def _can_reuse(self, encoded: Mapping[str, Encoded], contexts: int) -> bool:
-        shared = encoded[self.mine_from].rule
-        return self.stream.resolved().treats_context_like(shared, contexts)
+        view = self.stream.resolved().context_view(contexts)
+        return view is not None and view == encoded[self.mine_from].rule.context_view(contexts)
 
 
 class MatchingHead(nn.Module):

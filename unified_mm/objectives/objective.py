@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from graphlib import TopologicalSorter
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -46,10 +47,13 @@ class Objective(Protocol):
     """One thing that is scored; an immutable value.
 
     Attributes:
+      kind: what a fusion must be able to serve: 'contrastive', 'captioning', 'matching', or a name
+        of your own where your fusion knows it.
       name: its key under `config.objectives`.
       weight: of its mean loss in the total.
     """
 
+    kind: ClassVar[str]
     name: str
     weight: float
 
@@ -89,6 +93,7 @@ class TextObjective:
     weight: float
     rule: str
 
+    kind: ClassVar[str] = ""
     autoregressive: ClassVar[bool] = False
 
     @property
@@ -108,26 +113,65 @@ class TextObjective:
         return None
 
 
+def objective_kind(name: str) -> str:
+    """The kind of the objective that a config calls `name`."""
+    kind: str = resolve("objective", name, BUILT_IN).kind
+    return kind
+
+
 def build_objectives(options: Mapping[str, Mapping[str, Any]]) -> tuple[Any, ...]:
     """The objectives of a config whose weight is above zero, each after those it needs.
 
     Raises:
       ValueError: an unknown type, none at all, or one that needs another which is switched off.
     """
+    for name, entry in options.items():
+        if not entry["weight"] >= 0:
+            raise ValueError(f"objectives.{name}.weight={entry['weight']}: must be at least 0")
     built = {
         name: resolve("objective", entry["type"], BUILT_IN).from_config(name, entry)
         for name, entry in options.items()
         if entry["weight"] > 0
     }
-    if not built:
-        raise ValueError("no objective has a weight above 0 (config.objectives.<name>.weight)")
-    for objective in built.values():
+    check_needs(tuple(built.values()), "objectives")
+    order = TopologicalSorter({name: each.needs() for name, each in built.items()})
+    return tuple(built[name] for name in order.static_order())
+
+
+def weighted(
+    objectives: Sequence[Any], weights: Mapping[str, float], where: str
+) -> tuple[Any, ...]:
+    """Those of the objectives that count under other weights; without any, all as they are.
+
+    Raises:
+      ValueError: naming `where`, for a weight of an objective that there is not, or none left.
+    """
+    names = [objective.name for objective in objectives]
+    for name in weights:
+        if name not in names:
+            raise ValueError(
+                f"{where}.objectives.{name}: no objectives.{name} has a weight above 0; there are "
+                f"{', '.join(names)}"
+            )
+    chosen = [replace(each, weight=weights.get(each.name, each.weight)) for each in objectives]
+    kept = tuple(objective for objective in chosen if objective.weight > 0)
+    check_needs(kept, where)
+    return kept
+
+
+def check_needs(objectives: Sequence[Any], where: str) -> None:
+    """There are objectives, and each has those that it needs.
+
+    Raises:
+      ValueError: naming `where`.
+    """
+    if not objectives:
+        raise ValueError(f"{where}: no objective has a weight above 0")
+    names = {objective.name for objective in objectives}
+    for objective in objectives:
         for other in objective.needs():
-            if other not in built:
-                raise ValueError(
-                    f"objectives.{objective.name} needs objectives.{other}.weight above 0"
-                )
-    return tuple(sorted(built.values(), key=lambda objective: len(objective.needs())))
+            if other not in names:
+                raise ValueError(f"{where}: {objective.name} needs {other}.weight above 0")
 
 
 def all_losses(

@@ -13,16 +13,9 @@ import numpy as np
 from unified_mm.config import Config
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.modalities.modality import build_modalities
-from unified_mm.models.transformer import TransformerOptions
-from unified_mm.models.unified import UnifiedModel
+from unified_mm.models.unified import ABLE, UnifiedModel, fusion
 from unified_mm.objectives.objective import Pair, all_losses, as_pairs, build_objectives
 from unified_mm.parallel.sharding import path_of
-
-FUSIONS = {"early": UnifiedModel}
-ABLE = """
-    fusion   contrastive      captioning     answering                 matching
-    early    rule 'separate'  rule 'prefix'  rule 'prefix', a prompt   text reads the image
-"""
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,9 @@ class Task:
             method=all_losses,
             rngs={"dropout": dropout, "mining": mining},
         )
-        return as_pairs(outcomes)
+        one = jnp.ones((), jnp.float32)
+        readings = self.model.readings(params)
+        return as_pairs(outcomes) | {name: (value, one) for name, value in readings.items()}
 
 
 def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
@@ -82,30 +77,31 @@ def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
       ValueError: a fusion, modality or objective that is unknown or cannot do what is asked.
     """
     m = config.model
-    if m.fusion not in FUSIONS:
-        raise ValueError(f"model.fusion={m.fusion!r} is unknown. What there is:\n{ABLE}")
+    kind = fusion(m.fusion)
     modalities = build_modalities(m.modalities, Resources(config.data, tokenizer))
     objectives = build_objectives(config.objectives)
+    check_abilities(m.fusion, kind, objectives)
     check_modalities(modalities, objectives)
-    options = TransformerOptions(
-        width=m.width,
-        layers=m.layers,
-        heads=m.heads,
-        feed_forward=m.feed_forward,
-        dropout=m.dropout,
-        separate_attention=m.separate_attention,
-        separate_feed_forward=m.separate_feed_forward,
-        rematerialise=m.rematerialise,
-        unroll=m.unroll,
-        dtype=jnp.dtype(m.dtype),
-    )
     heads = {objective.name: objective.head() for objective in objectives}
-    model = FUSIONS[m.fusion](
-        modalities=modalities,
-        options=options,
-        heads={name: head for name, head in heads.items() if head is not None},
+    model = kind.from_config(
+        m, modalities, {name: head for name, head in heads.items() if head is not None}
     )
     return Task(modalities, model, objectives, tokenizer)
+
+
+def check_abilities(name: str, kind: type[UnifiedModel], objectives: Sequence[Any]) -> None:
+    """The fusion can serve every objective.
+
+    Raises:
+      ValueError: with the table of what each fusion can do.
+    """
+    for objective in objectives:
+        if objective.kind and objective.kind not in kind.abilities:
+            raise ValueError(
+                f"model.fusion={name!r} cannot serve objectives.{objective.name} "
+                f"({objective.kind}); set objectives.{objective.name}.weight=0 or another fusion:\n"
+                f"{ABLE}"
+            )
 
 
 def check_modalities(modalities: Mapping[str, Any], objectives: Sequence[Any]) -> None:

@@ -57,18 +57,29 @@ class Dense(nn.Module):
         return y
 
 
-class LayerNorm(nn.Module):
-    """Layer normalisation (Ba et al. 2016) with float32 statistics. [..., D] -> [..., D]."""
+class Norm(nn.Module):
+    """Layer normalisation (Ba et al. 2016) or RMS normalisation (Zhang & Sennrich 2019, eq. 4).
 
+    [..., D] -> [..., D], statistics in float32. The RMS form has neither mean nor bias.
+
+    Attributes:
+      kind: 'layer' or 'rms'.
+      axis: the logical axis of D.
+    """
+
+    kind: str = "layer"
     epsilon: float = 1e-6
     dtype: Any = jnp.float32
+    axis: str | None = "embed"
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         width = x.shape[-1:]
-        scale = self.param("scale", partitioned(nn.initializers.ones, "embed"), width)
-        bias = self.param("bias", partitioned(nn.initializers.zeros, "embed"), width)
+        scale = self.param("scale", partitioned(nn.initializers.ones, self.axis), width)
         x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        x = x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
-        return (x * scale + bias).astype(self.dtype)
+        if self.kind == "layer":
+            x = x - x.mean(-1, keepdims=True)
+        x = x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon) * scale
+        if self.kind == "layer":
+            x = x + self.param("bias", partitioned(nn.initializers.zeros, self.axis), width)
+        return x.astype(self.dtype)

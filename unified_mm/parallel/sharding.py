@@ -16,6 +16,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "embed": "fsdp",
     "heads": "tensor",
+    "key_value_heads": None,  # fewer than the queries': few enough to keep whole
     "feed_forward": "tensor",
     "vocabulary": "tensor",
     # activations

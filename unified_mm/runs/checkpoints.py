@@ -26,7 +26,7 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -131,15 +131,15 @@ class Checkpoints:
 
     def restore(
         self,
-        abstract_state: PyTree[jax.ShapeDtypeStruct],
+        abstract_state: PyTree[jax.ShapeDtypeStruct] | Callable[[int], PyTree[Any]],
         *,
         step: int | None = None,
         partial: bool = False,
     ) -> Restored:
         """Restores the newest whole checkpoint, or just `step`, onto the shardings asked for.
 
-        abstract_state: shape, dtype and sharding of each leaf; where none has a sharding, all go to
-            the first device.
+        abstract_state: shape, dtype and sharding of each leaf, or a function that says so of a
+            step; where none has a sharding, all go to the first device.
         partial: `abstract_state` holds some of the saved leaves (a model without its optimizer),
             and these alone are read and checked.
 
@@ -148,9 +148,10 @@ class Checkpoints:
         state of other leaves, shapes or dtypes: nothing is ever cast.
         """
         self._wait_and_seal()
-        placed = _with_shardings(abstract_state)
         tried: dict[int, str] = {}
         for candidate in reversed(self.steps()) if step is None else [step]:
+            wanted = abstract_state(candidate) if callable(abstract_state) else abstract_state
+            placed = _with_shardings(wanted)
             try:
                 restored = self._restore_step(candidate, placed, partial)
             except _Damaged as damage:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import hashlib
 import json
 import os
 import tempfile
@@ -58,10 +59,17 @@ class Difference:
 
 
 class RunFolder:
-    """Paths of a run and the few operations on the folder as a whole. Nothing is created here."""
+    """Paths of a run and the few operations on the folder as a whole. Nothing is created here.
+
+    Raises ValueError or RunFolderError for a path that can be none.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path).expanduser().absolute()
+        self.path = user_path(path, "the run folder").absolute()
+        if not _is_text(str(self.path)):
+            raise RunFolderError(
+                f"{os.fsencode(self.path)!r} is no UTF-8: choose another folder as --workdir"
+            )
         self.config = self.path / "config.json"
         self.tokenizer = self.path / "tokenizer.json"
         self.checkpoints = self.path / "checkpoints"
@@ -76,13 +84,45 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a run was started here."""
-        return self.config.is_file()
+        """Whether a run was started here. Raises `RunFolderError` where nobody can tell."""
+        with _refusing(self.path):
+            return self.config.is_file()
 
     @property
     def finished(self) -> bool:
         """Whether the run is finished: `result.json` is written last."""
         return self.result.is_file()
+
+    def read_config(self) -> dict[str, Any]:
+        """The run's config. Raises `RunFolderError` where the file holds none."""
+        return _object(self.config, "put the run's own config back, or choose another --workdir")
+
+    def finished_steps(self) -> int:
+        """The steps that the result was taken at. Raises `RunFolderError` where it says none."""
+        advice = "delete it, and the same command scores the run again"
+        steps = _object(self.result, advice).get("steps")
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise RunFolderError(f"{self.result} is damaged: it says no number of steps; {advice}")
+        return steps
+
+    def tokenizer_digest(self) -> str | None:
+        """SHA-256 of the tokenizer's file, None where there is none."""
+        if not self.tokenizer.is_file():
+            return None
+        return hashlib.sha256(self.tokenizer.read_bytes()).hexdigest()
+
+    def check_tokenizer(self, metadata: Mapping[str, Any]) -> None:
+        """Raises `RunFolderError` unless the tokenizer is the one that a checkpoint tells of.
+
+        Checkpoints that tell of none (imported weights) are taken as they are.
+        """
+        known = metadata.get("tokenizer")
+        if known is not None and known != self.tokenizer_digest():
+            fault = "is not" if self.tokenizer.exists() else "is missing:"
+            raise RunFolderError(
+                f"{self.tokenizer} {fault} the tokenizer that this run was trained with (SHA-256 "
+                f"{known[:12]}...): put that one back, for token ids mean nothing without it"
+            )
 
     def create_or_check(self, config: Mapping[str, Any]) -> bool:
         """Starts the run with `config`, or checks that the run here may go on with it.
@@ -93,7 +133,8 @@ class RunFolder:
         """
         new = self.check(config)
         if new or read_json(self.config) != _as_json(config):
-            write_json(self.config, config)
+            with _refusing(self.path):
+                write_json(self.config, config)
         return new
 
     def check(self, config: Mapping[str, Any]) -> bool:
@@ -101,7 +142,7 @@ class RunFolder:
         self._refuse_foreign_folder()
         if not self.exists:
             return True
-        found = differences(read_json(self.config), _as_json(config))
+        found = differences(self.read_config(), _as_json(config))
         if found:
             raise ConfigDifference(self._explain(found))
         return False
@@ -116,8 +157,10 @@ class RunFolder:
         import fcntl
 
         self._refuse_foreign_folder()
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "a+") as file:
+        with _refusing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            opened = open(self.path / ".lock", "a+")
+        with opened as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -132,6 +175,10 @@ class RunFolder:
             yield
 
     def _refuse_foreign_folder(self) -> None:
+        with _refusing(self.path):
+            self._refuse_foreign()
+
+    def _refuse_foreign(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"{self.path} is a file, not a folder; choose another --workdir")
         if self.exists or not self.path.exists():
@@ -151,6 +198,68 @@ class RunFolder:
             "Choose another --workdir for a new run, or give the run's own values to go on with "
             f"it. Only these may change within a run: {', '.join(FREE_FIELDS)}."
         )
+
+
+def user_path(path: str | os.PathLike[str], what: str) -> Path:
+    """The path with its `~` resolved; `what` names where it was given, such as data.dir.
+
+    Raises ValueError for the home of a user that there is not.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{what}: {str(path)!r} names no user of this machine") from error
+
+
+@contextlib.contextmanager
+def naming(what: str | os.PathLike[str]) -> Iterator[None]:
+    """For work on a path that a user gave: what the system says of it becomes a ValueError.
+
+    `what` names field and path, such as data.cache_dir=/x. An error that says where it comes from
+    already (it has no number of the system's) passes.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise ValueError(f"{what}: {_system_says(error)}") from error
+
+
+@contextlib.contextmanager
+def _refusing(run: Path) -> Iterator[None]:
+    """As `naming`, for the run's folder."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{run} cannot be used as a run: {_system_says(error)}; choose another --workdir"
+        ) from error
+
+
+def _system_says(error: OSError) -> str:
+    where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+def _is_text(name: str) -> bool:
+    """Whether UTF-8 can say it: no part of a path that is made of other bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _object(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in one of a run's own files."""
+    try:
+        value = read_json(path)
+    except ValueError as error:
+        raise RunFolderError(f"{error}; {advice}") from error
+    if not isinstance(value, dict):
+        raise RunFolderError(f"{path} is damaged: it holds no JSON object; {advice}")
+    return value
 
 
 def differences(
@@ -179,6 +288,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path}: cannot be written as JSON: {error}") from error
+    if not _is_text(text):  # a path that is no UTF-8: JSON's escapes can say it
+        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomically(path, text.encode())
 
 
@@ -200,8 +311,15 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads a JSON file. Raises ValueError that names file, line and column of what is wrong."""
-    content = Path(path).read_bytes()
+    """Reads a JSON file.
+
+    Raises FileNotFoundError, and ValueError that names file, line and column of what is wrong.
+    """
+    with naming(path):
+        try:
+            content = Path(path).read_bytes()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"there is no file {path}") from error
     try:
         return json.loads(content.decode())
     except json.JSONDecodeError as error:
@@ -209,6 +327,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{where}: not JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}, byte {error.start}: not UTF-8: {error.reason}") from error
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: not JSON that can be read: {error}") from error
 
 
 def _is_ours(name: str) -> bool:

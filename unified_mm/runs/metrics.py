@@ -107,14 +107,25 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):  # a whole line ends, so the last is torn
         try:
-            record = json.loads(line)
-            record["step"]
-        except (ValueError, KeyError, TypeError) as error:
+            record = _checked(json.loads(line))
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path}, line {number}: not a line of metrics ({error}); "
                 "mend or remove the line to go on"
             ) from error
         yield record
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """The record, unless it is none: a whole number as `step`, else numbers, texts and null."""
+    if not isinstance(record, dict):
+        raise ValueError("it holds no object")
+    if type(record.get("step")) is not int:
+        raise ValueError("it has no whole number as step")
+    for name, value in record.items():
+        if value is not None and not isinstance(value, int | float | str):
+            raise ValueError(f"{name} is no number")
+    return record
 
 
 def _drop_after(path: Path, step: int | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from unified_mm.inference.predictor import Predictor
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.metrics import MetricsWriter
+from unified_mm.training.phases import Phase
 from unified_mm.training.progress import Progress
 from unified_mm.training.setup import Setup
 from unified_mm.training.signals import StopRequest, stop_on_signals
@@ -65,8 +66,15 @@ def train(setup: Setup, say: Callable[[str], None]) -> TrainState:
         )
         if setup.source.banner and not start:
             metrics.write_text(0, "data/notice", setup.source.banner)
-        run = Run(setup, checkpoints, metrics, stop, say)
-        return run.steps(state, start)
+        predictor = Predictor(setup.task, None, setup.mesh)
+        run = Run(setup, checkpoints, metrics, stop, say, predictor)
+        with Progress(start, options.steps) as progress:
+            for phase in setup.phases:
+                if start < phase.stop:
+                    begun = state if start > phase.start else phase.enter(state)
+                    state = run.steps(phase, begun, max(start, phase.start), progress)
+        checkpoints.wait()
+        return state
 
 
 def first_state(
@@ -75,12 +83,12 @@ def first_state(
     """The state to go on from, and its step."""
     if not checkpoints.steps():
         return setup.make_state(), 0
-    restored = checkpoints.restore(setup.abstract_state)
+    restored = checkpoints.restore(lambda step: setup.phase_at(step).abstract)
     began = restored.metadata["data_fingerprint"]
-    if began != setup.train.fingerprint:
+    if began != setup.fingerprint:
         raise ValueError(
             f"the data in {setup.source.folder} is not what this run began with (fingerprint "
-            f"{setup.train.fingerprint[:12]}, then {began[:12]}): give the same data, or another "
+            f"{setup.fingerprint[:12]}, then {began[:12]}): give the same data, or another "
             "--workdir for a new run"
         )
     say(f"resuming at step {restored.step} of {setup.options.steps}")
@@ -96,45 +104,31 @@ class Run:
     metrics: MetricsWriter
     stop: StopRequest
     say: Callable[[str], None]
+    predictor: Predictor  # without parameters: what it compiles serves every evaluation
 
-    def steps(self, state: TrainState, start: int) -> TrainState:
-        """From step `start` to the last."""
+    def steps(
+        self, phase: Phase, state: TrainState, start: int, progress: Progress
+    ) -> TrainState:
+        """From step `start` to the phase's last."""
         options = self.setup.options
-        step_function = make_train_step(
-            self.setup.task,
-            self.setup.optimizer,
-            self.setup.mesh,
-            self.setup.abstract_state,
-            micro_batches=options.micro_batches,
-            average_decay=options.average_decay,
-        )
-        batches = training_batches(
-            self.setup.train.records,
-            self.setup.task.modalities,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            threads=options.threads,
-            workers=options.workers,
-        )
+        step_function = phase_step(self.setup, phase)
         since: list[Measured] = []
         waiting: tuple[int, list[Measured]] | None = None
-        with closing(batches), Progress(start, options.steps, options.batch_size) as progress:  # type: ignore[type-var]
-            for step in range(start + 1, options.steps + 1):
+        with closing(phase_batches(self.setup, phase, start)) as batches:  # type: ignore[type-var]
+            for step in range(start + 1, phase.stop + 1):
                 state, measured = step_function(state, to_global(next(batches), self.setup.mesh))
                 since.append(measured)
-                last = step == options.steps
+                last = step == phase.stop
                 if step % options.log_every == 0 or last:
                     # What was asked for an interval ago is done by now: reading it waits for
                     # nothing that the device still works on.
-                    self.record(waiting, progress)
+                    self.record(waiting, phase, progress)
                     waiting, since = (step, since), []
                 save = last or step % options.save_every == 0 or self.stop.signal is not None
-                score = options.evaluate_every and step % options.evaluate_every == 0 and not last
+                end = step == options.steps  # of the run: it is scored when all is done
+                score = options.evaluate_every and step % options.evaluate_every == 0 and not end
                 if save or score:
-                    self.record(waiting, progress)
+                    self.record(waiting, phase, progress)
                     waiting = None
                     self.save(step, state)
                     if self.stop.signal is not None:
@@ -142,10 +136,11 @@ class Run:
                     if score:
                         self.score(step, state)
                     progress.pause()
-        self.checkpoints.wait()
         return state
 
-    def record(self, waiting: tuple[int, list[Measured]] | None, progress: Progress) -> None:
+    def record(
+        self, waiting: tuple[int, list[Measured]] | None, phase: Phase, progress: Progress
+    ) -> None:
         """Writes the mean metrics of an interval, and stops the run where one was not finite."""
         if waiting is None:
             return
@@ -156,15 +151,13 @@ class Run:
             self.not_finite(bad)
         values = mean_metrics([measured.pairs for measured in host])
         values["learning_rate"] = float(host[-1].learning_rate)
-        self.metrics.write(step, values | progress.update(step, values))
+        self.metrics.write(step, values | progress.update(step, values, phase.batch_size))
 
     def save(self, step: int, state: TrainState) -> None:
         """A checkpoint, unless the state went bad since metrics were last looked at."""
         bad = int(state.bad_step)
         if bad >= 0:
             self.not_finite(bad)
-        if step in self.checkpoints.steps():
-            return
         self.checkpoints.save(step, state, self.metadata(step))
 
     def metadata(self, step: int) -> dict[str, Any]:
@@ -174,7 +167,7 @@ class Run:
             "step": step,
             "seed": setup.options.seed,
             "data_source": setup.source.name,
-            "data_fingerprint": setup.train.fingerprint,
+            "data_fingerprint": setup.fingerprint,
             "notice": setup.source.banner,
         }
 
@@ -191,10 +184,9 @@ class Run:
     def score(self, step: int, state: TrainState) -> None:
         """Scores along the way; the best state so far is kept in `best/`."""
         setup, options = self.setup, self.setup.options
-        predictor = Predictor(setup.task, evaluation_params(state), setup.mesh)
-        scores = evaluate(
-            predictor, setup.splits[options.split], batch_size=options.evaluate_batch
-        ).scores
+        predictor = self.predictor.at(evaluation_params(state))
+        split = setup.splits[options.split]
+        scores = evaluate(predictor, split, batch_size=options.evaluate_batch).scores
         self.metrics.write(step, {f"{options.split}/{name}": v for name, v in scores.items()})
         value = scores.get(options.best_by)
         if value is None:
@@ -204,6 +196,35 @@ class Run:
             )
         self.say(f"step {step}: {options.split} {options.best_by} {value:.3f}")
         keep_best(setup, state, step, value, self.metadata(step))
+
+
+def phase_step(
+    setup: Setup, phase: Phase
+) -> Callable[[TrainState, Any], tuple[TrainState, Measured]]:
+    """The compiled step of a phase."""
+    return make_train_step(
+        phase.task,
+        phase.optimizer,
+        setup.mesh,
+        phase.abstract,
+        micro_batches=phase.micro_batches,
+        average_decay=setup.options.average_decay,
+    )
+
+
+def phase_batches(setup: Setup, phase: Phase, start: int) -> Iterator[Any]:
+    """This process's rows of a phase's batches, from after step `start` on."""
+    return training_batches(
+        phase.rows.examples,
+        phase.rows.preparers,
+        seed=setup.options.seed,
+        batch_size=phase.batch_size,
+        start_step=start,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=setup.options.threads,
+        workers=setup.options.workers,
+    )
 
 
 def keep_best(

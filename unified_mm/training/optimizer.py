@@ -2,21 +2,104 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import optax
 
 from unified_mm.training.rules import match_rules
 
-FROZEN = "frozen"
 
+@dataclass(frozen=True)
+class Optimizer:
+    """Turns gradients into new parameters; what is frozen has no state and keeps its bits.
 
-class Optimizer(NamedTuple):
-    """What turns gradients into updates, and the learning rate by step, for the record."""
+    Attributes:
+      transform: of the trained parameters' gradients, before decay and rate.
+      schedule: the learning rate by step since `start`.
+      trained: for each parameter, whether it is.
+      rates, decays: factors of the learning rate and of the weights' decay, None where frozen.
+      start: the step at which the schedule begins.
+    """
 
     transform: optax.GradientTransformation
     schedule: optax.Schedule
+    trained: Any
+    rates: Any
+    decays: Any
+    start: int = 0
+
+    def init(self, params: Any) -> Any:
+        """The first state."""
+        return self.transform.init(self.part(params))
+
+    def part(self, params: Any) -> Any:
+        """The trained parameters, with None for the others (which jax takes as no leaf)."""
+        return select(params, self.trained)
+
+    def whole(self, part: Any, params: Any) -> Any:
+        """All parameters: those of `part`, and of `params` what is frozen."""
+        return jax.tree.map(
+            lambda new, old: old if new is None else new, part, params, is_leaf=lambda x: x is None
+        )
+
+    def rate(self, step: Any) -> Any:
+        """The learning rate of a step."""
+        return self.schedule(step - self.start)
+
+    def update(self, gradient: Any, state: Any, params: Any, step: Any) -> tuple[Any, Any]:
+        """The parameters and the state after a step.
+
+        Args:
+          gradient: of the trained part.
+          state: as `init` or the step before gave it.
+          params: all of them.
+          step: how many steps were done before.
+        """
+        part = self.part(params)
+        updates, state = self.transform.update(gradient, state, part)
+        size = self.rate(step)
+        new = jax.tree.map(
+            lambda p, u, rate, decay: p - size * rate * (u + decay * p),
+            part,
+            updates,
+            self.rates,
+            self.decays,
+        )
+        return self.whole(new, params), state
+
+
+# Field of `config.train` -> what it must be, as a test and in words.
+NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "learning_rate": (lambda x: 0 < x < math.inf, "above 0 and finite"),
+    "warmup_steps": (lambda x: x >= 0, "at least 0"),
+    "final_rate": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "b1": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "b2": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "epsilon": (lambda x: 0 < x < math.inf, "above 0"),
+    "weight_decay": (lambda x: 0 <= x < math.inf, "at least 0"),
+    "clip_norm": (lambda x: x > 0, "above 0"),
+    "average_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
+}
+
+
+def check_numbers(options: Any) -> None:
+    """Numbers of `config.train` that make sense.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    for name, (fits, words) in NUMBERS.items():
+        if not fits(options[name]):
+            raise ValueError(f"train.{name}={options[name]}: must be {words}")
+
+
+def select(tree: Any, chosen: Any) -> Any:
+    """The same tree with None for what is not chosen."""
+    return jax.tree.map(lambda leaf, take: leaf if take else None, tree, chosen)
 
 
 def learning_rate_schedule(options: Any, steps: int) -> optax.Schedule:
@@ -36,54 +119,36 @@ def learning_rate_schedule(options: Any, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(options: Any, steps: int, params: Any) -> Optimizer:
-    """The optimizer of a config, for parameters of these paths (Loshchilov & Hutter 2019).
+def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Optimizer:
+    """AdamW by a config (Loshchilov & Hutter 2019), for parameters of these paths.
 
-    Frozen parameters get neither updates nor optimizer state; the gradient's norm is clipped over
-    the others alone.
+    The gradient's norm is clipped (Pascanu et al. 2013) over what is trained alone.
 
     Args:
       options: `config.train`.
-      steps: of the whole run.
+      steps: that its schedule spans.
       params: the tree, or its shapes.
+      start: the step at which it begins.
 
     Raises:
-      ValueError: a rule that covers nothing, or a parameter that no rule covers.
+      ValueError: a rule that covers nothing, a parameter that no rule covers, or nothing to train.
     """
+    check_numbers(options)
     rates = match_rules("train.learning_rate_rules", options.learning_rate_rules, params)
     decays = match_rules("train.weight_decay_rules", options.weight_decay_rules, params)
     frozen = match_rules("train.freeze_rules", options.freeze_rules, params)
-    schedule = learning_rate_schedule(options, steps)
-
-    labels = jax.tree.map(
-        # 1 and 1.0 are one label.
-        lambda rate, decay, freeze: FROZEN if freeze else (float(rate), float(decay)),
-        rates,
-        decays,
-        frozen,
-    )
-    kinds = {label for label in jax.tree.leaves(labels, is_leaf=_is_label) if label != FROZEN}
-
-    def adamw(rate: float, decay: float) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.epsilon),
-            optax.add_decayed_weights(options.weight_decay * decay),
-            optax.scale_by_learning_rate(lambda count: rate * schedule(count)),
-        )
-
-    transforms = {str(kind): adamw(*kind) for kind in kinds} | {FROZEN: optax.set_to_zero()}
-    names = jax.tree.map(str, labels, is_leaf=_is_label)
-    transform = optax.chain(
-        clip_trained(options.clip_norm, frozen), optax.partition(transforms, names)
-    )
-    return Optimizer(transform, schedule)
-
-
-def clip_trained(norm: float, frozen: Any) -> optax.GradientTransformation:
-    """Clip the gradient of what is trained to a global norm (Pascanu et al. 2013)."""
     trained = jax.tree.map(lambda freeze: not freeze, frozen)
-    return optax.masked(optax.clip_by_global_norm(norm), trained)
-
-
-def _is_label(node: Any) -> bool:
-    return isinstance(node, (str, tuple))
+    if not any(jax.tree.leaves(trained)):
+        raise ValueError("train.freeze_rules leave nothing to train")
+    transform = optax.chain(
+        optax.clip_by_global_norm(options.clip_norm),
+        optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.epsilon),
+    )
+    return Optimizer(
+        transform=transform,
+        schedule=learning_rate_schedule(options, steps),
+        trained=trained,
+        rates=select(jax.tree.map(float, rates), trained),
+        decays=select(jax.tree.map(lambda d: options.weight_decay * d, decays), trained),
+        start=start,
+    )

@@ -12,9 +12,8 @@ from typing import Any
 class Progress:
     """Speed, time left and losses, told each time metrics arrive."""
 
-    def __init__(self, start: int, steps: int, batch_size: int) -> None:
+    def __init__(self, start: int, steps: int) -> None:
         self._steps = steps
-        self._batch_size = batch_size
         self._step = start
         self._time = time.perf_counter()
         self._bar: Any = None
@@ -39,8 +38,10 @@ class Progress:
         """Not training since the last metrics: that time does not count as steps."""
         self._time = time.perf_counter()
 
-    def update(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Shows the metrics up to `step`.
+    def update(
+        self, step: int, metrics: Mapping[str, float], batch_size: int
+    ) -> dict[str, float]:
+        """Shows the metrics up to `step`, of batches of a size.
 
         Returns:
           The speed since the last call, for the record: `time/steps_per_second`, and
@@ -54,17 +55,17 @@ class Progress:
             if name == "loss" or name.endswith("/loss")
         )
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{rate * self._batch_size:.0f} images/s  {losses}")
+            self._bar.set_postfix_str(f"{rate * batch_size:.0f} images/s  {losses}")
             self._bar.update(step - self._step)
         else:
             left = int((self._steps - step) / max(rate, 1e-9))
             print(
                 f"step {step}/{self._steps}  {losses}  {rate:.2f} steps/s  "
-                f"{rate * self._batch_size:.0f} images/s  ETA {left // 60}:{left % 60:02d}",
+                f"{rate * batch_size:.0f} images/s  ETA {left // 60}:{left % 60:02d}",
                 flush=True,
             )
         self._step, self._time = step, now
         return {
             "time/steps_per_second": rate,
-            "time/images_per_second": rate * self._batch_size,
+            "time/images_per_second": rate * batch_size,
         }

@@ -10,7 +10,7 @@ import jax
 
 from unified_mm.parallel.sharding import path_of
 
-Rules = Sequence[tuple[str, Any]]
+Rules = Sequence[Sequence[Any]]  # pairs of pattern and value
 
 
 def match_rules(field: str, rules: Rules, tree: Any) -> Any:

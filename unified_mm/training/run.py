@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +19,10 @@ from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.metrics import MetricsWriter, read_metrics
 from unified_mm.training.environment import device_name, revision, versions
 from unified_mm.training.loop import keep_best, train
+from unified_mm.training.phases import Phase, example_batch
 from unified_mm.training.setup import Setup
 from unified_mm.training.state import TrainState, evaluation_params
+from unified_mm.training.step import gradients
 
 
 def train_and_score(
@@ -77,7 +80,7 @@ def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict
             "source": setup.source.name,
             "folder": setup.source.folder,
             "notice": setup.source.banner,
-            "fingerprint": setup.train.fingerprint,
+            "fingerprint": setup.fingerprint,
             "counts": {
                 setup.train.split: len(setup.train.records),
                 **{name: len(split.manifest.records) for name, split in setup.splits.items()},
@@ -89,7 +92,9 @@ def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict
         "seed": setup.options.seed,
         "steps": setup.options.steps,
         "seconds": round(seconds, 1),
-        "flops": training_flops(setup) * setup.options.steps,
+        "flops": sum(
+            (phase.stop - phase.start) * training_flops(setup, phase) for phase in setup.phases
+        ),
     }
 
 
@@ -102,20 +107,25 @@ def prefixed(found: Mapping[str, Scores], kind: str) -> dict[str, float]:
     }
 
 
-def training_flops(setup: Setup) -> int:
-    """Floating-point operations of the matrix products in one training step, without recomputation.
+def training_flops(setup: Setup, phase: Phase) -> int:
+    """Floating-point operations of the matrix products in one step of a phase.
 
-    Counted on the forward pass of one batch, times three for the gradient.
+    Those of the loss and of its gradient by what the phase trains, without recomputation.
     """
     batch = jax.eval_shape(
-        lambda: jax.tree.map(jnp.asarray, setup.task.example_batch(setup.options.batch_size))
+        lambda: jax.tree.map(jnp.asarray, example_batch(phase.rows, phase.batch_size))
     )
+
+    task = replace(phase.task, model=phase.task.model.without_recomputation())
+
+    def gradient(params: Any, batch: Any, key: jax.Array) -> Any:
+        return gradients(task, phase.optimizer, params, batch, key, 1)[1]
+
     with jax.set_mesh(setup.mesh), nn.logical_axis_rules(rule_items()):
-        forward = matmul_flops(
-            lambda params, batch, key: setup.task.pairs(params, batch, key, deterministic=True),
-            setup.abstract_state.params,
+        return matmul_flops(
+            gradient,
+            phase.abstract.params,
             batch,
             jax.eval_shape(lambda: jax.random.key(0)),
         )
-    return 3 * forward
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -15,11 +14,12 @@ from unified_mm.data.records import Manifest
 from unified_mm.data.sources import Source, open_source
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.evaluation.evaluate import Split
+from unified_mm.evaluation.few_shot import FewShot
 from unified_mm.objectives.task import Task, build_task, parameter_counts
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.runs.folder import RunFolder
 from unified_mm.training.environment import device_name
-from unified_mm.training.optimizer import make_optimizer
+from unified_mm.training.phases import Phase, build_phases
 from unified_mm.training.state import TrainState, initial_state
 
 
@@ -28,8 +28,6 @@ class LoopOptions:
     """What the training loop goes by; read from the config before the first step."""
 
     steps: int
-    batch_size: int
-    micro_batches: int
     average_decay: float
     log_every: int
     tensorboard: bool
@@ -49,8 +47,6 @@ class LoopOptions:
         """Raises ValueError where a number makes no sense."""
         options = cls(
             steps=config.train.steps,
-            batch_size=config.train.batch_size,
-            micro_batches=config.train.micro_batches,
             average_decay=config.train.average_decay,
             log_every=config.logging.every,
             tensorboard=config.logging.tensorboard,
@@ -60,23 +56,35 @@ class LoopOptions:
             evaluate_every=config.evaluation.every,
             evaluate_batch=config.evaluation.batch_size,
             split=config.evaluation.split,
-            best_by=config.evaluation.best_by,
+            best_by=config.evaluation.best_by or usual_best(config),
             threads=config.data.threads,
             workers=config.data.workers,
             seed=config.seed,
         )
-        for field, value in (
-            ("train.steps", options.steps),
-            ("train.batch_size", options.batch_size),
-            ("train.micro_batches", options.micro_batches),
-            ("logging.every", options.log_every),
-            ("checkpoint.every", options.save_every),
-            ("checkpoint.keep", options.keep),
-            ("evaluation.batch_size", options.evaluate_batch),
+        for field, value, least in (
+            ("seed", options.seed, 0),
+            ("train.steps", options.steps, 1),
+            ("logging.every", options.log_every, 1),
+            ("checkpoint.every", options.save_every, 1),
+            ("checkpoint.keep", options.keep, 1),
+            ("evaluation.batch_size", options.evaluate_batch, 1),
+            ("evaluation.every", options.evaluate_every, 0),
+            ("evaluation.max_images", config.evaluation.max_images, 2),
+            ("data.threads", options.threads, 1),
+            ("data.workers", options.workers, 0),
         ):
-            if value < 1:
-                raise ValueError(f"{field}={value}: must be at least 1")
+            if value < least:
+                raise ValueError(f"{field}={value}: must be at least {least}")
+        if options.seed >= 2**32:
+            raise ValueError(f"seed={options.seed}: must be below 2^32")
         return options
+
+
+def usual_best(config: Config) -> str:
+    """The score that the best state is chosen by where the config names none."""
+    if config.objectives.contrastive.weight > 0:
+        return "single_caption/text_to_image/recall_at_1"
+    return "caption/cider_d"
 
 
 @dataclass(frozen=True)
@@ -92,8 +100,26 @@ class Setup:
     task: Task
     mesh: Mesh
     make_state: Callable[[], TrainState]
-    abstract_state: TrainState
-    optimizer: Any
+    phases: tuple[Phase, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all data that is trained on."""
+        return "-".join(dict.fromkeys(phase.rows.fingerprint for phase in self.phases))
+
+    def phase_at(self, step: int) -> Phase:
+        """The phase that a step (from 1) belongs to.
+
+        Raises:
+          ValueError: a step beyond the last.
+        """
+        for phase in self.phases:
+            if step <= phase.stop:
+                return phase
+        raise ValueError(
+            f"the run in {self.folder.path} is at step {step}, beyond train.steps="
+            f"{self.options.steps}: ask for at least as many steps"
+        )
 
 
 def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Setup:
@@ -113,19 +139,17 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
         say(summary(split.manifest))
     task = build_task(config, run_tokenizer(config, folder, train))
     check_records(task, train)
+    prompts = [text.prompt for record in train.records for text in record.texts]
+    asked = [question.question for split in splits.values() for question in split.questions]
+    check_prompts(task, [*prompts, *asked])
     mesh = make_mesh(config.mesh)
-    check_batch(options, mesh)
-    make_state, abstract, optimizer = initial_state(
-        task.init,
-        lambda params: make_optimizer(config.train, options.steps, params),
-        mesh,
-        options.seed,
-        averaged=options.average_decay > 0,
+    check_evaluation_batch(options, mesh)
+    make_state, abstract = initial_state(
+        task.init, mesh, options.seed, averaged=options.average_decay > 0
     )
-    say(inventory(options, mesh, abstract))
-    return Setup(
-        config, options, folder, source, train, splits, task, mesh, make_state, abstract, optimizer
-    )
+    phases = build_phases(config, task, train, abstract, mesh)
+    say(inventory(options, mesh, phases))
+    return Setup(config, options, folder, source, train, splits, task, mesh, make_state, phases)
 
 
 def evaluated_splits(config: Config, source: Source) -> list[str]:
@@ -142,24 +166,51 @@ def evaluated_splits(config: Config, source: Source) -> list[str]:
 
 def open_split(config: Config, source: Source, name: str) -> Split:
     """What is scored of a split, up to `evaluation.max_images`."""
-    questions = source.questions(name)
+    options = config.evaluation
+    answering = config.data.question_share > 0 or config.data.documents.questions
+    asked = answering or options.questions
+    questions = source.questions(name) if asked else ()
     split = Split(
         source.manifest(name),
         source.foils(name),
         questions,
         source.questions(config.data.train_split) if questions else (),
+        few_shot(config, source) if options.shots else FewShot(),
     )
-    return split.first(config.evaluation.max_images)
+    return split.first(options.max_images)
+
+
+def few_shot(config: Config, source: Source) -> FewShot:
+    """What stands before the images of a split.
+
+    Raises:
+      ValueError: text is not read as in documents.
+    """
+    rule = config.objectives.captioning.rule
+    if not rule.startswith("interleaved"):
+        raise ValueError(
+            f"evaluation.shots needs objectives.captioning.rule='interleaved' or "
+            f"'interleaved_latest', is {rule!r}"
+        )
+    options = config.evaluation
+    return FewShot(
+        shots=tuple(options.shots),
+        support=source.manifest(config.data.train_split).records,
+        images=options.few_shot_images,
+        questions=options.few_shot_questions,
+        seed=config.seed,
+    )
 
 
 def run_tokenizer(config: Config, folder: RunFolder, train: Manifest) -> TextTokenizer:
     """The run's own tokenizer: the one kept in it, else one given, else one trained now."""
     given = config.data.tokenizer
     size = config.data.vocabulary_size
+    named = config.data.special_tokens
     if folder.tokenizer.is_file():
-        return TextTokenizer.load(folder.tokenizer)
+        return TextTokenizer.load(folder.tokenizer, **named)
     if given:
-        return TextTokenizer.load(Path(given).expanduser())
+        return TextTokenizer.load(Path(given).expanduser(), **named)
     return TextTokenizer.train(training_texts(train), size)
 
 
@@ -180,14 +231,27 @@ def check_records(task: Task, train: Manifest, looked_at: int = 200) -> None:
             )
 
 
-def check_batch(options: LoopOptions, mesh: Mesh) -> None:
-    """Batches must spread evenly over devices and micro-batches."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if options.batch_size % (rows * options.micro_batches):
+def check_prompts(task: Task, prompts: Sequence[str]) -> None:
+    """Every question leaves room for an answer.
+
+    Raises:
+      ValueError: with the longest one.
+    """
+    text = task.modalities["text"]
+    # No text has more tokens than bytes.
+    long = {p for p in prompts if len(p.encode()) + 1 >= text.length}
+    sizes = {prompt: len(text.tokenizer.encode_prompt(prompt)) for prompt in long}
+    if sizes and (most := max(sizes.values())) >= text.length:
+        longest = max(sizes, key=sizes.__getitem__)
         raise ValueError(
-            f"train.batch_size={options.batch_size} is not divided by mesh.data x mesh.fsdp "
-            f"({rows}) x train.micro_batches ({options.micro_batches})"
+            f"the question {longest!r} has {most} tokens and model.modalities.text.length="
+            f"{text.length} leaves no room for an answer: set it to at least {most + 4}"
         )
+
+
+def check_evaluation_batch(options: LoopOptions, mesh: Mesh) -> None:
+    """Batches that are scored spread evenly over devices."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if options.evaluate_batch % rows:
         raise ValueError(
             f"evaluation.batch_size={options.evaluate_batch} is not divided by mesh.data x "
@@ -195,16 +259,27 @@ def check_batch(options: LoopOptions, mesh: Mesh) -> None:
         )
 
 
-def inventory(options: LoopOptions, mesh: Mesh, abstract: TrainState) -> str:
-    """Devices, mesh, parameters by part, batch."""
-    counts = parameter_counts(abstract.params)
+def inventory(options: LoopOptions, mesh: Mesh, phases: tuple[Phase, ...]) -> str:
+    """Devices, mesh, parameters by part, batch, phases."""
+    params = phases[0].abstract.params
+    counts = parameter_counts(params)
     parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return (
         f"devices: {device_name()} | mesh: {axes}\n"
         f"parameters: {sum(counts.values()):,} ({parts})\n"
-        f"batch: {options.batch_size} examples in {options.micro_batches} part(s), "
-        f"{options.steps} steps"
+        + "\n".join(phase_line(phase) for phase in phases)
+    )
+
+
+def phase_line(phase: Phase) -> str:
+    """What a phase trains, and on what."""
+    trained = parameter_counts(phase.optimizer.part(phase.abstract.params))
+    objectives = ", ".join(objective.name for objective in phase.task.objectives)
+    return (
+        f"phase {phase.name}: steps {phase.start + 1} to {phase.stop} of {phase.batch_size} "
+        f"examples in {phase.micro_batches} part(s), {len(phase.rows.examples):,} in all; learns "
+        f"{objectives}, trains {sum(trained.values()):,} parameters ({', '.join(trained)})"
     )
 
 

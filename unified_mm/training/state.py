@@ -22,7 +22,7 @@ class TrainState:
     Attributes:
       step: int32 [], which is also the position in the data.
       params: the model's and the objectives' parameters.
-      optimizer: its state.
+      optimizer: its state, for what is trained in the present phase.
       average: exponential moving average of the parameters, or None.
       key: that every step's randomness is folded from.
       bad_step: int32 [], the first step whose loss or gradient was not finite, else -1; from
@@ -38,29 +38,22 @@ class TrainState:
 
 
 def initial_state(
-    init_params: Callable[[jax.Array], Any],
-    make_optimizer: Callable[[Any], Optimizer],
-    mesh: Mesh,
-    seed: int,
-    *,
-    averaged: bool,
-) -> tuple[Callable[[], TrainState], TrainState, Optimizer]:
-    """How to make the first state on a mesh, and what any state of this run looks like.
+    init_params: Callable[[jax.Array], Any], mesh: Mesh, seed: int, *, averaged: bool
+) -> tuple[Callable[[], TrainState], TrainState]:
+    """How to make the first state on a mesh, before any phase has given it an optimizer.
 
     Args:
       init_params: key -> parameters boxed with logical axis names.
-      make_optimizer: parameter shapes -> the optimizer.
       mesh: to lay everything out on.
       seed: of the initial parameters and of all steps.
       averaged: whether a moving average of the parameters is kept.
 
     Returns:
-      A function that makes the first state (sharded as it is made), the abstract state (shapes,
-      types and shardings), and the optimizer.
+      A function that makes the first state (sharded as it is made), and the abstract state
+      (shapes, types and shardings).
     """
     boxed = jax.eval_shape(init_params, jax.random.key(seed))
     param_shardings = shardings_of(boxed, mesh)
-    optimizer = make_optimizer(without_names(boxed))
 
     def make() -> TrainState:
         root = jax.random.key(seed)
@@ -68,28 +61,56 @@ def initial_state(
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            optimizer=optimizer.transform.init(params),
+            optimizer=None,
             average=jax.tree.map(jnp.copy, params) if averaged else None,
             key=jax.random.fold_in(root, 1),
             bad_step=jnp.full((), -1, jnp.int32),
         )
 
-    shapes = jax.eval_shape(make)
     replicated = NamedSharding(mesh, P())
     shardings = TrainState(
         step=replicated,
         params=param_shardings,
-        optimizer=shardings_like(shapes.params, param_shardings, shapes.optimizer, replicated),
+        optimizer=None,
         average=param_shardings if averaged else None,
         key=replicated,
         bad_step=replicated,
     )
-    abstract = jax.tree.map(
+    return jax.jit(make, out_shardings=shardings), _abstract(jax.eval_shape(make), shardings)
+
+
+def state_of_phase(
+    abstract: TrainState, optimizer: Optimizer, mesh: Mesh
+) -> tuple[TrainState, Callable[[TrainState], TrainState]]:
+    """What states look like while an optimizer is at work, and how such a stretch begins.
+
+    Args:
+      abstract: of any state of the run.
+      optimizer: of the phase.
+      mesh: of all of them.
+
+    Returns:
+      The abstract state, and a function that takes the state before over (donated) with the
+      optimizer's first state.
+    """
+    shapes = jax.eval_shape(optimizer.init, abstract.params)
+    params = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+    replicated = NamedSharding(mesh, P())
+    shardings = shardings_like(abstract.params, params, shapes, replicated)
+    begin = jax.jit(optimizer.init, out_shardings=shardings)
+
+    def enter(state: TrainState) -> TrainState:
+        return state.replace(optimizer=begin(state.params))  # type: ignore[attr-defined]
+
+    return abstract.replace(optimizer=_abstract(shapes, shardings)), enter  # type: ignore[attr-defined]
+
+
+def _abstract(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         shardings,
     )
-    return jax.jit(make, out_shardings=shardings), abstract, optimizer
 
 
 def evaluation_params(state: TrainState) -> Any:

@@ -40,12 +40,13 @@ def weighted_total(objectives: Sequence[Objective], pairs: Pairs, counts: Mappin
 
 def gradients(
     task: Task,
+    optimizer: Optimizer,
     params: Any,
     batch: Any,
     key: jax.Array,
     micro_batches: int,
-) -> tuple[Any, Pairs]:
-    """The gradient of the total loss over the whole batch, and its pairs.
+) -> tuple[Any, Any, Pairs]:
+    """The total loss over the whole batch, its gradient by what is trained, and its pairs.
 
     With several micro-batches the gradient is that of the mean over all of them, also where they
     hold unequal numbers of scored tokens: they are counted first (which needs no forward pass, and
@@ -55,13 +56,18 @@ def gradients(
     def counts_of(pairs: Pairs) -> dict[str, Any]:
         return {o.name: pairs[f"{o.name}/loss"][1] for o in task.objectives}
 
-    def loss(params: Any, part: Any, key: jax.Array, counts: Any) -> tuple[Any, Pairs]:
-        pairs = task.pairs(params, part, key, deterministic=False)
+    def loss(part: Any, rows: Any, key: jax.Array, counts: Any) -> tuple[Any, Pairs]:
+        pairs = task.pairs(optimizer.whole(part, params), rows, key, deterministic=False)
         return weighted_total(task.objectives, pairs, counts or counts_of(pairs)), pairs
 
-    differentiate = jax.grad(loss, has_aux=True)
+    def differentiate(rows: Any, key: jax.Array, counts: Any) -> tuple[Any, Any, Pairs]:
+        """Loss, gradient and pairs, each of which adds up over micro-batches."""
+        value_and_grad = jax.value_and_grad(loss, has_aux=True)
+        (total, pairs), gradient = value_and_grad(optimizer.part(params), rows, key, counts)
+        return total, gradient, pairs
+
     if micro_batches == 1:
-        return differentiate(params, batch, key, None)
+        return differentiate(batch, key, None)
     parts = jax.tree.map(
         # Every device keeps rows of its own in each micro-batch: no rows move.
         lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1),
@@ -74,10 +80,11 @@ def gradients(
     counts = jax.tree.map(lambda x: x.sum(0), counted)
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, differentiate(params, *part, counts)), None
+        rows, key = part
+        return jax.tree.map(jnp.add, total, differentiate(rows, key, counts)), None
 
-    one_part = jax.tree.map(lambda x: x[0], (parts, keys))
-    first = jax.eval_shape(differentiate, params, *one_part, counts)
+    rows, first_key = jax.tree.map(lambda x: x[0], (parts, keys))
+    first = jax.eval_shape(differentiate, rows, first_key, counts)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
     return jax.lax.scan(add, zeros, (parts, keys))[0]
 
@@ -95,18 +102,15 @@ def make_train_step(
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Measured]:
         key = jax.random.fold_in(state.key, state.step)
-        gradient, pairs = gradients(
-            task, state.params, batch, key, micro_batches
+        total, gradient, pairs = gradients(
+            task, optimizer, state.params, batch, key, micro_batches
         )
-        updates, optimizer_state = optimizer.transform.update(
-            gradient, state.optimizer, state.params
+        params, optimizer_state = optimizer.update(
+            gradient, state.optimizer, state.params, state.step
         )
-        params = optax.apply_updates(state.params, updates)
         average = state.average
         if average is not None:
             average = optax.incremental_update(params, average, 1.0 - average_decay)
-        counts = {o.name: pairs[f"{o.name}/loss"][1] for o in task.objectives}
-        total = weighted_total(task.objectives, pairs, counts)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(total) & jnp.isfinite(norm) & (state.bad_step < 0)
         fresh = (params, optimizer_state, average)
@@ -118,7 +122,7 @@ def make_train_step(
         one = jnp.ones((), jnp.float32)
         pairs = {"loss": (total, one), **pairs, "gradient_norm": (norm, one)}
         new = TrainState(state.step + 1, params, optimizer_state, average, state.key, bad)
-        return new, Measured(pairs, optimizer.schedule(state.step), bad)
+        return new, Measured(pairs, optimizer.rate(state.step), bad)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(
@@ -127,4 +131,3 @@ def make_train_step(
         out_shardings=(shardings, NamedSharding(mesh, P())),
         donate_argnums=0,
     )
-

@@ -62,9 +62,13 @@ def ensure_world(
     Returns:
       A folder in COCO captions layout. It takes its name when it is whole, so one that is there is
       whole, whatever was killed before.
+
+    Raises:
+      FileNotFoundError: a folder that has lost its annotations.
     """
     folder = cache / f"world-{_digest(spec)}"
     if folder.is_dir():
+        _refuse_emptied(folder)
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(cache)
@@ -85,6 +89,16 @@ def ensure_world(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _refuse_emptied(folder: Path) -> None:
+    for split in SPLITS:
+        captions = folder / "annotations" / f"captions_{split}.json"
+        if not captions.is_file():
+            raise FileNotFoundError(
+                f"the embedded world in {folder} has lost {captions.relative_to(folder)}: delete "
+                "that folder, and it is rendered again"
+            )
 
 
 def _clear_abandoned(cache: Path) -> None:

@@ -1,0 +1,98 @@
+"""Directories as transformers writes them, and our model on what is imported of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from unified_mm.config import Config
+from unified_mm.import_weights import Imported, import_directory
+from unified_mm.objectives.task import Task, build_task
+
+VOCABULARY = 310  # more than the tokenizer's 300, and no multiple of 64
+NAMES = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+
+
+def randomised(model: Any, seed: int = 0) -> Any:
+    """A torch model in evaluation mode, every parameter moved off its start."""
+    import torch
+
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def saved(model: Any, folder: Path, **options: Any) -> Path:
+    """The model in a directory, with a small tokenizer beside it."""
+    model.save_pretrained(folder, **options)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path, **names: Any) -> None:
+    tiny.tokenizer().save(folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text(json.dumps(NAMES | names))
+
+
+def opened(folder: Path) -> tuple[Imported, Task]:
+    imported = import_directory(folder)
+    assert imported.tokenizer is not None
+    return imported, build_task(Config(imported.config), imported.tokenizer)
+
+
+def text_batch(ids: np.ndarray, valid: np.ndarray | None = None) -> dict[str, Any]:
+    """A batch [B, T] of texts alone."""
+    here = np.ones(ids.shape, bool) if valid is None else valid
+    rows = np.ones(len(ids), bool)
+    text = {"ids": ids, "valid": here, "scored": here, "present": rows, "prompted": ~rows}
+    return {"text": {key: jnp.asarray(value) for key, value in text.items()}}
+
+
+def pixels(rows: int, size: int, seed: int = 0) -> np.ndarray:
+    """uint8 [rows, size, size, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (rows, size, size, 3)).astype(np.uint8)
+
+
+def normalised(images: np.ndarray, imported: Imported) -> np.ndarray:
+    """What transformers' models take: float32 [..., 3, size, size]."""
+    image = imported.config["model"]["modalities"]["image"]
+    mean, deviation = (np.array(image[key], np.float32) for key in ("mean", "deviation"))
+    return np.moveaxis((images / np.float32(255) - mean) / deviation, -1, -3).astype(np.float32)
+
+
+def apply(imported: Imported, task: Task, function: Any, batch: Any) -> np.ndarray:
+    """`function(model, batch)` with the imported parameters."""
+
+    def call(params: Any, batch: Any) -> Any:
+        return task.model.apply({"params": params}, batch, method=function)
+
+    return np.asarray(jax.jit(call)(imported.params, batch))
+
+
+def logits(imported: Imported, task: Task, batch: Any) -> np.ndarray:
+    """Scores of the next token [B, T, V], of the tokens that the weights know."""
+    (objective,) = task.objectives
+
+    def score(model: Any, batch: Any) -> Any:
+        return model.logits(model.encode(batch, objective.streams())[objective.name].text)
+
+    used = task.modalities["text"].embedding.used
+    return apply(imported, task, score, batch)[..., :used]
+
+
+def assert_close(ours: np.ndarray, theirs: Any, relative: float = 1e-4) -> None:
+    """Within a share of the largest magnitude."""
+    expected = np.asarray(theirs.detach() if hasattr(theirs, "detach") else theirs)
+    assert ours.shape == expected.shape
+    assert np.abs(expected).max() > 1e-3
+    error = np.abs(ours - expected).max() / np.abs(expected).max()
+    assert error < relative, error

@@ -1,0 +1,160 @@
+"""Phases one after another: what is frozen keeps its bits, and a run that stops goes on alike."""
+
+import json
+import shutil
+from pathlib import Path
+
+import commands
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import unified_mm
+from unified_mm.config import Config
+from unified_mm.default_config import phase
+from unified_mm.parallel.sharding import path_of
+from unified_mm.runs.checkpoints import Checkpoints
+from unified_mm.runs.folder import RunFolder
+from unified_mm.training.setup import prepare
+
+RECIPE = Path(__file__).parents[2] / "configs" / "coco_flamingo.py"
+GATED = ("transformer/layers/cross", "resamplers_image")
+PHASES = {"phase_0": 2, "phase_1": 3, "phase_2": 2}
+STEPS = sum(PHASES.values())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.write_coco(tmp_path_factory.mktemp("data") / "coco")
+
+
+def arguments(data, workdir, *more):
+    return (
+        f"--config={RECIPE}:tiny",
+        *(flag for flag in commands.SMALL if not flag.startswith("--config.train.steps")),
+        f"--config.train.steps={STEPS}",
+        *(f"--config.train.phases.{name}.steps={steps}" for name, steps in PHASES.items()),
+        "--config.train.phases.phase_2.train.batch_size=16",
+        "--config.model.modalities.text.places=48",
+        "--config.model.resampler.latents=3",
+        "--config.model.resampler.layers=1",
+        "--config.data.documents.shots=2",
+        "--config.data.documents.images=3",
+        "--config.data.documents.length=36",
+        "--config.evaluation.shots=(0,2)",
+        "--config.evaluation.few_shot_images=8",
+        "--config.checkpoint.every=1",
+        "--config.checkpoint.keep=20",
+        "--config.logging.every=1",
+        "--config.logging.tensorboard=False",
+        f"--config.data.dir={data}",
+        f"--workdir={workdir}",
+        *more,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data):
+    workdir = tmp_path_factory.mktemp("runs") / "flamingo"
+    assert commands.run(*arguments(data, workdir)) == 0
+    return workdir
+
+
+def params_at(workdir, step):
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        shapes = unified_mm.load(workdir).params
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+        state = checkpoints.restore({"params": abstract}, step=step, partial=True).state
+    leaves = jax.tree_util.tree_leaves_with_path(state["params"])
+    return {path_of(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_what_a_phase_freezes_keeps_its_bits_and_the_rest_moves(finished):
+    at = {step: params_at(finished, step) for step in (1, 2, 5, 7)}
+    for start, stop, gated_learns in ((1, 2, False), (2, 5, True), (5, 7, True)):
+        moved = {name for name in at[stop] if (at[start][name] != at[stop][name]).any()}
+        gated = {name for name in at[stop] if name.startswith(GATED)}
+        learns = gated if gated_learns else set(at[stop]) - gated
+        assert moved <= learns, moved - learns
+        # A key's bias moves no softmax; and nothing behind a closed gate learns in a first step.
+        assert len(moved) > 0.6 * len(learns), learns - moved
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    by_step = {line["step"]: line for line in lines if "loss" in line}
+    assert "contrastive/loss" in by_step[2] and "contrastive/loss" not in by_step[3]
+    assert by_step[2]["gate/attention_0"] == 0 and by_step[7]["gate/attention_0"] > 0
+    # Each phase warms up and cools down by itself.
+    rates = [by_step[step]["learning_rate"] for step in range(1, STEPS + 1)]
+    assert rates[0] == rates[2] == rates[5] == 0 and min(rates[1], rates[3], rates[6]) > 0
+
+
+def test_few_shot_scores_are_there(finished):
+    scores = json.loads((finished / "result.json").read_text())["scores"]
+    for shots in (0, 2):
+        assert 0 <= scores[f"few_shot/{shots}/caption/cider_d"] <= 10
+    assert scores["caption/image_gain_low"] <= scores["caption/image_gain"]
+
+
+def test_frozen_parameters_have_no_optimizer_state(finished, data, capsys):
+    folder = RunFolder(finished)
+    setup = prepare(Config(json.loads(folder.config.read_text())), folder, lambda _: None)
+    for stretch in setup.phases:
+        part = jax.tree.leaves(stretch.optimizer.part(stretch.abstract.params))
+        trained = sum(leaf.size * leaf.dtype.itemsize for leaf in part)
+        state = jax.tree.leaves(stretch.abstract.optimizer)
+        kept = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+        whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stretch.abstract.params))
+        assert 0 < trained < whole
+        assert kept == 2 * trained + 4  # two moments, and Adam's count of steps
+
+
+@pytest.mark.parametrize("step", [1, 2, 4, 5, 6])
+def test_a_run_that_stopped_anywhere_ends_in_the_same_bits(finished, data, tmp_path, step):
+    workdir = tmp_path / "again"
+    shutil.copytree(finished, workdir)
+    (workdir / "result.json").unlink()
+    for later in range(step + 1, STEPS + 1):
+        shutil.rmtree(workdir / "checkpoints" / str(later))
+    assert commands.run(*arguments(data, workdir)) == 0
+    expected, found = params_at(finished, STEPS), params_at(workdir, STEPS)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def prepared(data, tmp_path, **changes):
+    config = tiny.config_dict(data__dir=str(data), data__cache_dir=str(tmp_path), **changes)
+    return prepare(Config(config.to_dict()), RunFolder(tmp_path / "run"), lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"steps": 0}, "train.phases.a.steps=0: must be at least 1"),
+        ({"steps": 3}, "train.steps=4, but train.phases have 3 steps together"),
+        ({"data": "sounds"}, "train.phases.a.data='sounds': must be 'pairs', 'text' or"),
+        ({"data": "documents"}, "set model.modalities.text.places to at least 160"),
+        ({"objectives": {"answering": 1.0}}, "train.phases.a.objectives.answering: no objectives"),
+        ({"objectives": {"contrastive": 0.0}}, "matching needs contrastive.weight above 0"),
+        ({"train": {"freeze_rules": ((".*", True),)}}, "leave nothing to train"),
+        ({"train": {"speed": 1.0}}, "no field train.speed"),
+        ({"train": {"batch_size": 0}}, "train.batch_size=0: must be at least 1"),
+    ],
+)
+def test_wrong_phases_are_refused_before_the_first_step(data, tmp_path, options, named):
+    with pytest.raises((ValueError, KeyError), match=named):
+        prepared(data, tmp_path, train__phases={"a": {**phase(4), **options}})
+
+
+def test_text_alone_is_pairs_without_their_images(data, tmp_path):
+    setup = prepared(
+        data,
+        tmp_path,
+        train__phases={"a": phase(4, data="text", objectives={"captioning": 1.0,
+                                                              "contrastive": 0.0,
+                                                              "matching": 0.0})},
+    )
+    (stretch,) = setup.phases
+    assert all(record.image is None for record in stretch.rows.examples)
+    assert [record.texts for record in stretch.rows.examples] == [
+        record.texts for record in setup.train.records
+    ]

@@ -1,0 +1,274 @@
+"""Interleaved documents: pictures and texts in one order, read from JSON lines.
+
+One document a line, in one of three forms, which may be mixed (the form is known by its key):
+
+    {"text": "A cat <image> and a dog <image>.", "images": ["cat.jpg", "dog.jpg"]}
+    {"texts": ["A cat", null], "images": [null, "cat.jpg"]}
+    {"text_list": ["A cat"], "image_info": [{"image_name": "cat.jpg", "matched_text_index": 0}]}
+
+The second is that of OBELICS (Laurençon et al. 2023, arXiv:2306.16527), the third that of MMC4
+(Zhu et al. 2023, arXiv:2304.06939), where an image goes right before its text.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from unified_mm.data import checked_json, coco
+from unified_mm.data.checked_json import Node
+from unified_mm.data.manifest import Stats, image_faults, problem_counts, refuse_bad
+from unified_mm.data.records import Problem, Text
+from unified_mm.runs.folder import naming, user_path
+
+MARKER = "<image>"  # where an image lies in the text of the first form
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of a document: the absolute path of its file."""
+
+    path: str
+
+
+Part = Picture | Text
+
+
+@dataclass(frozen=True)
+class Document:
+    """Pictures and texts in the order that they are to be read in."""
+
+    id: int | str
+    parts: tuple[Part, ...]
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Picture))
+
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Text))
+
+
+@dataclass(frozen=True)
+class DocumentSet:
+    """The validated documents of a file, in its order, with the faults that were found.
+
+    `fingerprint` is a SHA-256 over what training sees: ids, texts, and the images' sizes in
+    bytes in their places among the texts.
+    """
+
+    documents: tuple[Document, ...]
+    problems: tuple[Problem, ...]
+    fingerprint: str
+    path: str
+
+
+def read_documents(
+    path: str | os.PathLike,
+    *,
+    max_bad_share: float,
+    threads: int | None = None,
+    progress: bool = True,
+) -> DocumentSet:
+    """The documents of a JSON-lines file, every image decoded wholly once.
+
+    An image's path is relative to the file's folder, or else to `images/` in it. Outer spaces
+    of texts are cut off, texts that are then empty dropped, and neighbouring ones kept apart;
+    a document without "id" has the number of its line. Left out and counted: documents of
+    which an image is missing or unreadable, and documents without text. Blank lines are
+    skipped.
+
+    Raises FileNotFoundError; ValueError with file and line for a malformed line, and where
+    more than `max_bad_share` of the documents are left out or none remains.
+    """
+    path = user_path(path, "data.documents.file").absolute()
+    listed = list(_lines(path))
+    if not listed:
+        raise ValueError(f"{path} holds no document: give a file of JSON lines, one a document")
+    names = dict.fromkeys(p.path for _, document in listed for p in document.pictures)
+    files = {name: _locate(path.parent, name) for name in names}
+    stats = {file: file.stat() for file in files.values() if os.path.isfile(file)}
+    faults = _image_faults(files, stats, threads, progress)
+    kept, problems = [], []
+    for place, document in listed:
+        fault = _fault(place, document, faults)
+        if fault:
+            problems.append(fault)
+        else:
+            kept.append(document)
+    refuse_bad(f"documents of {path}", len(listed), len(kept), problems, max_bad_share)
+    used = {picture.path for document in kept for picture in document.pictures}
+    problems += [fault for name, fault in faults.items() if name in used]  # the conversions
+    fingerprint = _fingerprint(kept, {name: stats[files[name]].st_size for name in used})
+    documents = tuple(_located(document, files) for document in kept)
+    return DocumentSet(documents, tuple(problems), fingerprint, str(path))
+
+
+def summary(documents: DocumentSet) -> str:
+    """One paragraph for people: what there is, and every kind of problem with its places."""
+    members = documents.documents
+    pictures = sum(len(document.pictures) for document in members)
+    texts = sum(len(document.texts) for document in members)
+    parts = [
+        f"{len(members):,} documents with {pictures:,} images and {texts:,} texts from "
+        f"{documents.path}"
+    ]
+    bare = sum(not document.pictures for document in members)
+    parts += [f"{bare:,} without image"] if bare else []
+    return "; ".join(parts + problem_counts(documents.problems)) + "."
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Document]]:
+    """Where each document stands, such as pages.jsonl:7, and its images as they are named."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"no documents at {path}: give a file of JSON lines, one document a line"
+        )
+    with naming(f"data.documents.file={path}"), path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                place = f"{path}:{number}"
+                yield f"{path.name}:{number}", _document(_node(place, line), number)
+
+
+def _node(place: str, line: bytes) -> Node:
+    """The value on a line; `place` is its file and number, which errors begin with."""
+    try:
+        value = checked_json.parse(line.rstrip(), place)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: holds half of a surrogate pair, which is no text") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON at column {error.colno}: {error.msg}") from error
+    return Node(Path(place), "document", value)
+
+
+def _document(node: Node, number: int) -> Document:
+    key = node.id("id") if node.has("id") else number
+    forms = [form for form in _FORMS if form in node.value]
+    if len(forms) != 1:
+        raise node.error(
+            f"has {' and '.join(forms) or 'no texts'}: exactly one of {', '.join(_FORMS)} says "
+            "which form it has"
+        )
+    parts = _FORMS[forms[0]](node)
+    return Document(key, tuple(part for part in parts if part != Text("", "")))
+
+
+def _with_markers(node: Node) -> list[Part]:
+    first, *pieces = node.string("text").split(MARKER)
+    names = [_name(item) for item in node.items("images")] if node.has("images") else []
+    if len(pieces) != len(names):
+        counts = f"holds {len(pieces)} {MARKER}, but images lists {len(names)}"
+        raise node.error(f"{counts}: the n-th {MARKER} is the n-th of images", "text")
+    parts: list[Part] = [_text(first)]
+    for name, piece in zip(names, pieces, strict=True):
+        parts += [Picture(name), _text(piece)]
+    return parts
+
+
+def _side_by_side(node: Node) -> list[Part]:
+    texts, names = node.items("texts"), node.items("images")
+    if len(texts) != len(names):
+        raise node.error(f"has {len(texts)} members, but images has {len(names)}", "texts")
+    parts: list[Part] = []
+    for i, (text, name) in enumerate(zip(texts, names, strict=True)):
+        if (text.value is None) == (name.value is None):
+            both = "both null" if text.value is None else "both given"
+            raise text.error(f"and images[{i}] are {both}: exactly one must be null")
+        parts.append(_plain(text) if name.value is None else Picture(_name(name)))
+    return parts
+
+
+def _matched(node: Node) -> list[Part]:
+    texts = [_plain(item) for item in node.items("text_list")]
+    before: list[list[Part]] = [[] for _ in texts]
+    for item in node.items("image_info"):
+        name = Picture(_name(item, "image_name"))
+        before[_index(item, "matched_text_index", len(texts))].append(name)
+    return [part for group, text in zip(before, texts, strict=True) for part in (*group, text)]
+
+
+_FORMS = {"text": _with_markers, "texts": _side_by_side, "text_list": _matched}
+
+
+def _text(target: str) -> Text:
+    return Text(prompt="", target=target.strip())
+
+
+def _plain(item: Node) -> Text:
+    """A text in which no image lies."""
+    text = _string(item.value, item)
+    if MARKER in text:
+        raise item.error(f"holds {MARKER}, but a text has no image of its own in this form")
+    return _text(text)
+
+
+def _name(item: Node, key: str = "") -> str:
+    name = _string(item.get(key) if key else item.value, item, key)
+    if not name.strip():
+        raise item.error("is empty, must name an image file", key)
+    return name
+
+
+def _string(value: object, item: Node, key: str = "") -> str:
+    if not isinstance(value, str):
+        raise item.error(f"must be a string, is {json.dumps(value):.40}", key)
+    return value
+
+
+def _index(item: Node, key: str, count: int) -> int:
+    index = item.get(key)
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
+        shown = f"{json.dumps(index):.40}"
+        raise item.error(f"must be the number of one of {count} texts, from 0, is {shown}", key)
+    return index
+
+
+def _locate(folder: Path, name: str) -> Path:
+    places = (folder / name, folder / "images" / name)
+    # os.path says no to what can be no name (a URL with the image in it), where Path raises.
+    return next((place for place in places if os.path.isfile(place)), places[0])
+
+
+def _image_faults(
+    files: dict[str, Path], stats: Stats, threads: int | None, progress: bool
+) -> dict[str, Problem]:
+    """What is wrong with images, by their names; nothing for those that are good."""
+    entries = [coco.Entry(name, name, file, ()) for name, file in files.items()]
+    faults = zip(files, image_faults(entries, stats, threads, progress), strict=True)
+    return {name: fault for name, fault in faults if fault}
+
+
+def _fault(place: str, document: Document, faults: dict[str, Problem]) -> Problem | None:
+    """Why a document is left out: its first fault."""
+    if not document.texts:
+        return Problem(place, "no text", "left out")
+    for picture in document.pictures:
+        fault = faults.get(picture.path)
+        if fault and fault.action == "left out":
+            return dataclasses.replace(fault, file=f"{place}: {fault.file}")
+    return None
+
+
+def _fingerprint(documents: list[Document], sizes: dict[str, int]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        parts = [
+            sizes[part.path] if isinstance(part, Picture) else [part.prompt, part.target]
+            for part in document.parts
+        ]
+        digest.update(json.dumps([document.id, parts]).encode())
+    return digest.hexdigest()
+
+
+def _located(document: Document, files: dict[str, Path]) -> Document:
+    parts = tuple(
+        Picture(str(files[part.path])) if isinstance(part, Picture) else part
+        for part in document.parts
+    )
+    return dataclasses.replace(document, parts=parts)

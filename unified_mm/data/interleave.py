@@ -1,0 +1,342 @@
+"""Interleaved documents as rows of arrays: packing, layout, and few-shot documents.
+
+Images and texts lie in the sequence by group, all image slots and then all text, as everywhere;
+the order in the documents is in `position` and `segment` (Alayrac et al. 2022, arXiv:2204.14198,
+section 2.3, for text that reads the latest image before it).
+"""
+
+import zlib
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from unified_mm.data.documents import Document, Picture
+from unified_mm.data.manifest import names_sides
+from unified_mm.data.pipeline import Arrays, Preparer
+from unified_mm.data.records import Record, Text
+from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.modalities.image import ImageModality
+from unified_mm.modalities.text import TextModality
+
+_TRIED = 64  # rows that packing tries before it begins another
+_NO_DOCUMENT = -1  # of unused slots and tokens, so that they match no used ones
+_TIMES = 5  # few-shot rows a record, each with other examples before it
+
+
+@dataclass(frozen=True)
+class Row:
+    """One or more documents that share a row of a batch.
+
+    `directional` says that mirroring its images could make a text false although none says left
+    or right (`Manifest`s know it of whole data sets).
+    """
+
+    documents: tuple[Document, ...]
+    directional: bool = False
+
+    @cached_property
+    def mirrorable(self) -> bool:
+        """Whether its images may be flipped: not where any of its texts names a side."""
+        named = any(names_sides(document.texts) for document in self.documents)
+        return not self.directional and not named
+
+
+class PlacedImage(NamedTuple):
+    """An image in its slot."""
+
+    path: str
+    position: int
+    segment: int
+    document: int
+
+
+class PlacedToken(NamedTuple):
+    """A text token in the row."""
+
+    id: int
+    scored: bool
+    place: int
+    position: int
+    segment: int
+    document: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows of `slots` images (S) and `length` text tokens (T). Raises ValueError below 1.
+
+    In a document, `position` counts text tokens and images in their order, an image as one;
+    `place` counts its text tokens alone; the `segment` of the n-th image is n (from 1), that of
+    a text token the number of images before it; `document` is the number of the document in
+    its row. All but `segment` count from 0.
+    """
+
+    slots: int
+    length: int
+
+    def __post_init__(self):
+        if self.slots < 1 or self.length < 1:
+            raise ValueError(
+                f"a layout of {self.slots} images and {self.length} text tokens: a row needs at "
+                "least one of each"
+            )
+
+    def fill(
+        self, row: Row, tokenizer: TextTokenizer
+    ) -> tuple[list[PlacedImage], list[PlacedToken]]:
+        """The images and the text tokens of a row, in their order; at most S and T of them.
+
+        What does not fit is cut: a text at the end of the row (it has no `<eos>` then), an
+        image beyond the slots, and in either case everything that follows in the same document,
+        so that no text speaks of an image that is not there. Later documents of the row get
+        what room is left.
+        """
+        images: list[PlacedImage] = []
+        tokens: list[PlacedToken] = []
+        for number, document in enumerate(row.documents):
+            self._fill_in(number, document, tokenizer, images, tokens)
+        return images, tokens
+
+    def _fill_in(
+        self, number: int, document: Document, tokenizer: TextTokenizer,
+        images: list[PlacedImage], tokens: list[PlacedToken],
+    ) -> None:  # fmt: skip
+        """Appends a document's images and tokens until one does not fit."""
+        shown = written = 0  # of this document
+        for part in document.parts:
+            if isinstance(part, Picture):
+                if len(images) == self.slots:
+                    return
+                images.append(PlacedImage(part.path, shown + written, shown + 1, number))
+                shown += 1
+                continue
+            for id, scored in _encoded(part, tokenizer):
+                if len(tokens) == self.length:
+                    return
+                token = PlacedToken(id, scored, written, shown + written, shown, number)
+                tokens.append(token)
+                written += 1
+
+
+def measure(document: Document, tokenizer: TextTokenizer) -> tuple[int, int]:
+    """How many images and how many text tokens a document has, `<bos>` and `<eos>` included."""
+    tokens = sum(len(_encoded(text, tokenizer)) for text in document.texts)
+    return len(document.pictures), tokens
+
+
+@dataclass
+class _Begun:
+    """A row that is being packed, with the images and tokens that still fit."""
+
+    members: list[int]
+    images: int
+    tokens: int
+
+
+def pack(
+    lengths: Sequence[tuple[int, int]], slots: int, length: int, seed: int
+) -> list[tuple[int, ...]]:
+    """Which documents share a row: every one once, as a function of the arguments alone.
+
+    `lengths` are the images and the tokens of each document. First fit, in an order drawn by
+    `seed`; only the 64 rows begun last are tried, so the time grows as the number of documents.
+    A document that is too large for any row gets one of its own, where it is cut.
+    """
+    rows: list[_Begun] = []
+    tried: deque[_Begun] = deque(maxlen=_TRIED)  # beyond that, the earliest falls out
+    for i in _draws(seed, b"packing", 0).permutation(len(lengths)).tolist():
+        images, tokens = lengths[i]
+        row = next((r for r in tried if images <= r.images and tokens <= r.tokens), None)
+        if row is None:
+            row = _Begun([], slots, length)
+            rows.append(row)
+            tried.append(row)
+        row.members.append(i)
+        row.images -= images  # below zero after what is too large: then nothing more fits
+        row.tokens -= tokens
+    return [tuple(row.members) for row in rows]
+
+
+def packed_rows(
+    documents: Sequence[Document], tokenizer: TextTokenizer, layout: Layout, seed: int
+) -> list[Row]:
+    """The documents as rows, put together by `pack`."""
+    lengths = [measure(document, tokenizer) for document in documents]
+    packed = pack(lengths, layout.slots, layout.length, seed)
+    return [Row(tuple(documents[i] for i in members)) for members in packed]
+
+
+class FewShotRows(Sequence[Row]):
+    """Records as few-shot documents: `shots` other images with their texts, then one's own.
+
+    Usable are records with an image and a caption; with `questions`, with a question (a text
+    that has a prompt), and then those are the texts. Row j of 5n ends with the usable record
+    j % n; the other records (without replacement) and which text of each are drawn by Philox
+    from (seed, j) alone. Raises ValueError where fewer than `shots` + 1 records are usable.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], shots: int, seed: int, *, questions: bool = False
+    ):
+        self._examples = [e for e in (_example(r, questions) for r in records) if e is not None]
+        self._shots = shots
+        self._seed = seed
+        if shots < 0 or len(self._examples) <= shots:
+            kind = "a question" if questions else "a caption"
+            raise ValueError(
+                f"{shots} shots need at least {shots + 1} records with an image and {kind}, of "
+                f"{len(records)} there are {len(self._examples)}: ask for from 0 to "
+                f"{len(self._examples) - 1} shots"
+            )
+
+    def __len__(self) -> int:
+        return _TIMES * len(self._examples)
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  # no slices
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)} few-shot rows")
+        own = index % len(self._examples)
+        rng = _draws(self._seed, b"few shots", index)
+        others = rng.choice(len(self._examples) - 1, self._shots, replace=False)
+        chosen = [self._examples[other + (other >= own)] for other in others]
+        chosen.append(self._examples[own])
+        parts = [
+            part
+            for example in chosen
+            for part in (example.picture, example.texts[rng.integers(len(example.texts))])
+        ]
+        document = Document(chosen[-1].id, tuple(parts))
+        return Row((document,), directional=not all(example.mirrorable for example in chosen))
+
+
+class _Example(NamedTuple):
+    id: int | str
+    picture: Picture
+    texts: tuple[Text, ...]
+    mirrorable: bool
+
+
+def _example(record: Record, questions: bool) -> _Example | None:
+    texts = tuple(text for text in record.texts if bool(text.prompt) == questions)
+    if record.image is None or not texts:
+        return None
+    return _Example(record.id, Picture(record.image), texts, record.mirrorable)
+
+
+@dataclass(frozen=True)
+class InterleavedImages:
+    """Prepares the images of rows, in `layout.slots` slots (S) of the modality's size.
+
+    The text modality is there because where texts are cut, so are the images after them.
+    """
+
+    modality: ImageModality
+    text: TextModality
+    layout: Layout
+
+    def prepare(self, row: Row, rng: np.random.Generator | None) -> Arrays:
+        """`pixels` uint8 [S, size, size, 3], `present` bool [S], and int32 [S] each of
+        `position`, `segment` and `document` (see `Layout`); unused slots hold zeros, document -1.
+        """
+        images, _ = self.layout.fill(row, self.text.tokenizer)
+        arrays = self._arrays(images)
+        for slot, image in enumerate(images):
+            arrays["pixels"][slot] = self.modality.view(image.path, rng, row.mirrorable)
+        return arrays
+
+    def absent(self) -> Arrays:
+        return self._arrays([])
+
+    def _arrays(self, images: Sequence[PlacedImage]) -> Arrays:
+        """All arrays, the pixels black."""
+        slots, size = self.layout.slots, self.modality.size
+        return {
+            "pixels": np.zeros((slots, size, size, 3), np.uint8),
+            "present": np.arange(slots) < len(images),
+            **_where(images, slots),
+        }
+
+
+@dataclass(frozen=True)
+class InterleavedText:
+    """Prepares the texts of rows, in `layout.length` tokens (T)."""
+
+    modality: TextModality
+    layout: Layout
+
+    def prepare(self, row: Row, rng: np.random.Generator | None) -> Arrays:
+        """`ids` int32 [T], `valid` and `scored` bool [T], `prompted` (False) and `present` bool
+        [], and int32 [T] each of `place`, `position`, `segment` and `document` (see `Layout`);
+        unused tokens hold zeros, document -1. Nothing is drawn.
+        """
+        _, tokens = self.layout.fill(row, self.modality.tokenizer)
+        return self._arrays(tokens, present=True)
+
+    def absent(self) -> Arrays:
+        return self._arrays([], present=False)
+
+    def _arrays(self, tokens: Sequence[PlacedToken], present: bool) -> Arrays:
+        length = self.layout.length
+        return {
+            "ids": _column([token.id for token in tokens], length),
+            "valid": np.arange(length) < len(tokens),
+            "scored": _column([token.scored for token in tokens], length).astype(bool),
+            "place": _column([token.place for token in tokens], length),
+            **_where(tokens, length),
+            "prompted": np.array(False),
+            "present": np.array(present),
+        }
+
+
+def interleaved_preparers(
+    modalities: Mapping[str, Any], slots: int, length: int
+) -> dict[str, Preparer]:
+    """What `training_batches` and `evaluation_batches` need to read `Row`s.
+
+    Raises ValueError for other modalities than 'image' and 'text', and where a row is to hold
+    less than an image and a token.
+    """
+    kinds = {name: type(modality) for name, modality in modalities.items()}
+    if kinds != {"image": ImageModality, "text": TextModality}:
+        found = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+        raise ValueError(
+            "interleaved documents hold images and texts: model.modalities must be 'image' and "
+            f"'text' of those types, is {found or 'empty'}"
+        )
+    layout = Layout(slots, length)
+    image = InterleavedImages(modalities["image"], modalities["text"], layout)
+    text = InterleavedText(modalities["text"], layout)
+    return {"image": image, "text": text}
+
+
+def _encoded(text: Text, tokenizer: TextTokenizer) -> list[tuple[int, bool]]:
+    """`<bos> prompt target <eos>`, uncut: each token and whether it is scored."""
+    prompt = tokenizer.encode_prompt(text.prompt)
+    target = [*tokenizer.ids(text.target), tokenizer.eos_id]
+    return [(id, False) for id in prompt] + [(id, True) for id in target]
+
+
+def _where(items: Sequence[PlacedImage] | Sequence[PlacedToken], length: int) -> Arrays:
+    """What both kinds are told by to attention rules: int32 [length] each."""
+    return {
+        "position": _column([item.position for item in items], length),
+        "segment": _column([item.segment for item in items], length),
+        "document": _column([item.document for item in items], length, unused=_NO_DOCUMENT),
+    }
+
+
+def _column(values: Sequence[int], length: int, unused: int = 0) -> np.ndarray:
+    """int32 [length]: the values, then `unused`."""
+    column = np.full(length, unused, np.int32)
+    column[: len(values)] = values
+    return column
+
+
+def _draws(seed: int, stream: bytes, number: int) -> np.random.Generator:
+    # Streams are kept apart as the pipeline's are: by the key, and the counter's highest word.
+    key = np.array([seed, zlib.crc32(stream)], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, number]))

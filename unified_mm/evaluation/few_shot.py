@@ -1,0 +1,166 @@
+"""Few-shot scores: examples from the training data stand before what is asked.
+
+Alayrac et al. 2022 (Flamingo), section 3.4 and appendix A.2: a document of k images with their
+texts, then one more image, whose text the model writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from unified_mm.data.coco import Question
+from unified_mm.data.documents import Document, Part, Picture
+from unified_mm.data.interleave import Row, interleaved_preparers, measure
+from unified_mm.data.pipeline import evaluation_batches
+from unified_mm.data.records import Record, Text
+from unified_mm.evaluation import answers
+from unified_mm.evaluation.caption_scores import caption_scores
+from unified_mm.inference.predictor import Predictor
+
+_TOKENS_TOGETHER = 32  # rows are as long as a multiple of this, so that few shapes are compiled
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """What few-shot scores are taken with.
+
+    Attributes:
+      shots: how many examples come before, each number scored by itself.
+      support: training records that they are drawn from.
+      images: how many images of the split are scored, the first ones.
+      questions: and how many questions on them.
+      seed: of the draws.
+    """
+
+    shots: tuple[int, ...] = ()
+    support: Sequence[Record] = ()
+    images: int = 0
+    questions: int = 0
+    seed: int = 0
+
+
+def few_shot_scores(
+    predictor: Predictor,
+    records: Sequence[Record],
+    questions: Sequence[Question],
+    options: FewShot,
+    batch_size: int,
+) -> dict[str, float]:
+    """`few_shot/<k>/caption/...`, and `few_shot/<k>/answer/...` where there are questions.
+
+    Raises:
+      ValueError: fewer training records with a text of the kind than shots.
+    """
+    chosen = [record for record in records if record.image][: options.images]
+    by_id = {record.id: record for record in chosen}
+    asked = [each for each in questions if each.image_id in by_id][: options.questions]
+    scores: dict[str, float] = {}
+    for shots in options.shots:
+        written = write_after_shots(
+            predictor, [(record, "") for record in chosen], shots, options, batch_size
+        )
+        references = [[t.target for t in record.texts if not t.prompt] for record in chosen]
+        found = caption_scores(written, references)
+        scores |= {f"few_shot/{shots}/caption/{name}": value for name, value in found.items()}
+        if asked:
+            pairs = [(by_id[each.image_id], each.question) for each in asked]
+            written = write_after_shots(predictor, pairs, shots, options, batch_size)
+            found = answers.answer_scores(
+                written, [each.answers for each in asked], [each.question_type for each in asked]
+            )
+            scores |= {f"few_shot/{shots}/{name}": value for name, value in found.items()}
+    return scores
+
+
+def write_after_shots(
+    predictor: Predictor,
+    asked: Sequence[tuple[Record, str]],
+    shots: int,
+    options: FewShot,
+    batch_size: int,
+) -> list[str]:
+    """What the model writes about each image after its prompt, `shots` examples standing before.
+
+    The examples have a prompt where the one that is asked has.
+    """
+    draw = examples_by_kind(options.support)
+    rows = [
+        prompt_row(number, record, prompt, draw(bool(prompt)), shots, options.seed)
+        for number, (record, prompt) in enumerate(asked)
+    ]
+    text = predictor.task.modalities["text"]
+    longest = max(measure(row.documents[0], text.tokenizer)[1] for row in rows)
+    length = -(-longest // _TOKENS_TOGETHER) * _TOKENS_TOGETHER
+    room = text.length - 1
+    written: list[str] = []
+    for batch in _batches(predictor, rows, shots + 1, length, batch_size):
+        beginning = {**batch, "text": without_answer(batch["text"])}
+        most = np.full(batch_size, room)
+        if text.embedding.learned_positions:
+            used = beginning["text"]["valid"].sum(1)
+            most = np.minimum(most, text.embedding.places - used)
+        written += predictor.continue_text(beginning, most, room)
+    return written[: len(rows)]
+
+
+def examples_by_kind(
+    support: Sequence[Record],
+) -> Callable[[bool], list[tuple[Picture, tuple[Text, ...]]]]:
+    """Images with their captions, or with their questions and answers."""
+
+    def of_kind(prompted: bool) -> list[tuple[Picture, tuple[Text, ...]]]:
+        found = []
+        for record in support:
+            texts = tuple(text for text in record.texts if bool(text.prompt) == prompted)
+            if record.image and texts:
+                found.append((Picture(record.image), texts))
+        return found
+
+    known = {False: of_kind(False), True: of_kind(True)}
+    return known.__getitem__
+
+
+def prompt_row(
+    number: int,
+    record: Record,
+    prompt: str,
+    examples: Sequence[tuple[Picture, tuple[Text, ...]]],
+    shots: int,
+    seed: int,
+) -> Row:
+    """A document of examples drawn by (seed, number), then the image and its prompt."""
+    if len(examples) < shots:
+        kind = "question" if prompt else "caption"
+        raise ValueError(
+            f"evaluation.shots={shots}: only {len(examples)} training images have a {kind}"
+        )
+    rng = np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
+    parts: list[Part] = []
+    for index in rng.choice(len(examples), shots, replace=False):
+        picture, texts = examples[index]
+        parts += [picture, texts[rng.integers(len(texts))]]
+    assert record.image is not None
+    parts += [Picture(record.image), Text(prompt, "")]
+    return Row((Document(record.id, tuple(parts)),))
+
+
+def without_answer(text: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The text up to its last token that is not scored: there the answer begins."""
+    given = text["valid"] & ~text["scored"]
+    places = np.arange(given.shape[1])
+    last = np.where(given, places, 0).max(1)
+    return {**text, "valid": text["valid"] & (places <= last[:, None])}
+
+
+def _batches(
+    predictor: Predictor, rows: Sequence[Row], slots: int, length: int, batch_size: int
+) -> Iterator[Any]:
+    preparers = interleaved_preparers(predictor.task.modalities, slots, length)
+    batches = evaluation_batches(rows, preparers, batch_size=batch_size)
+    with closing(batches):  # type: ignore[type-var]
+        yield from batches

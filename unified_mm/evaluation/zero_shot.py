@@ -1,0 +1,296 @@
+"""Zero-shot classification: images against the names of their classes.
+
+Radford et al. 2021 (CLIP), section 3.1. A folder of classes:
+
+    golden_retriever/*.jpg   the class "golden retriever"; images may lie at any depth
+    tabby-cat/part/*.png     the class "tabby cat"
+
+Letters: ``I`` images, ``C`` classes, ``E`` width of the embeddings.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from unified_mm.data.images import ImageError
+from unified_mm.data.records import Problem
+from unified_mm.evaluation import retrieval
+from unified_mm.inference.classes import TEMPLATES, check_finite, class_embeddings, filled
+from unified_mm.inference.loaded import BATCH, LoadedModel
+from unified_mm.objectives.contrastive import Contrastive
+
+ACCURACY_AT = (1, 5)
+# What is taken for an image by its name; other files are counted and otherwise passed over.
+SUFFIXES = frozenset(
+    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
+)
+_NAMED = 10  # files named in an error
+
+
+@dataclass(frozen=True)
+class ClassFolder:
+    """Images by class, in the order of their names.
+
+    Attributes:
+      classes: what the classes are called in words.
+      files: images, class by class; `class_of_file` holds each one's place in `classes`.
+      others: how many files are no images by their suffix, or lie outside the classes.
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+    files: tuple[Path, ...]
+    class_of_file: tuple[int, ...]
+    others: int
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Scores and chance by their fixed names.
+
+    Attributes:
+      images: how many were scored; `problems` names those left out.
+      texts, texts_cut: how many sentences stood for the classes, and how many of them were longer
+        than the model reads.
+    """
+
+    scores: dict[str, float]
+    chance: dict[str, float]
+    images: int
+    problems: tuple[Problem, ...]
+    texts: int
+    texts_cut: int
+
+
+def read_class_folder(folder: str | os.PathLike[str]) -> ClassFolder:
+    """The images below the folder's directories, each of which is a class; nothing is decoded.
+
+    Underscores and hyphens of a directory's name become spaces. Whatever begins with a dot is
+    passed over.
+
+    Raises:
+      FileNotFoundError: no such folder, no directory in it, or one without an image.
+      ValueError: one class alone, names that come to the same words or to none, or that are not
+        UTF-8.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise FileNotFoundError(f"the folder of classes {path} is no folder")
+    there = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    directories = [entry for entry in there if entry.is_dir()]
+    if not directories:
+        raise FileNotFoundError(
+            f"{path} holds no directories: images must lie in one directory per class, named "
+            "like the class"
+        )
+    if len(directories) == 1:
+        raise ValueError(f"{path} holds one class alone, {directories[0].name}: none to choose")
+    classes = class_names(directories)
+    files: list[Path] = []
+    class_of_file: list[int] = []
+    others = len(there) - len(directories)
+    for number, directory in enumerate(directories):
+        found = list(_files(directory))
+        images = [file for file in found if file.suffix.lower() in SUFFIXES]
+        if not images:
+            raise FileNotFoundError(
+                f"the class {directory} holds no image ({', '.join(sorted(SUFFIXES))}); remove "
+                "its directory or put images into it"
+            )
+        files += images
+        class_of_file += [number] * len(images)
+        others += len(found) - len(images)
+    return ClassFolder(path, classes, tuple(files), tuple(class_of_file), others)
+
+
+def class_names(directories: Sequence[Path]) -> tuple[str, ...]:
+    """What each directory's class is called. Raises ValueError for names that cannot be told."""
+    known: dict[str, Path] = {}
+    names = []
+    for directory in directories:
+        name = " ".join(directory.name.replace("_", " ").replace("-", " ").split())
+        if not name or _shown(directory.name) != directory.name:
+            raise ValueError(f"the class directory {_shown(directory)} has no name in words")
+        # Our tokenizers lower-case: what they make equal no model can tell apart.
+        earlier = known.setdefault(name.lower(), directory)
+        if earlier is not directory:
+            raise ValueError(
+                f"the classes {earlier.name} and {directory.name} in {directory.parent} are both "
+                f"called {name.lower()!r}: rename one of them"
+            )
+        names.append(name)
+    return tuple(names)
+
+
+def classify_folder(
+    model: LoadedModel,
+    folder: ClassFolder,
+    *,
+    templates: Sequence[str] = TEMPLATES,
+    max_bad_share: float = 0.05,
+) -> ZeroShot:
+    """Accuracies of a model that knows the classes by name alone.
+
+    Images are read and embedded a batch at a time; those that cannot be read are left out.
+
+    Raises:
+      ValueError: a model without contrast of image and text, a wrong template, embeddings that
+        are not finite, more than `max_bad_share` of the images unreadable, or a whole class.
+    """
+    check_classifies(model)
+    if not 0 <= max_bad_share <= 1:
+        raise ValueError(f"max_bad_share={max_bad_share}: must be a share in [0, 1]")
+    classes = class_embeddings(model.embed_texts, folder.classes, templates)
+    parts, kept, problems = [], [], []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in _progress(range(0, len(folder.files), BATCH)):
+            files = folder.files[start : start + BATCH]
+            views = list(pool.map(lambda file: _view(model, file), files))
+            problems += [
+                Problem(_shown(file.relative_to(folder.path)), view, "left out")
+                for file, view in zip(files, views, strict=True)
+                if isinstance(view, str)
+            ]
+            _refuse_bad(problems, folder, max_bad_share)
+            read = [i for i, view in enumerate(views) if not isinstance(view, str)]
+            if read:
+                embedded = model.embed_images([views[i] for i in read])
+                check_finite(embedded, [_shown(files[i]) for i in read])
+                parts.append(embedded)
+                kept += [start + i for i in read]
+    labels = np.array(folder.class_of_file)[kept]
+    _refuse_empty(labels, folder)
+    texts = filled(templates, folder.classes)
+    return ZeroShot(
+        zero_shot_scores(np.concatenate(parts), classes, labels, folder.classes),
+        chance(folder.classes),
+        len(kept),
+        tuple(problems),
+        len(texts),
+        sum(_is_cut(model, text) for text in texts),
+    )
+
+
+def check_classifies(model: LoadedModel) -> None:
+    """Raises ValueError unless the model embeds images and texts in one space."""
+    objectives = model.task.objectives
+    contrasts = [each for each in objectives if isinstance(each, Contrastive)]
+    # The first one is what `Predictor` embeds with.
+    if not contrasts or contrasts[0].between != "image":
+        trained = ", ".join(objective.name for objective in objectives)
+        raise ValueError(
+            f"this run cannot classify images: it was trained on {trained}, and classification "
+            "needs contrast between image and text"
+        )
+
+
+def zero_shot_scores(
+    images: Float[np.ndarray, "I E"],
+    classes: Float[np.ndarray, "C E"],
+    class_of_image: Int[np.ndarray, " I"],
+    names: Sequence[str],
+) -> dict[str, float]:
+    """Shares of images whose class is among the nearest, by inner product.
+
+    A class that scores as high as the right one counts as nearer (see `retrieval.ranks`).
+
+    Args:
+      images: image embeddings [I, E].
+      classes: class embeddings [C, E].
+      class_of_image: index of each image's class [I]; every class has an image.
+      names: of the classes.
+
+    Returns:
+      ``zero_shot/accuracy_at_1``, ``zero_shot/accuracy_at_5`` where there are over 5 classes,
+      ``zero_shot/mean_per_class`` (every class counts alike, however many images it has) and for
+      each class ``zero_shot/accuracy/<class>``.
+
+    Raises:
+      ValueError: embeddings that are not finite, no image, or an index out of range.
+    """
+    # Of the class for the image: what retrieval calls the image of a text.
+    rank = retrieval.ranks(classes, images, class_of_image).text_to_image
+    by_class = [float(np.mean(rank[class_of_image == i] <= 1)) for i in range(len(names))]
+    return _named({k: float(np.mean(rank <= k)) for k in _places(names)}, by_class, names)
+
+
+def chance(names: Sequence[str]) -> dict[str, float]:
+    """What guessing scores on average, under the names of `zero_shot_scores`."""
+    count = len(names)
+    return _named({k: k / count for k in _places(names)}, [1 / count] * count, names)
+
+
+def _places(names: Sequence[str]) -> list[int]:
+    return [k for k in ACCURACY_AT if k == 1 or len(names) > k]
+
+
+def _named(
+    overall: dict[int, float], by_class: list[float], names: Sequence[str]
+) -> dict[str, float]:
+    return {
+        **{f"zero_shot/accuracy_at_{k}": value for k, value in overall.items()},
+        "zero_shot/mean_per_class": float(np.mean(by_class)),
+        **{f"zero_shot/accuracy/{name}": value for name, value in zip(names, by_class)},
+    }
+
+
+def _is_cut(model: LoadedModel, text: str) -> bool:
+    """Whether a text and the token that ends it are longer than the model reads."""
+    return len(model.task.tokenizer.encode_prompt(text)) >= model.task.modalities["text"].length
+
+
+def _view(model: LoadedModel, file: Path) -> np.ndarray | str:
+    """What the model sees of a file, or what is wrong with it."""
+    try:
+        return model.view(file)
+    except ImageError as error:
+        return error.what
+    except OSError as error:
+        return f"unreadable: {error.strerror or 'no file'}"
+
+
+def _refuse_bad(problems: list[Problem], folder: ClassFolder, max_bad_share: float) -> None:
+    bad, listed = len(problems), len(folder.files)
+    if bad <= max_bad_share * listed:
+        return
+    first = ", ".join(f"{p.file} ({p.what})" for p in problems[:_NAMED])
+    raise ValueError(
+        f"at least {bad} of the {listed} images in {folder.path} are bad ({bad / listed:.1%}, "
+        f"allowed are {max_bad_share:.1%}), first {first}. Mend or remove them, or raise "
+        "--max_bad_share"
+    )
+
+
+def _refuse_empty(labels: Int[np.ndarray, " I"], folder: ClassFolder) -> None:
+    empty = sorted(set(range(len(folder.classes))) - set(labels.tolist()))
+    if empty:
+        names = ", ".join(folder.classes[i] for i in empty[:_NAMED])
+        raise ValueError(
+            f"{len(empty)} of the {len(folder.classes)} classes in {folder.path} have no image "
+            f"that can be read: {names}"
+        )
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """Every file below, by name, without hidden ones; links to directories are not followed."""
+    for place, directories, names in os.walk(directory):
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _progress(steps: range) -> Iterator[int]:
+    from tqdm import tqdm
+
+    yield from tqdm(steps, "classifying", unit="batch", disable=None)
+
+
+def _shown(path: str | Path) -> str:
+    """A path as text that can be printed, whatever bytes its name has."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

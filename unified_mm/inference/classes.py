@@ -1,0 +1,80 @@
+"""Classes by name: a class is the mean direction of its name in several sentences.
+
+Radford et al. 2021 (CLIP), section 3.1.4.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+TEMPLATES = (
+    "{}",
+    "a photo of a {}.",
+    "a picture of the {}.",
+    "a {} seen from close by.",
+    "a {} seen from afar.",
+    "there is a {} in the picture.",
+)
+
+
+def class_embeddings(
+    embed_texts: Callable[[Sequence[str]], np.ndarray],
+    classes: Sequence[str],
+    templates: Sequence[str] = TEMPLATES,
+) -> Float[np.ndarray, "C E"]:
+    """Unit vectors of classes, float32: each class's filled templates averaged, renormalised.
+
+    Args:
+      embed_texts: N texts -> unit vectors [N, E].
+      classes: the name of each class, as it is put into the templates.
+      templates: sentences with one `{}`.
+
+    Raises:
+      ValueError: no class, no template, a template without one plain `{}`, or embeddings that are
+        not finite or cancel out.
+    """
+    if not classes:
+        raise ValueError("no class is named: give one name per class")
+    vectors = embed_texts(filled(templates, classes))
+    mean = vectors.reshape(len(classes), len(templates), -1).mean(1, dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):  # the check names what came of it
+        mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+    check_finite(mean, [f"class {name!r}" for name in classes])
+    return mean.astype(np.float32)
+
+
+def filled(templates: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """Every template with every name, class by class. Raises ValueError for a wrong template."""
+    if not templates:
+        raise ValueError("no template is given: '{}' is the name alone")
+    for template in templates:
+        check_template(template)
+    return [template.format(name) for name in classes for template in templates]
+
+
+def check_template(template: str) -> None:
+    """Raises ValueError unless the template has one `{}` and no other field."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"the template {template!r} is not well formed: {error}") from error
+    fields = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
+    if fields != [("", "", None)]:
+        raise ValueError(
+            f"the template {template!r} must have the class's place, {{}}, once and no other "
+            "field, such as 'a photo of a {}.'"
+        )
+
+
+def check_finite(embeddings: Float[np.ndarray, "R E"], names: Sequence[str]) -> None:
+    """Raises ValueError that says how many rows are not finite, and the first one's name."""
+    bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"{len(bad)} of {len(embeddings)} embeddings are not finite (first: {names[bad[0]]}): "
+            "similarities would mean nothing. Look for a diverged run or a bad input"
+        )

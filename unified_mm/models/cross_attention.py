@@ -1,0 +1,149 @@
+"""Attention to a memory: gated layers in a language model (Alayrac et al. 2022, section 3.1.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from unified_mm.modalities.tokens import TokenMetadata
+from unified_mm.models.attention import KeysValues, attend, into_heads, out_of_heads
+from unified_mm.models.feed_forward import make_mlp
+from unified_mm.models.masks import Visibility, block_calls, block_mask
+from unified_mm.models.options import TransformerOptions
+from unified_mm.parallel.layers import Norm, partitioned
+
+GATE = {"tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid}
+
+
+@struct.dataclass
+class Memory:
+    """What cross-attention looks at: features of the context, or their keys and values.
+
+    Attributes:
+      features: [B, M, D'], or None once every layer's keys and values are known.
+      layers: keys and values of each cross layer, each [periods, B, M, H, A], or None.
+      metadata: of the M features.
+    """
+
+    features: Any
+    layers: Any
+    metadata: TokenMetadata
+
+    @property
+    def length(self) -> int:
+        """M."""
+        return int(self.metadata.valid.shape[1])
+
+    def select(self, rows: Array) -> Memory:
+        """The examples `rows` [B'] of the batch."""
+        return Memory(
+            features=None if self.features is None else self.features[rows],
+            layers=jax.tree.map(lambda x: x[:, rows], self.layers),
+            metadata=jax.tree.map(lambda x: x[rows], self.metadata),
+        )
+
+
+@struct.dataclass
+class CrossPlan:
+    """Which queries look, and at what; the same for each cross layer of a pass.
+
+    Attributes:
+      features: [B, M, D'], or None where keys and values are cached.
+      masks: bool [B, Q', M] for each run of queries that look.
+      looking: those runs, slices of the Q queries; static. All others get zero.
+    """
+
+    features: Any
+    masks: tuple[Any, ...]
+    looking: tuple[tuple[int, int], ...] = struct.field(pytree_node=False)
+
+
+def plan_cross_attention(
+    visibility: Visibility, queries: TokenMetadata, memory: Memory
+) -> CrossPlan:
+    """Who looks at the memory: by the same rules as within one sequence."""
+    calls = block_calls(visibility, queries.groups, memory.metadata.groups)
+    calls = tuple(call for call in calls if call.keys)
+    width = memory.metadata.valid.shape[1]
+    masks = []
+    for call in calls:
+        # The features that this run sees, at their places among all.
+        mask = jnp.zeros((memory.metadata.valid.shape[0], call.queries[1] - call.queries[0], width))
+        part, start = block_mask(call, queries, memory.metadata), 0
+        for low, high, _ in call.keys:
+            mask = mask.at[:, :, low:high].set(part[:, :, start : start + high - low])
+            start += high - low
+        masks.append(mask.astype(bool))
+    return CrossPlan(memory.features, tuple(masks), tuple(call.queries for call in calls))
+
+
+class GatedCrossLayer(nn.Module):
+    """h + g(a) * attention(h, V), then the same with the feed-forward (the paper's figure 4).
+
+    No projection has a bias, so a token that sees nothing gets exactly zero from the attention.
+    """
+
+    options: TransformerOptions
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B Q D"], plan: CrossPlan, cached: KeysValues | None
+    ) -> tuple[Float[Array, "B Q D"], KeysValues]:
+        o = self.options
+        norm = Norm(o.norm, o.norm_epsilon, o.dtype, name="attention_norm")
+        y, kept = CrossAttention(o, name="attention")(norm(x), plan, cached)
+        x = x + self._gate("attention_gate", x.shape[-1]) * y
+        norm = Norm(o.norm, o.norm_epsilon, o.dtype, name="feed_forward_norm")
+        y = make_mlp(o, name="feed_forward", use_bias=False)(norm(x))
+        return x + self._gate("feed_forward_gate", x.shape[-1]) * y, kept
+
+    def _gate(self, name: str, width: int) -> Float[Array, "#D"]:
+        cross = self.options.cross
+        axis = "embed" if cross.shape == "channel" else None
+        size = width if cross.shape == "channel" else 1
+        start = partitioned(nn.initializers.constant(cross.start), axis)
+        return GATE[cross.gate](self.param(name, start, (size,))).astype(self.options.dtype)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries to a memory; what sees nothing gets zero."""
+
+    options: TransformerOptions
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B Q D"], plan: CrossPlan, cached: KeysValues | None
+    ) -> tuple[Float[Array, "B Q D"], KeysValues]:
+        o = self.options
+        query = into_heads(o.heads, o, False, "query")(x)
+        if cached is None:
+            key = into_heads(o.of_keys, o, False, "key")(plan.features)
+            value = into_heads(o.of_keys, o, False, "value")(plan.features)
+            if o.cross.query_key_norm:
+                key = head_norm("key_norm", o)(key)
+        else:
+            key, value = cached
+        if o.cross.query_key_norm:
+            query = head_norm("query_norm", o)(query)
+        seen = jnp.zeros_like(query)
+        for (start, stop), mask in zip(plan.looking, plan.masks, strict=True):
+            part = attend(query[:, start:stop], key, value, mask)
+            seen = seen.at[:, start:stop].set(blind_to_zero(part, mask))
+        return out_of_heads(x.shape[-1], o, False, "output")(seen), (key, value)
+
+
+def head_norm(name: str, options: TransformerOptions, kind: str = "rms") -> Norm:
+    """A norm over the width of each head."""
+    return Norm(kind, options.norm_epsilon, options.dtype, axis=None, name=name)
+
+
+def blind_to_zero(
+    x: Float[Array, "B Q H A"], mask: Bool[Array, "B Q K"]
+) -> Float[Array, "B Q H A"]:
+    """Zero where a query sees nothing (a softmax over nothing is uniform, and would leak)."""
+    return jnp.where(mask.any(-1)[:, :, None, None], x, 0)

@@ -1,0 +1,116 @@
+"""Early fusion: one transformer over one sequence, [context | text | text ...]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from unified_mm.modalities.tokens import Tokens, concatenate, spans, take, together
+from unified_mm.models.attention import Cache, plan_attention
+from unified_mm.models.masks import Stream, Visibility, plan_passes
+from unified_mm.models.unified import (
+    Batch,
+    Encoded,
+    UnifiedModel,
+    text_group,
+    valid_by_name,
+)
+
+
+class EarlyFusion(UnifiedModel):
+    """Every modality as tokens of one transformer, read under attention rules."""
+
+    abilities: ClassVar[frozenset[str]] = frozenset({"contrastive", "captioning", "matching"})
+
+    def embed_context(self, batch: Batch) -> list[Tokens]:
+        """Tokens of each context modality, before any layer, in sequence order."""
+        parts: list[Tokens] = []
+        for name in self.context_names:
+            tokens = self.embed_apart(name, batch[name])
+            before = _length(parts)
+            parts.append(together(tokens.embeddings, tokens.metadata, batch[name], before))
+        return parts
+
+    def encode(
+        self, batch: Batch, streams: Sequence[Stream], *, deterministic: bool = True
+    ) -> dict[str, Encoded]:
+        encoded: dict[str, Encoded] = {}
+        for sharing in plan_passes(streams, self.context_names):
+            context = self.embed_context(batch)
+            after = _length(context)
+            texts = [self.embed_text(batch["text"], stream.name, after) for stream in sharing]
+            encoded |= self.encode_together(context, texts, sharing, deterministic=deterministic)
+        return encoded
+
+    def encode_together(
+        self,
+        context: Sequence[Tokens],
+        texts: Sequence[Tokens],
+        streams: Sequence[Stream],
+        *,
+        keep: int | None = None,
+        deterministic: bool = True,
+    ) -> dict[str, Encoded]:
+        """One pass over [context | text | text ...], the texts named as their streams.
+
+        The cache that comes back holds the first `keep` tokens, by default the context.
+        """
+        tokens = concatenate([*context, *texts])
+        keep = _length(context) if keep is None else keep
+        plan = plan_attention(
+            Visibility(tuple(streams)), tokens.metadata, tokens.metadata, keep=(0, keep)
+        )
+        x, layers = self.transformer(tokens.embeddings, plan, deterministic=deterministic)
+        where = spans(tokens.metadata.groups)
+        names = [part.metadata.groups[0].name for part in context]
+        kept = [group.name for group in tokens.metadata.groups if where[group.name].stop <= keep]
+        cache = Cache(layers, take(tokens.metadata, kept), jnp.array(keep, jnp.int32))
+        valid = valid_by_name(tokens.metadata)
+        written = {part.metadata.groups[0].name for part in texts}
+        return {
+            stream.name: Encoded(
+                text=x[:, where[stream.name]] if stream.name in written else None,
+                context={name: x[:, where[name]] for name in names},
+                context_valid={name: valid[name] for name in names},
+                cache=cache,
+                rule=stream.resolved(),
+            )
+            for stream in streams
+        }
+
+    def read_context(self, batch: Batch, stream: Stream) -> Encoded:
+        return self.encode_together(self.embed_context(batch), (), (stream,))[stream.name]
+
+    def read_text(self, text: Mapping[str, Array], stream: Stream) -> Float[Array, "B T D"]:
+        tokens = self.embed_text(text, stream.name)
+        return self.encode_together((), (tokens,), (stream,))[stream.name].text
+
+    def prefill(
+        self, batch: Batch, stream: Stream, room: int
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        context = self.embed_context(batch)
+        text = self.embed_text(batch["text"], stream.name, _length(context))
+        keep = _length([*context, text])
+        encoded = self.encode_together(context, (text,), (stream,), keep=keep)[stream.name]
+        assert encoded.cache is not None
+        return encoded.text, encoded.cache.reserve(text_group(stream, room))
+
+    def extend(
+        self,
+        cache: Cache,
+        text: Mapping[str, Array],
+        stream: Stream,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        groups = cache.metadata.groups
+        after = sum(group.length for group in groups if group.name != stream.name)
+        tokens = self.embed_text(text, stream.name, after)
+        return self.write_on(cache, tokens, stream, None, deterministic)
+
+
+def _length(parts: Sequence[Tokens]) -> int:
+    return sum(part.embeddings.shape[1] for part in parts)

@@ -1,0 +1,66 @@
+"""What each fusion costs: parameters and FLOPs, for comparisons at equal cost.
+
+    python -m unified_mm.sizes --config=configs/coco.py
+    python -m unified_mm.sizes --config=configs/coco.py --config.model.budget=1e9
+
+Each row is the config with that fusion and the objectives it can serve; with a budget, each is made
+as wide (or deep) as that allows. One line of JSON comes last.
+"""
+
+from __future__ import annotations
+
+import json
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from unified_mm.commands import exit_code, say
+from unified_mm.config import Config
+from unified_mm.models.unified import FUSIONS
+from unified_mm.recipes import parse_flags, resolve, serve_what_can_be
+from unified_mm.training.sizes import fit_to_budget, measure_sizes
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/coco.py", "The recipe to measure.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"not a flag: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
+    raise SystemExit(exit_code(table, interrupted="interrupted"))
+
+
+def table() -> int:
+    """Prints a row for each fusion."""
+    asked = resolve(CONFIG.value, flags.FLAGS["config"], say)
+    rows = []
+    head = ("fusion", "width", "layers", "parameters", "active", "FLOPs/example", "FLOPs/token")
+    say("{:<24}{:>7}{:>8}{:>14}{:>14}{:>16}{:>14}".format(*head))
+    for fusion in FUSIONS:
+        config = ConfigDict(asked.to_dict())
+        config.model.fusion = fusion
+        config = fit_to_budget(serve_what_can_be(config, (), lambda _: None))
+        sizes = measure_sizes(Config(config.to_dict()))
+        token = "" if sizes.token_flops is None else f"{sizes.token_flops:,}"
+        say(
+            f"{fusion:<24}{config.model.width:>7}{config.model.layers:>8}{sizes.total:>14,}"
+            f"{sizes.active:>14,}{sizes.training_flops:>16,}{token:>14}"
+        )
+        rows.append(
+            {
+                "fusion": fusion,
+                "width": config.model.width,
+                "layers": config.model.layers,
+                "parameters": sizes.total,
+                "active_parameters": sizes.active,
+                "training_flops": sizes.training_flops,
+                "token_flops": sizes.token_flops,
+                "by_part": dict(sizes.parameters),
+            }
+        )
+    say(json.dumps(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,182 @@
+"""Phases of training: what is learned, on what, and by which rules, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from unified_mm.config import Config
+from unified_mm.data.documents import read_documents
+from unified_mm.data.interleave import FewShotRows, Layout, interleaved_preparers, packed_rows
+from unified_mm.data.records import Manifest
+from unified_mm.objectives.objective import weighted
+from unified_mm.objectives.task import Task
+from unified_mm.training.optimizer import Optimizer, make_optimizer
+from unified_mm.training.state import TrainState, state_of_phase
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a phase reads: examples, how they become arrays, and a hash of what they hold."""
+
+    examples: Sequence[Any]
+    preparers: Mapping[str, Any]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training, from after step `start` to `stop`.
+
+    Attributes:
+      batch_size, micro_batches: examples a step, and the parts they are worked off in.
+      task: with the objectives that count in it.
+      rows: what it reads.
+      optimizer: for what it trains.
+      abstract: shapes, types and shardings of its state.
+      enter: the state of the phase before, or the first one, as this one's begin.
+    """
+
+    name: str
+    start: int
+    stop: int
+    batch_size: int
+    micro_batches: int
+    task: Task
+    rows: Rows
+    optimizer: Optimizer
+    abstract: TrainState
+    enter: Callable[[TrainState], TrainState]
+
+
+def phase_options(config: Config) -> dict[str, Any]:
+    """The phases of a config by name: `steps`, `data`, `objectives`, `train`.
+
+    Raises:
+      ValueError: steps that do not add up, or are none.
+    """
+    phases = config.train.phases
+    if not phases:
+        plain = {"steps": config.train.steps, "data": "pairs", "objectives": {}, "train": {}}
+        return {"all": Config(plain)}
+    found = {name: phases[name] for name in sorted(phases)}
+    for name, options in found.items():
+        if options.steps < 1:
+            raise ValueError(f"train.phases.{name}.steps={options.steps}: must be at least 1")
+    total = sum(options.steps for options in found.values())
+    if config.train.steps != total:
+        raise ValueError(
+            f"train.steps={config.train.steps}, but train.phases have {total} steps together: "
+            "set train.steps to their sum"
+        )
+    return found
+
+
+def build_phases(
+    config: Config, task: Task, train: Manifest, abstract: TrainState, mesh: Mesh
+) -> tuple[Phase, ...]:
+    """Everything that each phase needs.
+
+    Args:
+      config: of the run.
+      task: with every objective that any phase has.
+      train: the pairs.
+      abstract: a state's shapes and shardings, its optimizer apart.
+      mesh: of all of them.
+
+    Raises:
+      ValueError: objectives, data or rules that there are not.
+    """
+    phases = []
+    start = 0
+    for name, options in phase_options(config).items():
+        train_options = config.train.changed(options.train)
+        check_batch(train_options, mesh)
+        optimizer = make_optimizer(train_options, options.steps, abstract.params, start)
+        state, enter = state_of_phase(abstract, optimizer, mesh)
+        objectives = weighted(task.objectives, options.objectives, f"train.phases.{name}")
+        phases.append(
+            Phase(
+                name=name,
+                start=start,
+                stop=start + options.steps,
+                batch_size=train_options.batch_size,
+                micro_batches=train_options.micro_batches,
+                task=replace(task, objectives=objectives),
+                rows=phase_rows(config, task, train, options.data, name),
+                optimizer=optimizer,
+                abstract=state,
+                enter=enter,
+            )
+        )
+        start += options.steps
+    return tuple(phases)
+
+
+def check_batch(options: Config, mesh: Mesh) -> None:
+    """Batches spread evenly over devices and micro-batches.
+
+    Raises:
+      ValueError: with the numbers.
+    """
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name in ("batch_size", "micro_batches"):
+        if options[name] < 1:
+            raise ValueError(f"train.{name}={options[name]}: must be at least 1")
+    if options.batch_size % (rows * options.micro_batches):
+        raise ValueError(
+            f"train.batch_size={options.batch_size} is not divided by mesh.data x mesh.fsdp "
+            f"({rows}) x train.micro_batches ({options.micro_batches})"
+        )
+
+
+def phase_rows(config: Config, task: Task, train: Manifest, kind: str, name: str) -> Rows:
+    """The examples of a phase."""
+    if kind == "pairs":
+        return Rows(train.records, task.modalities, train.fingerprint)
+    if kind == "text":
+        blind = tuple(replace(record, image=None) for record in train.records if record.texts)
+        return Rows(blind, task.modalities, train.fingerprint)
+    if kind != "documents":
+        raise ValueError(
+            f"train.phases.{name}.data={kind!r}: must be 'pairs', 'text' or 'documents'"
+        )
+    options = config.data.documents
+    preparers = interleaved_preparers(task.modalities, options.images, options.length)
+    check_places(task, options.length)
+    if options.file:
+        documents = read_documents(options.file, max_bad_share=config.data.max_bad_share)
+        layout = Layout(options.images, options.length)
+        rows = packed_rows(documents.documents, task.tokenizer, layout, config.seed)
+        return Rows(rows, preparers, documents.fingerprint)
+    if options.images <= options.shots:
+        raise ValueError(
+            f"data.documents.images={options.images} slots cannot hold {options.shots} examples "
+            "and the image that follows them: set it to at least data.documents.shots + 1"
+        )
+    shots = FewShotRows(
+        train.records, options.shots, config.seed, questions=options.questions
+    )
+    return Rows(shots, preparers, train.fingerprint)
+
+
+def check_places(task: Task, length: int) -> None:
+    """A document's text may be as long as its row."""
+    embedding = task.modalities["text"].embedding
+    if embedding.learned_positions and length > embedding.places:
+        raise ValueError(
+            f"data.documents.length={length} text tokens, but the model learns "
+            f"{embedding.places} positions: set model.modalities.text.places to at least {length}"
+        )
+
+
+def example_batch(rows: Rows, size: int) -> dict[str, dict[str, Any]]:
+    """A batch [size, ...] of absent examples: the right keys, shapes and types."""
+    return {
+        name: jax.tree.map(lambda leaf: leaf[None].repeat(size, 0), preparer.absent())
+        for name, preparer in rows.preparers.items()
+    }

@@ -1,0 +1,171 @@
+"""What a config costs, before any data is read: parameters and floating-point operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tokenizers
+from ml_collections import ConfigDict
+
+from unified_mm.config import Config
+from unified_mm.data.text_tokenizer import BOS, EOS, PAD, TextTokenizer
+from unified_mm.modalities.tokens import PLACEMENT
+from unified_mm.objectives.captioning import Captioning
+from unified_mm.objectives.task import Task, build_task, parameter_counts
+from unified_mm.parallel.flops import matmul_flops
+from unified_mm.parallel.sharding import without_names
+
+ROWS = 8  # examples that FLOPs are counted on
+BY = ("width", "layers")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What one model costs; FLOPs are those of matrix products, a multiply-add being two.
+
+    Attributes:
+      parameters: by part.
+      active: parameters that every example goes through (all of them without experts).
+      training_flops: of an example, forward and backward.
+      token_flops: of one generated token at the end of a text, None where none can be written.
+    """
+
+    parameters: Mapping[str, int]
+    active: int
+    training_flops: int
+    token_flops: int | None
+
+    @property
+    def total(self) -> int:
+        return sum(self.parameters.values())
+
+
+def measure_sizes(config: Config) -> Sizes:
+    """The sizes of a config; its tokenizer is taken to be as large as it may become.
+
+    Raises:
+      ValueError: a config that no task can be built of.
+    """
+    task = build_task(config, stand_in_tokenizer(config.data.vocabulary_size))
+    params = without_names(jax.eval_shape(task.init, jax.random.key(0)))
+    counts = parameter_counts(params)
+    return Sizes(
+        parameters=counts,
+        active=sum(counts.values()),
+        training_flops=3 * forward_flops(task, params) // ROWS,
+        token_flops=token_flops(task, params),
+    )
+
+
+def forward_flops(task: Task, params: Any) -> int:
+    """Of all objectives on `ROWS` examples."""
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, task.example_batch(ROWS)))
+    return matmul_flops(
+        lambda params, batch, key: task.pairs(params, batch, key, deterministic=True),
+        params,
+        batch,
+        jax.eval_shape(lambda: jax.random.key(0)),
+    )
+
+
+def token_flops(task: Task, params: Any) -> int | None:
+    """Of one more token beside a cache that holds the context and a whole text."""
+    writing = [each for each in task.objectives if isinstance(each, Captioning)]
+    if not writing:
+        return None
+    stream = writing[0].stream
+    length = task.modalities["text"].length
+
+    def prefill(params: Any, batch: Any) -> Any:
+        return task.model.apply({"params": params}, batch, stream, length, method="prefill")
+
+    def extend(params: Any, cache: Any, text: Any) -> Any:
+        def one(model: Any) -> Any:
+            x, extended = model.extend(cache, text, stream)
+            return model.logits(x), extended
+
+        return task.model.apply({"params": params}, method=one)
+
+    batch: Any = jax.tree.map(jnp.asarray, task.example_batch(1))
+    kept = ("ids", "valid", "present", "place", *PLACEMENT)
+    first = {key: value for key, value in batch["text"].items() if key in kept}
+    start = {key: value[:, :1] if value.ndim > 1 else value for key, value in first.items()}
+    cache = jax.eval_shape(prefill, params, {**batch, "text": start})[1]
+    return matmul_flops(extend, params, cache, start)
+
+
+def stand_in_tokenizer(size: int) -> TextTokenizer:
+    """A tokenizer of a given size that is good for nothing else."""
+    names = [PAD, BOS, EOS, *(f"<{number}>" for number in range(3, size))]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    return TextTokenizer(
+        tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=PAD))
+    )
+
+
+def fit_to_budget(config: ConfigDict) -> ConfigDict:
+    """The config with the width or depth that comes nearest to `model.budget` from below.
+
+    The feed-forward grows in proportion to the width, the number of heads stays.
+
+    Args:
+      config: `model.budget` is in FLOPs a training example, 0 for none; `model.budget_by` is
+        'width' or 'layers'.
+
+    Raises:
+      ValueError: an unknown way, or a budget below the smallest model.
+    """
+    budget = config.model.budget
+    if not budget:
+        return config
+    by = config.model.budget_by
+    if by not in BY:
+        raise ValueError(f"model.budget_by={by!r}: must be one of {', '.join(BY)}")
+    resized = _by_width(config) if by == "width" else _by_layers(config)
+
+    def cost(count: int) -> int:
+        return measure_sizes(Config(resized(count).to_dict())).training_flops
+
+    if cost(1) > budget:
+        raise ValueError(
+            f"model.budget={budget:.3g} FLOPs a training example: the smallest model by {by} costs "
+            f"{cost(1):.3g}"
+        )
+    low, high = 1, 2
+    while cost(high) <= budget:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+    return resized(low)
+
+
+def _by_width(config: ConfigDict) -> Callable[[int], ConfigDict]:
+    model = config.model
+    step = 4 * model.heads  # whole heads, and a width that sines of two coordinates divide
+    ratio = model.feed_forward / model.width
+
+    def resized(count: int) -> ConfigDict:
+        other = ConfigDict(config.to_dict())
+        other.model.width = step * count
+        other.model.feed_forward = max(1, round(ratio * step * count))
+        return other
+
+    return resized
+
+
+def _by_layers(config: ConfigDict) -> Callable[[int], ConfigDict]:
+    model = config.model
+    step = model.cross.every if model.fusion == "gated_cross_attention" else 1
+
+    def resized(count: int) -> ConfigDict:
+        other = ConfigDict(config.to_dict())
+        other.model.layers = step * count
+        other.model.unroll = 1
+        return other
+
+    return resized

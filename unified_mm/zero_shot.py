@@ -1,0 +1,99 @@
+"""Classifies a folder of images by the names of their classes, with a trained run.
+
+    python -m unified_mm.zero_shot --run runs/first --images DIR
+    python -m unified_mm.zero_shot --run runs/first --images DIR --template "a photo of a {}."
+
+DIR holds one directory per class, named like it. One line of JSON comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from absl import logging
+
+from unified_mm.commands import exit_code, new_file, say, score_table
+from unified_mm.runs.folder import write_json
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
+    options = parse(arguments)
+    sys.exit(exit_code(lambda: classify(options)))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options; argparse ends the process where they are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unified_mm.zero_shot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", required=True, metavar="RUN", help="the run's folder")
+    parser.add_argument("--images", required=True, metavar="DIR", help="a directory per class")
+    parser.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help="a sentence with {} for the class; repeated: averaged; without: some of our own",
+    )
+    parser.add_argument("--output", default="", metavar="FILE.json", help="new, for the scores")
+    parser.add_argument(
+        "--max_bad_share",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="of images that cannot be read, before the folder is refused (0.05)",
+    )
+    return parser.parse_args(arguments)
+
+
+def classify(options: argparse.Namespace) -> int:
+    """Scores the run on the folder."""
+    from unified_mm.evaluation.zero_shot import classify_folder, read_class_folder
+    from unified_mm.inference.classes import TEMPLATES, filled
+    from unified_mm.inference.loaded import load
+
+    output = new_file(options.output)
+    templates = options.template or list(TEMPLATES)
+    folder = read_class_folder(options.images)
+    filled(templates, folder.classes)  # says what is wrong before a model is loaded
+    model = load(options.run)
+    say(f"{len(folder.files):,} images of {len(folder.classes):,} classes in {folder.path}")
+    if folder.others:
+        say(f"passed over: {folder.others:,} files that are no images or lie outside the classes")
+    found = classify_folder(
+        model, folder, templates=templates, max_bad_share=options.max_bad_share
+    )
+    for problem in found.problems:
+        say(f"left out: {problem.file} ({problem.what})")
+    if found.texts_cut:
+        say(
+            f"WARNING: {found.texts_cut} of {found.texts} filled templates are longer than the "
+            "model reads and were cut; shorter templates may score higher"
+        )
+    result = {
+        "scores": found.scores,
+        "chance": found.chance,
+        "ceiling": {},
+        "images": found.images,
+        "left_out": [{"file": p.file, "what": p.what} for p in found.problems],
+        "classes": list(folder.classes),
+        "templates": templates,
+        "texts_cut": found.texts_cut,
+        "step": model.step,
+        "data": {"source": "classes", "folder": str(folder.path)},
+    }
+    say(score_table(result))
+    if output is not None:
+        write_json(output, result)
+    say(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    main()
