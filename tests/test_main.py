@@ -114,6 +114,78 @@ def test_evaluate_scores_another_folder(finished, data, tmp_path, capsys):
     assert "train, val" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mode=evaluate", "--output=none/new.json"), "there is no folder none"),
+        (("--mode=evaluate", "--query=x"), "--query is read by --mode=search, not by"),
+        (("--mode=caption", "--split=val"), "--split is read by --mode=evaluate and --mode=search"),
+        (("--mode=search", "--query=x", "--images=.", "--split=val"), "--split is not read where"),
+        (("--mode=search", "--query= "), "needs --query"),
+        (("--mode=search", "--query=x", "--images=~nobody-here"), "names no user"),
+        (("--mode=evaluate", TINY, "--config.data.image_size=32"), "data.image_size cannot be"),
+        (("--mode=evaluate", TINY, "--config.data.decoder=opencv"), "data.decoder cannot be"),
+        (("--mode=evaluate", TINY, "--config.model.width=32"), "model.width cannot be changed"),
+        (("--mode=evaluate", TINY, "--config.evaluation.batch_size=0"), "evaluation.batch_size=0"),
+        (("--mode=evaluate", TINY, "--config.data.world.seed=1"), "nothing in this run reads"),
+        (("--mode=evaluate", TINY, "--config.evaluation.questions=True"), "questions_val.json"),
+        (("--mode=caption", TINY, "--config.data.dir=x", "--image=x"), "It can set no field"),
+        (("--mode=caption", "--image=x", "stray"), "not a flag: stray"),
+    ],
+)
+def test_what_a_mode_does_not_read_is_refused(finished, capsys, arguments, message):
+    assert commands.run(f"--workdir={finished}", *arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_search_leaves_out_what_it_cannot_read(finished, data, tmp_path, capsys):
+    good = (data / "images" / "val" / "0.jpg").read_bytes()
+    for name, content in (("a.jpg", good), ("b.jpg", b"no picture")):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder.jpg").mkdir()
+    search = ("--mode=search", f"--workdir={finished}", "--query=red", f"--images={tmp_path}")
+    assert commands.run(*search) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"left out: 1 x not an image of a known format ({tmp_path / 'b.jpg'})"
+    assert second.endswith("a.jpg")
+    (tmp_path / "a.jpg").unlink()
+    assert commands.run(*search) == 1
+
+
+def test_a_refused_command_leaves_the_run_as_it_was(data, tmp_path, capsys):
+    run, other = tmp_path / "run", tiny.write_coco(tmp_path / "other", train=25)
+    assert train(data, run) == 0
+    (run / "result.json").unlink()
+    before = {path.name: path.read_bytes() for path in run.glob("*.json*")}
+    assert train(other, run) == 1
+    assert "is not what this run began with" in capsys.readouterr().err
+    assert train(data, run, "--config.train.steps=2") == 1
+    assert "beyond train.steps=2" in capsys.readouterr().err
+    (run / "tokenizer.json").write_text(before["tokenizer.json"].decode() + " ")
+    assert train(data, run) == 1
+    assert commands.run("--mode=caption", f"--workdir={run}", "--image=x") == 1
+    assert capsys.readouterr().err.count("tokenizer.json is not the tokenizer that this run") == 2
+    (run / "tokenizer.json").write_bytes(before["tokenizer.json"])
+    assert {path.name: path.read_bytes() for path in run.glob("*.json*")} == before
+
+
+def test_a_full_disk_is_said_with_the_last_whole_checkpoint(data, tmp_path, monkeypatch, capsys):
+    from unified_mm.runs.checkpoints import Checkpoints
+
+    save = Checkpoints.save
+
+    def full_at_four(self, step, *arguments):
+        if step == 4:
+            raise RuntimeError("RESOURCE_EXHAUSTED: write: No space left on device")
+        save(self, step, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", full_at_four)
+    assert train(data, tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert "no space left on device" in error and "the last whole checkpoint is step 2" in error
+
+
 def test_caption_and_search(finished, data, capsys):
     images = [str(data / "images" / "val" / f"{i}.jpg") for i in range(2)]
     assert commands.run(
@@ -157,6 +229,12 @@ def test_load_gives_the_model(finished, data):
         ("--config.model.modalities.image.patch=12", "no multiple"),
         ("--config.model.modalities.image.patch=6", "hierarchical stem"),
         ("--config.evaluation.split=nope", "train, val"),
+        ("--config.evaluation.max_images=1", "captions are scored over two at least"),
+        ("--config.evaluation.questions=True", "questions_val.json"),
+        ("--config.data.question_share=0.5", "questions_train.json"),
+        ("--config.seed=-1", "seed=-1: must be"),
+        ("--config.seed=99999999999999999999", "seed=99999999999999999999: must be"),
+        ("--config.train.steps=many", "many"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(data, tmp_path, capsys, flag, message):
@@ -176,6 +254,44 @@ def test_a_wrong_data_folder_is_an_error_and_never_the_world(tmp_path, capsys):
 def test_what_is_missing_is_named(arguments, capsys):
     assert commands.run(*arguments) == 1
     assert re.search("--config|--workdir|none.py", capsys.readouterr().err)
+
+
+def flag_forms(value):
+    return (f"--config={value}",), (f"-config={value}",), ("--config", value), ("-config", value)
+
+
+@pytest.mark.parametrize("form", range(4))
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.py", None, "no such file"),
+        ("README.md", "# Some text (of mine)", "not a Python file, line 1"),
+        ("setup.py", "raise SystemExit('it was run')", "defines no get_config"),
+        ("bytes.py", b"\0\xff", "not a Python file"),
+        ("recipe.txt", "def get_config(): ...", "ends in .py"),
+        ("nothing.py", "def get_config(): return {}", "returns a dict"),
+        ("sizes.py:huge", "def get_config(): return {}", "has no sizes"),
+    ],
+)
+def test_what_is_no_recipe_is_not_run(tmp_path, capsys, form, name, content, message):
+    if content is not None:
+        content = content.encode() if isinstance(content, str) else content
+        (tmp_path / name.partition(":")[0]).write_bytes(content)
+    assert commands.run(*flag_forms(str(tmp_path / name))[form], "--workdir=x") == 1
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("form", range(4))
+def test_an_unknown_size_or_field_is_said_in_one_line(capsys, form):
+    given = flag_forms(TINY.removeprefix("--config=").replace(":tiny", ":huge"))[form]
+    assert commands.run(*given, "--workdir=x") == 1
+    assert "no size 'huge'" in capsys.readouterr().err
+    given = flag_forms(TINY.removeprefix("--config="))[form]
+    for wrong in (("--config.trian", "3"), ("-config.trian=3",), ("--nope=3",), ("--mode=nope",)):
+        assert commands.run(*given, *wrong, "--workdir=x") == 1
+        error = capsys.readouterr().err
+        assert wrong[0].strip("-").split("=")[0] in error and len(error.splitlines()) == 1
 
 
 def test_two_runs_of_one_seed_have_equal_metrics(data, tmp_path):

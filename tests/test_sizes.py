@@ -60,7 +60,7 @@ def test_a_budget_is_met_from_below_and_nearly(fusion, by):
     cost = measure_sizes(Config(fitted.to_dict())).training_flops
     assert cost <= budget
     larger = ConfigDict(fitted.to_dict())
-    larger.model[by] += 8 if by == "width" else 1
+    larger.model[by] += 4 if by == "width" else 1
     if by == "width":
         larger.model.feed_forward = 2 * larger.model.width
     assert measure_sizes(Config(larger.to_dict())).training_flops > budget

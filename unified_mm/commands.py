@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from unified_mm.runs.checkpoints import CheckpointError
-from unified_mm.runs.folder import RunFolderError
+from unified_mm.runs.folder import RunFolder, RunFolderError
+from unified_mm.runs.seal import is_sealed
 
 # What a user can put right; anything else is our fault and shows where it happened.
 USER_ERRORS = (ValueError, FileNotFoundError, RunFolderError, CheckpointError)
@@ -31,13 +34,48 @@ def exit_code(work: Callable[[], int], *, interrupted: str = "interrupted") -> i
 
 
 def new_file(output: str) -> Path | None:
-    """The file that `--output` names, None for ''. Raises ValueError where it exists."""
+    """The file that `--output` names, None for ''.
+
+    Raises ValueError where it exists, or its folder does not or cannot be written to.
+    """
     if not output:
         return None
     path = Path(output)
-    if path.exists():
+    if os.path.lexists(path):
         raise ValueError(f"--output={path} exists and is not overwritten; name a new file")
+    if not os.path.isdir(path.parent):
+        raise ValueError(f"--output={path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"--output={path}: the folder {path.parent} cannot be written to")
     return path
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error, or one behind it, is that nothing more can be written."""
+    seen: set[int] = set()
+    behind: list[BaseException | None] = [error]
+    while behind:
+        each = behind.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        number = each.errno if isinstance(each, OSError) else None
+        # What writes arrays raises errors of its own kinds.
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(each):
+            return True
+        behind += [each.__cause__, each.__context__]
+    return False
+
+
+def disk_full(folder: RunFolder) -> str:
+    """For a run that could not be written: how far it came."""
+    names = [path.name for path in folder.checkpoints.glob("*") if is_sealed(path)]
+    steps = [int(name) for name in names if name.isdecimal()]
+    last = f"the last whole checkpoint is step {max(steps)}" if steps else "no checkpoint is whole"
+    return (
+        f"no space left on device for {folder.path}; {last}. Make room, and the same command goes "
+        "on from there"
+    )
 
 
 def score_table(result: dict) -> str:

@@ -100,6 +100,8 @@ def model_fields() -> dict:
         "rematerialise": False,  # recompute activations in the backward pass
         "unroll": 1,  # periods a step of the scan over layers
         "dtype": "float32",  # of the computation; parameters stay float32
+        # Runs whose image tower or text model training starts from; '' starts afresh.
+        "start_from": {"image": "", "text": ""},
         # Width or depth matched to so many FLOPs a training example (0: as they stand).
         "budget": 0.0,
         "budget_by": "width",  # or 'layers'

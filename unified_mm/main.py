@@ -9,16 +9,24 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from unified_mm.commands import exit_code, new_file, say, score_table
+from unified_mm.commands import (
+    disk_full,
+    disk_is_full,
+    exit_code,
+    new_file,
+    say,
+    score_table,
+)
 from unified_mm.config import Config
 from unified_mm.recipes import overridden, parse_flags, resolve
-from unified_mm.runs.folder import RunFolder, read_json, write_json
+from unified_mm.runs.folder import RunFolder, naming, user_path, write_json
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe: configs/coco.py, or with a size, configs/coco.py:base."
@@ -32,22 +40,81 @@ IMAGES = flags.DEFINE_string("images", "", "search: a folder; '' is the run's ev
 TOP = flags.DEFINE_integer("top", 5, "search: how many images to show.", lower_bound=1)
 OUTPUT = flags.DEFINE_string("output", "", "evaluate: a new JSON file for the scores.")
 
+# Which modes read a flag that not all of them do.
+READ_BY = {
+    "split": ("evaluate", "search"),
+    "image": ("caption",),
+    "query": ("search",),
+    "images": ("search",),
+    "top": ("search",),
+    "output": ("evaluate",),
+}
+# Which fields a mode may set other than the run has them; groups with all that they hold. What
+# the run's model depends on is not among them: it is as it was trained.
+DATA = ("data.source", "data.dir", "data.cache_dir", "data.max_bad_share", "data.world")
+SETTABLE = {
+    "evaluate": (
+        *DATA,
+        "data.train_split",
+        "evaluation.split",
+        "evaluation.batch_size",
+        "evaluation.max_images",
+        "evaluation.questions",
+        "evaluation.shots",
+        "evaluation.few_shot_images",
+        "evaluation.few_shot_questions",
+    ),
+    "search": (*DATA, "evaluation.split", "evaluation.max_images"),
+    "caption": (),
+}
+
 
 def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
-    if len(argv) > 1:
-        raise app.UsageError(f"not a flag: {' '.join(argv[1:])}")
-    workdir()
-    modes = {"train": train, "evaluate": evaluate, "caption": caption, "search": search}
     again = "interrupted; the same command goes on from the last checkpoint"
-    sys.exit(exit_code(modes[MODE.value], interrupted=again))
+    sys.exit(exit_code(lambda: chosen_mode(argv[1:]), interrupted=again))
+
+
+def chosen_mode(rest: list[str]) -> int:
+    """What `--mode` asks for; `rest` is what the flags' parser left over."""
+    modes = {"train": train, "evaluate": evaluate, "caption": caption, "search": search}
+    if rest:
+        raise ValueError(f"not a flag: {' '.join(rest)}")
+    refuse_ignored()
+    workdir()
+    return modes[MODE.value]()
+
+
+def refuse_ignored() -> None:
+    """Raises ValueError for flags and fields that were given and that this mode does not read."""
+    mode = MODE.value
+    for name, modes in READ_BY.items():
+        if flags.FLAGS[name].present and mode not in modes:
+            readers = " and ".join(f"--mode={each}" for each in modes)
+            raise ValueError(f"--{name} is read by {readers}, not by --mode={mode}")
+    if flags.FLAGS["split"].present and IMAGES.value:
+        raise ValueError("--split is not read where --images names what is searched")
+    if mode == "train":
+        return  # there what nothing reads is known once all is built: `refuse_unread`
+    able = () if IMAGES.value else SETTABLE[mode]
+    for field in asked_fields():
+        if not any(field == each or field.startswith(f"{each}.") for each in able):
+            raise ValueError(
+                f"{field} cannot be changed here: it belongs to the run and its training, or "
+                f"--mode={mode} does not read it. It can set {', '.join(able) or 'no field'}"
+            )
+
+
+def asked_fields() -> list[str]:
+    """Dotted names of the config fields that the command line set."""
+    return [] if CONFIG.value is None else overridden(flags.FLAGS["config"])
 
 
 def workdir() -> str:
     """The run's folder, which every mode needs."""
     if not WORKDIR.value:
-        raise app.UsageError("--workdir=FOLDER is needed: the run's folder, e.g. runs/first")
+        raise ValueError("--workdir=FOLDER is needed: the run's folder, e.g. runs/first")
     return WORKDIR.value
 
 
@@ -57,15 +124,15 @@ def train() -> int:
     from unified_mm.training.environment import unseen_accelerator
     from unified_mm.training.loop import NotFinite, Stopped
     from unified_mm.training.run import train_and_score
-    from unified_mm.training.setup import prepare
+    from unified_mm.training.setup import check_goes_on, prepare
 
     if CONFIG.value is None:
-        raise app.UsageError("--config is needed to train: --config=configs/coco.py")
+        raise ValueError("--config is needed to train: --config=configs/coco.py")
     chosen = resolve(CONFIG.value, flags.FLAGS["config"], say)
     folder = RunFolder(workdir())
     with folder.lock():
         new = folder.check(chosen.to_dict())
-        if folder.finished and read_json(folder.result)["steps"] >= chosen.train.steps:
+        if folder.finished and folder.finished_steps() >= chosen.train.steps:
             say(f"the run in {folder.path} is finished; see {folder.report}")
             return 0
         say(f"{'new run' if new else 'run'} in {folder.path} (size: {chosen.size})")
@@ -73,22 +140,28 @@ def train() -> int:
             say(f"WARNING: {warning}")
         config = Config(chosen.to_dict())
         setup = prepare(config, folder, say)
-        refuse_unread(config, overridden(flags.FLAGS["config"]))
-        folder.create_or_check(config.as_dict())
-        if not folder.tokenizer.is_file():
-            setup.task.tokenizer.save(folder.tokenizer)
+        refuse_unread(config, asked_fields())
+        check_asked(config, setup)
+        check_goes_on(setup)
         try:
+            folder.create_or_check(config.as_dict())
+            if not folder.tokenizer.is_file():
+                setup.task.tokenizer.save(folder.tokenizer)
             result, found = train_and_score(setup, say)
+            main_split = found[config.evaluation.split]
+            write_report(folder, result, config.as_dict(), main_split, setup.source.banner)
+            write_json(folder.result, result)
         except Stopped as stop:
             say(f"\n{stop}; to go on, run the same command again:\n  {command()}")
             return stop.exit_code
         except NotFinite as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        write_report(
-            folder, result, config.as_dict(), found[config.evaluation.split], setup.source.banner
-        )
-        write_json(folder.result, result)
+        except Exception as error:
+            if not disk_is_full(error):
+                raise
+            print(f"error: {disk_full(folder)}", file=sys.stderr)
+            return 1
     say(score_table(result))
     if setup.source.banner:
         say(setup.source.banner)
@@ -96,9 +169,24 @@ def train() -> int:
     return 0
 
 
+def check_asked(config: Config, setup: Any) -> None:
+    """Raises ValueError where `setup` lacks questions, or images to score, that the config asks."""
+    from unified_mm.data.sources import asking_field, refuse_no_questions
+    from unified_mm.evaluation.evaluate import check_split
+
+    field, train = asking_field(config.data), setup.train
+    if field and not any(text.prompt for record in train.records for text in record.texts):
+        refuse_no_questions(setup.source, train.split, field)
+    for split in setup.splits.values():
+        check_split(split, setup.task)
+    name = config.evaluation.split
+    if config.evaluation.questions and not setup.splits[name].questions:
+        refuse_no_questions(setup.source, name, "evaluation.questions")
+
+
 def evaluate() -> int:
     """Scores a run on any data and split."""
-    from unified_mm.data.sources import open_source
+    from unified_mm.data.sources import open_source, refuse_no_questions
     from unified_mm.evaluation.evaluate import evaluate as score
     from unified_mm.inference.loaded import load
     from unified_mm.training.setup import evaluated_splits, framed, open_split
@@ -110,7 +198,11 @@ def evaluate() -> int:
     if source.banner:
         say(framed(source.banner))
     split = open_split(config, source, evaluated_splits(config, source)[0])
-    found = score(model.predictor, split, batch_size=config.evaluation.batch_size)
+    batch_size = config.evaluation.batch_size
+    refuse_unread(config, asked_fields())
+    if config.evaluation.questions and not split.questions:
+        refuse_no_questions(source, split.manifest.split, "evaluation.questions")
+    found = score(model.predictor, split, batch_size=batch_size)
     result = {
         "scores": found.scores,
         "chance": found.chance,
@@ -121,7 +213,8 @@ def evaluate() -> int:
     }
     say(score_table(result))
     if output is not None:
-        write_json(output, result)
+        with naming(f"--output={output}"):
+            write_json(output, result)
     say(json.dumps(result))
     return 0
 
@@ -131,7 +224,7 @@ def caption() -> int:
     from unified_mm.inference.loaded import load
 
     if not IMAGE.value:
-        raise app.UsageError("--mode=caption needs --image=FILE")
+        raise ValueError("--mode=caption needs --image=FILE")
     for path, text in zip(IMAGE.value, load(workdir()).caption(IMAGE.value), strict=True):
         say(f"{path}: {text}")
     return 0
@@ -141,13 +234,18 @@ def search() -> int:
     """Lists the images that fit the query best."""
     import numpy as np
 
+    from unified_mm.data.manifest import problem_counts
     from unified_mm.inference.loaded import load
 
-    if not QUERY.value:
-        raise app.UsageError('--mode=search needs --query="what to look for"')
+    if not QUERY.value.strip():
+        raise ValueError('--mode=search needs --query="what to look for"')
     model = load(workdir())
-    paths = searched_images(model.config)
-    scores = model.embed_images(paths) @ model.embed_texts([QUERY.value])[0]
+    paths, embedded, problems = model.embed_files(searched_images(model.config))
+    for phrase in problem_counts(problems):
+        say(phrase)
+    if not paths:
+        raise ValueError("none of these images can be read")
+    scores = embedded @ model.embed_texts([QUERY.value])[0]
     for place in np.argsort(-scores, kind="stable")[: TOP.value]:
         say(f"{scores[place]:.3f}  {paths[place]}")
     return 0
@@ -162,12 +260,18 @@ def searched_images(saved: Config) -> list[str]:
         config = run_config(saved)
         source = open_source(config.data)
         split = open_split(config, source, evaluated_splits(config, source)[0])
+        refuse_unread(config, asked_fields())
         return [record.image for record in split.manifest.records if record.image]
-    folder = Path(IMAGES.value)
-    if not folder.is_dir():
+    folder = user_path(IMAGES.value, "--images")
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"--images={folder} is no folder")
     kinds = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-    found = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in kinds)
+    with naming(f"--images={folder}"):
+        found = sorted(
+            str(path)
+            for path in folder.rglob("*")
+            if path.suffix.lower() in kinds and path.is_file()
+        )
     if not found:
         raise FileNotFoundError(f"--images={folder} holds no image ({', '.join(sorted(kinds))})")
     return found
@@ -176,17 +280,13 @@ def searched_images(saved: Config) -> list[str]:
 def run_config(saved: Config) -> Config:
     """A run's config with the data and evaluation fields that this command sets."""
     fields = saved.as_dict()
-    if CONFIG.value is not None:
-        asked = CONFIG.value.to_dict()
-        for path in overridden(flags.FLAGS["config"]):
-            group, *_ = path.split(".")
-            if group not in ("data", "evaluation", "mesh"):
-                raise ValueError(f"{path} belongs to the run and cannot be changed here")
-            node, source = fields, asked
-            *parents, last = path.split(".")
-            for name in parents:
-                node, source = node[name], source[name]
-            node[last] = source[last]
+    asked = {} if CONFIG.value is None else CONFIG.value.to_dict()
+    for path in asked_fields():
+        node, source = fields, asked
+        *parents, last = path.split(".")
+        for name in parents:
+            node, source = node[name], source[name]
+        node[last] = source[last]
     if SPLIT.value:
         fields["evaluation"]["split"] = SPLIT.value
     return Config(fields)
@@ -211,6 +311,8 @@ def command() -> str:
 
 def run() -> None:
     """The entry point: flags, then `main`."""
+    for stream in (sys.stdout, sys.stderr):  # names and texts that the terminal's encoding lacks
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     app.run(main, flags_parser=parse_flags)
 
 

@@ -2,56 +2,106 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.util
+import inspect
+import itertools
+import os
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from unified_mm.data.images import resolve_backend
 from unified_mm.models.unified import fusion
 from unified_mm.objectives.objective import objective_kind
+from unified_mm.runs.folder import naming
 from unified_mm.training.sizes import fit_to_budget
+from unified_mm.training.start_from import adopt
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, but a wrong recipe, size or field is one line and no traceback.
+    """absl's parser, but a wrong recipe, size, field or value is one line and no traceback.
 
     Raises:
       SystemExit: with that line.
     """
     try:
         check_recipe(argv)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    return app.parse_flags_with_usage(argv)
+        rest: list[str] = flags.FLAGS(argv)
+    except (OSError, ValueError, flags.Error) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    return rest
 
 
 def check_recipe(argv: list[str]) -> None:
-    """Refuses a recipe that is not there, a size that it has not, and fields that no config has."""
-    given = [value.split("=", 1)[1] for value in argv if value.startswith("--config=")]
+    """Refuses what is no recipe, a size that it has not, and fields that no config has."""
+    given = [value for name, value in given_flags(argv) if name == "config"]
     if not given:
         return
-    path, _, size = given[-1].partition(":")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--config={given[-1]}: there is no file {path!r}")
-    recipe = load_recipe(path)
-    config = recipe.get_config(size) if size else recipe.get_config()
-    fields = list(_fields(config))
-    for flag in argv:
-        name = flag.split("=", 1)[0]
-        if not name.startswith("--config."):
-            continue
-        field = name.removeprefix("--config.")
-        if field not in fields:
+    fields = list(_fields(recipe_config(given[-1])))
+    for name, _ in given_flags(argv):
+        field = name.removeprefix("config.")
+        if name.startswith("config.") and field not in fields:
             near = difflib.get_close_matches(field, fields, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{name}: the config has no field {field!r}{hint}")
+            raise ValueError(f"--{name}: the config has no field {field!r}{hint}")
+
+
+def given_flags(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names and values as absl reads them: after one dash or two, after '=' or a space."""
+    arguments = list(itertools.takewhile(lambda argument: argument != "--", argv[1:]))
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        if argument.startswith("-"):
+            name, equals, value = argument.lstrip("-").partition("=")
+            yield name, value if equals else following
+
+
+def recipe_config(given: str) -> ConfigDict:
+    """The config of a recipe, such as configs/coco.py:tiny.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file, one that is no recipe, or no such size.
+    """
+    path, _, size = given.partition(":")
+    check_is_recipe(path, f"--config={given}")
+    get_config = load_recipe(path).get_config
+    sizes = [size] if size else []
+    try:
+        inspect.signature(get_config).bind(*sizes)
+    except TypeError as error:
+        fault = f"the recipe has no sizes ({size!r})" if size else "the recipe needs a size"
+        raise ValueError(f"--config={given}: {fault}") from error
+    config = get_config(*sizes)
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"--config={given}: its get_config returns a {type(config).__name__}, not a "
+            "ml_collections.ConfigDict"
+        )
+    return config
+
+
+def check_is_recipe(path: str, flag: str) -> None:
+    """Refuses, without running it, a file that is no Python or has no get_config."""
+    if not os.path.isfile(path):
+        what = "is a folder" if os.path.isdir(path) else "does not exist: there is no such file"
+        raise FileNotFoundError(f"{flag}: {path!r} {what}")
+    with naming(flag):
+        source = Path(path).read_bytes()
+    try:
+        members = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        raise ValueError(f"{flag}: not a Python file{line}: a recipe is one") from error
+    if not any(isinstance(m, ast.FunctionDef) and m.name == "get_config" for m in members):
+        raise ValueError(f"{flag}: no recipe, for it defines no get_config")
+    if not path.endswith(".py"):
+        raise ValueError(f"{flag}: the name of a recipe ends in .py")
 
 
 def resolve(
@@ -65,9 +115,19 @@ def resolve(
       tell: takes a line about what was decided.
     """
     chosen = resolve_auto(config, flag)
-    chosen.data.decoder = resolve_backend(chosen.data.decoder)
+    check_seed(chosen.seed)
+    try:
+        chosen.data.decoder = resolve_backend(chosen.data.decoder)
+    except ImportError as error:
+        raise ValueError(f"data.decoder={chosen.data.decoder!r}: {error}") from error
     chosen = serve_what_can_be(chosen, overridden(flag), tell)
-    return fit_to_budget(chosen)
+    return fit_to_budget(adopt(chosen, overridden(flag)))
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed of more than the 32 bits that jax makes keys of."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed}: must be a whole number from 0 to {2**32 - 1}")
 
 
 def serve_what_can_be(

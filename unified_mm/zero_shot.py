@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from absl import logging
 
 from unified_mm.commands import exit_code, new_file, say, score_table
-from unified_mm.runs.folder import write_json
+from unified_mm.runs.folder import naming, write_json
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,7 +60,8 @@ def classify(options: argparse.Namespace) -> int:
 
     output = new_file(options.output)
     templates = options.template or list(TEMPLATES)
-    folder = read_class_folder(options.images)
+    with naming(f"--images={options.images}"):
+        folder = read_class_folder(options.images)
     filled(templates, folder.classes)  # says what is wrong before a model is loaded
     model = load(options.run)
     say(f"{len(folder.files):,} images of {len(folder.classes):,} classes in {folder.path}")
@@ -90,7 +91,8 @@ def classify(options: argparse.Namespace) -> int:
     }
     say(score_table(result))
     if output is not None:
-        write_json(output, result)
+        with naming(f"--output={output}"):
+            write_json(output, result)
     say(json.dumps(result))
     return 0
 

@@ -97,6 +97,50 @@ def test_bad_utf8_is_named_with_byte(tmp_path):
         coco.read_captions(tmp_path, "train")
 
 
+def test_utf_16_depth_and_digits_are_said(tmp_path):
+    write(tmp_path, [(1, "x")])
+    path = tmp_path / "annotations" / "captions_train.json"
+    for content, message in (
+        (path.read_text().encode("utf-16"), "is UTF-16: save it as UTF-8"),
+        (b"[" * 10**6, "is nested too deeply"),
+        (b'{"images": [{"id": ' + b"9" * 5000 + b"}]}", "a number of too many digits"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"captions_train\.json: .*{message}"):
+            coco.read_captions(tmp_path, "train")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"captions_train\.json: Is a directory"):
+        coco.read_captions(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../../outside.jpg", "a/../../../outside.jpg", "../.."]
+)
+def test_file_names_that_lead_out_of_the_folder_are_refused(tmp_path, name):
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": name}]
+    write_json(tmp_path, "captions_train.json", {"images": images, "annotations": []})
+    message = r"captions_train\.json: images\[1\]\.file_name leads out of the data folder"
+    with pytest.raises(ValueError, match=message):
+        coco.read_captions(tmp_path, "train")
+
+
+def test_file_names_that_can_be_no_file_are_missing_images(tmp_path):
+    images = [{"id": i, "file_name": name} for i, name in enumerate(("x" * 300, "a\0b", "a/.."))]
+    (tmp_path / "images").mkdir()
+    write_json(tmp_path, "captions_train.json", {"images": images, "annotations": []})
+    assert len(coco.read_captions(tmp_path, "train").entries) == 3
+
+
+def test_ids_written_as_strings_and_as_numbers_are_pointed_out(tmp_path):
+    write(tmp_path, [("1", "a cat"), (7, "of no image")])
+    captions = coco.read_captions(tmp_path, "train")
+    assert len(captions.caption_problems) == 2
+    assert "The id 1 of images is written '1' here, a string" in captions.hint
+    assert coco.id_hint(["1", "2"], [2]).startswith(". The id '2' of images is written 2 here")
+    assert coco.id_hint([1, 2], [2, 3]) == ""
+
+
 GOOD = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}
 
 
@@ -114,6 +158,11 @@ GOOD = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}
             {**GOOD, "annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 1}]},
             r"annotations\[1\]\.caption is missing",
         ),
+        (
+            {**GOOD, "annotations": [{"image_id": 1, "caption": "\ud800"}]},
+            r"annotations\[0\]\.caption holds half of a surrogate pair",
+        ),
+        ({"images": [], "annotations": []}, r"images is empty: the file lists no image"),
         (
             {**GOOD, "annotations": [{"image_id": 1, "caption": ["x"]}]},
             r"annotations\[0\]\.caption must be a string, is \[\"x\"\]",
@@ -176,9 +225,10 @@ def test_repeated_ids_are_merged_kept_or_left_out(tmp_path):
     write_json(tmp_path, "captions_train.json", data)
     captions = coco.read_captions(tmp_path, "train")
     assert [(e.id, e.captions) for e in captions.entries] == [(1, ("one", "another"))]
-    assert captions.listed == 2
+    assert captions.listed == {1, 2} and captions.annotations == 4
     assert [(p.what, p.action) for p in captions.problems] == [
         ("image listed twice", "converted"),
+        ("file of another image id too", "converted"),
         ("image id with two different files", "left out"),
         ("annotation listed twice", "left out"),
         ("annotation id of another annotation", "converted"),
@@ -294,6 +344,28 @@ def test_question_without_answer_is_an_error(tmp_path):
     write_json(tmp_path, "questions_train.json", questions)
     write_json(tmp_path, "answers_train.json", answers)
     with pytest.raises(ValueError, match=r"questions_train\.json: questions\[0\].*has no answer"):
+        coco.read_questions(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("question", "changes", "message"),
+    [
+        (" ", {}, r"questions_train\.json: questions\[0\]\.question is empty"),
+        (
+            "what?",
+            {"multiple_choice_answer": ""},
+            r"answers_train\.json: annotations\[0\]\.multiple_choice_answer is empty",
+        ),
+        ("what?", {"answers": []}, r"answers_train\.json: annotations\[0\]\.answers is empty"),
+    ],
+)
+def test_empty_questions_and_answers_are_named(tmp_path, question, changes, message):
+    write(tmp_path, [])
+    questions, answers = vqa(**changes)
+    questions["questions"][0]["question"] = question
+    write_json(tmp_path, "questions_train.json", questions)
+    write_json(tmp_path, "answers_train.json", answers)
+    with pytest.raises(ValueError, match=message):
         coco.read_questions(tmp_path, "train")
 
 

@@ -9,7 +9,14 @@ import pytest
 from PIL import Image
 
 from unified_mm.data import coco, images
-from unified_mm.data.manifest import build_manifest, from_json, summary, to_json, with_questions
+from unified_mm.data.manifest import (
+    Beside,
+    build_manifest,
+    from_json,
+    summary,
+    to_json,
+    with_questions,
+)
 from unified_mm.data.records import Problem, Text
 
 
@@ -102,6 +109,42 @@ def test_no_good_file_stops_whatever_the_share(tmp_path):
         build(tmp_path, max_bad_share=1.0)
 
 
+def test_too_many_bad_captions_stop_with_names_and_hint(tmp_path):
+    write(tmp_path, {"a.jpg": coded(), "b.jpg": coded()}, [(1, "one"), ("2", "two")])
+    with pytest.raises(ValueError) as caught:
+        build(tmp_path, max_bad_share=0.49)
+    message = str(caught.value)
+    assert "1 of the 2 captions of 'train'" in message and "annotations[1]" in message
+    assert "The id 2 of images is written '2' here" in message
+    assert len(build(tmp_path, max_bad_share=0.5).records) == 2
+
+
+def test_what_lies_beside_is_counted_and_too_many_strangers_stop(good):
+    few = Beside("foil", [1, 2, 9], 0.5)
+    manifest = build(good, beside=[few, Beside("question", [], 0.0)])
+    assert manifest.problems == (
+        Problem("foil 2", "foil on an image that is not listed", "left out"),
+    )
+    assert "left out: 1 x foil on an image that is not listed (foil 2)" in summary(manifest)
+    with pytest.raises(ValueError, match=r"2 of the 3 foils .*first foil 1 .*The id 2 of images"):
+        build(good, beside=[Beside("foil", [1, "2", "3"], 0.5)])
+    with pytest.raises(ValueError, match="2 of the 2 questions"):
+        build(good, beside=[Beside("question", [8, 9], 1.0)])
+
+
+def test_folders_whose_names_are_no_utf_8_can_be_cached(tmp_path):
+    folder = tmp_path / os.fsdecode(b"d\xff")
+    write(folder, {"a.jpg": coded()})
+    first = build(folder, cache=tmp_path / "cache")
+    assert build(folder, cache=tmp_path / "cache") == first
+
+
+def test_a_cache_that_cannot_be_written_is_named(good, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"data\.cache_dir=.*/file: Not a directory"):
+        build(good, cache=tmp_path / "file")
+
+
 def test_captions_that_name_sides_are_not_mirrored(tmp_path):
     texts = [
         "the cube on the left",
@@ -140,7 +183,7 @@ def test_questions_become_texts_of_their_images(good):
 
 def test_json_gives_an_equal_manifest_back(tmp_path):
     write(tmp_path, {"a.jpg": coded(), "b.jpg": coded(mode="L")}, [(1, "猫 left"), (1, "")])
-    manifest = build(tmp_path)
+    manifest = build(tmp_path, max_bad_share=0.5)
     assert from_json(to_json(manifest)) == manifest
 
 

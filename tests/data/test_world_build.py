@@ -93,6 +93,13 @@ def test_a_world_that_is_there_is_reused_and_another_spec_is_another_world(world
         ensure_world(replace(SPEC, seed=1), world.parent)
 
 
+def test_a_world_without_its_annotations_says_which_folder_to_delete(tmp_path):
+    folder = ensure_world(replace(SPEC, seed=2, train=4), tmp_path, processes=1, progress=False)
+    (folder / "annotations" / "captions_val.json").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{folder} has lost .*captions_val.*delete"):
+        ensure_world(replace(SPEC, seed=2, train=4), tmp_path)
+
+
 def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")

@@ -12,7 +12,7 @@ from unified_mm.data.records import Record, Text
 from unified_mm.inference.loaded import one_device_mesh
 from unified_mm.inference.predictor import Predictor
 from unified_mm.runs.checkpoints import CheckpointError, Checkpoints
-from unified_mm.runs.folder import RunFolder, write_json
+from unified_mm.runs.folder import RunFolder, RunFolderError, write_json
 from unified_mm.training.state import TrainState
 
 TEXTS = ["a red square of size 1", "blue, size 2", "a green square of size 3"]
@@ -132,6 +132,82 @@ def test_wrong_images_and_questions_are_refused(model, pictures, tmp_path):
         model.answer(arrays, ["what?"])
     with pytest.raises(ValueError, match="no room is left for an answer; shorten it"):
         model.answer(arrays[:1], ["a very long question " * 5])
+
+
+def test_one_value_in_place_of_a_list_is_refused(model, pictures):
+    arrays, paths = pictures
+    for one in (paths[0], str(paths[0]), b"bytes", arrays[0], Image.open(paths[0]), None):
+        for ask in (model.embed_images, model.caption):
+            with pytest.raises(ValueError, match="give a list of images"):
+                ask(one)
+    with pytest.raises(ValueError, match="give a list of texts, not a str alone"):
+        model.embed_texts("a cat")
+    with pytest.raises(ValueError, match="give a list of questions"):
+        model.answer(arrays[:1], "what?")
+    with pytest.raises(ValueError, match="give a list of classes"):
+        model.classify(arrays, "cat")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "is a NoneType"),
+        (5, "is a int"),
+        (b"x", "is a bytes"),
+        ("a\ud800", "half of a surrogate pair"),
+    ],
+)
+def test_what_is_no_text_is_named_by_its_place(model, pictures, text, message):
+    with pytest.raises(ValueError, match=rf"texts\[1\].* {message}"):
+        model.embed_texts(["a cat", text])
+    with pytest.raises(ValueError, match=rf"questions\[0\].* {message}"):
+        model.answer(pictures[0][:1], [text])
+
+
+def test_empty_lists_generators_and_stacks_work(model, pictures):
+    arrays, paths = pictures
+    for none in (model.embed_images([]), model.embed_texts([])):
+        assert none.shape == (0, 8) and none.dtype == np.float32
+    assert model.caption([]) == []
+    assert model.caption(path for path in paths) == model.caption(paths)
+    stacked, one_by_one = model.embed_images(np.stack(arrays)), model.embed_images(arrays)
+    np.testing.assert_array_equal(stacked, one_by_one)
+    assert model.embed_texts(np.array(TEXTS)).shape == (3, 8)
+
+
+def test_a_pil_image_is_converted_as_its_file_is(model, tmp_path):
+    rng = np.random.default_rng(0)
+    turned = Image.Exif()
+    turned[274] = 6
+    clear = Image.fromarray(rng.integers(0, 256, (16, 20, 4), np.uint8), "RGBA")
+    deep = Image.fromarray(rng.integers(0, 65536, (16, 20)).astype(np.uint16))
+    plain = Image.fromarray(rng.integers(0, 256, (16, 20, 3), np.uint8))
+    clear.save(tmp_path / "clear.png")
+    deep.save(tmp_path / "deep.png")
+    plain.save(tmp_path / "turned.png", exif=turned)
+    for name in ("clear.png", "deep.png", "turned.png"):
+        view = model.view(Image.open(tmp_path / name))
+        np.testing.assert_array_equal(view, model.view(tmp_path / name))
+    with pytest.raises(ValueError, match="the F picture cannot be decoded"):
+        model.view(Image.new("F", (4, 4)))
+
+
+def test_what_has_no_pixel_or_cannot_be_read_is_refused(model, tmp_path):
+    for shape in ((0, 0, 3), (4, 0, 3)):
+        with pytest.raises(ValueError, match="has no pixel"):
+            model.view(np.zeros(shape, np.uint8))
+    with pytest.raises(FileNotFoundError, match="there is no image"):
+        model.view("x" * 300)
+    (tmp_path / "bad.png").write_bytes(b"")
+    kept, embedded, problems = model.embed_files([str(tmp_path / "bad.png")])
+    assert (kept, embedded.shape, [p.what for p in problems]) == ([], (0, 8), ["the file is empty"])
+
+
+@pytest.mark.parametrize("fields", [[], {}, {"data": 5}])
+def test_a_damaged_config_is_named(tmp_path, fields):
+    write_json(RunFolder(tmp_path).config, fields)
+    with pytest.raises(RunFolderError, match=r"config\.json is damaged"):
+        unified_mm.load(tmp_path)
 
 
 def test_no_run_and_no_checkpoint_are_said(tmp_path):

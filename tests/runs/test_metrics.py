@@ -79,8 +79,7 @@ def test_another_broken_line_is_an_error_that_names_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["[1]", "3", '{"step": "a"}', '{"step": true}', '{"step": 3, "x": [1]}', '{"step": 3, "x": {}}'],
+    "line", ["[1]", "3", '{"step": "a"}', '{"step": true}', '{"step": 3, "x": [1]}']
 )
 def test_a_line_of_another_shape_is_an_error_that_names_it(tmp_path, line):
     path = tmp_path / "metrics.jsonl"

@@ -104,5 +104,8 @@ def parse(content: bytes, place: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return f"a {type(value).__name__}"
     return text if len(text) <= 40 else text[:37] + "..."

@@ -97,8 +97,9 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
     """
     folder = Path(folder)
     if not os.path.isdir(folder):
+        fault = "is a file" if os.path.exists(folder) else "does not exist"
         raise FileNotFoundError(
-            f"the data folder {folder} {'is a file' if os.path.exists(folder) else 'does not exist'}: "
+            f"the data folder {folder} {fault}: "
             "set data.dir to a folder with annotations/captions_*.json in it"
         )
     with naming(f"data.dir={folder}"):
@@ -127,7 +128,7 @@ def read_captions(folder: str | Path, split: str) -> Captions:
     data = checked_json.read(path)
     listed, image_problems = _image_files(data.items("images"))
     annotations = data.items("annotations")
-    captions, caption_problems = _captions(annotations, set(listed))
+    captions, caption_problems, strangers = _captions(annotations, set(listed))
     if not listed:
         raise data.error("is empty: the file lists no image", "images")
     files = {key: names[0] for key, names in listed.items() if len(names) == 1}
@@ -144,21 +145,19 @@ def read_captions(folder: str | Path, split: str) -> Captions:
         _directional(data),
         tuple(image_problems),
         tuple(caption_problems),
-        id_hint(listed, (node.id("image_id") for node in annotations)),
+        id_hint(listed, strangers),
     )
 
 
 def id_hint(listed: Iterable[Key], used: Iterable[Key]) -> str:
-    """What to look at where ids that are used are not among those listed; '' for nothing."""
-    listed = set(listed)
-    spelled = {str(key): key for key in listed}
+    """What may be behind ids that are used and not among those listed; '' for nothing."""
+    numbers = {str(key): key for key in listed}
     for key in used:
-        if key not in listed and str(key) in spelled:
-            images, others = ("strings", "numbers") if isinstance(key, int) else (
-                "numbers", "strings")
+        other = numbers.get(str(key), key)
+        if other != key:
             return (
-                f"; ids are {images} in images and {others} here ({spelled[str(key)]!r} and "
-                f"{key!r}): write them alike"
+                f". The id {other!r} of images is written {key!r} here, a "
+                f"{'string' if isinstance(key, str) else 'number'}: write ids alike"
             )
     return ""
 
@@ -293,11 +292,12 @@ def _file_name(node: Node) -> str | None:
 
 def _captions(
     annotations: list[Node], images: set[Key]
-) -> tuple[dict[Key, list[str]], list[Problem]]:
-    """Image id -> its captions in order, and what was wrong with annotations."""
+) -> tuple[dict[Key, list[str]], list[Problem], list[Key]]:
+    """Image id -> its captions in order, what was wrong with annotations, ids of no image."""
     captions: dict[Key, list[str]] = {}
     by_id: dict[Key, tuple[Key, str]] = {}
     problems = []
+    strangers = []
     for node in annotations:
         image, caption = node.id("image_id"), node.string("caption").strip()
         earlier = None
@@ -307,9 +307,11 @@ def _captions(
         fault = _caption_fault(image, caption, earlier, images)
         if fault:
             problems.append(Problem(node.place, *fault))
+        if image not in images:
+            strangers.append(image)
         if not fault or fault[1] == "converted":
             captions.setdefault(image, []).append(caption)
-    return captions, problems
+    return captions, problems, strangers
 
 
 def _caption_fault(

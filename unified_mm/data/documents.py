@@ -140,6 +140,8 @@ def _node(place: str, line: bytes) -> Node:
     try:
         value = checked_json.parse(line.rstrip(), place)
         json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError(f"{place}: is nested too deeply to be read") from error
     except UnicodeEncodeError as error:
         raise ValueError(f"{place}: holds half of a surrogate pair, which is no text") from error
     except json.JSONDecodeError as error:

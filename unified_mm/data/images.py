@@ -79,6 +79,14 @@ def decode(
         raise ImageError(name, _reason(error)) from error
 
 
+def from_pil(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    """An opened picture as `decode` gives it. Raises ImageError for one that cannot be decoded."""
+    try:
+        return _to_rgb(image, None)
+    except Exception as error:  # decoders raise whatever their parsers meet
+        raise ImageError(f"the {image.mode} picture", _reason(error)) from error
+
+
 def check(path: str | os.PathLike) -> str | None:
     """Decodes a file wholly; says what `decode` has to convert in it, or None for nothing.
 

@@ -15,7 +15,7 @@ from unified_mm.data import coco, images
 from unified_mm.data.records import Manifest, Problem, Record, Text
 from unified_mm.runs.folder import naming, write_atomically
 
-_FORMAT = 1  # raise it when the checks change: caches of an older format are not found then
+_FORMAT = 2  # raise it when the checks change: caches of an older format are not found then
 _SIDES = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
 _NAMED = 5  # files named per kind of problem in a summary
 

@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from unified_mm.data import coco
 from unified_mm.data.manifest import Beside, build_manifest, with_questions
@@ -62,7 +62,6 @@ class CocoFolder:
         self._cache = cache_folder(data)
         self._max_bad_share = float(data.max_bad_share)
         self._asking = asking_field(data)
-        self._train_split = data.train_split
         self._questions: dict[str, Sequence[coco.Question]] = {}  # those that were read
         self._splits = coco.find_splits(folder)
 
@@ -75,8 +74,8 @@ class CocoFolder:
         Foils, and questions that were read, are checked with it: those on images that are not
         listed are among its problems.
         """
-        if self._asking and not self.questions(split) and split == self._train_split:
-            raise ValueError(f"{self._asking} asks for questions: {self.no_questions(split)}")
+        if self._asking:
+            self.questions(split)
         questions = self._questions.get(split, ())
         manifest = build_manifest(
             self.folder,
@@ -122,12 +121,11 @@ def asking_field(data: Any) -> str:
     return "data.documents.questions" if data.documents.questions else ""
 
 
-def check_questions(source: Source, split: str, questions: Sequence[coco.Question]) -> None:
-    """Raises ValueError where answers are to be scored on a split without questions."""
-    if not questions:
-        own = getattr(source, "no_questions", None)
-        said = own(split) if own else f"{source.name} has none for the split {split!r}"
-        raise ValueError(f"evaluation.questions asks for questions: {said}")
+def refuse_no_questions(source: Source, split: str, field: str) -> NoReturn:
+    """Raises ValueError: `field` asks for questions, and a split has none."""
+    own = getattr(source, "no_questions", None)
+    said = own(split) if own else f"{source.name} has none for the split {split!r}"
+    raise ValueError(f"{field} asks for questions: {said}")
 
 
 def open_source(data: Any) -> Source:
@@ -145,8 +143,8 @@ def open_source(data: Any) -> Source:
         wanted = ("name", "folder", "banner", "splits", "manifest", "foils", "questions")
         lacking = ", ".join(name for name in wanted if not hasattr(source, name))
         raise ValueError(
-            f"data.source={data.source!r} gives a {type(source).__name__}, which is no data source: "
-            f"it lacks {lacking}"
+            f"data.source={data.source!r} gives a {type(source).__name__}, which is no data "
+            f"source: it lacks {lacking}"
         )
     return source
 

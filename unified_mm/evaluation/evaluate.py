@@ -18,6 +18,7 @@ from unified_mm.evaluation.few_shot import FewShot, few_shot_scores
 from unified_mm.inference.predictor import Predictor
 from unified_mm.objectives.captioning import Captioning
 from unified_mm.objectives.contrastive import Contrastive
+from unified_mm.objectives.task import Task
 
 SINGLE = "single_caption/"  # names of scores with one caption an image
 
@@ -72,6 +73,20 @@ class Scores:
         self.ceiling |= ceiling or {}
 
 
+def check_split(split: Split, task: Task) -> None:
+    """Raises ValueError where a split cannot be scored: to be asked before a run is trained."""
+    images = sum(1 for record in split.manifest.records if is_scored(record))
+    where = f"split {split.manifest.split!r} in {split.manifest.folder}"
+    if not images:
+        raise ValueError(f"{where} has no image with a caption: there is nothing to score")
+    if images < 2 and any(isinstance(objective, Captioning) for objective in task.objectives):
+        raise ValueError(
+            f"{where} has 1 image with a caption to be scored, and captions are scored over two at "
+            "least: CIDEr-D compares images. Add images, raise evaluation.max_images, or choose "
+            "another evaluation.split"
+        )
+
+
 def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
     """Every score that the model and the split allow.
 
@@ -81,14 +96,12 @@ def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
       batch_size: rows a batch; one size throughout, so that equal inputs give equal outputs.
 
     Raises:
-      ValueError: no image with a caption, or embeddings that are not finite.
+      ValueError: what `check_split` refuses, no whole batch, or embeddings that are not finite.
     """
-    found = Scores(images=[r for r in split.manifest.records if r.image and captions_of(r)])
-    if not found.images:
-        raise ValueError(
-            f"split {split.manifest.split!r} in {split.manifest.folder} has no image with a "
-            "caption: there is nothing to score"
-        )
+    if batch_size < 1:
+        raise ValueError(f"evaluation.batch_size={batch_size}: must be at least 1")
+    check_split(split, predictor.task)
+    found = Scores(images=[record for record in split.manifest.records if is_scored(record)])
     if predictor.can(Contrastive):
         score_retrieval(predictor, found, batch_size)
     if predictor.can(Captioning):
@@ -105,6 +118,11 @@ def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
                 )
             )
     return found
+
+
+def is_scored(record: Record) -> bool:
+    """Whether it has both an image and a caption."""
+    return bool(record.image and captions_of(record))
 
 
 def captions_of(record: Record) -> list[str]:
@@ -144,8 +162,6 @@ def score_captions(predictor: Predictor, found: Scores, batch_size: int) -> None
         written += predictor.write(batch, [""] * batch_size)
     found.captions = written[: len(found.images)]
     references = [captions_of(record) for record in found.images]
-    if len(references) < 2:
-        raise ValueError("captions are scored over two images at least: CIDEr-D compares images")
     scores = caption_scores(found.captions, references)
     found.add({f"caption/{name}": value for name, value in scores.items()})
     # Chance of a caption is that of a fluent one about another picture: all moved on by half.
@@ -186,9 +202,14 @@ def score_image_gain(predictor: Predictor, found: Scores, batch_size: int) -> No
 
 
 def score_foils(predictor: Predictor, split: Split, found: Scores, batch_size: int) -> None:
-    """How often a caption is likelier beside its image than the same with one word made false."""
-    by_id = {record.id: record for record in found.images}
+    """How often a caption is likelier beside its image than the same with one word made false.
+
+    Foils on images that the split does not have are passed over; there may be no others.
+    """
+    by_id = {record.id: record for record in split.manifest.records if record.image}
     foils = [foil for foil in split.foils if foil.image_id in by_id]
+    if not foils:
+        return
 
     def likelihoods(texts: Sequence[str]) -> np.ndarray:
         rows = [

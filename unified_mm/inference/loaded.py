@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
+from PIL import Image
 
 from unified_mm.config import Config
 from unified_mm.data import images as pictures
+from unified_mm.data.records import Problem
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.inference.classes import TEMPLATES, class_embeddings
 from unified_mm.inference.predictor import Predictor
@@ -21,7 +22,7 @@ from unified_mm.objectives.task import Task, build_task
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import shardings_of, without_names
 from unified_mm.runs.checkpoints import Checkpoints
-from unified_mm.runs.folder import RunFolder, read_json
+from unified_mm.runs.folder import RunFolder, RunFolderError
 
 Picture = Any  # a path, a PIL image, or uint8 [height, width, 3]
 BATCH = 32
@@ -43,42 +44,75 @@ class LoadedModel:
         self.step = step
         self.predictor = Predictor(task, params, mesh)
 
-    def embed_images(self, images: Sequence[Picture]) -> Float[np.ndarray, "B E"]:
-        """Unit vectors, float32; an image is a path, a PIL image or uint8 [height, width, 3]."""
-        return self._embed(self.predictor.embed_images, [self._beside(image) for image in images])
+    def embed_images(self, images: Iterable[Picture]) -> Float[np.ndarray, "B E"]:
+        """Unit vectors, float32; an image is a path, a PIL image or uint8 [height, width, 3].
 
-    def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "B E"]:
-        """Unit vectors, float32; a text's cosine with an image says how well it fits."""
+        Raises:
+          ValueError: no list, or what `view` refuses.
+        """
+        rows = [self._beside(image) for image in listed(images, "images")]
+        return self._embed(self.predictor.embed_images, rows)
+
+    def embed_files(
+        self, paths: Iterable[str]
+    ) -> tuple[list[str], Float[np.ndarray, "B E"], list[Problem]]:
+        """The files that can be read, their embeddings, and what is wrong with the others."""
+        files = listed(paths, "paths")
+        kept, problems = [], []
+        parts = [self.embed_images([])]
+        for start in range(0, len(files), BATCH):
+            views = []
+            for path in files[start : start + BATCH]:
+                try:
+                    views.append(self.view(path))
+                    kept.append(path)
+                except pictures.ImageError as error:
+                    problems.append(Problem(path, error.what, "left out"))
+                except FileNotFoundError:
+                    problems.append(Problem(path, "no file", "left out"))
+            if views:
+                parts.append(self.embed_images(views))
+        return kept, np.concatenate(parts), problems
+
+    def embed_texts(self, texts: Iterable[str]) -> Float[np.ndarray, "B E"]:
+        """Unit vectors, float32; a text's cosine with an image says how well it fits.
+
+        A text is cut at the length that the model reads (`model.modalities.text.length` tokens).
+
+        Raises:
+          ValueError: no list, or what is no text, with its place in the list.
+        """
         text = self.task.modalities["text"]
-        return self._embed(
-            self.predictor.embed_texts, [{"text": text.encode("", each)} for each in texts]
-        )
+        rows = [{"text": text.encode("", each)} for each in listed_texts(texts, "texts")]
+        return self._embed(self.predictor.embed_texts, rows)
 
     def classify(
         self,
-        images: Sequence[Picture],
-        classes: Sequence[str],
-        templates: Sequence[str] = TEMPLATES,
+        images: Iterable[Picture],
+        classes: Iterable[str],
+        templates: Iterable[str] = TEMPLATES,
     ) -> Float[np.ndarray, "B C"]:
         """Cosine similarities of images and named classes, float32: the largest one fits best.
 
         Raises:
-          ValueError: as `class_embeddings` does.
+          ValueError: no lists, or as `class_embeddings` does.
         """
-        named = class_embeddings(self.embed_texts, classes, templates)
-        return self.embed_images(images).reshape(-1, named.shape[1]) @ named.T
+        names, sentences = listed_texts(classes, "classes"), listed_texts(templates, "templates")
+        return self.embed_images(images) @ class_embeddings(self.embed_texts, names, sentences).T
 
-    def caption(self, images: Sequence[Picture]) -> list[str]:
+    def caption(self, images: Iterable[Picture]) -> list[str]:
         """What the model writes about each image, greedily."""
-        return self.answer(images, [""] * len(images))
+        pictured = listed(images, "images")
+        return self.answer(pictured, [""] * len(pictured))
 
-    def answer(self, images: Sequence[Picture], questions: Sequence[str]) -> list[str]:
+    def answer(self, images: Iterable[Picture], questions: Iterable[str]) -> list[str]:
         """What the model writes about each image after its question."""
+        images, questions = listed(images, "images"), listed_texts(questions, "questions")
         if len(images) != len(questions):
             raise ValueError(f"{len(images)} images and {len(questions)} questions: give as many")
         written: list[str] = []
         for batch, count in self._batches([self._beside(image) for image in images]):
-            asked = list(questions[len(written) : len(written) + count])
+            asked = questions[len(written) : len(written) + count]
             asked += [""] * (BATCH - count)
             written += self.predictor.write(batch, asked)[:count]
         return written
@@ -86,24 +120,28 @@ class LoadedModel:
     def view(self, image: Picture) -> UInt8[np.ndarray, "size size 3"]:
         """What the model sees of an image: the central square, at the model's size.
 
+        A PIL image is converted as a file is: upright, 8 bits, transparency over white.
+
         Raises:
-          FileNotFoundError, OSError: a file that is not there or cannot be read.
-          ValueError: what cannot be decoded (`ImageError`, naming the file) or is no image.
+          FileNotFoundError: a file that is not there.
+          ValueError: what cannot be read or decoded (`ImageError`, naming it) or is no image.
         """
         modality = self.task.modalities.get("image")
         if modality is None:
             raise ValueError("this model reads no images: it is of text alone")
         if isinstance(image, (str, os.PathLike)):
-            if not Path(image).is_file():
-                raise FileNotFoundError(f"there is no image {str(image)!r}")
-            pixels = pictures.decode(image, at_least=modality.size, backend=modality.decoder)
+            pixels = read_picture(image, modality.size, modality.decoder)
+        elif isinstance(image, Image.Image):
+            pixels = pictures.from_pil(image)
         else:
-            pixels = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+            pixels = np.asarray(image)
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
             raise ValueError(
                 "an image is a path, a PIL image or uint8 [height, width, 3]; got "
                 f"{pixels.dtype} {list(pixels.shape)}"
             )
+        if not pixels.size:
+            raise ValueError(f"an image of {list(pixels.shape)} has no pixel")
         return modality.whole_view(pixels)
 
     def _beside(self, image: Picture) -> dict[str, dict[str, np.ndarray]]:
@@ -112,7 +150,7 @@ class LoadedModel:
         absent = {name: self.task.modalities[name].absent() for name in names}
         return {**absent, "image": {"pixels": self.view(image), "present": np.array(True)}}
 
-    def _batches(self, rows: list[dict]) -> Any:
+    def _batches(self, rows: list[dict]) -> Iterator[tuple[Any, int]]:
         """Batches of one size (the last filled up by repeating), and how many rows count."""
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
@@ -120,8 +158,46 @@ class LoadedModel:
             yield jax.tree.map(lambda *leaves: np.stack(leaves), *full), len(part)
 
     def _embed(self, embed: Any, rows: list[dict]) -> np.ndarray:
-        parts = [embed(batch)[:count] for batch, count in self._batches(rows)]
-        return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+        if not rows:
+            return embed(self.task.example_batch(BATCH))[:0]  # how wide it is, only the model says
+        return np.concatenate([embed(batch)[:count] for batch, count in self._batches(rows)])
+
+
+def listed(values: Iterable[Any], what: str) -> list[Any]:
+    """The values as a list. Raises ValueError for one alone, such as a single text or path."""
+    alone = isinstance(values, (str, bytes, os.PathLike, Image.Image))
+    if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
+        alone = values.ndim < 4  # of images stacked there are four
+    if alone or not isinstance(values, Iterable):
+        raise ValueError(f"give a list of {what}, not a {type(values).__name__} alone")
+    return list(values)
+
+
+def listed_texts(values: Iterable[str], what: str) -> list[str]:
+    """The texts as a list. Raises ValueError naming the place of what is no text."""
+    texts = listed(values, what)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{what}[{number}] is a {type(text).__name__}, not a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{what}[{number}], {text!r}, holds half of a surrogate pair, which is no text"
+            ) from error
+    return texts
+
+
+def read_picture(
+    path: str | os.PathLike[str], size: int, decoder: str
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The picture of a file. Raises FileNotFoundError, and ImageError where it is unreadable."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no image {str(path)!r}")
+    try:
+        return pictures.decode(path, at_least=size, backend=decoder)
+    except OSError as error:
+        raise pictures.ImageError(str(path), f"unreadable: {error.strerror or error}") from error
 
 
 def load(run: str | os.PathLike[str], *, mesh: Mesh | None = None) -> LoadedModel:
@@ -133,6 +209,7 @@ def load(run: str | os.PathLike[str], *, mesh: Mesh | None = None) -> LoadedMode
 
     Raises:
       FileNotFoundError: no run there.
+      RunFolderError: a damaged config, or another tokenizer than the run was trained with.
       CheckpointError: no whole checkpoint.
     """
     folder = RunFolder(run)
@@ -140,15 +217,28 @@ def load(run: str | os.PathLike[str], *, mesh: Mesh | None = None) -> LoadedMode
         raise FileNotFoundError(
             f"{folder.path} is no run (it has no config.json); give the --workdir of a training run"
         )
-    config = Config(read_json(folder.config))
+    config = read_config(folder)
     refuse_image_tower(config, folder)
     task = build_task(config, TextTokenizer.load(folder.tokenizer, **config.data.special_tokens))
     mesh = mesh or one_device_mesh()
     averaged = config.train.average_decay > 0
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        folder.check_tokenizer(checkpoints.readable_metadata())
         name = "average" if averaged else "params"
         restored = checkpoints.restore({name: abstract_params(task, mesh)}, partial=True)
     return LoadedModel(task, restored.state[name], mesh, config, restored.step)
+
+
+def read_config(folder: RunFolder) -> Config:
+    """The run's config. Raises RunFolderError where the groups that every run has are not there."""
+    fields = folder.read_config()
+    for group in ("data", "model", "objectives", "train", "evaluation"):
+        if not isinstance(fields.get(group), dict):
+            raise RunFolderError(
+                f"{folder.config} is damaged: it has no group {group!r}; put the run's own config "
+                "back"
+            )
+    return Config(fields)
 
 
 def refuse_image_tower(config: Config, folder: RunFolder) -> None:

@@ -20,6 +20,7 @@ gigabyte on a CPU with SHA instructions.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -173,6 +174,13 @@ class Checkpoints:
             return self._read_json_items(self.steps()[-1])[1]
         except _Damaged as damage:
             raise CheckpointError(f"step {self.steps()[-1]} in {self.folder}: {damage}") from damage
+
+    def readable_metadata(self) -> dict[str, Any]:
+        """What was saved beside the newest step where it can be read; {} where there is none."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(_Damaged):
+                return self._read_json_items(step)[1]
+        return {}
 
     def wait(self) -> None:
         """Returns once all that was saved is written and sealed. Raises what writing raised."""

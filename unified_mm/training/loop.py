@@ -19,7 +19,7 @@ from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.metrics import MetricsWriter
 from unified_mm.training.phases import Phase
 from unified_mm.training.progress import Progress
-from unified_mm.training.setup import Setup
+from unified_mm.training.setup import Setup, check_saved
 from unified_mm.training.signals import StopRequest, stop_on_signals
 from unified_mm.training.state import TrainState, evaluation_params
 from unified_mm.training.step import Measured, make_train_step
@@ -84,13 +84,7 @@ def first_state(
     if not checkpoints.steps():
         return setup.make_state(), 0
     restored = checkpoints.restore(lambda step: setup.phase_at(step).abstract)
-    began = restored.metadata["data_fingerprint"]
-    if began != setup.fingerprint:
-        raise ValueError(
-            f"the data in {setup.source.folder} is not what this run began with (fingerprint "
-            f"{setup.fingerprint[:12]}, then {began[:12]}): give the same data, or another "
-            "--workdir for a new run"
-        )
+    check_saved(setup, restored.metadata)
     say(f"resuming at step {restored.step} of {setup.options.steps}")
     return restored.state, restored.step
 
@@ -168,6 +162,7 @@ class Run:
             "seed": setup.options.seed,
             "data_source": setup.source.name,
             "data_fingerprint": setup.fingerprint,
+            "tokenizer": setup.folder.tokenizer_digest(),
             "notice": setup.source.banner,
         }
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from unified_mm.config import Config
@@ -17,9 +20,11 @@ from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.few_shot import FewShot
 from unified_mm.objectives.task import Task, build_task, parameter_counts
 from unified_mm.parallel.mesh import make_mesh
+from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder
 from unified_mm.training.environment import device_name
 from unified_mm.training.phases import Phase, build_phases
+from unified_mm.training.start_from import overlay, weights_to_start_from
 from unified_mm.training.state import TrainState, initial_state
 
 
@@ -147,9 +152,18 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     make_state, abstract = initial_state(
         task.init, mesh, options.seed, averaged=options.average_decay > 0
     )
+    brought = weights_to_start_from(config)
+
+    def first_state() -> TrainState:
+        """Weights of other runs in their places, where training starts from any."""
+        state = make_state()
+        params = overlay(state.params, config, brought)
+        average = None if state.average is None else jax.tree.map(jnp.copy, params)
+        return state.replace(params=params, average=average)  # type: ignore[attr-defined]
+
     phases = build_phases(config, task, train, abstract, mesh)
     say(inventory(options, mesh, phases))
-    return Setup(config, options, folder, source, train, splits, task, mesh, make_state, phases)
+    return Setup(config, options, folder, source, train, splits, task, mesh, first_state, phases)
 
 
 def evaluated_splits(config: Config, source: Source) -> list[str]:
@@ -290,3 +304,34 @@ def framed(text: str, width: int = 78) -> str:
     lines = textwrap.wrap(text, width - 6)
     body = "\n".join(f"## {line:<{width - 6}} ##" for line in lines)
     return f"{'#' * width}\n{body}\n{'#' * width}"
+
+
+def check_goes_on(setup: Setup) -> None:
+    """Whether the run in the folder, if any, may go on with this setup; nothing is written.
+
+    Raises:
+      ValueError: other data, fewer steps than were done, or another tokenizer.
+    """
+    if not setup.folder.checkpoints.is_dir():
+        return
+    with Checkpoints(setup.folder.checkpoints, read_only=True) as checkpoints:
+        saved = checkpoints.readable_metadata()
+    if saved:
+        setup.phase_at(saved["step"])
+        check_saved(setup, saved)
+
+
+def check_saved(setup: Setup, saved: Mapping[str, Any]) -> None:
+    """Whether a checkpoint's metadata tells of the data and the tokenizer at hand.
+
+    Raises:
+      ValueError, RunFolderError: it does not.
+    """
+    began = saved["data_fingerprint"]
+    if began != setup.fingerprint:
+        raise ValueError(
+            f"the data in {setup.source.folder} is not what this run began with (fingerprint "
+            f"{setup.fingerprint[:12]}, then {began[:12]}): give the same data, or another "
+            "--workdir for a new run"
+        )
+    setup.folder.check_tokenizer(saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -146,7 +147,7 @@ def fit_to_budget(config: ConfigDict) -> ConfigDict:
 
 def _by_width(config: ConfigDict) -> Callable[[int], ConfigDict]:
     model = config.model
-    step = 4 * model.heads  # whole heads, and a width that sines of two coordinates divide
+    step = math.lcm(4, 2 * model.heads)  # whole, even heads; sines of two coordinates in fours
     ratio = model.feed_forward / model.width
 
     def resized(count: int) -> ConfigDict:

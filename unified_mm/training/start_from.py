@@ -1,0 +1,209 @@
+"""Training that begins with the weights of another run: its image tower, its text model, or both.
+
+Runs of imported weights (`python -m unified_mm.import_weights`) serve as well as trained ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from unified_mm.config import Config
+from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.models.options import TransformerOptions
+from unified_mm.objectives.task import build_task
+from unified_mm.parallel.sharding import path_of, without_names
+from unified_mm.runs.checkpoints import Checkpoints
+from unified_mm.runs.folder import RunFolder, read_json
+
+# How a stack is computed and regularised is the new run's own affair.
+OWN = ("dropout", "separate_attention", "separate_feed_forward", "rematerialise", "unroll", "dtype")
+STACK = tuple(f.name for f in fields(TransformerOptions) if f.name not in (*OWN, "cross"))
+PREFIXES = {
+    "image": ("embedders_image/", "towers_image/"),
+    "text": ("embedders_text/", "transformer/"),
+}
+BLOCK = re.compile(r"(.*/layers)/block_(\d+)/(.*)")
+
+
+def adopt(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
+    """The config with everything that the weights it starts from decide.
+
+    Args:
+      config: `model.start_from.image` and `.text` name runs, '' for none.
+      asked: fields that the command line set; these must agree with the weights.
+
+    Raises:
+      FileNotFoundError: no run there.
+      ValueError: weights that the fusion has no place for, or a field that contradicts them.
+    """
+    chosen = ConfigDict(config.to_dict())
+    for part, run in config.model.start_from.items():
+        if not run:
+            continue
+        saved = saved_config(run, part, config.model.fusion)
+        taken = text_of(saved, run) if part == "text" else image_of(saved)
+        for field, value in taken.items():
+            if field in asked and _get(config, field) != value:
+                raise ValueError(
+                    f"{field}={_get(config, field)!r}, but the weights of model.start_from.{part}="
+                    f"{run!r} have {value!r}: leave the field"
+                )
+            _set(chosen, field, value)
+    return chosen
+
+
+def saved_config(run: str, part: str, fusion: str) -> dict[str, Any]:
+    """The config of a run that has weights for a part."""
+    folder = RunFolder(run)
+    if not folder.exists:
+        raise FileNotFoundError(f"model.start_from.{part}={run!r} is no run: it has no config.json")
+    saved: dict[str, Any] = read_json(folder.config)
+    if part == "image" and fusion == "early":
+        raise ValueError(
+            "model.start_from.image: early fusion has no image tower; use fusion 'late' or "
+            "'gated_cross_attention'"
+        )
+    if part == "image" and saved["model"]["fusion"] == "early":
+        raise ValueError(f"model.start_from.image={run!r} is early fusion and has no image tower")
+    if saved.get("imported", {}).get("part", part) not in (part, "both"):
+        raise ValueError(
+            f"model.start_from.{part}={run!r} holds weights of {saved['imported']['part']} alone"
+        )
+    return saved
+
+
+def text_of(saved: Mapping[str, Any], run: str) -> dict[str, Any]:
+    """Fields that a text model's weights decide, by dotted name."""
+    model = saved["model"]
+    text = {k: v for k, v in model["modalities"]["text"].items() if k not in ("type", "length")}
+    contrastive = saved["objectives"]["contrastive"]
+    return {
+        **{f"model.{name}": model[name] for name in STACK},
+        **{f"model.modalities.text.{name}": value for name, value in text.items()},
+        "model.modalities.text.places": text["places"] or model["modalities"]["text"]["length"],
+        "data.tokenizer": str(RunFolder(run).tokenizer.absolute()),
+        "data.special_tokens": saved["data"]["special_tokens"],
+        "objectives.contrastive.text_pool": contrastive["text_pool"],
+    }
+
+
+def image_of(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that an image tower's weights decide, by dotted name."""
+    model, data = saved["model"], saved["data"]
+    options = TransformerOptions.from_config(model).changed(model["tower"])
+    tower = {name: getattr(options, name) for name in STACK}
+    image = {k: v for k, v in model["modalities"]["image"].items() if k != "type"}
+    return {
+        "model.tower": tower,
+        **{f"model.modalities.image.{name}": value for name, value in image.items()},
+        **{f"data.{name}": data[name] for name in ("image_size", "resampling", "fit")},
+        "objectives.contrastive.pool": saved["objectives"]["contrastive"]["pool"],
+    }
+
+
+def weights_to_start_from(config: Config) -> dict[str, Any]:
+    """Parameters of the runs in `model.start_from`, by path, each block by its layer."""
+    found: dict[str, Any] = {}
+    for part, run in config.model.start_from.items():
+        if run:
+            found |= part_of_run(run, part)
+    return found
+
+
+def overlay(params: Any, config: Config, found: Mapping[str, Any]) -> Any:
+    """Parameters with those of `weights_to_start_from` in their places, laid out as they are.
+
+    Raises:
+      ValueError: a parameter of the part that the run does not have, or of another shape.
+    """
+
+    def one(key_path: Any, leaf: Any) -> Any:
+        path = path_of(key_path)
+        part = next((p for p, prefix in PREFIXES.items() if path.startswith(prefix)), None)
+        if part is None or not config.model.start_from[part] or "/cross/" in path:
+            return leaf
+        run = config.model.start_from[part]
+        value = _restacked(found, path, leaf.shape)
+        if value is None or value.shape != leaf.shape:
+            has = "nothing" if value is None else f"{list(value.shape)}"
+            raise ValueError(
+                f"{path}: this model needs {list(leaf.shape)}, model.start_from.{part}={run!r} has "
+                f"{has}"
+            )
+        return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def part_of_run(run: str, part: str) -> dict[str, Any]:
+    """One part of a run's newest checkpoint: NumPy arrays by path, each block by its layer."""
+    folder = RunFolder(run)
+    saved = read_json(folder.config)
+    named = saved["data"]["special_tokens"]
+    if folder.tokenizer.is_file():
+        tokenizer = TextTokenizer.load(folder.tokenizer, **named)
+    else:  # an image tower has none, and its shapes depend on none
+        tokenizer = TextTokenizer.train([], 260)
+    shapes = without_names(
+        jax.eval_shape(build_task(Config(saved), tokenizer).init, jax.random.key(0))
+    )
+    wanted = {top: tree for top, tree in shapes.items() if f"{top}/" in PREFIXES[part]}
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        name = "average" if saved["train"]["average_decay"] else "params"
+        restored = checkpoints.restore({name: wanted}, partial=True)
+    leaves = jax.tree_util.tree_leaves_with_path(restored.state[name])
+    return _by_layer({path_of(path): np.asarray(leaf) for path, leaf in leaves})
+
+
+def _by_layer(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Stacked blocks apart: `.../layers/block_1/x` [P, ...] becomes `.../layers/<layer>/x` each."""
+    blocks = {int(m[2]) for m in map(BLOCK.fullmatch, leaves) if m}
+    found: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        match = BLOCK.fullmatch(path)
+        if match is None:
+            found[path] = leaf
+            continue
+        before, block, after = match[1], int(match[2]), match[3]
+        for period in range(leaf.shape[0]):
+            found[f"{before}/{period * len(blocks) + block}/{after}"] = leaf[period]
+    return found
+
+
+def _restacked(found: Mapping[str, Any], path: str, shape: tuple[int, ...]) -> Any:
+    """The leaf that belongs at `path`, its layers stacked anew; None where there is none."""
+    match = BLOCK.fullmatch(path)
+    if match is None:
+        return found.get(path)
+    before, block, after = match[1], int(match[2]), match[3]
+    layers = sorted(
+        int(name.removeprefix(f"{before}/").split("/")[0])
+        for name in found
+        if name.startswith(f"{before}/") and name.endswith(f"/{after}")
+    )
+    blocks = max(1, len(layers) // shape[0])
+    names = [f"{before}/{period * blocks + block}/{after}" for period in range(shape[0])]
+    if len(layers) != shape[0] * blocks or any(name not in found for name in names):
+        return None
+    return np.stack([found[name] for name in names])
+
+
+def _get(config: ConfigDict, field: str) -> Any:
+    for name in field.split("."):
+        config = config[name]
+    return config
+
+
+def _set(config: ConfigDict, field: str, value: Any) -> None:
+    *parents, last = field.split(".")
+    for name in parents:
+        config = config[name]
+    with config.ignore_type():
+        config[last] = ConfigDict(value) if isinstance(value, Mapping) else value
