@@ -9,7 +9,7 @@
 | `base` | 19.7 M | one accelerator | not measured | not measured |
 | `large` | 305 M | several accelerators | not measured | not measured |
 
-One caption an image; chance is 0.001 and 0.010. `tiny` for 6,500 steps, about an hour, reaches 0.601
+One caption an image; chance is 0.001 and 0.010. `tiny` for 6,500 steps, an hour, reaches 0.601
 and 0.953. All other scores: README.md and experiments/results/.
 """
 

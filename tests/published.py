@@ -56,6 +56,44 @@ def write(folder: Path, weights: dict[str, np.ndarray] | None = None, **config: 
     return folder
 
 
+def write_vit(folder: Path) -> Path:
+    """A small ViT with a classifier."""
+    width, hidden, grid = 8, 12, 2
+    config = {
+        "model_type": "vit",
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 4 * grid,
+        "patch_size": 4,
+    }
+    block = "vit.encoder.layer.0"
+    shapes: dict[str, tuple[int, ...]] = {
+        "vit.embeddings.cls_token": (1, 1, width),
+        "vit.embeddings.position_embeddings": (1, grid * grid + 1, width),
+        "vit.embeddings.patch_embeddings.projection.weight": (width, 3, 4, 4),
+        "vit.embeddings.patch_embeddings.projection.bias": (width,),
+        f"{block}.intermediate.dense.weight": (hidden, width),
+        f"{block}.intermediate.dense.bias": (hidden,),
+        f"{block}.output.dense.weight": (width, hidden),
+        f"{block}.output.dense.bias": (width,),
+        "classifier.weight": (3, width),
+        "classifier.bias": (3,),
+    }
+    for name in ("attention.query", "attention.key", "attention.value", "output.dense"):
+        shapes[f"{block}.attention.{name}.weight"] = (width, width)
+        shapes[f"{block}.attention.{name}.bias"] = (width,)
+    for name in (f"{block}.layernorm_before", f"{block}.layernorm_after", "vit.layernorm"):
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    safetensors.numpy.save_file(weights, folder / "model.safetensors")
+    return folder
+
+
 def write_shards(folder: Path) -> Path:
     """The same in two files and an index."""
     whole = tensors()

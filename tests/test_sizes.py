@@ -1,13 +1,9 @@
 """What each fusion costs, and models made to fit a budget."""
 
-import contextlib
-import json
-from pathlib import Path
 
 import jax
 import pytest
 import tiny
-from absl import flags
 from ml_collections import ConfigDict
 
 from unified_mm.config import Config

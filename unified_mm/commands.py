@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -65,6 +66,12 @@ def disk_is_full(error: BaseException) -> bool:
             return True
         behind += [each.__cause__, each.__context__]
     return False
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a log's record says more than `disk_full` will; for the log's filters."""
+    error = record.exc_info[1] if record.exc_info else None
+    return error is None or not disk_is_full(error)
 
 
 def disk_full(folder: RunFolder) -> str:

@@ -20,6 +20,7 @@ from unified_mm.commands import (
     disk_full,
     disk_is_full,
     exit_code,
+    is_news,
     new_file,
     say,
     score_table,
@@ -72,6 +73,7 @@ SETTABLE = {
 def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
+    logging.get_absl_logger().addFilter(is_news)
     again = "interrupted; the same command goes on from the last checkpoint"
     sys.exit(exit_code(lambda: chosen_mode(argv[1:]), interrupted=again))
 

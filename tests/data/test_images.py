@@ -256,3 +256,23 @@ def test_mirror_flips_half_of_the_views_and_changes_no_crop():
 def test_least_side_keeps_views_from_being_enlarged():
     side = images.least_side(64, (0.5, 1.0))
     assert side**2 * 0.5 >= 64**2 > (side - 1) ** 2 * 0.5
+
+
+def test_a_squashed_view_is_of_the_whole_picture():
+    view = images.evaluation_view(photo(160, 120), 40, fit="squash")
+    cells = photo(160, 120).reshape(40, 3, 40, 4, 3).mean((1, 3))
+    assert difference(view, cells) < 2
+
+
+@pytest.mark.parametrize("resampling", images.RESAMPLINGS)
+@pytest.mark.parametrize("shape", [(160, 120), (41, 97), (33, 32), (300, 31)])
+def test_a_crop_of_the_resized_picture_is_just_that(shape, resampling):
+    picture, size = photo(*shape), 24
+    height, width = picture.shape[:2]
+    sides = [int(size * side / min(height, width)) for side in (width, height)]
+    kind = images.RESAMPLINGS[resampling]
+    resized = np.asarray(Image.fromarray(picture).resize(sides, kind))
+    top, left = (sides[1] - size) // 2, (sides[0] - size) // 2
+    want = resized[top : top + size, left : left + size]
+    view = images.evaluation_view(picture, size, resampling=resampling, fit="crop_resized")
+    assert np.abs(view.astype(int) - want).max() <= 1

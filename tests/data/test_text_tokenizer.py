@@ -154,3 +154,30 @@ def test_unusable_files_are_named(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "bare.json"))
     with pytest.raises(ValueError, match="bare.json.*no <pad>, <bos>, <eos>"):
         TextTokenizer.load(tmp_path / "bare.json")
+
+
+def test_special_tokens_may_have_other_names_and_nothing_need_stand_before_a_text(
+    tokenizer, tmp_path
+):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    other = TextTokenizer.load(path, pad="<eos>", bos="", eos="<eos>")
+    row = other.encode("", TEXTS[0], 40)
+    want = tokenizer.encode("", TEXTS[0], 40)
+    assert other.bos_id is None and other.pad_id == other.eos_id
+    assert ids_of(row) == ids_of(want)[1:]
+    assert (row["ids"][~row["valid"]] == other.eos_id).all()
+    assert other.decode(row["ids"]) == tokenizer.decode(want["ids"])
+    assert other.encode_prompt("") == [] and other.ids("") == []
+    again = pickle.loads(pickle.dumps(other))
+    assert again.special_tokens == other.special_tokens
+    with pytest.raises(ValueError, match="tokenizer.json.*no \\[CLS\\]"):
+        TextTokenizer.load(path, bos="[CLS]")
+
+
+def test_a_cut_text_ends_all_the_same_where_that_is_asked_for(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    row = TextTokenizer.load(path, eos_when_cut=True).encode("", TEXTS[0], 4)
+    want = tokenizer.encode("", TEXTS[0], 4)["ids"].tolist()
+    assert row["ids"].tolist() == [*want[:3], tokenizer.eos_id]

@@ -9,7 +9,7 @@ from PIL import Image
 
 import unified_mm
 from unified_mm.data.records import Record, Text
-from unified_mm.inference.loaded import one_device_mesh
+from unified_mm.inference.loaded import listed, listed_texts, one_device_mesh
 from unified_mm.inference.predictor import Predictor
 from unified_mm.runs.checkpoints import CheckpointError, Checkpoints
 from unified_mm.runs.folder import RunFolder, RunFolderError, write_json
@@ -136,10 +136,12 @@ def test_wrong_images_and_questions_are_refused(model, pictures, tmp_path):
 
 def test_one_value_in_place_of_a_list_is_refused(model, pictures):
     arrays, paths = pictures
-    for one in (paths[0], str(paths[0]), b"bytes", arrays[0], Image.open(paths[0]), None):
-        for ask in (model.embed_images, model.caption):
-            with pytest.raises(ValueError, match="give a list of images"):
-                ask(one)
+    for one in (paths[0], str(paths[0]), b"bytes", arrays[0], Image.fromarray(arrays[0]), None):
+        with pytest.raises(ValueError, match="give a list of images"):
+            listed(one, "images")
+    for ask in (model.embed_images, model.caption):
+        with pytest.raises(ValueError, match="give a list of images, not a str alone"):
+            ask(str(paths[0]))
     with pytest.raises(ValueError, match="give a list of texts, not a str alone"):
         model.embed_texts("a cat")
     with pytest.raises(ValueError, match="give a list of questions"):
@@ -157,11 +159,19 @@ def test_one_value_in_place_of_a_list_is_refused(model, pictures):
         ("a\ud800", "half of a surrogate pair"),
     ],
 )
-def test_what_is_no_text_is_named_by_its_place(model, pictures, text, message):
+def test_what_is_no_text_is_named_by_its_place(text, message):
     with pytest.raises(ValueError, match=rf"texts\[1\].* {message}"):
-        model.embed_texts(["a cat", text])
-    with pytest.raises(ValueError, match=rf"questions\[0\].* {message}"):
-        model.answer(pictures[0][:1], [text])
+        listed_texts(["a cat", text], "texts")
+
+
+def test_every_question_looks_at_its_texts(model, pictures):
+    for ask in (
+        lambda: model.embed_texts(["\ud800"]),
+        lambda: model.answer(pictures[0][:1], ["\ud800"]),
+        lambda: model.classify(pictures[0], ["\ud800"]),
+    ):
+        with pytest.raises(ValueError, match=r"\[0\], .* holds half of a surrogate pair"):
+            ask()
 
 
 def test_empty_lists_generators_and_stacks_work(model, pictures):

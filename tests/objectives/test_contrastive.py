@@ -1,12 +1,16 @@
 """InfoNCE and sigmoid pairs against NumPy written out, and what contrast does not count."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unified_mm.config import Config
 from unified_mm.default_config import default_config
 from unified_mm.models.pooling import AttentionPool, pooled
 from unified_mm.objectives.contrastive import (
@@ -17,6 +21,7 @@ from unified_mm.objectives.contrastive import (
     sigmoid_loss,
     softmax_loss,
 )
+from unified_mm.objectives.task import build_task
 from unified_mm.parallel.sharding import without_names
 
 DEFAULTS = default_config().objectives.contrastive.to_dict()
@@ -150,3 +155,49 @@ def test_wrong_options_are_refused():
     for rule in ("joint", "prefix", "causal"):
         with pytest.raises(ValueError, match=f"rule='{rule}' lets image and text see each other"):
             Contrastive.from_config("c", {**OPTIONS, "rule": rule})
+
+
+def test_the_scale_is_unbounded_where_that_is_asked_for():
+    head = ContrastiveHead((("text", MEAN),), 5, sigmoid=True, bound_scale=False)
+    params = {"log_scale": jnp.float32(4.8), "bias": jnp.float32(-16.0)}
+    scale, _ = head.apply({"params": params}, method="scale_and_bias")
+    assert float(scale) == pytest.approx(np.exp(4.8))
+
+
+@pytest.mark.parametrize("fusion", ["early", "late"])
+def test_text_alone_is_held_against_itself_read_again_with_other_dropout(fusion):
+    config = tiny.config_dict(
+        model__fusion=fusion,
+        model__dropout=0.5,
+        objectives__contrastive__between="text",
+        objectives__captioning__weight=0.0,
+        objectives__matching__weight=0.0,
+    )
+    del config.model.modalities["image"]
+    task = build_task(Config(config.to_dict()), tiny.tokenizer())
+    params = tiny.params(task)
+    assert "project_image" not in params["heads_contrastive"]
+    rng = np.random.default_rng(0)
+    ids = rng.integers(4, 200, (4, 12)).astype(np.int32)
+    ones = np.ones(ids.shape, bool)
+    rows = np.ones(4, bool)
+    text = {"ids": ids, "valid": ones, "scored": ones, "present": rows, "prompted": ~rows}
+    batch = {"text": jax.tree.map(jnp.asarray, text)}
+
+    @partial(jax.jit, static_argnames="deterministic")
+    def pairs(params, deterministic):
+        return task.pairs(params, batch, jax.random.key(0), deterministic=deterministic)
+
+    still, moved = (pairs(params, deterministic=d)["contrastive/loss"] for d in (True, False))
+    assert np.isfinite(still[0]) and np.isfinite(moved[0]) and moved[0] != still[0]
+    _, again = task.objectives[0].streams()
+
+    def read(model, batch):
+        streams = task.objectives[0].streams()
+        encoded = model.encode(batch, streams, deterministic=False)
+        return [encoded[stream.name].text for stream in streams]
+
+    variables = {"params": params}
+    rngs = {"dropout": jax.random.key(1)}
+    first, second = task.model.apply(variables, batch, method=read, rngs=rngs)
+    assert again.name == "contrastive_again" and not np.allclose(first, second)

@@ -43,7 +43,7 @@ def build_manifest(
     captions = coco.read_captions(folder, split)
     stats = _stat(captions)
     kept = _cache_file(cache, folder, split, source, captions, stats)
-    if kept and kept.is_file():
+    if kept and os.path.isfile(kept):
         manifest = _from_cache(kept)
     else:
         manifest = _check(folder, split, source, captions, stats, threads, progress)
@@ -271,6 +271,7 @@ def _cache_file(
 
 def _from_cache(path: Path) -> Manifest:
     try:
-        return from_json(path.read_text(encoding="utf-8"))
+        with naming(f"the cached manifest {path}"):
+            return from_json(path.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"the cached manifest {path} is damaged ({error}): delete it") from error

@@ -163,7 +163,7 @@ class LoadedModel:
         return np.concatenate([embed(batch)[:count] for batch, count in self._batches(rows)])
 
 
-def listed(values: Iterable[Any], what: str) -> list[Any]:
+def listed(values: Any, what: str) -> list[Any]:
     """The values as a list. Raises ValueError for one alone, such as a single text or path."""
     alone = isinstance(values, (str, bytes, os.PathLike, Image.Image))
     if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
@@ -173,7 +173,7 @@ def listed(values: Iterable[Any], what: str) -> list[Any]:
     return list(values)
 
 
-def listed_texts(values: Iterable[str], what: str) -> list[str]:
+def listed_texts(values: Any, what: str) -> list[str]:
     """The texts as a list. Raises ValueError naming the place of what is no text."""
     texts = listed(values, what)
     for number, text in enumerate(texts):

@@ -48,6 +48,8 @@ class Predictor:
     def embed_images(self, batch: Batch) -> Float[np.ndarray, "B E"]:
         """Unit vectors of the batch's images (or of whatever context contrast was trained on)."""
         objective = self._objective(Contrastive, "embed")
+        if objective.of_text_alone:
+            raise ValueError("this model embeds texts alone")
 
         def embed(model: UnifiedModel, batch: Any) -> jax.Array:
             encoded = model.read_context(batch, objective.stream)

@@ -32,6 +32,7 @@ FREE_FIELDS = (
 )
 
 _ABSENT = object()
+_SHOWN = 30  # differences that are listed
 
 
 class RunFolderError(RuntimeError):
@@ -129,7 +130,7 @@ class RunFolder:
 
         Fields that are free to change (`FREE_FIELDS`) are taken over into `config.json`.
         Returns whether the run is new. Raises `ConfigDifference` that lists every other
-        difference, `RunFolderError` where the folder holds something else; neither writes.
+        difference (the first of many), `RunFolderError` where the folder holds something else; neither writes.
         """
         new = self.check(config)
         if new or read_json(self.config) != _as_json(config):
@@ -192,7 +193,9 @@ class RunFolder:
             )
 
     def _explain(self, found: tuple[Difference, ...]) -> str:
-        lines = "\n".join(f"  {difference}" for difference in found)
+        lines = "\n".join(f"  {difference}" for difference in found[:_SHOWN])
+        if len(found) > _SHOWN:
+            lines += f"\n  and {len(found) - _SHOWN} more"
         return (
             f"the run in {self.path} has another config than this command asks for:\n{lines}\n"
             "Choose another --workdir for a new run, or give the run's own values to go on with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -38,8 +39,10 @@ class NotFinite(RuntimeError):
     """A loss or gradient became infinite or NaN."""
 
 
-def train(setup: Setup, say: Callable[[str], None]) -> TrainState:
+def train(setup: Setup, say: Callable[[str], None]) -> tuple[TrainState, float]:
     """Trains from the newest whole checkpoint, or from the start, to the last step.
+
+    Returns the last state, and the seconds that the run took in all its processes up to it.
 
     Everything after a step is a function of the config and of the checkpoint before it, so a run
     that was killed ends in the same bits as one that was not.
@@ -59,7 +62,7 @@ def train(setup: Setup, say: Callable[[str], None]) -> TrainState:
                 setup.folder.checkpoints, keep=options.keep, asynchronous=options.asynchronous
             )
         )
-        state, start = first_state(setup, checkpoints, say)
+        state, start, earlier = first_state(setup, checkpoints, say)
         tensorboard = setup.folder.tensorboard if options.tensorboard else None
         metrics = stack.enter_context(
             MetricsWriter(setup.folder.metrics, tensorboard, resume_step=start or None)
@@ -67,26 +70,29 @@ def train(setup: Setup, say: Callable[[str], None]) -> TrainState:
         if setup.source.banner and not start:
             metrics.write_text(0, "data/notice", setup.source.banner)
         predictor = Predictor(setup.task, None, setup.mesh)
-        run = Run(setup, checkpoints, metrics, stop, say, predictor)
+        began = time.perf_counter() - earlier
+        run = Run(setup, checkpoints, metrics, stop, say, predictor, began)
         with Progress(start, options.steps) as progress:
             for phase in setup.phases:
                 if start < phase.stop:
                     begun = state if start > phase.start else phase.enter(state)
                     state = run.steps(phase, begun, max(start, phase.start), progress)
         checkpoints.wait()
-        return state
+        if stop.signal is not None:  # it came when all steps were done
+            raise Stopped(options.steps, stop.exit_code)
+        return state, run.seconds()
 
 
 def first_state(
     setup: Setup, checkpoints: Checkpoints, say: Callable[[str], None]
-) -> tuple[TrainState, int]:
-    """The state to go on from, and its step."""
+) -> tuple[TrainState, int, float]:
+    """The state to go on from, its step, and the seconds that the run has taken before."""
     if not checkpoints.steps():
-        return setup.make_state(), 0
+        return setup.make_state(), 0, 0.0
     restored = checkpoints.restore(lambda step: setup.phase_at(step).abstract)
     check_saved(setup, restored.metadata)
     say(f"resuming at step {restored.step} of {setup.options.steps}")
-    return restored.state, restored.step
+    return restored.state, restored.step, restored.metadata["seconds"]
 
 
 @dataclass
@@ -99,6 +105,11 @@ class Run:
     stop: StopRequest
     say: Callable[[str], None]
     predictor: Predictor  # without parameters: what it compiles serves every evaluation
+    began: float  # on this process's clock, moved back by what earlier processes took
+
+    def seconds(self) -> float:
+        """That the run has taken, in all its processes."""
+        return time.perf_counter() - self.began
 
     def steps(
         self, phase: Phase, state: TrainState, start: int, progress: Progress
@@ -110,7 +121,8 @@ class Run:
         waiting: tuple[int, list[Measured]] | None = None
         with closing(phase_batches(self.setup, phase, start)) as batches:  # type: ignore[type-var]
             for step in range(start + 1, phase.stop + 1):
-                state, measured = step_function(state, to_global(next(batches), self.setup.mesh))
+                rows = self.next_rows(batches, step - 1, state)
+                state, measured = step_function(state, to_global(rows, self.setup.mesh))
                 since.append(measured)
                 last = step == phase.stop
                 if step % options.log_every == 0 or last:
@@ -131,6 +143,15 @@ class Run:
                         self.score(step, state)
                     progress.pause()
         return state
+
+    def next_rows(self, batches: Iterator[Any], step: int, state: TrainState) -> Any:
+        """The next batch; where it cannot be read, what was learned so far is saved first."""
+        try:
+            return next(batches)
+        except Exception:
+            if step and step not in self.checkpoints.steps():
+                self.save(step, state)
+            raise
 
     def record(
         self, waiting: tuple[int, list[Measured]] | None, phase: Phase, progress: Progress
@@ -164,6 +185,7 @@ class Run:
             "data_fingerprint": setup.fingerprint,
             "tokenizer": setup.folder.tokenizer_digest(),
             "notice": setup.source.banner,
+            "seconds": self.seconds(),
         }
 
     def not_finite(self, step: int) -> None:

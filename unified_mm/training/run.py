@@ -33,10 +33,10 @@ def train_and_score(
     Returns:
       The contents of `result.json`, and the scores by split with what they were taken from.
     """
+    state, seconds = train(setup, say)
     began = time.perf_counter()
-    state = train(setup, say)
     found = score_splits(setup, state, say)
-    return summarise(setup, found, time.perf_counter() - began), found
+    return summarise(setup, found, seconds + time.perf_counter() - began), found
 
 
 def score_splits(

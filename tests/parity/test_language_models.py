@@ -1,0 +1,106 @@
+"""GPT-2, Llama, SmolLM's make and Qwen 2: the same scores of the next token."""
+
+import hugging_face as hf
+import numpy as np
+import pytest
+
+GPT2 = [
+    {"n_embd": 16, "n_layer": 2, "n_head": 2},
+    {"n_embd": 24, "n_layer": 3, "n_head": 3, "n_inner": 40, "tie_word_embeddings": False},
+]
+LLAMA = [
+    {"num_attention_heads": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
+    {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    },
+]
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 20,
+    "vocab_size": hf.VOCABULARY,
+}
+
+
+def gpt2(**options):
+    import transformers
+
+    config = transformers.GPT2Config(n_positions=20, vocab_size=hf.VOCABULARY, **options)
+    return hf.randomised(transformers.GPT2LMHeadModel(config))
+
+
+def llama(**options):
+    import transformers
+
+    config = transformers.LlamaConfig(**SMALL | options)
+    return hf.randomised(transformers.LlamaForCausalLM(config))
+
+
+def check(model, folder, **saving):
+    import torch
+
+    imported, task = hf.opened(hf.saved(model, folder, **saving))
+    ids = np.random.default_rng(0).integers(0, hf.VOCABULARY, (2, 11))
+    with torch.no_grad():
+        theirs = model(input_ids=torch.tensor(ids)).logits
+    hf.assert_close(hf.logits(imported, task, hf.text_batch(ids)), theirs)
+    return imported
+
+
+@pytest.mark.parametrize("options", GPT2, ids=("tied", "untied"))
+def test_gpt2(options, tmp_path):
+    imported = check(gpt2(**options), tmp_path / "gpt2")
+    assert imported.part == "text" and imported.family == "GPT-2"
+
+
+def test_gpt2_without_its_prefix_as_the_first_files_have_it(tmp_path):
+    import torch
+
+    model = gpt2(**GPT2[0])
+    folder = hf.saved(model.transformer, tmp_path / "gpt2")
+    imported, task = hf.opened(folder)
+    ids = np.arange(9)[None]
+    with torch.no_grad():
+        theirs = model(input_ids=torch.tensor(ids)).logits
+    hf.assert_close(hf.logits(imported, task, hf.text_batch(ids)), theirs)
+
+
+@pytest.mark.parametrize("options", LLAMA, ids=("plain", "grouped tied", "biased one head"))
+def test_llama(options, tmp_path):
+    check(llama(**options), tmp_path / "llama")
+
+
+def test_llama_in_shards(tmp_path):
+    folder = tmp_path / "llama"
+    check(llama(**LLAMA[1]), folder, max_shard_size="10KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    assert len(list(folder.glob("*.safetensors"))) > 1
+
+
+def test_llama_in_sixteen_bits(tmp_path):
+    import torch
+
+    model = llama(**LLAMA[0]).to(torch.bfloat16)
+    folder = hf.saved(model, tmp_path / "llama")
+    imported, task = hf.opened(folder)
+    ids = np.arange(9)[None]
+    with torch.no_grad():
+        theirs = model.float()(input_ids=torch.tensor(ids)).logits
+    hf.assert_close(hf.logits(imported, task, hf.text_batch(ids)), theirs)
+
+
+@pytest.mark.parametrize("tied", (True, False), ids=("tied", "untied"))
+def test_qwen2(tied, tmp_path):
+    import transformers
+
+    config = transformers.Qwen2Config(
+        **SMALL, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied
+    )
+    check(hf.randomised(transformers.Qwen2ForCausalLM(config)), tmp_path / "qwen2")

@@ -1,0 +1,88 @@
+"""What is exported is what was imported, bit by bit, and transformers reads it."""
+
+import hugging_face as hf
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from unified_mm.export_weights import export
+from unified_mm.import_weights import import_directory
+
+TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 310}
+LLAMA = {
+    "grouped": {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "biased untied": {"num_attention_heads": 2, "attention_bias": True, "mlp_bias": True},
+    "wide heads": {"num_attention_heads": 2, "head_dim": 12},
+}
+GPT2 = {"tied": {}, "untied": {"tie_word_embeddings": False, "n_inner": 24}}
+
+
+def check(model, folder, again):
+    """There, back, and there again; returns the tensors that were written."""
+    hf.saved(model, folder)
+    hf.write_tokenizer(folder, eos_token="<unk>")
+    imported = import_directory(folder)
+    export(imported.config, imported.params, imported.tokenizer, again)
+    written = safetensors.numpy.load_file(again / "model.safetensors")
+    theirs = safetensors.numpy.load_file(folder / "model.safetensors")
+    assert written.keys() == theirs.keys()
+    for name, values in theirs.items():
+        assert written[name].shape == values.shape and written[name].dtype == values.dtype, name
+        assert np.array_equal(written[name], values), name
+    second = import_directory(again)
+    assert {**second.config, "imported": 0} == {**imported.config, "imported": 0}
+    assert jax.tree.all(jax.tree.map(np.array_equal, second.params, imported.params))
+    return type(model).from_pretrained(again).eval()
+
+
+@pytest.mark.parametrize("shape", GPT2)
+def test_gpt2(shape, tmp_path):
+    import torch
+    import transformers
+
+    config = transformers.GPT2Config(
+        n_embd=16, n_layer=2, n_head=2, n_positions=20, vocab_size=310, **GPT2[shape]
+    )
+    model = hf.randomised(transformers.GPT2LMHeadModel(config))
+    again = check(model, tmp_path / "theirs", tmp_path / "ours")
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("shape", LLAMA)
+def test_llama(shape, tmp_path):
+    import torch
+    import transformers
+
+    config = transformers.LlamaConfig(
+        **TEXT, max_position_embeddings=20, rope_theta=300.0, **LLAMA[shape]
+    )
+    model = hf.randomised(transformers.LlamaForCausalLM(config))
+    again = check(model, tmp_path / "theirs", tmp_path / "ours")
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_clip(tmp_path):
+    import torch
+    import transformers
+
+    text = TEXT | {"num_attention_heads": 2, "max_position_embeddings": 12, "hidden_act": "gelu"}
+    vision = TEXT | {"num_attention_heads": 4, "image_size": 16, "patch_size": 4, "hidden_size": 24}
+    del vision["vocab_size"]
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    model = hf.randomised(transformers.CLIPModel(config))
+    again = check(model, tmp_path / "theirs", tmp_path / "ours")
+    values = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        one, other = (
+            each.get_image_features(pixel_values=values).pooler_output for each in (again, model)
+        )
+    assert torch.equal(one, other)
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path / "ours")
+    assert processor.crop_size["height"] == 16
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert tokenizer.eos_token == "<unk>" and again.config.text_config.eos_token_id == 3

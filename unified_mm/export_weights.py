@@ -1,0 +1,215 @@
+"""Writes a run's weights as Hugging Face's libraries read them.
+
+    python -m unified_mm.export_weights --run runs/clip --out DIR
+
+DIR gets config.json, model.safetensors, tokenizer.json and, for images, preprocessor_config.json.
+The run's model has to be one of the families that can be written: CLIP, GPT-2, Llama.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from absl import logging
+
+from unified_mm.commands import exit_code, say
+from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.import_weights import refuse_existing, run_config
+from unified_mm.models.options import TransformerOptions
+from unified_mm.models.pretrained.family import Family, families
+from unified_mm.models.pretrained.source import WEIGHTS, Source
+from unified_mm.models.pretrained.tables import to_theirs
+from unified_mm.parallel.sharding import path_of
+from unified_mm.runs.folder import write_json
+
+# What a run may have otherwise than its family: none of it is part of the weights.
+FREE = ("dropout", "rematerialise", "unroll", "dtype")
+
+
+def export(
+    config: Mapping[str, Any], params: Any, tokenizer: TextTokenizer, out: str | os.PathLike[str]
+) -> Family:
+    """Writes a model of ours as one of the families, and returns which.
+
+    Args:
+      config: of the run, whole.
+      params: its parameters.
+      tokenizer: of the run.
+      out: a new directory.
+
+    Raises:
+      ValueError: `out` exists, or the model is of no family that can be written; then it says by
+        which fields.
+    """
+    path = Path(out).expanduser().absolute()
+    refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = Path(tempfile.mkdtemp(prefix=f".{path.name}.exporting-", dir=path.parent))
+    try:
+        half.chmod(0o755)
+        family = _write(config, params, tokenizer, half)
+        os.rename(half, path)
+    except BaseException:
+        shutil.rmtree(half, ignore_errors=True)
+        raise
+    return family
+
+
+def _write(
+    config: Mapping[str, Any], params: Any, tokenizer: TextTokenizer, folder: Path
+) -> Family:
+    ours = {
+        path_of(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    family = family_that_fits(config, tokenizer, folder)
+    assert family.export is not None
+    tensors = to_theirs(family.table(config, frozenset()), ours)
+    tokenizer.save(folder / "tokenizer.json")
+    named = tokenizer.special_tokens
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": named["bos"] or None,
+            "eos_token": named["eos"],
+            "pad_token": named["pad"],
+            "model_max_length": config["model"]["modalities"]["text"]["places"],
+        },
+    )
+    for name, content in family.export.files(config).items():
+        write_json(folder / name, content)
+    safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return family
+
+
+def family_that_fits(
+    config: Mapping[str, Any], tokenizer: TextTokenizer, folder: Path
+) -> Family:
+    """The family whose config.json says all that the run's config says of the model.
+
+    `folder` then holds that config.json; what it comes back as is compared with the run.
+
+    Raises:
+      ValueError: there is none.
+    """
+    why = []
+    for family in families():
+        if family.export is None:
+            continue
+        try:
+            write_json(folder / "config.json", family.export.config(config, tokenizer))
+            for name, content in family.export.files(config).items():
+                write_json(folder / name, content)
+            again = run_config(family, _ConfigOnly(folder), tokenizer)
+        except (KeyError, TypeError, ValueError, StopIteration) as error:
+            why.append(f"{family.name}: {error or type(error).__name__}")
+            continue
+        other = differing(config, again, family.export.compared)
+        if not other:
+            return family
+        more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+        why.append(f"{family.name}: {', '.join(other[:3])}{more}")
+    raise ValueError(
+        "the run's model is none that can be written. What is other than in each family:\n  "
+        + "\n  ".join(why)
+    )
+
+
+class _ConfigOnly(Source):
+    """A directory of which the weights are still to be written."""
+
+    def _open_all(self) -> dict[str, Any]:
+        return {}
+
+
+def differing(
+    one: Mapping[str, Any], other: Mapping[str, Any], prefixes: Sequence[str]
+) -> list[str]:
+    """Dotted fields under the prefixes in which what two configs say of a model differs."""
+    left, right = _flat(said_of_model(one)), _flat(said_of_model(other))
+    return [
+        name
+        for name in sorted(left.keys() | right.keys())
+        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+        and left.get(name) != right.get(name)
+    ]
+
+
+def said_of_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says of a model without gates, however it says it."""
+    m = config["model"]
+    options = TransformerOptions.from_config(m)
+    modalities = {name: dict(each) for name, each in m["modalities"].items()}
+    modalities["text"].pop("length")
+    model: dict[str, Any] = {"fusion": m["fusion"], **_kind(options), "modalities": modalities}
+    if m["fusion"] != "early":
+        model["tower"] = _kind(options.changed(m["tower"]))
+    contrastive = {**config["objectives"]["contrastive"], "weight": 0.0}
+    said = {"model": model, "objectives": {"contrastive": contrastive}, "data": config["data"]}
+    plain: dict[str, Any] = json.loads(json.dumps(said))
+    return plain
+
+
+def _kind(options: TransformerOptions) -> dict[str, Any]:
+    """What makes up a stack; a number of heads or their width is said even where it is usual."""
+    names = [each.name for each in fields(options) if each.name not in (*FREE, "cross")]
+    said = {name: getattr(options, name) for name in names}
+    return said | {"key_value_heads": options.of_keys, "head_width": options.of_head}
+
+
+def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flat(item, f"{before}{name}.")
+        else:
+            flat[before + name] = item
+    return flat
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
+    options = parse(arguments)
+    sys.exit(exit_code(lambda: run(options)))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options; argparse ends the process where they are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unified_mm.export_weights",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", required=True, metavar="RUN", help="the run's folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Loads the run and writes it."""
+    from unified_mm.inference.loaded import load
+
+    refuse_existing(Path(options.out))
+    model = load(options.run)
+    family = export(model.config.as_dict(), model.params, model.task.tokenizer, options.out)
+    say(f"family: {family.name}")
+    say(f"written: {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

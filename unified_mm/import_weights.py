@@ -1,0 +1,222 @@
+"""Makes a run of weights that another project trained.
+
+    python -m unified_mm.import_weights --from DIR --out runs/clip
+
+DIR is what Hugging Face's `save_pretrained` writes: config.json, model.safetensors (or shards with
+model.safetensors.index.json) and the tokenizer's files. `unified_mm.load("runs/clip")` reads what
+comes of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from unified_mm.commands import exit_code, say
+from unified_mm.config import Config
+from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.default_config import default_config
+from unified_mm.models.pretrained.family import Family, Part, family_of
+from unified_mm.models.pretrained.source import Source
+from unified_mm.models.pretrained.tables import to_ours
+from unified_mm.models.pretrained.vocabularies import read_tokenizer
+from unified_mm.objectives.task import build_task, parameter_counts
+from unified_mm.parallel.sharding import path_of, without_names
+from unified_mm.runs.checkpoints import Checkpoints
+from unified_mm.runs.folder import RunFolder, write_json
+
+IMAGE_PARTS = ("embedders_image/", "towers_image/")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Weights as a run of ours has them.
+
+    Attributes:
+      config: of the run, whole.
+      params: float32, a tree as `build_task(config, tokenizer).init` makes it, or its image part.
+      tokenizer: None where there is no text.
+      part: what of a model the weights are.
+      family: that they are of.
+      ignored: names of tensors that have no place here, by the reason.
+    """
+
+    config: dict[str, Any]
+    params: Any
+    tokenizer: TextTokenizer | None
+    part: Part
+    family: str
+    ignored: Mapping[str, tuple[str, ...]]
+
+
+def import_directory(directory: str | os.PathLike[str]) -> Imported:
+    """Reads weights of a known family.
+
+    Raises:
+      FileNotFoundError: a file that is missing.
+      ValueError: an architecture, an option or a tensor that is not known here, or a damaged file;
+        naming it.
+    """
+    with Source(directory) as source:
+        family = family_of(source)
+        tokenizer = read_tokenizer(source, family.tokens) if family.tokens else None
+        config = run_config(family, source, tokenizer)
+        places = parameter_shapes(config, tokenizer, family.part)
+        table = family.table(config, source.names)
+        where = str(source.path)
+        found, ignored = to_ours(table, source.names, source.tensor, places, where)
+    return Imported(config, _tree(found), tokenizer, family.part, family.name, ignored)
+
+
+def run_config(family: Family, source: Source, tokenizer: TextTokenizer | None) -> dict[str, Any]:
+    """The default config with what the family says; plain values, as they come from JSON."""
+    fields = family.fields(source)
+    config = default_config().to_dict()
+    usual = config["model"]["modalities"]
+    asked = fields["model"].pop("modalities")
+    config["model"]["modalities"] = {name: usual[name] | more for name, more in asked.items()}
+    for objective in config["objectives"].values():
+        objective["weight"] = 0.0
+    _update(config, fields)
+    if tokenizer is not None:
+        config["data"]["special_tokens"] = dict(tokenizer.special_tokens)
+        known, rows = tokenizer.vocabulary_size, asked["text"]["vocabulary"]
+        if known > rows:
+            raise ValueError(
+                f"{source.path}: its tokenizer has {known} tokens, but config.json has embeddings "
+                f"for {rows}"
+            )
+    config["imported"] = {
+        "family": family.name,
+        "part": family.part,
+        "from": str(source.path.absolute()),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(config))
+    return plain
+
+
+def parameter_shapes(
+    config: Mapping[str, Any], tokenizer: TextTokenizer | None, part: Part
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of a run, by path; of its image part where that is all.
+
+    Raises:
+      ValueError: a config that no model can be built from.
+    """
+    # An image tower stands beside a text model that is yet to be chosen: any will do here.
+    task = build_task(Config(config), tokenizer or TextTokenizer.train([], 260))
+    shapes = without_names(jax.eval_shape(task.init, jax.random.key(0)))
+    found = {
+        path_of(path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+    }
+    if part == "image":
+        return {path: shape for path, shape in found.items() if path.startswith(IMAGE_PARTS)}
+    return found
+
+
+def write_run(imported: Imported, out: str | os.PathLike[str]) -> RunFolder:
+    """A run at step 0. Where anything goes wrong, nothing is left.
+
+    Raises:
+      ValueError: `out` exists.
+    """
+    folder = RunFolder(out)
+    refuse_existing(folder.path)
+    folder.path.parent.mkdir(parents=True, exist_ok=True)
+    name = f".{folder.path.name}.importing-"
+    half = Path(tempfile.mkdtemp(prefix=name, dir=folder.path.parent))
+    try:
+        half.chmod(0o755)
+        run = RunFolder(half)
+        write_json(run.config, imported.config)
+        if imported.tokenizer is not None:
+            imported.tokenizer.save(run.tokenizer)
+        state = {"params": jax.tree.map(jax.numpy.asarray, imported.params)}
+        with Checkpoints(run.checkpoints, asynchronous=False) as checkpoints:
+            checkpoints.save(0, state, {"step": 0, "imported": imported.config["imported"]})
+        os.rename(half, folder.path)
+    except BaseException:
+        shutil.rmtree(half, ignore_errors=True)
+        raise
+    return folder
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises ValueError where there is something."""
+    if path.exists():
+        raise ValueError(f"{path} exists and is not overwritten; name a new directory")
+
+
+def _update(config: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            _update(config[name], value)
+        else:
+            assert name in config, name
+            config[name] = value
+
+
+def _tree(by_path: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in by_path.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = value
+    return tree
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
+    options = parse(arguments)
+    sys.exit(exit_code(lambda: run(options)))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options; argparse ends the process where they are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unified_mm.import_weights",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--from", required=True, metavar="DIR", dest="source", help="config.json and safetensors"
+    )
+    parser.add_argument("--out", required=True, metavar="RUN", help="a new folder for the run")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Imports, writes, and says what there was."""
+    refuse_existing(RunFolder(options.out).path)
+    imported = import_directory(options.source)
+    folder = write_run(imported, options.out)
+    counts = parameter_counts(imported.params)
+    say(f"family: {imported.family} (part: {imported.part})")
+    say(f"parameters: {sum(counts.values()):,}")
+    for part, count in counts.items():
+        say(f"  {part} {count:,}")
+    for reason, names in imported.ignored.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        say(f"passed over: {names[0]}{more} ({reason})")
+    say(f"run: {folder.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    main()
