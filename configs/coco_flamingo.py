@@ -4,8 +4,9 @@
 
 1. `phase_0`: the language model on text alone and the image tower by contrast (the gates are closed
    and frozen, so no text sees an image).
-2. `phase_1`: both frozen; resampler and gated layers learn on pairs.
-3. `phase_2`: the same on documents of nine images with their captions.
+2. `phase_1`: the language model on documents, still blind: it meets texts of their length.
+3. `phase_2`: both frozen; resampler and gated layers learn on pairs.
+4. `phase_3`: the same on documents of nine images with their captions.
 
 | size | parameters | hardware | time | CIDEr-D; with 0, 4, 8 examples in context |
 | --- | --- | --- | --- | --- |
@@ -21,8 +22,9 @@ from unified_mm.default_config import phase
 from unified_mm.recipes import load_recipe
 
 coco = load_recipe(Path(__file__).with_name("coco.py"))
-# What the second and third phase train; the first trains all the rest.
+# What sees, and what writes.
 GATED = r"(transformer/layers/cross|resamplers_image)/.*"
+LANGUAGE = r"(transformer|embedders_text)/.*"
 
 
 def get_config(size: str = "auto") -> ConfigDict:
@@ -32,7 +34,9 @@ def get_config(size: str = "auto") -> ConfigDict:
     config.model.unroll = 1
     config.model.resampler.latents = 64 if size in ("base", "large") else 16
     config.objectives.captioning.rule = "interleaved_latest"
-    config.model.modalities.text.places = 352
+    config.model.rotary_base = 10000.0
+    config.model.tower.rotary_base = 0.0  # pictures have learned positions
+    config.model.modalities.text.learned_positions = False
     config.data.documents.shots = 8
     config.data.documents.images = 9
     config.data.documents.length = 320
@@ -40,15 +44,14 @@ def get_config(size: str = "auto") -> ConfigDict:
     captions = {"captioning": 1.0, "contrastive": 0.0}
     gated_alone = {"freeze_rules": ((GATED, False), (".*", True))}
     all_else = {"freeze_rules": ((GATED, True), (".*", False))}
+    language_alone = {"freeze_rules": ((GATED, True), (LANGUAGE, False), (".*", True))}
+    few = {"batch_size": 16}
+    documents = {"data": "documents", "objectives": captions}
     config.train.phases = {
         "phase_0": phase(600, train=all_else),
-        "phase_1": phase(500, objectives=captions, train=gated_alone),
-        "phase_2": phase(
-            200,
-            data="documents",
-            objectives=captions,
-            train=gated_alone | {"batch_size": 16},
-        ),
+        "phase_1": phase(100, train=language_alone | few | {"learning_rate": 5e-4}, **documents),
+        "phase_2": phase(500, objectives=captions, train=gated_alone),
+        "phase_3": phase(200, train=gated_alone | few, **documents),
     }
-    config.train.steps = 1300
+    config.train.steps = 1400
     return config
