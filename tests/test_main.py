@@ -250,10 +250,12 @@ def test_a_wrong_data_folder_is_an_error_and_never_the_world(tmp_path, capsys):
     assert str(tmp_path / "nothing") in said.err and "world" not in said.out
 
 
-@pytest.mark.parametrize("arguments", [("--workdir=x",), (TINY,), ("--config=none.py",)])
+@pytest.mark.parametrize(
+    "arguments", [("--workdir=x",), (TINY,), ("--config=none.py",), ("--config.seed=3",)]
+)
 def test_what_is_missing_is_named(arguments, capsys):
     assert commands.run(*arguments) == 1
-    assert re.search("--config|--workdir|none.py", capsys.readouterr().err)
+    assert re.search("--config=|--workdir=|none.py", capsys.readouterr().err)
 
 
 def flag_forms(value):
@@ -321,8 +323,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys):
     assert not (tmp_path / "run" / "result.json").exists()
 
 
+# Shrunk, the sizes of a recipe are nearly one: of each, one size is run in the fast suite.
+SLOW = pytest.mark.slow
 RECIPES = [
-    (path, size)
+    pytest.param(path, size, marks=[] if size == "tiny" or path.stem == "coco" else [SLOW])
     for path in sorted(CONFIGS.glob("*.py"))
     for size in ("tiny", "base", "large")
 ]

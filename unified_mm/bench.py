@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from unified_mm.commands import exit_code
 from unified_mm.config import Config
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.recipes import parse_flags, resolve
@@ -36,7 +37,13 @@ STEPS = flags.DEFINE_integer("steps", 10, "Steps to time, after two that warm up
 
 
 def main(argv: list[str]) -> None:
-    del argv
+    if len(argv) > 1:
+        raise SystemExit(f"error: not a flag: {' '.join(argv[1:])}")
+    raise SystemExit(exit_code(bench, interrupted="interrupted"))
+
+
+def bench() -> int:
+    """Measures and prints."""
     logging.set_verbosity(logging.WARNING)
     config = Config(resolve(CONFIG.value, flags.FLAGS["config"], print).to_dict())
     with tempfile.TemporaryDirectory() as folder:
@@ -44,6 +51,7 @@ def main(argv: list[str]) -> None:
     for name, value in result.items():
         print(f"{name:<28}{value}")
     print(json.dumps(result))
+    return 0
 
 
 def measure(setup: Setup, steps: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from unified_mm.models.pretrained.family import Family, families
 from unified_mm.models.pretrained.source import WEIGHTS, Source
 from unified_mm.models.pretrained.tables import to_theirs
 from unified_mm.parallel.sharding import path_of
-from unified_mm.runs.folder import write_json
+from unified_mm.runs.folder import naming, user_path, write_json
 
 # What a run may have otherwise than its family: none of it is part of the weights.
 FREE = ("dropout", "rematerialise", "unroll", "dtype")
@@ -53,10 +53,11 @@ def export(
       ValueError: `out` exists, or the model is of no family that can be written; then it says by
         which fields.
     """
-    path = Path(out).expanduser().absolute()
+    path = user_path(out, "--out").absolute()
     refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = Path(tempfile.mkdtemp(prefix=f".{path.name}.exporting-", dir=path.parent))
+    with naming(f"--out={out}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half = Path(tempfile.mkdtemp(prefix=f".{path.name}.exporting-", dir=path.parent))
     try:
         half.chmod(0o755)
         family = _write(config, params, tokenizer, half)

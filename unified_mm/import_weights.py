@@ -35,7 +35,7 @@ from unified_mm.models.pretrained.vocabularies import read_tokenizer
 from unified_mm.objectives.task import build_task, parameter_counts
 from unified_mm.parallel.sharding import path_of, without_names
 from unified_mm.runs.checkpoints import Checkpoints
-from unified_mm.runs.folder import RunFolder, write_json
+from unified_mm.runs.folder import RunFolder, naming, write_json
 
 IMAGE_PARTS = ("embedders_image/", "towers_image/")
 
@@ -135,9 +135,10 @@ def write_run(imported: Imported, out: str | os.PathLike[str]) -> RunFolder:
     """
     folder = RunFolder(out)
     refuse_existing(folder.path)
-    folder.path.parent.mkdir(parents=True, exist_ok=True)
     name = f".{folder.path.name}.importing-"
-    half = Path(tempfile.mkdtemp(prefix=name, dir=folder.path.parent))
+    with naming(f"--out={out}"):
+        folder.path.parent.mkdir(parents=True, exist_ok=True)
+        half = Path(tempfile.mkdtemp(prefix=name, dir=folder.path.parent))
     try:
         half.chmod(0o755)
         run = RunFolder(half)

@@ -28,6 +28,7 @@ from unified_mm.commands import (
 from unified_mm.config import Config
 from unified_mm.recipes import overridden, parse_flags, resolve
 from unified_mm.runs.folder import RunFolder, naming, user_path, write_json
+from unified_mm.runs.metrics import read_metrics
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The recipe: configs/coco.py, or with a size, configs/coco.py:base."
@@ -145,8 +146,11 @@ def train() -> int:
         refuse_unread(config, asked_fields())
         check_asked(config, setup)
         check_goes_on(setup)
+        if folder.metrics.exists():
+            read_metrics(folder.metrics)  # says what is wrong with it before anything is written
         try:
             folder.create_or_check(config.as_dict())
+            folder.set_result_aside()
             if not folder.tokenizer.is_file():
                 setup.task.tokenizer.save(folder.tokenizer)
             result, found = train_and_score(setup, say)

@@ -43,6 +43,9 @@ def check_recipe(argv: list[str]) -> None:
     """Refuses what is no recipe, a size that it has not, and fields that no config has."""
     given = [value for name, value in given_flags(argv) if name == "config"]
     if not given:
+        changed = [name for name, _ in given_flags(argv) if name.startswith("config.")]
+        if changed:
+            raise ValueError(f"--{changed[0]} changes a recipe: --config=FILE is needed beside it")
         return
     fields = list(_fields(recipe_config(given[-1])))
     for name, _ in given_flags(argv):

@@ -31,5 +31,5 @@ def resolve(kind: str, name: str, built_in: Mapping[str, str]) -> Any:
     module_name, attribute = path.split(":", 1)
     try:
         return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"{kind} {name!r}: cannot import {path!r}: {error}") from error

@@ -25,7 +25,7 @@ CONFIG = config_flags.DEFINE_config_file("config", "configs/coco.py", "The recip
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"not a flag: {' '.join(argv[1:])}")
+        raise SystemExit(f"error: not a flag: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
     raise SystemExit(exit_code(table, interrupted="interrupted"))
 

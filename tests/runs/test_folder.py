@@ -227,3 +227,12 @@ def test_names_that_are_no_utf_8_can_be_written(tmp_path):
     value = {"folder": os.fsdecode(b"d\xff")}
     write_json(tmp_path / "a.json", value)
     assert read_json(tmp_path / "a.json") == value
+
+
+def test_the_result_of_a_run_that_is_taken_on_is_set_aside(tmp_path):
+    run = RunFolder(tmp_path)
+    run.set_result_aside()  # there is none: nothing happens
+    run.result.write_text('{"steps": 7}')
+    run.set_result_aside()
+    assert not run.finished
+    assert (tmp_path / "result_7.json").read_text() == '{"steps": 7}'

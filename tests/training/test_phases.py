@@ -113,7 +113,11 @@ def test_frozen_parameters_have_no_optimizer_state(finished, data, capsys):
         assert kept == 2 * trained + 4  # two moments, and Adam's count of steps
 
 
-@pytest.mark.parametrize("step", [1, 2, 5, 7])
+SLOW = pytest.mark.slow
+STOPS = [pytest.param(1, marks=SLOW), 2, 5, pytest.param(7, marks=SLOW)]
+
+
+@pytest.mark.parametrize("step", STOPS)
 def test_a_run_that_stopped_anywhere_ends_in_the_same_bits(finished, data, tmp_path, step):
     workdir = tmp_path / "again"
     shutil.copytree(finished, workdir)

@@ -106,6 +106,11 @@ class RunFolder:
             raise RunFolderError(f"{self.result} is damaged: it says no number of steps; {advice}")
         return steps
 
+    def set_result_aside(self) -> None:
+        """A run that is taken on is not finished: its result becomes `result_<steps>.json`."""
+        if self.finished:
+            os.replace(self.result, self.path / f"result_{self.finished_steps()}.json")
+
     def tokenizer_digest(self) -> str | None:
         """SHA-256 of the tokenizer's file, None where there is none."""
         if not self.tokenizer.is_file():
@@ -130,7 +135,8 @@ class RunFolder:
 
         Fields that are free to change (`FREE_FIELDS`) are taken over into `config.json`.
         Returns whether the run is new. Raises `ConfigDifference` that lists every other
-        difference (the first of many), `RunFolderError` where the folder holds something else; neither writes.
+        difference (of very many, the first), `RunFolderError` where the folder holds something
+        else; neither writes.
         """
         new = self.check(config)
         if new or read_json(self.config) != _as_json(config):

@@ -92,7 +92,7 @@ def first_state(
     restored = checkpoints.restore(lambda step: setup.phase_at(step).abstract)
     check_saved(setup, restored.metadata)
     say(f"resuming at step {restored.step} of {setup.options.steps}")
-    return restored.state, restored.step, restored.metadata["seconds"]
+    return restored.state, restored.step, restored.metadata.get("seconds", 0.0)
 
 
 @dataclass

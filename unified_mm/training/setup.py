@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from unified_mm.evaluation.few_shot import FewShot
 from unified_mm.objectives.task import Task, build_task, parameter_counts
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.runs.checkpoints import Checkpoints
-from unified_mm.runs.folder import RunFolder
+from unified_mm.runs.folder import RunFolder, user_path
 from unified_mm.training.environment import device_name
 from unified_mm.training.phases import Phase, build_phases
 from unified_mm.training.start_from import overlay, weights_to_start_from
@@ -224,7 +223,7 @@ def run_tokenizer(config: Config, folder: RunFolder, train: Manifest) -> TextTok
     if folder.tokenizer.is_file():
         return TextTokenizer.load(folder.tokenizer, **named)
     if given:
-        return TextTokenizer.load(Path(given).expanduser(), **named)
+        return TextTokenizer.load(user_path(given, "data.tokenizer"), **named)
     return TextTokenizer.train(training_texts(train), size)
 
 
