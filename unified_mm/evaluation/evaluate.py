@@ -17,7 +17,6 @@ from unified_mm.evaluation.caption_scores import caption_scores
 from unified_mm.evaluation.few_shot import FewShot, few_shot_scores
 from unified_mm.inference.predictor import Predictor
 from unified_mm.objectives.captioning import Captioning
-from unified_mm.objectives.contrastive import Contrastive
 from unified_mm.objectives.task import Task
 
 SINGLE = "single_caption/"  # names of scores with one caption an image
@@ -102,7 +101,7 @@ def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
         raise ValueError(f"evaluation.batch_size={batch_size}: must be at least 1")
     check_split(split, predictor.task)
     found = Scores(images=[record for record in split.manifest.records if is_scored(record)])
-    if predictor.can(Contrastive):
+    if predictor.can_retrieve():
         score_retrieval(predictor, found, batch_size)
     if predictor.can(Captioning):
         score_captions(predictor, found, batch_size)

@@ -45,6 +45,11 @@ class Predictor:
         """Whether an objective of this class was trained."""
         return any(isinstance(objective, kind) for objective in self.task.objectives)
 
+    def can_retrieve(self) -> bool:
+        """Whether a context and text were held against each other."""
+        contrasts = [each for each in self.task.objectives if isinstance(each, Contrastive)]
+        return any(each.between in self.task.model.context_names for each in contrasts)
+
     def embed_images(self, batch: Batch) -> Float[np.ndarray, "B E"]:
         """Unit vectors of the batch's images (or of whatever context contrast was trained on)."""
         objective = self._objective(Contrastive, "embed")
