@@ -5,7 +5,7 @@
 
 | size | parameters | hardware | time | text-to-image R@1, R@10 |
 | --- | --- | --- | --- | --- |
-| `tiny` | 0.9 M | 2 CPU cores | 9.5 minutes, 1,000 steps | 0.469, 0.924 (1,000 world scenes) |
+| `tiny` | 0.9 M | 2 CPU cores | 10 minutes, 1,000 steps | 0.475, 0.928 (1,000 world scenes) |
 | `base` | 19.7 M | one accelerator | not measured | not measured |
 | `large` | 305 M | several accelerators | not measured | not measured |
 

@@ -138,7 +138,7 @@ def _score_groups(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         row = {"name": short, "value": value}
         for column in ("chance", "ceiling"):
             row[column] = result.get(column, {}).get(name)
-        unscaled = short.endswith(("median_rank", "cider_d"))
+        unscaled = short.endswith(("median_rank", "cider_d", "nats")) or "image_gain" in short
         row["has_bar"] = not unscaled and value is not None and 0 <= value <= 1
         groups.setdefault(group, []).append(row)
     return groups
