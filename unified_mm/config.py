@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 
 class Config(Mapping[str, Any]):
     """Nested options by attribute or by key; each leaf that is read is remembered.
@@ -68,3 +70,21 @@ class Config(Mapping[str, Any]):
             name: value.as_dict() if isinstance(value, Config) else value
             for name, value in self._fields.items()
         }
+
+
+def get_field(config: Mapping[str, Any], field: str) -> Any:
+    """The value of a field by its dotted name."""
+    node: Any = config
+    for name in field.split("."):
+        node = node[name]
+    return node
+
+
+def set_field(config: ConfigDict, field: str, value: Any) -> None:
+    """Gives a field, by its dotted name, a value of whatever type."""
+    *parents, last = field.split(".")
+    node = config
+    for name in parents:
+        node = node[name]
+    with node.ignore_type():
+        node[last] = ConfigDict(value) if isinstance(value, Mapping) else value

@@ -105,69 +105,87 @@ def model_fields() -> dict:
         # Width or depth matched to so many FLOPs a training example (0: as they stand).
         "budget": 0.0,
         "budget_by": "width",  # or 'layers'
-        # Late and gated fusion: the context's own transformer; what is 0 or None is as above.
-        "tower": {
-            "width": 0,
-            "layers": 0,
-            "heads": 0,
-            "feed_forward": 0,
-            "key_value_heads": placeholder(int),
-            "head_width": placeholder(int),
-            "norm": placeholder(str),
-            "norm_epsilon": placeholder(float),
-            "final_norm": placeholder(bool),
-            "activation": placeholder(str),
-            "gated_feed_forward": placeholder(bool),
-            "query_bias": placeholder(bool),
-            "output_bias": placeholder(bool),
-            "feed_forward_bias": placeholder(bool),
-            "rotary_base": placeholder(float),
+        "tower": tower_fields(),
+        "cross": cross_fields(),
+        "resampler": resampler_fields(),
+        "modalities": modality_fields(),
+    }
+
+
+def tower_fields() -> dict:
+    """Late and gated fusion: the context's own transformer; what is 0 or None is as in `model`."""
+    return {
+        "width": 0,
+        "layers": 0,
+        "heads": 0,
+        "feed_forward": 0,
+        "key_value_heads": placeholder(int),
+        "head_width": placeholder(int),
+        "norm": placeholder(str),
+        "norm_epsilon": placeholder(float),
+        "final_norm": placeholder(bool),
+        "activation": placeholder(str),
+        "gated_feed_forward": placeholder(bool),
+        "query_bias": placeholder(bool),
+        "output_bias": placeholder(bool),
+        "feed_forward_bias": placeholder(bool),
+        "rotary_base": placeholder(float),
+    }
+
+
+def cross_fields() -> dict:
+    """Gated fusion: its cross-attention layers."""
+    return {
+        "every": 1,  # one before each n-th block
+        "gate": "tanh",  # or 'sigmoid'
+        "shape": "scalar",  # or 'channel'
+        "start": 0.0,  # alpha; the layer passes gate(alpha)
+        "query_key_norm": False,
+    }
+
+
+def resampler_fields() -> dict:
+    """Gated fusion: what stands between the tower and the cross-attention layers."""
+    return {
+        "latents": 64,  # 0: no resampler, every feature is looked at
+        "layers": 2,
+        "heads": 4,
+        "head_width": 32,
+        "feed_forward": 512,
+        "activation": "gelu_exact",
+        "frames": 8,  # that a clip may have, each with a learned embedding; 0 has none
+        "query_key_norm": False,
+        "head_norm": "rms",  # the kind of that norm; or 'layer'
+    }
+
+
+def modality_fields() -> dict:
+    """What is read, by name."""
+    return {
+        "image": {
+            "type": "image",
+            "patch": 8,
+            "stem": "linear",  # or 'hierarchical'
+            "bias": True,
+            "class_token": False,
+            "modality_embedding": True,
+            "norm": False,
+            "norm_epsilon": 1e-6,
+            "mean": (0.5, 0.5, 0.5),  # of pixels in 0..1
+            "deviation": (0.5, 0.5, 0.5),
         },
-        # Gated fusion: its cross-attention layers, and the resampler before them.
-        "cross": {
-            "every": 1,  # one before each n-th block
-            "gate": "tanh",  # or 'sigmoid'
-            "shape": "scalar",  # or 'channel'
-            "start": 0.0,  # alpha; the layer passes gate(alpha)
-            "query_key_norm": False,
-        },
-        "resampler": {
-            "latents": 64,  # 0: no resampler, every feature is looked at
-            "layers": 2,
-            "heads": 4,
-            "head_width": 32,
-            "feed_forward": 512,
-            "activation": "gelu_exact",
-            "frames": 8,  # that a clip may have, each with a learned embedding; 0 has none
-            "query_key_norm": False,
-            "head_norm": "rms",  # the kind of that norm; or 'layer'
-        },
-        "modalities": {
-            "image": {
-                "type": "image",
-                "patch": 8,
-                "stem": "linear",  # or 'hierarchical'
-                "bias": True,
-                "class_token": False,
-                "modality_embedding": True,
-                "norm": False,
-                "norm_epsilon": 1e-6,
-                "mean": (0.5, 0.5, 0.5),  # of pixels in 0..1
-                "deviation": (0.5, 0.5, 0.5),
-            },
-            "text": {
-                "type": "text",
-                "length": 32,
-                "places": 0,  # positions that are learned; 0: as many as length
-                "learned_positions": True,
-                "modality_embedding": True,
-                "scaled": True,
-                "norm": False,
-                "norm_epsilon": 1e-6,
-                "head": "tied",  # or 'own'
-                "vocabulary": 0,  # tokens that have embeddings; 0: those of the tokenizer
-                "attend_padding": False,  # padding is seen as text is
-            },
+        "text": {
+            "type": "text",
+            "length": 32,
+            "places": 0,  # positions that are learned; 0: as many as length
+            "learned_positions": True,
+            "modality_embedding": True,
+            "scaled": True,
+            "norm": False,
+            "norm_epsilon": 1e-6,
+            "head": "tied",  # or 'own'
+            "vocabulary": 0,  # tokens that have embeddings; 0: those of the tokenizer
+            "attend_padding": False,  # padding is seen as text is
         },
     }
 

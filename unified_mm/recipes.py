@@ -17,6 +17,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from unified_mm.config import get_field, set_field
 from unified_mm.data.images import resolve_backend
 from unified_mm.models.unified import fusion
 from unified_mm.objectives.objective import objective_kind
@@ -173,7 +174,7 @@ def resolve_auto(config: ConfigDict, flag: Any) -> ConfigDict:
     path = config_flags.get_config_filename(flag).split(":")[0]
     chosen = load_recipe(path).get_config(size)
     for field in config_flags.get_override_values(flag):
-        _set(chosen, field, _get(config, field))
+        set_field(chosen, field, get_field(config, field))
     return chosen
 
 
@@ -197,16 +198,3 @@ def _fields(config: ConfigDict, prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if isinstance(value, ConfigDict):
             yield from _fields(value, f"{prefix}{name}.")
-
-
-def _get(config: ConfigDict, field: str) -> Any:
-    for name in field.split("."):
-        config = config[name]
-    return config
-
-
-def _set(config: ConfigDict, field: str, value: Any) -> None:
-    *parents, last = field.split(".")
-    for name in parents:
-        config = config[name]
-    config[last] = value

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from unified_mm.config import Config
+from unified_mm.config import Config, get_field, set_field
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.models.options import TransformerOptions
 from unified_mm.objectives.task import build_task
@@ -50,12 +50,13 @@ def adopt(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
         saved = saved_config(run, part, config.model.fusion)
         taken = text_of(saved, run) if part == "text" else image_of(saved)
         for field, value in taken.items():
-            if field in asked and _get(config, field) != value:
+            given = get_field(config, field)
+            if field in asked and given != value:
                 raise ValueError(
-                    f"{field}={_get(config, field)!r}, but the weights of model.start_from.{part}="
-                    f"{run!r} have {value!r}: leave the field"
+                    f"{field}={given!r}, but the weights of model.start_from.{part}={run!r} have "
+                    f"{value!r}: leave the field"
                 )
-            _set(chosen, field, value)
+            set_field(chosen, field, value)
     return chosen
 
 
@@ -193,17 +194,3 @@ def _restacked(found: Mapping[str, Any], path: str, shape: tuple[int, ...]) -> A
     if len(layers) != shape[0] * blocks or any(name not in found for name in names):
         return None
     return np.stack([found[name] for name in names])
-
-
-def _get(config: ConfigDict, field: str) -> Any:
-    for name in field.split("."):
-        config = config[name]
-    return config
-
-
-def _set(config: ConfigDict, field: str, value: Any) -> None:
-    *parents, last = field.split(".")
-    for name in parents:
-        config = config[name]
-    with config.ignore_type():
-        config[last] = ConfigDict(value) if isinstance(value, Mapping) else value
