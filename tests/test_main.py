@@ -323,10 +323,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys):
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-# Shrunk, the sizes of a recipe are nearly one: of each, one size is run in the fast suite.
+# Shrunk, the sizes of a recipe are nearly one: of each, one size is run in the fast suite (of
+# coco_flamingo by tests/training/test_phases.py).
 SLOW = pytest.mark.slow
+FAST = {("coco_documents", "tiny"), ("coco", "tiny"), ("coco", "base"), ("coco", "large")}
 RECIPES = [
-    pytest.param(path, size, marks=[] if size == "tiny" or path.stem == "coco" else [SLOW])
+    pytest.param(path, size, marks=[] if (path.stem, size) in FAST else [SLOW])
     for path in sorted(CONFIGS.glob("*.py"))
     for size in ("tiny", "base", "large")
 ]
