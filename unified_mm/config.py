@@ -72,7 +72,7 @@ class Config(Mapping[str, Any]):
         }
 
 
-def get_field(config: Mapping[str, Any], field: str) -> Any:
+def get_field(config: ConfigDict, field: str) -> Any:
     """The value of a field by its dotted name."""
     node: Any = config
     for name in field.split("."):
