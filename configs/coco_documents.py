@@ -7,8 +7,8 @@
 
 | size | parameters | hardware | time | CIDEr-D with 0, 4 examples in context |
 | --- | --- | --- | --- | --- |
-| `tiny` | 1.0 M | 2 CPU cores | not measured | not measured |
-| `base` | 19.8 M | one accelerator | not measured | not measured |
+| `tiny` | 0.9 M | 2 CPU cores | not measured | not measured |
+| `base` | not counted | one accelerator | not measured | not measured |
 """
 
 from pathlib import Path

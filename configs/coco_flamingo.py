@@ -1,4 +1,4 @@
-"""Gated cross-attention (Flamingo) on MS-COCO captions, or on the embedded world, in three phases.
+"""Gated cross-attention (Flamingo) on MS-COCO captions, or on the embedded world, in four phases.
 
     python -m unified_mm.main --config=configs/coco_flamingo.py --workdir=runs/flamingo
 
@@ -10,8 +10,8 @@
 
 | size | parameters | hardware | time | CIDEr-D; with 0, 4, 8 examples in context |
 | --- | --- | --- | --- | --- |
-| `tiny` | 2.7 M | 2 CPU cores | not measured | not measured |
-| `base` | | one accelerator | not measured | not measured |
+| `tiny` | 2.9 M | 2 CPU cores | not measured | not measured |
+| `base` | not counted | one accelerator | not measured | not measured |
 """
 
 from pathlib import Path
