@@ -246,7 +246,7 @@ def phase(steps: int, **changes: Any) -> dict:
     """A phase of training, as it stands under its name in `train.phases`.
 
     Args:
-      steps: that it takes.
+      steps: that it takes; 0 leaves it out.
       changes: `data`: 'pairs', 'text' (pairs whose images are withheld) or 'documents';
         `objectives`: weights by name, in place of those that all objectives have of their own;
         `train`: other values of fields of `train`, for this phase.

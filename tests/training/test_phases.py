@@ -139,7 +139,8 @@ def prepared(data, tmp_path, **changes):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"steps": 0}, "train.phases.a.steps=0: must be at least 1"),
+        ({"steps": -1}, "train.phases.a.steps=-1: must be at least 0"),
+        ({"steps": 0}, "train.steps=4, but train.phases have 0 steps together"),
         ({"steps": 3}, "train.steps=4, but train.phases have 3 steps together"),
         ({"data": "sounds"}, "train.phases.a.data='sounds': must be 'pairs', 'text' or"),
         ({"data": "documents"}, "set model.modalities.text.places to at least 160"),
@@ -153,6 +154,12 @@ def prepared(data, tmp_path, **changes):
 def test_wrong_phases_are_refused_before_the_first_step(data, tmp_path, options, named):
     with pytest.raises((ValueError, KeyError), match=named):
         prepared(data, tmp_path, train__phases={"a": {**phase(4), **options}})
+
+
+def test_a_phase_of_no_steps_is_left_out(data, tmp_path):
+    phases = {"a": phase(0), "b": phase(4), "c": phase(0, data="documents")}
+    (only,) = prepared(data, tmp_path, train__phases=phases).phases
+    assert (only.name, only.start, only.stop) == ("b", 0, 4)
 
 
 def test_text_alone_is_pairs_without_their_images(data, tmp_path):

@@ -56,8 +56,10 @@ class Phase:
 def phase_options(config: Config) -> dict[str, Any]:
     """The phases of a config by name: `steps`, `data`, `objectives`, `train`.
 
+    One of 0 steps is left out.
+
     Raises:
-      ValueError: steps that do not add up, or are none.
+      ValueError: steps that do not add up, or are negative.
     """
     phases = config.train.phases
     if not phases:
@@ -65,15 +67,15 @@ def phase_options(config: Config) -> dict[str, Any]:
         return {"all": Config(plain)}
     found = {name: phases[name] for name in sorted(phases)}
     for name, options in found.items():
-        if options.steps < 1:
-            raise ValueError(f"train.phases.{name}.steps={options.steps}: must be at least 1")
+        if options.steps < 0:
+            raise ValueError(f"train.phases.{name}.steps={options.steps}: must be at least 0")
     total = sum(options.steps for options in found.values())
     if config.train.steps != total:
         raise ValueError(
             f"train.steps={config.train.steps}, but train.phases have {total} steps together: "
             "set train.steps to their sum"
         )
-    return found
+    return {name: options for name, options in found.items() if options.steps}
 
 
 def build_phases(
