@@ -21,8 +21,7 @@ def default_config() -> ConfigDict:
             "model": model_fields(),
             "objectives": objective_fields(),
             "train": training_fields(),
-            # Devices along each axis; -1 takes what is left.
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "mesh": mesh_fields(),
             "checkpoint": {
                 "every": 100,  # steps
                 "keep": 2,  # newest checkpoints that stay
@@ -35,6 +34,20 @@ def default_config() -> ConfigDict:
             },
         }
     )
+
+
+def mesh_fields() -> dict:
+    """Devices along each axis; -1 takes what is left. What each divides: `parallel.sharding`."""
+    return {
+        "data": -1,  # the batch
+        "fsdp": 1,  # the batch, and what `zero` says
+        "tensor": 1,  # heads, feed-forward, vocabulary
+        "sequence": 1,  # tokens outside attention, heads within it
+        "stage": 1,  # layers: a pipeline
+        "expert": 1,  # reserved
+        # What fsdp divides: 1 optimizer state, 2 gradients too, 3 parameters too (ZeRO).
+        "zero": 3,
+    }
 
 
 def data_fields() -> dict:
@@ -99,7 +112,7 @@ def model_fields() -> dict:
         "separate_feed_forward": False,
         "rematerialise": False,  # recompute activations in the backward pass
         "unroll": 1,  # periods a step of the scan over layers
-        "dtype": "float32",  # of the computation; parameters stay float32
+        "dtype": "float32",  # of the computation, or 'bfloat16', 'float16'; parameters stay float32
         # Runs whose image tower or text model training starts from; '' starts afresh.
         "start_from": {"image": "", "text": ""},
         # Width or depth matched to so many FLOPs a training example (0: as they stand).
@@ -207,8 +220,14 @@ def objective_fields() -> dict:
             "projection": "linear",  # or 'affine', or 'none'
             "text_projection": "linear",
             "bound_scale": True,  # the logits' scale to at most 100
+            "chunk": 1024,  # texts that are compared at a time, at most; 0: all at once
         },
-        "captioning": {"type": "captioning", "weight": 1.0, "rule": "prefix"},
+        "captioning": {
+            "type": "captioning",
+            "weight": 1.0,
+            "rule": "prefix",
+            "chunk": 0,  # tokens of each text that are scored at a time; 0: all at once
+        },
         "matching": {
             "type": "matching",
             "weight": 0.0,
@@ -232,6 +251,8 @@ def training_fields() -> dict:
         "epsilon": 1e-8,
         "weight_decay": 0.05,
         "clip_norm": 1.0,
+        "moments_dtype": "float32",  # that Adam's moments are kept as; or 'bfloat16'
+        "scale_patience": 500,  # float16: finite steps after which the loss's scale doubles
         "average_decay": 0.0,  # of the moving average of parameters; 0 keeps none
         "learning_rate_rules": ((".*", 1.0),),  # factors of the learning rate
         "weight_decay_rules": ((".*/kernel", 1.0), (".*", 0.0)),  # factors of the decay

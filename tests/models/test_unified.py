@@ -15,7 +15,7 @@ from unified_mm.models.feed_forward import Mlp
 from unified_mm.models.masks import RULES, Stream, Visibility
 from unified_mm.models.options import TransformerOptions
 from unified_mm.models.unified import text_group
-from unified_mm.objectives.captioning import next_token_scores
+from unified_mm.objectives.captioning import score_text
 from unified_mm.parallel.layers import Norm
 from unified_mm.parallel.sharding import path_of, without_names
 
@@ -116,7 +116,7 @@ def written_loss(task, batch):
     def loss(params):
         def run(model):
             x = model.encode(batch, (stream,))["captioning"].text
-            return next_token_scores(model.logits(x[:, :-1]), batch["text"])
+            return score_text(model.logits, x, batch["text"])
 
         likelihood, _, scored = task.model.apply({"params": params}, method=run)
         return jnp.where(scored, likelihood, 0.0).sum()

@@ -15,7 +15,7 @@ from unified_mm.objectives.objective import as_pairs, build_objectives, masked_p
 from unified_mm.parallel.sharding import without_names
 
 KEY = jax.random.key(0)
-CAPTIONING = {"type": "captioning", "weight": 1.0, "rule": "prefix"}
+CAPTIONING = {"type": "captioning", "weight": 1.0, "rule": "prefix", "chunk": 0}
 
 
 @pytest.mark.parametrize("separate", [False, True])

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from unified_mm.parallel.mesh import make_mesh
+from unified_mm.parallel.mesh import AXES, make_mesh
 
 
 @pytest.mark.parametrize(
@@ -17,14 +17,15 @@ from unified_mm.parallel.mesh import make_mesh
 )
 def test_sizes_and_what_is_left(asked, shape):
     mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), asked, strict=True)))
-    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    named = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    assert dict(mesh.shape) == dict.fromkeys(AXES, 1) | named
     assert {device.id for device in mesh.devices.flat} == {d.id for d in jax.devices()}
 
 
 @pytest.mark.parametrize(
     "asked, message",
     [
-        ((3, 1, 1), "mesh.data=3, mesh.fsdp=1, mesh.tensor=1 asks for 3 devices; this machine has"),
+        ((3, 1, 1), "mesh.data=3 asks for 3 devices; this machine has"),
         ((-1, 3, 1), "asks for 3 devices or a multiple; this machine has 8"),
         ((-1, -1, 1), "one alone may be -1"),
         ((0, 1, 1), "sizes are at least 1"),
@@ -37,5 +38,12 @@ def test_sizes_that_do_not_fit_are_refused(asked, message):
 
 
 def test_some_of_the_devices():
-    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 1}, jax.devices()[:2])
-    assert mesh.devices.size == 2
+    mesh = make_mesh({"fsdp": 2}, jax.devices()[:2])
+    assert mesh.devices.size == 2 and mesh.shape["fsdp"] == 2
+
+
+def test_sequence_and_stage_are_axes_and_expert_is_reserved():
+    mesh = make_mesh({"data": -1, "sequence": 2, "stage": 2})
+    assert dict(mesh.shape) == dict.fromkeys(AXES, 1) | {"data": 2, "sequence": 2, "stage": 2}
+    with pytest.raises(ValueError, match="mesh.expert=2: no layer has experts yet"):
+        make_mesh({"data": -1, "expert": 2})

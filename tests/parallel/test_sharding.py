@@ -38,7 +38,7 @@ def test_the_table_is_followed_and_scalars_are_everywhere(mesh):
     }
     found = shardings_of(tree, mesh)
     expected = {
-        "kernel": P(None, "fsdp", "tensor", None), "table": P("tensor", "fsdp"), "scale": P(),
+        "kernel": P("stage", "fsdp", "tensor", None), "table": P("tensor", "fsdp"), "scale": P(),
     }
     assert found == {name: NamedSharding(mesh, spec) for name, spec in expected.items()}
     assert without_names(tree)["table"] == shape(6, 4)
@@ -47,8 +47,8 @@ def test_the_table_is_followed_and_scalars_are_everywhere(mesh):
 @pytest.mark.parametrize(
     "leaf, message",
     [
-        (named((4, 5), "embed", "heads"), r"block/w: axis 'heads' of size 5 is not divided by mesh "
-                                          r"axis 'tensor' of size 2; choose another mesh.tensor"),
+        (named((4, 5), "embed", "heads"), r"block/w: axis 'heads' of size 5 is not divided by "
+                                          r"mesh.tensor=2; choose another mesh or another size"),
         (named((4, 4), "embed", "head"), "block/w: no rule covers axis 'head'; there are"),
         (shape(4, 4), r"block/w: an array of shape \(4, 4\) has no axis names"),
     ],

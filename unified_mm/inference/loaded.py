@@ -252,12 +252,12 @@ def refuse_image_tower(config: Config, folder: RunFolder) -> None:
 
 def one_device_mesh() -> Mesh:
     """The first device alone: requests are small."""
-    return make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    return make_mesh({}, jax.devices()[:1])
 
 
 def abstract_params(task: Task, mesh: Mesh) -> Any:
     """Shapes, types and shardings of a task's parameters."""
-    boxed = jax.eval_shape(task.init, jax.random.key(0))
+    boxed = task.abstract_params()
     shardings = shardings_of(boxed, mesh)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 
 from unified_mm.inference.generate import greedy
 from unified_mm.models.unified import UnifiedModel
-from unified_mm.objectives.captioning import Captioning, next_token_scores
+from unified_mm.objectives.captioning import Captioning, score_text
 from unified_mm.objectives.contrastive import Contrastive, text_valid
 from unified_mm.objectives.task import Task
-from unified_mm.parallel.sharding import rule_items, to_global
+from unified_mm.parallel.sharding import serving_rules, to_global
 
 Batch = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -80,7 +80,7 @@ class Predictor:
 
         def score(model: UnifiedModel, batch: Any) -> jax.Array:
             x = model.encode(batch, objective.streams())[objective.name].text
-            likelihood, _, scored = next_token_scores(model.logits(x[:, :-1]), batch["text"])
+            likelihood, _, scored = score_text(model.logits, x, batch["text"], objective.chunk)
             summed = jnp.where(scored, likelihood, 0.0).sum(1)
             return jnp.stack([summed, scored.sum(1).astype(jnp.float32)], axis=1)
 
@@ -96,9 +96,7 @@ class Predictor:
         text, used = self._prompts(prompts, length)
         return self.continue_text({**batch, "text": text}, length - used, length - 1)
 
-    def continue_text(
-        self, batch: Batch, most: Int[np.ndarray, " B"], room: int
-    ) -> list[str]:
+    def continue_text(self, batch: Batch, most: Int[np.ndarray, " B"], room: int) -> list[str]:
         """What the model writes, greedily, after the beginning that each example's text holds.
 
         Args:
@@ -164,7 +162,7 @@ class Predictor:
 
     def _call(self, name: str, function: Any, inputs: Any) -> np.ndarray:
         compiled = self._compiled.setdefault(name, jax.jit(function))
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(rule_items()):
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(serving_rules()):
             return np.asarray(compiled(self.params, to_global(inputs, self.mesh)))
 
 

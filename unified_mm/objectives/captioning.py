@@ -5,13 +5,13 @@ Answering is the same thing with the question as a prompt, which is read and not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.objectives.objective import Outcome, TextObjective, masked_pair
@@ -19,14 +19,23 @@ from unified_mm.objectives.objective import Outcome, TextObjective, masked_pair
 
 @dataclass(frozen=True)
 class Captioning(TextObjective):
-    """Autoregressive cross-entropy in nats a token (Wang et al. 2022, SimVLM, equation 3)."""
+    """Autoregressive cross-entropy in nats a token (Wang et al. 2022, SimVLM, equation 3).
+
+    Attributes:
+      chunk: tokens of each text that are scored at a time, so that no [B, T, V] logits are there
+        at once; 0 scores all.
+    """
+
+    chunk: int = 0
 
     kind: ClassVar[str] = "captioning"
     autoregressive: ClassVar[bool] = True
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any]) -> Captioning:
-        return cls(name, float(options["weight"]), str(options["rule"]))
+        if options["chunk"] < 0:
+            raise ValueError(f"objectives.{name}.chunk={options['chunk']}: must be at least 0")
+        return cls(name, float(options["weight"]), str(options["rule"]), int(options["chunk"]))
 
     def __call__(
         self,
@@ -37,8 +46,9 @@ class Captioning(TextObjective):
         *,
         deterministic: bool,
     ) -> Outcome:
-        logits = model.logits(encoded[self.name].text[:, :-1])
-        log_likelihood, right, scored = next_token_scores(logits, batch["text"])
+        log_likelihood, right, scored = score_text(
+            model.logits, encoded[self.name].text, batch["text"], self.chunk
+        )
         return Outcome(
             loss=masked_pair(-log_likelihood, scored),
             metrics={"accuracy": masked_pair(right.astype(jnp.float32), scored)},
@@ -46,10 +56,19 @@ class Captioning(TextObjective):
         )
 
 
-def next_token_scores(
-    logits: Float[Array, "B P V"], text: Mapping[str, Array]
+def score_text(
+    logits: Callable[[Array], Array],
+    x: Float[Array, "B T D"],
+    text: Mapping[str, Array],
+    chunk: int = 0,
 ) -> tuple[Float[Array, "B P"], Bool[Array, "B P"], Bool[Array, "B P"]]:
-    """What the logits at each token but the last say of the next one; P = T - 1.
+    """What the embedding of each token but the last says of the next one; P = T - 1.
+
+    Args:
+      logits: of each next token, by the model: [B, P, D] -> [B, P, V].
+      x: contextual embeddings of the text.
+      text: `ids`, `valid`, `scored` [B, T], `present` [B].
+      chunk: tokens at a time; their logits are computed again for the gradient. 0 takes all.
 
     Returns:
       The log-likelihood of the true next token in nats, whether it is the likeliest one, and
@@ -57,6 +76,34 @@ def next_token_scores(
     """
     targets = text["ids"][:, 1:]
     scored = (text["valid"] & text["scored"])[:, 1:] & text["present"][:, None]
+    count = targets.shape[1]
+    x = x[:, :-1]
+    if not chunk or chunk >= count:
+        likelihood, right = next_token_scores(logits(x), targets)
+        return likelihood, right, scored
+    parts = -(-count // chunk)
+    spare = parts * chunk - count
+
+    def split(values: Array) -> Array:
+        """[B, P, ...] -> [parts, B, chunk, ...]."""
+        room = [(0, 0), (0, spare), *[(0, 0)] * (values.ndim - 2)]
+        padded = jnp.pad(values, room)
+        return padded.reshape(padded.shape[0], parts, chunk, *values.shape[2:]).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def one(part: tuple[Array, Array]) -> tuple[Array, Array]:
+        return next_token_scores(logits(part[0]), part[1])
+
+    found = jax.lax.map(one, (split(x), split(targets)))
+    likelihood, right = (
+        values.swapaxes(0, 1).reshape(targets.shape[0], -1)[:, :count] for values in found
+    )
+    return likelihood, right, scored
+
+
+def next_token_scores(
+    logits: Float[Array, "B P V"], targets: Int[Array, "B P"]
+) -> tuple[Float[Array, "B P"], Bool[Array, "B P"]]:
+    """Log-likelihood of each target in nats, and whether it is the likeliest token."""
     true_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    log_likelihood = true_logit - jax.nn.logsumexp(logits, axis=-1)
-    return log_likelihood, logits.argmax(-1) == targets, scored
+    return true_logit - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1) == targets

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float
 from unified_mm.models.masks import Stream
 from unified_mm.models.pooling import AttentionPool, pooled
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
-from unified_mm.objectives.objective import Outcome, TextObjective, masked_pair
+from unified_mm.objectives.objective import Embedded, Outcome, TextObjective, masked_pair
+from unified_mm.objectives.pairwise import compare_all
 from unified_mm.parallel.layers import Dense
 
 MAX_LOG_SCALE = 4.6052  # ln 100: CLIP's bound, without which training can run away.
@@ -68,6 +69,7 @@ class Contrastive(TextObjective):
         itself, read a second time (with dropout that is Gao et al. 2021, SimCSE, section 3).
       width: E, of the shared space.
       bound_scale: whether the logits' scale stays at 100 at most.
+      chunk: texts that all images are held against at a time, at most; 0 takes all at once.
       pooling: of that modality, and of text.
     """
 
@@ -77,6 +79,7 @@ class Contrastive(TextObjective):
     between: str
     width: int
     bound_scale: bool
+    chunk: int
     pooling: tuple[Pooling, Pooling]
 
     @classmethod
@@ -85,6 +88,8 @@ class Contrastive(TextObjective):
             raise ValueError(
                 f"objectives.{name}.loss={options['loss']!r}: must be one of {', '.join(LOSSES)}"
             )
+        if options["chunk"] < 0:
+            raise ValueError(f"objectives.{name}.chunk={options['chunk']}: must be at least 0")
         built = cls(
             name=name,
             weight=float(options["weight"]),
@@ -93,6 +98,7 @@ class Contrastive(TextObjective):
             between=str(options["between"]),
             width=int(options["width"]),
             bound_scale=bool(options["bound_scale"]),
+            chunk=int(options["chunk"]),
             pooling=(
                 Pooling.from_config(f"objectives.{name}", options, ""),
                 Pooling.from_config(f"objectives.{name}", options, "text_"),
@@ -146,12 +152,17 @@ class Contrastive(TextObjective):
         else:
             seen = pass_.context_valid[self.between]
             context = head(self.between, pass_.context[self.between], seen)
-        scale, bias = head.scale_and_bias()
-        logits = scale * jnp.einsum("BE,CE->BC", context, text) + bias
-        paired = paired_rows(batch, self.between)
-        loss = sigmoid_loss if self.loss == "sigmoid" else softmax_loss
-        losses = loss(logits, paired)
-        right = jnp.where(paired[None, :], logits, -jnp.inf).argmax(1) == jnp.arange(len(paired))
+        embedded = Embedded((context, text), paired_rows(batch, self.between))
+        return self.compare(model, embedded)
+
+    def compare(self, model: UnifiedModel, embedded: Embedded) -> Outcome:
+        """The loss among all examples that are embedded."""
+        context, text = embedded.vectors
+        paired = embedded.counts
+        scale, bias = model.head[self.name].scale_and_bias()
+        losses, right = compare_all(
+            context, text, scale, bias, paired, loss=self.loss, chunk=self.chunk
+        )
         one = jnp.ones((), jnp.float32)
         return Outcome(
             loss=masked_pair(losses, paired),
@@ -159,7 +170,12 @@ class Contrastive(TextObjective):
                 "accuracy": masked_pair(right.astype(jnp.float32), paired),
                 "scale": (scale, one),
             },
-            extras={"similarity": logits, "paired": paired},
+            extras={
+                # Computed only where a later objective reads it.
+                "similarity": scale * jnp.einsum("BE,CE->BC", context, text) + bias,
+                "paired": paired,
+            },
+            embedded=embedded,
         )
 
 
@@ -180,9 +196,7 @@ class ContrastiveHead(nn.Module):
 
     def setup(self) -> None:
         self.project = {
-            name: Dense(
-                (self.width,), ("embed",), (None,), use_bias=pooling.projection == "affine"
-            )
+            name: Dense((self.width,), ("embed",), (None,), use_bias=pooling.projection == "affine")
             for name, pooling in self.poolings
             if pooling.projection != "none"
         }
@@ -226,19 +240,3 @@ def paired_rows(batch: Batch, between: str) -> Bool[Array, " B"]:
     """Examples that have both, with a text that describes (not one that answers a prompt)."""
     text = batch["text"]
     return batch[between]["present"] & text["present"] & ~text["prompted"]
-
-
-def softmax_loss(logits: Float[Array, "B B"], paired: Bool[Array, " B"]) -> Float[Array, " B"]:
-    """Cross-entropy of the right partner among all that are paired, the mean of both ways."""
-    masked = jnp.where(paired[None, :] & paired[:, None], logits, -1e9)
-    diagonal = jnp.diagonal(masked)
-    to_text = jax.nn.logsumexp(masked, axis=1) - diagonal
-    to_image = jax.nn.logsumexp(masked, axis=0) - diagonal
-    return 0.5 * (to_text + to_image)
-
-
-def sigmoid_loss(logits: Float[Array, "B B"], paired: Bool[Array, " B"]) -> Float[Array, " B"]:
-    """-log sigmoid(z x) summed over a row's pairs, z being +1 on the diagonal and -1 elsewhere."""
-    sign = 2.0 * jnp.eye(logits.shape[0]) - 1.0
-    both = paired[None, :] & paired[:, None]
-    return jnp.where(both, -jax.nn.log_sigmoid(sign * logits), 0.0).sum(1)

@@ -27,6 +27,19 @@ Pair = tuple[Any, Any]
 
 
 @struct.dataclass
+class Embedded:
+    """What an objective compares between examples, so that it can be cached and compared again.
+
+    Attributes:
+      vectors: float arrays [B, ...], through which its gradient goes.
+      counts: bool [B], which examples have a part.
+    """
+
+    vectors: Any
+    counts: Any
+
+
+@struct.dataclass
 class Outcome:
     """What an objective makes of a batch.
 
@@ -35,11 +48,13 @@ class Outcome:
       metrics: further pairs, by name.
       extras: arrays for the objectives that come later (the similarities that negatives are mined
         from).
+      embedded: of an objective that compares examples with one another; else None.
     """
 
     loss: Pair
     metrics: dict[str, Pair]
     extras: dict[str, Any]
+    embedded: Embedded | None = None
 
 
 @runtime_checkable
@@ -83,6 +98,16 @@ class Objective(Protocol):
         deterministic: bool,
     ) -> Outcome:
         """The loss, from the model bound to its parameters and the pass that it shared."""
+
+
+@runtime_checkable
+class Comparing(Protocol):
+    """An objective whose loss is among all examples of a batch, and no sum over each of them."""
+
+    name: str
+
+    def compare(self, model: UnifiedModel, embedded: Embedded) -> Outcome:
+        """The loss among all that is embedded, which may come from several micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +215,14 @@ def all_losses(
             model, encoded, batch, outcomes, deterministic=deterministic
         )
     return outcomes
+
+
+def compare_embedded(
+    model: UnifiedModel, embedded: Mapping[str, Embedded], objectives: Sequence[Any]
+) -> dict[str, Outcome]:
+    """The objectives that compare examples, on what of these was embedded before."""
+    comparing = {each.name: each for each in objectives if isinstance(each, Comparing)}
+    return {name: comparing[name].compare(model, kept) for name, kept in embedded.items()}
 
 
 def as_pairs(outcomes: Mapping[str, Outcome]) -> dict[str, Pair]:

@@ -14,7 +14,14 @@ from unified_mm.config import Config
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.modalities.modality import build_modalities
 from unified_mm.models.unified import ABLE, UnifiedModel, fusion
-from unified_mm.objectives.objective import Pair, all_losses, as_pairs, build_objectives
+from unified_mm.objectives.objective import (
+    Embedded,
+    Pair,
+    all_losses,
+    as_pairs,
+    build_objectives,
+    compare_embedded,
+)
 from unified_mm.parallel.sharding import path_of
 
 
@@ -52,10 +59,20 @@ class Task:
         )
         return variables["params"]
 
+    def abstract_params(self) -> Any:
+        """Their shapes, boxed likewise; nothing is allocated."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
     def pairs(
         self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool
     ) -> dict[str, Pair]:
         """Every objective's loss and metrics on a batch, as (sum, count) by name."""
+        return self.pairs_and_embedded(params, batch, key, deterministic=deterministic)[0]
+
+    def pairs_and_embedded(
+        self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool
+    ) -> tuple[dict[str, Pair], dict[str, Embedded]]:
+        """The same, and what the objectives that compare examples go by, by their names."""
         dropout, mining = jax.random.split(key)
         outcomes: Any = self.model.apply(
             {"params": params},
@@ -67,7 +84,16 @@ class Task:
         )
         one = jnp.ones((), jnp.float32)
         readings = self.model.readings(params)
-        return as_pairs(outcomes) | {name: (value, one) for name, value in readings.items()}
+        pairs = as_pairs(outcomes) | {name: (value, one) for name, value in readings.items()}
+        embedded = {name: each.embedded for name, each in outcomes.items() if each.embedded}
+        return pairs, embedded
+
+    def compared(self, params: Any, embedded: Mapping[str, Embedded]) -> dict[str, Pair]:
+        """Loss and metrics of the objectives that compare examples, among all that is embedded."""
+        outcomes: Any = self.model.apply(
+            {"params": params}, embedded, self.objectives, method=compare_embedded
+        )
+        return as_pairs(outcomes)
 
 
 def build_task(config: Config, tokenizer: TextTokenizer) -> Task:

@@ -7,28 +7,33 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AxisType, Mesh
 
-AXES = ("data", "fsdp", "tensor")
+# From the slowest links to the fastest. `expert` is reserved: nothing is divided along it yet.
+AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes `data`, `fsdp` and `tensor`.
+    """A mesh with all of `AXES`.
 
     Args:
-      sizes: of each axis; one of them may be -1 and takes what devices are left.
+      sizes: of each axis, 1 where it is not named; one of them may be -1 and takes what devices are
+        left.
       devices: all of this run's by default.
 
     Raises:
       ValueError: sizes that do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = [int(sizes[axis]) for axis in AXES]
+    shape = [int(sizes[axis]) if axis in sizes else 1 for axis in AXES]
     given = 1
     for size in shape:
         given *= size if size != -1 else 1
     open_axes = shape.count(-1)
-    asked = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    named = [(axis, size) for axis, size in zip(AXES, shape, strict=True) if size != 1]
+    asked = ", ".join(f"mesh.{axis}={size}" for axis, size in named) or "a mesh of 1 device"
     if open_axes > 1 or any(size < 1 and size != -1 for size in shape):
         raise ValueError(f"{asked}: sizes are at least 1, and one alone may be -1")
+    if "expert" in dict(named):
+        raise ValueError(f"{asked}: no layer has experts yet, so mesh.expert stays 1")
     if open_axes and len(devices) % given == 0:
         shape[shape.index(-1)] = len(devices) // given
     elif given != len(devices) or open_axes:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -10,10 +13,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+Axis = str | tuple[str, ...] | None
+
 # Logical axis -> mesh axis or axes. Every name that a parameter or an activation bears is here.
-RULES: dict[str, str | tuple[str, ...] | None] = {
+RULES: dict[str, Axis] = {
     # parameters
-    "layers": None,
+    "layers": "stage",
     "embed": "fsdp",
     "heads": "tensor",
     "key_value_heads": None,  # fewer than the queries': few enough to keep whole
@@ -21,15 +26,62 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocabulary": "tensor",
     # activations
     "batch": ("data", "fsdp"),
-    "length": None,
+    "length": "sequence",
+    # Within attention a device has whole sequences and fewer heads (Jacobs et al. 2023, Ulysses).
+    "attending_heads": ("sequence", "tensor"),
+    "stages": "stage",
     "activation": None,
 }
 BATCH = P(("data", "fsdp"))
+# What ZeRO divides along `fsdp`, by stage (Rajbhandari et al. 2020, section 5).
+ZERO_STAGES = {1: ("moments",), 2: ("moments", "gradients"), 3: ("moments", "gradients", "params")}
 
 
 def rule_items() -> list[tuple[str, Any]]:
-    """The table as Flax wants it."""
+    """The table as Flax wants it, for training."""
     return list(RULES.items())
+
+
+def serving_rules() -> list[tuple[str, Any]]:
+    """The same for inference: its sequences grow token by token and are not divided."""
+    return list((RULES | {"length": None}).items())
+
+
+def constrain(x: Any, *names: str | None) -> Any:
+    """x, laid out by the logical names of its axes where a mesh and a table are set.
+
+    Raises:
+      ValueError: an axis that the mesh does not divide (GSPMD would pad it in silence).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    table = dict(nn.get_logical_axis_rules())
+    if table and not mesh.empty:
+        for size, name in zip(x.shape, names, strict=True):
+            check_divided(f"activations of shape {x.shape}", name, size, mesh, table)
+    return nn.with_logical_constraint(x, names)
+
+
+def check_divided(
+    where: str, name: str | None, size: int, mesh: Any, table: Mapping[str, Axis]
+) -> Axis:
+    """The mesh axis or axes that a logical axis is divided along.
+
+    Raises:
+      ValueError: no rule covers it, or the mesh does not divide it; both name `where`.
+    """
+    if name is None:
+        return None
+    if name not in table:
+        raise ValueError(f"{where}: no rule covers axis {name!r}; there are {list(table)}")
+    axes = _as_tuple(table[name])
+    count = math.prod(mesh.shape[axis] for axis in axes)
+    if size % count:
+        shape = ", ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
+        raise ValueError(
+            f"{where}: axis {name!r} of size {size} is not divided by {shape}; choose another "
+            "mesh or another size"
+        )
+    return table[name]
 
 
 def path_of(key_path: Any) -> str:
@@ -37,13 +89,14 @@ def path_of(key_path: Any) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in key_path)
 
 
-def shardings_of(abstract: Any, mesh: Mesh) -> Any:
+def shardings_of(abstract: Any, mesh: Mesh, table: Mapping[str, Axis] = RULES) -> Any:
     """A sharding for each leaf of a tree whose arrays carry logical axis names.
 
     Args:
       abstract: from `jax.eval_shape`; matrices and vectors are boxed by
         `nn.with_logical_partitioning`, scalars and keys need no box.
       mesh: with the axes of `parallel.mesh`.
+      table: of logical axes.
 
     Raises:
       ValueError: a parameter without axis names, an axis that no rule covers, or one that the mesh
@@ -58,21 +111,49 @@ def shardings_of(abstract: Any, mesh: Mesh) -> Any:
             if value.ndim:
                 raise ValueError(f"{where}: an array of shape {value.shape} has no axis names")
             return NamedSharding(mesh, P())
-        axes = []
-        for size, name in zip(value.shape, leaf.names, strict=True):
-            if name is not None and name not in RULES:
-                raise ValueError(f"{where}: no rule covers axis {name!r}; there are {list(RULES)}")
-            axis = RULES[name] if name is not None else None
-            count = int(np.prod([mesh.shape[a] for a in _as_tuple(axis)]))
-            if size % count:
-                raise ValueError(
-                    f"{where}: axis {name!r} of size {size} is not divided by mesh axis {axis!r} "
-                    f"of size {count}; choose another mesh.{axis} or another size"
-                )
-            axes.append(axis)
+        axes = [
+            check_divided(where, name, size, mesh, table)
+            for size, name in zip(value.shape, leaf.names, strict=True)
+        ]
         return NamedSharding(mesh, P(*axes))
 
     return jax.tree_util.tree_map_with_path(one, abstract, is_leaf=_is_box)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where parameters lie on a mesh, and what training keeps beside each of them.
+
+    Attributes:
+      mesh: of all of them.
+      params, gradients, moments: a tree of shardings each, in the shape of the parameters; the
+        optimizer's copies and the moving average lie as `moments`.
+    """
+
+    mesh: Mesh
+    params: Any
+    gradients: Any
+    moments: Any
+
+
+def place(abstract: Any, mesh: Mesh, zero: int = 3) -> Placement:
+    """Lays out a tree of boxed parameters by the table and a stage of ZeRO.
+
+    Args:
+      abstract: as for `shardings_of`.
+      mesh: to lay it out on.
+      zero: 1 divides optimizer state along `fsdp`, 2 gradients too, 3 parameters too.
+
+    Raises:
+      ValueError: as `shardings_of`, or another stage.
+    """
+    if zero not in ZERO_STAGES:
+        raise ValueError(f"mesh.zero={zero}: must be one of {', '.join(map(str, ZERO_STAGES))}")
+    divided = shardings_of(abstract, mesh)
+    whole = shardings_of(abstract, mesh, RULES | {"embed": None})
+    kinds = ("params", "gradients", "moments")
+    trees = {kind: divided if kind in ZERO_STAGES[zero] else whole for kind in kinds}
+    return Placement(mesh, **trees)
 
 
 def shardings_like(params: Any, shardings: Any, tree: Any, otherwise: NamedSharding) -> Any:
@@ -96,16 +177,14 @@ def shardings_like(params: Any, shardings: Any, tree: Any, otherwise: NamedShard
 
 def without_names(tree: Any) -> Any:
     """The same tree with bare arrays (or shapes) instead of boxes that bear axis names."""
-    return jax.tree.map(
-        lambda leaf: leaf.value if _is_box(leaf) else leaf, tree, is_leaf=_is_box
-    )
+    return jax.tree.map(lambda leaf: leaf.value if _is_box(leaf) else leaf, tree, is_leaf=_is_box)
 
 
 def _is_box(leaf: Any) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 
-def _as_tuple(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def _as_tuple(axis: Axis) -> tuple[str, ...]:
     if axis is None:
         return ()
     return axis if isinstance(axis, tuple) else (axis,)

@@ -111,9 +111,7 @@ class Run:
         """That the run has taken, in all its processes."""
         return time.perf_counter() - self.began
 
-    def steps(
-        self, phase: Phase, state: TrainState, start: int, progress: Progress
-    ) -> TrainState:
+    def steps(self, phase: Phase, state: TrainState, start: int, progress: Progress) -> TrainState:
         """From step `start` to the phase's last."""
         options = self.setup.options
         step_function = phase_step(self.setup, phase)
@@ -222,7 +220,7 @@ def phase_step(
     return make_train_step(
         phase.task,
         phase.optimizer,
-        setup.mesh,
+        phase.placement,
         phase.abstract,
         micro_batches=phase.micro_batches,
         average_decay=setup.options.average_decay,

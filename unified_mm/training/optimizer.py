@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from unified_mm.training.rules import match_rules
@@ -72,6 +73,7 @@ class Optimizer:
         return self.whole(new, params), state
 
 
+MOMENTS = ("float32", "bfloat16")
 # Field of `config.train` -> what it must be, as a test and in words.
 NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "learning_rate": (lambda x: 0 < x < math.inf, "above 0 and finite"),
@@ -82,6 +84,7 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "epsilon": (lambda x: 0 < x < math.inf, "above 0"),
     "weight_decay": (lambda x: 0 <= x < math.inf, "at least 0"),
     "clip_norm": (lambda x: x > 0, "above 0"),
+    "scale_patience": (lambda x: x >= 1, "at least 1"),
     "average_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
 }
 
@@ -97,9 +100,36 @@ def check_numbers(options: Any) -> None:
             raise ValueError(f"train.{name}={options[name]}: must be {words}")
 
 
+def _floats_as(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree
+    )
+
+
 def select(tree: Any, chosen: Any) -> Any:
     """The same tree with None for what is not chosen."""
     return jax.tree.map(lambda leaf, take: leaf if take else None, tree, chosen)
+
+
+def kept_as(transform: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
+    """The same transform, its state kept as `dtype` between steps and worked on in float32.
+
+    Raises:
+      ValueError: another dtype than float32 or bfloat16.
+    """
+    if dtype not in MOMENTS:
+        raise ValueError(f"train.moments_dtype={dtype!r}: must be one of {', '.join(MOMENTS)}")
+    if dtype == "float32":
+        return transform
+
+    def init(params: Any) -> Any:
+        return _floats_as(transform.init(params), dtype)
+
+    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, new = transform.update(gradient, _floats_as(state, "float32"), params)
+        return updates, _floats_as(new, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 def learning_rate_schedule(options: Any, steps: int) -> optax.Schedule:
@@ -140,9 +170,9 @@ def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Opt
     trained = jax.tree.map(lambda freeze: not freeze, frozen)
     if not any(jax.tree.leaves(trained)):
         raise ValueError("train.freeze_rules leave nothing to train")
+    adam = optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.epsilon)
     transform = optax.chain(
-        optax.clip_by_global_norm(options.clip_norm),
-        optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.epsilon),
+        optax.clip_by_global_norm(options.clip_norm), kept_as(adam, options.moments_dtype)
     )
     return Optimizer(
         transform=transform,

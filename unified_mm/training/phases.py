@@ -15,6 +15,7 @@ from unified_mm.data.interleave import FewShotRows, Layout, interleaved_preparer
 from unified_mm.data.records import Manifest
 from unified_mm.objectives.objective import weighted
 from unified_mm.objectives.task import Task
+from unified_mm.parallel.sharding import Placement
 from unified_mm.training.optimizer import Optimizer, make_optimizer
 from unified_mm.training.state import TrainState, state_of_phase
 
@@ -37,6 +38,7 @@ class Phase:
       task: with the objectives that count in it.
       rows: what it reads.
       optimizer: for what it trains.
+      placement: where parameters and what belongs to them lie.
       abstract: shapes, types and shardings of its state.
       enter: the state of the phase before, or the first one, as this one's begin.
     """
@@ -49,6 +51,7 @@ class Phase:
     task: Task
     rows: Rows
     optimizer: Optimizer
+    placement: Placement
     abstract: TrainState
     enter: Callable[[TrainState], TrainState]
 
@@ -79,7 +82,7 @@ def phase_options(config: Config) -> dict[str, Any]:
 
 
 def build_phases(
-    config: Config, task: Task, train: Manifest, abstract: TrainState, mesh: Mesh
+    config: Config, task: Task, train: Manifest, abstract: TrainState, placement: Placement
 ) -> tuple[Phase, ...]:
     """Everything that each phase needs.
 
@@ -88,7 +91,7 @@ def build_phases(
       task: with every objective that any phase has.
       train: the pairs.
       abstract: a state's shapes and shardings, its optimizer apart.
-      mesh: of all of them.
+      placement: of the parameters on the run's mesh.
 
     Raises:
       ValueError: objectives, data or rules that there are not.
@@ -97,9 +100,9 @@ def build_phases(
     start = 0
     for name, options in phase_options(config).items():
         train_options = config.train.changed(options.train)
-        check_batch(train_options, mesh)
+        check_batch(train_options, placement.mesh)
         optimizer = make_optimizer(train_options, options.steps, abstract.params, start)
-        state, enter = state_of_phase(abstract, optimizer, mesh)
+        state, enter = state_of_phase(abstract, optimizer, placement)
         objectives = weighted(task.objectives, options.objectives, f"train.phases.{name}")
         phases.append(
             Phase(
@@ -111,6 +114,7 @@ def build_phases(
                 task=replace(task, objectives=objectives),
                 rows=phase_rows(config, task, train, options.data, name),
                 optimizer=optimizer,
+                placement=placement,
                 abstract=state,
                 enter=enter,
             )
@@ -160,9 +164,7 @@ def phase_rows(config: Config, task: Task, train: Manifest, kind: str, name: str
             f"data.documents.images={options.images} slots cannot hold {options.shots} examples "
             "and the image that follows them: set it to at least data.documents.shots + 1"
         )
-    shots = FewShotRows(
-        train.records, options.shots, config.seed, questions=options.questions
-    )
+    shots = FewShotRows(train.records, options.shots, config.seed, questions=options.questions)
     return Rows(shots, preparers, train.fingerprint)
 
 

@@ -18,11 +18,11 @@ from unified_mm.parallel.sharding import rule_items
 from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.metrics import MetricsWriter, read_metrics
 from unified_mm.training.environment import device_name, revision, versions
+from unified_mm.training.gradients import gradients
 from unified_mm.training.loop import keep_best, train
 from unified_mm.training.phases import Phase, example_batch
 from unified_mm.training.setup import Setup
 from unified_mm.training.state import TrainState, evaluation_params
-from unified_mm.training.step import gradients
 
 
 def train_and_score(
@@ -39,9 +39,7 @@ def train_and_score(
     return summarise(setup, found, seconds + time.perf_counter() - began), found
 
 
-def score_splits(
-    setup: Setup, state: TrainState, say: Callable[[str], None]
-) -> dict[str, Scores]:
+def score_splits(setup: Setup, state: TrainState, say: Callable[[str], None]) -> dict[str, Scores]:
     """Scores of each split; those of the first count for `best/`."""
     options = setup.options
     predictor = Predictor(setup.task, evaluation_params(state), setup.mesh)
@@ -128,4 +126,3 @@ def training_flops(setup: Setup, phase: Phase) -> int:
             batch,
             jax.eval_shape(lambda: jax.random.key(0)),
         )
-

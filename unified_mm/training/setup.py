@@ -19,6 +19,7 @@ from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.few_shot import FewShot
 from unified_mm.objectives.task import Task, build_task, parameter_counts
 from unified_mm.parallel.mesh import make_mesh
+from unified_mm.parallel.sharding import place
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, user_path
 from unified_mm.training.environment import device_name
@@ -33,6 +34,7 @@ class LoopOptions:
 
     steps: int
     average_decay: float
+    scale_patience: int
     log_every: int
     tensorboard: bool
     save_every: int
@@ -52,6 +54,7 @@ class LoopOptions:
         options = cls(
             steps=config.train.steps,
             average_decay=config.train.average_decay,
+            scale_patience=scale_patience(config),
             log_every=config.logging.every,
             tensorboard=config.logging.tensorboard,
             save_every=config.checkpoint.every,
@@ -82,6 +85,11 @@ class LoopOptions:
         if options.seed >= 2**32:
             raise ValueError(f"seed={options.seed}: must be below 2^32")
         return options
+
+
+def scale_patience(config: Config) -> int:
+    """Half precision alone needs its loss scaled."""
+    return int(config.train.scale_patience) if config.model.dtype == "float16" else 0
 
 
 def usual_best(config: Config) -> str:
@@ -148,8 +156,13 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     check_prompts(task, [*prompts, *asked])
     mesh = make_mesh(config.mesh)
     check_evaluation_batch(options, mesh)
+    placement = place(task.abstract_params(), mesh, config.mesh.zero)
     make_state, abstract = initial_state(
-        task.init, mesh, options.seed, averaged=options.average_decay > 0
+        task.init,
+        placement,
+        options.seed,
+        averaged=options.average_decay > 0,
+        scale_patience=options.scale_patience,
     )
     brought = weights_to_start_from(config)
 
@@ -160,7 +173,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
         average = None if state.average is None else jax.tree.map(jnp.copy, params)
         return state.replace(params=params, average=average)  # type: ignore[attr-defined]
 
-    phases = build_phases(config, task, train, abstract, mesh)
+    phases = build_phases(config, task, train, abstract, placement)
     say(inventory(options, mesh, phases))
     return Setup(config, options, folder, source, train, splits, task, mesh, first_state, phases)
 

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from unified_mm.parallel.sharding import shardings_like, shardings_of, without_names
+from unified_mm.parallel.sharding import Placement, shardings_like, without_names
+from unified_mm.training.loss_scale import LossScale
 from unified_mm.training.optimizer import Optimizer
 
 
@@ -27,6 +28,7 @@ class TrainState:
       key: that every step's randomness is folded from.
       bad_step: int32 [], the first step whose loss or gradient was not finite, else -1; from
         there on nothing is updated.
+      loss_scale: of half-precision training, or None.
     """
 
     step: Any
@@ -35,25 +37,30 @@ class TrainState:
     average: Any
     key: Any
     bad_step: Any
+    loss_scale: Any = None
 
 
 def initial_state(
-    init_params: Callable[[jax.Array], Any], mesh: Mesh, seed: int, *, averaged: bool
+    init_params: Callable[[jax.Array], Any],
+    placement: Placement,
+    seed: int,
+    *,
+    averaged: bool,
+    scale_patience: int = 0,
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """How to make the first state on a mesh, before any phase has given it an optimizer.
 
     Args:
       init_params: key -> parameters boxed with logical axis names.
-      mesh: to lay everything out on.
+      placement: where they lie.
       seed: of the initial parameters and of all steps.
       averaged: whether a moving average of the parameters is kept.
+      scale_patience: finite steps after which the loss's scale doubles; 0 scales no loss.
 
     Returns:
       A function that makes the first state (sharded as it is made), and the abstract state
       (shapes, types and shardings).
     """
-    boxed = jax.eval_shape(init_params, jax.random.key(seed))
-    param_shardings = shardings_of(boxed, mesh)
 
     def make() -> TrainState:
         root = jax.random.key(seed)
@@ -65,38 +72,40 @@ def initial_state(
             average=jax.tree.map(jnp.copy, params) if averaged else None,
             key=jax.random.fold_in(root, 1),
             bad_step=jnp.full((), -1, jnp.int32),
+            loss_scale=LossScale.start(scale_patience) if scale_patience else None,
         )
 
-    replicated = NamedSharding(mesh, P())
+    replicated = NamedSharding(placement.mesh, P())
+    scale = LossScale(replicated, replicated, scale_patience) if scale_patience else None
     shardings = TrainState(
         step=replicated,
-        params=param_shardings,
+        params=placement.params,
         optimizer=None,
-        average=param_shardings if averaged else None,
+        average=placement.moments if averaged else None,
         key=replicated,
         bad_step=replicated,
+        loss_scale=scale,
     )
     return jax.jit(make, out_shardings=shardings), _abstract(jax.eval_shape(make), shardings)
 
 
 def state_of_phase(
-    abstract: TrainState, optimizer: Optimizer, mesh: Mesh
+    abstract: TrainState, optimizer: Optimizer, placement: Placement
 ) -> tuple[TrainState, Callable[[TrainState], TrainState]]:
     """What states look like while an optimizer is at work, and how such a stretch begins.
 
     Args:
       abstract: of any state of the run.
       optimizer: of the phase.
-      mesh: of all of them.
+      placement: of the parameters.
 
     Returns:
       The abstract state, and a function that takes the state before over (donated) with the
       optimizer's first state.
     """
     shapes = jax.eval_shape(optimizer.init, abstract.params)
-    params = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
-    replicated = NamedSharding(mesh, P())
-    shardings = shardings_like(abstract.params, params, shapes, replicated)
+    replicated = NamedSharding(placement.mesh, P())
+    shardings = shardings_like(abstract.params, placement.moments, shapes, replicated)
     begin = jax.jit(optimizer.init, out_shardings=shardings)
 
     def enter(state: TrainState) -> TrainState:
