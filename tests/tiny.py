@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,8 @@ def _laid_out(documents: list[list[str]], slots: int, length: int) -> tuple[dict
     image["present"] = np.arange(slots) < len(images)
     text["valid"] = np.arange(length) < len(tokens)
     return image, text
+
+
+def replace_model(task: Task, **changes: Any) -> Task:
+    """The task with other options of its model's transformers."""
+    return replace(task, model=task.model.with_options(**changes))

@@ -44,6 +44,7 @@ def mesh_fields() -> dict:
         "tensor": 1,  # heads, feed-forward, vocabulary
         "sequence": 1,  # tokens outside attention, heads within it
         "stage": 1,  # layers: a pipeline
+        "stage_micro_batches": 0,  # that pass through it at a time; 0: four times the stages
         "expert": 1,  # reserved
         # What fsdp divides: 1 optimizer state, 2 gradients too, 3 parameters too (ZeRO).
         "zero": 3,

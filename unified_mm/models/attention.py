@@ -17,6 +17,7 @@ from unified_mm.models.masks import BlockCall, Visibility, block_calls, block_ma
 from unified_mm.models.options import TransformerOptions
 from unified_mm.models.per_modality import PerModality
 from unified_mm.parallel.layers import Dense
+from unified_mm.parallel.sharding import constrain
 
 KeysValues = tuple[Array, Array]  # each [B, K, H, A]
 
@@ -182,6 +183,7 @@ class Attention(nn.Module):
         if o.rotary_base:
             query = rotate(query, plan.positions, o.rotary_base)
             key = rotate(key, plan.positions, o.rotary_base)
+        query, key, value = (whole_sequences(each, o.heads) for each in (query, key, value))
         kept: KeysValues
         if cached is None:
             kept = key[:, slice(*plan.keep)], value[:, slice(*plan.keep)]
@@ -199,7 +201,18 @@ class Attention(nn.Module):
             for call, mask in zip(plan.calls, plan.masks, strict=True)
         ]
         output = partial(out_of_heads, x.shape[-1], o, o.output_bias)
-        return project(output, "output", jnp.concatenate(seen, axis=1)), kept
+        return project(output, "output", divided_sequences(jnp.concatenate(seen, axis=1))), kept
+
+
+def whole_sequences(x: Float[Array, "B N G A"], heads: int) -> Float[Array, "B N G A"]:
+    """Queries, keys or values as attention wants them: all tokens, and a share of the heads."""
+    axis = "attending_heads" if x.shape[2] == heads else "key_value_heads"
+    return constrain(x, "batch", None, axis, None)
+
+
+def divided_sequences(x: Float[Array, "B N H A"]) -> Float[Array, "B N H A"]:
+    """What attention saw as everything outside it wants it: a share of the tokens."""
+    return constrain(x, "batch", "length", "heads", None)
 
 
 def _pick(x: Float[Array, "B K G A"], call: BlockCall) -> Float[Array, "B K2 G A"]:

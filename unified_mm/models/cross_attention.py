@@ -11,7 +11,14 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from unified_mm.modalities.tokens import TokenMetadata
-from unified_mm.models.attention import KeysValues, attend, into_heads, out_of_heads
+from unified_mm.models.attention import (
+    KeysValues,
+    attend,
+    divided_sequences,
+    into_heads,
+    out_of_heads,
+    whole_sequences,
+)
 from unified_mm.models.feed_forward import make_mlp
 from unified_mm.models.masks import Visibility, block_calls, block_mask
 from unified_mm.models.options import TransformerOptions
@@ -130,10 +137,12 @@ class CrossAttention(nn.Module):
             key, value = cached
         if o.cross.query_key_norm:
             query = head_norm("query_norm", o)(query)
+        query, key, value = (whole_sequences(each, o.heads) for each in (query, key, value))
         seen = jnp.zeros_like(query)
         for (start, stop), mask in zip(plan.looking, plan.masks, strict=True):
             part = attend(query[:, start:stop], key, value, mask)
             seen = seen.at[:, start:stop].set(blind_to_zero(part, mask))
+        seen = divided_sequences(seen)
         return out_of_heads(x.shape[-1], o, False, "output")(seen), (key, value)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from unified_mm.models.pipeline import Pipeline
+
 NORMS = ("layer", "rms")
 NORM_PLACES = ("pre", "post")
 ACTIVATIONS = ("gelu", "gelu_exact", "quick_gelu", "silu", "relu")
@@ -66,6 +68,7 @@ class TransformerOptions:
       unroll: how many periods a step of the scan holds; the parameter tree is the same.
       dtype: of the computation; parameters are float32.
       cross: the gated cross-attention layers between the blocks.
+      pipeline: the stages that its periods are divided among, in training; None for one.
     """
 
     width: int
@@ -91,6 +94,7 @@ class TransformerOptions:
     unroll: int = 1
     dtype: Any = jnp.float32
     cross: GateOptions = GateOptions()
+    pipeline: Pipeline | None = None
 
     def __post_init__(self) -> None:
         for name in ("width", "layers", "heads", "feed_forward", "unroll"):
@@ -138,7 +142,8 @@ class TransformerOptions:
     @classmethod
     def from_config(cls, model: Mapping[str, Any]) -> TransformerOptions:
         """Of the main stack: the fields of `config.model` that bear these names."""
-        known = {field.name: model[field.name] for field in fields(cls) if field.name != "cross"}
+        own = [field.name for field in fields(cls) if field.name not in ("cross", "pipeline")]
+        known = {name: model[name] for name in own}
         try:
             known["dtype"] = jnp.dtype(known["dtype"])
         except TypeError as error:

@@ -37,9 +37,8 @@ class WithTowers(UnifiedModel):
     def width_of(self, name: str) -> int:
         return self.options.width if name == "text" else self.tower.width
 
-    def without_recomputation(self) -> UnifiedModel:
-        tower = replace(self.tower, rematerialise=False)
-        return super().without_recomputation().clone(tower=tower)
+    def with_options(self, **changes: Any) -> UnifiedModel:
+        return super().with_options(**changes).clone(tower=replace(self.tower, **changes))
 
     def look(self, name: str, batch: Any, *, deterministic: bool = True) -> Tokens:
         """Features of every picture of a context modality, each in a row of its own."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 from jaxtyping import Array, Float
 
 from unified_mm.models.attention import Attention, AttentionPlan, KeysValues
 from unified_mm.models.cross_attention import CrossPlan, GatedCrossLayer
 from unified_mm.models.feed_forward import FeedForward
 from unified_mm.models.options import TransformerOptions
+from unified_mm.models.pipeline import run_pipeline
 from unified_mm.parallel.layers import Norm
+from unified_mm.parallel.sharding import constrain
 
 # By name of each layer of a period, its keys and values.
 Kept = dict[str, KeysValues]
@@ -45,7 +48,7 @@ class Block(nn.Module):
             y, kept = attention(x, plan, cached)
             x = attention_norm(x + dropout(y))
             x = feed_forward_norm(x + dropout(feed_forward(x, plan.groups)))
-        return nn.with_logical_constraint(x, ("batch", "length", "activation")), kept
+        return constrain(x, "batch", "length", "activation"), kept
 
 
 class Period(nn.Module):
@@ -97,6 +100,17 @@ class Transformer(nn.Module):
         Without it, the keys and values that `plan.keep` asks for come back.
         """
         o = self.options
+        x = constrain(x, "batch", "length", "activation")
+        if o.pipeline is None or self.is_initializing():
+            x, kept = self._scanned(x, plan, cross, cached or {}, deterministic)
+        else:
+            x, kept = self._pipelined(x, plan, cross, cached or {}, deterministic)
+        return make_norm(o, "norm")(x) if o.final_norm else x, kept
+
+    def _scanned(
+        self, x: Array, plan: AttentionPlan, cross: Any, cached: Kept, deterministic: bool
+    ) -> tuple[Array, Kept]:
+        o = self.options
         period: Any = nn.remat(Period, prevent_cse=False) if o.rematerialise else Period
         layers = nn.scan(
             period,
@@ -107,8 +121,28 @@ class Transformer(nn.Module):
             unroll=o.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, kept = layers(o, deterministic, name="layers")(x, plan, cross, cached or {})
-        return make_norm(o, "norm")(x) if o.final_norm else x, kept
+        return layers(o, deterministic, name="layers")(x, plan, cross, cached)
+
+    def _pipelined(
+        self, x: Array, plan: AttentionPlan, cross: Any, cached: Kept, deterministic: bool
+    ) -> tuple[Array, Kept]:
+        """The same on the same parameters, by stages."""
+        o = self.options
+        assert o.pipeline is not None
+        module = Period(o, deterministic, parent=None)
+        dropping = bool(o.dropout) and not deterministic
+        keys = jax.random.split(self.make_rng("dropout"), o.periods) if dropping else None
+
+        def period(layer: Any, x: Array, beside: Any, number: Array) -> tuple[Array, Kept]:
+            params, key = layer["params"]
+            rngs = {"dropout": jax.random.fold_in(key, number)} if dropping else {}
+            plan, cross = beside
+            return module.apply({"params": params}, x, plan, cross, layer["cached"], rngs=rngs)  # type: ignore[return-value]
+
+        if o.rematerialise:
+            period = jax.checkpoint(period, prevent_cse=False)
+        layers = {"params": (self.get_variable("params", "layers"), keys), "cached": cached}
+        return run_pipeline(o.pipeline, period, layers, x, (plan, cross))
 
 
 def make_norm(options: TransformerOptions, name: str) -> Norm:

@@ -18,6 +18,7 @@ from unified_mm.modalities.tokens import Group, TokenMetadata, Tokens, apart, pl
 from unified_mm.models.attention import Cache, plan_attention
 from unified_mm.models.masks import AttentionRule, Stream, Visibility
 from unified_mm.models.options import TransformerOptions
+from unified_mm.models.pipeline import Pipeline
 from unified_mm.models.transformer import Transformer
 from unified_mm.registry import resolve
 
@@ -149,9 +150,17 @@ class UnifiedModel(nn.Module):
         """Scores of each next text token, float32."""
         return self.embedders["text"].logits(x)
 
+    def with_options(self, **changes: Any) -> UnifiedModel:
+        """The same model with other options of all its transformers, its parameters alike."""
+        return self.clone(options=replace(self.options, **changes))
+
     def without_recomputation(self) -> UnifiedModel:
         """The same model, keeping what it would recompute: for counting what has to be done."""
-        return self.clone(options=replace(self.options, rematerialise=False))
+        return self.with_options(rematerialise=False, pipeline=None)
+
+    def pipelined(self, pipeline: Pipeline) -> UnifiedModel:
+        """The same model, its transformers divided into stages."""
+        return self.with_options(pipeline=pipeline)
 
     def readings(self, params: Any) -> dict[str, Array]:
         """Numbers about the parameters that are worth a line in the metrics, each []."""

@@ -23,7 +23,7 @@ RULES: dict[str, Axis] = {
     "heads": "tensor",
     "key_value_heads": None,  # fewer than the queries': few enough to keep whole
     "feed_forward": "tensor",
-    "vocabulary": "tensor",
+    "vocabulary": ("stage", "tensor"),  # what is outside the stages is shared by them all
     # activations
     "batch": ("data", "fsdp"),
     "length": "sequence",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -17,13 +19,14 @@ from unified_mm.data.sources import Source, open_source
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.few_shot import FewShot
+from unified_mm.models.pipeline import Pipeline
 from unified_mm.objectives.task import Task, build_task, parameter_counts
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import place
+from unified_mm.parallel.sharding import place, rule_items
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, user_path
 from unified_mm.training.environment import device_name
-from unified_mm.training.phases import Phase, build_phases
+from unified_mm.training.phases import Phase, build_phases, example_batch
 from unified_mm.training.start_from import overlay, weights_to_start_from
 from unified_mm.training.state import TrainState, initial_state
 
@@ -173,9 +176,40 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
         average = None if state.average is None else jax.tree.map(jnp.copy, params)
         return state.replace(params=params, average=average)  # type: ignore[attr-defined]
 
-    phases = build_phases(config, task, train, abstract, placement)
+    phases = build_phases(config, in_training(config, task, mesh), train, abstract, placement)
+    check_layout(phases, mesh)
     say(inventory(options, mesh, phases))
     return Setup(config, options, folder, source, train, splits, task, mesh, first_state, phases)
+
+
+def in_training(config: Config, task: Task, mesh: Mesh) -> Task:
+    """The task as training computes it: by stages where the mesh has several."""
+    stages = mesh.shape["stage"]
+    asked = config.mesh.stage_micro_batches
+    if asked < 0:
+        raise ValueError(f"mesh.stage_micro_batches={asked}: must be at least 0")
+    if stages == 1:
+        return task
+    return replace(task, model=task.model.pipelined(Pipeline(stages, asked or 4 * stages)))
+
+
+def check_layout(phases: Sequence[Phase], mesh: Mesh) -> None:
+    """Every phase's activations can be divided as the mesh asks: known once the step is traced.
+
+    Raises:
+      ValueError: naming the array, its axis and the mesh's.
+    """
+    if mesh.shape["sequence"] * mesh.shape["stage"] == 1:
+        return  # the other axes divide parameters and batch, which are checked as they are laid out
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+        for phase in phases:
+            batch = example_batch(phase.rows, phase.batch_size // phase.micro_batches)
+            jax.eval_shape(
+                partial(phase.task.pairs, deterministic=False),
+                phase.abstract.params,
+                jax.tree.map(jnp.asarray, batch),
+                jax.random.key(0),
+            )
 
 
 def evaluated_splits(config: Config, source: Source) -> list[str]:
@@ -290,7 +324,12 @@ def inventory(options: LoopOptions, mesh: Mesh, phases: tuple[Phase, ...]) -> st
     params = phases[0].abstract.params
     counts = parameter_counts(params)
     parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1"
+    pipeline = phases[0].task.model.options.pipeline
+    if pipeline:
+        axes += (
+            f" | pipeline: {pipeline.micro_batches} micro-batches, bubble {pipeline.bubble:.0%}"
+        )
     return (
         f"devices: {device_name()} | mesh: {axes}\n"
         f"parameters: {sum(counts.values()):,} ({parts})\n"

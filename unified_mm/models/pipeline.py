@@ -1,0 +1,136 @@
+"""Pipeline parallelism: the stack's periods on several stages, micro-batches passing through.
+
+The stages are one array axis that the mesh divides: each tick runs all of them under `vmap`, each
+on a micro-batch of its own, then a roll hands every stage's output to the next (Huang et al. 2019,
+GPipe, section 2.2; the form for GSPMD: Xu et al. 2021, section 3.3). So its gradient is autodiff's,
+and it composes with every other axis of the mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from unified_mm.parallel.sharding import constrain
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How a stack is divided in time.
+
+    Attributes:
+      stages: S, that the periods are divided among.
+      micro_batches: M, that the batch is divided into.
+    """
+
+    stages: int
+    micro_batches: int
+
+    @property
+    def ticks(self) -> int:
+        """Until the last micro-batch leaves the last stage."""
+        return self.micro_batches + self.stages - 1
+
+    @property
+    def bubble(self) -> float:
+        """The share of all stages' time in which they have nothing to do (GPipe, section 2.3)."""
+        return (self.stages - 1) / self.ticks
+
+
+# (parameters, cached) of one period, x [b, N, D], what its layers go by, key -> x, what it keeps.
+PeriodFunction = Callable[[Any, Any, Array, Any], tuple[Array, Any]]
+
+
+def run_pipeline(
+    pipeline: Pipeline,
+    period: PeriodFunction,
+    layers: Any,
+    x: Float[Array, "B N D"],
+    beside: Any,
+) -> tuple[Float[Array, "B N D"], Any]:
+    """The stack's output, as a scan of `period` over `layers` would give it.
+
+    Args:
+      pipeline: stages and micro-batches; the first divide the periods, the second B.
+      period: (one period's share of `layers`, x of a micro-batch, `beside` of it, the number of the
+        micro-batch) -> the next x, and what the period keeps, arrays [b, ...].
+      layers: arrays [periods, ...]; of what is kept for each example, [periods, B, ...], under
+        'cached'.
+      x: tokens.
+      beside: what all layers read: arrays [B, ...] and scalars.
+
+    Returns:
+      x [B, N, D] after the last period, and what each kept, [periods, B, ...].
+
+    Raises:
+      ValueError: periods or examples that they do not divide.
+    """
+    count, stages = pipeline.micro_batches, pipeline.stages
+    periods = len(jax.tree.leaves(layers["params"])[0])
+    if periods % stages:
+        raise ValueError(f"{periods} periods of layers are not divided by mesh.stage={stages}")
+    if x.shape[0] % count:
+        raise ValueError(
+            f"a batch of {x.shape[0]} is not divided into {count} parts for the pipeline: change "
+            "train.batch_size or mesh.stage_micro_batches"
+        )
+    inputs = _split(x, count)
+    beside = jax.tree.map(lambda leaf: _split(leaf, count) if jnp.ndim(leaf) else leaf, beside)
+    staged = jax.tree.map(lambda leaf: _by_stage(leaf, stages), layers["params"])
+    cached = jax.tree.map(
+        lambda leaf: _by_stage(jax.vmap(lambda row: _split(row, count))(leaf), stages),
+        layers["cached"],
+    )
+
+    def stage(params: Any, cached: Any, x: Array, number: Array) -> tuple[Array, Any]:
+        """One stage's periods on the micro-batch `number`."""
+        own = jax.tree.map(lambda leaf: leaf[number] if jnp.ndim(leaf) else leaf, beside)
+
+        def one(x: Array, layer: Any) -> tuple[Array, Any]:
+            params, cached = layer
+            return period({"params": params, "cached": cached}, x, own, number)
+
+        seen = jax.tree.map(lambda leaf: leaf[:, number], cached)
+        return jax.lax.scan(one, x, (params, seen))
+
+    def tick(before: Array, time: Array) -> tuple[Array, Any]:
+        arriving = inputs[jnp.minimum(time, count - 1)]
+        x = jnp.roll(before, 1, axis=0).at[0].set(arriving)
+        x = constrain(x, "stages", "batch", "length", "activation")
+        # A stage that has nothing to do yet, or no more, works on what is thrown away.
+        numbers = jnp.clip(time - jnp.arange(stages), 0, count - 1)
+        x, kept = jax.vmap(stage, spmd_axis_name="stage")(staged, cached, x, numbers)
+        return x, (x[-1], kept)
+
+    empty = jnp.zeros((stages, *inputs.shape[1:]), x.dtype)
+    _, (left, kept) = jax.lax.scan(tick, empty, jnp.arange(pipeline.ticks))
+    return _join(left[stages - 1 :]), jax.tree.map(lambda leaf: _in_order(leaf, count), kept)
+
+
+def _split(x: Array, count: int) -> Array:
+    """[B, ...] -> [M, B / M, ...]; every device keeps rows of its own in each part."""
+    return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _join(parts: Array) -> Array:
+    """The inverse of `_split`."""
+    count, rows = parts.shape[:2]
+    return parts.swapaxes(0, 1).reshape(count * rows, *parts.shape[2:])
+
+
+def _by_stage(x: Array, stages: int) -> Array:
+    """[periods, ...] -> [S, periods / S, ...]; the periods of a stage are neighbours."""
+    return x.reshape(stages, x.shape[0] // stages, *x.shape[1:])
+
+
+def _in_order(kept: Array, count: int) -> Array:
+    """[ticks, S, periods / S, b, ...] -> [periods, B, ...]: stage s does part m at tick m + s."""
+    stages, each = kept.shape[1:3]
+    own = jnp.stack([kept[s : s + count, s] for s in range(stages)])  # [S, M, periods / S, b, ...]
+    by_period = own.swapaxes(1, 2).reshape(stages * each, count, *kept.shape[3:])
+    return jax.vmap(_join)(by_period)
