@@ -38,7 +38,9 @@ def test_the_table_is_followed_and_scalars_are_everywhere(mesh):
     }
     found = shardings_of(tree, mesh)
     expected = {
-        "kernel": P("stage", "fsdp", "tensor", None), "table": P(("stage", "tensor"), "fsdp"), "scale": P(),
+        "kernel": P("stage", "fsdp", "tensor", None),
+        "table": P(("stage", "tensor"), "fsdp"),
+        "scale": P(),
     }
     assert found == {name: NamedSharding(mesh, spec) for name, spec in expected.items()}
     assert without_names(tree)["table"] == shape(6, 4)
