@@ -1,0 +1,176 @@
+"""A compiled program, read from its optimised HLO text: what runs in a step, and how often."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+NAME = r"%([\w.\-]+)"
+# Opcode -> the attribute that names what it runs. What a reduction applies to numbers is left out.
+CALLS = {
+    "fusion": r"\bcalls={name}",
+    "call": r"\bto_apply={name}",
+    "while": r"\bbody={name}",
+    "async-start": r"\bcalls={name}",
+    "conditional": r"\b(?:true|false)_computation={name}",
+}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line: `%name = type opcode(%operands), attributes`."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str  # of a constant: its value
+
+    @classmethod
+    def parse(cls, line: str) -> Instruction | None:
+        """None for a line that holds none."""
+        found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(", line)
+        if not found:
+            return None
+        name, type_, opcode = found.groups()
+        operands, attributes = _parenthesis(line[found.end() - 1 :])
+        names = tuple(re.findall(NAME, operands))
+        return cls(name, type_, opcode, names, operands if opcode == "constant" else attributes)
+
+    def attribute(self, pattern: str) -> str:
+        """What the group of a pattern matches in the attributes, '' where it does not."""
+        found = re.search(pattern, self.attributes)
+        return found.group(1) if found else ""
+
+    @property
+    def calls(self) -> list[str]:
+        """Computations that it runs."""
+        if self.opcode not in CALLS:
+            return []
+        branches = self.attribute(r"\bbranch_computations=\{([^}]*)\}")
+        return re.findall(CALLS[self.opcode].format(name=NAME), self.attributes) + re.findall(
+            NAME, branches
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """An instruction as a step runs it.
+
+    Attributes:
+      line: the instruction.
+      computation: that it stands in.
+      times: how often a step runs it.
+      fused: whether it is part of a fusion, which is one kernel.
+      within: a number of its own for each place that a computation which is no fusion's runs at.
+    """
+
+    line: Instruction
+    computation: str
+    times: int
+    fused: bool
+    within: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """An HLO module.
+
+    Attributes:
+      computations: by name, the instructions by name, in order; the last one is the result.
+      entry: the computation that runs first.
+      devices: that it runs on.
+    """
+
+    computations: Mapping[str, Mapping[str, Instruction]]
+    entry: str
+    devices: int
+
+    @classmethod
+    def parse(cls, text: str) -> Program:
+        """From `compiled.as_text()`.
+
+        Raises:
+          ValueError: a text that is no HLO module.
+        """
+        computations: dict[str, dict[str, Instruction]] = {}
+        entry = current = ""
+        for line in text.splitlines():
+            if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
+                current = head.group(2)
+                computations[current] = {}
+                entry = current if head.group(1) else entry
+            elif current and (found := Instruction.parse(line)):
+                computations[current][found.name] = found
+        if not entry:
+            raise ValueError("not the text of a compiled HLO module: it has no ENTRY computation")
+        header = text.partition("\n")[0]
+        counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)
+        return cls(computations, entry, math.prod(map(int, counts)))
+
+    def runs(self) -> Iterator[Run]:
+        """Everything that a step runs.
+
+        What stands in the body of a loop runs as often as the loop does, where that is known: told
+        by the compiler, or a bound that the loop counts up to from 0. Otherwise it counts once, and
+        so do both sides of a condition.
+        """
+        places = itertools.count()
+
+        def walk(name: str, times: int, within: int | None) -> Iterator[Run]:
+            place = next(places) if within is None else within
+            for line in self.computations[name].values():
+                yield Run(line, name, times, within is not None, place)
+                inner = times * (self._trips(line) if line.opcode == "while" else 1)
+                for called in line.calls:
+                    yield from walk(called, inner, place if line.opcode == "fusion" else None)
+
+        yield from walk(self.entry, 1, None)
+
+    def _trips(self, line: Instruction) -> int:
+        """How often a loop runs; 1 where nobody knows."""
+        if told := line.attribute(r'known_trip_count":\{"n":"(\d+)"'):
+            return int(told)
+        lines = self.computations[line.attribute(rf"condition={NAME}")].values()
+        inner = [
+            each for one in lines for call in one.calls for each in self.computations[call].values()
+        ]
+        compared = [each for each in (*lines, *inner) if each.opcode == "compare"]
+        bounds = [each for each in lines if each.opcode == "constant" and each.type[:1] in "su"]
+        if len(compared) == len(bounds) == 1 and "direction=LT" in compared[0].attributes:
+            return int(bounds[0].attribute(r"^\((-?\d+)\)") or 1)
+        return 1
+
+
+def array_bytes(type_: str, spaces: bool = False) -> int:
+    """Of an array `bf16[8,64]{1,0}`, or of all arrays of a tuple.
+
+    Args:
+      type_: as an instruction has it.
+      spaces: whether arrays in a memory space other than the usual count too (`S(1)` in the
+        layout: on a TPU, the memory beside the units that compute).
+    """
+    total = 0
+    for name, shape, layout in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", type_):
+        if spaces or "S(" not in layout:
+            total += _bits(name) * math.prod(int(size) for size in shape.split(",") if size) // 8
+    return total
+
+
+def _bits(name: str) -> int:
+    """Of a number of a type: `bf16`, `pred`, `f8e4m3fn`, `u32`."""
+    found = re.match(r"[a-z]+(\d+)", name)
+    return int(found.group(1)) if found else 8 * (name == "pred")
+
+
+def _parenthesis(text: str) -> tuple[str, str]:
+    """A parenthesis that text begins with, and what follows it."""
+    depth = 0
+    for end, letter in enumerate(text, 1):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return text[:end], text[end:]
+    return text, ""
