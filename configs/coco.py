@@ -17,7 +17,14 @@ from ml_collections import ConfigDict
 
 from unified_mm.default_config import default_config
 
-SIZES = ("tiny", "base", "large")
+# Size -> width, layers, heads, feed-forward.
+SHAPES = {
+    "base": (512, 6, 8, 2048),
+    "large": (2048, 6, 16, 8192),
+    "10b": (5120, 32, 40, 20480),
+    "70b": (8192, 88, 64, 32768),
+}
+SIZES = ("tiny", *SHAPES)
 
 
 def get_config(size: str = "auto") -> ConfigDict:
@@ -26,11 +33,12 @@ def get_config(size: str = "auto") -> ConfigDict:
     config.size = size
     if size in ("auto", "tiny"):
         tiny(config)
-    elif size == "base":
-        base(config)
-    elif size == "large":
-        base(config)
-        large(config)
+    elif size in SHAPES:
+        photographs(config)
+        shape(config, size)
+        if size in ("10b", "70b"):
+            pod(config)
+            config.mesh.tensor = {"10b": 2, "70b": 4}[size]
     else:
         raise ValueError(f"no size {size!r}; there are {', '.join(SIZES)}, or none for auto")
     return config
@@ -49,19 +57,29 @@ def tiny(config: ConfigDict) -> None:
     config.train.learning_rate = 2e-3
 
 
-def base(config: ConfigDict) -> None:
-    """One accelerator, hours."""
+def photographs(config: ConfigDict) -> None:
+    """Pictures of 14 x 14 patches, longer texts."""
     config.data.image_size = 224
-    config.model.width = 512
-    config.model.layers = 6
-    config.model.heads = 8
-    config.model.feed_forward = 2048
     config.model.modalities.image.patch = 16
     config.model.modalities.text.length = 64
 
 
-def large(config: ConfigDict) -> None:
-    """Several accelerators."""
-    config.model.width = 2048
-    config.model.heads = 16
-    config.model.feed_forward = 8192
+def shape(config: ConfigDict, size: str) -> None:
+    """The transformer, by the table."""
+    model = config.model
+    model.width, model.layers, model.heads, model.feed_forward = SHAPES[size]
+
+
+def pod(config: ConfigDict) -> None:
+    """Hundreds of chips: everything is divided over them, activations are computed again."""
+    config.data.vocabulary_size = 32768
+    config.model.dtype = "bfloat16"
+    config.model.rematerialise = True
+    config.objectives.contrastive.width = 1024
+    config.train.batch_size = 4096
+    config.train.learning_rate = 1.5e-4
+    config.train.warmup_steps = 2000
+    config.train.steps = 100_000
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.evaluation.batch_size = 512

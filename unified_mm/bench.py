@@ -28,8 +28,8 @@ from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.recipes import parse_flags, resolve
 from unified_mm.runs.folder import RunFolder
 from unified_mm.training.environment import device_name, revision, versions
+from unified_mm.training.flops import training_flops
 from unified_mm.training.loop import phase_batches, phase_step
-from unified_mm.training.run import training_flops
 from unified_mm.training.setup import Setup, prepare
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/coco.py", "The recipe to measure.")
@@ -60,7 +60,7 @@ def measure(setup: Setup, steps: int) -> dict[str, Any]:
     peak = matmul_peak(setup.task.model.options.dtype)
     loader = loader_rate(setup, steps)
     seconds, memory = step_seconds(setup, steps)
-    flops = training_flops(setup, setup.phases[0])
+    flops = training_flops(setup.phases[0])
     return {
         "steps_per_second": round(1 / seconds, 3),
         "images_per_second": round(batch_size / seconds, 1),

@@ -141,7 +141,8 @@ def test_fusions_of_a_tpu():
     piece = """
     %%piece_%d (v: f32[4,16]) -> f32[8,16] {
       %%v = f32[4,16] parameter(0)
-      ROOT %%g = f32[8,16] all-gather(%%v), channel_id=%d, replica_groups=[4,2]<=[8], dimensions={0}
+      ROOT %%g = f32[8,16] all-gather(%%v), channel_id=%d, replica_groups=[4,2]<=[8],\
+ dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
     }
     """
     inner = "".join(piece % (number, channel) for number, channel in ((0, 4), (1, 4), (2, 9)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from unified_mm.parallel.hlo import Instruction, Program, Run, array_bytes
@@ -78,22 +78,26 @@ def collectives_of(compiled_text: str) -> list[Collective]:
 
 
 def collectives_in(program: Program) -> list[Collective]:
-    """The same of a program that is parsed already.
+    """The same of a program that is parsed already."""
+    return [_collective(run, program) for run in collective_runs(program)]
 
-    A TPU's compiler spreads one collective over several fusions, between which others run; it bears
-    the same channel in each, and counts once.
+
+def collective_runs(program: Program) -> Iterator[Run]:
+    """The instructions that begin a collective.
+
+    A TPU's compiler spreads one collective over several fusions, between which (and in loops
+    between which) others run; it bears the same channel in each. The first one begins it.
     """
-    found = []
-    pieces = set()
+    begun = set()
     for run in program.runs():
         if kind_of(run.line) is None:
             continue
-        piece = (run.within, run.line.attribute(r"channel_id=(\d+)") or run.line.name)
-        if not (run.fused and piece in pieces):
-            found.append(_collective(run, program))
-        if run.fused:
-            pieces.add(piece)
-    return found
+        if "async_collective_fusion" in run.line.attributes:
+            channel = run.line.attribute(r"channel_id=(\d+)")
+            if channel in begun:
+                continue
+            begun.add(channel)
+        yield run
 
 
 def kind_of(line: Instruction) -> str | None:
@@ -121,7 +125,7 @@ def _collective(run: Run, program: Program) -> Collective:
     kind = kind_of(line) or ""
     size = _group_size(line, program.devices)
     around = program.computations[run.computation]
-    total = sum(array_bytes(around[name].type, spaces=True) for name in line.operands)
+    total = sum(array_bytes(around[name].type) for name in line.operands)
     if kind == "all-gather":
         total *= size
     if kind == "all-reduce" and run.computation.startswith("all-reduce-scatter"):

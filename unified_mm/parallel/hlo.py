@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -28,17 +27,19 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     attributes: str  # of a constant: its value
+    root: bool  # whether it is its computation's result
 
     @classmethod
     def parse(cls, line: str) -> Instruction | None:
         """None for a line that holds none."""
-        found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(", line)
+        found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(", line)
         if not found:
             return None
-        name, type_, opcode = found.groups()
+        root, name, type_, opcode = found.groups()
         operands, attributes = _parenthesis(line[found.end() - 1 :])
         names = tuple(re.findall(NAME, operands))
-        return cls(name, type_, opcode, names, operands if opcode == "constant" else attributes)
+        rest = operands if opcode == "constant" else attributes
+        return cls(name, type_, opcode, names, rest, bool(root))
 
     def attribute(self, pattern: str) -> str:
         """What the group of a pattern matches in the attributes, '' where it does not."""
@@ -65,14 +66,12 @@ class Run:
       computation: that it stands in.
       times: how often a step runs it.
       fused: whether it is part of a fusion, which is one kernel.
-      within: a number of its own for each place that a computation which is no fusion's runs at.
     """
 
     line: Instruction
     computation: str
     times: int
     fused: bool
-    within: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Program:
     """An HLO module.
 
     Attributes:
-      computations: by name, the instructions by name, in order; the last one is the result.
+      computations: by name, the instructions by name, in order.
       entry: the computation that runs first.
       devices: that it runs on.
     """
@@ -118,17 +117,15 @@ class Program:
         by the compiler, or a bound that the loop counts up to from 0. Otherwise it counts once, and
         so do both sides of a condition.
         """
-        places = itertools.count()
 
-        def walk(name: str, times: int, within: int | None) -> Iterator[Run]:
-            place = next(places) if within is None else within
+        def walk(name: str, times: int, fused: bool) -> Iterator[Run]:
             for line in self.computations[name].values():
-                yield Run(line, name, times, within is not None, place)
+                yield Run(line, name, times, fused)
                 inner = times * (self._trips(line) if line.opcode == "while" else 1)
                 for called in line.calls:
-                    yield from walk(called, inner, place if line.opcode == "fusion" else None)
+                    yield from walk(called, inner, line.opcode == "fusion")
 
-        yield from walk(self.entry, 1, None)
+        yield from walk(self.entry, 1, False)
 
     def _trips(self, line: Instruction) -> int:
         """How often a loop runs; 1 where nobody knows."""
@@ -145,19 +142,13 @@ class Program:
         return 1
 
 
-def array_bytes(type_: str, spaces: bool = False) -> int:
-    """Of an array `bf16[8,64]{1,0}`, or of all arrays of a tuple.
-
-    Args:
-      type_: as an instruction has it.
-      spaces: whether arrays in a memory space other than the usual count too (`S(1)` in the
-        layout: on a TPU, the memory beside the units that compute).
-    """
-    total = 0
-    for name, shape, layout in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", type_):
-        if spaces or "S(" not in layout:
-            total += _bits(name) * math.prod(int(size) for size in shape.split(",") if size) // 8
-    return total
+def array_bytes(type_: str) -> int:
+    """Of an array `bf16[8,64]{1,0}`, or of all arrays of a tuple."""
+    arrays = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", type_)
+    return sum(
+        _bits(name) * math.prod(int(size) for size in shape.split(",") if size) // 8
+        for name, shape in arrays
+    )
 
 
 def _bits(name: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 # From the slowest links to the fastest. `expert` is reserved: nothing is divided along it yet.
@@ -41,4 +42,6 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"{asked} asks for {given} devices{' or a multiple' if open_axes else ''}; "
             f"this machine has {len(devices)}"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # Unlike `jax.make_mesh` for most TPUs, along parts of the torus' axes too.
+    arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from unified_mm.config import Config
@@ -178,9 +179,12 @@ def check_places(task: Task, length: int) -> None:
         )
 
 
-def example_batch(rows: Rows, size: int) -> dict[str, dict[str, Any]]:
-    """A batch [size, ...] of absent examples: the right keys, shapes and types."""
-    return {
-        name: jax.tree.map(lambda leaf: leaf[None].repeat(size, 0), preparer.absent())
-        for name, preparer in rows.preparers.items()
-    }
+def batch_shapes(rows: Rows, size: int) -> dict[str, dict[str, Any]]:
+    """Shapes and types of a batch [size, ...]; nothing of that size is made."""
+
+    def batch() -> Any:
+        absent = {name: preparer.absent() for name, preparer in rows.preparers.items()}
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (size, *leaf.shape)), absent)
+
+    shapes: dict[str, dict[str, Any]] = jax.eval_shape(batch)
+    return shapes

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
-
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 
 from unified_mm.evaluation.evaluate import Scores, evaluate
 from unified_mm.inference.predictor import Predictor
-from unified_mm.parallel.flops import matmul_flops
-from unified_mm.parallel.sharding import rule_items
 from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.metrics import MetricsWriter, read_metrics
 from unified_mm.training.environment import device_name, revision, versions
-from unified_mm.training.gradients import gradients
+from unified_mm.training.flops import training_flops
 from unified_mm.training.loop import keep_best, train
-from unified_mm.training.phases import Phase, example_batch
 from unified_mm.training.setup import Setup
 from unified_mm.training.state import TrainState, evaluation_params
 
@@ -91,7 +83,7 @@ def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict
         "steps": setup.options.steps,
         "seconds": round(seconds, 1),
         "flops": sum(
-            (phase.stop - phase.start) * training_flops(setup, phase) for phase in setup.phases
+            (phase.stop - phase.start) * training_flops(phase) for phase in setup.phases
         ),
     }
 
@@ -103,26 +95,3 @@ def prefixed(found: Mapping[str, Scores], kind: str) -> dict[str, float]:
         for split, scores in found.items()
         for name, value in getattr(scores, kind).items()
     }
-
-
-def training_flops(setup: Setup, phase: Phase) -> int:
-    """Floating-point operations of the matrix products in one step of a phase.
-
-    Those of the loss and of its gradient by what the phase trains, without recomputation.
-    """
-    batch = jax.eval_shape(
-        lambda: jax.tree.map(jnp.asarray, example_batch(phase.rows, phase.batch_size))
-    )
-
-    task = replace(phase.task, model=phase.task.model.without_recomputation())
-
-    def gradient(params: Any, batch: Any, key: jax.Array) -> Any:
-        return gradients(task, phase.optimizer, params, batch, key, 1)[1]
-
-    with jax.set_mesh(setup.mesh), nn.logical_axis_rules(rule_items()):
-        return matmul_flops(
-            gradient,
-            phase.abstract.params,
-            batch,
-            jax.eval_shape(lambda: jax.random.key(0)),
-        )

@@ -1,0 +1,135 @@
+"""The training step compiled for devices that need not be there, and what it asks of each."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from unified_mm.config import Config
+from unified_mm.data.records import Manifest, Record, Text
+from unified_mm.objectives.task import build_task
+from unified_mm.parallel.collectives import Collective, collectives_in
+from unified_mm.parallel.hlo import Program
+from unified_mm.parallel.mesh import make_mesh
+from unified_mm.parallel.sharding import place, rule_items
+from unified_mm.parallel.traffic import memory_traffic
+from unified_mm.training.phases import Phase, batch_shapes, build_phases
+from unified_mm.training.setup import scale_patience
+from unified_mm.training.sizes import stand_in_tokenizer
+from unified_mm.training.state import initial_state
+from unified_mm.training.step import make_train_step
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a compiled step needs of one device; sizes are bytes.
+
+    Attributes:
+      temporary: activations, gradients and all else that lives within a step only.
+      peak: everything that is there at once: the state, a batch, the temporaries and the metrics.
+      traffic: from and to the device's memory in a step.
+      collectives: of a step.
+    """
+
+    temporary: int
+    peak: int
+    traffic: int
+    collectives: tuple[Collective, ...]
+
+
+class DoesNotFit(Exception):
+    """The compiler found no room.
+
+    Attributes:
+      needed, there: bytes, as far as the compiler tells them; 0 where it does not.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        numbers = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])\b", message)
+        sizes = [float(number) * 1024 ** " KMGT".index(unit) for number, unit in numbers]
+        self.needed, self.there = (int(size) for size in (*sizes[:2], 0, 0)[:2])
+
+
+def plan(config: Config, devices: Sequence[Any]) -> tuple[Phase, ...]:
+    """The phases as training has them, without data, and without anything being allocated.
+
+    The tokenizer is taken to be as large as `data.vocabulary_size` says.
+
+    Raises:
+      ValueError: a config that cannot be trained, or a mesh that does not divide it.
+    """
+    task = build_task(config, stand_in_tokenizer(config.data.vocabulary_size))
+    placement = place(task.abstract_params(), make_mesh(config.mesh, devices), config.mesh.zero)
+    _, abstract = initial_state(
+        task.init,
+        placement,
+        config.seed,
+        averaged=config.train.average_decay > 0,
+        scale_patience=scale_patience(config),
+    )
+    return build_phases(config, task, stand_in_data(config), abstract, placement)
+
+
+def stand_in_data(config: Config) -> Manifest:
+    """Examples that are good for nothing but their number."""
+    texts = (Text("", "a caption"), Text("a question", "an answer"))
+    count = config.data.documents.shots + 1
+    records = tuple(Record(number, "absent.jpg", texts, False) for number in range(count))
+    return Manifest("train", records, "none", "", "none")
+
+
+def compile_step(phase: Phase, average_decay: float) -> tuple[Any, float]:
+    """The step that training runs, compiled, and the seconds that took.
+
+    Raises:
+      DoesNotFit: the devices have too little memory.
+    """
+    began = time.perf_counter()
+    with jax.set_mesh(phase.placement.mesh), nn.logical_axis_rules(rule_items()):
+        step: Any = make_train_step(
+            phase.task,
+            phase.optimizer,
+            phase.placement,
+            phase.abstract,
+            micro_batches=phase.micro_batches,
+            average_decay=average_decay,
+        )
+        batch = batch_shapes(phase.rows, phase.batch_size)
+        try:
+            compiled = step.lower(phase.abstract, batch).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise DoesNotFit(str(error).splitlines()[0]) from error
+            raise
+    return compiled, time.perf_counter() - began
+
+
+def footprint(compiled: Any) -> Footprint:
+    """Read from the compiled step."""
+    memory = compiled.memory_analysis()
+    program = Program.parse(compiled.as_text())
+    return Footprint(
+        temporary=memory.temp_size_in_bytes,
+        peak=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        traffic=memory_traffic(program),
+        collectives=tuple(collectives_in(program)),
+    )
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of one device's share of abstract arrays that have shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
