@@ -204,10 +204,19 @@ class Attention(nn.Module):
         return project(output, "output", divided_sequences(jnp.concatenate(seen, axis=1))), kept
 
 
-def whole_sequences(x: Float[Array, "B N G A"], heads: int) -> Float[Array, "B N G A"]:
+def share_of_heads(x: Float[Array, "B N G A"], heads: int) -> Float[Array, "B N G A"]:
     """Queries, keys or values as attention wants them: all tokens, and a share of the heads."""
     axis = "attending_heads" if x.shape[2] == heads else "key_value_heads"
     return constrain(x, "batch", None, axis, None)
+
+
+def whole_sequences(x: Float[Array, "B N G A"], heads: int) -> Float[Array, "B N G A"]:
+    """The same of a share of the tokens.
+
+    Both layouts are said, so that there is one exchange between them, forwards and backwards.
+    """
+    axis = "heads" if x.shape[2] == heads else "key_value_heads"
+    return share_of_heads(constrain(x, "batch", "length", axis, None), heads)
 
 
 def divided_sequences(x: Float[Array, "B N H A"]) -> Float[Array, "B N H A"]:

@@ -17,6 +17,7 @@ from unified_mm.models.attention import (
     divided_sequences,
     into_heads,
     out_of_heads,
+    share_of_heads,
     whole_sequences,
 )
 from unified_mm.models.feed_forward import make_mlp
@@ -137,7 +138,8 @@ class CrossAttention(nn.Module):
             key, value = cached
         if o.cross.query_key_norm:
             query = head_norm("query_norm", o)(query)
-        query, key, value = (whole_sequences(each, o.heads) for each in (query, key, value))
+        query = whole_sequences(query, o.heads)
+        key, value = (share_of_heads(each, o.heads) for each in (key, value))
         seen = jnp.zeros_like(query)
         for (start, stop), mask in zip(plan.looking, plan.masks, strict=True):
             part = attend(query[:, start:stop], key, value, mask)

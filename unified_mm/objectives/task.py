@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,9 +55,10 @@ class Task:
         batch = jax.tree.map(jnp.asarray, self.example_batch(2))
         params, dropout, mining = jax.random.split(key, 3)
         rngs = {"params": params, "dropout": dropout, "mining": mining}
-        variables = self.model.init(
-            rngs, batch, self.objectives, deterministic=True, method=all_losses
-        )
+        with nn.logical_axis_rules(()):  # a mesh may not divide the two examples
+            variables = self.model.init(
+                rngs, batch, self.objectives, deterministic=True, method=all_losses
+            )
         return variables["params"]
 
     def abstract_params(self) -> Any:
