@@ -10,7 +10,7 @@
 
 | size | parameters | hardware | time | CIDEr-D; with 0, 4, 8 examples in context |
 | --- | --- | --- | --- | --- |
-| `tiny` | 2.9 M | 2 CPU cores | not measured | not measured |
+| `tiny` | 2.9 M | 2 CPU cores, shared | 37 minutes | 3.70; 3.46, 3.25, 3.00 (world scenes) |
 | `base` | not counted | one accelerator | not measured | not measured |
 """
 

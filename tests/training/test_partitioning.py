@@ -7,6 +7,8 @@ program that trains and no look-alike.
 import contextlib
 import functools
 import re
+from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,47 +24,75 @@ from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.modalities.tokens import Group, single_document
 from unified_mm.models.attention import plan_attention
 from unified_mm.models.masks import Stream, Visibility
+from unified_mm.models.pipeline import Pipeline
 from unified_mm.models.transformer import Transformer
 from unified_mm.objectives.task import build_task
+from unified_mm.parallel.collectives import collectives_of
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import path_of, rule_items, to_global, without_names
+from unified_mm.parallel.sharding import path_of, place, rule_items, to_global, without_names
+from unified_mm.training.gradients import gradients
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import initial_state, state_of_phase
-from unified_mm.training.step import gradients, make_train_step
+from unified_mm.training.step import make_train_step
 
-MESHES = {
-    "data=8": {"data": 8, "fsdp": 1, "tensor": 1},
-    "fsdp=8": {"data": 1, "fsdp": 8, "tensor": 1},
-    "data=4 tensor=2": {"data": 4, "fsdp": 1, "tensor": 2},
-    "data=2 fsdp=2 tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
+FUSIONS = {
+    "early": {},
+    "gated_cross_attention": {
+        "objectives__matching__weight": 0.0,
+        "model__cross__start": 0.3,  # open gates, or nothing behind them would have a gradient
+        "model__resampler__latents": 4,
+        "model__resampler__head_width": 8,
+        "model__resampler__feed_forward": 64,
+    },
+    "late": {"objectives__matching__weight": 0.0, "objectives__captioning__weight": 0.0},
 }
-SLOW = ("data=8", "data=4 tensor=2")
+MESHES = {
+    "data=8": {"data": 8},
+    "fsdp=8": {"fsdp": 8},
+    "data=2 tensor=4": {"data": 2, "tensor": 4},
+    "data=2 sequence=4": {"data": 2, "sequence": 4},
+    "data=2 stage=4": {"data": 2, "stage": 4},
+    "data=2 fsdp=2 tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp=2 sequence=2 tensor=2": {"fsdp": 2, "sequence": 2, "tensor": 2},
+    "data=2 fsdp=2 stage=2": {"data": 2, "fsdp": 2, "stage": 2},
+    "fsdp=2 tensor=2 stage=2": {"fsdp": 2, "tensor": 2, "stage": 2},
+    "fsdp=8 zero=2": {"fsdp": 8, "zero": 2},
+    "fsdp=8 zero=1": {"fsdp": 8, "zero": 1},
+}
+FAST = {
+    ("early", "data=2 fsdp=2 tensor=2"),
+    ("gated_cross_attention", "fsdp=2 sequence=2 tensor=2"),
+    ("late", "data=2 fsdp=2 stage=2"),
+}
 ROWS, WIDTH = 8, 64
 IMAGE, TEXT = 16, 12  # tokens
 
 
 @functools.cache
-def config():
+def config(fusion):
     return Config(
         tiny.config_dict(
+            model__fusion=fusion,
             model__width=WIDTH,
+            model__layers=4,
             model__heads=4,
             model__feed_forward=256,
             model__modalities__image__patch=4,
             train__warmup_steps=0,
             train__clip_norm=1e9,
+            **FUSIONS[fusion],
         ).to_dict()
     )
 
 
 @functools.cache
-def task():
-    # A vocabulary that two devices divide.
-    return build_task(config(), TextTokenizer.train(tiny.TEXTS, 264))
+def task(fusion):
+    # A vocabulary that four devices divide.
+    return build_task(config(fusion), TextTokenizer.train(tiny.TEXTS, 264))
 
 
-def host_batch():
-    batch = jax.tree.map(np.array, tiny.batch(task(), ROWS))
+def host_batch(fusion):
+    batch = jax.tree.map(np.array, tiny.batch(task(fusion), ROWS))
     batch["image"]["present"][3] = False  # so that devices hold unequal shares of what is scored
     batch["text"]["prompted"][5] = True
     return batch
@@ -74,11 +104,12 @@ def on(mesh):
         yield
 
 
-def first_state(mesh):
-    make, shapes = initial_state(task().init, mesh, 0, averaged=True)
-    optimizer = make_optimizer(config().train, 4, shapes.params)
-    abstract, enter = state_of_phase(shapes, optimizer, mesh)
-    return lambda: enter(make()), abstract, optimizer
+def first_state(fusion, mesh, zero=3):
+    placement = place(task(fusion).abstract_params(), mesh, zero)
+    make, shapes = initial_state(task(fusion).init, placement, 0, averaged=True)
+    optimizer = make_optimizer(config(fusion).train, 4, shapes.params)
+    abstract, enter = state_of_phase(shapes, optimizer, placement)
+    return lambda: enter(make()), abstract, optimizer, placement
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,39 +120,65 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(scope="module")
-def alone(quick_compilation):
+@functools.cache
+def alone(fusion):
     """One device: parameters, loss and gradient."""
-    mesh = make_mesh(MESHES["data=8"] | {"data": 1}, jax.devices()[:1])
+    mesh = make_mesh({}, jax.devices()[:1])
     with on(mesh):
-        make, _, optimizer = first_state(mesh)
+        make, _, optimizer, _ = first_state(fusion, mesh)
         state = make()
         key = jax.random.fold_in(state.key, 0)
-        loss, gradient, _ = jax.jit(lambda p, b: gradients(task(), optimizer, p, b, key, 1))(
-            state.params, to_global(host_batch(), mesh)
-        )
+        loss, gradient, _ = jax.jit(
+            lambda p, b: gradients(task(fusion), optimizer, p, b, key, 1)
+        )(state.params, to_global(host_batch(fusion), mesh))
     return jax.device_get((state.params, loss, gradient))
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """Eight devices: the first state, the next one, what the step told, its compiled text."""
+
+    fusion: str
+    name: str
+    mesh: Any
+    zero: int
+    before: Any
+    params: Any
+    after: Any
+    measured: Any
+    text: str
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MESHES
+        pytest.param(
+            (fusion, name), marks=() if (fusion, name) in FAST else pytest.mark.slow,
+            id=f"{fusion}, {name}",
+        )
+        for fusion in FUSIONS
+        for name in MESHES
     ],
 )
 def stepped(request, quick_compilation):
-    """Eight devices: the first state, the next one, what the step told, its compiled text."""
-    mesh = make_mesh(MESHES[request.param])
+    fusion, name = request.param
+    sizes = dict(MESHES[name])
+    zero = sizes.pop("zero", 3)
+    mesh = make_mesh(sizes)
+    trained = task(fusion)
+    if mesh.shape["stage"] > 1:
+        trained = tiny.replace_model(trained, pipeline=Pipeline(mesh.shape["stage"], 2))
     with on(mesh):
-        make, abstract, optimizer = first_state(mesh)
+        make, abstract, optimizer, placement = first_state(fusion, mesh, zero)
         state = make()
-        batch = to_global(host_batch(), mesh)
-        step = make_train_step(task(), optimizer, mesh, abstract, average_decay=0.5)
+        batch = to_global(host_batch(fusion), mesh)
+        step = make_train_step(trained, optimizer, placement, abstract, average_decay=0.5)
         compiled = step.lower(state, batch).compile()
         before = jax.tree.map(lambda leaf: leaf.sharding, state)
         params = jax.device_get(state.params)
         after, measured = compiled(state, batch)
-    return mesh, before, params, after, jax.device_get(measured), compiled.as_text()
+    told = jax.device_get(measured)
+    return Stepped(fusion, name, mesh, zero, before, params, after, told, compiled.as_text())
 
 
 def bytes_on_a_device(leaf):
@@ -147,16 +204,15 @@ def moments(optimizer_state, which):
     return found
 
 
-def test_loss_and_gradients_are_those_of_one_device(stepped, alone):
-    _, _, params, after, measured, _ = stepped
-    alone_params, loss, gradient = alone
-    jax.tree.map(np.testing.assert_array_equal, params, alone_params)
-    assert float(measured.pairs["loss"][0]) == pytest.approx(float(loss), rel=1e-5)
+def test_loss_and_gradients_are_those_of_one_device(stepped):
+    alone_params, loss, gradient = alone(stepped.fusion)
+    jax.tree.map(np.testing.assert_array_equal, stepped.params, alone_params)
+    assert float(stepped.measured.pairs["loss"][0]) == pytest.approx(float(loss), rel=1e-5)
     total = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(gradient)))
-    mu = moments(after.optimizer, "mu")
+    mu = moments(stepped.after.optimizer, "mu")
     assert set(mu) == set(leaves(gradient))
     for path, expected in leaves(gradient).items():
-        found = np.asarray(mu[path]) / (1 - config().train.b1)
+        found = np.asarray(mu[path]) / (1 - config(stepped.fusion).train.b1)
         # The key's bias moves no softmax, so its gradient is rounding and nothing else.
         size = max(np.linalg.norm(expected), 1e-2 * total)
         assert np.linalg.norm(found - expected) <= 1e-5 * size, path
@@ -164,20 +220,35 @@ def test_loss_and_gradients_are_those_of_one_device(stepped, alone):
 
 def expected_spec(path, ndim):
     """The table of axes, written out by hand: where each kind of parameter is cut."""
-    fsdp, tensor = "fsdp", "tensor"
-    block = "transformer/layers/block_0"
+    fsdp, tensor, stage = "fsdp", "tensor", "stage"
+    stack = "(transformer|towers_image)"
+    block = rf"{stack}/layers/block_0"
+    cross = "transformer/layers/cross"
+    resampler = "resamplers_image"
     table = {
-        rf"{block}/attention/(query|key|value)/shared/kernel": (None, fsdp, tensor, None),
-        rf"{block}/attention/(query|key|value)/shared/bias": (None, tensor, None),
-        rf"{block}/attention/output/shared/kernel": (None, tensor, None, fsdp),
-        rf"{block}/attention/output/shared/bias": (None, fsdp),
-        rf"{block}/feed_forward/mlp/shared/up/kernel": (None, fsdp, tensor),
-        rf"{block}/feed_forward/mlp/shared/up/bias": (None, tensor),
-        rf"{block}/feed_forward/mlp/shared/down/kernel": (None, tensor, fsdp),
-        rf"{block}/feed_forward/mlp/shared/down/bias": (None, fsdp),
-        rf"{block}/(attention|feed_forward)_norm/(scale|bias)": (None, fsdp),
-        r"transformer/norm/(scale|bias)": (fsdp,),
-        r"embedders_text/tokens": (tensor, fsdp),
+        rf"{block}/attention/(query|key|value)/shared/kernel": (stage, fsdp, tensor, None),
+        rf"{block}/attention/(query|key|value)/shared/bias": (stage, tensor, None),
+        rf"{block}/attention/output/shared/kernel": (stage, tensor, None, fsdp),
+        rf"{block}/attention/output/shared/bias": (stage, fsdp),
+        rf"{block}/feed_forward/mlp/shared/up/kernel": (stage, fsdp, tensor),
+        rf"{block}/feed_forward/mlp/shared/up/bias": (stage, tensor),
+        rf"{block}/feed_forward/mlp/shared/down/kernel": (stage, tensor, fsdp),
+        rf"{block}/feed_forward/mlp/shared/down/bias": (stage, fsdp),
+        rf"{block}/(attention|feed_forward)_norm/(scale|bias)": (stage, fsdp),
+        rf"{cross}/attention/(query|key|value)/kernel": (stage, fsdp, tensor, None),
+        rf"{cross}/attention/output/kernel": (stage, tensor, None, fsdp),
+        rf"{cross}/feed_forward/up/kernel": (stage, fsdp, tensor),
+        rf"{cross}/feed_forward/down/kernel": (stage, tensor, fsdp),
+        rf"{cross}/(attention|feed_forward)_gate": (stage, None),
+        rf"{cross}/(attention|feed_forward)_norm/(scale|bias)": (stage, fsdp),
+        rf"{resampler}/attention_\d/(query|key|value)/kernel": (fsdp, tensor, None),
+        rf"{resampler}/attention_\d/output/kernel": (tensor, None, fsdp),
+        rf"{resampler}/feed_forward_\d/up/kernel": (fsdp, tensor),
+        rf"{resampler}/feed_forward_\d/down/kernel": (tensor, fsdp),
+        rf"{resampler}/(.*norm.*/(scale|bias))": (fsdp,),
+        rf"{resampler}/(latents|times)": (None, fsdp),
+        rf"{stack}/norm/(scale|bias)": (fsdp,),
+        r"embedders_text/tokens": ((stage, tensor), fsdp),
         r"embedders_text/positions": (None, fsdp),
         r"embedders_image/positions": (None, None, fsdp),
         r"embedders_image/patches/kernel": (None, fsdp),
@@ -190,42 +261,84 @@ def expected_spec(path, ndim):
     }
     found = [spec for pattern, spec in table.items() if re.fullmatch(pattern, path)]
     assert len(found) == 1 and len(found[0]) == ndim, f"{path} ({ndim} axes): {found}"
-    return P(*found[0])
+    return found[0]
 
 
 def test_every_parameter_and_moment_lies_where_the_table_says(stepped):
-    mesh, before, _, after, _, _ = stepped
+    mesh, after = stepped.mesh, stepped.after
     now = jax.tree.map(lambda x: x.sharding, after)
     for path, leaf in leaves(after.params).items():
-        expected = NamedSharding(mesh, expected_spec(path, leaf.ndim))
-        for state in (before, now):
+        axes = expected_spec(path, leaf.ndim)
+        divided = NamedSharding(mesh, P(*axes))
+        whole = NamedSharding(mesh, P(*(None if axis == "fsdp" else axis for axis in axes)))
+        own = divided if stepped.zero == 3 else whole
+        for state in (stepped.before, now):
+            assert leaves(state.params)[path].is_equivalent_to(own, leaf.ndim), path
             copies = [
-                leaves(state.params)[path],
                 leaves(state.average)[path],
                 moments(state.optimizer, "mu")[path],
                 moments(state.optimizer, "nu")[path],
             ]
             for copy in copies:
-                assert copy.is_equivalent_to(expected, leaf.ndim), (path, copy, expected)
+                assert copy.is_equivalent_to(divided, leaf.ndim), (path, copy, divided)
 
 
 def test_memory_is_divided_by_the_devices_that_share_it(stepped):
-    mesh, _, _, after, _, _ = stepped
-    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    for tree in (after.params, after.optimizer, after.average):
+    shape, after = stepped.mesh.shape, stepped.after
+    shards = shape["fsdp"] * shape["tensor"] * shape["stage"]
+    own = shards if stepped.zero == 3 else shards // shape["fsdp"]
+    for tree, parts in ((after.params, own), (after.optimizer, shards), (after.average, shards)):
         whole = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
         on_one = sum(bytes_on_a_device(leaf) for leaf in jax.tree.leaves(tree))
-        assert on_one <= 1.1 * whole / shards
+        assert on_one <= 1.1 * whole / parts
+
+
+# The collectives that each axis needs for arrays as large as a matrix of parameters.
+NEEDED = {
+    "data": {"all-reduce"},  # gradients
+    "fsdp": {"all-gather", "all-reduce", "reduce-scatter"},  # parameters; gradients
+    "tensor": {"all-reduce"},  # activations
+    "sequence": {"all-reduce", "all-to-all"},  # gradients; tokens for heads and back
+    "stage": {"all-reduce", "collective-permute"},  # the last stage's output; from one to the next
+}
+
+
+def test_the_collectives_are_those_that_the_scheme_needs(stepped):
+    """No others as large as the smallest matrix of a layer, and the needed ones are there."""
+    if stepped.fusion == "early":
+        pytest.skip("matching hands keys and values from one pass to another: not parameters")
+    there = {axis for axis, size in stepped.mesh.shape.items() if size > 1}
+    collectives = collectives_of(stepped.text)
+    large = {each.kind for each in collectives if each.bytes > 4 * WIDTH * WIDTH}
+    assert large <= set().union(*(NEEDED[axis] for axis in there))
+    total = {}
+    for each in collectives:
+        total[each.kind] = total.get(each.kind, 0) + each.count * each.bytes
+    shape = stepped.mesh.shape
+    on_a_device = sum(leaf.nbytes for leaf in jax.tree.leaves(stepped.after.params))
+    on_a_device /= shape["tensor"] * shape["stage"]
+    if shape["fsdp"] > 1:  # parameters come together (twice where they are kept divided)
+        assert total["all-gather"] > 0.9 * on_a_device
+    if shape["data"] * shape["fsdp"] > 1:  # gradients are added up
+        assert total["all-reduce"] + total.get("reduce-scatter", 0) > 0.9 * on_a_device
+    if shape["sequence"] > 1:
+        assert total["all-to-all"] > 0
+    if shape["stage"] > 1:
+        assert total["collective-permute"] > 0
+    if there == {"data"}:
+        assert total.get("all-gather", 0) < 0.01 * on_a_device
 
 
 def test_no_device_ever_holds_the_activations_of_the_whole_batch(stepped):
-    mesh, *_, text = stepped
-    own = ROWS // (mesh.shape["data"] * mesh.shape["fsdp"])
+    if stepped.fusion != "early" or stepped.mesh.shape["data"] * stepped.mesh.shape["fsdp"] < 4:
+        pytest.skip("asked of early fusion, where the batch is divided enough to tell")
+    shape = stepped.mesh.shape
+    own = ROWS // (shape["data"] * shape["fsdp"])
     together = IMAGE + TEXT + TEXT  # the text is read for contrast and for captioning
-    assert f"f32[{own},{together},{WIDTH}]" in text
+    assert f"f32[{own},{together},{WIDTH}]" in stepped.text
     for length in (together, IMAGE, TEXT):
-        assert f"f32[{ROWS},{length},{WIDTH}]" not in text
-    assert f"f32[{3 * ROWS},{TEXT},{WIDTH}]" not in text  # matching's right and wrong pairs
+        assert f"f32[{ROWS},{length},{WIDTH}]" not in stepped.text
+    assert f"f32[{3 * ROWS},{TEXT},{WIDTH}]" not in stepped.text  # matching's pairs
 
 
 def test_the_constraint_on_activations_is_no_silent_no_op():
@@ -234,7 +347,7 @@ def test_the_constraint_on_activations_is_no_silent_no_op():
     group = Group("t", "text", 5)
     metadata = single_document(jnp.ones((ROWS, 5), bool), group)
     plan = plan_attention(Visibility((Stream("t", "joint"),)), metadata, metadata)
-    stack = Transformer(task().model.options)
+    stack = Transformer(task("early").model.options)
     x = jnp.ones((ROWS, 5, WIDTH))
     params = without_names(stack.init(jax.random.key(0), x, plan))
 
@@ -248,3 +361,26 @@ def test_the_constraint_on_activations_is_no_silent_no_op():
             divided = jax.jit(lambda params, x: read(params, x))(params, x)
     rows = NamedSharding(mesh, P(("data", "fsdp")))
     assert divided.sharding.is_equivalent_to(rows, 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ({"tensor": 8}, "axis 'heads' of size 4 is not divided by mesh.tensor=8"),
+        ({"stage": 8}, "axis 'layers' of size 4 is not divided by mesh.stage=8"),
+        ({"sequence": 8}, r"axis 'attending_heads' of size 4 is not divided by mesh.sequence=8"),
+        ({"sequence": 4, "tensor": 2}, "not divided by mesh.sequence=4, mesh.tensor=2"),
+        ({"fsdp": 8}, "axis 'batch' of size 4 is not divided by mesh.data=1, mesh.fsdp=8"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_names_the_dimension(sizes, named):
+    mesh = make_mesh(sizes)
+    late = task("late")
+    with on(mesh), pytest.raises(ValueError, match=named):
+        params = place(late.abstract_params(), mesh)
+        batch = jax.tree.map(lambda x: x[:4], tiny.batch(late, ROWS))
+        jax.eval_shape(
+            functools.partial(late.pairs, deterministic=True),
+            without_names(late.abstract_params()), batch, jax.random.key(0),
+        )
+        del params

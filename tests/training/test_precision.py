@@ -1,0 +1,137 @@
+"""Half-precision training: the loss's scale, steps that are skipped, moments in bfloat16."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unified_mm.config import Config
+from unified_mm.parallel.mesh import make_mesh
+from unified_mm.parallel.sharding import place, rule_items, to_global
+from unified_mm.training.gradients import gradients
+from unified_mm.training.loss_scale import LARGEST, START, LossScale
+from unified_mm.training.optimizer import kept_as, make_optimizer
+from unified_mm.training.state import initial_state, state_of_phase
+from unified_mm.training.step import make_train_step
+
+CHANGES = {
+    "model__dtype": "float16",
+    "model__layers": 1,
+    "objectives__matching__weight": 0.0,
+    "train__warmup_steps": 0,
+}
+
+
+@settings(deadline=None, max_examples=20)
+@given(finite=st.lists(st.booleans(), max_size=40), patience=st.integers(1, 5))
+def test_the_scale_halves_on_overflow_and_doubles_after_patience(finite, patience):
+    found = LossScale.start(patience)
+    scale, good = START, 0
+    for step_is_finite in finite:
+        found = found.after(jnp.array(step_is_finite))
+        good = good + 1 if step_is_finite else 0
+        if not step_is_finite:
+            scale = max(scale / 2, 1.0)
+        elif good == patience:
+            scale, good = min(scale * 2, LARGEST), 0
+        assert (float(found.scale), int(found.good)) == (scale, good)
+    assert bool(found.can_fall) == (scale > 1)
+
+
+@pytest.fixture(scope="module")
+def stepper():
+    """A half-precision run on one device: its first state, its step, a batch."""
+    task = tiny.task(**CHANGES)
+    options = Config(tiny.config_dict(**CHANGES).to_dict()).train
+    mesh = make_mesh({}, jax.devices()[:1])
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+        placement = place(task.abstract_params(), mesh)
+        first, shapes = initial_state(task.init, placement, 0, averaged=True, scale_patience=3)
+        optimizer = make_optimizer(options, 4, shapes.params)
+        abstract, enter = state_of_phase(shapes, optimizer, placement)
+        step = make_train_step(task, optimizer, placement, abstract, average_decay=0.5)
+        batch = jax.tree.map(np.array, tiny.batch(task, 4))
+        yield lambda: enter(first()), lambda s, b: step(s, to_global(b, mesh)), batch
+
+
+def test_an_overflow_is_skipped_and_training_goes_on(stepper):
+    make, step, batch = stepper
+    poisoned = jax.tree.map(np.copy, batch)
+    poisoned["image"]["pixels"][1] = np.inf
+    state = make()
+    kept = jax.device_get((state.params, state.optimizer, state.average))
+    state, measured = step(state, poisoned)
+    found = jax.device_get((state.params, state.optimizer, state.average))
+    jax.tree.map(np.testing.assert_array_equal, found, kept)
+    assert float(state.loss_scale.scale) == START / 2 and int(state.bad_step) == -1
+    assert int(state.step) == 1
+    told = {name: (float(a), float(b)) for name, (a, b) in measured.pairs.items()}
+    assert told["skipped"] == (1, 1) and told["loss_scale"] == (START, 1)
+    assert told["loss"] == (0, 0)  # it has no part in an interval's mean
+    for _ in range(3):
+        state, measured = step(state, batch)
+    assert float(state.loss_scale.scale) == START and int(state.bad_step) == -1
+    assert np.isfinite(float(measured.pairs["loss"][0])) and measured.pairs["skipped"][0] == 0
+    moved = [
+        np.abs(a - b).max()
+        for a, b in zip(jax.tree.leaves(jax.device_get(state.params)), jax.tree.leaves(kept[0]))
+    ]
+    assert max(moved) > 1e-4
+
+
+def test_what_no_smaller_scale_can_mend_is_a_bad_step(stepper):
+    make, step, batch = stepper
+    poisoned = jax.tree.map(np.copy, batch)
+    poisoned["image"]["pixels"][1] = np.nan
+    state = make()
+    for _ in range(int(np.log2(START))):
+        state, _ = step(state, poisoned)
+    assert float(state.loss_scale.scale) == 1 and int(state.bad_step) == -1
+    state, measured = step(state, poisoned)
+    assert int(measured.bad_step) == int(np.log2(START))
+
+
+def test_the_scale_saves_gradients_that_half_precision_loses():
+    """Against float32, with the loss so small that half-precision gradients are subnormal."""
+    half, whole = tiny.task(**CHANGES), tiny.task(**CHANGES | {"model__dtype": "float32"})
+    params, batch = tiny.params(whole), tiny.batch(whole, 4)
+    optimizer = make_optimizer(Config(tiny.config_dict().to_dict()).train, 4, params)
+
+    def vector(task, scale):
+        small = [o.__class__(**{**vars(o), "weight": 2.0**-14}) for o in task.objectives]
+        task = type(task)(task.modalities, task.model, tuple(small), task.tokenizer)
+        run = jax.jit(lambda p: gradients(task, optimizer, p, batch, jax.random.key(0), 1,
+                                          scale=scale)[1])
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(run(params))])
+
+    expected = vector(whole, 1.0)
+
+    def error(scale):
+        return np.linalg.norm(vector(half, scale) - expected) / np.linalg.norm(expected)
+
+    assert error(2.0**14) < 0.02 < error(1.0)
+
+
+def test_moments_are_kept_as_bfloat16_and_worked_on_in_float32():
+    adam = optax.scale_by_adam(b1=0.9, b2=0.98, eps=1e-8)
+    transform = kept_as(adam, "bfloat16")
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.zeros(500)}
+    state = transform.init(params)
+    mu, nu = np.zeros(500, np.float32), np.zeros(500, np.float32)
+    for step in range(1, 6):
+        g = rng.normal(size=500).astype(np.float32)
+        updates, state = transform.update({"w": jnp.asarray(g)}, state)
+        mu, nu = np.float32(0.9) * mu + np.float32(0.1) * g, 0.98 * nu + 0.02 * g * g
+        expected = (mu / (1 - 0.9**step)) / (np.sqrt(nu / (1 - 0.98**step)) + 1e-8)
+        np.testing.assert_allclose(updates["w"], expected, rtol=2e-3, atol=1e-5)
+        mu, nu = (np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in (mu, nu))
+    sizes = {leaf.dtype.name: leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.ndim}
+    assert sizes == {"bfloat16": 1000} and state.count.dtype == jnp.int32
+    with pytest.raises(ValueError, match="train.moments_dtype='float16': must be one of float32"):
+        kept_as(adam, "float16")
