@@ -21,7 +21,7 @@ from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import place, rule_items
 from unified_mm.parallel.traffic import memory_traffic
 from unified_mm.training.phases import Phase, batch_shapes, build_phases
-from unified_mm.training.setup import scale_patience
+from unified_mm.training.setup import check_layout, in_training, scale_patience
 from unified_mm.training.sizes import stand_in_tokenizer
 from unified_mm.training.state import initial_state
 from unified_mm.training.step import make_train_step
@@ -67,7 +67,8 @@ def plan(config: Config, devices: Sequence[Any]) -> tuple[Phase, ...]:
       ValueError: a config that cannot be trained, or a mesh that does not divide it.
     """
     task = build_task(config, stand_in_tokenizer(config.data.vocabulary_size))
-    placement = place(task.abstract_params(), make_mesh(config.mesh, devices), config.mesh.zero)
+    mesh = make_mesh(config.mesh, devices)
+    placement = place(task.abstract_params(), mesh, config.mesh.zero)
     _, abstract = initial_state(
         task.init,
         placement,
@@ -75,7 +76,10 @@ def plan(config: Config, devices: Sequence[Any]) -> tuple[Phase, ...]:
         averaged=config.train.average_decay > 0,
         scale_patience=scale_patience(config),
     )
-    return build_phases(config, task, stand_in_data(config), abstract, placement)
+    trained = in_training(config, task, mesh)
+    phases = build_phases(config, trained, stand_in_data(config), abstract, placement)
+    check_layout(phases, mesh)
+    return phases
 
 
 def stand_in_data(config: Config) -> Manifest:

@@ -26,7 +26,7 @@ from unified_mm.parallel.sharding import place, rule_items
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, user_path
 from unified_mm.training.environment import device_name
-from unified_mm.training.phases import Phase, build_phases, example_batch
+from unified_mm.training.phases import Phase, batch_shapes, build_phases
 from unified_mm.training.start_from import overlay, weights_to_start_from
 from unified_mm.training.state import TrainState, initial_state
 
@@ -203,11 +203,10 @@ def check_layout(phases: Sequence[Phase], mesh: Mesh) -> None:
         return  # the other axes divide parameters and batch, which are checked as they are laid out
     with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
         for phase in phases:
-            batch = example_batch(phase.rows, phase.batch_size // phase.micro_batches)
             jax.eval_shape(
                 partial(phase.task.pairs, deterministic=False),
                 phase.abstract.params,
-                jax.tree.map(jnp.asarray, batch),
+                batch_shapes(phase.rows, phase.batch_size // phase.micro_batches),
                 jax.random.key(0),
             )
 

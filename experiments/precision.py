@@ -1,0 +1,36 @@
+"""The same short training in each precision, for their loss curves.
+
+    for p in float32 bfloat16 float16 bfloat16_moments; do
+        python -m unified_mm.main --config=experiments/precision.py:$p --workdir=runs/precision/$p
+    done
+    python -m experiments.loss_curves precision runs/precision/*
+
+`float32` computes in float32; `bfloat16` and `float16` (whose loss is scaled) compute in these with
+float32 parameters; `bfloat16_moments` computes in float32 and keeps Adam's moments in bfloat16.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from unified_mm.recipes import load_recipe
+
+coco = load_recipe(Path(__file__).parents[1] / "configs" / "coco.py")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def get_config(precision: str) -> ConfigDict:
+    """One of `DTYPES`, or `bfloat16_moments`."""
+    config = coco.get_config("tiny")
+    if precision in DTYPES:
+        config.model.dtype = precision
+    elif precision == "bfloat16_moments":
+        config.train.moments_dtype = "bfloat16"
+    else:
+        raise ValueError(f"{precision!r}: give {', '.join(DTYPES)} or bfloat16_moments")
+    config.train.steps = 300
+    config.train.batch_size = 32
+    config.train.scale_patience = 50
+    config.evaluation.max_images = 200
+    config.evaluation.also = ()
+    return config
