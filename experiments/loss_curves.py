@@ -75,7 +75,7 @@ def draw(curves: dict[str, Curve]) -> str:
     loss, apart = figure.subplots(1, 2)
     first = by_step(next(iter(curves.values())))
     for name, curve in curves.items():
-        steps = [step for step, _ in curve if step in first]
+        steps = [step for step in by_step(curve) if step in first]
         values = by_step(curve)
         loss.plot(steps, [values[step] for step in steps], label=name, linewidth=1)
         apart.plot(steps, [values[step] - first[step] for step in steps], linewidth=1)
