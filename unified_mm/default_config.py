@@ -112,6 +112,8 @@ def model_fields() -> dict:
         "separate_attention": False,  # projections of its own for each modality
         "separate_feed_forward": False,
         "rematerialise": False,  # recompute activations in the backward pass
+        # 'auto' by device, shape and rule; or 'xla', 'chunked': see `models.backends`.
+        "attention": "auto",
         "unroll": 1,  # periods a step of the scan over layers
         "dtype": "float32",  # of the computation, or 'bfloat16', 'float16'; parameters stay float32
         # Runs whose image tower or text model training starts from; '' starts afresh.
@@ -144,6 +146,7 @@ def tower_fields() -> dict:
         "output_bias": placeholder(bool),
         "feed_forward_bias": placeholder(bool),
         "rotary_base": placeholder(float),
+        "attention": placeholder(str),
     }
 
 

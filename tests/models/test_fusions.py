@@ -80,7 +80,7 @@ def test_a_gated_layer_written_out(gate, shape):
     kept = kept.replace(segment=jnp.asarray([[1, 1, 2, 2], [1, 1, 2, 2]]))
     memory = Memory(jnp.asarray(features), None, kept)
     stream = Stream("t", "interleaved_latest", autoregressive=True)
-    plan = plan_cross_attention(Visibility((stream,)), queries, memory)
+    plan = plan_cross_attention(options, Visibility((stream,)), queries, memory)
     layer = GatedCrossLayer(options)
     params = numbers(without_names(layer.init(jax.random.key(0), jnp.asarray(x), plan, None)))
     found, (keys, values) = layer.apply(params, jnp.asarray(x), plan, None)

@@ -255,8 +255,9 @@ def test_attention_is_softmax_of_scaled_products_written_out():
     valid = jnp.asarray(rng.random((2, 7)) < 0.8).at[:, 0].set(True).at[:, 3].set(True)
     metadata = single_document(valid, Group("all", "text", 7)).replace(groups=groups)
     stream = Stream("t", "prefix", autoregressive=True)
-    plan = plan_attention(Visibility((stream,)), metadata, metadata, keep=(0, 3))
-    module = Attention(TransformerOptions(8, 1, 2, 8))
+    options = TransformerOptions(8, 1, 2, 8)
+    plan = plan_attention(options, Visibility((stream,)), metadata, metadata, keep=(0, 3))
+    module = Attention(options)
     params = without_names(module.init(KEY, jnp.asarray(x), plan, None))["params"]
     params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape, scale=0.4), p.dtype),
                           params)

@@ -18,7 +18,7 @@ BATCH, TOKENS, WIDTH, LAYERS = 2, 10, 16, 3
 def forward(params, x, **changes):
     options = TransformerOptions(WIDTH, LAYERS, 4, 4 * WIDTH, **changes)
     metadata = single_document(jnp.ones((BATCH, TOKENS), bool), Group("t", "text", TOKENS))
-    plan = plan_attention(Visibility((Stream("t", "joint"),)), metadata, metadata)
+    plan = plan_attention(options, Visibility((Stream("t", "joint"),)), metadata, metadata)
     stack = Transformer(options)
     if params is None:
         return without_names(jax.eval_shape(stack.init, jax.random.key(0), x, plan))

@@ -346,8 +346,9 @@ def test_the_constraint_on_activations_is_no_silent_no_op():
     mesh = make_mesh(MESHES["data=2 fsdp=2 tensor=2"])
     group = Group("t", "text", 5)
     metadata = single_document(jnp.ones((ROWS, 5), bool), group)
-    plan = plan_attention(Visibility((Stream("t", "joint"),)), metadata, metadata)
-    stack = Transformer(task("early").model.options)
+    options = task("early").model.options
+    plan = plan_attention(options, Visibility((Stream("t", "joint"),)), metadata, metadata)
+    stack = Transformer(options)
     x = jnp.ones((ROWS, 5, WIDTH))
     params = without_names(stack.init(jax.random.key(0), x, plan))
 

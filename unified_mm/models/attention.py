@@ -10,12 +10,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from unified_mm.modalities.tokens import Group, TokenMetadata, lengthen, single_document
-from unified_mm.models.masks import BlockCall, Visibility, block_calls, block_mask
+from unified_mm.models.backends import attend, look
+from unified_mm.models.masks import BlockCall, Visibility, block_calls
 from unified_mm.models.options import TransformerOptions
 from unified_mm.models.per_modality import PerModality
+from unified_mm.models.sight import Sight, pick
 from unified_mm.parallel.layers import Dense
 from unified_mm.parallel.sharding import constrain
 
@@ -71,14 +73,14 @@ class AttentionPlan:
     """All that the layers of one pass need to know of who sees whom; the same for each layer.
 
     Attributes:
-      masks: one bool [B, Q, K] for each block call.
+      sights: what each block call sees.
       positions: int32 [B, Q] of the queries, for rotary positions.
       write_at: int32 [], where new keys go in the cache; None without a cache.
       calls, groups: the block calls, and the groups of the queries; static.
       keep: slice of the keys to hand back when there is no cache yet; static.
     """
 
-    masks: tuple[Any, ...]
+    sights: tuple[Sight, ...]
     positions: Any
     write_at: Any
     calls: tuple[BlockCall, ...] = struct.field(pytree_node=False)
@@ -87,6 +89,7 @@ class AttentionPlan:
 
 
 def plan_attention(
+    options: TransformerOptions,
     visibility: Visibility,
     queries: TokenMetadata,
     keys: TokenMetadata,
@@ -94,29 +97,20 @@ def plan_attention(
     write_at: Array | None = None,
     keep: tuple[int, int] = (0, 0),
 ) -> AttentionPlan:
-    """Block calls and their masks, made once a pass and shared by all layers."""
+    """Block calls and what they see, made once a pass and shared by all layers.
+
+    Raises:
+      ValueError: `options.attention` names a backend that cannot do what the rules ask.
+    """
     calls = block_calls(visibility, queries.groups, keys.groups)
     return AttentionPlan(
-        masks=tuple(block_mask(call, queries, keys) for call in calls),
+        sights=tuple(look(options, call, queries, keys) for call in calls),
         positions=queries.position,
         write_at=write_at,
         calls=calls,
         groups=queries.groups,
         keep=keep,
     )
-
-
-def attend(
-    query: Float[Array, "B Q H A"],
-    key: Float[Array, "B K G A"],
-    value: Float[Array, "B K G A"],
-    mask: Bool[Array, "B Q K"],
-) -> Float[Array, "B Q H A"]:
-    """Scaled dot-product attention (Vaswani et al. 2017, equation 1), softmax in float32.
-
-    Where there are fewer heads of keys (G) than of queries (H), H / G of these share one.
-    """
-    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
 
 def rotate(
@@ -192,13 +186,8 @@ class Attention(nn.Module):
             value = jax.lax.dynamic_update_slice_in_dim(cached[1], value, plan.write_at, axis=1)
             kept = key, value
         seen = [
-            attend(
-                query[:, slice(*call.queries)],
-                _pick(key, call),
-                _pick(value, call),
-                mask,
-            )
-            for call, mask in zip(plan.calls, plan.masks, strict=True)
+            attend(query[:, slice(*call.queries)], pick(key, call), pick(value, call), sight)
+            for call, sight in zip(plan.calls, plan.sights, strict=True)
         ]
         output = partial(out_of_heads, x.shape[-1], o, o.output_bias)
         return project(output, "output", divided_sequences(jnp.concatenate(seen, axis=1))), kept
@@ -222,17 +211,3 @@ def whole_sequences(x: Float[Array, "B N G A"], heads: int) -> Float[Array, "B N
 def divided_sequences(x: Float[Array, "B N H A"]) -> Float[Array, "B N H A"]:
     """What attention saw as everything outside it wants it: a share of the tokens."""
     return constrain(x, "batch", "length", "heads", None)
-
-
-def _pick(x: Float[Array, "B K G A"], call: BlockCall) -> Float[Array, "B K2 G A"]:
-    """The slices of keys that a block call sees; neighbouring slices are one."""
-    bounds = [(start, stop) for start, stop, _ in call.keys]
-    merged = [bounds[0]]
-    for start, stop in bounds[1:]:
-        if merged[-1][1] == start:
-            merged[-1] = (merged[-1][0], stop)
-        else:
-            merged.append((start, stop))
-    if len(merged) == 1:
-        return x[:, slice(*merged[0])]
-    return jnp.concatenate([x[:, start:stop] for start, stop in merged], axis=1)

@@ -8,21 +8,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from unified_mm.modalities.tokens import TokenMetadata
 from unified_mm.models.attention import (
     KeysValues,
-    attend,
     divided_sequences,
     into_heads,
     out_of_heads,
     share_of_heads,
     whole_sequences,
 )
+from unified_mm.models.backends import attend, look
 from unified_mm.models.feed_forward import make_mlp
-from unified_mm.models.masks import Visibility, block_calls, block_mask
+from unified_mm.models.masks import BlockCall, Visibility, block_calls
 from unified_mm.models.options import TransformerOptions
+from unified_mm.models.sight import Sight, pick
 from unified_mm.parallel.layers import Norm, partitioned
 
 GATE = {"tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid}
@@ -62,32 +63,27 @@ class CrossPlan:
 
     Attributes:
       features: [B, M, D'], or None where keys and values are cached.
-      masks: bool [B, Q', M] for each run of queries that look.
-      looking: those runs, slices of the Q queries; static. All others get zero.
+      sights: what each block call sees of the features.
+      calls: those of the Q queries that look; static. All others get zero.
     """
 
     features: Any
-    masks: tuple[Any, ...]
-    looking: tuple[tuple[int, int], ...] = struct.field(pytree_node=False)
+    sights: tuple[Sight, ...]
+    calls: tuple[BlockCall, ...] = struct.field(pytree_node=False)
 
 
 def plan_cross_attention(
-    visibility: Visibility, queries: TokenMetadata, memory: Memory
+    options: TransformerOptions, visibility: Visibility, queries: TokenMetadata, memory: Memory
 ) -> CrossPlan:
-    """Who looks at the memory: by the same rules as within one sequence."""
+    """Who looks at the memory: by the same rules as within one sequence.
+
+    Raises:
+      ValueError: `options.attention` names a backend that cannot do what the rules ask.
+    """
     calls = block_calls(visibility, queries.groups, memory.metadata.groups)
     calls = tuple(call for call in calls if call.keys)
-    width = memory.metadata.valid.shape[1]
-    masks = []
-    for call in calls:
-        # The features that this run sees, at their places among all.
-        mask = jnp.zeros((memory.metadata.valid.shape[0], call.queries[1] - call.queries[0], width))
-        part, start = block_mask(call, queries, memory.metadata), 0
-        for low, high, _ in call.keys:
-            mask = mask.at[:, :, low:high].set(part[:, :, start : start + high - low])
-            start += high - low
-        masks.append(mask.astype(bool))
-    return CrossPlan(memory.features, tuple(masks), tuple(call.queries for call in calls))
+    sights = tuple(look(options, call, queries, memory.metadata) for call in calls)
+    return CrossPlan(memory.features, sights, calls)
 
 
 class GatedCrossLayer(nn.Module):
@@ -141,9 +137,10 @@ class CrossAttention(nn.Module):
         query = whole_sequences(query, o.heads)
         key, value = (share_of_heads(each, o.heads) for each in (key, value))
         seen = jnp.zeros_like(query)
-        for (start, stop), mask in zip(plan.looking, plan.masks, strict=True):
-            part = attend(query[:, start:stop], key, value, mask)
-            seen = seen.at[:, start:stop].set(blind_to_zero(part, mask))
+        for call, sight in zip(plan.calls, plan.sights, strict=True):
+            rows = slice(*call.queries)
+            part = attend(query[:, rows], pick(key, call), pick(value, call), sight)
+            seen = seen.at[:, rows].set(part)
         seen = divided_sequences(seen)
         return out_of_heads(x.shape[-1], o, False, "output")(seen), (key, value)
 
@@ -151,10 +148,3 @@ class CrossAttention(nn.Module):
 def head_norm(name: str, options: TransformerOptions, kind: str = "rms") -> Norm:
     """A norm over the width of each head."""
     return Norm(kind, options.norm_epsilon, options.dtype, axis=None, name=name)
-
-
-def blind_to_zero(
-    x: Float[Array, "B Q H A"], mask: Bool[Array, "B Q K"]
-) -> Float[Array, "B Q H A"]:
-    """Zero where a query sees nothing (a softmax over nothing is uniform, and would leak)."""
-    return jnp.where(mask.any(-1)[:, :, None, None], x, 0)

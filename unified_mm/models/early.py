@@ -61,7 +61,11 @@ class EarlyFusion(UnifiedModel):
         tokens = concatenate([*context, *texts])
         keep = _length(context) if keep is None else keep
         plan = plan_attention(
-            Visibility(tuple(streams)), tokens.metadata, tokens.metadata, keep=(0, keep)
+            self.options,
+            Visibility(tuple(streams)),
+            tokens.metadata,
+            tokens.metadata,
+            keep=(0, keep),
         )
         x, layers = self.transformer(tokens.embeddings, plan, deterministic=deterministic)
         where = spans(tokens.metadata.groups)

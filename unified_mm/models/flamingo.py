@@ -48,8 +48,7 @@ class GatedCrossAttention(WithTowers):
         if model.cross.every < 1:
             raise ValueError(f"model.cross.every={model.cross.every}: must be at least 1")
         options = replace(built.options, cross=GateOptions(**model.cross))
-        width, dtype = built.tower.width, options.dtype
-        resampler = ResamplerOptions.from_config(model.resampler, width, dtype)
+        resampler = ResamplerOptions.from_config(model.resampler, built.tower.width, options)
         return built.clone(options=options, resampler=resampler)
 
     def setup(self) -> None:
@@ -105,7 +104,9 @@ class GatedCrossAttention(WithTowers):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         assert cache.memory is not None
         tokens = self.embed_text(text, stream.name, cache.memory.length)
-        cross = plan_cross_attention(Visibility((stream,)), tokens.metadata, cache.memory)
+        cross = plan_cross_attention(
+            self.options, Visibility((stream,)), tokens.metadata, cache.memory
+        )
         with_memory = cache.replace(layers=cache.layers | {CROSS: cache.memory.layers})  # type: ignore[attr-defined]
         x, written = self.write_on(with_memory, tokens, stream, cross, deterministic)
         layers = {name: kept for name, kept in written.layers.items() if name != CROSS}
@@ -123,8 +124,7 @@ class GatedCrossAttention(WithTowers):
 
     def _look_at_all(self, batch: Batch, deterministic: bool) -> dict[str, Tokens]:
         return {
-            name: self.look(name, batch, deterministic=deterministic)
-            for name in self.context_names
+            name: self.look(name, batch, deterministic=deterministic) for name in self.context_names
         }
 
     def _memory(self, looked: Mapping[str, Tokens], batch: Batch) -> Memory:
@@ -152,11 +152,10 @@ class GatedCrossAttention(WithTowers):
         keep: tuple[int, int] = (0, 0),
     ) -> tuple[Float[Array, "B T D"], Any]:
         visibility = Visibility(tuple(streams))
-        plan = plan_attention(visibility, tokens.metadata, tokens.metadata, keep=keep)
-        cross: CrossPlan = plan_cross_attention(visibility, tokens.metadata, memory)
-        return self.transformer(
-            tokens.embeddings, plan, cross=cross, deterministic=deterministic
-        )
+        o = self.options
+        plan = plan_attention(o, visibility, tokens.metadata, tokens.metadata, keep=keep)
+        cross: CrossPlan = plan_cross_attention(o, visibility, tokens.metadata, memory)
+        return self.transformer(tokens.embeddings, plan, cross=cross, deterministic=deterministic)
 
 
 def _encoded(

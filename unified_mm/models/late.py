@@ -26,7 +26,7 @@ class LateFusion(WithTowers):
         texts = [self.embed_text(batch["text"], stream.name) for stream in streams]
         tokens = concatenate(texts)
         visibility = Visibility(tuple(streams))
-        plan = plan_attention(visibility, tokens.metadata, tokens.metadata)
+        plan = plan_attention(self.options, visibility, tokens.metadata, tokens.metadata)
         x, _ = self.transformer(tokens.embeddings, plan, deterministic=deterministic)
         where = spans(tokens.metadata.groups)
         return {
@@ -38,7 +38,8 @@ class LateFusion(WithTowers):
 
     def read_text(self, text: Mapping[str, Array], stream: Stream) -> Float[Array, "B T D"]:
         tokens = self.embed_text(text, stream.name)
-        plan = plan_attention(Visibility((stream,)), tokens.metadata, tokens.metadata)
+        visibility = Visibility((stream,))
+        plan = plan_attention(self.options, visibility, tokens.metadata, tokens.metadata)
         return self.transformer(tokens.embeddings, plan)[0]
 
     def _look_at_all(self, batch: Batch, deterministic: bool) -> dict[str, Tokens]:

@@ -13,6 +13,7 @@ from unified_mm.models.pipeline import Pipeline
 NORMS = ("layer", "rms")
 NORM_PLACES = ("pre", "post")
 ACTIVATIONS = ("gelu", "gelu_exact", "quick_gelu", "silu", "relu")
+ATTENTION = ("auto", "xla", "chunked")
 GATES = ("tanh", "sigmoid")
 GATE_SHAPES = ("scalar", "channel")
 
@@ -65,6 +66,7 @@ class TransformerOptions:
       rotary_base: of rotary positions (Su et al. 2021); 0 has none.
       separate_attention, separate_feed_forward: parameters of its own for each modality.
       rematerialise: recompute a block's activations in the backward pass instead of keeping them.
+      attention: which program computes it; see `models.backends`.
       unroll: how many periods a step of the scan holds; the parameter tree is the same.
       dtype: of the computation; parameters are float32.
       cross: the gated cross-attention layers between the blocks.
@@ -91,6 +93,7 @@ class TransformerOptions:
     separate_attention: bool = False
     separate_feed_forward: bool = False
     rematerialise: bool = False
+    attention: str = "auto"
     unroll: int = 1
     dtype: Any = jnp.float32
     cross: GateOptions = GateOptions()
@@ -117,6 +120,7 @@ class TransformerOptions:
             raise ValueError(f"rotary positions need an even width of heads, not {self.of_head}")
         _one_of("model.norm", self.norm, NORMS)
         _one_of("model.norm_place", self.norm_place, NORM_PLACES)
+        _one_of("model.attention", self.attention, ATTENTION)
         _one_of("model.activation", self.activation, ACTIVATIONS)
 
     @property

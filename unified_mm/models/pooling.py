@@ -6,15 +6,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from unified_mm.models.attention import attend, into_heads, out_of_heads
+from unified_mm.models.attention import into_heads, out_of_heads
 from unified_mm.models.feed_forward import make_mlp
 from unified_mm.models.options import TransformerOptions
+from unified_mm.models.sight import masked_attention
 from unified_mm.parallel.layers import Norm, partitioned
 
 
-def pooled(
-    pool: str, x: Float[Array, "B N D"], valid: Bool[Array, "B N"]
-) -> Float[Array, "B D"]:
+def pooled(pool: str, x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Float[Array, "B D"]:
     """One float32 vector of the valid tokens: their 'mean', the 'first', or the 'last'."""
     x = x.astype(jnp.float32)
     if pool == "first":
@@ -42,9 +41,7 @@ class AttentionPool(nn.Module):
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B N D"], valid: Bool[Array, "B N"]
-    ) -> Float[Array, "B D"]:
+    def __call__(self, x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Float[Array, "B D"]:
         width = x.shape[-1]
         o = TransformerOptions(width, 1, self.heads, self.hidden or 4 * width)
         start = partitioned(nn.initializers.normal(width**-0.5), None, "embed")
@@ -52,7 +49,7 @@ class AttentionPool(nn.Module):
             self.param("query_token", start, (1, width)), (x.shape[0], 1, width)
         )
         x = x.astype(jnp.float32)
-        y = attend(
+        y = masked_attention(
             into_heads(o.heads, o, True, "query")(query),
             into_heads(o.heads, o, True, "key")(x),
             into_heads(o.heads, o, True, "value")(x),

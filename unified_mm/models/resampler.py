@@ -14,10 +14,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from unified_mm.models.attention import attend, into_heads, out_of_heads
+from unified_mm.modalities.tokens import Group, single_document
+from unified_mm.models.attention import into_heads, out_of_heads
+from unified_mm.models.backends import attend, look
 from unified_mm.models.cross_attention import head_norm
 from unified_mm.models.feed_forward import make_mlp
+from unified_mm.models.masks import BlockCall
 from unified_mm.models.options import GateOptions, TransformerOptions
+from unified_mm.models.sight import Sight
 from unified_mm.parallel.layers import Norm, partitioned
 
 
@@ -38,8 +42,10 @@ class ResamplerOptions:
     head_norm: str = "rms"
 
     @classmethod
-    def from_config(cls, fields: Mapping[str, Any], width: int, dtype: Any) -> ResamplerOptions:
-        """From `config.model.resampler`, for features of a width."""
+    def from_config(
+        cls, fields: Mapping[str, Any], width: int, main: TransformerOptions
+    ) -> ResamplerOptions:
+        """From `config.model.resampler`, for features of a width, computed as the main stack is."""
         blocks = TransformerOptions(
             width=width,
             layers=fields["layers"],
@@ -49,7 +55,8 @@ class ResamplerOptions:
             activation=fields["activation"],
             norm_epsilon=1e-5,
             feed_forward_bias=False,
-            dtype=dtype,
+            dtype=main.dtype,
+            attention=main.attention,
             cross=GateOptions(query_key_norm=fields["query_key_norm"]),
         )
         return cls(fields["latents"], fields["frames"], blocks, fields["head_norm"])
@@ -80,16 +87,24 @@ class PerceiverResampler(nn.Module):
             times = self.param("times", table, (o.frames, width))
             features = features + times[:frames, None].astype(features.dtype)
         features = features.reshape(rows, -1, width)
-        seen = valid.reshape(rows, -1)
+        sight = look_at_all(b, valid.reshape(rows, -1), o.latents)
         start = partitioned(nn.initializers.normal(1.0), None, "embed")
         latents = self.param("latents", start, (o.latents, width)).astype(b.dtype)
         x = jnp.broadcast_to(latents, (rows, *latents.shape))
         for layer in range(b.layers):
             attention = ResamplerAttention(b, o.head_norm, name=f"attention_{layer}")
-            x = x + attention(x, features, seen)
+            x = x + attention(x, features, sight)
             norm = Norm("layer", b.norm_epsilon, b.dtype, name=f"feed_forward_norm_{layer}")
             x = x + make_mlp(b, name=f"feed_forward_{layer}")(norm(x))
         return Norm("layer", b.norm_epsilon, b.dtype, name="norm")(x)
+
+
+def look_at_all(options: TransformerOptions, valid: Bool[Array, "B K"], latents: int) -> Sight:
+    """Each of the latents sees every feature that is there, and all latents."""
+    seen = jnp.pad(valid, ((0, 0), (0, latents)), constant_values=True)
+    keys = single_document(seen, Group("features", "features", seen.shape[1]))
+    queries = single_document(seen[:, -latents:], Group("latents", "features", latents))
+    return look(options, BlockCall((0, latents), ((0, seen.shape[1], "all"),)), queries, keys)
 
 
 class ResamplerAttention(nn.Module):
@@ -103,7 +118,7 @@ class ResamplerAttention(nn.Module):
         self,
         latents: Float[Array, "B R D"],
         features: Float[Array, "B K D"],
-        valid: Bool[Array, "B K"],
+        sight: Sight,
     ) -> Float[Array, "B R D"]:
         o = self.options
         latents = Norm("layer", o.norm_epsilon, o.dtype, name="latents_norm")(latents)
@@ -115,6 +130,4 @@ class ResamplerAttention(nn.Module):
         if o.cross.query_key_norm:
             query = head_norm("query_norm", o, self.head_norm)(query)
             key = head_norm("key_norm", o, self.head_norm)(key)
-        seen = jnp.pad(valid, ((0, 0), (0, latents.shape[1])), constant_values=True)
-        mask = jnp.broadcast_to(seen[:, None], (*latents.shape[:2], seen.shape[1]))
-        return out_of_heads(o.width, o, False, "output")(attend(query, key, value, mask))
+        return out_of_heads(o.width, o, False, "output")(attend(query, key, value, sight))

@@ -43,6 +43,6 @@ class WithTowers(UnifiedModel):
     def look(self, name: str, batch: Any, *, deterministic: bool = True) -> Tokens:
         """Features of every picture of a context modality, each in a row of its own."""
         tokens = self.embed_apart(name, batch[name])
-        plan = plan_attention(ALONE, tokens.metadata, tokens.metadata)
+        plan = plan_attention(self.tower, ALONE, tokens.metadata, tokens.metadata)
         x, _ = self.towers[name](tokens.embeddings, plan, deterministic=deterministic)
         return Tokens(x, tokens.metadata)

@@ -190,7 +190,11 @@ class UnifiedModel(nn.Module):
         """Run the main transformer on new tokens beside a cache, and write them into it."""
         metadata = cache.write_metadata(tokens.metadata)
         plan = plan_attention(
-            Visibility((stream,)), tokens.metadata, metadata, write_at=cache.length
+            self.options,
+            Visibility((stream,)),
+            tokens.metadata,
+            metadata,
+            write_at=cache.length,
         )
         x, layers = self.transformer(
             tokens.embeddings, plan, cache.layers, cross=cross, deterministic=deterministic

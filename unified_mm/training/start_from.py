@@ -23,7 +23,15 @@ from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, read_json
 
 # How a stack is computed and regularised is the new run's own affair.
-OWN = ("dropout", "separate_attention", "separate_feed_forward", "rematerialise", "unroll", "dtype")
+OWN = (
+    "dropout",
+    "separate_attention",
+    "separate_feed_forward",
+    "rematerialise",
+    "attention",
+    "unroll",
+    "dtype",
+)
 STACK = tuple(f.name for f in fields(TransformerOptions) if f.name not in (*OWN, "cross"))
 PREFIXES = {
     "image": ("embedders_image/", "towers_image/"),

@@ -1,0 +1,115 @@
+"""What the queries of one block call see, and plain attention under a mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from unified_mm.modalities.tokens import TokenMetadata
+from unified_mm.models.masks import BlockCall, block_mask
+
+
+@struct.dataclass
+class Sight:
+    """One block call as a backend gets it; Q are its queries, K the keys that it picks.
+
+    Attributes:
+      mask: bool [B, Q, K], where the backend takes it whole.
+      queries, keys: metadata [B, Q] and [B, K], where the backend goes by these.
+      sighted: bool [B, Q], which queries see anything at all, where the backend is told.
+      call: the block call, its slices counted among the Q and the K; static.
+      backend: by name; static.
+    """
+
+    mask: Any
+    queries: Any
+    keys: Any
+    sighted: Any
+    call: BlockCall = struct.field(pytree_node=False)
+    backend: str = struct.field(pytree_node=False)
+
+
+def pick(x: Float[Array, "B K *rest"], call: BlockCall) -> Float[Array, "B K2 *rest"]:
+    """The slices of keys (or of what is known of them) that a block call sees."""
+    parts = [x[:, start:stop] for start, stop in picked(call)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def picked(call: BlockCall) -> list[tuple[int, int]]:
+    """Bounds of these slices; neighbouring ones are one."""
+    merged: list[tuple[int, int]] = []
+    for start, stop, _ in call.keys:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def among_its_own(call: BlockCall) -> BlockCall:
+    """The call with its slices counted among its own queries and among the keys it picks."""
+    keys = []
+    count = 0
+    for start, stop, predicate in call.keys:
+        keys.append((count, count + stop - start, predicate))
+        count += stop - start
+    return BlockCall((0, call.queries[1] - call.queries[0]), tuple(keys))
+
+
+def of_call(
+    call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
+) -> tuple[TokenMetadata, TokenMetadata]:
+    """Metadata of a call's queries [B, Q] and of the keys that it picks [B, K]."""
+    return (
+        _cut(queries, [call.queries]),
+        _cut(keys, picked(call)),
+    )
+
+
+def _cut(metadata: TokenMetadata, bounds: list[tuple[int, int]]) -> TokenMetadata:
+    """Metadata of slices that hold whole groups."""
+    groups = []
+    stop = 0
+    for group in metadata.groups:
+        start, stop = stop, stop + group.length
+        if any(low <= start and stop <= high for low, high in bounds):
+            groups.append(group)
+
+    def cut(x: Array) -> Array:
+        parts = [x[:, low:high] for low, high in bounds]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+    return jax.tree.map(cut, metadata).replace(groups=tuple(groups))
+
+
+def sighted(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) -> Bool[Array, "B Q"]:
+    """Which queries of a call see any key; piece by piece, so that no mask need be held."""
+    found = [
+        block_mask(BlockCall(call.queries, (piece,)), queries, keys).any(-1) for piece in call.keys
+    ]
+    return jnp.stack(found).any(0)
+
+
+def masked_attention(
+    query: Float[Array, "B Q H A"],
+    key: Float[Array, "B K G A"],
+    value: Float[Array, "B K G A"],
+    mask: Bool[Array, "B Q K"],
+) -> Float[Array, "B Q H A"]:
+    """Scaled dot-product attention (Vaswani et al. 2017, equation 1), softmax in float32.
+
+    Where there are fewer heads of keys (G) than of queries (H), H / G of these share one. A query
+    that sees nothing gets the mean of all values: see `blind_to_zero`.
+    """
+    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+
+
+def blind_to_zero(
+    x: Float[Array, "B Q H A"], sighted: Bool[Array, "B Q"]
+) -> Float[Array, "B Q H A"]:
+    """Zero where a query sees nothing (a softmax over nothing is uniform, and would leak)."""
+    return jnp.where(sighted[:, :, None, None], x, 0)
