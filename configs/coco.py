@@ -74,7 +74,7 @@ def pod(config: ConfigDict) -> None:
     """Hundreds of chips: everything is divided over them, activations are computed again."""
     config.data.vocabulary_size = 32768
     config.model.dtype = "bfloat16"
-    config.model.rematerialise = True
+    config.model.remat = "full"
     config.objectives.contrastive.width = 1024
     config.train.batch_size = 4096
     config.train.learning_rate = 1.5e-4

@@ -167,8 +167,8 @@ def advice(facts: dict[str, Any], phase: Phase) -> str:
     # Gradients take as much as the parameters do.
     if 2 * (state + facts["parameter_bytes"]) > (facts["memory_bytes"] or 0):
         hints.append("divide the state over more chips (mesh.fsdp, mesh.tensor, a larger topology)")
-    if not phase.task.model.options.rematerialise:
-        hints.append("recompute activations (model.rematerialise=True)")
+    if phase.task.model.options.remat == "none":
+        hints.append("recompute activations (model.remat='full')")
     hints.append("take a smaller train.batch_size, or more train.micro_batches")
     if facts["dtype"] != "bfloat16":
         hints.append("compute in bfloat16 (model.dtype=bfloat16)")

@@ -111,7 +111,7 @@ def model_fields() -> dict:
         "rotary_base": 0.0,  # 0: no rotary positions
         "separate_attention": False,  # projections of its own for each modality
         "separate_feed_forward": False,
-        "rematerialise": False,  # recompute activations in the backward pass
+        "remat": "none",  # or 'full', 'dots', 'offload': what the backward pass recomputes
         # 'auto' by device, shape and rule; or 'xla', 'chunked': see `models.backends`.
         "attention": "auto",
         "unroll": 1,  # periods a step of the scan over layers

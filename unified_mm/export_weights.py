@@ -35,7 +35,7 @@ from unified_mm.parallel.sharding import path_of
 from unified_mm.runs.folder import naming, user_path, write_json
 
 # What a run may have otherwise than its family: none of it is part of the weights.
-FREE = ("dropout", "rematerialise", "attention", "unroll", "dtype")
+FREE = ("dropout", "remat", "attention", "unroll", "dtype")
 
 
 def export(

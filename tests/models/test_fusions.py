@@ -186,10 +186,10 @@ def reached(direct):
 
 @pytest.mark.parametrize("rule", ["interleaved", "interleaved_latest"])
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("rematerialise", [False, True])
-def test_sight_in_packed_documents(fusion, rule, rematerialise):
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_sight_in_packed_documents(fusion, rule, remat):
     """d logits / d pixels and d logits / d token embeddings: zero where sight is forbidden."""
-    task, params = built(fusion, rule, model__rematerialise=rematerialise)
+    task, params = built(fusion, rule, model__remat=remat)
     batch = tiny.documents(task)
     stream = Stream("captioning", rule, autoregressive=True)
     text, image = batch["text"], batch["image"]
@@ -214,7 +214,7 @@ def test_sight_in_packed_documents(fusion, rule, rematerialise):
     wide = tiny.task(
         **{**FUSIONS[fusion], "model__modalities__text__places": text["ids"].size},
         objectives__captioning__rule=rule,
-        model__rematerialise=rematerialise,
+        model__remat=remat,
     )
     nudge = jnp.zeros((*text["ids"].shape, table.shape[1]))
     by_pixels, by_tokens = jax.jit(jax.jacrev(outputs, (0, 1)))(image["pixels"], nudge)

@@ -14,7 +14,7 @@ from unified_mm.models.unified import text_group
 
 PATHS = [
     {},
-    {"model__rematerialise": True, "model__separate_attention": True, "model__unroll": 2},
+    {"model__remat": "full", "model__separate_attention": True, "model__unroll": 2},
 ]
 IDS = ["scanned, shared", "rematerialised, per modality, unrolled"]
 

@@ -127,7 +127,7 @@ def written_loss(task, batch):
 def test_unrolled_and_rematerialised_change_nothing(task, params):
     batch = ragged(task)
     value, gradient = written_loss(task, batch)(params)
-    other = tiny.task(model__unroll=2, model__rematerialise=True)
+    other = tiny.task(model__unroll=2, model__remat="full")
     assert shapes_of(other) == shapes_of(task)
     value2, gradient2 = written_loss(other, batch)(params)
     np.testing.assert_allclose(value, value2, rtol=1e-6)

@@ -41,7 +41,7 @@ def test_a_plain_stack_forward_and_backward(changes):
 def test_rematerialisation_costs_a_forward_pass_more():
     x = jax.ShapeDtypeStruct((BATCH, TOKENS, WIDTH), jnp.float32)
     params = forward(None, x)
-    gradient = jax.grad(lambda p, x: forward(p, x, rematerialise=True), argnums=(0, 1))
+    gradient = jax.grad(lambda p, x: forward(p, x, remat="full"), argnums=(0, 1))
     # The last product of a block, and of attention's output, is not needed again.
     assert 3.5 * FORWARD < matmul_flops(gradient, params, x) <= 4 * FORWARD
 

@@ -58,6 +58,10 @@ class GatedCrossAttention(WithTowers):
                 name: PerceiverResampler(self.resampler) for name in self.context_names
             }
 
+    def with_options(self, **changes: Any) -> UnifiedModel:
+        resampler = replace(self.resampler, blocks=replace(self.resampler.blocks, **changes))
+        return super().with_options(**changes).clone(resampler=resampler)
+
     def encode(
         self, batch: Batch, streams: Sequence[Stream], *, deterministic: bool = True
     ) -> dict[str, Encoded]:

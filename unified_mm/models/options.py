@@ -13,6 +13,7 @@ from unified_mm.models.pipeline import Pipeline
 NORMS = ("layer", "rms")
 NORM_PLACES = ("pre", "post")
 ACTIVATIONS = ("gelu", "gelu_exact", "quick_gelu", "silu", "relu")
+REMAT = ("none", "full", "dots", "offload")
 ATTENTION = ("auto", "xla", "chunked")
 GATES = ("tanh", "sigmoid")
 GATE_SHAPES = ("scalar", "channel")
@@ -65,7 +66,10 @@ class TransformerOptions:
         feed-forward put out.
       rotary_base: of rotary positions (Su et al. 2021); 0 has none.
       separate_attention, separate_feed_forward: parameters of its own for each modality.
-      rematerialise: recompute a block's activations in the backward pass instead of keeping them.
+      remat: which of a period's activations the backward pass recomputes instead of their being
+        kept: 'none'; 'full', all but its input; 'dots', all but products with weights (attention's
+        scores are recomputed); 'offload', the same with these products kept in the host's memory
+        (on a CPU, where that is the only one, it is 'dots').
       attention: which program computes it; see `models.backends`.
       unroll: how many periods a step of the scan holds; the parameter tree is the same.
       dtype: of the computation; parameters are float32.
@@ -92,7 +96,7 @@ class TransformerOptions:
     rotary_base: float = 0.0
     separate_attention: bool = False
     separate_feed_forward: bool = False
-    rematerialise: bool = False
+    remat: str = "none"
     attention: str = "auto"
     unroll: int = 1
     dtype: Any = jnp.float32
@@ -120,6 +124,7 @@ class TransformerOptions:
             raise ValueError(f"rotary positions need an even width of heads, not {self.of_head}")
         _one_of("model.norm", self.norm, NORMS)
         _one_of("model.norm_place", self.norm_place, NORM_PLACES)
+        _one_of("model.remat", self.remat, REMAT)
         _one_of("model.attention", self.attention, ATTENTION)
         _one_of("model.activation", self.activation, ACTIVATIONS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -111,9 +112,8 @@ class Transformer(nn.Module):
         self, x: Array, plan: AttentionPlan, cross: Any, cached: Kept, deterministic: bool
     ) -> tuple[Array, Kept]:
         o = self.options
-        period: Any = nn.remat(Period, prevent_cse=False) if o.rematerialise else Period
         layers = nn.scan(
-            period,
+            recomputed(Period, o.remat, nn.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
@@ -139,10 +139,26 @@ class Transformer(nn.Module):
             plan, cross = beside
             return module.apply({"params": params}, x, plan, cross, layer["cached"], rngs=rngs)  # type: ignore[return-value]
 
-        if o.rematerialise:
-            period = jax.checkpoint(period, prevent_cse=False)
         layers = {"params": (self.get_variable("params", "layers"), keys), "cached": cached}
+        period = recomputed(period, o.remat, jax.checkpoint)
         return run_pipeline(o.pipeline, period, layers, x, (plan, cross))
+
+
+def recomputed(period: Any, remat: str, checkpoint: Callable[..., Any]) -> Any:
+    """A period whose backward pass recomputes what `TransformerOptions.remat` says.
+
+    Chen et al. 2016, "Training deep nets with sublinear memory cost".
+    """
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        return period
+    policy = {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    }[remat]
+    # Under a scan nothing can be merged with the first computation.
+    return checkpoint(period, prevent_cse=False, policy=policy)
 
 
 def make_norm(options: TransformerOptions, name: str) -> Norm:

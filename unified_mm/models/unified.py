@@ -156,7 +156,8 @@ class UnifiedModel(nn.Module):
 
     def without_recomputation(self) -> UnifiedModel:
         """The same model, keeping what it would recompute: for counting what has to be done."""
-        return self.with_options(rematerialise=False, pipeline=None)
+        # Nor is anything in a kernel, where products cannot be counted.
+        return self.with_options(remat="none", attention="xla", pipeline=None)
 
     def pipelined(self, pipeline: Pipeline) -> UnifiedModel:
         """The same model, its transformers divided into stages."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -52,6 +52,7 @@ def measure_sizes(config: Config) -> Sizes:
       ValueError: a config that no task can be built of.
     """
     task = build_task(config, stand_in_tokenizer(config.data.vocabulary_size))
+    task = replace(task, model=task.model.without_recomputation())
     params = without_names(jax.eval_shape(task.init, jax.random.key(0)))
     counts = parameter_counts(params)
     return Sizes(

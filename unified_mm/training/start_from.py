@@ -27,7 +27,7 @@ OWN = (
     "dropout",
     "separate_attention",
     "separate_feed_forward",
-    "rematerialise",
+    "remat",
     "attention",
     "unroll",
     "dtype",
