@@ -3,6 +3,11 @@
 MFU is the share of the device's measured matrix-product peak that the model's own products reach
 (Chowdhery et al. 2022, appendix B): 3 x the forward products of a step, nothing that is recomputed.
 One line of JSON comes last.
+
+    python -m unified_mm.bench --sweep --output=sweep.json
+
+measures attention layers of the recipe's shape instead: see `unified_mm.sweep`. The plot lies
+beside the file, as .svg.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from itertools import cycle, islice
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -22,11 +28,13 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from unified_mm.commands import exit_code
+from unified_mm.commands import exit_code, new_file, say
 from unified_mm.config import Config
+from unified_mm.models.options import TransformerOptions
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.recipes import parse_flags, resolve
-from unified_mm.runs.folder import RunFolder
+from unified_mm.runs.folder import RunFolder, write_atomically, write_json
+from unified_mm.sweep import draw, sweep
 from unified_mm.training.environment import device_name, revision, versions
 from unified_mm.training.flops import training_flops
 from unified_mm.training.loop import phase_batches, phase_step
@@ -34,12 +42,14 @@ from unified_mm.training.setup import Setup, prepare
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/coco.py", "The recipe to measure.")
 STEPS = flags.DEFINE_integer("steps", 10, "Steps to time, after two that warm up.", lower_bound=1)
+SWEEP = flags.DEFINE_bool("sweep", False, "Attention by backend over length, compiling by depth.")
+OUTPUT = flags.DEFINE_string("output", "", "sweep: a new JSON file for what was measured.")
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise SystemExit(f"error: not a flag: {' '.join(argv[1:])}")
-    raise SystemExit(exit_code(bench, interrupted="interrupted"))
+    raise SystemExit(exit_code(swept if SWEEP.value else bench, interrupted="interrupted"))
 
 
 def bench() -> int:
@@ -52,6 +62,37 @@ def bench() -> int:
         print(f"{name:<28}{value}")
     print(json.dumps(result))
     return 0
+
+
+def swept() -> int:
+    """Measures attention over length and compiling over depth, and prints.
+
+    Raises:
+      ValueError: `--output` is there, or cannot be written.
+    """
+    logging.set_verbosity(logging.WARNING)
+    output, plot = sweep_files(OUTPUT.value)
+    config = Config(resolve(CONFIG.value, flags.FLAGS["config"], say).to_dict())
+    result = sweep(TransformerOptions.from_config(config.model), say)
+    if output and plot:
+        write_json(output, result)
+        write_atomically(plot, draw(result).encode())
+        say(f"wrote {output} and {plot}")
+    say(json.dumps(result))
+    return 0
+
+
+def sweep_files(output: str) -> tuple[Path | None, Path | None]:
+    """Where the sweep's numbers and its plot go; None for ''.
+
+    Raises ValueError where either is there, cannot be written, or is no .json.
+    """
+    path = new_file(output)
+    if path is None:
+        return None, None
+    if path.suffix != ".json":
+        raise ValueError(f"--output={path}: must end in .json; the plot is beside it as .svg")
+    return path, new_file(str(path.with_suffix(".svg")))
 
 
 def measure(setup: Setup, steps: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from unified_mm.models.options import TransformerOptions
 from unified_mm.models.sight import Sight, among_its_own, blind_to_zero, masked_attention, of_call
 
 # Scores (queries x keys) of a call above which 'auto' works in blocks.
-LONG = 2**20
+LONG = 2**19
 
 
 def look(

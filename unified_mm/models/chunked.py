@@ -18,7 +18,7 @@ from unified_mm.models.masks import BlockCall, block_mask
 from unified_mm.models.sight import Sight, blind_to_zero, masked_attention
 
 # Scores of one block, for each example and head: large enough for fast matrix products.
-SCORES = 2**18
+SCORES = 2**17
 
 
 def attend(

@@ -1,0 +1,198 @@
+"""What attention costs over length by backend, and compiling over depth: `bench --sweep`."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from unified_mm.modalities.tokens import Group, TokenMetadata, join_metadata, single_document
+from unified_mm.models.attention import Attention, plan_attention
+from unified_mm.models.masks import Stream, Visibility
+from unified_mm.models.options import ATTENTION, TransformerOptions
+from unified_mm.models.transformer import Transformer
+from unified_mm.parallel.sharding import without_names
+from unified_mm.training.environment import device_name, revision, versions
+
+LENGTHS = (256, 512, 1024, 2048, 4096)
+DEPTHS = (1, 2, 4, 8, 16)
+REPEATS = 3
+# Text that reads a context, both without gaps: rule 'prefix'.
+RULE = Visibility((Stream("text", "prefix", autoregressive=True),))
+
+
+def sweep(
+    options: TransformerOptions,
+    say: Callable[[str], None],
+    lengths: Sequence[int] = LENGTHS,
+    depths: Sequence[int] = DEPTHS,
+) -> dict[str, Any]:
+    """All that the sweep measures of one shape of stack on this device.
+
+    Args:
+      options: shape and type of the layers; one example at a time goes through them.
+      say: takes a line of progress.
+      lengths: tokens, a quarter of them context.
+      depths: layers.
+
+    Returns:
+      `attention`, a row by backend and length with seconds and bytes of a layer's forward and
+      backward pass (seconds are the median of some); `left_out`, why a backend has no rows;
+      `compile`, a row by depth with the seconds that a scanned and an unrolled stack take.
+    """
+    rows: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    for backend in ATTENTION[1:]:
+        chosen = replace(options, attention=backend, remat="none")
+        try:
+            for length in lengths:
+                rows.append({"backend": backend, **layer_costs(chosen, length)})
+                say(
+                    "{backend:<8} {tokens:>6} tokens {seconds:9.4f} s {bytes:>14,} B".format(
+                        **rows[-1]
+                    )
+                )
+        except ValueError as error:
+            left_out[backend] = str(error)
+            say(f"{backend:<8} left out: {error}")
+    compiled = []
+    for depth in depths:
+        compiled.append(compile_costs(replace(options, layers=depth, attention="xla")))
+        say(
+            "{layers:>3} layers compile in {scanned:6.2f} s scanned, {unrolled:6.2f} s "
+            "unrolled".format(**compiled[-1])
+        )
+    return {
+        "attention": rows,
+        "left_out": left_out,
+        "compile": compiled,
+        "width": options.width,
+        "heads": options.heads,
+        "key_value_heads": options.of_keys,
+        "dtype": jnp.dtype(options.dtype).name,
+        "rule": "prefix",
+        "device": device_name(),
+        "versions": versions(),
+        "revision": revision(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def sequence(length: int) -> TokenMetadata:
+    """One example of context, a quarter, and text, none of it missing."""
+    sizes = {"image": length // 4, "text": length - length // 4}
+    parts = [
+        single_document(jnp.ones((1, size), bool), Group(name, name, size))
+        for name, size in sizes.items()
+    ]
+    image, text = parts
+    later = text.replace(position=text.position + image.position.shape[1])  # type: ignore[attr-defined]
+    return join_metadata([image, later])
+
+
+def layer_costs(options: TransformerOptions, length: int) -> dict[str, Any]:
+    """Seconds and bytes (temporary, all at once) of one attention layer and its gradients.
+
+    Raises:
+      ValueError: the backend cannot do this.
+    """
+    layer = Attention(options)
+    metadata = sequence(length)
+    x = jax.random.normal(jax.random.key(0), (1, length, options.width), options.dtype)
+    plan = plan_attention(options, RULE, metadata, metadata)
+    params = without_names(jax.jit(layer.init)(jax.random.key(1), x, plan, None))
+
+    def total(params: Any, x: Any, metadata: TokenMetadata) -> Any:
+        plan = plan_attention(options, RULE, metadata, metadata)
+        return jnp.square(layer.apply(params, x, plan, None)[0].astype(jnp.float32)).sum()  # type: ignore[index]
+
+    program = jax.jit(jax.value_and_grad(total, (0, 1))).lower(params, x, metadata).compile()
+    memory: Any = program.memory_analysis()
+    times = []
+    for _ in range(REPEATS + 1):
+        began = time.perf_counter()
+        jax.block_until_ready(program(params, x, metadata))
+        times.append(time.perf_counter() - began)
+    return {
+        "tokens": length,
+        "seconds": round(statistics.median(times[1:]), 5),
+        "bytes": int(memory.temp_size_in_bytes),
+    }
+
+
+def compile_costs(options: TransformerOptions, length: int = 64) -> dict[str, Any]:
+    """Seconds to compile a stack's forward and backward pass, scanned and unrolled."""
+    metadata = sequence(length)
+    x = jax.ShapeDtypeStruct((1, length, options.width), options.dtype)
+
+    def seconds(unroll: int) -> float:
+        chosen = replace(options, unroll=unroll)
+        stack = Transformer(chosen)
+
+        def total(params: Any, x: Any) -> Any:
+            plan = plan_attention(chosen, RULE, metadata, metadata)
+            return jnp.square(stack.apply(params, x, plan)[0].astype(jnp.float32)).sum()  # type: ignore[index]
+
+        plan = plan_attention(chosen, RULE, metadata, metadata)
+        params = without_names(jax.eval_shape(stack.init, jax.random.key(0), x, plan))
+        lowered = jax.jit(jax.grad(total)).lower(params, x)
+        with without_compile_cache():
+            began = time.perf_counter()
+            lowered.compile()
+        return round(time.perf_counter() - began, 3)
+
+    return {"layers": options.layers, "scanned": seconds(1), "unrolled": seconds(options.layers)}
+
+
+@contextmanager
+def without_compile_cache() -> Iterator[None]:
+    """Programs are compiled, not read from where an earlier process left them."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+def draw(result: dict[str, Any]) -> str:
+    """Time and memory over length by backend, compiling over depth, as SVG."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(10, 3.2), layout="constrained")
+    time_axes, memory_axes, compile_axes = figure.subplots(1, 3)
+    for backend in dict.fromkeys(row["backend"] for row in result["attention"]):
+        rows = [row for row in result["attention"] if row["backend"] == backend]
+        tokens = [row["tokens"] for row in rows]
+        time_axes.plot(tokens, [row["seconds"] for row in rows], marker="o", label=backend)
+        megabytes = [row["bytes"] / 1e6 for row in rows]
+        memory_axes.plot(tokens, megabytes, marker="o", label=backend)
+    for axes, what in ((time_axes, "seconds"), (memory_axes, "MB held meanwhile")):
+        axes.set(xscale="log", yscale="log", xlabel="tokens", title=f"one layer: {what}")
+        _ticks(axes, sorted({row["tokens"] for row in result["attention"]}))
+    layers = [row["layers"] for row in result["compile"]]
+    for kind in ("scanned", "unrolled"):
+        seconds = [row[kind] for row in result["compile"]]
+        compile_axes.plot(layers, seconds, marker="o", label=kind)
+    compile_axes.set(xscale="log", xlabel="layers", title="a stack: seconds to compile")
+    compile_axes.set_ylim(bottom=0)
+    _ticks(compile_axes, layers)
+    for axes in (time_axes, memory_axes, compile_axes):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    content = io.StringIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
+    return content.getvalue()
+
+
+def _ticks(axes: Any, values: Sequence[int]) -> None:
+    """A tick at each value that was measured, and no other."""
+    axes.set_xticks(values, [str(value) for value in values], minor=False)
+    axes.set_xticks([], minor=True)
