@@ -112,7 +112,8 @@ def model_fields() -> dict:
         "separate_attention": False,  # projections of its own for each modality
         "separate_feed_forward": False,
         "remat": "none",  # or 'full', 'dots', 'offload': what the backward pass recomputes
-        # 'auto' by device, shape and rule; or 'xla', 'chunked': see `models.backends`.
+        # 'auto' by device, shape and rule; or 'xla', 'chunked', 'cudnn', 'splash': see
+        # `models.backends`.
         "attention": "auto",
         "unroll": 1,  # periods a step of the scan over layers
         "dtype": "float32",  # of the computation, or 'bfloat16', 'float16'; parameters stay float32

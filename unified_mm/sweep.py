@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unified_mm.modalities.tokens import Group, TokenMetadata, join_metadata, single_document
+from unified_mm.modalities.tokens import Group, TokenMetadata, join_metadata, place, single_document
 from unified_mm.models.attention import Attention, plan_attention
 from unified_mm.models.masks import Stream, Visibility
 from unified_mm.models.options import ATTENTION, TransformerOptions
@@ -93,8 +93,7 @@ def sequence(length: int) -> TokenMetadata:
         for name, size in sizes.items()
     ]
     image, text = parts
-    later = text.replace(position=text.position + image.position.shape[1])  # type: ignore[attr-defined]
-    return join_metadata([image, later])
+    return join_metadata([image, place(text, {}, length // 4)])
 
 
 def layer_costs(options: TransformerOptions, length: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,14 +11,31 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unified_mm.modalities.tokens import Group, TokenMetadata, single_document
-from unified_mm.models import backends, chunked
+from unified_mm.modalities.tokens import (
+    Group,
+    TokenMetadata,
+    join_metadata,
+    lengthen,
+    place,
+    placed_by_data,
+    single_document,
+)
+from unified_mm.models import backends, chunked, cudnn, splash
 from unified_mm.models.backends import look
-from unified_mm.models.masks import RULES, Stream, Visibility, block_calls, reference_mask
+from unified_mm.models.masks import (
+    RULES,
+    Stream,
+    Visibility,
+    block_calls,
+    block_mask,
+    reference_mask,
+)
 from unified_mm.models.options import TransformerOptions
 from unified_mm.models.resampler import look_at_all
-from unified_mm.models.sight import pick
+from unified_mm.models.sight import among_its_own, known_mask, of_call, pick
 from unified_mm.models.unified import text_group
+from unified_mm.parallel.mesh import make_mesh
+from unified_mm.parallel.sharding import rule_items
 
 WIDTH = 4  # of a head
 GROUPS = (
@@ -273,3 +291,195 @@ def test_reading_on_beside_a_cache_in_blocks(fusion, monkeypatch):
 
     whole, parts = jax.jit(lambda p: task.model.apply({"params": p}, method=run))(params)
     np.testing.assert_allclose(whole, parts, atol=2e-5)
+
+
+def in_order(lengths, batch=2, seed=0):
+    """Context and text in order, as a batch without placement has them, with holes."""
+    rng = np.random.default_rng(seed)
+    parts, before = [], 0
+    for name, length in lengths.items():
+        valid = jnp.asarray(rng.random((batch, length)) < 0.7)
+        modality = "text" if len(name) == 1 else name
+        part = single_document(valid, Group(name, modality, length))
+        parts.append(place(part, {}, before))
+        before += length
+    return join_metadata(parts)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "prefix",
+        "joint",
+        pytest.param("separate_causal", marks=pytest.mark.slow),
+        pytest.param("causal", marks=pytest.mark.slow),
+        pytest.param("interleaved", marks=pytest.mark.slow),
+    ],
+)
+def test_splash_as_a_tpu_would_run_it(rule, monkeypatch):
+    """Its program interpreted on a CPU: 256 tokens of text, 4 heads on 2, holes, blind rows."""
+    monkeypatch.setattr(backends, "platform", lambda: "tpu")
+    metadata = in_order({"image": 128, "t": 256})
+    metadata = metadata.replace(valid=metadata.valid.at[0, :140].set(False))
+    visibility = Visibility((Stream("t", rule),))
+    mask = reference_mask(visibility, metadata, metadata)
+    assert not np.asarray(mask)[0].any(-1).all() or rule == "joint"
+    run = by_calls("splash", visibility, metadata, metadata, partial(splash.attend, interpret=True))
+    agree(run, heads_of(metadata, metadata, 8, 4, 2, 64), mask)
+
+
+def test_splash_in_packed_documents_that_see_all(monkeypatch):
+    monkeypatch.setattr(backends, "platform", lambda: "tpu")
+    metadata = filled([Group("image", "image", 128), Group("t", "text", 128)], seed=2, documents=3)
+    visibility = Visibility((Stream("t", "joint"),))
+    run = by_calls("splash", visibility, metadata, metadata, partial(splash.attend, interpret=True))
+    mask = reference_mask(visibility, metadata, metadata)
+    agree(run, heads_of(metadata, metadata, 9, 2, 2, 64), mask)
+
+
+def test_splash_on_a_mesh_divides_examples_and_heads(monkeypatch):
+    monkeypatch.setattr(backends, "platform", lambda: "tpu")
+    metadata = in_order({"image": 128, "t": 128})
+    visibility = Visibility((Stream("t", "prefix"),))
+    run = by_calls("splash", visibility, metadata, metadata, partial(splash.attend, interpret=True))
+    arrays = heads_of(metadata, metadata, 10, 4, 2, 64)[:3]
+    alone = jax.jit(run)(*arrays)
+    mesh = make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+        divided = jax.jit(lambda *arrays: run(*arrays))(*arrays)
+    np.testing.assert_allclose(divided, alone, atol=1e-6)
+    assert {shard.data.shape for shard in divided.addressable_shards} == {(1, 256, 2, 64)}
+
+
+def called(rule="prefix", query=1, **lengths):
+    """A rule's block call, counted among its own queries and keys, and their metadata."""
+    metadata = in_order(lengths or {"image": 128, "t": 128})
+    call = block_calls(Visibility((Stream("t", rule),)), metadata.groups, metadata.groups)[query]
+    return among_its_own(call), *of_call(call, metadata, metadata)
+
+
+def test_what_splash_cannot_do_it_refuses():
+    wide = options("splash", width=64)
+
+    def why(chosen=wide, platform="tpu", call=None):
+        with pytest.raises(ValueError, match="model.attention='splash'") as caught:
+            backends.choose(chosen, *(call or called()), platform)
+        return str(caught.value)
+
+    assert backends.choose(wide, *called(), "tpu") == "splash"
+    assert "needs a TPU, and this runs on cpu: set model.attention='auto'" in why(platform="cpu")
+    assert "multiple of 64, not 4: set model.head_width" in why(options("splash"))
+    assert "multiples of 128, not 100 queries" in why(call=called(image=128, t=100))
+    assert "multiples of 128, not 228 keys" in why(call=called(image=100, t=128))
+    metadata = placed_by_data(in_order({"image": 128, "t": 128}))
+    call = block_calls(Visibility((Stream("t", "causal"),)), metadata.groups, metadata.groups)[0]
+    documents = (among_its_own(call), *of_call(call, metadata, metadata))
+    assert "in packed documents or beside a cache" in why(call=documents)
+
+
+def test_order_is_forgotten_where_it_becomes_data():
+    """Static order is what fast kernels go by: a cache's slots and placed tokens have none."""
+    text = single_document(jnp.ones((1, 4), bool), Group("t", "text", 4))
+    assert text.groups[0].start == 0 and place(text, {}, 3).groups[0].start == 3
+    arrays = {key: jnp.zeros((1, 4), jnp.int32) for key in ("position", "segment", "document")}
+    assert place(text, arrays, 3).groups[0].start is None
+    assert [group.start for group in lengthen(text, text).groups] == [None]
+    other = text.replace(groups=(Group("u", "text", 4, 0),))
+    assert [group.start for group in lengthen(text, other).groups] == [0, None]
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.sampled_from(sorted(RULES)), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
+def test_a_mask_known_beforehand_is_the_mask_of_the_metadata(rule, image, text, seed):
+    metadata = in_order({"image": image, "t": text}, seed=seed)
+    metadata = metadata.replace(valid=jnp.ones_like(metadata.valid))
+    for call in block_calls(Visibility((Stream("t", rule),)), metadata.groups, metadata.groups):
+        mask = np.asarray(block_mask(call, metadata, metadata))[0]
+        known = known_mask(among_its_own(call), *of_call(call, metadata, metadata))
+        np.testing.assert_array_equal(known, mask)
+
+
+HALF = {"width": 64, "dtype": jnp.bfloat16}
+
+
+def test_what_cudnn_cannot_do_it_refuses(monkeypatch):
+    half = options("cudnn", **HALF)
+
+    def why(chosen=half, platform="gpu", call=None):
+        with pytest.raises(ValueError, match="model.attention='cudnn'") as caught:
+            backends.choose(chosen, *(call or called()), platform)
+        return str(caught.value)
+
+    assert backends.choose(half, *called(), "gpu") == "cudnn"
+    assert "needs an NVIDIA GPU, and this runs on cpu" in why(platform="cpu")
+    assert "not in float32: set model.dtype='bfloat16'" in why(options("cudnn", width=64))
+    assert "up to 128 here, not 4: set" in why(options("cudnn", dtype=jnp.bfloat16))
+    too_wide = options("cudnn", width=192, dtype=jnp.bfloat16)
+    assert "up to 128 here, not 192: set model.head_width" in why(too_wide)
+    assert "not 127 x 255: change the number" in why(call=called(image=128, t=127))
+    # Where all is seen there is no mask, and any length will do.
+    assert backends.choose(half, *called("joint", 0, image=128, t=127), "gpu") == "cudnn"
+    monkeypatch.setattr(cudnn, "widest_head", lambda: 256)
+    assert backends.choose(too_wide, *called(), "gpu") == "cudnn"
+
+
+@pytest.mark.parametrize("rule", ["prefix", "joint", "separate"])
+def test_what_cudnn_is_given_means_what_the_rule_says(rule, monkeypatch):
+    """Its kernel runs on NVIDIA alone: here XLA computes what the kernel is asked for."""
+    monkeypatch.setattr(backends, "platform", lambda: "gpu")
+    asked = []
+    plain = jax.nn.dot_product_attention
+
+    def instead(query, key, value, *, implementation, mask=None, key_value_seq_lengths=None):
+        asked.append((implementation, mask is not None, key_value_seq_lengths is not None))
+        lengths = key_value_seq_lengths
+        return plain(query, key, value, mask=mask, key_value_seq_lengths=lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    metadata = in_order({"image": 8, "t": 6})
+    metadata = metadata.replace(valid=metadata.valid.at[1, :8].set(False))
+    visibility = Visibility((Stream("t", rule),))
+    half = options("cudnn", **HALF)
+
+    def run(query, key, value):
+        parts = []
+        for call in block_calls(visibility, metadata.groups, metadata.groups):
+            sight = look(half, call, metadata, metadata)
+            rows = query[:, slice(*call.queries)]
+            parts.append(backends.attend(rows, pick(key, call), pick(value, call), sight))
+        return jnp.concatenate(parts, axis=1)
+
+    agree(
+        run,
+        heads_of(metadata, metadata, 11, 4, 2, 64),
+        reference_mask(visibility, metadata, metadata),
+    )
+    by_length, by_mask = ("cudnn", False, True), ("cudnn", True, False)
+    assert set(asked) == ({by_length, by_mask} if rule == "prefix" else {by_length})
+
+
+def test_auto_goes_by_device_shape_and_rule():
+    half, whole = options("auto", **HALF), options("auto", width=64)
+    short, long = called(), called(image=256, t=1024)
+    assert backends.choose(whole, *short, "cpu") == "xla"
+    assert backends.choose(whole, *long, "cpu") == "chunked"
+    assert backends.choose(half, *short, "gpu") == "cudnn"
+    assert backends.choose(whole, *short, "gpu") == "xla"
+    assert backends.choose(whole, *long, "gpu") == "chunked"
+    assert backends.choose(half, *short, "tpu") == "splash"
+    assert backends.choose(half, *called(image=100, t=100), "tpu") == "xla"
+
+
+def test_what_was_chosen_is_read_off_the_traced_program():
+    metadata = in_order({"image": 8, "t": 6})
+    run = by_calls(
+        "chunked", Visibility((Stream("t", "prefix"),)), metadata, metadata, backends.attend
+    )
+    arrays = heads_of(metadata, metadata, 0)[:3]
+    gradient = jax.grad(lambda *arrays: jax.jit(run)(*arrays).sum())
+    assert backends.chosen(gradient, *arrays) == "chunked for 6 x 14, 8 x 8"
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="model.attention='flash': must be one of auto, xla"):
+        options("flash")

@@ -17,7 +17,7 @@ from unified_mm.analysis.report import (
 )
 from unified_mm.data import images
 from unified_mm.evaluation.evaluate import Scores, captions_of
-from unified_mm.modalities.tokens import Group, join_metadata, single_document
+from unified_mm.modalities.tokens import Group, join_metadata, place, single_document
 from unified_mm.models.masks import RULES, Stream, Visibility, reference_mask
 from unified_mm.runs.folder import RunFolder, write_atomically
 from unified_mm.runs.metrics import read_metrics
@@ -100,7 +100,7 @@ def rule_table(name: str) -> RuleTable:
     start, parts = 0, []
     for group in groups:
         part = single_document(jnp.ones((1, group.length), bool), group)
-        parts.append(part.replace(position=part.position + start))  # type: ignore[attr-defined]
+        parts.append(place(part, {}, start))
         start += group.length
     tokens = join_metadata(parts)
     mask = reference_mask(Visibility((Stream("text", name),)), tokens, tokens)[0]

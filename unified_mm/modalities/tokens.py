@@ -12,11 +12,17 @@ from jaxtyping import Array, Bool, Float
 
 
 class Group(NamedTuple):
-    """A run of tokens that attention rules treat alike; static, so slices need no gather."""
+    """A run of tokens that attention rules treat alike; static, so slices need no gather.
+
+    Attributes:
+      start: position of the first token, where each further one is one later and all are of
+        document 0 and segment 0; None where these are data.
+    """
 
     name: str
     modality: str
     length: int
+    start: int | None = None
 
 
 @struct.dataclass
@@ -55,8 +61,14 @@ def single_document(valid: Bool[Array, "B N"], group: Group) -> TokenMetadata:
         segment=zeros,
         document=zeros,
         valid=valid,
-        groups=(group,),
+        groups=(group._replace(start=0),),
     )
+
+
+def placed_by_data(metadata: TokenMetadata, **arrays: Array) -> TokenMetadata:
+    """With other positions, segments or documents [B, N], which nobody knows beforehand."""
+    groups = tuple(group._replace(start=None) for group in metadata.groups)
+    return metadata.replace(groups=groups, **arrays)  # type: ignore[attr-defined]
 
 
 def spans(groups: Sequence[Group]) -> dict[str, slice]:
@@ -80,8 +92,12 @@ def place(metadata: TokenMetadata, arrays: Mapping[str, Array], offset: int) -> 
       offset: how many tokens come before, where the batch is silent.
     """
     if "position" in arrays:
-        return metadata.replace(**{key: arrays[key] for key in PLACEMENT})  # type: ignore[attr-defined]
-    return metadata.replace(position=metadata.position + offset)  # type: ignore[attr-defined]
+        return placed_by_data(metadata, **{key: arrays[key] for key in PLACEMENT})
+    groups = tuple(
+        group._replace(start=None if group.start is None else group.start + offset)
+        for group in metadata.groups
+    )
+    return metadata.replace(position=metadata.position + offset, groups=groups)  # type: ignore[attr-defined]
 
 
 def apart(arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -152,13 +168,17 @@ def join_metadata(parts: Sequence[TokenMetadata]) -> TokenMetadata:
 
 
 def lengthen(metadata: TokenMetadata, more: TokenMetadata) -> TokenMetadata:
-    """Metadata with further tokens at its end, as one group with the last where names agree."""
+    """Metadata with further tokens at its end, as one group with the last where names agree.
+
+    What they are is data: they may be slots that something is written into.
+    """
+    more = placed_by_data(more)
     *before, last = metadata.groups
     (added,) = more.groups
     if last.name != added.name:
         return join_metadata([metadata, more])
     apart_ = more.replace(groups=(added._replace(name=f"{added.name} to come"),))  # type: ignore[attr-defined]
-    grown = last._replace(length=last.length + added.length)
+    grown = last._replace(length=last.length + added.length, start=None)
     return join_metadata([metadata, apart_]).replace(groups=(*before, grown))  # type: ignore[attr-defined]
 
 

@@ -14,7 +14,7 @@ NORMS = ("layer", "rms")
 NORM_PLACES = ("pre", "post")
 ACTIVATIONS = ("gelu", "gelu_exact", "quick_gelu", "silu", "relu")
 REMAT = ("none", "full", "dots", "offload")
-ATTENTION = ("auto", "xla", "chunked")
+ATTENTION = ("auto", "xla", "chunked", "cudnn", "splash")
 GATES = ("tanh", "sigmoid")
 GATE_SHAPES = ("scalar", "channel")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from unified_mm.modalities.tokens import TokenMetadata
+from unified_mm.modalities.tokens import Group, TokenMetadata
 from unified_mm.models.masks import BlockCall, block_mask
 
 
@@ -113,3 +115,46 @@ def blind_to_zero(
 ) -> Float[Array, "B Q H A"]:
     """Zero where a query sees nothing (a softmax over nothing is uniform, and would leak)."""
     return jnp.where(sighted[:, :, None, None], x, 0)
+
+
+def known_mask(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) -> np.ndarray | None:
+    """Who sees whom [Q, K] by rule and order where these are known beforehand, else None.
+
+    Documents and validity are data and come on top. `call` counts among its own queries and keys.
+    """
+    rows = _positions(queries.groups, (0, call.queries[1]))
+    parts = []
+    for start, stop, predicate in call.keys:
+        seen = np.ones((call.queries[1], stop - start), bool)
+        if predicate != "all":
+            columns = _positions(keys.groups, (start, stop))
+            if rows is None or columns is None:
+                return None
+            # Where order is known there is one segment: the others see all.
+            if predicate == "causal":
+                seen = columns[None] <= rows[:, None]
+        parts.append(seen)
+    return np.concatenate(parts, axis=1)
+
+
+def _positions(groups: Sequence[Group], bounds: tuple[int, int]) -> np.ndarray | None:
+    """Positions of the tokens of whole groups within bounds; None where they are data."""
+    found = []
+    stop = 0
+    for group in groups:
+        start, stop = stop, stop + group.length
+        if bounds[0] <= start and stop <= bounds[1] and group.length:
+            if group.start is None:
+                return None
+            found.append(group.start + np.arange(group.length))
+    return np.concatenate(found)
+
+
+def one_document(*metadata: TokenMetadata) -> bool:
+    """Whether it is known beforehand that all tokens are of one document."""
+    return all(group.start is not None for each in metadata for group in each.groups)
+
+
+def widen(x: Float[Array, "B K G A"], heads: int) -> Float[Array, "B K H A"]:
+    """Heads of keys or values repeated for the queries that share them."""
+    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)

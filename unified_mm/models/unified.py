@@ -14,7 +14,15 @@ import flax.linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from unified_mm.modalities.tokens import Group, TokenMetadata, Tokens, apart, place, spans
+from unified_mm.modalities.tokens import (
+    Group,
+    TokenMetadata,
+    Tokens,
+    apart,
+    place,
+    placed_by_data,
+    spans,
+)
 from unified_mm.models.attention import Cache, plan_attention
 from unified_mm.models.masks import AttentionRule, Stream, Visibility
 from unified_mm.models.options import TransformerOptions
@@ -177,7 +185,7 @@ class UnifiedModel(nn.Module):
         group = tokens.metadata.groups[0]._replace(name=name)
         metadata = tokens.metadata.replace(groups=(group,))  # type: ignore[attr-defined]
         if "place" in text and "position" not in text:
-            metadata = metadata.replace(position=text["place"])
+            metadata = placed_by_data(metadata, position=text["place"])
         return tokens.replace(metadata=place(metadata, text, after))  # type: ignore[attr-defined]
 
     def write_on(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,6 +17,14 @@ def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
     `args` may be shapes. A `while` of unknown length counts once.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def equations(jaxpr: Jaxpr) -> Iterator[Any]:
+    """Every equation of a traced program, those of the programs within it included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in _inner_programs(equation.params):
+            yield from equations(inner)
 
 
 def _count(jaxpr: Jaxpr) -> int:

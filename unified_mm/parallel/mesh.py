@@ -45,3 +45,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     # Unlike `jax.make_mesh` for most TPUs, along parts of the torus' axes too.
     arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def platform() -> str:
+    """Where programs that are traced now will run: 'cpu', 'gpu' or 'tpu'.
+
+    On the mesh that is set, which may be of devices that this machine has not got.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
