@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from unified_mm.training.environment import device_name, revision, versions
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 DEPTHS = (1, 2, 4, 8, 16)
-REPEATS = 3
+REPEATS = 5
 # Text that reads a context, both without gaps: rule 'prefix'.
 RULE = Visibility((Stream("text", "prefix", autoregressive=True),))
 
@@ -44,7 +43,7 @@ def sweep(
 
     Returns:
       `attention`, a row by backend and length with seconds and bytes of a layer's forward and
-      backward pass (seconds are the median of some); `left_out`, why a backend has no rows;
+      backward pass (seconds are the best of several); `left_out`, why a backend has no rows;
       `compile`, a row by depth with the seconds that a scanned and an unrolled stack take.
     """
     rows: list[dict[str, Any]] = []
@@ -121,7 +120,7 @@ def layer_costs(options: TransformerOptions, length: int) -> dict[str, Any]:
         times.append(time.perf_counter() - began)
     return {
         "tokens": length,
-        "seconds": round(statistics.median(times[1:]), 5),
+        "seconds": round(min(times[1:]), 5),
         "bytes": int(memory.temp_size_in_bytes),
     }
 
