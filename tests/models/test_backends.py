@@ -1,6 +1,7 @@
 """Every attention backend against softmax under the whole mask, written out in float64."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unified_mm.inference.predictor import Predictor
 from unified_mm.modalities.tokens import (
     Group,
     TokenMetadata,
@@ -35,7 +37,9 @@ from unified_mm.models.resampler import look_at_all
 from unified_mm.models.sight import among_its_own, known_mask, of_call, pick
 from unified_mm.models.unified import text_group
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import rule_items
+from unified_mm.parallel.sharding import rule_items, without_names
+from unified_mm.training.phases import Phase, Rows
+from unified_mm.training.setup import attention_line
 
 WIDTH = 4  # of a head
 GROUPS = (
@@ -483,3 +487,40 @@ def test_what_was_chosen_is_read_off_the_traced_program():
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="model.attention='flash': must be one of auto, xla"):
         options("flash")
+
+
+def phase_of(task):
+    """As much of a phase of training as its losses need."""
+    phase = object.__new__(Phase)
+    known = {
+        "task": task,
+        "rows": Rows((), task.modalities, ""),
+        "batch_size": 8,
+        "micro_batches": 2,
+        "abstract": SimpleNamespace(params=without_names(task.abstract_params())),
+    }
+    for name, value in known.items():
+        object.__setattr__(phase, name, value)
+    return phase
+
+
+def test_a_run_says_once_what_was_chosen_or_refuses_before_its_first_step():
+    mesh = make_mesh({}, jax.devices()[:1])
+    line = attention_line([phase_of(tiny.task())] * 2, mesh)
+    assert line == "attention: xla for 4 x 4, 12 x 12, 12 x 16"
+    asked = phase_of(tiny.task(model__attention="cudnn"))  # parameters have their shapes anyhow
+    with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU, and this runs on cpu"):
+        attention_line([asked], mesh)
+
+
+def test_a_trained_model_is_asked_on_any_device():
+    mesh = make_mesh({}, jax.devices()[:1])
+
+    def asked(**changes):
+        model = Predictor(tiny.task(**changes), None, mesh).task.model
+        return model.options.attention, getattr(model, "tower", model.options).attention
+
+    assert asked(model__attention="splash") == ("auto", "auto")
+    assert asked(model__attention="chunked") == ("chunked", "chunked")
+    late = {**FUSIONS["late"], "model__fusion": "late", "model__tower__attention": "cudnn"}
+    assert asked(**late) == ("auto", "auto")

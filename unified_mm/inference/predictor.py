@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -30,7 +31,7 @@ class Predictor:
     """
 
     def __init__(self, task: Task, params: Any, mesh: Mesh) -> None:
-        self.task = task
+        self.task = replace(task, model=task.model.anywhere())
         self.params = params
         self.mesh = mesh
         self._compiled: dict[str, Any] = {}

@@ -7,6 +7,7 @@ from typing import Any
 
 from unified_mm.modalities.tokens import Tokens
 from unified_mm.models.attention import plan_attention
+from unified_mm.models.backends import KERNELS
 from unified_mm.models.masks import Stream, Visibility
 from unified_mm.models.options import TransformerOptions
 from unified_mm.models.transformer import Transformer
@@ -39,6 +40,10 @@ class WithTowers(UnifiedModel):
 
     def with_options(self, **changes: Any) -> UnifiedModel:
         return super().with_options(**changes).clone(tower=replace(self.tower, **changes))
+
+    def anywhere(self) -> UnifiedModel:
+        kernel = KERNELS.keys() & {self.options.attention, self.tower.attention}
+        return self.with_options(attention="auto") if kernel else self
 
     def look(self, name: str, batch: Any, *, deterministic: bool = True) -> Tokens:
         """Features of every picture of a context modality, each in a row of its own."""

@@ -24,6 +24,7 @@ from unified_mm.modalities.tokens import (
     spans,
 )
 from unified_mm.models.attention import Cache, plan_attention
+from unified_mm.models.backends import KERNELS
 from unified_mm.models.masks import AttentionRule, Stream, Visibility
 from unified_mm.models.options import TransformerOptions
 from unified_mm.models.pipeline import Pipeline
@@ -166,6 +167,14 @@ class UnifiedModel(nn.Module):
         """The same model, keeping what it would recompute: for counting what has to be done."""
         # Nor is anything in a kernel, where products cannot be counted.
         return self.with_options(remat="none", attention="xla", pipeline=None)
+
+    def anywhere(self) -> UnifiedModel:
+        """The same model where no attention kernel is asked for by name: for inference.
+
+        It may be asked on another device than it was trained on, and reads on beside a cache.
+        """
+        kernel = self.options.attention in KERNELS
+        return self.with_options(attention="auto") if kernel else self
 
     def pipelined(self, pipeline: Pipeline) -> UnifiedModel:
         """The same model, its transformers divided into stages."""

@@ -28,6 +28,9 @@ FREE_FIELDS = (
     "data.cache_dir",
     "data.workers",
     "data.threads",
+    "model.attention",
+    "model.tower.attention",
+    "model.remat",
     "workdir",
 )
 

@@ -19,6 +19,7 @@ from unified_mm.data.sources import Source, open_source
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.few_shot import FewShot
+from unified_mm.models.backends import chosen
 from unified_mm.models.pipeline import Pipeline
 from unified_mm.objectives.task import Task, build_task, parameter_counts
 from unified_mm.parallel.mesh import make_mesh
@@ -179,6 +180,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     phases = build_phases(config, in_training(config, task, mesh), train, abstract, placement)
     check_layout(phases, mesh)
     say(inventory(options, mesh, phases))
+    say(attention_line(phases, mesh))
     return Setup(config, options, folder, source, train, splits, task, mesh, first_state, phases)
 
 
@@ -203,12 +205,27 @@ def check_layout(phases: Sequence[Phase], mesh: Mesh) -> None:
         return  # the other axes divide parameters and batch, which are checked as they are laid out
     with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
         for phase in phases:
-            jax.eval_shape(
-                partial(phase.task.pairs, deterministic=False),
-                phase.abstract.params,
-                batch_shapes(phase.rows, phase.batch_size // phase.micro_batches),
-                jax.random.key(0),
-            )
+            jax.eval_shape(partial(phase.task.pairs, deterministic=False), *examples(phase))
+
+
+def examples(phase: Phase) -> tuple[Any, Any, Any]:
+    """Shapes of what a phase's losses are taken of: parameters, a part of a batch, a key."""
+    batch = batch_shapes(phase.rows, phase.batch_size // phase.micro_batches)
+    return phase.abstract.params, batch, jax.eval_shape(lambda: jax.random.key(0))
+
+
+def attention_line(phases: Sequence[Phase], mesh: Mesh) -> str:
+    """Which backend computes attention, and for how many queries and keys a call.
+
+    Raises:
+      ValueError: one that was asked for by name and cannot do what a phase needs.
+    """
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+        found = (
+            chosen(partial(phase.task.pairs, deterministic=False), *examples(phase))
+            for phase in phases
+        )
+        return f"attention: {' | '.join(dict.fromkeys(found))}"
 
 
 def evaluated_splits(config: Config, source: Source) -> list[str]:
