@@ -45,7 +45,7 @@ class Roofline:
         return max(self.compute, self.memory) / self.step
 
 
-def roofline(chip: Chip, flops: float, traffic: float, sent: float) -> Roofline:
+def roofline(chip: Chip, flops: float, traffic: int, sent: int) -> Roofline:
     """Of a step, by what one chip has to do.
 
     Args:
@@ -61,7 +61,7 @@ def roofline(chip: Chip, flops: float, traffic: float, sent: float) -> Roofline:
     )
 
 
-def utilisation(chip: Chip, chips: int, flops: float, seconds: float) -> float:
+def utilisation(chip: Chip, chips: int, flops: int, seconds: float) -> float:
     """MFU: what share of all chips' peak the model's own operations are (Chowdhery et al. 2022).
 
     Args:

@@ -90,29 +90,33 @@ def stand_in_data(config: Config) -> Manifest:
     return Manifest("train", records, "none", "", "none")
 
 
+def lower_step(phase: Phase, average_decay: float) -> Any:
+    """The step that training runs, as it goes to the compiler."""
+    step: Any = make_train_step(
+        phase.task,
+        phase.optimizer,
+        phase.placement,
+        phase.abstract,
+        micro_batches=phase.micro_batches,
+        average_decay=average_decay,
+    )
+    with jax.set_mesh(phase.placement.mesh), nn.logical_axis_rules(rule_items()):
+        return step.lower(phase.abstract, batch_shapes(phase.rows, phase.batch_size))
+
+
 def compile_step(phase: Phase, average_decay: float) -> tuple[Any, float]:
-    """The step that training runs, compiled, and the seconds that took.
+    """The same compiled, and the seconds that took.
 
     Raises:
       DoesNotFit: the devices have too little memory.
     """
     began = time.perf_counter()
-    with jax.set_mesh(phase.placement.mesh), nn.logical_axis_rules(rule_items()):
-        step: Any = make_train_step(
-            phase.task,
-            phase.optimizer,
-            phase.placement,
-            phase.abstract,
-            micro_batches=phase.micro_batches,
-            average_decay=average_decay,
-        )
-        batch = batch_shapes(phase.rows, phase.batch_size)
-        try:
-            compiled = step.lower(phase.abstract, batch).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                raise DoesNotFit(str(error).splitlines()[0]) from error
-            raise
+    try:
+        compiled = lower_step(phase, average_decay).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise DoesNotFit(str(error).splitlines()[0]) from error
+        raise
     return compiled, time.perf_counter() - began
 
 

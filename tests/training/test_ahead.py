@@ -1,0 +1,166 @@
+"""The step for devices that are not there is the step that trains."""
+
+import time
+from contextlib import closing
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import pytest
+import tiny
+
+from unified_mm.config import Config
+from unified_mm.parallel.chips import CHIPS, Chip, target
+from unified_mm.parallel.sharding import rule_items, to_global
+from unified_mm.recipes import recipe_config
+from unified_mm.runs.folder import RunFolder
+from unified_mm.training import estimate as estimating
+from unified_mm.training.ahead import DoesNotFit, lower_step, plan, shard_bytes
+from unified_mm.training.estimate import asked, estimate, lines
+from unified_mm.training.flops import computed_flops, training_flops
+from unified_mm.training.loop import phase_batches, phase_step
+from unified_mm.training.phases import batch_shapes
+from unified_mm.training.setup import prepare
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+BOTH = {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2, "data__vocabulary_size": 320}
+
+
+def planned(**changes):
+    return plan(Config(tiny.config_dict(**changes).to_dict()), jax.devices())
+
+
+def recipe(name):
+    return Config(recipe_config(f"{CONFIGS / name}").to_dict())
+
+
+@pytest.fixture(scope="module")
+def facts():
+    (phase,) = planned(**BOTH)
+    # As fast as no chip is, and as small as the program needs.
+    chip = Chip(2**20, 1e9, 1e9, 1e9, 2, 8)
+    return phase, chip, estimate(phase, chip, 0.0)
+
+
+def test_what_is_lowered_is_what_a_run_lowers(tmp_path):
+    """Beside a run with its data read, its tokenizer trained and a state that is there."""
+    config = tiny.config_dict(mesh__data=4, mesh__tensor=2)
+    config.data.dir = str(tiny.write_coco(tmp_path / "coco"))
+    config.data.cache_dir = str(tmp_path / "cache")
+    setup = prepare(Config(config.to_dict()), RunFolder(tmp_path / "run"), lambda _: None)
+    config.data.vocabulary_size = setup.task.tokenizer.vocabulary_size
+    (phase,) = plan(Config(config.to_dict()), jax.devices())
+    with jax.set_mesh(setup.mesh), nn.logical_axis_rules(rule_items()):
+        state = setup.phases[0].enter(setup.make_state())
+        with closing(phase_batches(setup, setup.phases[0], 0)) as batches:
+            batch = to_global(next(batches), setup.mesh)
+        real = phase_step(setup, setup.phases[0]).lower(state, batch)
+    assert lower_step(phase, 0.0).as_text() == real.as_text()
+
+
+def test_bytes_of_a_device_are_its_share(facts):
+    phase, _, told = facts
+    whole = 4 * told["parameters"]
+    assert whole / 8 <= told["parameter_bytes"] <= 1.1 * whole / 8
+    assert 2 * whole / 8 <= told["optimizer_bytes"] <= 1.1 * 2 * whole / 8
+    assert told["peak_bytes"] > told["temporary_bytes"] > 0
+    assert shard_bytes(phase.abstract.params) == told["parameter_bytes"]
+
+
+def test_the_estimate_follows_from_what_the_program_does(facts):
+    _, chip, told = facts
+    assert set(told["collectives"]) >= {"all-gather", "all-reduce"}
+    sent = sum(total["sent"] for total in told["collectives"].values())
+    parts = (told["flops"] / 8 / 1e9, told["traffic_bytes"] / 1e9, sent / 1e9)
+    assert (told["compute_seconds"], told["memory_seconds"], told["collective_seconds"]) == parts
+    assert told["step_seconds"] == max(parts)
+    assert told["mfu"] == pytest.approx(told["flops"] / (8 * 1e9 * max(parts)))
+    assert "FLOPs a step" in "\n".join(lines(told))
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_to_change(facts, monkeypatch):
+    _, chip, told = facts
+    assert not told["fits"]
+    over = told["peak_bytes"] - chip.memory
+    assert f"{over:,} too few" in told["problem"]
+    for hint in ("model.rematerialise=True", "train.batch_size", "model.dtype=bfloat16"):
+        assert hint in told["problem"]
+    assert "mesh.fsdp" not in told["problem"]  # the state would have room
+
+    def refuse(phase, average_decay):
+        raise DoesNotFit("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm. Exceeded by 4.75G.")
+
+    monkeypatch.setattr(estimating, "compile_step", refuse)
+    (phase,) = planned(**BOTH)
+    refused = estimate(phase, CHIPS["v5e"], 0.0)
+    assert not refused["fits"]
+    assert refused["peak_bytes"] == int(20.5 * 2**30)
+    assert f"{int(4.75 * 2**30):,} too few" in refused["problem"]
+    assert refused["step_seconds"] is None and lines(refused)
+
+
+def test_without_a_known_chip_there_is_no_estimate_of_time():
+    (phase,) = planned(**BOTH)
+    told = asked(phase, None)
+    assert told["memory_bytes"] is told["step_seconds"] is None
+    assert "seconds" not in "\n".join(lines(told))
+
+
+def test_flops_that_are_computed_again_are_no_flops_of_the_model():
+    (plain,) = planned()
+    (again,) = planned(model__rematerialise=True)
+    assert training_flops(plain) == computed_flops(plain) == training_flops(again)
+    assert 1.1 < computed_flops(again) / training_flops(again) < 4 / 3
+
+
+@pytest.mark.parametrize("size, parameters, layers, width", [
+    ("10b", 10_252_006_401, 32, 5120), ("70b", 71_170_007_041, 88, 8192),
+])  # fmt: skip
+def test_shapes_of_pods_cost_nothing_to_plan(size, parameters, layers, width):
+    began = time.perf_counter()
+    (phase,) = plan(recipe(f"coco.py:{size}"), jax.devices())
+    told = asked(phase, CHIPS["v5p"])
+    assert time.perf_counter() - began < 60
+    assert told["parameters"] == parameters
+    assert parameters == pytest.approx(12 * layers * width**2, rel=0.03)
+    assert told["parameter_bytes"] == pytest.approx(4 * parameters / 8, rel=0.01)
+    assert batch_shapes(phase.rows, 4096)["image"]["pixels"].shape == (4096, 224, 224, 3)
+
+
+def test_every_phase_of_a_recipe_can_be_planned():
+    names = [phase.name for phase in plan(recipe("coco_flamingo.py:tiny"), jax.devices())]
+    assert len(names) > 1
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"mesh__tensor": 3}, "asks for 3 devices or a multiple"),
+    ({"mesh__data": 1, "mesh__fsdp": 8, "train__batch_size": 12}, "train.batch_size=12 is not div"),
+    ({"mesh__tensor": 8}, "not divided by mesh.tensor=8"),
+])  # fmt: skip
+def test_a_mesh_that_does_not_divide_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        planned(**changes)
+
+
+@pytest.mark.topology
+@pytest.mark.parametrize("mesh", [{"fsdp": 16}, {"data": 4, "fsdp": 2, "tensor": 2}])
+def test_a_step_for_sixteen_chips(mesh):
+    """A small model on v5e 4x4: memory is divided, and the collectives are those of the scheme."""
+    devices, chip = target("v5e:4x4")
+    config = tiny.config_dict(
+        model__width=256, model__heads=4, model__feed_forward=1024, model__dtype="bfloat16",
+        data__vocabulary_size=512, train__batch_size=64, objectives__matching__weight=0.0,
+    )  # fmt: skip
+    config.mesh.update({"data": 1, **mesh})
+    (phase,) = plan(Config(config.to_dict()), devices)
+    told = estimate(phase, chip, 0.0)
+    assert told["chips"] == 16 and told["fits"]
+    shards = mesh["fsdp"] * mesh.get("tensor", 1)
+    assert told["parameter_bytes"] <= 1.1 * 4 * told["parameters"] / shards
+    assert 0 < told["peak_bytes"] < 2**30
+    found = told["collectives"]
+    # Parameters are gathered for use, and their gradients added up and divided.
+    assert found["all-gather"]["bytes"] >= 2 * told["parameters"] / mesh.get("tensor", 1)
+    assert "all-reduce" in found or "reduce-scatter" in found
+    assert 0 < told["step_seconds"] < 1
+    assert 0 < told["mfu"] < 1

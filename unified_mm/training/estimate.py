@@ -1,0 +1,144 @@
+"""What the training step would take of chips that need not be there, as plain numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from unified_mm.objectives.task import parameter_counts
+from unified_mm.parallel.chips import Chip
+from unified_mm.parallel.collectives import totals_by_kind
+from unified_mm.parallel.roofline import roofline, utilisation
+from unified_mm.training.ahead import DoesNotFit, compile_step, footprint, shard_bytes
+from unified_mm.training.flops import computed_flops, training_flops
+from unified_mm.training.phases import Phase
+
+Facts = dict[str, Any]
+
+
+def estimate(phase: Phase, chip: Chip | None, average_decay: float) -> Facts:
+    """The step of a phase, compiled; values that only a compiled step or a known chip has are None.
+
+    Args:
+      phase: on a mesh of the chips.
+      chip: what each can do; without it there is no estimate of time, and everything fits.
+      average_decay: `train.average_decay`.
+
+    Returns:
+      `parameters`, `flops`, `computed_flops` (with what is computed again): of all chips together.
+      Sizes in bytes (`peak_bytes` is everything that is there at once) and `collectives` by kind:
+      of one chip. Seconds of a step at the chip's peaks: see `parallel.roofline`. `fits`, and
+      `problem`, what to change where it does not.
+    """
+    facts = asked(phase, chip)
+    try:
+        facts |= taken(phase, chip, average_decay, facts)
+    except DoesNotFit as error:
+        # The compiler tells of the temporaries alone, or of everything.
+        facts |= {"fits": False, "peak_bytes": error.needed, "memory_bytes": error.there}
+        facts["refusal"] = str(error)
+    if not facts["fits"]:
+        facts["problem"] = problem(facts)
+    return facts
+
+
+def asked(phase: Phase, chip: Chip | None) -> Facts:
+    """What is known before anything is compiled; the rest is None."""
+    mesh, options = phase.placement.mesh, phase.task.model.options
+    unknown = ("temporary_bytes", "peak_bytes", "traffic_bytes", "collectives", "compute_seconds")
+    times = ("memory_seconds", "collective_seconds", "step_seconds", "serial_seconds", "bound")
+    shares = ("mfu", "serial_mfu", "scaling_efficiency", "compile_seconds", "problem")
+    return {
+        "chips": mesh.devices.size,
+        "mesh": dict(mesh.shape),
+        "phase": phase.name,
+        "batch_size": phase.batch_size,
+        "micro_batches": phase.micro_batches,
+        "dtype": str(options.dtype),
+        "rematerialise": options.rematerialise,
+        "parameters": sum(parameter_counts(phase.abstract.params).values()),
+        "parameter_bytes": shard_bytes(phase.abstract.params),
+        "optimizer_bytes": shard_bytes(phase.abstract.optimizer),
+        "memory_bytes": chip.memory if chip else None,
+        "flops": training_flops(phase),
+        "computed_flops": computed_flops(phase),
+        **dict.fromkeys((*unknown, *times, *shares)),
+    }
+
+
+def taken(phase: Phase, chip: Chip | None, average_decay: float, facts: Facts) -> Facts:
+    """What the compiled step says, and the estimate where the chip's peaks are known."""
+    compiled, seconds = compile_step(phase, average_decay)
+    found = footprint(compiled)
+    told: Facts = {
+        "temporary_bytes": found.temporary,
+        "peak_bytes": found.peak,
+        "traffic_bytes": found.traffic,
+        "collectives": totals_by_kind(found.collectives),
+        "fits": chip is None or found.peak <= chip.memory,
+        "compile_seconds": round(seconds, 1),
+    }
+    if chip is None:
+        return told
+    chips = facts["chips"]
+    sent = sum(each.sent for each in found.collectives)
+    least = roofline(chip, facts["computed_flops"] / chips, found.traffic, sent)
+    return told | {
+        "compute_seconds": least.compute,
+        "memory_seconds": least.memory,
+        "collective_seconds": least.collectives,
+        "step_seconds": least.step,
+        "serial_seconds": least.serial,
+        "bound": least.bound,
+        "mfu": utilisation(chip, chips, facts["flops"], least.step),
+        "serial_mfu": utilisation(chip, chips, facts["flops"], least.serial),
+        "scaling_efficiency": least.scaling_efficiency,
+    }
+
+
+def problem(facts: Facts) -> str:
+    """By how much a step is too large, and what to change."""
+    needed, there = facts["peak_bytes"], facts["memory_bytes"]
+    hints = []
+    # Gradients take as much as the parameters do.
+    state = 2 * facts["parameter_bytes"] + facts["optimizer_bytes"]
+    if 2 * state > there:
+        hints.append(
+            f"divide parameters, gradients and optimizer state ({state:,} bytes a chip) over more "
+            "chips (mesh.fsdp, mesh.tensor, mesh.stage, a larger topology)"
+        )
+    if not facts["rematerialise"]:
+        hints.append("recompute activations (model.rematerialise=True)")
+    hints.append("take a smaller train.batch_size, or more train.micro_batches")
+    if facts["dtype"] == "float32":
+        hints.append("compute in half the bits (model.dtype=bfloat16)")
+    return (
+        f"does not fit: a chip needs {needed:,} bytes and has {there:,}, {needed - there:,} too "
+        f"few. {'; or '.join(hints).capitalize()}."
+    )
+
+
+def lines(facts: Facts) -> list[str]:
+    """The facts for people to read."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in facts["mesh"].items() if size > 1)
+    rows = [
+        f"{facts['chips']} chips, mesh {mesh or 'of one device'}, batch {facts['batch_size']}",
+        f"{'parameters':<26}{facts['parameters']:>20,}",
+        f"{'FLOPs a step':<26}{facts['flops']:>20.4g}, {facts['computed_flops']:.4g} computed",
+    ]
+    for name in ("parameter", "optimizer", "temporary", "peak", "memory", "traffic"):
+        if (size := facts[f"{name}_bytes"]) is not None:
+            rows.append(f"{name + ' bytes a chip':<26}{size:>20,}")
+    for kind, total in (facts["collectives"] or {}).items():
+        rows.append(
+            f"{kind:<26}{total['count']:>20,} a step, {total['bytes']:,} bytes, "
+            f"{total['sent']:,} sent"
+        )
+    if facts["step_seconds"] is None:
+        return rows
+    for name in ("compute", "memory", "collective", "step", "serial"):
+        rows.append(f"{name + ' seconds at least':<26}{facts[f'{name}_seconds']:>20.4f}")
+    rows.append(
+        f"bound by {facts['bound']}: MFU at most {facts['mfu']:.2f} ({facts['serial_mfu']:.2f} "
+        f"where collectives wait), scaling efficiency {facts['scaling_efficiency']:.2f}"
+    )
+    return rows
