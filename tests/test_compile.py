@@ -25,6 +25,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_small_step_on_eight_devices():
     done = run(
         "--config=configs/coco.py:tiny", "--topology=cpu:8", *SMALL, "--config.mesh.tensor=2"

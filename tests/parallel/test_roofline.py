@@ -30,6 +30,7 @@ def test_the_slowest_part_bounds_the_step(flops, traffic, sent, step, serial, bo
     assert least.serial == serial
     assert least.bound == bound
     assert least.scaling_efficiency == efficiency
+    assert least.serial_scaling_efficiency == pytest.approx(1 - sent / 10 / serial)
 
 
 def test_utilisation_is_the_share_of_all_chips_peak():

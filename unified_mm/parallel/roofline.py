@@ -41,8 +41,15 @@ class Roofline:
 
     @property
     def scaling_efficiency(self) -> float:
-        """The speed of a chip beside that of one that did the same share without collectives."""
+        """The speed of a chip beside that of one that did the same share without collectives.
+
+        Where they overlap with the rest; where they wait it is `serial_scaling_efficiency`.
+        """
         return max(self.compute, self.memory) / self.step
+
+    @property
+    def serial_scaling_efficiency(self) -> float:
+        return max(self.compute, self.memory) / self.serial
 
 
 def roofline(chip: Chip, flops: float, traffic: int, sent: int) -> Roofline:

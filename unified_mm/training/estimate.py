@@ -46,7 +46,7 @@ def asked(phase: Phase, chip: Chip | None) -> Facts:
     mesh, options = phase.placement.mesh, phase.task.model.options
     unknown = ("temporary_bytes", "peak_bytes", "traffic_bytes", "collectives", "compute_seconds")
     times = ("memory_seconds", "collective_seconds", "step_seconds", "serial_seconds", "bound")
-    shares = ("mfu", "serial_mfu", "scaling_efficiency", "compile_seconds", "problem")
+    shares = ("mfu", "serial_mfu", "scaling_efficiency", "serial_scaling_efficiency")
     return {
         "chips": mesh.devices.size,
         "mesh": dict(mesh.shape),
@@ -61,7 +61,7 @@ def asked(phase: Phase, chip: Chip | None) -> Facts:
         "memory_bytes": chip.memory if chip else None,
         "flops": training_flops(phase),
         "computed_flops": computed_flops(phase),
-        **dict.fromkeys((*unknown, *times, *shares)),
+        **dict.fromkeys((*unknown, *times, *shares, "compile_seconds", "problem")),
     }
 
 
@@ -92,6 +92,7 @@ def taken(phase: Phase, chip: Chip | None, average_decay: float, facts: Facts) -
         "mfu": utilisation(chip, chips, facts["flops"], least.step),
         "serial_mfu": utilisation(chip, chips, facts["flops"], least.serial),
         "scaling_efficiency": least.scaling_efficiency,
+        "serial_scaling_efficiency": least.serial_scaling_efficiency,
     }
 
 
@@ -113,7 +114,7 @@ def problem(facts: Facts) -> str:
         hints.append("compute in half the bits (model.dtype=bfloat16)")
     return (
         f"does not fit: a chip needs {needed:,} bytes and has {there:,}, {needed - there:,} too "
-        f"few. {'; or '.join(hints).capitalize()}."
+        f"few; {'; or '.join(hints)}"
     )
 
 
@@ -138,7 +139,8 @@ def lines(facts: Facts) -> list[str]:
     for name in ("compute", "memory", "collective", "step", "serial"):
         rows.append(f"{name + ' seconds at least':<26}{facts[f'{name}_seconds']:>20.4f}")
     rows.append(
-        f"bound by {facts['bound']}: MFU at most {facts['mfu']:.2f} ({facts['serial_mfu']:.2f} "
-        f"where collectives wait), scaling efficiency {facts['scaling_efficiency']:.2f}"
+        f"bound by {facts['bound']}; MFU {facts['mfu']:.2f}, scaling efficiency "
+        f"{facts['scaling_efficiency']:.2f}, or where collectives wait {facts['serial_mfu']:.2f} "
+        f"and {facts['serial_scaling_efficiency']:.2f}"
     )
     return rows
