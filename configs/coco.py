@@ -28,6 +28,7 @@ SHAPES = {
     "10b": (5120, 32, 40, 20480),
     "70b": (8192, 88, 64, 32768),
 }
+TENSOR = {"10b": 2, "70b": 4}  # chips that share heads and feed-forward
 SIZES = ("tiny", *SHAPES)
 
 
@@ -40,9 +41,11 @@ def get_config(size: str = "auto") -> ConfigDict:
     elif size in SHAPES:
         photographs(config)
         shape(config, size)
-        if size in ("10b", "70b"):
+        if size != "base":
+            divided(config)
+        if size in TENSOR:
             pod(config)
-            config.mesh.tensor = {"10b": 2, "70b": 4}[size]
+            config.mesh.tensor = TENSOR[size]
     else:
         raise ValueError(f"no size {size!r}; there are {', '.join(SIZES)}, or none for auto")
     return config
@@ -74,16 +77,20 @@ def shape(config: ConfigDict, size: str) -> None:
     model.width, model.layers, model.heads, model.feed_forward = SHAPES[size]
 
 
-def pod(config: ConfigDict) -> None:
-    """Hundreds of chips: everything is divided over them, activations are computed again."""
-    config.data.vocabulary_size = 32768
+def divided(config: ConfigDict) -> None:
+    """Everything divided over all devices."""
     config.model.dtype = "bfloat16"
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+
+
+def pod(config: ConfigDict) -> None:
+    """Hundreds of chips, weeks: large batches, activations computed again."""
+    config.data.vocabulary_size = 32768
     config.model.remat = "full"
     config.objectives.contrastive.width = 1024
     config.train.batch_size = 4096
     config.train.learning_rate = 1.5e-4
     config.train.warmup_steps = 2000
     config.train.steps = 100_000
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
     config.evaluation.batch_size = 512
