@@ -1,7 +1,6 @@
 """Compiles the training step for hardware that is not there, and says what it would take.
 
-    python -m unified_mm.compile --config=configs/coco.py:large --topology=v5e:4x4 \
-        --config.mesh.tensor=2 --config.mesh.fsdp=-1
+    python -m unified_mm.compile --config=configs/coco.py:large --topology=v5e:4x4
 
 Needs no data and no TPU, but a TPU's compiler (the extra 'tpu'). Everything is abstract: a model's
 size costs nothing. The times are the least that the chip's peaks allow (see `parallel.roofline`),
