@@ -54,7 +54,7 @@ def asked(phase: Phase, chip: Chip | None) -> Facts:
         "batch_size": phase.batch_size,
         "micro_batches": phase.micro_batches,
         "dtype": str(options.dtype),
-        "rematerialise": options.rematerialise,
+        "remat": options.remat,
         "parameters": sum(parameter_counts(phase.abstract.params).values()),
         "parameter_bytes": shard_bytes(phase.abstract.params),
         "optimizer_bytes": shard_bytes(phase.abstract.optimizer),
@@ -107,8 +107,8 @@ def problem(facts: Facts) -> str:
             f"divide parameters, gradients and optimizer state ({state:,} bytes a chip) over more "
             "chips (mesh.fsdp, mesh.tensor, mesh.stage, a larger topology)"
         )
-    if not facts["rematerialise"]:
-        hints.append("recompute activations (model.rematerialise=True)")
+    if facts["remat"] == "none":
+        hints.append("recompute activations (model.remat=full)")
     hints.append("take a smaller train.batch_size, or more train.micro_batches")
     if facts["dtype"] == "float32":
         hints.append("compute in half the bits (model.dtype=bfloat16)")
