@@ -85,7 +85,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(facts, monkeypatc
     assert not told["fits"]
     over = told["peak_bytes"] - chip.memory
     assert f"{over:,} too few" in told["problem"]
-    for hint in ("model.rematerialise=True", "train.batch_size", "model.dtype=bfloat16"):
+    for hint in ("model.remat=full", "train.batch_size", "model.dtype=bfloat16"):
         assert hint in told["problem"]
     assert "mesh.fsdp" not in told["problem"]  # the state has room
     assert "mesh.fsdp" in problem(told | {"memory_bytes": 2**17})
@@ -109,7 +109,7 @@ def test_without_a_known_chip_there_is_no_estimate_of_time(facts):
 
 def test_flops_that_are_computed_again_are_no_flops_of_the_model():
     (plain,) = planned()
-    (again,) = planned(model__rematerialise=True)
+    (again,) = planned(model__remat="full")
     model = training_flops(again)
     assert computed_flops(plain) == model
     assert 1.1 < computed_flops(again) / model < 4 / 3
