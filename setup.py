@@ -11,6 +11,8 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
+        "array_record>=0.8",
+        "etils[epath]>=1.9",
         "flax>=0.12",
         "grain>=0.2.15",
         "jax>=0.10,<0.12",
@@ -24,6 +26,7 @@ setup(
         "pillow>=11",
         "safetensors>=0.4",
         "tensorboardX>=2.6.4",
+        "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.22",
         "tqdm>=4.66",
     ],

@@ -55,9 +55,12 @@ def data_fields() -> dict:
     """What is trained and scored on."""
     return {
         # 'auto': `dir` if given, else a documented place, else the embedded world; or 'coco',
-        # 'world', or 'package.module:function' of your own.
+        # 'world', 'tfds', or 'package.module:function' of your own.
         "source": "auto",
         "dir": "",
+        # What a TFDS dataset's features are called; '' takes the usual names (`data.tfds_features`).
+        # `captions` may name a text in a group, as captions.text.
+        "tfds": {"image": "", "captions": "", "id": "", "name": "", "mirrorable": ""},
         "cache_dir": "",  # where the world and checked manifests are kept; '' is the user's cache
         "train_split": "train",
         "image_size": 64,

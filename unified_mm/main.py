@@ -53,7 +53,14 @@ READ_BY = {
 }
 # Which fields a mode may set other than the run has them; groups with all that they hold. What
 # the run's model depends on is not among them: it is as it was trained.
-DATA = ("data.source", "data.dir", "data.cache_dir", "data.max_bad_share", "data.world")
+DATA = (
+    "data.source",
+    "data.dir",
+    "data.tfds",
+    "data.cache_dir",
+    "data.max_bad_share",
+    "data.world",
+)
 SETTABLE = {
     "evaluate": (
         *DATA,

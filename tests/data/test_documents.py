@@ -299,9 +299,9 @@ def test_an_image_of_many_documents_is_decoded_once(folder, monkeypatch):
     checked = []
     check = images.check
 
-    def counting(path):
+    def counting(path, named=None):
         checked.append(path.name)
-        return check(path)
+        return check(path, named)
 
     monkeypatch.setattr(images, "check", counting)
     write(folder, MARKED, MARKED, {"text": "x <image>", "images": ["a.jpg"]})

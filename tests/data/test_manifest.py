@@ -191,9 +191,9 @@ def count_checks(monkeypatch):
     checked = []
     check = images.check
 
-    def counting(path):
+    def counting(path, named=None):
         checked.append(os.path.basename(path))
-        return check(path)
+        return check(path, named)
 
     monkeypatch.setattr(images, "check", counting)
     return checked

@@ -339,19 +339,45 @@ def _captions_file(folder: Path, split: str) -> Path:
     return splits[split]
 
 
+def files_beside(folder: str | Path, split: str) -> dict[str, Path]:
+    """A split's questions, answers and foils as far as there are any.
+
+    By the names that they are found under beside a split whose captions lie elsewhere.
+    """
+    files = {}
+    if has_foils(folder, split):
+        files[f"foils_{split}.json"] = _beside(folder, split, "foils")
+    pair = _question_files(folder, split) or ()
+    own = questions_serve_others(folder, split)
+    for kind, file in zip(("questions", "answers"), pair):
+        files[file.name if own else f"{kind}_{split}.json"] = file
+    return files
+
+
+def _named_after(folder: str | Path, split: str) -> str:
+    """What a split's files are named after: its captions file, or itself where there is none.
+
+    Captions may lie elsewhere, as in shards; then there is no captions file of any split.
+    """
+    annotations = Path(folder) / "annotations"
+    if not any(annotations.glob(f"{_PREFIX}*.json")):
+        return split
+    return _suffix(_captions_file(Path(folder), split))
+
+
 def _beside(folder: str | Path, split: str, kind: str) -> Path:
     """The file of another kind for a split, named like its captions file or like the split."""
-    captions = _captions_file(Path(folder), split)
-    names = [captions.parent / f"{kind}_{name}.json" for name in (_suffix(captions), split)]
+    annotations = Path(folder) / "annotations"
+    suffixes = (_named_after(folder, split), split)
+    names = [annotations / f"{kind}_{suffix}.json" for suffix in suffixes]
     return next((path for path in names if path.is_file()), names[0])
 
 
 def _question_files(folder: str | Path, split: str) -> tuple[Path, Path] | None:
     """The questions and the answers of a split, in the order that `read_questions` tells."""
-    captions = _captions_file(Path(folder), split)
-    suffix = _suffix(captions)
+    suffix = _named_after(folder, split)
     pairs = [(_beside(folder, split, "questions"), _beside(folder, split, "answers"))]
-    places = (captions.parent, Path(folder))
+    places = (Path(folder) / "annotations", Path(folder))
     for name in (suffix, *_other_years(places, suffix)):
         questions, answers = (file.format(name) for file in _VQA_FILES)
         pairs += [(place / questions, place / answers) for place in places]

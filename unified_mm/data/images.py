@@ -13,10 +13,12 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from unified_mm.data.records import StoredImage
+
 BACKENDS = ("pillow", "opencv")
 RESAMPLINGS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 FITS = ("crop", "crop_resized", "squash")
-Source = str | os.PathLike | bytes
+Source = str | os.PathLike | bytes | StoredImage
 
 # Larger pictures are refused before they are decoded: a small file can hold a huge picture.
 MAX_PIXELS = 64 * 1024 * 1024
@@ -87,16 +89,18 @@ def from_pil(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
         raise ImageError(f"the {image.mode} picture", _reason(error)) from error
 
 
-def check(path: str | os.PathLike) -> str | None:
-    """Decodes a file wholly; says what `decode` has to convert in it, or None for nothing.
+def check(source: Source, named: str | None = None) -> str | None:
+    """Decodes a picture wholly; says what `decode` has to convert in it, or None for nothing.
 
-    A JPEG is decoded at an eighth of its size: every coded byte is read all the same.
-    Raises as `decode` does.
+    `named` is the file name of what is no file, None where it has none. A JPEG is decoded at
+    an eighth of its size: every coded byte is read all the same. Raises as `decode` does.
     """
-    data, name = _read(path)
+    data, name = _read(source)
+    if isinstance(source, (str, os.PathLike)):
+        named = name
     try:
         image = _open(data)
-        conversion = _conversion(image, Path(path).suffix.lower())
+        conversion = _conversion(image, None if named is None else Path(named).suffix.lower())
         _to_rgb(image, at_least=1)
     except Exception as error:  # decoders raise whatever their parsers meet
         raise ImageError(name, _reason(error)) from error
@@ -182,6 +186,8 @@ def _resample(
 def _read(source: Source) -> tuple[bytes, str]:
     if isinstance(source, bytes):
         return source, f"an image of {len(source)} bytes"
+    if isinstance(source, StoredImage):
+        return source.read(), str(source)
     return Path(source).read_bytes(), str(source)
 
 
@@ -202,9 +208,9 @@ def _reason(error: Exception) -> str:
     return re.sub(r" \(.*\)$", "", str(error)) or type(error).__name__
 
 
-def _conversion(image: Image.Image, suffix: str) -> str | None:
+def _conversion(image: Image.Image, suffix: str | None) -> str | None:
     format = image.format or "unknown"
-    if suffix not in _SUFFIXES.get(format, {suffix}):
+    if suffix is not None and suffix not in _SUFFIXES.get(format, {suffix}):
         return f"{format} named {suffix or 'without a suffix'}"
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         return "transparency"

@@ -5,17 +5,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import PIL
 
 from unified_mm.data import coco, images
-from unified_mm.data.records import Manifest, Problem, Record, Text
+from unified_mm.data.records import Image, Manifest, Problem, Record, Shelf, StoredImage, Text
 from unified_mm.runs.folder import naming, write_atomically
 
-_FORMAT = 2  # raise it when the checks change: caches of an older format are not found then
+FORMAT = 2  # raise it when the checks change: caches of an older format are not found then
 _SIDES = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
 _NAMED = 5  # files named per kind of problem in a summary
 
@@ -42,14 +43,11 @@ def build_manifest(
     folder = Path(folder).resolve()
     captions = coco.read_captions(folder, split)
     stats = _stat(captions)
-    kept = _cache_file(cache, folder, split, source, captions, stats)
-    if kept and os.path.isfile(kept):
-        manifest = _from_cache(kept)
-    else:
-        manifest = _check(folder, split, source, captions, stats, threads, progress)
-        if kept:
-            with naming(f"data.cache_dir={cache}"):
-                write_atomically(kept, to_json(manifest).encode())
+    manifest = cached(
+        cache,
+        _cache_key(folder, split, source, captions, stats),
+        lambda: _check(folder, split, source, captions, stats, threads, progress),
+    )
     # Faults of images come before those of captions.
     listed_as, remaining = f"images of {split!r} in {folder}", len(manifest.records)
     refuse_bad(listed_as, len(captions.listed), remaining, manifest.problems, max_bad_share)
@@ -58,8 +56,29 @@ def build_manifest(
         listed_as = f"captions of {split!r} in {captions.path}"
         left = captions.annotations - len(out)
         refuse_bad(listed_as, captions.annotations, left, out, max_bad_share, captions.hint)
-    strangers = [each for members in beside for each in members.strangers(captions)]
-    return dataclasses.replace(manifest, problems=(*manifest.problems, *strangers))
+    return with_strangers(manifest, beside, captions.listed, captions.path)
+
+
+def cached(
+    cache: str | os.PathLike | None,
+    key: str,
+    make: Callable[[], Manifest],
+    shelf: Shelf | None = None,
+) -> Manifest:
+    """The manifest that `cache/manifests/` holds under a hash, else the one made now and kept.
+
+    `shelf` holds the images that are in no files of their own. Raises ValueError for a damaged
+    cache, and for one that cannot be written.
+    """
+    if cache is None:
+        return make()
+    path = Path(cache) / "manifests" / f"{key}.json"
+    if os.path.isfile(path):
+        return _from_cache(path, shelf)
+    manifest = make()
+    with naming(f"data.cache_dir={cache}"):
+        write_atomically(path, to_json(manifest).encode())
+    return manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +93,28 @@ class Beside:
     image_ids: Sequence[coco.Key]
     max_bad_share: float
 
-    def strangers(self, captions: coco.Captions) -> list[Problem]:
-        """One for each that names no image of the captions. Raises ValueError for too many."""
+    def strangers(self, listed: Set[coco.Key], where: object) -> list[Problem]:
+        """One for each that names no image listed in `where`. Raises ValueError for too many."""
         fault = f"{self.what} on an image that is not listed"
         found = [
             Problem(f"{self.what} {number}", fault, "left out")
             for number, image in enumerate(self.image_ids)
-            if image not in captions.listed
+            if image not in listed
         ]
         if found:
-            listed_as = f"{self.what}s beside {captions.path}"
+            listed_as = f"{self.what}s beside {where}"
             left = len(self.image_ids) - len(found)
-            hint = coco.id_hint(captions.listed, self.image_ids)
+            hint = coco.id_hint(listed, self.image_ids)
             refuse_bad(listed_as, len(self.image_ids), left, found, self.max_bad_share, hint)
         return found
+
+
+def with_strangers(
+    manifest: Manifest, beside: Iterable[Beside], listed: Set[coco.Key], where: object
+) -> Manifest:
+    """The manifest, with what lies beside images that are not listed among its problems."""
+    strangers = [each for members in beside for each in members.strangers(listed, where)]
+    return dataclasses.replace(manifest, problems=(*manifest.problems, *strangers))
 
 
 def with_questions(manifest: Manifest, questions: Iterable[coco.Question]) -> Manifest:
@@ -137,14 +164,28 @@ def problem_counts(problems: Iterable[Problem]) -> list[str]:
 
 def to_json(manifest: Manifest) -> str:
     """The manifest as JSON text; `from_json` gives an equal one back."""
-    return json.dumps(dataclasses.asdict(manifest))  # ASCII: paths need not be UTF-8
+    return json.dumps(manifest, default=_members)  # ASCII: paths need not be UTF-8
 
 
-def from_json(text: str) -> Manifest:
-    """The manifest that `to_json` wrote. Raises ValueError, KeyError or TypeError otherwise."""
+def _members(value: Any) -> dict[str, Any]:
+    """What JSON keeps of a dataclass: its fields, without the shelf that an image lies on."""
+    names = [field.name for field in dataclasses.fields(value) if field.name != "shelf"]
+    return {name: getattr(value, name) for name in names}
+
+
+def from_json(text: str, shelf: Shelf | None = None) -> Manifest:
+    """The manifest that `to_json` wrote, its stored images on `shelf`.
+
+    Raises ValueError, KeyError or TypeError for other text.
+    """
     data = json.loads(text)
+
+    def image(kept: Any) -> Image | None:
+        return StoredImage(shelf, **kept) if isinstance(kept, dict) and shelf else kept
+
     records = (
-        Record(**{**r, "texts": tuple(Text(**t) for t in r["texts"])}) for r in data["records"]
+        Record(**{**r, "image": image(r["image"]), "texts": tuple(Text(**t) for t in r["texts"])})
+        for r in data["records"]
     )
     problems = (Problem(**p) for p in data["problems"])
     return Manifest(**{**data, "records": tuple(records), "problems": tuple(problems)})
@@ -184,7 +225,7 @@ def _check(
     )
     problems = tuple(fault for fault in faults if fault is not None) + captions.problems
     sizes = {str(path): stat.st_size for path, stat in stats.items()}
-    return Manifest(split, records, source, str(folder), _fingerprint(records, sizes), problems)
+    return Manifest(split, records, source, str(folder), fingerprint(records, sizes), problems)
 
 
 def image_faults(
@@ -205,8 +246,13 @@ def _image_fault(entry: coco.Entry, stats: Stats) -> Problem | None:
     name = str(entry.file)
     if entry.path not in stats:
         return Problem(name, "missing image", "left out")
+    return image_fault(name, entry.path)
+
+
+def image_fault(name: str, source: images.Source, named: str | None = None) -> Problem | None:
+    """What is wrong with an image that messages call `name`; `named` is as `images.check`'s."""
     try:
-        conversion = images.check(entry.path)
+        conversion = images.check(source, named)
     except images.ImageError as error:
         return Problem(name, error.what, "left out")
     except OSError as error:
@@ -220,7 +266,8 @@ def _record(entry: coco.Entry, directional: bool) -> Record:
     return Record(entry.id, image, texts, mirrorable=not directional and not names_sides(texts))
 
 
-def _fingerprint(records: tuple[Record, ...], sizes: dict[str, int]) -> str:
+def fingerprint(records: Iterable[Record], sizes: Mapping[Image, int]) -> str:
+    """SHA-256 over what training sees of records; `sizes` are the images' in bytes."""
     digest = hashlib.sha256()
     for record in records:
         texts = [[text.prompt, text.target] for text in record.texts]
@@ -254,24 +301,21 @@ def refuse_bad(
     )
 
 
-def _cache_file(
-    cache: str | os.PathLike | None, folder: Path, split: str, source: str,
-    captions: coco.Captions, stats: Stats,
-) -> Path | None:  # fmt: skip
-    if cache is None:
-        return None
+def _cache_key(
+    folder: Path, split: str, source: str, captions: coco.Captions, stats: Stats
+) -> str:
     digest = hashlib.sha256(captions.path.read_bytes())
-    setting = [_FORMAT, PIL.__version__, str(folder), split, source]
+    setting = [FORMAT, PIL.__version__, str(folder), split, source]
     digest.update(json.dumps(setting).encode())
     for entry in captions.entries:
         stat = stats.get(entry.path) if entry.path else None
         digest.update(json.dumps([entry.file, stat and [stat.st_size, stat.st_mtime_ns]]).encode())
-    return Path(cache) / "manifests" / f"{digest.hexdigest()}.json"
+    return digest.hexdigest()
 
 
-def _from_cache(path: Path) -> Manifest:
+def _from_cache(path: Path, shelf: Shelf | None) -> Manifest:
     try:
         with naming(f"the cached manifest {path}"):
-            return from_json(path.read_text(encoding="utf-8"))
+            return from_json(path.read_text(encoding="utf-8"), shelf)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"the cached manifest {path} is damaged ({error}): delete it") from error

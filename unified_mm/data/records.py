@@ -1,8 +1,10 @@
 """What every data source hands on: records (one image and its texts) in a validated manifest."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -13,17 +15,47 @@ class Text:
     target: str
 
 
+@runtime_checkable
+class Shelf(Protocol):
+    """Undecoded images in larger files, by number; it pickles, and threads share it."""
+
+    def __getitem__(self, number: int, /) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image that lies in a larger file beside others; `str` of it names it in messages.
+
+    `name` is its file name as far as known, `size` is in bytes.
+    """
+
+    shelf: Shelf
+    number: int
+    name: str
+    size: int
+
+    def read(self) -> bytes:
+        """The undecoded bytes. Raises ValueError naming what cannot be read."""
+        return self.shelf[self.number]
+
+    def __str__(self) -> str:
+        return f"{self.shelf}[{self.number}] ({self.name})"
+
+
+Image = str | StoredImage  # a file's absolute path, or what lies in a larger file
+
+
 @dataclass(frozen=True)
 class Record:
     """One example: an image, its texts, and what further modalities need.
 
-    `image` is an absolute path, or None where the example has no image; `texts` may be empty;
+    `image` is None where the example has no image; `texts` may be empty;
     `mirrorable` is False where flipping left and right would make a text false; `fields` holds,
     by name, plain JSON values for modalities other than image and text.
     """
 
     id: int | str
-    image: str | None
+    image: Image | None
     texts: tuple[Text, ...]
     mirrorable: bool
     fields: Mapping[str, Any] = field(default_factory=dict)

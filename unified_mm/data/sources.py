@@ -17,6 +17,7 @@ from unified_mm.runs.folder import naming, user_path
 BUILT_IN = {
     "auto": "unified_mm.data.sources:find_source",
     "coco": "unified_mm.data.sources:given_folder",
+    "tfds": "unified_mm.data.tfds_source:open_dataset",
     "world": "unified_mm.data.sources:embedded_world",
 }
 # Where a COCO folder is looked for when none is given.
@@ -50,11 +51,14 @@ class Source(Protocol):
         """Questions with answers; empty where there are none."""
 
 
-class CocoFolder:
-    """A folder in the layout of MS-COCO captions."""
+class AnnotatedFolder:
+    """Images with captions, and in `annotations/` files of questions and foils on them.
+
+    What the captions lie in is a subclass's to know.
+    """
 
     def __init__(
-        self, folder: Path, data: Any, *, name: str = "coco", banner: str | None = None
+        self, folder: Path, splits: Sequence[str], data: Any, *, name: str, banner: str | None
     ) -> None:
         self.name = name
         self.folder = str(folder)
@@ -63,10 +67,10 @@ class CocoFolder:
         self._max_bad_share = float(data.max_bad_share)
         self._asking = asking_field(data)
         self._questions: dict[str, Sequence[coco.Question]] = {}  # those that were read
-        self._splits = coco.find_splits(folder)
+        self._splits = tuple(splits)
 
     def splits(self) -> Sequence[str]:
-        return tuple(self._splits)
+        return self._splits
 
     def manifest(self, split: str) -> Manifest:
         """The validated examples of a split, with the questions that training asks for.
@@ -77,18 +81,16 @@ class CocoFolder:
         if self._asking:
             self.questions(split)
         questions = self._questions.get(split, ())
-        manifest = build_manifest(
-            self.folder,
-            split,
-            source=self.name,
-            cache=self._cache,
-            max_bad_share=self._max_bad_share,
-            beside=(
-                self._beside("foil", self.foils(split), self._max_bad_share),
-                self._beside("question", questions, self._share_of_questions(split)),
-            ),
+        beside = (
+            self._beside("foil", self.foils(split), self._max_bad_share),
+            self._beside("question", questions, self._share_of_questions(split)),
         )
+        manifest = self.captioned(split, beside)
         return with_questions(manifest, questions) if self._asking else manifest
+
+    def captioned(self, split: str, beside: Sequence[Beside] = ()) -> Manifest:
+        """The validated examples of a split with their captions alone."""
+        raise NotImplementedError
 
     def foils(self, split: str) -> Sequence[coco.Foil]:
         return coco.read_foils(self.folder, split) if coco.has_foils(self.folder, split) else ()
@@ -112,6 +114,26 @@ class CocoFolder:
     def _share_of_questions(self, split: str) -> float:
         """How many questions may be on other images: VQA v2's files serve several years."""
         return 1.0 if coco.questions_serve_others(self.folder, split) else self._max_bad_share
+
+
+class CocoFolder(AnnotatedFolder):
+    """A folder in the layout of MS-COCO captions."""
+
+    def __init__(
+        self, folder: Path, data: Any, *, name: str = "coco", banner: str | None = None
+    ) -> None:
+        splits = tuple(coco.find_splits(folder))
+        super().__init__(folder, splits, data, name=name, banner=banner)
+
+    def captioned(self, split: str, beside: Sequence[Beside] = ()) -> Manifest:
+        return build_manifest(
+            self.folder,
+            split,
+            source=self.name,
+            cache=self._cache,
+            max_bad_share=self._max_bad_share,
+            beside=beside,
+        )
 
 
 def asking_field(data: Any) -> str:

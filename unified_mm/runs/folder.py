@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 # What may change between two commands on one run: none of it changes what the run computes at a
 # step. The data behind another `data.dir` is compared by its fingerprint, not by its place.
@@ -159,29 +159,20 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the run for this process. Raises `RunLocked`, naming the process that has it.
+        """Holds the run for this process (see `take`).
 
-        A POSIX record lock: the kernel frees it however the process ends, and workers that it
-        forked do not keep it. It does not tell two holders within one process apart.
+        Raises `RunLocked`, naming the process that has it.
         """
-        import fcntl
-
         self._refuse_foreign_folder()
         with _refusing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             opened = open(self.path / ".lock", "a+")
         with opened as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
+            if other := take(file):
                 raise RunLocked(
-                    f"process {file.read().strip() or '?'} is at work on the run in {self.path}; "
-                    "wait until it ends, or choose another --workdir"
-                ) from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+                    f"process {other} is at work on the run in {self.path}; wait until it ends, "
+                    "or choose another --workdir"
+                )
             yield
 
     def _refuse_foreign_folder(self) -> None:
@@ -210,6 +201,25 @@ class RunFolder:
             "Choose another --workdir for a new run, or give the run's own values to go on with "
             f"it. Only these may change within a run: {', '.join(FREE_FIELDS)}."
         )
+
+
+def take(file: TextIO) -> str:
+    """Takes the lock of a file, opened as 'a+', for this process: '', else who has it.
+
+    A POSIX record lock: the kernel frees it however the process ends, and workers that it
+    forked do not keep it. It does not tell two holders within one process apart.
+    """
+    import fcntl
+
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        return file.read().strip() or "?"
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return ""
 
 
 def user_path(path: str | os.PathLike[str], what: str) -> Path:

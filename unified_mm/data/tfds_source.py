@@ -1,0 +1,303 @@
+"""A TFDS dataset in `array_record` format as a data source, without TensorFlow.
+
+It is one that `python -m unified_mm.prepare` wrote, or one that TFDS prepared with
+`file_format='array_record'`, such as TFDS' `coco_captions`: an image feature, and captions as a
+text, a sequence of texts, or a sequence of groups with a text in each. `data.tfds` names the
+features where they are not called as usual. Files of questions and foils may lie beside it as they
+do beside a COCO folder, in `annotations/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import PIL
+
+from unified_mm.data import checked_json
+from unified_mm.data.manifest import (
+    FORMAT,
+    Beside,
+    cached,
+    fingerprint,
+    image_fault,
+    names_sides,
+    refuse_bad,
+    with_strangers,
+)
+from unified_mm.data.mirror import Mirror, is_remote
+from unified_mm.data.records import Manifest, Problem, Record, StoredImage, Text
+from unified_mm.data.sources import AnnotatedFolder, cache_folder
+from unified_mm.data.tfds_features import Roles, choose_roles
+from unified_mm.runs.folder import user_path
+
+FILE_FORMAT = "array_record"
+INFO, FEATURES = "dataset_info.json", "features.json"
+PREPARED = "prepared.json"  # what `unified_mm.prepare` tells of its work
+_EMPTY = "empty caption"
+
+
+def open_dataset(data: Any) -> TfdsSource:
+    """The dataset in `data.dir`, a folder of this machine or of the network.
+
+    Raises FileNotFoundError or ValueError for what is no dataset in that format, or one without
+    the features that `data.tfds` names.
+    """
+    if not data.dir:
+        raise ValueError(
+            "data.source='tfds' needs data.dir: the folder with dataset_info.json, such as "
+            "DIR/coco_captions/2014/1.1.0, or what unified_mm.prepare wrote"
+        )
+    if not is_remote(data.dir):
+        return TfdsSource(user_path(data.dir, "data.dir").absolute(), data, None)
+    mirror = Mirror(data.dir, cache_folder(data))
+    names = [*mirror.names(), *mirror.names("annotations/")]
+    mirror.fetch([name for name in names if f".{FILE_FORMAT}-" not in name])
+    return TfdsSource(mirror.folder, data, mirror)
+
+
+class TfdsSource(AnnotatedFolder):
+    """The splits of a TFDS dataset, in its order."""
+
+    def __init__(self, folder: Path, data: Any, mirror: Mirror | None) -> None:
+        self._builder = _open(folder, data.dir)
+        features = dict(self._builder.info.features.items())
+        self._roles = choose_roles(features, data.tfds, data.dir)
+        self._mirror = mirror
+        banner = None
+        if (folder / PREPARED).is_file():
+            told = checked_json.read(folder / PREPARED)
+            banner = told.string("notice") if told.has("notice") else None
+        super().__init__(folder, list(self._builder.info.splits), data, name="tfds", banner=banner)
+
+    def captioned(self, split: str, beside: Sequence[Beside] = ()) -> Manifest:
+        if split not in self.splits():
+            raise ValueError(
+                f"{self.folder} has no split {split!r}; it has {', '.join(self.splits())}: set "
+                "data.train_split and evaluation.split to two of these"
+            )
+        shards = self._shards(split)
+        shelf = Split(self.folder, split, self._roles.image)
+        manifest = cached(
+            self._cache, self._key(split, shards), lambda: self._read(shelf, shards), shelf
+        )
+        where = f"{split!r} in {self.folder}"
+        records, problems = manifest.records, manifest.problems
+        listed = sum(shard.records for shard in shards)
+        refuse_bad(f"images of {where}", listed, len(records), problems, self._max_bad_share)
+        texts = sum(len(record.texts) for record in records)
+        empty = [problem for problem in problems if problem.what == _EMPTY]
+        if texts or empty:
+            count = texts + len(empty)
+            refuse_bad(f"captions of {where}", count, texts, empty, self._max_bad_share)
+        ids = {record.id for record in records}
+        return with_strangers(manifest, beside, ids, f"the images of {where}")
+
+    def _shards(self, split: str) -> list[Shard]:
+        info = self._builder.info.splits[split]
+        shards = [
+            Shard(Path(path), count)
+            for path, count in zip(info.filepaths, info.shard_lengths, strict=True)
+        ]
+        if self._mirror:
+            self._mirror.fetch([shard.path.name for shard in shards])
+        for shard in shards:
+            if not shard.path.is_file():
+                raise FileNotFoundError(
+                    f"{shard.path} is missing, though {INFO} lists it: copy the dataset again"
+                )
+        return shards
+
+    def _key(self, split: str, shards: Sequence[Shard]) -> str:
+        """A hash of all that the manifest of a split comes of."""
+        stats = [(shard.path.name, shard.path.stat()) for shard in shards]
+        files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        setting = ["tfds", FORMAT, PIL.__version__, self.folder, split, list(self._roles), files]
+        digest = hashlib.sha256(json.dumps(setting).encode())
+        for name in (INFO, FEATURES):
+            digest.update((Path(self.folder) / name).read_bytes())
+        return digest.hexdigest()
+
+    def _read(self, shelf: Split, shards: Sequence[Shard]) -> Manifest:
+        """Reads every example once and decodes its image wholly."""
+        from tqdm import tqdm
+
+        for shard in shards:
+            shard.check()
+        count = sum(shard.records for shard in shards)
+        known = self._builder.info.features
+        features = _features({name: known[name] for name in self._roles.features})
+        with ThreadPoolExecutor() as pool:
+            read = pool.map(lambda n: self._checked(shelf, features, n), range(count))
+            found = list(tqdm(read, "checking images", count, unit="image", disable=None))
+        records: dict[int | str, Record] = {}
+        problems: list[Problem] = []
+        for record, faults in found:
+            name = f"{shelf.split}: id {record.id!r}"
+            if record.id in records:
+                faults = [Problem(name, "id of another example too", "left out")]
+            if not any(fault.action == "left out" and fault.what != _EMPTY for fault in faults):
+                records[record.id] = record
+            problems += faults
+        kept = tuple(records.values())
+        sizes = {r.image: r.image.size for r in kept if isinstance(r.image, StoredImage)}
+        sealed = fingerprint(kept, sizes)
+        return Manifest(shelf.split, kept, self.name, self.folder, sealed, tuple(problems))
+
+    def _checked(self, shelf: Split, features: Any, number: int) -> tuple[Record, list[Problem]]:
+        """An example as a record, with what is wrong with its image and its captions."""
+        example, roles = shelf.example(number, features), self._roles
+        place = f"{shelf.split}[{number}]"
+        data, name = example[roles.image], roles.name_of(example)
+        captions = [caption.strip() for caption in roles.captions_of(example, f"{shelf}[{number}]")]
+        texts = tuple(Text("", caption) for caption in captions if caption)
+        faults = [Problem(place, _EMPTY, "left out") for caption in captions if not caption]
+        # An empty image is none: TFDS has no other way to leave one out.
+        image = StoredImage(shelf, number, name or place, len(data)) if data else None
+        fault = image_fault(name or place, data, name) if data else None
+        mirrorable = roles.mirrorable_of(example) and not names_sides(texts)
+        record = Record(roles.id_of(example, number), image, texts, mirrorable)
+        return record, ([fault] if fault else []) + faults
+
+
+class Shard(NamedTuple):
+    """A file of a split, and how many examples the dataset says it holds."""
+
+    path: Path
+    records: int
+
+    def check(self) -> None:
+        """Raises ValueError where it holds another number of them."""
+        from array_record.python import array_record_module
+
+        reader = array_record_module.ArrayRecordReader(os.fspath(self.path))
+        found = reader.num_records() if reader.ok() else 0
+        if found != self.records:
+            fault = f"holds {found} examples" if reader.ok() else "is damaged or cut off"
+            raise ValueError(
+                f"{self.path} {fault}, where {INFO} says {self.records}: copy or prepare it again"
+            )
+        reader.close()
+
+
+@dataclass(frozen=True)
+class Split:
+    """The undecoded images of a split, by number: a `records.Shelf`.
+
+    Every process opens the files for itself, when it first reads.
+    """
+
+    folder: str
+    split: str
+    image: str  # the name of the feature
+
+    def __str__(self) -> str:
+        return f"{self.folder} {self.split}"
+
+    def __getitem__(self, number: int) -> bytes:
+        data: bytes = self.example(number, self._opened.image)[self.image]
+        return data
+
+    def __reduce__(self) -> tuple:
+        return Split, (self.folder, self.split, self.image)
+
+    def example(self, number: int, features: Any) -> Mapping[str, Any]:
+        """The members of an example that `features` holds, the image undecoded.
+
+        Raises ValueError naming the shard that cannot be read.
+        """
+        import tensorflow_datasets as tfds
+
+        try:
+            raw = self._opened.raw[number]
+            decoders = {self.image: tfds.decode.SkipDecoding()}
+            found: Mapping[str, Any] = features.deserialize_example_np(raw, decoders=decoders)
+        except Exception as error:  # the reader's own, and what its parser meets
+            shard, position = self._opened.place(number)
+            raise ValueError(
+                f"{shard} is damaged at example {position}: {str(error).partition('; ')[0]}. Copy "
+                "or prepare it again"
+            ) from error
+        return found
+
+    @cached_property  # threads that meet may open it twice; one of the two is dropped
+    def _opened(self) -> _Opened:
+        import tensorflow_datasets as tfds
+
+        builder = _open(Path(self.folder), self.folder)
+        raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
+        raw = builder.as_data_source(self.split, deserialize_method=raw_bytes)
+        image = _features({self.image: builder.info.features[self.image]})
+        return _Opened(raw, image, builder.info.splits[self.split])
+
+
+class _Opened(NamedTuple):
+    """The serialized examples of a split, how images lie in them, and TFDS' word on the split."""
+
+    raw: Sequence[bytes]
+    image: Any
+    info: Any
+
+    def place(self, number: int) -> tuple[str, int]:
+        """The shard of an example, and its number there."""
+        ends = list(itertools.accumulate(self.info.shard_lengths))
+        shard = next(i for i, end in enumerate(ends) if number < end)
+        start = ends[shard] - self.info.shard_lengths[shard]
+        return os.fspath(self.info.filepaths[shard]), number - start
+
+
+def _features(members: Mapping[str, Any]) -> Any:
+    """These features alone, so that no others are deserialized."""
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict(dict(members))
+
+
+def _open(folder: Path, given: str) -> Any:
+    """TFDS' reader of a dataset that it or we prepared; `given` is what data.dir says."""
+    import tensorflow_datasets as tfds
+
+    for name in (INFO, FEATURES):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"data.dir={given} has no {name}{_no_dataset(folder)}")
+    told = checked_json.read(folder / INFO)
+    checked_json.read(folder / FEATURES)
+    others = told.get("alternativeFileFormats") if told.has("alternativeFileFormats") else []
+    formats = [told.get("fileFormat") if told.has("fileFormat") else "tfrecord", *others]
+    if FILE_FORMAT not in formats:
+        raise ValueError(
+            f"data.dir={given} holds {' and '.join(map(str, formats))} files; read is "
+            f"{FILE_FORMAT} alone: prepare it with file_format={FILE_FORMAT!r}, or with "
+            "unified_mm.prepare"
+        )
+    try:
+        return tfds.builder_from_directory(folder, file_format=FILE_FORMAT)
+    except Exception as error:  # whatever its parsers meet
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"data.dir={given}: {INFO} or {FEATURES} is not as TFDS writes it ({said[:200]}): copy "
+            "or prepare it again"
+        ) from error
+
+
+def _no_dataset(folder: Path) -> str:
+    """What to do about a folder that is no dataset: the datasets below it, if any."""
+    below = sorted(
+        os.fspath(path.parent)
+        for depth in (1, 2, 3)
+        for path in folder.glob("/".join(["*"] * depth + [INFO]))
+    )
+    if below:
+        return f" and is no TFDS dataset, but there is one in {', '.join(below[:5])}"
+    return (
+        " and is no TFDS dataset: give the folder that TFDS prepared, or make one with python -m "
+        "unified_mm.prepare"
+    )

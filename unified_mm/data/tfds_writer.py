@@ -1,0 +1,337 @@
+"""Writes images with captions as a TFDS dataset in `array_record` format, without TensorFlow.
+
+Shards are written one by one into `.NAME.preparing` beside the folder that is wanted, each under
+a temporary name until it is whole, and the folder takes its own name last. So what is there under
+its name is whole, and a command that was killed goes on with the first shard that is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from unified_mm.data import coco, images
+from unified_mm.data.manifest import summary
+from unified_mm.data.records import Manifest, Record, StoredImage
+from unified_mm.data.sources import AnnotatedFolder
+from unified_mm.data.tfds_source import FILE_FORMAT, PREPARED
+from unified_mm.runs.folder import naming, read_json, take, write_atomically, write_json
+
+VERSION = "1.0.0"  # of the dataset, as TFDS wants one
+NOTICE = (
+    "THIS DATASET IS THE EMBEDDED WORLD: small rendered scenes of spheres, cubes and cylinders with "
+    "generated captions. Its scores say nothing about photographs."
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a dataset is written.
+
+    Attributes:
+      resize: pixels that the shorter side of an image has at most; 0 keeps every file's bytes.
+      quality: of the JPEG that a resized image becomes (Pillow's scale, chroma halved).
+      shard_bytes: of image files, as they were, that a shard takes at most.
+    """
+
+    resize: int = 0
+    quality: int = 95
+    shard_bytes: int = 128 * 2**20
+
+
+def write_dataset(
+    source: AnnotatedFolder, out: Path, options: Options, say: Callable[[str], None]
+) -> None:
+    """All splits of a source, with the questions and foils beside them; goes on where it can.
+
+    Records keep their order, and what training leaves out is left out.
+
+    Raises:
+      FileNotFoundError, ValueError: data that training refuses too; `out` holds something else, or
+        a beginning of it was made of other data or with other options; a file that cannot be
+        written; another process is at work on it.
+    """
+    manifests = {split: source.captioned(split) for split in source.splits()}
+    for manifest in manifests.values():
+        say(summary(manifest))
+    plan = _plan(source, manifests, options)
+    if os.path.lexists(out):
+        _refuse_other(out, plan, "exists and is not overwritten: name a new folder")
+        say(f"{out} is prepared already, from the same data with the same options")
+        return
+    work = out.with_name(f".{out.name}.preparing")
+    with naming(f"--out={out}"):
+        work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / ".lock", "a+")
+    with lock as file:
+        if other := take(file):
+            raise ValueError(f"process {other} is at work on {work}: wait until it ends")
+        with naming(f"--out={out}"):
+            if (work / PREPARED).is_file():
+                _refuse_other(work, plan, "was begun with other data or options: delete it")
+                say(f"going on in {work}")
+            write_json(work / PREPARED, plan)
+            _write_shards(work, manifests, plan, options)
+            _write_beside(work, source)
+            _write_metadata(work, manifests, plan)
+            (work / ".lock").unlink()
+            os.rename(work, out)
+
+
+def progress(out: Path) -> str:
+    """For a dataset that could not be finished: how far it came."""
+    work = out.with_name(f".{out.name}.preparing")
+    plan = read_json(work / PREPARED) if (work / PREPARED).is_file() else {"splits": {}}
+    shards = sum(len(split["shards"]) for split in plan["splits"].values())
+    whole = sum(1 for _ in work.glob(f"*.{FILE_FORMAT}-*-of-*"))
+    return f"{whole} of {shards} shards are whole in {work}"
+
+
+def _plan(
+    source: AnnotatedFolder, manifests: Mapping[str, Manifest], options: Options
+) -> dict[str, Any]:
+    """All that decides the bytes, as plain JSON."""
+    for split, manifest in manifests.items():
+        if not split.isidentifier():
+            raise ValueError(
+                f"the split {split!r} of {source.folder} has a name that TFDS cannot take: rename "
+                "its files to letters, digits and underscores"
+            )
+        _refuse_more(manifest)
+    beside = {
+        name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for split in manifests
+        for name, file in coco.files_beside(source.folder, split).items()
+    }
+    encoding = {**dataclasses.asdict(options), "pillow": PIL.__version__}
+    return {
+        "format": 1,
+        "name": source.name,
+        "notice": NOTICE if source.banner else None,
+        "encoding": encoding if options.resize else None,
+        "splits": {
+            split: {
+                "fingerprint": manifest.fingerprint,
+                "shards": _shard_lengths(manifest.records, options.shard_bytes),
+            }
+            for split, manifest in manifests.items()
+        },
+        "beside": beside,
+    }
+
+
+def _refuse_more(manifest: Manifest) -> None:
+    """Raises ValueError for records of more than an image with captions."""
+    for record in manifest.records:
+        if record.fields or any(text.prompt for text in record.texts):
+            raise ValueError(
+                f"example {record.id!r} of {manifest.folder} has more than an image with captions: "
+                "such a dataset cannot hold it"
+            )
+
+
+def _refuse_other(folder: Path, plan: Mapping[str, Any], otherwise: str) -> None:
+    """Raises ValueError unless a folder holds what is planned, or its beginning."""
+    found = read_json(folder / PREPARED) if (folder / PREPARED).is_file() else {}
+    if found != json.loads(json.dumps(plan)):
+        other = ", ".join(key for key in plan if found and found.get(key) != plan[key])
+        raise ValueError(f"{folder} {otherwise}{f' (its {other} differ)' if other else ''}")
+
+
+def _shard_lengths(records: Sequence[Record], shard_bytes: int) -> list[int]:
+    """How many records each shard takes, in their order."""
+    lengths, filled = [0], 0
+    for record in records:
+        size = _size(record)
+        if lengths[-1] and filled + size > shard_bytes:
+            lengths.append(0)
+            filled = 0
+        lengths[-1] += 1
+        filled += size
+    return lengths
+
+
+def _size(record: Record) -> int:
+    if record.image is None:
+        return 0
+    if isinstance(record.image, StoredImage):
+        return record.image.size
+    return os.path.getsize(record.image)
+
+
+def _write_shards(
+    work: Path, manifests: Mapping[str, Manifest], plan: Mapping[str, Any], options: Options
+) -> None:
+    """Those that are not there yet, in order."""
+    from tqdm import tqdm
+
+    features = _features(manifests)
+    total = sum(len(manifest.records) for manifest in manifests.values())
+    with (
+        tqdm(total=total, unit="image", disable=None) as bar,
+        ThreadPoolExecutor() as pool,
+    ):
+        for split, manifest in manifests.items():
+            lengths = plan["splits"][split]["shards"]
+            remaining = iter(manifest.records)
+            for number, length in enumerate(lengths):
+                records = list(itertools.islice(remaining, length))
+                path = _template(work, plan["name"], split).sharded_filepath(
+                    shard_index=number, num_shards=len(lengths)
+                )
+                if not path.exists():
+                    made = pool.map(lambda r, m=manifest: _example(r, m, options), records)
+                    _write_shard(Path(path), map(features.serialize_example, made), length)
+                bar.update(length)
+
+
+def _write_shard(path: Path, examples: Iterable[bytes], count: int) -> None:
+    """A shard takes its name when it is on disk and holds all that it should."""
+    from array_record.python import array_record_module
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    with _said_by_writer(temporary):
+        writer = array_record_module.ArrayRecordWriter(os.fspath(temporary), "group_size:1")
+        try:
+            for example in examples:
+                writer.write(example)
+        finally:
+            writer.close()
+        reader = array_record_module.ArrayRecordReader(os.fspath(temporary))
+        found = reader.num_records()
+        reader.close()
+    if found != count:
+        raise ValueError(f"{temporary} holds {found} of {count} examples: is the disk sound?")
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _said_by_writer(path: Path) -> Iterator[None]:
+    """What the writer of shards raises, as a ValueError that names the file."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be written: {str(error).partition(';')[0]}") from error
+
+
+def _example(record: Record, manifest: Manifest, options: Options) -> dict[str, Any]:
+    """A record as TFDS' features have it; without image, the image is empty."""
+    data, name = b"", ""
+    if record.image is not None:
+        data, name = _picture(record.image), _name(record.image, manifest.folder)
+        if smaller := _resized(data, options):
+            data, name = smaller, os.path.splitext(name)[0] + ".jpg"
+    return {
+        "image": data,
+        "image/filename": name,
+        "image/id": record.id,
+        "captions": [{"text": text.target} for text in record.texts],
+        "mirrorable": record.mirrorable,
+    }
+
+
+def _picture(image: str | StoredImage) -> bytes:
+    return image.read() if isinstance(image, StoredImage) else Path(image).read_bytes()
+
+
+def _name(image: str | StoredImage, folder: str) -> str:
+    """An image's name in its folder, for messages: bytes that are no UTF-8 are spelled out."""
+    name = image.name if isinstance(image, StoredImage) else os.path.relpath(image, folder)
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def _resized(data: bytes, options: Options) -> bytes | None:
+    """A JPEG with the shorter side of `options.resize`; None for an image that is no larger."""
+    if not options.resize:
+        return None
+    with Image.open(io.BytesIO(data)) as opened:
+        if min(opened.size) <= options.resize:
+            return None
+    pixels = images.decode(data, at_least=options.resize)
+    height, width = pixels.shape[:2]
+    scale = options.resize / min(height, width)
+    size = (round(width * scale), round(height * scale))
+    smaller = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    smaller.save(file, "JPEG", quality=options.quality)
+    return file.getvalue()
+
+
+def _features(manifests: Mapping[str, Manifest]) -> Any:
+    """The features of every split, named as in TFDS' `coco_captions`."""
+    import tensorflow_datasets as tfds
+
+    ids = [record.id for manifest in manifests.values() for record in manifest.records]
+    if all(isinstance(key, int) and abs(key) < 2**63 for key in ids):
+        key = tfds.features.Scalar(np.int64)
+    elif all(isinstance(key, str) for key in ids):
+        key = tfds.features.Text()
+    else:
+        raise ValueError(
+            "ids of images are numbers and strings, or of more than 64 bits: write them alike"
+        )
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(),
+            "image/filename": tfds.features.Text(),
+            "image/id": key,
+            "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
+            "mirrorable": tfds.features.Scalar(np.bool_),
+        }
+    )
+
+
+def _write_beside(work: Path, source: AnnotatedFolder) -> None:
+    """Copies of the files of questions and foils."""
+    for split in source.splits():
+        for name, file in coco.files_beside(source.folder, split).items():
+            write_atomically(work / "annotations" / name, file.read_bytes())
+
+
+def _write_metadata(
+    work: Path, manifests: Mapping[str, Manifest], plan: Mapping[str, Any]
+) -> None:
+    """What TFDS knows a dataset by; its files are written anew where they are there."""
+    import tensorflow_datasets as tfds
+
+    infos = []
+    for split in manifests:
+        template = _template(work, plan["name"], split)
+        lengths = plan["splits"][split]["shards"]
+        paths = template.sharded_filepaths(len(lengths))
+        size = sum(path.stat().length for path in paths)
+        infos.append(tfds.core.SplitInfo(split, lengths, size, template))
+    tfds.folder_dataset.write_metadata(
+        data_dir=work,
+        features=_features(manifests),
+        split_infos=infos,
+        version=VERSION,
+        check_data=False,
+        description="Images with captions, written by unified_mm.prepare."
+        + (f" {plan['notice']}" if plan["notice"] else ""),
+    )
+
+
+def _template(work: Path, name: str, split: str) -> Any:
+    """How TFDS names the shards of a split."""
+    import tensorflow_datasets as tfds
+
+    return tfds.core.ShardedFileTemplate(
+        data_dir=work, dataset_name=name, split=split, filetype_suffix=FILE_FORMAT
+    )
