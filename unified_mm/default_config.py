@@ -58,8 +58,8 @@ def data_fields() -> dict:
         # 'world', 'tfds', or 'package.module:function' of your own.
         "source": "auto",
         "dir": "",
-        # What a TFDS dataset's features are called; '' takes the usual names (`data.tfds_features`).
-        # `captions` may name a text in a group, as captions.text.
+        # What the features of a TFDS dataset are called; '' takes the usual names, which
+        # `data.tfds_features` lists. `captions` may name a text in a group, as captions.text.
         "tfds": {"image": "", "captions": "", "id": "", "name": "", "mirrorable": ""},
         "cache_dir": "",  # where the world and checked manifests are kept; '' is the user's cache
         "train_split": "train",

@@ -264,8 +264,8 @@ def search() -> int:
     return 0
 
 
-def searched_images(saved: Config) -> list[str]:
-    """Image files of `--images`, or of the evaluation split."""
+def searched_images(saved: Config) -> list[Any]:
+    """Images of `--images`, or of the evaluation split."""
     if not IMAGES.value:
         from unified_mm.data.sources import open_source
         from unified_mm.training.setup import evaluated_splits, open_split

@@ -27,8 +27,8 @@ OUT = flags.DEFINE_string("out", "", "A new folder for the dataset.")
 RESIZE = flags.DEFINE_integer(
     "resize",
     0,
-    "The shorter side of an image in pixels, at most: larger ones become JPEGs of --quality. 0 keeps "
-    "every file's bytes.",
+    "The shorter side of an image in pixels, at most: larger ones become JPEGs of --quality. "
+    "0 keeps every file's bytes.",
     lower_bound=0,
 )
 QUALITY = flags.DEFINE_integer(
@@ -98,7 +98,7 @@ def refuse_ignored() -> None:
     if not OUT.value:
         raise ValueError("--out=DIR is needed: a new folder for the dataset")
     if "://" in OUT.value:
-        raise ValueError(f"--out={OUT.value}: write to a folder of this machine, then copy it there")
+        raise ValueError(f"--out={OUT.value}: write to this machine, then copy the folder there")
     if flags.FLAGS["quality"].present and not RESIZE.value:
         raise ValueError("--quality is read with --resize alone: otherwise files keep their bytes")
     for field in overridden(flags.FLAGS["config"]):
@@ -111,7 +111,7 @@ def refuse_ignored() -> None:
 
 def report(out: Path) -> str:
     """What there is, and how to train on it."""
-    shards = list(out.glob("*.array_record-*-of-*"))
+    shards = list(out.glob("*.array_record-*"))
     size = sum(shard.stat().st_size for shard in shards)
     return (
         f"{len(shards)} shards, {size / 2**20:,.1f} MiB in {out}\n"

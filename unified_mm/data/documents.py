@@ -21,7 +21,7 @@ from pathlib import Path
 from unified_mm.data import checked_json, coco
 from unified_mm.data.checked_json import Node
 from unified_mm.data.manifest import Stats, image_faults, problem_counts, refuse_bad
-from unified_mm.data.records import Problem, Text
+from unified_mm.data.records import Image, Problem, Text
 from unified_mm.runs.folder import naming, user_path
 
 MARKER = "<image>"  # where an image lies in the text of the first form
@@ -29,9 +29,9 @@ MARKER = "<image>"  # where an image lies in the text of the first form
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of a document: the absolute path of its file."""
+    """An image of a document: the absolute path of its file, or where it is stored."""
 
-    path: str
+    path: Image
 
 
 Part = Picture | Text
@@ -89,7 +89,7 @@ def read_documents(
     listed = list(_lines(path))
     if not listed:
         raise ValueError(f"{path} holds no document: give a file of JSON lines, one a document")
-    names = dict.fromkeys(p.path for _, document in listed for p in document.pictures)
+    names = dict.fromkeys(str(p.path) for _, document in listed for p in document.pictures)
     files = {name: _locate(path.parent, name) for name in names}
     stats = {file: file.stat() for file in files.values() if os.path.isfile(file)}
     faults = _image_faults(files, stats, threads, progress)
@@ -101,7 +101,7 @@ def read_documents(
         else:
             kept.append(document)
     refuse_bad(f"documents of {path}", len(listed), len(kept), problems, max_bad_share)
-    used = {picture.path for document in kept for picture in document.pictures}
+    used = {str(picture.path) for document in kept for picture in document.pictures}
     problems += [fault for name, fault in faults.items() if name in used]  # the conversions
     fingerprint = _fingerprint(kept, {name: stats[files[name]].st_size for name in used})
     documents = tuple(_located(document, files) for document in kept)
@@ -251,7 +251,7 @@ def _fault(place: str, document: Document, faults: dict[str, Problem]) -> Proble
     if not document.texts:
         return Problem(place, "no text", "left out")
     for picture in document.pictures:
-        fault = faults.get(picture.path)
+        fault = faults.get(str(picture.path))
         if fault and fault.action == "left out":
             return dataclasses.replace(fault, file=f"{place}: {fault.file}")
     return None
@@ -261,7 +261,7 @@ def _fingerprint(documents: list[Document], sizes: dict[str, int]) -> str:
     digest = hashlib.sha256()
     for document in documents:
         parts = [
-            sizes[part.path] if isinstance(part, Picture) else [part.prompt, part.target]
+            sizes[str(part.path)] if isinstance(part, Picture) else [part.prompt, part.target]
             for part in document.parts
         ]
         digest.update(json.dumps([document.id, parts]).encode())
@@ -270,7 +270,7 @@ def _fingerprint(documents: list[Document], sizes: dict[str, int]) -> str:
 
 def _located(document: Document, files: dict[str, Path]) -> Document:
     parts = tuple(
-        Picture(str(files[part.path])) if isinstance(part, Picture) else part
+        Picture(str(files[str(part.path)])) if isinstance(part, Picture) else part
         for part in document.parts
     )
     return dataclasses.replace(document, parts=parts)

@@ -17,7 +17,7 @@ import numpy as np
 from unified_mm.data.documents import Document, Picture
 from unified_mm.data.manifest import names_sides
 from unified_mm.data.pipeline import Arrays, Preparer
-from unified_mm.data.records import Record, Text
+from unified_mm.data.records import Image, Record, Text
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.modalities.image import ImageModality
 from unified_mm.modalities.text import TextModality
@@ -48,7 +48,7 @@ class Row:
 class PlacedImage(NamedTuple):
     """An image in its slot."""
 
-    path: str
+    path: Image
     position: int
     segment: int
     document: int

@@ -224,7 +224,7 @@ def _check(
         if fault is None or fault.action == "converted"
     )
     problems = tuple(fault for fault in faults if fault is not None) + captions.problems
-    sizes = {str(path): stat.st_size for path, stat in stats.items()}
+    sizes: dict[Image, int] = {str(path): stat.st_size for path, stat in stats.items()}
     return Manifest(split, records, source, str(folder), fingerprint(records, sizes), problems)
 
 

@@ -65,6 +65,7 @@ class AnnotatedFolder:
         self.banner = banner
         self._cache = cache_folder(data)
         self._max_bad_share = float(data.max_bad_share)
+        self._max_strangers = self._max_bad_share  # beside images that are not listed
         self._asking = asking_field(data)
         self._questions: dict[str, Sequence[coco.Question]] = {}  # those that were read
         self._splits = tuple(splits)
@@ -81,15 +82,14 @@ class AnnotatedFolder:
         if self._asking:
             self.questions(split)
         questions = self._questions.get(split, ())
-        beside = (
-            self._beside("foil", self.foils(split), self._max_bad_share),
-            self._beside("question", questions, self._share_of_questions(split)),
-        )
-        manifest = self.captioned(split, beside)
+        manifest = self._build(split, self._beside_all(split, questions))
         return with_questions(manifest, questions) if self._asking else manifest
 
-    def captioned(self, split: str, beside: Sequence[Beside] = ()) -> Manifest:
-        """The validated examples of a split with their captions alone."""
+    def captioned(self, split: str) -> Manifest:
+        """The validated examples of a split with their captions alone; the rest is checked too."""
+        return self._build(split, self._beside_all(split, self.questions(split)))
+
+    def _build(self, split: str, beside: Sequence[Beside]) -> Manifest:
         raise NotImplementedError
 
     def foils(self, split: str) -> Sequence[coco.Foil]:
@@ -106,6 +106,12 @@ class AnnotatedFolder:
         """For an error: that there are none, and what was looked for."""
         return coco.no_questions(self.folder, split)
 
+    def _beside_all(self, split: str, questions: Sequence[coco.Question]) -> tuple[Beside, ...]:
+        return (
+            self._beside("foil", self.foils(split), self._max_strangers),
+            self._beside("question", questions, self._share_of_questions(split)),
+        )
+
     def _beside(
         self, what: str, members: Sequence[coco.Foil] | Sequence[coco.Question], share: float
     ) -> Beside:
@@ -113,7 +119,7 @@ class AnnotatedFolder:
 
     def _share_of_questions(self, split: str) -> float:
         """How many questions may be on other images: VQA v2's files serve several years."""
-        return 1.0 if coco.questions_serve_others(self.folder, split) else self._max_bad_share
+        return 1.0 if coco.questions_serve_others(self.folder, split) else self._max_strangers
 
 
 class CocoFolder(AnnotatedFolder):
@@ -125,7 +131,7 @@ class CocoFolder(AnnotatedFolder):
         splits = tuple(coco.find_splits(folder))
         super().__init__(folder, splits, data, name=name, banner=banner)
 
-    def captioned(self, split: str, beside: Sequence[Beside] = ()) -> Manifest:
+    def _build(self, split: str, beside: Sequence[Beside]) -> Manifest:
         return build_manifest(
             self.folder,
             split,

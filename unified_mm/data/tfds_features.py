@@ -73,7 +73,7 @@ def choose_roles(features: Mapping[str, Any], asked: Mapping[str, str], where: s
     chosen = {role: _choice(role, features, asked, where) for role in USUAL}
     captions, _, text = chosen.pop("captions").partition(".")
     kind = getattr(features[captions], "feature", features[captions])  # of a sequence's members
-    group = dict(kind.items()) if isinstance(kind, _group()) else {}
+    group = _members(kind)
     if group:
         text = text or next((name for name in TEXTS if name in group), "")
         kind = group.get(text)
@@ -91,9 +91,7 @@ def choose_roles(features: Mapping[str, Any], asked: Mapping[str, str], where: s
     return Roles(captions=captions, text=text, **chosen)
 
 
-def _choice(
-    role: str, features: Mapping[str, Any], asked: Mapping[str, str], where: str
-) -> str:
+def _choice(role: str, features: Mapping[str, Any], asked: Mapping[str, str], where: str) -> str:
     """The name of a role's feature, as `data.tfds` says it; '' where there need be none."""
     name = asked[role]
     if name:
@@ -121,11 +119,11 @@ def _said(feature: Any) -> str:
     return " ".join(repr(feature).split())
 
 
-def _group() -> type:
+def _members(feature: Any) -> dict[str, Any]:
+    """The features in a group; nothing in another feature."""
     import tensorflow_datasets as tfds
 
-    found: type = tfds.features.FeaturesDict
-    return found
+    return dict(feature.items()) if isinstance(feature, tfds.features.FeaturesDict) else {}
 
 
 def _is_scalar(feature: Any, kinds: str) -> bool:

@@ -34,9 +34,9 @@ from unified_mm.data.manifest import (
     with_strangers,
 )
 from unified_mm.data.mirror import Mirror, is_remote
-from unified_mm.data.records import Manifest, Problem, Record, StoredImage, Text
+from unified_mm.data.records import Image, Manifest, Problem, Record, StoredImage, Text
 from unified_mm.data.sources import AnnotatedFolder, cache_folder
-from unified_mm.data.tfds_features import Roles, choose_roles
+from unified_mm.data.tfds_features import choose_roles
 from unified_mm.runs.folder import user_path
 
 FILE_FORMAT = "array_record"
@@ -72,13 +72,14 @@ class TfdsSource(AnnotatedFolder):
         features = dict(self._builder.info.features.items())
         self._roles = choose_roles(features, data.tfds, data.dir)
         self._mirror = mirror
-        banner = None
-        if (folder / PREPARED).is_file():
-            told = checked_json.read(folder / PREPARED)
-            banner = told.string("notice") if told.has("notice") else None
+        prepared = (folder / PREPARED).is_file()
+        told = checked_json.read(folder / PREPARED) if prepared else None
+        banner = told.string("notice") if told and told.has("notice") else None
         super().__init__(folder, list(self._builder.info.splits), data, name="tfds", banner=banner)
+        if prepared:
+            self._max_strangers = 1.0  # some images were left out, and theirs were accepted then
 
-    def captioned(self, split: str, beside: Sequence[Beside] = ()) -> Manifest:
+    def _build(self, split: str, beside: Sequence[Beside]) -> Manifest:
         if split not in self.splits():
             raise ValueError(
                 f"{self.folder} has no split {split!r}; it has {', '.join(self.splits())}: set "
@@ -148,7 +149,8 @@ class TfdsSource(AnnotatedFolder):
                 records[record.id] = record
             problems += faults
         kept = tuple(records.values())
-        sizes = {r.image: r.image.size for r in kept if isinstance(r.image, StoredImage)}
+        stored = (record.image for record in kept)
+        sizes: dict[Image, int] = {i: i.size for i in stored if isinstance(i, StoredImage)}
         sealed = fingerprint(kept, sizes)
         return Manifest(shelf.split, kept, self.name, self.folder, sealed, tuple(problems))
 

@@ -33,8 +33,8 @@ from unified_mm.runs.folder import naming, read_json, take, write_atomically, wr
 
 VERSION = "1.0.0"  # of the dataset, as TFDS wants one
 NOTICE = (
-    "THIS DATASET IS THE EMBEDDED WORLD: small rendered scenes of spheres, cubes and cylinders with "
-    "generated captions. Its scores say nothing about photographs."
+    "THIS DATASET IS THE EMBEDDED WORLD: small rendered scenes of spheres, cubes and cylinders "
+    "with generated captions. Its scores say nothing about photographs."
 )
 
 
@@ -97,7 +97,7 @@ def progress(out: Path) -> str:
     work = out.with_name(f".{out.name}.preparing")
     plan = read_json(work / PREPARED) if (work / PREPARED).is_file() else {"splits": {}}
     shards = sum(len(split["shards"]) for split in plan["splits"].values())
-    whole = sum(1 for _ in work.glob(f"*.{FILE_FORMAT}-*-of-*"))
+    whole = sum(1 for _ in work.glob(f"[!.]*.{FILE_FORMAT}-*"))
     return f"{whole} of {shards} shards are whole in {work}"
 
 
@@ -304,9 +304,7 @@ def _write_beside(work: Path, source: AnnotatedFolder) -> None:
             write_atomically(work / "annotations" / name, file.read_bytes())
 
 
-def _write_metadata(
-    work: Path, manifests: Mapping[str, Manifest], plan: Mapping[str, Any]
-) -> None:
+def _write_metadata(work: Path, manifests: Mapping[str, Manifest], plan: Mapping[str, Any]) -> None:
     """What TFDS knows a dataset by; its files are written anew where they are there."""
     import tensorflow_datasets as tfds
 

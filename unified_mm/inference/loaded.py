@@ -14,7 +14,8 @@ from PIL import Image
 
 from unified_mm.config import Config
 from unified_mm.data import images as pictures
-from unified_mm.data.records import Problem
+from unified_mm.data.records import Image as ImageFile
+from unified_mm.data.records import Problem, StoredImage
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.inference.classes import TEMPLATES, class_embeddings
 from unified_mm.inference.predictor import Predictor
@@ -24,7 +25,7 @@ from unified_mm.parallel.sharding import shardings_of, without_names
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, RunFolderError
 
-Picture = Any  # a path, a PIL image, or uint8 [height, width, 3]
+Picture = Any  # a path, a stored image, a PIL image, or uint8 [height, width, 3]
 BATCH = 32
 
 
@@ -54,8 +55,8 @@ class LoadedModel:
         return self._embed(self.predictor.embed_images, rows)
 
     def embed_files(
-        self, paths: Iterable[str]
-    ) -> tuple[list[str], Float[np.ndarray, "B E"], list[Problem]]:
+        self, paths: Iterable[ImageFile]
+    ) -> tuple[list[ImageFile], Float[np.ndarray, "B E"], list[Problem]]:
         """The files that can be read, their embeddings, and what is wrong with the others."""
         files = listed(paths, "paths")
         kept, problems = [], []
@@ -67,9 +68,9 @@ class LoadedModel:
                     views.append(self.view(path))
                     kept.append(path)
                 except pictures.ImageError as error:
-                    problems.append(Problem(path, error.what, "left out"))
+                    problems.append(Problem(str(path), error.what, "left out"))
                 except FileNotFoundError:
-                    problems.append(Problem(path, "no file", "left out"))
+                    problems.append(Problem(str(path), "no file", "left out"))
             if views:
                 parts.append(self.embed_images(views))
         return kept, np.concatenate(parts), problems
@@ -131,6 +132,8 @@ class LoadedModel:
             raise ValueError("this model reads no images: it is of text alone")
         if isinstance(image, (str, os.PathLike)):
             pixels = read_picture(image, modality.size, modality.decoder)
+        elif isinstance(image, StoredImage):
+            pixels = pictures.decode(image, at_least=modality.size, backend=modality.decoder)
         elif isinstance(image, Image.Image):
             pixels = pictures.from_pil(image)
         else:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from unified_mm.data import images
-from unified_mm.data.records import Record
+from unified_mm.data.records import Image, Record
 from unified_mm.modalities.tokens import Group, Tokens, blank, single_document
 from unified_mm.parallel.layers import Dense, Norm, partitioned
 
@@ -103,18 +103,18 @@ class ImageModality:
         return {"pixels": view, "present": np.array(True)}
 
     def view(
-        self, path: str, rng: np.random.Generator | None, mirrorable: bool
+        self, image: Image, rng: np.random.Generator | None, mirrorable: bool
     ) -> UInt8[np.ndarray, "size size 3"]:
-        """What the model sees of the picture at `path`; `rng` None asks for the evaluation view.
+        """What the model sees of a picture; `rng` None asks for the evaluation view.
 
-        Raises OSError or ImageError naming a file that cannot be read or decoded.
+        Raises OSError or ValueError naming one that cannot be read or decoded.
         """
         if rng is None:
-            pixels = images.decode(path, at_least=self.size, backend=self.decoder)
+            pixels = images.decode(image, at_least=self.size, backend=self.decoder)
             return self.whole_view(pixels)
         at_least = images.least_side(self.size, self.crop_scale)
         return images.training_view(
-            images.decode(path, at_least=at_least, backend=self.decoder),
+            images.decode(image, at_least=at_least, backend=self.decoder),
             self.size,
             rng,
             scale=self.crop_scale,
