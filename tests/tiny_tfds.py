@@ -76,5 +76,5 @@ def write_beside(folder: Path, split: str, ids: list[int]) -> None:
 def prepare(folder: Path, out: Path, cache: Path, written: Options = SMALL, **changes: Any) -> Path:
     """The dataset of a folder."""
     source = open_source(options(folder, cache, max_bad_share=0.5, **changes))
-    write_dataset(source, out, written, lambda _: None)  # type: ignore[arg-type]
+    write_dataset(source, out, written, lambda _: None)
     return out

@@ -5,6 +5,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,3 +268,22 @@ def test_the_world_stays_known_as_such(tmp_path, cache):
         assert [dataclasses.replace(each, image=None) for each in a] == [
             dataclasses.replace(each, image=None) for each in b
         ]
+
+
+def test_files_of_vqa_keep_their_names_and_their_leave_to_serve_other_years(
+    folder, cache, tmp_path
+):
+    theirs = tmp_path / "coco"
+    shutil.copytree(folder, theirs)
+    for ours, name in (
+        ("questions_train", "v2_OpenEnded_mscoco_train2014_questions"),
+        ("answers_train", "v2_mscoco_train2014_annotations"),
+    ):
+        (theirs / "annotations" / f"{ours}.json").rename(theirs / f"{name}.json")
+    out = tiny_tfds.prepare(theirs, tmp_path / "dataset", cache)
+    first, again = (
+        open_source(tiny_tfds.options(each, cache, max_bad_share=0.5, **source))
+        for each, source in ((theirs, {}), (out, {"source": "tfds"}))
+    )
+    assert again.questions("train") == first.questions("train") != ()
+    assert (out / "annotations" / "v2_mscoco_train2014_annotations.json").is_file()

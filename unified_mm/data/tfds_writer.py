@@ -179,7 +179,7 @@ def _write_shards(
     """Those that are not there yet, in order."""
     from tqdm import tqdm
 
-    features = _features(manifests)
+    serialized = _serializer(_features(manifests))
     total = sum(len(manifest.records) for manifest in manifests.values())
     with (
         tqdm(total=total, unit="image", disable=None) as bar,
@@ -195,7 +195,7 @@ def _write_shards(
                 )
                 if not path.exists():
                     made = pool.map(lambda r, m=manifest: _example(r, m, options), records)
-                    _write_shard(Path(path), map(features.serialize_example, made), length)
+                    _write_shard(Path(path), map(serialized, made), length)
                 bar.update(length)
 
 
@@ -295,6 +295,20 @@ def _features(manifests: Mapping[str, Manifest]) -> Any:
             "mirrorable": tfds.features.Scalar(np.bool_),
         }
     )
+
+
+def _serializer(features: Any) -> Callable[[dict[str, Any]], bytes]:
+    """As `features.serialize_example`, but equal examples give equal bytes in every process."""
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    plain = ExampleSerializer(features.get_serialized_info())
+
+    def serialized(example: dict[str, Any]) -> bytes:
+        proto = plain.get_tf_example(features.encode_example(example))
+        data: bytes = proto.SerializeToString(deterministic=True)
+        return data
+
+    return serialized
 
 
 def _write_beside(work: Path, source: AnnotatedFolder) -> None:
