@@ -11,7 +11,8 @@ from PIL import Image
 
 from unified_mm.config import Config
 from unified_mm.data.sources import open_source
-from unified_mm.data.tfds_writer import Options, write_dataset
+from unified_mm.data.tfds_examples import Options
+from unified_mm.data.tfds_writer import write_dataset
 
 SMALL = Options(shard_bytes=4000)  # a handful of shards
 

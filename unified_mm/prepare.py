@@ -61,7 +61,8 @@ def main(argv: list[str]) -> None:
 def prepare() -> int:
     """Reads, checks and writes all splits; running it again goes on."""
     from unified_mm.data.sources import AnnotatedFolder, open_source
-    from unified_mm.data.tfds_writer import Options, progress, write_dataset
+    from unified_mm.data.tfds_examples import Options
+    from unified_mm.data.tfds_writer import progress, write_dataset
 
     refuse_ignored()
     out = user_path(OUT.value, "--out").absolute()

@@ -19,7 +19,8 @@ from PIL import Image
 from unified_mm.commands import disk_is_full
 from unified_mm.data import tfds_writer
 from unified_mm.data.sources import open_source
-from unified_mm.data.tfds_writer import Options, progress
+from unified_mm.data.tfds_examples import Options
+from unified_mm.data.tfds_writer import progress
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +111,11 @@ sys.path[:0] = {sys.path!r}
 import tiny_tfds
 from pathlib import Path
 from unified_mm.data import tfds_writer
-example = tfds_writer._example
+made = tfds_writer.to_example
 def slowly(*arguments):
     time.sleep(0.05)
-    return example(*arguments)
-tfds_writer._example = slowly
+    return made(*arguments)
+tfds_writer.to_example = slowly
 tiny_tfds.prepare(Path({str(folder)!r}), Path({str(out)!r}), {str(cache)!r})
 """
     process = subprocess.Popen([sys.executable, "-c", script])

@@ -10,15 +10,11 @@ do beside a COCO folder, in `annotations/`.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import PIL
 
@@ -36,11 +32,18 @@ from unified_mm.data.manifest import (
 from unified_mm.data.mirror import Mirror, is_remote
 from unified_mm.data.records import Image, Manifest, Problem, Record, StoredImage, Text
 from unified_mm.data.sources import AnnotatedFolder, cache_folder
+from unified_mm.data.tfds_dataset import (
+    FEATURES,
+    FILE_FORMAT,
+    INFO,
+    Shard,
+    Split,
+    feature_dict,
+    open_builder,
+)
 from unified_mm.data.tfds_features import choose_roles
 from unified_mm.runs.folder import user_path
 
-FILE_FORMAT = "array_record"
-INFO, FEATURES = "dataset_info.json", "features.json"
 PREPARED = "prepared.json"  # what `unified_mm.prepare` tells of its work
 _EMPTY = "empty caption"
 
@@ -68,7 +71,7 @@ class TfdsSource(AnnotatedFolder):
     """The splits of a TFDS dataset, in its order."""
 
     def __init__(self, folder: Path, data: Any, mirror: Mirror | None) -> None:
-        self._builder = _open(folder, data.dir)
+        self._builder = open_builder(folder, data.dir)
         features = dict(self._builder.info.features.items())
         self._roles = choose_roles(features, data.tfds, data.dir)
         self._mirror = mirror
@@ -135,7 +138,7 @@ class TfdsSource(AnnotatedFolder):
             shard.check()
         count = sum(shard.records for shard in shards)
         known = self._builder.info.features
-        features = _features({name: known[name] for name in self._roles.features})
+        features = feature_dict({name: known[name] for name in self._roles.features})
         with ThreadPoolExecutor() as pool:
             read = pool.map(lambda n: self._checked(shelf, features, n), range(count))
             found = list(tqdm(read, "checking images", count, unit="image", disable=None))
@@ -168,138 +171,3 @@ class TfdsSource(AnnotatedFolder):
         mirrorable = roles.mirrorable_of(example) and not names_sides(texts)
         record = Record(roles.id_of(example, number), image, texts, mirrorable)
         return record, ([fault] if fault else []) + faults
-
-
-class Shard(NamedTuple):
-    """A file of a split, and how many examples the dataset says it holds."""
-
-    path: Path
-    records: int
-
-    def check(self) -> None:
-        """Raises ValueError where it holds another number of them."""
-        from array_record.python import array_record_module
-
-        reader = array_record_module.ArrayRecordReader(os.fspath(self.path))
-        found = reader.num_records() if reader.ok() else 0
-        if found != self.records:
-            fault = f"holds {found} examples" if reader.ok() else "is damaged or cut off"
-            raise ValueError(
-                f"{self.path} {fault}, where {INFO} says {self.records}: copy or prepare it again"
-            )
-        reader.close()
-
-
-@dataclass(frozen=True)
-class Split:
-    """The undecoded images of a split, by number: a `records.Shelf`.
-
-    Every process opens the files for itself, when it first reads.
-    """
-
-    folder: str
-    split: str
-    image: str  # the name of the feature
-
-    def __str__(self) -> str:
-        return f"{self.folder} {self.split}"
-
-    def __getitem__(self, number: int) -> bytes:
-        data: bytes = self.example(number, self._opened.image)[self.image]
-        return data
-
-    def __reduce__(self) -> tuple:
-        return Split, (self.folder, self.split, self.image)
-
-    def example(self, number: int, features: Any) -> Mapping[str, Any]:
-        """The members of an example that `features` holds, the image undecoded.
-
-        Raises ValueError naming the shard that cannot be read.
-        """
-        import tensorflow_datasets as tfds
-
-        try:
-            raw = self._opened.raw[number]
-            decoders = {self.image: tfds.decode.SkipDecoding()}
-            found: Mapping[str, Any] = features.deserialize_example_np(raw, decoders=decoders)
-        except Exception as error:  # the reader's own, and what its parser meets
-            shard, position = self._opened.place(number)
-            raise ValueError(
-                f"{shard} is damaged at example {position}: {str(error).partition('; ')[0]}. Copy "
-                "or prepare it again"
-            ) from error
-        return found
-
-    @cached_property  # threads that meet may open it twice; one of the two is dropped
-    def _opened(self) -> _Opened:
-        import tensorflow_datasets as tfds
-
-        builder = _open(Path(self.folder), self.folder)
-        raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
-        raw = builder.as_data_source(self.split, deserialize_method=raw_bytes)
-        image = _features({self.image: builder.info.features[self.image]})
-        return _Opened(raw, image, builder.info.splits[self.split])
-
-
-class _Opened(NamedTuple):
-    """The serialized examples of a split, how images lie in them, and TFDS' word on the split."""
-
-    raw: Sequence[bytes]
-    image: Any
-    info: Any
-
-    def place(self, number: int) -> tuple[str, int]:
-        """The shard of an example, and its number there."""
-        ends = list(itertools.accumulate(self.info.shard_lengths))
-        shard = next(i for i, end in enumerate(ends) if number < end)
-        start = ends[shard] - self.info.shard_lengths[shard]
-        return os.fspath(self.info.filepaths[shard]), number - start
-
-
-def _features(members: Mapping[str, Any]) -> Any:
-    """These features alone, so that no others are deserialized."""
-    import tensorflow_datasets as tfds
-
-    return tfds.features.FeaturesDict(dict(members))
-
-
-def _open(folder: Path, given: str) -> Any:
-    """TFDS' reader of a dataset that it or we prepared; `given` is what data.dir says."""
-    import tensorflow_datasets as tfds
-
-    for name in (INFO, FEATURES):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"data.dir={given} has no {name}{_no_dataset(folder)}")
-    told = checked_json.read(folder / INFO)
-    checked_json.read(folder / FEATURES)
-    others = told.get("alternativeFileFormats") if told.has("alternativeFileFormats") else []
-    formats = [told.get("fileFormat") if told.has("fileFormat") else "tfrecord", *others]
-    if FILE_FORMAT not in formats:
-        raise ValueError(
-            f"data.dir={given} holds {' and '.join(map(str, formats))} files; read is "
-            f"{FILE_FORMAT} alone: prepare it with file_format={FILE_FORMAT!r}, or with "
-            "unified_mm.prepare"
-        )
-    try:
-        return tfds.builder_from_directory(folder, file_format=FILE_FORMAT)
-    except Exception as error:  # whatever its parsers meet
-        said = " ".join(str(error).split())
-        raise ValueError(
-            f"data.dir={given}: {INFO} or {FEATURES} is not as TFDS writes it ({said[:200]}): copy "
-            "or prepare it again"
-        ) from error
-
-
-def _no_dataset(folder: Path) -> str:
-    """What to do about a folder that is no dataset: the datasets below it, if any."""
-    below = sorted(
-        os.fspath(path.parent)
-        for depth in (1, 2, 3)
-        for path in folder.glob("/".join(["*"] * depth + [INFO]))
-    )
-    if below:
-        return f" and is no TFDS dataset, but there is one in {', '.join(below[:5])}"
-    return (
-        " and is no TFDS dataset: give the folder that TFDS prepared, or make one with python -m "
-        "unified_mm.prepare"
-    )

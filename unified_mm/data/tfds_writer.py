@@ -10,25 +10,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL
-from PIL import Image
 
-from unified_mm.data import coco, images
+from unified_mm.data import coco
 from unified_mm.data.manifest import summary
 from unified_mm.data.records import Manifest, Record, StoredImage
 from unified_mm.data.sources import AnnotatedFolder
-from unified_mm.data.tfds_source import FILE_FORMAT, PREPARED
+from unified_mm.data.tfds_dataset import FILE_FORMAT
+from unified_mm.data.tfds_examples import Options, common_features, serializer, to_example
+from unified_mm.data.tfds_source import PREPARED
 from unified_mm.runs.folder import naming, read_json, take, write_atomically, write_json
 
 VERSION = "1.0.0"  # of the dataset, as TFDS wants one
@@ -36,21 +34,6 @@ NOTICE = (
     "THIS DATASET IS THE EMBEDDED WORLD: small rendered scenes of spheres, cubes and cylinders "
     "with generated captions. Its scores say nothing about photographs."
 )
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a dataset is written.
-
-    Attributes:
-      resize: pixels that the shorter side of an image has at most; 0 keeps every file's bytes.
-      quality: of the JPEG that a resized image becomes (Pillow's scale, chroma halved).
-      shard_bytes: of image files, as they were, that a shard takes at most.
-    """
-
-    resize: int = 0
-    quality: int = 95
-    shard_bytes: int = 128 * 2**20
 
 
 def write_dataset(
@@ -179,7 +162,7 @@ def _write_shards(
     """Those that are not there yet, in order."""
     from tqdm import tqdm
 
-    serialized = _serializer(_features(manifests))
+    serialized = serializer(common_features(manifests))
     total = sum(len(manifest.records) for manifest in manifests.values())
     with (
         tqdm(total=total, unit="image", disable=None) as bar,
@@ -194,7 +177,7 @@ def _write_shards(
                     shard_index=number, num_shards=len(lengths)
                 )
                 if not path.exists():
-                    made = pool.map(lambda r, m=manifest: _example(r, m, options), records)
+                    made = pool.map(lambda r, m=manifest: to_example(r, m, options), records)
                     _write_shard(Path(path), map(serialized, made), length)
                 bar.update(length)
 
@@ -230,87 +213,6 @@ def _said_by_writer(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be written: {str(error).partition(';')[0]}") from error
 
 
-def _example(record: Record, manifest: Manifest, options: Options) -> dict[str, Any]:
-    """A record as TFDS' features have it; without image, the image is empty."""
-    data, name = b"", ""
-    if record.image is not None:
-        data, name = _picture(record.image), _name(record.image, manifest.folder)
-        if smaller := _resized(data, options):
-            data, name = smaller, os.path.splitext(name)[0] + ".jpg"
-    return {
-        "image": data,
-        "image/filename": name,
-        "image/id": record.id,
-        "captions": [{"text": text.target} for text in record.texts],
-        "mirrorable": record.mirrorable,
-    }
-
-
-def _picture(image: str | StoredImage) -> bytes:
-    return image.read() if isinstance(image, StoredImage) else Path(image).read_bytes()
-
-
-def _name(image: str | StoredImage, folder: str) -> str:
-    """An image's name in its folder, for messages: bytes that are no UTF-8 are spelled out."""
-    name = image.name if isinstance(image, StoredImage) else os.path.relpath(image, folder)
-    return os.fsencode(name).decode(errors="backslashreplace")
-
-
-def _resized(data: bytes, options: Options) -> bytes | None:
-    """A JPEG with the shorter side of `options.resize`; None for an image that is no larger."""
-    if not options.resize:
-        return None
-    with Image.open(io.BytesIO(data)) as opened:
-        if min(opened.size) <= options.resize:
-            return None
-    pixels = images.decode(data, at_least=options.resize)
-    height, width = pixels.shape[:2]
-    scale = options.resize / min(height, width)
-    size = (round(width * scale), round(height * scale))
-    smaller = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    smaller.save(file, "JPEG", quality=options.quality)
-    return file.getvalue()
-
-
-def _features(manifests: Mapping[str, Manifest]) -> Any:
-    """The features of every split, named as in TFDS' `coco_captions`."""
-    import tensorflow_datasets as tfds
-
-    ids = [record.id for manifest in manifests.values() for record in manifest.records]
-    if all(isinstance(key, int) and abs(key) < 2**63 for key in ids):
-        key = tfds.features.Scalar(np.int64)
-    elif all(isinstance(key, str) for key in ids):
-        key = tfds.features.Text()
-    else:
-        raise ValueError(
-            "ids of images are numbers and strings, or of more than 64 bits: write them alike"
-        )
-    return tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(),
-            "image/filename": tfds.features.Text(),
-            "image/id": key,
-            "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
-            "mirrorable": tfds.features.Scalar(np.bool_),
-        }
-    )
-
-
-def _serializer(features: Any) -> Callable[[dict[str, Any]], bytes]:
-    """As `features.serialize_example`, but equal examples give equal bytes in every process."""
-    from tensorflow_datasets.core.example_serializer import ExampleSerializer
-
-    plain = ExampleSerializer(features.get_serialized_info())
-
-    def serialized(example: dict[str, Any]) -> bytes:
-        proto = plain.get_tf_example(features.encode_example(example))
-        data: bytes = proto.SerializeToString(deterministic=True)
-        return data
-
-    return serialized
-
-
 def _write_beside(work: Path, source: AnnotatedFolder) -> None:
     """Copies of the files of questions and foils."""
     for split in source.splits():
@@ -331,7 +233,7 @@ def _write_metadata(work: Path, manifests: Mapping[str, Manifest], plan: Mapping
         infos.append(tfds.core.SplitInfo(split, lengths, size, template))
     tfds.folder_dataset.write_metadata(
         data_dir=work,
-        features=_features(manifests),
+        features=common_features(manifests),
         split_infos=infos,
         version=VERSION,
         check_data=False,

@@ -1,0 +1,155 @@
+"""A TFDS dataset on disk: its description, its shards, and examples by their number.
+
+No TensorFlow: examples are read through `builder.as_data_source` as bytes, and of them only the
+features that are needed are deserialized. TFDS is imported where a dataset is opened.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unified_mm.data import checked_json
+
+FILE_FORMAT = "array_record"
+INFO, FEATURES = "dataset_info.json", "features.json"
+
+
+class Shard(NamedTuple):
+    """A file of a split, and how many examples the dataset says it holds."""
+
+    path: Path
+    records: int
+
+    def check(self) -> None:
+        """Raises ValueError where it holds another number of them."""
+        from array_record.python import array_record_module
+
+        reader = array_record_module.ArrayRecordReader(os.fspath(self.path))
+        found = reader.num_records() if reader.ok() else 0
+        if found != self.records:
+            fault = f"holds {found} examples" if reader.ok() else "is damaged or cut off"
+            raise ValueError(
+                f"{self.path} {fault}, where {INFO} says {self.records}: copy or prepare it again"
+            )
+        reader.close()
+
+
+@dataclass(frozen=True)
+class Split:
+    """The undecoded images of a split, by number: a `records.Shelf`.
+
+    Every process opens the files for itself, when it first reads.
+    """
+
+    folder: str
+    split: str
+    image: str  # the name of the feature
+
+    def __str__(self) -> str:
+        return f"{self.folder} {self.split}"
+
+    def __getitem__(self, number: int) -> bytes:
+        data: bytes = self.example(number, self._opened.image)[self.image]
+        return data
+
+    def __reduce__(self) -> tuple:
+        return Split, (self.folder, self.split, self.image)
+
+    def example(self, number: int, features: Any) -> Mapping[str, Any]:
+        """The members of an example that `features` holds, the image undecoded.
+
+        Raises ValueError naming the shard that cannot be read.
+        """
+        import tensorflow_datasets as tfds
+
+        try:
+            raw = self._opened.raw[number]
+            decoders = {self.image: tfds.decode.SkipDecoding()}
+            found: Mapping[str, Any] = features.deserialize_example_np(raw, decoders=decoders)
+        except Exception as error:  # the reader's own, and what its parser meets
+            shard, position = self._opened.place(number)
+            raise ValueError(
+                f"{shard} is damaged at example {position}: {str(error).partition('; ')[0]}. Copy "
+                "or prepare it again"
+            ) from error
+        return found
+
+    @cached_property  # threads that meet may open it twice; one of the two is dropped
+    def _opened(self) -> _Opened:
+        import tensorflow_datasets as tfds
+
+        builder = open_builder(Path(self.folder), self.folder)
+        raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
+        raw = builder.as_data_source(self.split, deserialize_method=raw_bytes)
+        image = feature_dict({self.image: builder.info.features[self.image]})
+        return _Opened(raw, image, builder.info.splits[self.split])
+
+
+class _Opened(NamedTuple):
+    """The serialized examples of a split, how images lie in them, and TFDS' word on the split."""
+
+    raw: Sequence[bytes]
+    image: Any
+    info: Any
+
+    def place(self, number: int) -> tuple[str, int]:
+        """The shard of an example, and its number there."""
+        ends = list(itertools.accumulate(self.info.shard_lengths))
+        shard = next(i for i, end in enumerate(ends) if number < end)
+        start = ends[shard] - self.info.shard_lengths[shard]
+        return os.fspath(self.info.filepaths[shard]), number - start
+
+
+def feature_dict(members: Mapping[str, Any]) -> Any:
+    """These features alone, so that no others are deserialized."""
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict(dict(members))
+
+
+def open_builder(folder: Path, given: str) -> Any:
+    """TFDS' reader of a dataset that it or we prepared; `given` is what data.dir says."""
+    import tensorflow_datasets as tfds
+
+    for name in (INFO, FEATURES):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"data.dir={given} has no {name}{_no_dataset(folder)}")
+    told = checked_json.read(folder / INFO)
+    checked_json.read(folder / FEATURES)
+    others = told.get("alternativeFileFormats") if told.has("alternativeFileFormats") else []
+    formats = [told.get("fileFormat") if told.has("fileFormat") else "tfrecord", *others]
+    if FILE_FORMAT not in formats:
+        raise ValueError(
+            f"data.dir={given} holds {' and '.join(map(str, formats))} files; read is "
+            f"{FILE_FORMAT} alone: prepare it with file_format={FILE_FORMAT!r}, or with "
+            "unified_mm.prepare"
+        )
+    try:
+        return tfds.builder_from_directory(folder, file_format=FILE_FORMAT)
+    except Exception as error:  # whatever its parsers meet
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"data.dir={given}: {INFO} or {FEATURES} is not as TFDS writes it ({said[:200]}): copy "
+            "or prepare it again"
+        ) from error
+
+
+def _no_dataset(folder: Path) -> str:
+    """What to do about a folder that is no dataset: the datasets below it, if any."""
+    below = sorted(
+        os.fspath(path.parent)
+        for depth in (1, 2, 3)
+        for path in folder.glob("/".join(["*"] * depth + [INFO]))
+    )
+    if below:
+        return f" and is no TFDS dataset, but there is one in {', '.join(below[:5])}"
+    return (
+        " and is no TFDS dataset: give the folder that TFDS prepared, or make one with python -m "
+        "unified_mm.prepare"
+    )
