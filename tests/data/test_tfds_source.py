@@ -14,6 +14,7 @@ import pytest
 import tiny
 import tiny_tfds
 
+from unified_mm.config import Config
 from unified_mm.data.pipeline import evaluation_batches, training_batches
 from unified_mm.data.sources import open_source
 
@@ -127,6 +128,15 @@ def test_stored_images_pickle_without_open_files(made):
     other = pickle.loads(pickle.dumps(record))
     assert other == record and other.image.read() == data
     assert len(pickle.dumps(record)) < 1000
+
+
+def test_a_loaded_model_sees_stored_images_as_files(made):
+    from unified_mm.inference.loaded import LoadedModel, one_device_mesh
+
+    model = LoadedModel(tiny.task(), None, one_device_mesh(), Config({}), 0)
+    ours, theirs = (source.manifest("val").records[1].image for source in both(made))
+    np.testing.assert_array_equal(model.view(ours), model.view(theirs))
+    assert str(theirs).endswith("dataset val[1] (images/val/1.jpg)")
 
 
 def test_what_is_unchanged_is_read_once(made, monkeypatch, tmp_path):
@@ -315,6 +325,8 @@ def test_damaged_descriptions_are_named(copied, tmp_path, name, content, message
 def test_the_folder_above_a_dataset_says_where_it_is(copied, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"but there is one in .*/dataset$"):
         opened(copied.parent, tmp_path)
+    with pytest.raises(ValueError, match="is a TFDS dataset: set data.source to 'tfds'"):
+        open_source(tiny_tfds.options(copied, tmp_path))
     with pytest.raises(ValueError, match="needs data.dir: the folder with dataset_info.json"):
         opened("", tmp_path)
 

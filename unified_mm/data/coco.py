@@ -105,6 +105,8 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
     with naming(f"data.dir={folder}"):
         files = sorted((folder / "annotations").glob(f"{_PREFIX}*.json"))
     if not files:
+        if (folder / "dataset_info.json").is_file():
+            raise ValueError(f"{folder} is a TFDS dataset: set data.source to 'tfds'")
         raise FileNotFoundError(
             f"no annotations/{_PREFIX}*.json in {folder}; {_what_is_there(folder)}. Set data.dir "
             "to a folder in MS-COCO's layout: train2017/ or images/ beside annotations/"
