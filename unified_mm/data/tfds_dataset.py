@@ -66,14 +66,12 @@ class Split:
 
         Raises ValueError naming the shard that cannot be read.
         """
-        import tensorflow_datasets as tfds
-
+        opened = self._opened
         try:
-            raw = self._opened.raw[number]
-            decoders = {self.image: tfds.decode.SkipDecoding()}
-            found: Mapping[str, Any] = features.deserialize_example_np(raw, decoders=decoders)
+            raw = opened.raw[number]
+            found: Mapping[str, Any] = features.deserialize_example_np(raw, decoders=opened.skip)
         except Exception as error:  # the reader's own, and what its parser meets
-            shard, position = self._opened.place(number)
+            shard, position = opened.place(number)
             raise ValueError(
                 f"{shard} is damaged at example {position}: {str(error).partition('; ')[0]}. Copy "
                 "or prepare it again"
@@ -88,14 +86,19 @@ class Split:
         raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
         raw = builder.as_data_source(self.split, deserialize_method=raw_bytes)
         image = feature_dict({self.image: builder.info.features[self.image]})
-        return _Opened(raw, image, builder.info.splits[self.split])
+        skip = {self.image: tfds.decode.SkipDecoding()}
+        return _Opened(raw, image, skip, builder.info.splits[self.split])
 
 
 class _Opened(NamedTuple):
-    """The serialized examples of a split, how images lie in them, and TFDS' word on the split."""
+    """The serialized examples of a split, how images lie in them, and TFDS' word on the split.
+
+    `skip` says that images stay undecoded.
+    """
 
     raw: Sequence[bytes]
     image: Any
+    skip: dict[str, Any]
     info: Any
 
     def place(self, number: int) -> tuple[str, int]:
