@@ -44,16 +44,17 @@ def run() -> int:
     devices, chip = target(TOPOLOGY.value)
     config = Config(resolve(CONFIG.value, flags.FLAGS["config"], say).to_dict())
     phase = choose(plan(config, devices), PHASE.value)
-    facts = estimate(phase, chip, config.train.average_decay)
-    say(f"{TOPOLOGY.value}: " + "\n".join(lines(facts)))
-    if facts["problem"]:
-        say(facts["problem"])
     about = {
+        "topology": TOPOLOGY.value,
         "versions": versions() | ({"libtpu": metadata.version("libtpu")} if chip else {}),
         "revision": revision(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    say(json.dumps({"topology": TOPOLOGY.value, **facts, **about}))
+    facts = estimate(phase, chip, config.train.average_decay)
+    say(f"{TOPOLOGY.value}: " + "\n".join(lines(facts)))
+    if facts["problem"]:
+        say(facts["problem"])
+    say(json.dumps(about | facts))
     return 0 if facts["fits"] else 1
 
 
