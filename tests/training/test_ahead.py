@@ -45,6 +45,7 @@ def facts():
     return phase, chip, estimate(phase, chip, 0.0)
 
 
+@pytest.mark.slow
 def test_what_is_lowered_is_what_a_run_lowers(tmp_path):
     """Beside a run with its data read and its tokenizer trained."""
     config = tiny.config_dict(mesh__data=4, mesh__tensor=2)
