@@ -14,8 +14,9 @@ import sys
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from unified_mm import cluster_flags
 from unified_mm.commands import (
     disk_full,
     disk_is_full,
@@ -26,6 +27,7 @@ from unified_mm.commands import (
     score_table,
 )
 from unified_mm.config import Config
+from unified_mm.parallel.processes import first_before_others, refuse_unequal, start, together
 from unified_mm.recipes import overridden, parse_flags, resolve
 from unified_mm.runs.folder import RunFolder, naming, user_path, write_json
 from unified_mm.runs.metrics import read_metrics
@@ -50,6 +52,7 @@ READ_BY = {
     "images": ("search",),
     "top": ("search",),
     "output": ("evaluate",),
+    **dict.fromkeys(cluster_flags.FLAGS, ("train", "evaluate")),
 }
 # Which fields a mode may set other than the run has them; groups with all that they hold. What
 # the run's model depends on is not among them: it is as it was trained.
@@ -83,7 +86,7 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
     logging.get_absl_logger().addFilter(is_news)
     again = "interrupted; the same command goes on from the last checkpoint"
-    sys.exit(exit_code(lambda: chosen_mode(argv[1:]), interrupted=again))
+    sys.exit(together(lambda: exit_code(lambda: chosen_mode(argv[1:]), interrupted=again)))
 
 
 def chosen_mode(rest: list[str]) -> int:
@@ -93,6 +96,8 @@ def chosen_mode(rest: list[str]) -> int:
         raise ValueError(f"not a flag: {' '.join(rest)}")
     refuse_ignored()
     workdir()
+    if (cluster := cluster_flags.cluster_from_flags()) is not None:
+        start(cluster)
     return modes[MODE.value]()
 
 
@@ -133,39 +138,39 @@ def train() -> int:
     from unified_mm.analysis.run_report import write_report
     from unified_mm.training.environment import unseen_accelerator
     from unified_mm.training.loop import NotFinite, Stopped
+    from unified_mm.training.output import output_of
     from unified_mm.training.run import train_and_score
     from unified_mm.training.setup import check_goes_on, prepare
 
     if CONFIG.value is None:
         raise ValueError("--config is needed to train: --config=configs/coco.py")
-    chosen = resolve(CONFIG.value, flags.FLAGS["config"], say)
     folder = RunFolder(workdir())
-    with folder.lock():
+    output = output_of(folder, say)
+    chosen = resolve(CONFIG.value, flags.FLAGS["config"], output.say)
+    refuse_unequal("the config", shared_fields(chosen))
+    with output.lock():
         new = folder.check(chosen.to_dict())
         if folder.finished and folder.finished_steps() >= chosen.train.steps:
-            say(f"the run in {folder.path} is finished; see {folder.report}")
+            output.say(f"the run in {folder.path} is finished; see {folder.report}")
             return 0
-        say(f"{'new run' if new else 'run'} in {folder.path} (size: {chosen.size})")
+        output.say(f"{'new run' if new else 'run'} in {folder.path} (size: {chosen.size})")
         if warning := unseen_accelerator():
-            say(f"WARNING: {warning}")
+            output.say(f"WARNING: {warning}")
         config = Config(chosen.to_dict())
-        setup = prepare(config, folder, say)
+        setup = prepare(config, folder, output.say)
         refuse_unread(config, asked_fields())
         check_asked(config, setup)
         check_goes_on(setup)
         if folder.metrics.exists():
             read_metrics(folder.metrics)  # says what is wrong with it before anything is written
         try:
-            folder.create_or_check(config.as_dict())
-            folder.set_result_aside()
-            if not folder.tokenizer.is_file():
-                setup.task.tokenizer.save(folder.tokenizer)
-            result, found = train_and_score(setup, say)
-            main_split = found[config.evaluation.split]
-            write_report(folder, result, config.as_dict(), main_split, setup.source.banner)
-            write_json(folder.result, result)
+            output.begin(config.as_dict(), setup.task.tokenizer)
+            result, found = train_and_score(setup, output)
+            scored, banner = found[config.evaluation.split], setup.source.banner
+            output.write(lambda: write_report(folder, result, config.as_dict(), scored, banner))
+            output.write(lambda: write_json(folder.result, result))
         except Stopped as stop:
-            say(f"\n{stop}; to go on, run the same command again:\n  {command()}")
+            output.say(f"\n{stop}; to go on, run the same command again:\n  {command()}")
             return stop.exit_code
         except NotFinite as error:
             print(f"error: {error}", file=sys.stderr)
@@ -175,11 +180,19 @@ def train() -> int:
                 raise
             print(f"error: {disk_full(folder)}", file=sys.stderr)
             return 1
-    say(score_table(result))
+    output.say(score_table(result))
     if setup.source.banner:
-        say(setup.source.banner)
-    say(f"report: {folder.report}")
+        output.say(setup.source.banner)
+    output.say(f"report: {folder.report}")
     return 0
+
+
+def shared_fields(config: ConfigDict) -> str:
+    """What all processes of a run must be told alike: not how each gets at the data."""
+    fields = config.to_dict()
+    own = ("dir", "cache_dir", "threads", "workers")
+    data = {name: value for name, value in fields["data"].items() if name not in own}
+    return json.dumps({**fields, "data": data}, sort_keys=True)
 
 
 def check_asked(config: Config, setup: Any) -> None:
@@ -202,15 +215,18 @@ def evaluate() -> int:
     from unified_mm.data.sources import open_source, refuse_no_questions
     from unified_mm.evaluation.evaluate import evaluate as score
     from unified_mm.inference.loaded import load
+    from unified_mm.training.output import output_of
     from unified_mm.training.setup import evaluated_splits, framed, open_split
 
-    output = new_file(OUTPUT.value)
-    model = load(workdir())
+    file = new_file(OUTPUT.value)
+    output = output_of(RunFolder(workdir()), say)
+    model = load(workdir(), mesh=mesh_of_processes())
     config = run_config(model.config)
-    source = open_source(config.data)
-    if source.banner:
-        say(framed(source.banner))
-    split = open_split(config, source, evaluated_splits(config, source)[0])
+    with first_before_others("data"):
+        source = open_source(config.data)
+        if source.banner:
+            output.say(framed(source.banner))
+        split = open_split(config, source, evaluated_splits(config, source)[0])
     batch_size = config.evaluation.batch_size
     refuse_unread(config, asked_fields())
     if config.evaluation.questions and not split.questions:
@@ -224,12 +240,21 @@ def evaluate() -> int:
         "step": model.step,
         "data": {"source": source.name, "folder": source.folder, "notice": source.banner},
     }
-    say(score_table(result))
-    if output is not None:
-        with naming(f"--output={output}"):
-            write_json(output, result)
-    say(json.dumps(result))
+    output.say(score_table(result))
+    if file is not None:
+        with naming(f"--output={file}"):
+            output.write(lambda: write_json(file, result))
+    output.say(json.dumps(result))
     return 0
+
+
+def mesh_of_processes() -> Any:
+    """All devices, where several processes share the work; None where this one is alone."""
+    import jax
+
+    from unified_mm.parallel.mesh import AXES, make_mesh
+
+    return make_mesh(dict.fromkeys(AXES, 1) | {"data": -1}) if jax.process_count() > 1 else None
 
 
 def caption() -> int:

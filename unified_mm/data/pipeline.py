@@ -28,29 +28,28 @@ class Preparer(Protocol):
 class _Rows:
     """Which row of which global batch a reader's element is.
 
-    This process reads rows `[process_index * rows, (process_index + 1) * rows)` of each global
-    batch. Grain gives worker w of W the elements w, w + W, ... and takes whole batches from the
-    workers in turn, so the elements are numbered such that worker w makes batches w, w + W, ...
+    This process reads the rows `own` of each global batch. Grain gives worker w of W the elements
+    w, w + W, ... and takes whole batches from the workers in turn, so the elements are numbered
+    such that worker w makes batches w, w + W, ...
     """
 
     batch_size: int
     start_step: int
-    process_index: int
-    process_count: int
+    own: tuple[int, ...]
     workers: int
 
-    def __post_init__(self):
-        if self.batch_size < 1 or self.batch_size % self.process_count:
-            raise ValueError(
-                f"a batch of {self.batch_size} cannot be split over {self.process_count} "
-                "processes: make train.batch_size a multiple of the number of processes"
-            )
-        if not 0 <= self.process_index < self.process_count:
-            raise ValueError(f"process {self.process_index} of {self.process_count} processes")
+    @classmethod
+    def of(
+        cls, batch_size: int, start_step: int, own: Sequence[int] | None, workers: int
+    ) -> "_Rows":
+        rows = tuple(range(batch_size)) if own is None else tuple(map(int, own))
+        if not rows or not 0 <= min(rows) <= max(rows) < batch_size:
+            raise ValueError(f"a batch of {batch_size} has no rows {list(rows)}")
+        return cls(batch_size, start_step, rows, workers)
 
     @property
     def rows(self) -> int:
-        return self.batch_size // self.process_count
+        return len(self.own)
 
     def sample(self, element: int) -> int:
         """The number of the sample since step 0, over all processes."""
@@ -58,7 +57,7 @@ class _Rows:
         position, worker = divmod(element, workers)
         batch, row = divmod(position, self.rows)
         step = self.start_step + batch * workers + worker
-        return step * self.batch_size + self.process_index * self.rows + row
+        return step * self.batch_size + self.own[row]
 
 
 class _TrainingRows:
@@ -123,8 +122,7 @@ def training_batches(
     seed: int,
     batch_size: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     threads: int = 2,
     workers: int = 0,
     prefetch: int = 2,
@@ -134,14 +132,14 @@ def training_batches(
     Every epoch is a permutation of the records that depends on (seed, epoch); the generator
     that a modality prepares sample i with depends on (seed, i, the modality's name). So
     neither threads, workers, processes, a restart nor a further modality changes any array.
-    `batch_size` counts the rows over all processes; each process gets its share of them.
-    `prefetch` is in batches. Raises ValueError for no records, no preparers, or a batch that
-    the processes cannot share; iterating raises what a preparer raises.
+    `batch_size` counts the rows over all processes; `rows` are those that this one gets, all of
+    them by default. `prefetch` is in batches. Raises ValueError for no records, no preparers, or
+    rows that no batch has; iterating raises what a preparer raises.
     """
     _require(records, preparers)
-    rows = _Rows(batch_size, start_step, process_index, process_count, workers)
-    source = _TrainingRows(records, preparers, _checked_seed(seed), rows)
-    return _read(source, rows, threads, workers, prefetch)
+    read = _Rows.of(batch_size, start_step, rows, workers)
+    source = _TrainingRows(records, preparers, _checked_seed(seed), read)
+    return _read(source, read, threads, workers, prefetch)
 
 
 def evaluation_batches(
@@ -149,19 +147,18 @@ def evaluation_batches(
     preparers: Mapping[str, Preparer],
     *,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     threads: int = 2,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
     """Every record once, in order, in evaluation views; call `.close()` when done.
 
-    The last batch is filled up with rows in which every modality is absent. Raises as
-    `training_batches` does.
+    The last batch is filled up with rows in which every modality is absent. `rows` and errors are
+    as in `training_batches`.
     """
     _require(records, preparers)
-    rows = _Rows(batch_size, 0, process_index, process_count, 0)
-    return _read(_EvaluationRows(records, preparers, rows), rows, threads, 0, prefetch)
+    read = _Rows.of(batch_size, 0, rows, 0)
+    return _read(_EvaluationRows(records, preparers, read), read, threads, 0, prefetch)
 
 
 def _read(source: Any, rows: _Rows, threads: int, workers: int, prefetch: int) -> Iterator[Batch]:

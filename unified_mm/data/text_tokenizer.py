@@ -105,7 +105,11 @@ class TextTokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes tokenizer.json in one step: a reader sees the old file or the new one."""
-        write_atomically(path, self._tokenizer.to_str().encode())
+        write_atomically(path, self.as_json().encode())
+
+    def as_json(self) -> str:
+        """What tokenizer.json holds."""
+        return str(self._tokenizer.to_str())
 
     @property
     def vocabulary_size(self) -> int:

@@ -265,7 +265,12 @@ def score_answers(predictor: Predictor, split: Split, found: Scores, batch_size:
 def _batches(
     predictor: Predictor, records: Sequence[Record], batch_size: int
 ) -> Iterator[dict[str, dict[str, np.ndarray]]]:
-    batches = evaluation_batches(records, predictor.task.modalities, batch_size=batch_size)
+    batches = evaluation_batches(
+        records,
+        predictor.task.modalities,
+        batch_size=batch_size,
+        rows=predictor.rows(batch_size),
+    )
     with closing(batches):  # type: ignore[type-var]
         yield from batches
 

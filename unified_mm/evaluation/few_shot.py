@@ -100,7 +100,7 @@ def write_after_shots(
     written: list[str] = []
     for batch in _batches(predictor, rows, shots + 1, length, batch_size):
         beginning = {**batch, "text": without_answer(batch["text"])}
-        most = np.full(batch_size, room)
+        most = np.full(len(beginning["text"]["valid"]), room)
         if text.embedding.learned_positions:
             used = beginning["text"]["valid"].sum(1)
             most = np.minimum(most, text.embedding.places - used)
@@ -161,6 +161,7 @@ def _batches(
     predictor: Predictor, rows: Sequence[Row], slots: int, length: int, batch_size: int
 ) -> Iterator[Any]:
     preparers = interleaved_preparers(predictor.task.modalities, slots, length)
-    batches = evaluation_batches(rows, preparers, batch_size=batch_size)
+    own = predictor.rows(batch_size)
+    batches = evaluation_batches(rows, preparers, batch_size=batch_size, rows=own)
     with closing(batches):  # type: ignore[type-var]
         yield from batches

@@ -255,7 +255,7 @@ def refuse_image_tower(config: Config, folder: RunFolder) -> None:
 
 def one_device_mesh() -> Mesh:
     """The first device alone: requests are small."""
-    return make_mesh({}, jax.devices()[:1])
+    return make_mesh({}, jax.local_devices()[:1])
 
 
 def abstract_params(task: Task, mesh: Mesh) -> Any:

@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
 from unified_mm.inference.generate import greedy
@@ -19,6 +20,7 @@ from unified_mm.models.unified import UnifiedModel
 from unified_mm.objectives.captioning import Captioning, score_text
 from unified_mm.objectives.contrastive import Contrastive, text_valid
 from unified_mm.objectives.task import Task
+from unified_mm.parallel.rows import own_rows
 from unified_mm.parallel.sharding import serving_rules, to_global
 
 Batch = Mapping[str, Mapping[str, np.ndarray]]
@@ -26,6 +28,9 @@ Batch = Mapping[str, Mapping[str, np.ndarray]]
 
 class Predictor:
     """A task with parameters on a mesh. Batches are NumPy arrays as the data pipeline makes them.
+
+    Where several processes share the mesh, all ask for the same: each gives its own `rows` of a
+    batch, and each gets what comes out of all of them.
 
     Functions are compiled once for each batch size, so callers keep to one.
     """
@@ -41,6 +46,10 @@ class Predictor:
         other = copy.copy(self)
         other.params = params
         return other
+
+    def rows(self, batch_size: int) -> Int[np.ndarray, " b"]:
+        """The rows of a batch over all processes that this one gives."""
+        return own_rows(self.mesh, batch_size)
 
     def can(self, kind: type) -> bool:
         """Whether an objective of this class was trained."""
@@ -95,6 +104,8 @@ class Predictor:
         """
         length = self.task.modalities["text"].length
         text, used = self._prompts(prompts, length)
+        own = self.rows(len(prompts))
+        text, used = {name: array[own] for name, array in text.items()}, used[own]
         return self.continue_text({**batch, "text": text}, length - used, length - 1)
 
     def continue_text(self, batch: Batch, most: Int[np.ndarray, " B"], room: int) -> list[str]:
@@ -102,7 +113,7 @@ class Predictor:
 
         Args:
           batch: context, and as `text` at least a begin token (in documents with its placement).
-          most: tokens that each text may still have.
+          most: tokens that each text of this process's rows may still have.
           room: the most that any may have; each value is compiled once.
         """
         objective = self._objective(Captioning, "write")
@@ -162,7 +173,8 @@ class Predictor:
         return self._call(name, apply, batch)
 
     def _call(self, name: str, function: Any, inputs: Any) -> np.ndarray:
-        compiled = self._compiled.setdefault(name, jax.jit(function))
+        everywhere = NamedSharding(self.mesh, P())
+        compiled = self._compiled.setdefault(name, jax.jit(function, out_shardings=everywhere))
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(serving_rules()):
             return np.asarray(compiled(self.params, to_global(inputs, self.mesh)))
 

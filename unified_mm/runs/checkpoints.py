@@ -7,6 +7,9 @@ checksum, shape and dtype of each leaf, and a digest of those and the metadata) 
     2. commit  Orbax renames that folder to the step's name: from here on the step exists.
     3. seal    A thread then writes the SHA-256 of every file.
 
+Several processes save and restore one checkpoint together: each its own shards, and process 0 the
+checksums, the commit and the seal.
+
 A process killed before 2 leaves a temporary folder, which the next save removes, and after 2 a
 whole checkpoint; between 2 and 3 it has no seal, and is judged by its checksums alone.
 
@@ -37,6 +40,7 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from unified_mm.parallel.processes import first_decides, is_first, refuse_unequal, wait_for_all
 from unified_mm.runs.checksums import tree_checksums
 from unified_mm.runs.seal import broken_files, is_sealed, write_seal
 
@@ -127,7 +131,7 @@ class Checkpoints:
         )
         if not self._manager.save(step, args=args, force=True):
             raise CheckpointError(f"{self.folder}: Orbax did not save step {step}")
-        if jax.process_index() == 0:
+        if is_first():
             self._sealing = _Sealing(self.folder / str(step))
 
     def restore(
@@ -149,6 +153,7 @@ class Checkpoints:
         state of other leaves, shapes or dtypes: nothing is ever cast.
         """
         self._wait_and_seal()
+        refuse_unequal(f"the list of checkpoints in {self.folder}", str(self.steps()))
         tried: dict[int, str] = {}
         for candidate in reversed(self.steps()) if step is None else [step]:
             wanted = abstract_state(candidate) if callable(abstract_state) else abstract_state
@@ -233,12 +238,13 @@ class Checkpoints:
 
     def _clear_the_way(self) -> None:
         """Renames damaged steps, and removes what a process killed during a save has left."""
-        if jax.process_index() == 0:
+        if is_first():
             for step in self._damaged:
                 os.rename(self.folder / str(step), _free_name(self.folder / f"{step}.damaged"))
             for leftover in self.folder.glob(f"*{_UNFINISHED}"):
                 shutil.rmtree(leftover)
         if self._damaged:
+            wait_for_all("damaged steps renamed")
             self._damaged = []
             self._manager.reload()
 
@@ -246,9 +252,12 @@ class Checkpoints:
         folder = self.folder / str(step)
         if not folder.is_dir():
             raise _Damaged("there is no such folder")
-        if is_sealed(folder) and (broken := broken_files(folder)):
+        # Its files are read once more for this, which one process does for all.
+        broken = broken_files(folder) if is_first() and is_sealed(folder) else ()
+        if not first_decides(not broken):
             more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-            raise _Damaged(f"files differ from its seal: {', '.join(broken[:3])}{more}")
+            named = ", ".join(broken[:3]) or "process 0 names them"
+            raise _Damaged(f"files differ from its seal: {named}{more}")
         leaves, metadata = self._read_json_items(step)
         if partial:
             asked = _named_leaves(abstract_state)
@@ -351,7 +360,7 @@ def _with_shardings(abstract_state: PyTree[Any]) -> PyTree[Any]:
         return abstract_state
     if len(bare) < len(leaves):
         raise ValueError(f"give every leaf a sharding or none: {', '.join(bare)} have none")
-    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=first), abstract_state
     )

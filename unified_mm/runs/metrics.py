@@ -41,6 +41,7 @@ class MetricsWriter:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_after(path, resume_step)
+        self._path = path
         self._file = open(path, "a", encoding="utf-8")
         self._tensorboard = _open_tensorboard(tensorboard, resume_step)
 
@@ -52,6 +53,12 @@ class MetricsWriter:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
+
+    def write_new(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
+        """The same, unless all of these are recorded for this step already."""
+        known = read_metrics(self._path)
+        if any(name not in known or step not in known[name][0] for name in values):
+            self.write(step, values)
 
     def write_text(self, step: int, name: str, text: str) -> None:
         """Appends a line of text, such as a banner that belongs to the numbers."""

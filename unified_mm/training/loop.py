@@ -15,13 +15,16 @@ import numpy as np
 from unified_mm.data.pipeline import training_batches
 from unified_mm.evaluation.evaluate import evaluate
 from unified_mm.inference.predictor import Predictor
+from unified_mm.parallel.processes import first_decides
+from unified_mm.parallel.rows import own_rows
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.metrics import MetricsWriter
+from unified_mm.training.output import Output
 from unified_mm.training.phases import Phase
 from unified_mm.training.progress import Progress
 from unified_mm.training.setup import Setup, check_saved
-from unified_mm.training.signals import StopRequest, stop_on_signals
+from unified_mm.training.signals import StopRequest, stop_on_signals, stop_request
 from unified_mm.training.state import TrainState, evaluation_params
 from unified_mm.training.step import Measured, make_train_step
 
@@ -39,7 +42,7 @@ class NotFinite(RuntimeError):
     """A loss or gradient became infinite or NaN."""
 
 
-def train(setup: Setup, say: Callable[[str], None]) -> tuple[TrainState, float]:
+def train(setup: Setup, output: Output) -> tuple[TrainState, float]:
     """Trains from the newest whole checkpoint, or from the start, to the last step.
 
     Returns the last state, and the seconds that the run took in all its processes up to it.
@@ -56,29 +59,27 @@ def train(setup: Setup, say: Callable[[str], None]) -> tuple[TrainState, float]:
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(setup.mesh))
         stack.enter_context(nn.logical_axis_rules(rule_items()))
-        stop = stack.enter_context(stop_on_signals())
+        asked = stop_request(setup.mesh, options.log_every)
+        stop = stack.enter_context(stop_on_signals(asked))
         checkpoints = stack.enter_context(
             Checkpoints(
                 setup.folder.checkpoints, keep=options.keep, asynchronous=options.asynchronous
             )
         )
-        state, start, earlier = first_state(setup, checkpoints, say)
-        tensorboard = setup.folder.tensorboard if options.tensorboard else None
-        metrics = stack.enter_context(
-            MetricsWriter(setup.folder.metrics, tensorboard, resume_step=start or None)
-        )
+        state, start, earlier = first_state(setup, checkpoints, output.say)
+        metrics = stack.enter_context(output.metrics(options.tensorboard, start or None))
         if setup.source.banner and not start:
             metrics.write_text(0, "data/notice", setup.source.banner)
         predictor = Predictor(setup.task, None, setup.mesh)
         began = time.perf_counter() - earlier
-        run = Run(setup, checkpoints, metrics, stop, say, predictor, began)
-        with Progress(start, options.steps) as progress:
+        run = Run(setup, checkpoints, metrics, stop, output.say, predictor, began)
+        with output.progress(start, options.steps) as progress:
             for phase in setup.phases:
                 if start < phase.stop:
                     begun = state if start > phase.start else phase.enter(state)
                     state = run.steps(phase, begun, max(start, phase.start), progress)
         checkpoints.wait()
-        if stop.signal is not None:  # it came when all steps were done
+        if stop.at_last():  # it came when all steps were done
             raise Stopped(options.steps, stop.exit_code)
         return state, run.seconds()
 
@@ -128,14 +129,15 @@ class Run:
                     # nothing that the device still works on.
                     self.record(waiting, phase, progress)
                     waiting, since = (step, since), []
-                save = last or step % options.save_every == 0 or self.stop.signal is not None
+                stopped = self.stop.after(step)
+                save = last or step % options.save_every == 0 or stopped
                 end = step == options.steps  # of the run: it is scored when all is done
                 score = options.evaluate_every and step % options.evaluate_every == 0 and not end
                 if save or score:
                     self.record(waiting, phase, progress)
                     waiting = None
                     self.save(step, state)
-                    if self.stop.signal is not None:
+                    if stopped:
                         raise Stopped(step, self.stop.exit_code)
                     if score:
                         self.score(step, state)
@@ -143,11 +145,14 @@ class Run:
         return state
 
     def next_rows(self, batches: Iterator[Any], step: int, state: TrainState) -> Any:
-        """The next batch; where it cannot be read, what was learned so far is saved first."""
+        """The next batch; where it cannot be read, what was learned so far is saved first.
+
+        Several processes save together or not at all, and the others have read theirs.
+        """
         try:
             return next(batches)
         except Exception:
-            if step and step not in self.checkpoints.steps():
+            if step and jax.process_count() == 1 and step not in self.checkpoints.steps():
                 self.save(step, state)
             raise
 
@@ -235,8 +240,7 @@ def phase_batches(setup: Setup, phase: Phase, start: int) -> Iterator[Any]:
         seed=setup.options.seed,
         batch_size=phase.batch_size,
         start_step=start,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=own_rows(setup.mesh, phase.batch_size),
         threads=setup.options.threads,
         workers=setup.options.workers,
     )
@@ -249,11 +253,16 @@ def keep_best(
     name = setup.options.best_by
     record = {**metadata, "score": name, "value": value}
     with Checkpoints(setup.folder.best, keep=1) as best:
-        if best.steps():
-            known = best.metadata()
-            if known["step"] >= step or known["value"] >= value:
-                return
-        best.save(step, state, record)
+        if first_decides(is_better(best, step, value)):
+            best.save(step, state, record)
+
+
+def is_better(best: Checkpoints, step: int, value: float) -> bool:
+    """Whether a later step's score is higher than that of the one kept, if any."""
+    if not best.steps():
+        return True
+    known = best.metadata()
+    return known["step"] < step and known["value"] < value
 
 
 def mean_metrics(steps: list[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]:

@@ -3,59 +3,49 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from unified_mm.evaluation.evaluate import Scores, evaluate
 from unified_mm.inference.predictor import Predictor
-from unified_mm.runs.folder import RunFolder
-from unified_mm.runs.metrics import MetricsWriter, read_metrics
 from unified_mm.training.environment import device_name, revision, versions
 from unified_mm.training.flops import training_flops
 from unified_mm.training.loop import keep_best, train
+from unified_mm.training.output import Output
 from unified_mm.training.setup import Setup
 from unified_mm.training.state import TrainState, evaluation_params
 
 
 def train_and_score(
-    setup: Setup, say: Callable[[str], None]
+    setup: Setup, output: Output
 ) -> tuple[dict[str, Any], dict[str, Scores]]:
     """Trains to the end, then scores every split.
 
     Returns:
       The contents of `result.json`, and the scores by split with what they were taken from.
     """
-    state, seconds = train(setup, say)
+    state, seconds = train(setup, output)
     began = time.perf_counter()
-    found = score_splits(setup, state, say)
+    found = score_splits(setup, state, output)
     return summarise(setup, found, seconds + time.perf_counter() - began), found
 
 
-def score_splits(setup: Setup, state: TrainState, say: Callable[[str], None]) -> dict[str, Scores]:
+def score_splits(setup: Setup, state: TrainState, output: Output) -> dict[str, Scores]:
     """Scores of each split; those of the first count for `best/`."""
     options = setup.options
     predictor = Predictor(setup.task, evaluation_params(state), setup.mesh)
     found = {}
     step = options.steps
-    # A run that was killed while it scored comes here again.
-    written = metrics_at(setup.folder, step)
-    tensorboard = setup.folder.tensorboard if options.tensorboard else None
-    with MetricsWriter(setup.folder.metrics, tensorboard, resume_step=step) as metrics:
+    with output.metrics(options.tensorboard, resume_step=step) as metrics:
         for name, split in setup.splits.items():
-            say(f"scoring {name}: {len(split.manifest.records)} images")
+            output.say(f"scoring {name}: {len(split.manifest.records)} images")
             found[name] = evaluate(predictor, split, batch_size=options.evaluate_batch)
-            scores = {f"{name}/{key}": value for key, value in found[name].scores.items()}
-            if not set(scores) <= written:
-                metrics.write(step, scores)
+            # A run that was killed while it scored comes here again.
+            metrics.write_new(step, {f"{name}/{k}": v for k, v in found[name].scores.items()})
     value = found[options.split].scores.get(options.best_by)
     if value is not None and options.evaluate_every:
         keep_best(setup, state, step, value, {"step": step, "data_source": setup.source.name})
     return found
-
-
-def metrics_at(folder: RunFolder, step: int) -> set[str]:
-    """Names of the metrics that are recorded for a step."""
-    return {name for name, (steps, _) in read_metrics(folder.metrics).items() if step in steps}
 
 
 def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict[str, Any]:

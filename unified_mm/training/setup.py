@@ -23,6 +23,8 @@ from unified_mm.models.backends import chosen
 from unified_mm.models.pipeline import Pipeline
 from unified_mm.objectives.task import Task, build_task, parameter_counts
 from unified_mm.parallel.mesh import make_mesh
+from unified_mm.parallel.processes import first_before_others, refuse_unequal
+from unified_mm.parallel.rows import own_rows
 from unified_mm.parallel.sharding import place, rule_items
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, user_path
@@ -145,14 +147,16 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
       FileNotFoundError, ValueError: data or a config that cannot be trained on.
     """
     options = LoopOptions.from_config(config)
-    source = open_source(config.data)
-    if source.banner:
-        say(framed(source.banner))
-    train = source.manifest(config.data.train_split)
-    say(summary(train))
-    splits = {name: open_split(config, source, name) for name in evaluated_splits(config, source)}
-    for split in splits.values():
-        say(summary(split.manifest))
+    with first_before_others("data"):  # who find the world rendered and the images checked
+        source = open_source(config.data)
+        if source.banner:
+            say(framed(source.banner))
+        train = source.manifest(config.data.train_split)
+        say(summary(train))
+        names = evaluated_splits(config, source)
+        splits = {name: open_split(config, source, name) for name in names}
+        for split in splits.values():
+            say(summary(split.manifest))
     task = build_task(config, run_tokenizer(config, folder, train))
     check_records(task, train)
     prompts = [text.prompt for record in train.records for text in record.texts]
@@ -181,7 +185,11 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     check_layout(phases, mesh)
     say(inventory(options, mesh, phases))
     say(attention_line(phases, mesh))
-    return Setup(config, options, folder, source, train, splits, task, mesh, first_state, phases)
+    setup = Setup(config, options, folder, source, train, splits, task, mesh, first_state, phases)
+    scored = [split.manifest.fingerprint for split in splits.values()]
+    refuse_unequal("the data", " ".join([setup.fingerprint, *scored]))
+    refuse_unequal("the tokenizer", task.tokenizer.as_json())
+    return setup
 
 
 def in_training(config: Config, task: Task, mesh: Mesh) -> Task:
@@ -326,13 +334,18 @@ def check_prompts(task: Task, prompts: Sequence[str]) -> None:
 
 
 def check_evaluation_batch(options: LoopOptions, mesh: Mesh) -> None:
-    """Batches that are scored spread evenly over devices."""
+    """Batches that are scored spread evenly over devices, and over processes.
+
+    Raises:
+      ValueError: with the numbers; or as `own_rows` does.
+    """
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if options.evaluate_batch % rows:
         raise ValueError(
             f"evaluation.batch_size={options.evaluate_batch} is not divided by mesh.data x "
             f"mesh.fsdp ({rows})"
         )
+    own_rows(mesh, options.evaluate_batch)
 
 
 def inventory(options: LoopOptions, mesh: Mesh, phases: tuple[Phase, ...]) -> str:
@@ -346,8 +359,9 @@ def inventory(options: LoopOptions, mesh: Mesh, phases: tuple[Phase, ...]) -> st
         axes += (
             f" | pipeline: {pipeline.micro_batches} micro-batches, bubble {pipeline.bubble:.0%}"
         )
+    processes = jax.process_count()
     return (
-        f"devices: {device_name()} | mesh: {axes}\n"
+        f"devices: {device_name()}, of {processes} process{'es' * (processes > 1)} | mesh: {axes}\n"
         f"parameters: {sum(counts.values()):,} ({parts})\n"
         + "\n".join(phase_line(phase) for phase in phases)
     )

@@ -1,4 +1,9 @@
-"""Stopping cleanly: SIGTERM and Ctrl-C end a run after the step at hand, with its state saved."""
+"""Stopping cleanly: SIGTERM and Ctrl-C end a run after the step at hand, with its state saved.
+
+Several processes must stop after the same step, or those that go on wait for ever. So each puts
+what it was told to a vote, a reduction over all devices that is queued behind a step's work; its
+result is read an interval later, when it is long there: no step waits for it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,15 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
 
 
 @dataclass
@@ -20,16 +33,71 @@ class StopRequest:
         """128 + the signal's number, as shells have it: 143 for SIGTERM, 130 for Ctrl-C."""
         return 128 + (self.signal or 0)
 
+    def note(self, number: int) -> None:
+        """This process has got a signal."""
+        self.signal = number
+
+    def after(self, step: int) -> bool:
+        """Whether the run is to stop after this step; asked once after each."""
+        return self.signal is not None
+
+    def at_last(self) -> bool:
+        """The same, when all steps are done."""
+        return self.signal is not None
+
+
+class SharedStopRequest(StopRequest):
+    """What the processes of a run have agreed on: a signal to any of them counts for all.
+
+    A vote is taken after every `every`th step and counted after the next such one, so that all
+    stop up to `2 * every` steps after the signal.
+    """
+
+    def __init__(self, mesh: Mesh, every: int) -> None:
+        super().__init__()
+        self._every = every
+        self._noted = 0
+        self._vote: Int[Array, ""] | None = None
+        self._places = NamedSharding(mesh, P(mesh.axis_names))
+        everywhere = NamedSharding(mesh, P())
+        self._largest = jax.jit(partial(jnp.max, axis=0), out_shardings=everywhere)
+
+    def note(self, number: int) -> None:
+        self._noted = number
+
+    def after(self, step: int) -> bool:
+        if step % self._every:
+            return False
+        vote, self._vote = self._vote, self._cast()
+        return vote is not None and self._count(vote)
+
+    def at_last(self) -> bool:
+        return self._count(self._cast())
+
+    def _cast(self) -> Int[Array, ""]:
+        ours = np.full(len(self._places.addressable_devices), self._noted, np.int32)
+        return self._largest(jax.make_array_from_process_local_data(self._places, ours))
+
+    def _count(self, vote: Int[Array, ""]) -> bool:
+        self.signal = int(vote) or None
+        return self.signal is not None
+
+
+def stop_request(mesh: Mesh, every: int) -> StopRequest:
+    """One that all processes of the mesh agree on, where there are several; see there."""
+    if jax.process_count() == 1:
+        return StopRequest()
+    return SharedStopRequest(mesh, every)
+
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(request: StopRequest) -> Iterator[StopRequest]:
     """Within it, the first SIGTERM or SIGINT is noted; a second one ends the process at once."""
-    request = StopRequest()
     watched = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in watched}
 
     def note(number: int, frame: FrameType | None) -> None:
-        request.signal = number
+        request.note(number)
         for each in watched:
             signal.signal(each, before[each])
 
