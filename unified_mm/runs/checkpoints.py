@@ -327,7 +327,7 @@ def _describe(leaf: Any) -> dict[str, Any]:
 
 def _describe_arrays(state: PyTree[jax.Array]) -> dict[str, dict[str, Any]]:
     arrays = _named_leaves(state)
-    sums = jax.device_get(tree_checksums(arrays))
+    sums = tree_checksums(arrays)
     return {
         name: _describe(leaf) | {"checksum": f"{sums[name][0]:08x}{sums[name][1]:08x}"}
         for name, leaf in arrays.items()

@@ -16,13 +16,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree, Shaped, UInt32
 
 # Odd constants without meaning; they only keep the two sums of a leaf independent.
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 
-def tree_checksums(tree: PyTree[Any]) -> PyTree[UInt32[Array, " 2"]]:
+def tree_checksums(tree: PyTree[Any]) -> PyTree[UInt32[np.ndarray, " 2"]]:
     """A checksum for each leaf: of its bits and their positions, not of its name.
 
     Leaves may be of any shape (also [] and [0]) and of float, complex, integer, bool or PRNG key
@@ -30,7 +31,9 @@ def tree_checksums(tree: PyTree[Any]) -> PyTree[UInt32[Array, " 2"]]:
     Within a leaf, positions repeat after 2**32 words. Compiled once for each shape, dtype and
     sharding, so that moments cost no more compilation than their parameters.
     """
-    return jax.tree.map(array_checksum, tree)
+    # One at a time: many programs that each reduce over all devices, queued at once, wait for each
+    # other's threads for ever where the devices are a CPU's.
+    return jax.tree.map(lambda leaf: jax.device_get(array_checksum(leaf)), tree)
 
 
 @jax.jit
