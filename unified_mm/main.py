@@ -253,8 +253,13 @@ def mesh_of_processes() -> Any:
     import jax
 
     from unified_mm.parallel.mesh import AXES, make_mesh
+    from unified_mm.parallel.processes import connect
 
-    return make_mesh(dict.fromkeys(AXES, 1) | {"data": -1}) if jax.process_count() > 1 else None
+    if jax.process_count() == 1:
+        return None
+    mesh = make_mesh(dict.fromkeys(AXES, 1) | {"data": -1})
+    connect(mesh)
+    return mesh
 
 
 def caption() -> int:

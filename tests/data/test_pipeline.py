@@ -114,7 +114,7 @@ def test_processes_and_restarts_read_the_same_global_batches(n, start, processes
     size = processes * rows
     whole = train(start + 3, n=n, batch_size=size)[start:]
     parts = [
-        train(3, n=n, batch_size=size, start_step=start, process_index=p, process_count=processes)
+        train(3, n=n, batch_size=size, start_step=start, rows=range(p * rows, (p + 1) * rows))
         for p in range(processes)
     ]
     joined = [
@@ -137,7 +137,7 @@ def test_data_smaller_than_a_batch_wraps_epochs():
 
 @pytest.mark.slow
 def test_workers_change_nothing():
-    for options in ({}, {"start_step": 3, "process_index": 1, "process_count": 2}):
+    for options in ({}, {"start_step": 3, "rows": (1, 3)}):
         equal(train(7, workers=2, **options), train(7, **options))
 
 
@@ -154,7 +154,7 @@ def test_evaluation_reads_everything_once_in_order_and_fills_up():
 def test_evaluation_is_shared_by_processes():
     whole = list(evaluation_batches(records(9), {"a": Noise()}, batch_size=4))
     for p in range(2):
-        options = {"batch_size": 4, "process_index": p, "process_count": 2}
+        options = {"batch_size": 4, "rows": (2 * p, 2 * p + 1)}
         part = list(evaluation_batches(records(9), {"a": Noise()}, **options))
         rows = [{"a": {k: v[2 * p : 2 * p + 2] for k, v in b["a"].items()}} for b in whole]
         equal(part, rows)
@@ -180,9 +180,9 @@ def test_a_file_that_went_bad_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 6, "process_count": 4}, "batch of 6 cannot be split over 4 processes"),
-        ({"batch_size": 0}, "batch of 0 cannot be split"),
-        ({"process_index": 2, "process_count": 2}, "process 2 of 2"),
+        ({"batch_size": 0}, "a batch of 0 has no rows"),
+        ({"rows": ()}, "a batch of 4 has no rows"),
+        ({"rows": (3, 4)}, r"a batch of 4 has no rows \[3, 4\]"),
         ({"seed": -1}, "seed -1 is not in"),
         ({"n": 0}, "no records"),
         ({"names": ()}, "no modalities"),

@@ -9,6 +9,7 @@ import numpy as np
 
 Arrays = dict[str, np.ndarray]
 Batch = dict[str, Arrays]  # modality -> key -> array [B, ...]
+Rows = Sequence[int] | np.ndarray  # of a batch
 
 
 @runtime_checkable
@@ -40,7 +41,7 @@ class _Rows:
 
     @classmethod
     def of(
-        cls, batch_size: int, start_step: int, own: Sequence[int] | None, workers: int
+        cls, batch_size: int, start_step: int, own: Rows | None, workers: int
     ) -> "_Rows":
         rows = tuple(range(batch_size)) if own is None else tuple(map(int, own))
         if not rows or not 0 <= min(rows) <= max(rows) < batch_size:
@@ -122,7 +123,7 @@ def training_batches(
     seed: int,
     batch_size: int,
     start_step: int = 0,
-    rows: Sequence[int] | None = None,
+    rows: Rows | None = None,
     threads: int = 2,
     workers: int = 0,
     prefetch: int = 2,
@@ -147,7 +148,7 @@ def evaluation_batches(
     preparers: Mapping[str, Preparer],
     *,
     batch_size: int,
-    rows: Sequence[int] | None = None,
+    rows: Rows | None = None,
     threads: int = 2,
     prefetch: int = 2,
 ) -> Iterator[Batch]:

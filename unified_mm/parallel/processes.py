@@ -10,6 +10,7 @@ In a run of one process everything here is immediate.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import sys
 import threading
@@ -17,10 +18,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 _SLOWEST_WORK = 24 * 3600  # seconds that one process may take over what the others wait for
 _LAST_WORK = 600  # ... over what comes after the last score: report and result
@@ -117,6 +121,10 @@ def start(cluster: Cluster) -> None:
                 f"--coordinator={cluster.coordinator}: process {cluster.process} cannot connect "
                 f"({said}); is the port free on the host of process 0?"
             ) from error
+    if jax.default_backend() == "cpu":
+        # Messages between CPU devices bear no name, so all devices must send them in one order, and
+        # a program that comes from the compilation cache has another than one just compiled.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _why_not_met(cluster: Cluster) -> str:
@@ -186,6 +194,31 @@ def first_decides(value: bool) -> bool:
         return value
     wait_for_all("decision")
     return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def connect(mesh: Mesh) -> None:
+    """Opens the connections that programs on this mesh use between CPU devices.
+
+    They are made where a group of devices first meets, and a device that meets nobody within 30
+    seconds fails: no process may still be compiling then. Other devices need no such care.
+    """
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        return
+    everyone = P(mesh.axis_names)
+    count = len(NamedSharding(mesh, everyone).addressable_devices)
+    ones = jax.make_array_from_process_local_data(
+        NamedSharding(mesh, everyone), np.ones(count, np.float32)
+    )
+    long_axes = [axis for axis, size in mesh.shape.items() if size > 1]
+    for number in range(1, len(long_axes) + 1):
+        for axes in itertools.combinations(long_axes, number):
+            add = partial(jax.lax.psum, axis_name=axes)
+            along = jax.shard_map(
+                add, mesh=mesh, in_specs=everyone, out_specs=everyone, check_vma=False
+            )
+            compiled = jax.jit(along).lower(ones).compile()
+            wait_for_all(f"connecting along {axes}")
+            jax.block_until_ready(compiled(ones))
 
 
 def refuse_unequal(what: str, text: str) -> None:

@@ -23,7 +23,7 @@ from unified_mm.models.backends import chosen
 from unified_mm.models.pipeline import Pipeline
 from unified_mm.objectives.task import Task, build_task, parameter_counts
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.processes import first_before_others, refuse_unequal
+from unified_mm.parallel.processes import connect, first_before_others, refuse_unequal
 from unified_mm.parallel.rows import own_rows
 from unified_mm.parallel.sharding import place, rule_items
 from unified_mm.runs.checkpoints import Checkpoints
@@ -163,6 +163,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     asked = [question.question for split in splits.values() for question in split.questions]
     check_prompts(task, [*prompts, *asked])
     mesh = make_mesh(config.mesh)
+    connect(mesh)
     check_evaluation_batch(options, mesh)
     placement = place(task.abstract_params(), mesh, config.mesh.zero)
     make_state, abstract = initial_state(

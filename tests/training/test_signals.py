@@ -1,0 +1,48 @@
+"""A signal is noted, and processes stop after the same step."""
+
+import os
+import signal
+
+import pytest
+
+from unified_mm.parallel.mesh import AXES, make_mesh
+from unified_mm.training.signals import (
+    SharedStopRequest,
+    StopRequest,
+    stop_on_signals,
+    stop_request,
+)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(dict.fromkeys(AXES, 1) | {"data": 4, "tensor": 2})
+
+
+def test_one_process_stops_after_the_step_at_hand(mesh):
+    with stop_on_signals(stop_request(mesh, 5)) as stop:
+        assert type(stop) is StopRequest
+        assert not stop.after(1) and not stop.at_last()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.after(2) and stop.at_last() and stop.exit_code == 143
+
+
+def test_a_second_signal_is_not_held_back(mesh):
+    with pytest.raises(KeyboardInterrupt), stop_on_signals(StopRequest()):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_vote_is_counted_an_interval_later(mesh):
+    stop = SharedStopRequest(mesh, 5)
+    assert not any(stop.after(step) for step in range(1, 8))
+    stop.note(signal.SIGTERM)
+    assert [step for step in range(8, 20) if stop.after(step)][:1] == [15]
+    assert stop.exit_code == 143
+
+
+def test_when_all_steps_are_done_a_vote_is_counted_at_once(mesh):
+    stop = SharedStopRequest(mesh, 5)
+    assert not stop.at_last()
+    stop.note(signal.SIGINT)
+    assert stop.at_last() and stop.exit_code == 130
