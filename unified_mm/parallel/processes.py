@@ -56,8 +56,11 @@ class Cluster:
     heartbeat_timeout: int = 100
 
     def __post_init__(self) -> None:
-        given = {"coordinator": self.coordinator or None}
-        given |= {"processes": self.processes, "process": self.process}
+        given = {
+            "coordinator": self.coordinator or None,
+            "processes": self.processes,
+            "process": self.process,
+        }
         missing = [f"--{name}" for name, value in given.items() if value is None]
         if self.method and len(missing) < 3:
             there = ", ".join(f"--{name}" for name, value in given.items() if value is not None)
