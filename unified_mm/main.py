@@ -215,8 +215,8 @@ def evaluate() -> int:
     from unified_mm.data.sources import open_source, refuse_no_questions
     from unified_mm.evaluation.evaluate import evaluate as score
     from unified_mm.inference.loaded import load
-    from unified_mm.training.output import output_of
-    from unified_mm.training.setup import evaluated_splits, framed, open_split
+    from unified_mm.training.output import framed, output_of
+    from unified_mm.training.setup import evaluated_splits, open_split
 
     file = new_file(OUTPUT.value)
     output = output_of(RunFolder(workdir()), say)

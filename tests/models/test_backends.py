@@ -38,8 +38,8 @@ from unified_mm.models.sight import among_its_own, known_mask, of_call, pick
 from unified_mm.models.unified import text_group
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import rule_items, without_names
+from unified_mm.training.layout import attention_line
 from unified_mm.training.phases import Phase, Rows
-from unified_mm.training.setup import attention_line
 
 WIDTH = 4  # of a head
 GROUPS = (

@@ -175,6 +175,14 @@ def shardings_like(params: Any, shardings: Any, tree: Any, otherwise: NamedShard
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def shard_bytes(tree: Any) -> int:
+    """Bytes of one device's share of abstract arrays that have shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
 def without_names(tree: Any) -> Any:
     """The same tree with bare arrays (or shapes) instead of boxes that bear axis names."""
     return jax.tree.map(lambda leaf: leaf.value if _is_box(leaf) else leaf, tree, is_leaf=_is_box)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -20,8 +19,9 @@ from unified_mm.parallel.hlo import Program
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import place, rule_items
 from unified_mm.parallel.traffic import memory_traffic
+from unified_mm.training.layout import in_training
 from unified_mm.training.phases import Phase, batch_shapes, build_phases
-from unified_mm.training.setup import check_layout, in_training, scale_patience
+from unified_mm.training.setup import scale_patience
 from unified_mm.training.sizes import stand_in_tokenizer
 from unified_mm.training.state import initial_state
 from unified_mm.training.step import make_train_step
@@ -77,9 +77,7 @@ def plan(config: Config, devices: Sequence[Any]) -> tuple[Phase, ...]:
         scale_patience=scale_patience(config),
     )
     trained = in_training(config, task, mesh)
-    phases = build_phases(config, trained, stand_in_data(config), abstract, placement)
-    check_layout(phases, mesh)
-    return phases
+    return build_phases(config, trained, stand_in_data(config), abstract, placement)
 
 
 def stand_in_data(config: Config) -> Manifest:
@@ -132,12 +130,4 @@ def footprint(compiled: Any) -> Footprint:
         + memory.temp_size_in_bytes,
         traffic=memory_traffic(program),
         collectives=tuple(collectives_in(program)),
-    )
-
-
-def shard_bytes(tree: Any) -> int:
-    """Bytes of one device's share of abstract arrays that have shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
     )

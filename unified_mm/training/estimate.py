@@ -8,7 +8,8 @@ from unified_mm.objectives.task import parameter_counts
 from unified_mm.parallel.chips import Chip
 from unified_mm.parallel.collectives import totals_by_kind
 from unified_mm.parallel.roofline import roofline, utilisation
-from unified_mm.training.ahead import DoesNotFit, compile_step, footprint, shard_bytes
+from unified_mm.parallel.sharding import shard_bytes
+from unified_mm.training.ahead import DoesNotFit, compile_step, footprint
 from unified_mm.training.flops import computed_flops, training_flops
 from unified_mm.training.phases import Phase
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, SupportsFloat
@@ -130,3 +131,10 @@ class _NoProgress(Progress):
         self, step: int, metrics: Mapping[str, float], batch_size: int
     ) -> dict[str, float]:
         return {}
+
+
+def framed(text: str, width: int = 78) -> str:
+    """Text in a box of `#`, for what nobody may overlook."""
+    lines = textwrap.wrap(text, width - 6)
+    body = "\n".join(f"## {line:<{width - 6}} ##" for line in lines)
+    return f"{'#' * width}\n{body}\n{'#' * width}"

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -19,17 +17,16 @@ from unified_mm.data.sources import Source, open_source
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.few_shot import FewShot
-from unified_mm.models.backends import chosen
-from unified_mm.models.pipeline import Pipeline
-from unified_mm.objectives.task import Task, build_task, parameter_counts
+from unified_mm.objectives.task import Task, build_task
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.processes import connect, first_before_others, refuse_unequal
 from unified_mm.parallel.rows import own_rows
-from unified_mm.parallel.sharding import place, rule_items
+from unified_mm.parallel.sharding import place
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, user_path
-from unified_mm.training.environment import device_name
-from unified_mm.training.phases import Phase, batch_shapes, build_phases
+from unified_mm.training.layout import in_training, inventory
+from unified_mm.training.output import framed
+from unified_mm.training.phases import Phase, build_phases
 from unified_mm.training.start_from import overlay, weights_to_start_from
 from unified_mm.training.state import TrainState, initial_state
 
@@ -179,62 +176,20 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
         """Weights of other runs in their places, where training starts from any."""
         state = make_state()
         params = overlay(state.params, config, brought)
-        average = None if state.average is None else jax.tree.map(jnp.copy, params)
+        average = state.average
+        if average is not None:
+            average = jax.tree.map(
+                lambda new, old: jax.device_put(jnp.copy(new), old.sharding), params, average
+            )
         return state.replace(params=params, average=average)  # type: ignore[attr-defined]
 
     phases = build_phases(config, in_training(config, task, mesh), train, abstract, placement)
-    check_layout(phases, mesh)
-    say(inventory(options, mesh, phases))
-    say(attention_line(phases, mesh))
+    say(inventory(mesh, phases))
     setup = Setup(config, options, folder, source, train, splits, task, mesh, first_state, phases)
     scored = [split.manifest.fingerprint for split in splits.values()]
     refuse_unequal("the data", " ".join([setup.fingerprint, *scored]))
     refuse_unequal("the tokenizer", task.tokenizer.as_json())
     return setup
-
-
-def in_training(config: Config, task: Task, mesh: Mesh) -> Task:
-    """The task as training computes it: by stages where the mesh has several."""
-    stages = mesh.shape["stage"]
-    asked = config.mesh.stage_micro_batches
-    if asked < 0:
-        raise ValueError(f"mesh.stage_micro_batches={asked}: must be at least 0")
-    if stages == 1:
-        return task
-    return replace(task, model=task.model.pipelined(Pipeline(stages, asked or 4 * stages)))
-
-
-def check_layout(phases: Sequence[Phase], mesh: Mesh) -> None:
-    """Every phase's activations can be divided as the mesh asks: known once the step is traced.
-
-    Raises:
-      ValueError: naming the array, its axis and the mesh's.
-    """
-    if mesh.shape["sequence"] * mesh.shape["stage"] == 1:
-        return  # the other axes divide parameters and batch, which are checked as they are laid out
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
-        for phase in phases:
-            jax.eval_shape(partial(phase.task.pairs, deterministic=False), *examples(phase))
-
-
-def examples(phase: Phase) -> tuple[Any, Any, Any]:
-    """Shapes of what a phase's losses are taken of: parameters, a part of a batch, a key."""
-    batch = batch_shapes(phase.rows, phase.batch_size // phase.micro_batches)
-    return phase.abstract.params, batch, jax.eval_shape(lambda: jax.random.key(0))
-
-
-def attention_line(phases: Sequence[Phase], mesh: Mesh) -> str:
-    """Which backend computes attention, and for how many queries and keys a call.
-
-    Raises:
-      ValueError: one that was asked for by name and cannot do what a phase needs.
-    """
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
-        found = (
-            chosen(partial(phase.task.pairs, deterministic=False), *examples(phase))
-            for phase in phases
-        )
-        return f"attention: {' | '.join(dict.fromkeys(found))}"
 
 
 def evaluated_splits(config: Config, source: Source) -> list[str]:
@@ -347,45 +302,6 @@ def check_evaluation_batch(options: LoopOptions, mesh: Mesh) -> None:
             f"mesh.fsdp ({rows})"
         )
     own_rows(mesh, options.evaluate_batch)
-
-
-def inventory(options: LoopOptions, mesh: Mesh, phases: tuple[Phase, ...]) -> str:
-    """Devices, mesh, parameters by part, batch, phases."""
-    params = phases[0].abstract.params
-    counts = parameter_counts(params)
-    parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1"
-    pipeline = phases[0].task.model.options.pipeline
-    if pipeline:
-        axes += (
-            f" | pipeline: {pipeline.micro_batches} micro-batches, bubble {pipeline.bubble:.0%}"
-        )
-    processes = jax.process_count()
-    return (
-        f"devices: {device_name()}, of {processes} process{'es' * (processes > 1)} | mesh: {axes}\n"
-        f"parameters: {sum(counts.values()):,} ({parts})\n"
-        + "\n".join(phase_line(phase) for phase in phases)
-    )
-
-
-def phase_line(phase: Phase) -> str:
-    """What a phase trains, and on what."""
-    trained = parameter_counts(phase.optimizer.part(phase.abstract.params))
-    objectives = ", ".join(objective.name for objective in phase.task.objectives)
-    return (
-        f"phase {phase.name}: steps {phase.start + 1} to {phase.stop} of {phase.batch_size} "
-        f"examples in {phase.micro_batches} part(s), {len(phase.rows.examples):,} in all; learns "
-        f"{objectives}, trains {sum(trained.values()):,} parameters ({', '.join(trained)})"
-    )
-
-
-def framed(text: str, width: int = 78) -> str:
-    """Text in a box of `#`, for what nobody may overlook."""
-    import textwrap
-
-    lines = textwrap.wrap(text, width - 6)
-    body = "\n".join(f"## {line:<{width - 6}} ##" for line in lines)
-    return f"{'#' * width}\n{body}\n{'#' * width}"
 
 
 def check_goes_on(setup: Setup) -> None:

@@ -1,0 +1,89 @@
+"""How a run is divided over its mesh, and what is said of it before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from unified_mm.config import Config
+from unified_mm.models.backends import chosen
+from unified_mm.models.pipeline import Pipeline
+from unified_mm.objectives.task import Task, parameter_counts
+from unified_mm.parallel.sharding import rule_items, shard_bytes
+from unified_mm.training.environment import device_name
+from unified_mm.training.phases import Phase, batch_shapes
+
+
+def in_training(config: Config, task: Task, mesh: Mesh) -> Task:
+    """The task as training computes it: by stages where the mesh has several."""
+    stages = mesh.shape["stage"]
+    asked = config.mesh.stage_micro_batches
+    if asked < 0:
+        raise ValueError(f"mesh.stage_micro_batches={asked}: must be at least 0")
+    if stages == 1:
+        return task
+    return replace(task, model=task.model.pipelined(Pipeline(stages, asked or 4 * stages)))
+
+
+def inventory(mesh: Mesh, phases: Sequence[Phase]) -> str:
+    """Devices, mesh, parameters by part, what of them a device holds, phases, attention.
+
+    Raises:
+      ValueError: activations that the mesh does not divide, or a backend of attention that was
+        asked for by name and cannot do what a phase needs: known once the losses are traced.
+    """
+    state = phases[0].abstract
+    params = state.params
+    counts = parameter_counts(params)
+    parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1"
+    pipeline = phases[0].task.model.options.pipeline
+    if pipeline:
+        axes += (
+            f" | pipeline: {pipeline.micro_batches} micro-batches, bubble {pipeline.bubble:.0%}"
+        )
+    processes = jax.process_count()
+    return (
+        f"devices: {device_name()}, of {processes} process{'es' * (processes > 1)} | mesh: {axes}\n"
+        f"parameters: {sum(counts.values()):,} ({parts})\n"
+        f"on a device: parameters {megabytes(params)}, optimizer {megabytes(state.optimizer)}\n"
+        + "\n".join([*(phase_line(phase) for phase in phases), attention_line(phases, mesh)])
+    )
+
+
+def megabytes(tree: Any) -> str:
+    """Of one device's share of abstract arrays."""
+    return f"{shard_bytes(tree) / 1e6:,.1f} MB"
+
+
+def phase_line(phase: Phase) -> str:
+    """What a phase trains, and on what."""
+    trained = parameter_counts(phase.optimizer.part(phase.abstract.params))
+    objectives = ", ".join(objective.name for objective in phase.task.objectives)
+    return (
+        f"phase {phase.name}: steps {phase.start + 1} to {phase.stop} of {phase.batch_size} "
+        f"examples in {phase.micro_batches} part(s), {len(phase.rows.examples):,} in all; learns "
+        f"{objectives}, trains {sum(trained.values()):,} parameters ({', '.join(trained)})"
+    )
+
+
+def attention_line(phases: Sequence[Phase], mesh: Mesh) -> str:
+    """Which backend computes attention, and for how many queries and keys a call."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+        found = (
+            chosen(partial(phase.task.pairs, deterministic=False), *examples(phase))
+            for phase in phases
+        )
+        return f"attention: {' | '.join(dict.fromkeys(found))}"
+
+
+def examples(phase: Phase) -> tuple[Any, Any, Any]:
+    """Shapes of what a phase's losses are taken of: parameters, a part of a batch, a key."""
+    batch = batch_shapes(phase.rows, phase.batch_size // phase.micro_batches)
+    return phase.abstract.params, batch, jax.eval_shape(lambda: jax.random.key(0))
