@@ -252,12 +252,12 @@ def mesh_of_processes() -> Any:
     """All devices, where several processes share the work; None where this one is alone."""
     import jax
 
-    from unified_mm.parallel.mesh import AXES, make_mesh
+    from unified_mm.parallel.mesh import make_mesh
     from unified_mm.parallel.processes import connect
 
     if jax.process_count() == 1:
         return None
-    mesh = make_mesh(dict.fromkeys(AXES, 1) | {"data": -1})
+    mesh = make_mesh({"data": -1})
     connect(mesh)
     return mesh
 

@@ -25,8 +25,8 @@ def test_sizes_and_what_is_left(asked, shape):
 @pytest.mark.parametrize(
     "asked, message",
     [
-        ((3, 1, 1), "mesh.data=3 asks for 3 devices; this machine has"),
-        ((-1, 3, 1), "asks for 3 devices or a multiple; this machine has 8"),
+        ((3, 1, 1), "mesh.data=3 asks for 3 devices; this run has"),
+        ((-1, 3, 1), "asks for 3 devices or a multiple; this run has 8"),
         ((-1, -1, 1), "one alone may be -1"),
         ((0, 1, 1), "sizes are at least 1"),
         ((-2, 1, 1), "sizes are at least 1"),

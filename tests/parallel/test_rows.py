@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unified_mm.data.pipeline import training_batches
-from unified_mm.parallel.mesh import AXES, make_mesh
+from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.rows import own_rows, rows_by_process
 from unified_mm.parallel.sharding import to_global
 
@@ -70,7 +70,7 @@ def test_rows_that_cannot_be_shared_are_refused(owners, batch, message):
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "tensor": 4}])
 def test_one_process_reads_every_row_of_any_mesh(sizes):
-    mesh = make_mesh(dict.fromkeys(AXES, 1) | sizes)
+    mesh = make_mesh(sizes)
     rows = own_rows(mesh, 16)
     assert rows.tolist() == list(range(16))
     placed = to_global({"row": rows}, mesh)["row"]

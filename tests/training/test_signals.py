@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from unified_mm.parallel.mesh import AXES, make_mesh
+from unified_mm.parallel.mesh import make_mesh
 from unified_mm.training.signals import (
     SharedStopRequest,
     StopRequest,
@@ -16,7 +16,7 @@ from unified_mm.training.signals import (
 
 @pytest.fixture(scope="module")
 def mesh():
-    return make_mesh(dict.fromkeys(AXES, 1) | {"data": 4, "tensor": 2})
+    return make_mesh({"data": 4, "tensor": 2})
 
 
 def test_one_process_stops_after_the_step_at_hand(mesh):

@@ -40,7 +40,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     elif given != len(devices) or open_axes:
         raise ValueError(
             f"{asked} asks for {given} devices{' or a multiple' if open_axes else ''}; "
-            f"this machine has {len(devices)}"
+            f"this run has {len(devices)}"
         )
     # Unlike `jax.make_mesh` for most TPUs, along parts of the torus' axes too.
     arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
