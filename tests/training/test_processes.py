@@ -20,7 +20,7 @@ from unified_mm.runs.seal import is_sealed
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 400  # seconds that any process may take
+LIMIT = 900  # seconds that any process may take
 HEARTBEAT = 10  # seconds after which a silent process counts as dead
 STEPS = 10
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
