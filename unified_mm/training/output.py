@@ -127,9 +127,7 @@ class _NoProgress(Progress):
     def pause(self) -> None:
         pass
 
-    def update(
-        self, step: int, metrics: Mapping[str, float], batch_size: int
-    ) -> dict[str, float]:
+    def update(self, step: int, metrics: Mapping[str, float], batch_size: int) -> dict[str, float]:
         return {}
 
 

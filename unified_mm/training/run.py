@@ -16,9 +16,7 @@ from unified_mm.training.setup import Setup
 from unified_mm.training.state import TrainState, evaluation_params
 
 
-def train_and_score(
-    setup: Setup, output: Output
-) -> tuple[dict[str, Any], dict[str, Scores]]:
+def train_and_score(setup: Setup, output: Output) -> tuple[dict[str, Any], dict[str, Scores]]:
     """Trains to the end, then scores every split.
 
     Returns:
@@ -72,9 +70,7 @@ def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict
         "seed": setup.options.seed,
         "steps": setup.options.steps,
         "seconds": round(seconds, 1),
-        "flops": sum(
-            (phase.stop - phase.start) * training_flops(phase) for phase in setup.phases
-        ),
+        "flops": sum((phase.stop - phase.start) * training_flops(phase) for phase in setup.phases),
     }
 
 
