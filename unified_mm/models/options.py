@@ -149,10 +149,15 @@ class TransformerOptions:
         return self.layers // self.blocks_a_period
 
     @classmethod
+    def config_fields(cls) -> tuple[str, ...]:
+        """Those that `config.model` holds under the same names."""
+        elsewhere = ("cross", "pipeline")
+        return tuple(field.name for field in fields(cls) if field.name not in elsewhere)
+
+    @classmethod
     def from_config(cls, model: Mapping[str, Any]) -> TransformerOptions:
         """Of the main stack: the fields of `config.model` that bear these names."""
-        own = [field.name for field in fields(cls) if field.name not in ("cross", "pipeline")]
-        known = {name: model[name] for name in own}
+        known = {name: model[name] for name in cls.config_fields()}
         try:
             known["dtype"] = jnp.dtype(known["dtype"])
         except TypeError as error:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from unified_mm.modalities.tokens import Group, TokenMetadata
 from unified_mm.models.masks import BlockCall, block_mask
+from unified_mm.parallel.mesh import platform
 
 
 @struct.dataclass
@@ -107,6 +108,10 @@ def masked_attention(
     Where there are fewer heads of keys (G) than of queries (H), H / G of these share one. A query
     that sees nothing gets the mean of all values: see `blind_to_zero`.
     """
+    if query.dtype == jnp.float16 and platform() == "cpu":
+        # No CPU has products of float16 that add up in float32.
+        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+        return masked_attention(query, key, value, mask).astype(jnp.float16)
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
 

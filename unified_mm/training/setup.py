@@ -304,46 +304,6 @@ def check_evaluation_batch(options: LoopOptions, mesh: Mesh) -> None:
     own_rows(mesh, options.evaluate_batch)
 
 
-<<<<<<< HEAD
-=======
-def inventory(options: LoopOptions, mesh: Mesh, phases: tuple[Phase, ...]) -> str:
-    """Devices, mesh, parameters by part, batch, phases."""
-    params = phases[0].abstract.params
-    counts = parameter_counts(params)
-    parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
-    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1"
-    pipeline = phases[0].task.model.options.pipeline
-    if pipeline:
-        axes += f" | pipeline: {pipeline.micro_batches} micro-batches, bubble {pipeline.bubble:.0%}"
-    processes = jax.process_count()
-    return (
-        f"devices: {device_name()}, of {processes} process{'es' * (processes > 1)} | mesh: {axes}\n"
-        f"parameters: {sum(counts.values()):,} ({parts})\n"
-        + "\n".join(phase_line(phase) for phase in phases)
-    )
-
-
-def phase_line(phase: Phase) -> str:
-    """What a phase trains, and on what."""
-    trained = parameter_counts(phase.optimizer.part(phase.abstract.params))
-    objectives = ", ".join(objective.name for objective in phase.task.objectives)
-    return (
-        f"phase {phase.name}: steps {phase.start + 1} to {phase.stop} of {phase.batch_size} "
-        f"examples in {phase.micro_batches} part(s), {len(phase.rows.examples):,} in all; learns "
-        f"{objectives}, trains {sum(trained.values()):,} parameters ({', '.join(trained)})"
-    )
-
-
-def framed(text: str, width: int = 78) -> str:
-    """Text in a box of `#`, for what nobody may overlook."""
-    import textwrap
-
-    lines = textwrap.wrap(text, width - 6)
-    body = "\n".join(f"## {line:<{width - 6}} ##" for line in lines)
-    return f"{'#' * width}\n{body}\n{'#' * width}"
-
-
->>>>>>> 791ff53 (Formatted)
 def check_goes_on(setup: Setup) -> None:
     """Whether the run in the folder, if any, may go on with this setup; nothing is written.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import fields
 from typing import Any
 
 import jax
@@ -32,7 +31,7 @@ OWN = (
     "unroll",
     "dtype",
 )
-STACK = tuple(f.name for f in fields(TransformerOptions) if f.name not in (*OWN, "cross"))
+STACK = tuple(name for name in TransformerOptions.config_fields() if name not in OWN)
 PREFIXES = {
     "image": ("embedders_image/", "towers_image/"),
     "text": ("embedders_text/", "transformer/"),
