@@ -326,7 +326,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys):
 # Shrunk, the sizes of a recipe are nearly one: of each, one size is run in the fast suite (of
 # coco_flamingo by tests/training/test_phases.py).
 SLOW = pytest.mark.slow
-FAST = {("coco_documents", "tiny"), ("coco", "tiny"), ("coco", "base"), ("coco", "large")}
+FAST = {("coco_documents", "tiny"), ("coco", "tiny")}
 RECIPES = [
     pytest.param(path, size, marks=[] if (path.stem, size) in FAST else [SLOW])
     for path in sorted(CONFIGS.glob("*.py"))

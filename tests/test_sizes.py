@@ -48,8 +48,15 @@ def test_parameters_are_those_of_the_task(fusion):
     assert (sizes.token_flops is None) == (fusion == "late")
 
 
-@pytest.mark.parametrize("by", ["width", "layers"])
-@pytest.mark.parametrize("fusion", ["early", "late"])
+@pytest.mark.parametrize(
+    ("fusion", "by"),
+    [
+        ("early", "width"),
+        ("late", "layers"),
+        pytest.param("early", "layers", marks=pytest.mark.slow),
+        pytest.param("late", "width", marks=pytest.mark.slow),
+    ],
+)
 def test_a_budget_is_met_from_below_and_nearly(fusion, by):
     budget = 2e7
     fitted = fit_to_budget(config(fusion, model__budget=budget, model__budget_by=by))

@@ -244,8 +244,8 @@ FUSIONS = {
     "fusion",
     [
         pytest.param("early", marks=pytest.mark.slow),
-        "gated_cross_attention",
-        pytest.param("late", marks=pytest.mark.slow),
+        pytest.param("gated_cross_attention", marks=pytest.mark.slow),
+        "late",
     ],
 )
 def test_a_whole_model_is_the_same_in_blocks(fusion, monkeypatch):

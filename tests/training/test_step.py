@@ -121,6 +121,7 @@ def test_contrast_is_among_the_whole_batch_in_micro_batches_too(changes):
         np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5 * size)
 
 
+@pytest.mark.slow
 def test_without_randomness_micro_batches_contrast_as_one_big_batch_does():
     task = tiny.task(objectives__matching__weight=0.0)
     params = tiny.params(task)
