@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,9 +115,27 @@ def shardings_of(abstract: Any, mesh: Mesh, table: Mapping[str, Axis] = RULES) -
             check_divided(where, name, size, mesh, table)
             for size, name in zip(value.shape, leaf.names, strict=True)
         ]
+        if "embed" in leaf.names and "layers" not in leaf.names:
+            place = leaf.names.index("embed")
+            axes[place] = _spread(axes, place, value.shape[place], mesh)
         return NamedSharding(mesh, P(*axes))
 
     return jax.tree_util.tree_map_with_path(one, abstract, is_leaf=_is_box)
+
+
+def _spread(axes: Sequence[Axis], place: int, size: int, mesh: Mesh) -> Axis:
+    """Where the width of a parameter outside the stacks lies: along what else there is, too.
+
+    Stages and tensor parallelism divide the stacks; what stands before and after them would lie
+    whole on every device. It is gathered where it is read, as `fsdp` has it.
+    """
+    used = {axis for each in axes for axis in _as_tuple(each)}
+    found = list(_as_tuple(axes[place]))
+    for axis in ("stage", "tensor"):
+        count = math.prod(mesh.shape[each] for each in (*found, axis))
+        if axis not in used and size % count == 0:
+            found.append(axis)
+    return tuple(found) if len(found) > 1 else next(iter(found), None)
 
 
 @dataclass(frozen=True)
