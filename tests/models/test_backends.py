@@ -245,7 +245,7 @@ FUSIONS = {
     [
         pytest.param("early", marks=pytest.mark.slow),
         pytest.param("gated_cross_attention", marks=pytest.mark.slow),
-        "late",
+        pytest.param("late", marks=pytest.mark.slow),
     ],
 )
 def test_a_whole_model_is_the_same_in_blocks(fusion, monkeypatch):

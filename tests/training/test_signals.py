@@ -27,7 +27,15 @@ def test_one_process_stops_after_the_step_at_hand(mesh):
         assert stop.after(2) and stop.at_last() and stop.exit_code == 143
 
 
-def test_a_second_signal_is_not_held_back(mesh):
+@pytest.fixture
+def as_in_a_terminal():
+    """Ctrl-C raises, as it does not for what a shell has put into the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_is_not_held_back(as_in_a_terminal):
     with pytest.raises(KeyboardInterrupt), stop_on_signals(StopRequest()):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
