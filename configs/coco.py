@@ -8,7 +8,7 @@
 | `tiny` | 1.4 M | 2 CPU cores | 10 minutes, 1,000 steps | 0.475, 0.928 (1,000 world scenes) |
 | `base` | 23.8 M | one accelerator | not measured | not measured |
 | `large` | 322 M | several accelerators | not measured | not measured |
-| `10b` | 10.3 B | 256 chips of v6e or v5p | compiled, never run | not measured |
+| `10b` | 10.3 B | 256 chips of v6e | compiled, never run | not measured |
 | `70b` | 71.2 B | 1,024 chips of v5p | compiled, never run | not measured |
 
 Parameters are those of `python -m unified_mm.sizes`, with the largest vocabulary that the tokenizer
@@ -85,7 +85,7 @@ def divided(config: ConfigDict) -> None:
 
 
 def pod(config: ConfigDict) -> None:
-    """Hundreds of chips, weeks: large batches, activations computed again."""
+    """Hundreds of chips: large batches, activations computed again."""
     config.data.vocabulary_size = 32768
     config.model.remat = "full"
     config.objectives.contrastive.width = 1024

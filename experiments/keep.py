@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from unified_mm.analysis.figures import as_svg
 from unified_mm.runs.folder import RunFolder, read_json, write_atomically, write_json
 from unified_mm.runs.metrics import read_metrics
 
@@ -62,8 +63,6 @@ def scored_along_the_way(folder: RunFolder, split: str) -> dict[str, list[list[f
 
 def draw(curves: dict[str, list[list[float]]]) -> str:
     """The curves over steps, as SVG."""
-    import io
-
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(6, 3.2), layout="constrained")
@@ -75,9 +74,7 @@ def draw(curves: dict[str, list[list[float]]]) -> str:
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    content = io.StringIO()
-    figure.savefig(content, format="svg", metadata={"Date": None})
-    return content.getvalue()
+    return as_svg(figure)
 
 
 if __name__ == "__main__":

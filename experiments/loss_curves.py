@@ -7,13 +7,13 @@ the second half) and `NAME.svg`. An existing result is replaced only with `--rep
 from __future__ import annotations
 
 import argparse
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 
 from experiments.keep import RESULTS
+from unified_mm.analysis.figures import as_svg
 from unified_mm.runs.folder import RunFolder, read_json, write_atomically, write_json
 from unified_mm.runs.metrics import read_metrics
 
@@ -85,9 +85,7 @@ def draw(curves: dict[str, Curve]) -> str:
     for axes in (loss, apart):
         axes.set_xlabel("training step")
         axes.grid(alpha=0.3)
-    content = io.StringIO()
-    figure.savefig(content, format="svg", metadata={"Date": None})
-    return content.getvalue()
+    return as_svg(figure)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from unified_mm.commands import (
 )
 from unified_mm.config import Config
 from unified_mm.parallel.processes import first_before_others, refuse_unequal, start, together
-from unified_mm.recipes import overridden, parse_flags, resolve
+from unified_mm.recipes import DATA_FIELDS, outside, overridden, parse_flags, resolve
 from unified_mm.runs.folder import RunFolder, naming, user_path, write_json
 from unified_mm.runs.metrics import read_metrics
 
@@ -56,17 +56,9 @@ READ_BY = {
 }
 # Which fields a mode may set other than the run has them; groups with all that they hold. What
 # the run's model depends on is not among them: it is as it was trained.
-DATA = (
-    "data.source",
-    "data.dir",
-    "data.tfds",
-    "data.cache_dir",
-    "data.max_bad_share",
-    "data.world",
-)
 SETTABLE = {
     "evaluate": (
-        *DATA,
+        *DATA_FIELDS,
         "data.train_split",
         "evaluation.split",
         "evaluation.batch_size",
@@ -76,7 +68,7 @@ SETTABLE = {
         "evaluation.few_shot_images",
         "evaluation.few_shot_questions",
     ),
-    "search": (*DATA, "evaluation.split", "evaluation.max_images"),
+    "search": (*DATA_FIELDS, "evaluation.split", "evaluation.max_images"),
     "caption": (),
 }
 
@@ -113,12 +105,11 @@ def refuse_ignored() -> None:
     if mode == "train":
         return  # there what nothing reads is known once all is built: `refuse_unread`
     able = () if IMAGES.value else SETTABLE[mode]
-    for field in asked_fields():
-        if not any(field == each or field.startswith(f"{each}.") for each in able):
-            raise ValueError(
-                f"{field} cannot be changed here: it belongs to the run and its training, or "
-                f"--mode={mode} does not read it. It can set {', '.join(able) or 'no field'}"
-            )
+    for field in outside(asked_fields(), able):
+        raise ValueError(
+            f"{field} cannot be changed here: it belongs to the run and its training, or "
+            f"--mode={mode} does not read it. It can set {', '.join(able) or 'no field'}"
+        )
 
 
 def asked_fields() -> list[str]:

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from unified_mm.commands import disk_is_full, exit_code, say
 from unified_mm.config import Config
-from unified_mm.recipes import overridden, parse_flags, resolve
+from unified_mm.recipes import DATA_FIELDS, outside, overridden, parse_flags, resolve
 from unified_mm.runs.folder import user_path
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -39,15 +39,7 @@ SHARD = flags.DEFINE_float(
 )
 
 # Which fields say what is written; all others are the training's.
-SETTABLE = (
-    "data.source",
-    "data.dir",
-    "data.tfds",
-    "data.cache_dir",
-    "data.max_bad_share",
-    "data.world",
-    "data.image_size",  # of the world
-)
+SETTABLE = (*DATA_FIELDS, "data.image_size")  # the last of the world
 
 
 def main(argv: list[str]) -> None:
@@ -102,12 +94,11 @@ def refuse_ignored() -> None:
         raise ValueError(f"--out={OUT.value}: write to this machine, then copy the folder there")
     if flags.FLAGS["quality"].present and not RESIZE.value:
         raise ValueError("--quality is read with --resize alone: otherwise files keep their bytes")
-    for field in overridden(flags.FLAGS["config"]):
-        if not any(field == each or field.startswith(f"{each}.") for each in SETTABLE):
-            raise ValueError(
-                f"{field} cannot be set here, for it changes nothing of what is written: set it "
-                f"where you train. Here are {', '.join(SETTABLE)}"
-            )
+    for field in outside(overridden(flags.FLAGS["config"]), SETTABLE):
+        raise ValueError(
+            f"{field} cannot be set here, for it changes nothing of what is written: set it "
+            f"where you train. Here are {', '.join(SETTABLE)}"
+        )
 
 
 def report(out: Path) -> str:

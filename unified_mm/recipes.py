@@ -25,6 +25,16 @@ from unified_mm.runs.folder import naming
 from unified_mm.training.sizes import fit_to_budget
 from unified_mm.training.start_from import adopt
 
+# Where data lies and how it is checked; groups with all that they hold.
+DATA_FIELDS = (
+    "data.source",
+    "data.dir",
+    "data.tfds",
+    "data.cache_dir",
+    "data.max_bad_share",
+    "data.world",
+)
+
 
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, but a wrong recipe, size, field or value is one line and no traceback.
@@ -181,6 +191,15 @@ def resolve_auto(config: ConfigDict, flag: Any) -> ConfigDict:
 def overridden(flag: Any) -> list[str]:
     """Dotted names of the fields that the command line set."""
     return sorted(config_flags.get_override_values(flag))
+
+
+def outside(fields: Sequence[str], groups: Sequence[str]) -> list[str]:
+    """Those of dotted `fields` that are neither among `groups` nor within one of them."""
+    return [
+        field
+        for field in fields
+        if not any(field == group or field.startswith(f"{group}.") for group in groups)
+    ]
 
 
 def load_recipe(path: str | Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from unified_mm.analysis.figures import as_svg
 from unified_mm.modalities.tokens import Group, TokenMetadata, join_metadata, place, single_document
 from unified_mm.models.attention import Attention, plan_attention
 from unified_mm.models.masks import Stream, Visibility
@@ -185,9 +185,7 @@ def draw(result: dict[str, Any]) -> str:
     for axes in (time_axes, memory_axes, compile_axes):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    content = io.StringIO()
-    figure.savefig(content, format="svg", metadata={"Date": None})
-    return content.getvalue()
+    return as_svg(figure)
 
 
 def _ticks(axes: Any, values: Sequence[int]) -> None:

@@ -47,14 +47,16 @@ def test_every_example_meets_every_period_in_order_with_its_own_company(
         expected = factor[layer] * expected + shift[layer] * beside + cached[layer][:, None]
         kept.append(expected.sum((1, 2)))
 
-    def period(layer, x, own, number):
-        factor, shift = layer["params"]
-        x = factor * x + shift * own + layer["cached"][:, None]
+    def period(params, cached, x, own, number):
+        factor, shift = params
+        x = factor * x + shift * own + cached[:, None]
         return x, x.sum((1, 2))
 
-    layers = {"params": (jnp.asarray(factor), jnp.asarray(shift)), "cached": jnp.asarray(cached)}
     found = run_pipeline(
-        Pipeline(stages, parts), period, layers, jnp.asarray(x), jnp.asarray(beside)
+        Pipeline(stages, parts),
+        period,
+        (jnp.asarray(factor), jnp.asarray(shift)),
+        *(jnp.asarray(each) for each in (cached, x, beside)),
     )
     np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found[1], np.stack(kept), rtol=1e-4, atol=1e-4)

@@ -311,15 +311,16 @@ NEEDED = {
 
 def test_the_collectives_are_those_that_the_scheme_needs(stepped):
     """No others as large as the smallest matrix of a layer, and the needed ones are there."""
-    if stepped.fusion == "early":
-        pytest.skip("matching hands keys and values from one pass to another: not parameters")
     there = {axis for axis, size in stepped.mesh.shape.items() if size > 1}
     collectives = collectives_of(stepped.text)
     large = {each.kind for each in collectives if each.bytes > 4 * WIDTH * WIDTH}
     needed = set().union(*(NEEDED[axis] for axis in there))
     if stepped.fusion == "gated_cross_attention" and "sequence" in there:
         needed |= {"all-gather"}  # the resampler looks at all features of a picture
-    assert large <= needed, [each for each in collectives if each.kind in large - needed]
+    # Early fusion's matching hands keys and values, no parameters, from one pass to another.
+    matching = stepped.fusion == "early"
+    if not matching:
+        assert large <= needed, [each for each in collectives if each.kind in large - needed]
     total = {}
     for each in collectives:
         total[each.kind] = total.get(each.kind, 0) + each.count * each.bytes
@@ -334,7 +335,7 @@ def test_the_collectives_are_those_that_the_scheme_needs(stepped):
         assert total["all-to-all"] > 0
     if shape["stage"] > 1:
         assert total["collective-permute"] > 0
-    if there == {"data"}:
+    if there == {"data"} and not matching:
         assert total.get("all-gather", 0) < 0.01 * on_a_device
 
 

@@ -6,20 +6,18 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import commands
 import pytest
 import tiny
+from processes import ROOT, started
 
 from unified_mm.runs.seal import is_sealed
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 900  # seconds that any process may take
 HEARTBEAT = 10  # seconds after which a silent process counts as dead
 STEPS = 10
@@ -33,6 +31,7 @@ def environment(tmp_path_factory):
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": TWO_DEVICES,
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -60,23 +59,6 @@ def command(tmp_path_factory):
         "--config.model.dropout=0.1",
         "--config.train.average_decay=0.9",
     )
-
-
-@contextlib.contextmanager
-def started(environment, *args, devices=TWO_DEVICES):
-    """A process that is not left behind, whatever the test does."""
-    with subprocess.Popen(
-        args,
-        cwd=ROOT,
-        env={**environment, "XLA_FLAGS": devices},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 @contextlib.contextmanager
@@ -129,7 +111,7 @@ def alone(environment, command, tmp_path_factory):
     """The run of one process with four devices."""
     workdir = tmp_path_factory.mktemp("runs") / "alone"
     args = (*command, f"--workdir={workdir}")
-    with started(environment, *args, devices=FOUR_DEVICES) as process:
+    with started(environment | {"XLA_FLAGS": FOUR_DEVICES}, *args) as process:
         codes, said = finish([process])
     assert codes == [0], said[0]
     assert "of 1 process |" in said[0]
@@ -172,7 +154,7 @@ def test_one_process_goes_on_with_another_mesh(environment, command, shared, tmp
     shutil.rmtree(workdir / "checkpoints" / "10")
     (workdir / "result.json").unlink()
     args = (*command, f"--workdir={workdir}", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-    with started(environment, *args, devices=FOUR_DEVICES) as process:
+    with started(environment | {"XLA_FLAGS": FOUR_DEVICES}, *args) as process:
         codes, said = finish([process])
     assert codes == [0] and "resuming at step 5 of 10" in said[0], said[0]
     assert losses(workdir) == pytest.approx(losses(shared[0]), rel=1e-5)

@@ -7,20 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import commands
 import jax
 import numpy as np
 import pytest
 import tiny
+from processes import ROOT, started
 
 import unified_mm
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 STEPS = 600
 LIMIT = 900  # seconds that any process may take
 
@@ -61,23 +59,6 @@ def command(data, workdir, *more):
         "--config.objectives.matching.weight=1.0",
         *more,
     ]
-
-
-@contextmanager
-def started(environment, *args):
-    """A process that is not left behind, whatever the test does."""
-    with subprocess.Popen(
-        args,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 def finish(environment, *args):

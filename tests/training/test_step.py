@@ -12,8 +12,8 @@ import tiny
 from unified_mm.config import Config
 from unified_mm.objectives.objective import mean
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import place, rule_items, to_global
-from unified_mm.training.gradients import gradients, join, split
+from unified_mm.parallel.sharding import from_parts, into_parts, place, rule_items, to_global
+from unified_mm.training.gradients import gradients
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import evaluation_params, initial_state, state_of_phase
 from unified_mm.training.step import make_train_step
@@ -73,7 +73,8 @@ def test_micro_batches_are_the_whole_batch_where_they_score_unequally(task):
 
 def undivided(task, optimizer, batch, key, parts):
     """What accumulation must amount to: all parts in one differentiated program."""
-    rows, keys = split(batch, parts), jax.random.split(key, parts)
+    rows = jax.tree.map(lambda x: into_parts(x, parts), batch)
+    keys = jax.random.split(key, parts)
 
     def loss(params):
         each = [
@@ -83,7 +84,7 @@ def undivided(task, optimizer, batch, key, parts):
             for i in range(parts)
         ]
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *each)
-        compared = task.compared(params, join(stacked[1]))
+        compared = task.compared(params, jax.tree.map(from_parts, stacked[1]))
         summed = jax.tree.map(lambda x: x.sum(0), stacked[0]) | compared
         return sum(o.weight * mean(summed[f"{o.name}/loss"]) for o in task.objectives), summed
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from unified_mm.parallel.sharding import constrain
+from unified_mm.parallel.sharding import constrain, from_parts, into_parts
 
 
 @dataclass(frozen=True)
@@ -42,25 +43,26 @@ class Pipeline:
         return (self.stages - 1) / self.ticks
 
 
-# (parameters, cached) of one period, x [b, N, D], what its layers go by, key -> x, what it keeps.
-PeriodFunction = Callable[[Any, Any, Array, Any], tuple[Array, Any]]
+# Parameters and cached arrays of one period, x [b, N, D], what all layers read, the number of the
+# micro-batch -> the next x, and what the period keeps, arrays [b, ...].
+PeriodFunction = Callable[[Any, Any, Array, Any, Array], tuple[Array, Any]]
 
 
 def run_pipeline(
     pipeline: Pipeline,
     period: PeriodFunction,
-    layers: Any,
+    params: Any,
+    cached: Any,
     x: Float[Array, "B N D"],
     beside: Any,
 ) -> tuple[Float[Array, "B N D"], Any]:
-    """The stack's output, as a scan of `period` over `layers` would give it.
+    """The stack's output, as a scan of `period` over its layers would give it.
 
     Args:
       pipeline: stages and micro-batches; the first divide the periods, the second B.
-      period: (one period's share of `layers`, x of a micro-batch, `beside` of it, the number of the
-        micro-batch) -> the next x, and what the period keeps, arrays [b, ...].
-      layers: arrays [periods, ...]; of what is kept for each example, [periods, B, ...], under
-        'cached'.
+      period: one of them on one micro-batch.
+      params: arrays [periods, ...].
+      cached: arrays [periods, B, ...].
       x: tokens.
       beside: what all layers read: arrays [B, ...] and scalars.
 
@@ -71,7 +73,7 @@ def run_pipeline(
       ValueError: periods or examples that they do not divide.
     """
     count, stages = pipeline.micro_batches, pipeline.stages
-    periods = len(jax.tree.leaves(layers["params"])[0])
+    periods = len(jax.tree.leaves(params)[0])
     if periods % stages:
         raise ValueError(f"{periods} periods of layers are not divided by mesh.stage={stages}")
     if x.shape[0] % count:
@@ -79,13 +81,11 @@ def run_pipeline(
             f"a batch of {x.shape[0]} is not divided into {count} parts for the pipeline: change "
             "train.batch_size or mesh.stage_micro_batches"
         )
-    inputs = _split(x, count)
-    beside = jax.tree.map(lambda leaf: _split(leaf, count) if jnp.ndim(leaf) else leaf, beside)
-    staged = jax.tree.map(lambda leaf: _by_stage(leaf, stages), layers["params"])
-    cached = jax.tree.map(
-        lambda leaf: _by_stage(jax.vmap(lambda row: _split(row, count))(leaf), stages),
-        layers["cached"],
-    )
+    into = partial(into_parts, parts=count)
+    inputs = into(x)
+    beside = jax.tree.map(lambda leaf: into(leaf) if jnp.ndim(leaf) else leaf, beside)
+    params = jax.tree.map(lambda leaf: _by_stage(leaf, stages), params)
+    cached = jax.tree.map(lambda leaf: _by_stage(jax.vmap(into)(leaf), stages), cached)
 
     def stage(params: Any, cached: Any, x: Array, number: Array) -> tuple[Array, Any]:
         """One stage's periods on the micro-batch `number`."""
@@ -93,7 +93,7 @@ def run_pipeline(
 
         def one(x: Array, layer: Any) -> tuple[Array, Any]:
             params, cached = layer
-            return period({"params": params, "cached": cached}, x, own, number)
+            return period(params, cached, x, own, number)
 
         seen = jax.tree.map(lambda leaf: leaf[:, number], cached)
         return jax.lax.scan(one, x, (params, seen))
@@ -104,23 +104,12 @@ def run_pipeline(
         x = constrain(x, "stages", "batch", "length", "activation")
         # A stage that has nothing to do yet, or no more, works on what is thrown away.
         numbers = jnp.clip(time - jnp.arange(stages), 0, count - 1)
-        x, kept = jax.vmap(stage, spmd_axis_name="stage")(staged, cached, x, numbers)
+        x, kept = jax.vmap(stage, spmd_axis_name="stage")(params, cached, x, numbers)
         return x, (x[-1], kept)
 
     empty = jnp.zeros((stages, *inputs.shape[1:]), x.dtype)
     _, (left, kept) = jax.lax.scan(tick, empty, jnp.arange(pipeline.ticks))
-    return _join(left[stages - 1 :]), jax.tree.map(lambda leaf: _in_order(leaf, count), kept)
-
-
-def _split(x: Array, count: int) -> Array:
-    """[B, ...] -> [M, B / M, ...]; every device keeps rows of its own in each part."""
-    return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-
-
-def _join(parts: Array) -> Array:
-    """The inverse of `_split`."""
-    count, rows = parts.shape[:2]
-    return parts.swapaxes(0, 1).reshape(count * rows, *parts.shape[2:])
+    return from_parts(left[stages - 1 :]), jax.tree.map(lambda leaf: _in_order(leaf, count), kept)
 
 
 def _by_stage(x: Array, stages: int) -> Array:
@@ -133,4 +122,4 @@ def _in_order(kept: Array, count: int) -> Array:
     stages, each = kept.shape[1:3]
     own = jnp.stack([kept[s : s + count, s] for s in range(stages)])  # [S, M, periods / S, b, ...]
     by_period = own.swapaxes(1, 2).reshape(stages * each, count, *kept.shape[3:])
-    return jax.vmap(_join)(by_period)
+    return jax.vmap(from_parts)(by_period)

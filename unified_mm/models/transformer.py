@@ -133,15 +133,17 @@ class Transformer(nn.Module):
         dropping = bool(o.dropout) and not deterministic
         keys = jax.random.split(self.make_rng("dropout"), o.periods) if dropping else None
 
-        def period(layer: Any, x: Array, beside: Any, number: Array) -> tuple[Array, Kept]:
-            params, key = layer["params"]
+        def period(
+            layer: Any, cached: Kept, x: Array, beside: Any, number: Array
+        ) -> tuple[Array, Kept]:
+            params, key = layer
             rngs = {"dropout": jax.random.fold_in(key, number)} if dropping else {}
             plan, cross = beside
-            return module.apply({"params": params}, x, plan, cross, layer["cached"], rngs=rngs)  # type: ignore[return-value]
+            return module.apply({"params": params}, x, plan, cross, cached, rngs=rngs)  # type: ignore[return-value]
 
-        layers = {"params": (self.get_variable("params", "layers"), keys), "cached": cached}
+        layers: Any = (self.get_variable("params", "layers"), keys)
         period = recomputed(period, o.remat, jax.checkpoint)
-        return run_pipeline(o.pipeline, period, layers, x, (plan, cross))
+        return run_pipeline(o.pipeline, period, layers, cached, x, (plan, cross))
 
 
 def recomputed(period: Any, remat: str, checkpoint: Callable[..., Any]) -> Any:

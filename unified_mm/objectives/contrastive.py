@@ -17,6 +17,7 @@ from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.objectives.objective import Embedded, Outcome, TextObjective, masked_pair
 from unified_mm.objectives.pairwise import compare_all
 from unified_mm.parallel.layers import Dense
+from unified_mm.parallel.sharding import constrain
 
 MAX_LOG_SCALE = 4.6052  # ln 100: CLIP's bound, without which training can run away.
 SOFTMAX_START = 2.6593  # ln(1 / 0.07), CLIP
@@ -216,6 +217,7 @@ class ContrastiveHead(nn.Module):
         """Tokens of modality `name`, pooled and projected: float32 of unit norm."""
         pool = dict(self.poolings)[name].pool
         y = self.attend[name](x, valid) if pool == "attention" else pooled(pool, x, valid)
+        y = constrain(y, "batch", "activation")
         if name in self.project:
             y = self.project[name](y)
         # The small term keeps the gradient finite for an example that has nothing valid.

@@ -216,6 +216,17 @@ def _as_tuple(axis: Axis) -> tuple[str, ...]:
     return axis if isinstance(axis, tuple) else (axis,)
 
 
+def into_parts(x: Any, parts: int) -> Any:
+    """[B, ...] -> [parts, B / parts, ...]; every device keeps rows of its own in each part."""
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def from_parts(x: Any) -> Any:
+    """The inverse of `into_parts`."""
+    parts, rows = x.shape[:2]
+    return x.swapaxes(0, 1).reshape(parts * rows, *x.shape[2:])
+
+
 def to_global(batch: Any, mesh: Mesh) -> Any:
     """Host arrays of this process's rows [b, ...] as device arrays of the global batch [B, ...]."""
     sharding = NamedSharding(mesh, BATCH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from unified_mm.objectives.objective import Comparing, Objective, Pair, mean
 from unified_mm.objectives.task import Task
+from unified_mm.parallel.sharding import from_parts, into_parts
 from unified_mm.training.optimizer import Optimizer
 
 Pairs = dict[str, Pair]
@@ -97,10 +99,11 @@ class Accumulation:
     def run(self, batch: Any, key: jax.Array, micro_batches: int) -> tuple[Any, Any, Pairs]:
         """Total loss, gradient of `scale` times it, and pairs."""
         keys = jax.random.split(key, micro_batches)
-        rows = split(batch, micro_batches)
+        into = partial(into_parts, parts=micro_batches)
+        rows = jax.tree.map(into, batch)
         counted, kept = jax.lax.map(lambda part: self.look(*part), (rows, keys))
         counts = jax.tree.map(lambda x: x.sum(0), counted)
-        compared, gradient, pulls, compared_pairs = self.compare(join(kept))
+        compared, gradient, pulls, compared_pairs = self.compare(jax.tree.map(from_parts, kept))
 
         def add(so_far: Any, part: Any) -> tuple[Any, None]:
             total, gradient, pairs = so_far
@@ -108,7 +111,7 @@ class Accumulation:
             gradient = self.laid_out(jax.tree.map(jnp.add, gradient, own))
             return (total + loss, gradient, jax.tree.map(jnp.add, pairs, own_pairs)), None
 
-        parts: Any = (rows, keys, split(pulls, micro_batches))
+        parts: Any = (rows, keys, jax.tree.map(into, pulls))
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(lambda part: self.differentiate(part, counts)[2], first)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -156,13 +159,3 @@ class Accumulation:
 
         gradient, (total, pairs) = jax.grad(loss, has_aux=True)(self.optimizer.part(self.params))
         return total, gradient, pairs
-
-
-def split(batch: Any, parts: int) -> Any:
-    """[B, ...] -> [parts, B / parts, ...]; every device keeps rows of its own in each part."""
-    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-
-
-def join(parts: Any) -> Any:
-    """The inverse of `split`."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts)
