@@ -1,4 +1,4 @@
-"""Greedy writing on the cache against reading everything again before each token."""
+"""Writing on the cache, greedily, against reading everything again before each token."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from unified_mm.inference.generate import greedy
+from unified_mm.inference.decoding import GREEDY
+from unified_mm.inference.generate import begin, generate
+from unified_mm.inference.sampling import make_sampling, sampling_arrays
 from unified_mm.models.masks import Stream
 
 LENGTH, END, PADDING, ROWS = 12, 5, 0, 6
@@ -28,22 +30,31 @@ def prompts(seed):
     return jnp.asarray(ids, jnp.int32), jnp.asarray(lengths)
 
 
+def start(lengths):
+    """Where texts go on, as `begin` takes it: greedily."""
+    rows = len(lengths)
+    return {
+        "most": LENGTH - lengths,
+        "stop": jnp.full((rows, 1), END),
+        "sampling": make_sampling(**jax.tree.map(jnp.asarray, sampling_arrays(GREEDY, rows))),
+        "room": LENGTH - 1,
+        "padding": PADDING,
+    }
+
+
 def write(task, params, batch, prompt, lengths, stream):
-    """Prompts and what greedy writes after them, as whole rows."""
+    """Prompts and what is written after them, as whole rows."""
     valid = jnp.arange(LENGTH) < lengths[:, None]
     text = {"ids": prompt, "valid": valid, "present": jnp.ones(ROWS, bool)}
-    most = LENGTH - lengths
 
     def run(params):
-        return greedy(
-            task.model, params, {**batch, "text": text}, stream,
-            room=LENGTH - 1, most=most, end=END, padding=PADDING,
-        )  # fmt: skip
+        draft = begin(task.model, params, {**batch, "text": text}, stream, **start(lengths))
+        return generate(task.model, params, draft, stream, PADDING).written
 
     rows = np.array(prompt)
-    for row, new, start in zip(rows, np.asarray(jax.jit(run)(params)), lengths, strict=True):
-        assert (new[LENGTH - start :] == PADDING).all()
-        row[start:] = new[: LENGTH - start]
+    for row, new, first in zip(rows, np.asarray(jax.jit(run)(params)), lengths, strict=True):
+        assert (new[LENGTH - first :] == PADDING).all()
+        row[first:] = new[: LENGTH - first]
     return rows
 
 

@@ -117,7 +117,8 @@ def test_more_than_a_batch_comes_back_in_order(model, pictures):
     arrays, _ = pictures
     many = [arrays[i % 3] for i in range(35)]
     few = model.embed_images(arrays)
-    np.testing.assert_array_equal(model.embed_images(many), few[np.arange(35) % 3])
+    # Batches of other sizes are other programs: they round otherwise.
+    np.testing.assert_allclose(model.embed_images(many), few[np.arange(35) % 3], atol=1e-6)
     assert len(model.answer(many, ["red"] * 35)) == 35
 
 

@@ -148,6 +148,12 @@ class TextTokenizer:
         """The tokens of a text alone."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
 
+    def spellings(self, text: str) -> list[int]:
+        """The tokens that are just this text, at the start of a word or within one."""
+        found = [] if len(ids := self.ids(text)) != 1 else ids
+        within = self._tokenizer.token_to_id(text)
+        return list(dict.fromkeys(found + ([] if within is None else [within])))
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text before the first `<eos>`, without special tokens and outer spaces."""
         row = [int(i) for i in ids]

@@ -104,7 +104,7 @@ def write_after_shots(
         if text.embedding.learned_positions:
             used = beginning["text"]["valid"].sum(1)
             most = np.minimum(most, text.embedding.places - used)
-        written += predictor.continue_text(beginning, most, room)
+        written += [texts[0].text for texts in predictor.continue_text(beginning, most, room)]
     return written[: len(rows)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from unified_mm.data.records import Image as ImageFile
 from unified_mm.data.records import Problem, StoredImage
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.inference.classes import TEMPLATES, class_embeddings
+from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.predictor import Predictor
+from unified_mm.inference.streaming import stream
 from unified_mm.objectives.task import Task, build_task
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import shardings_of, without_names
@@ -27,6 +30,7 @@ from unified_mm.runs.folder import RunFolder, RunFolderError
 
 Picture = Any  # a path, a stored image, a PIL image, or uint8 [height, width, 3]
 BATCH = 32
+BATCHES = (1, 8, BATCH)  # sizes that are compiled
 
 
 class LoadedModel:
@@ -101,22 +105,63 @@ class LoadedModel:
         names, sentences = listed_texts(classes, "classes"), listed_texts(templates, "templates")
         return self.embed_images(images) @ class_embeddings(self.embed_texts, names, sentences).T
 
-    def caption(self, images: Iterable[Picture]) -> list[str]:
-        """What the model writes about each image, greedily."""
+    def caption(self, images: Iterable[Picture], decoding: Decoding = GREEDY) -> list[str]:
+        """What the model writes about each image: greedily, or as `decoding` says."""
         pictured = listed(images, "images")
-        return self.answer(pictured, [""] * len(pictured))
+        return self.answer(pictured, [""] * len(pictured), decoding)
 
-    def answer(self, images: Iterable[Picture], questions: Iterable[str]) -> list[str]:
+    def answer(
+        self,
+        images: Iterable[Picture],
+        questions: Iterable[str],
+        decoding: Decoding = GREEDY,
+    ) -> list[str]:
         """What the model writes about each image after its question."""
-        images, questions = listed(images, "images"), listed_texts(questions, "questions")
-        if len(images) != len(questions):
-            raise ValueError(f"{len(images)} images and {len(questions)} questions: give as many")
-        written: list[str] = []
+        images, questions = as_many(images, questions, "questions")
+        return [texts[0].text for texts in self.generate(images, questions, decoding)]
+
+    def generate(
+        self,
+        images: Iterable[Picture],
+        prompts: Iterable[str],
+        decoding: Decoding = GREEDY,
+    ) -> list[list[Written]]:
+        """`decoding.samples` texts about each image, after its prompt ('' for a caption).
+
+        Raises:
+          ValueError: not as many prompts as images, a prompt that leaves no room, or what `view`
+            refuses.
+        """
+        images, prompts = as_many(images, prompts, "prompts")
+        written: list[list[Written]] = []
         for batch, count in self._batches([self._beside(image) for image in images]):
-            asked = questions[len(written) : len(written) + count]
-            asked += [""] * (BATCH - count)
-            written += self.predictor.write(batch, asked)[:count]
+            asked = prompts[len(written) : len(written) + count]
+            asked += [""] * (len(batch["image"]["present"]) - count)
+            texts = self.predictor.generate(batch, asked, decoding, first=len(written))
+            written += texts[:count]
         return written
+
+    def stream(
+        self, image: Picture, prompt: str = "", decoding: Decoding = GREEDY
+    ) -> Iterator[str]:
+        """The same text for one image, in pieces, each as soon as it is written.
+
+        Raises:
+          ValueError: as `generate` does, and for beams or several samples, which have no order.
+        """
+        batch = jax.tree.map(lambda leaf: leaf[None], self._beside(image))
+        return stream(self.predictor, batch, prompt, decoding)
+
+    def with_options(self, **changes: Any) -> LoadedModel:
+        """The same model, computed otherwise: `dtype`, `attention`, `cache` (`TransformerOptions`).
+
+        With another `dtype` the parameters are kept in it too.
+        """
+        task = replace(self.task, model=self.task.model.with_options(**changes))
+        params = self.params
+        if "dtype" in changes:
+            params = jax.tree.map(lambda leaf: leaf.astype(changes["dtype"]), params)
+        return LoadedModel(task, params, self.predictor.mesh, self.config, self.step)
 
     def view(self, image: Picture) -> UInt8[np.ndarray, "size size 3"]:
         """What the model sees of an image: the central square, at the model's size.
@@ -154,15 +199,16 @@ class LoadedModel:
         return {**absent, "image": {"pixels": self.view(image), "present": np.array(True)}}
 
     def _batches(self, rows: list[dict]) -> Iterator[tuple[Any, int]]:
-        """Batches of one size (the last filled up by repeating), and how many rows count."""
+        """Batches of few sizes (the last filled up by repeating), and how many rows count."""
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
-            full = part + [part[0]] * (BATCH - len(part))
+            size = next(size for size in BATCHES if size >= len(part))
+            full = part + [part[0]] * (size - len(part))
             yield jax.tree.map(lambda *leaves: np.stack(leaves), *full), len(part)
 
     def _embed(self, embed: Any, rows: list[dict]) -> np.ndarray:
-        if not rows:
-            return embed(self.task.example_batch(BATCH))[:0]  # how wide it is, only the model says
+        if not rows:  # how wide it is, only the model says
+            return embed(self.task.example_batch(BATCH))[:0]
         return np.concatenate([embed(batch)[:count] for batch, count in self._batches(rows)])
 
 
@@ -174,6 +220,14 @@ def listed(values: Any, what: str) -> list[Any]:
     if alone or not isinstance(values, Iterable):
         raise ValueError(f"give a list of {what}, not a {type(values).__name__} alone")
     return list(values)
+
+
+def as_many(images: Any, texts: Any, what: str) -> tuple[list[Any], list[str]]:
+    """A list of images and a list of as many texts. Raises ValueError for other numbers."""
+    images, texts = listed(images, "images"), listed_texts(texts, what)
+    if len(images) != len(texts):
+        raise ValueError(f"{len(images)} images and {len(texts)} {what}: give as many")
+    return images, texts
 
 
 def listed_texts(values: Any, what: str) -> list[str]:

@@ -15,7 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
-from unified_mm.inference.generate import greedy
+from unified_mm.inference.decoding import GREEDY, Decoding, Written
+from unified_mm.inference.texts import inputs_of, write_texts
+from unified_mm.models.masks import Stream
 from unified_mm.models.unified import UnifiedModel
 from unified_mm.objectives.captioning import Captioning, score_text
 from unified_mm.objectives.contrastive import Contrastive, text_valid
@@ -96,48 +98,92 @@ class Predictor:
 
         return self._run("log_likelihood", score, batch)
 
-    def write(self, batch: Batch, prompts: Sequence[str]) -> list[str]:
-        """What the model writes about each example, greedily, after its prompt ('' for captions).
+    def write(
+        self, batch: Batch, prompts: Sequence[str], decoding: Decoding = GREEDY
+    ) -> list[str]:
+        """What the model writes about each example after its prompt ('' for captions), the best.
+
+        Raises:
+          ValueError: a prompt that leaves no room for an answer.
+        """
+        return [texts[0].text for texts in self.generate(batch, prompts, decoding)]
+
+    def generate(
+        self, batch: Batch, prompts: Sequence[str], decoding: Decoding = GREEDY, first: int = 0
+    ) -> list[list[Written]]:
+        """`decoding.samples` texts about each example, after its prompt.
+
+        Args:
+          first: number of the first example, which has a say in what is drawn.
 
         Raises:
           ValueError: a prompt that leaves no room for an answer.
         """
         length = self.task.modalities["text"].length
-        text, used = self._prompts(prompts, length)
+        text, used = self.prompts(prompts)
         own = self.rows(len(prompts))
         text, used = {name: array[own] for name, array in text.items()}, used[own]
-        return self.continue_text({**batch, "text": text}, length - used, length - 1)
+        first += int(own[0])
+        return self.continue_text(
+            {**batch, "text": text}, length - used, length - 1, decoding, first
+        )
 
-    def continue_text(self, batch: Batch, most: Int[np.ndarray, " B"], room: int) -> list[str]:
-        """What the model writes, greedily, after the beginning that each example's text holds.
+    def continue_text(
+        self,
+        batch: Batch,
+        most: Int[np.ndarray, " B"],
+        room: int,
+        decoding: Decoding = GREEDY,
+        first: int = 0,
+    ) -> list[list[Written]]:
+        """What the model writes after the beginning that each example's text holds.
 
         Args:
           batch: context, and as `text` at least a begin token (in documents with its placement).
           most: tokens that each text of this process's rows may still have.
           room: the most that any may have; each value is compiled once.
+          decoding: how.
+          first: number of the first example, which has a say in what is drawn.
+
+        Returns:
+          `decoding.samples` texts for each example, the best first where beams were compared.
         """
-        objective = self._objective(Captioning, "write")
-        tokenizer = self.task.tokenizer
+        tokenizer, stream = self.task.tokenizer, self.writing_stream
+        ends = decoding.stop_ids(tokenizer)
 
-        def generate(params: Any, inputs: Any) -> jax.Array:
-            return greedy(
-                self.task.model,
-                params,
-                **inputs,
-                stream=objective.stream,
-                room=room,
-                end=tokenizer.eos_id,
-                padding=tokenizer.pad_id,
-            )
+        def write(params: Any, inputs: Any) -> Any:
+            return write_texts(
+                self.task.model, params, inputs, stream,
+                beams=decoding.beams, samples=decoding.samples, room=room, padding=tokenizer.pad_id,
+            )  # fmt: skip
 
-        inputs = {"batch": batch, "most": most.astype(np.int32)}
-        return [tokenizer.decode(row) for row in self._call(f"write {room}", generate, inputs)]
+        name = f"write {room} {decoding.beams} {decoding.samples}"
+        inputs = self.to_device(inputs_of(decoding, batch, most, ends, first))
+        written, gained = jax.device_get(self.call(name, write, inputs))
+        texts = [
+            Written.of_row(row, float(nats), ends, tokenizer)
+            for row, nats in zip(written, gained, strict=True)
+        ]
+        return [
+            texts[start : start + decoding.samples]
+            for start in range(0, len(texts), decoding.samples)
+        ]
 
-    def _prompts(
-        self, prompts: Sequence[str], length: int
+    @property
+    def writing_stream(self) -> Stream:
+        """The stream that the model learned to write by. Raises ValueError where it did not."""
+        stream: Stream = self._objective(Captioning, "write").stream
+        return stream
+
+    def prompts(
+        self, prompts: Sequence[str]
     ) -> tuple[dict[str, np.ndarray], Int[np.ndarray, " B"]]:
-        """Begin token and prompt of each text as arrays [B, P], and how many tokens these are."""
-        tokenizer = self.task.tokenizer
+        """Begin token and prompt of each text as arrays [B, P], and how many tokens these are.
+
+        Raises:
+          ValueError: a prompt that leaves no room for an answer.
+        """
+        tokenizer, length = self.task.tokenizer, self.task.modalities["text"].length
         rows = [tokenizer.encode_prompt(prompt) for prompt in prompts]
         for row, prompt in zip(rows, prompts, strict=True):
             if not row:
@@ -170,13 +216,29 @@ class Predictor:
             embedded: Any = self.task.model.apply({"params": params}, batch, method=function)
             return embedded
 
-        return self._call(name, apply, batch)
+        return np.asarray(self.call(name, apply, self.to_device(batch)))
 
-    def _call(self, name: str, function: Any, inputs: Any) -> np.ndarray:
-        everywhere = NamedSharding(self.mesh, P())
-        compiled = self._compiled.setdefault(name, jax.jit(function, out_shardings=everywhere))
+    def to_device(self, inputs: Any) -> Any:
+        """Arrays of this process's rows, on the mesh."""
+        return to_global(inputs, self.mesh)
+
+    def call(self, name: str, function: Any, *args: Any, donated: tuple[int, ...] = ()) -> Any:
+        """`function(params, *args)` on the mesh, compiled once for each name and shape of `args`.
+
+        Args:
+          name: of the function, which must be the same each time.
+          args: on the device; those numbered in `donated` (from 1) are used up.
+
+        Returns:
+          What it returns, a copy on every device.
+        """
+        if name not in self._compiled:
+            everywhere = NamedSharding(self.mesh, P())
+            self._compiled[name] = jax.jit(
+                function, out_shardings=everywhere, donate_argnums=donated
+            )
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(serving_rules()):
-            return np.asarray(compiled(self.params, to_global(inputs, self.mesh)))
+            return self._compiled[name](self.params, *args)
 
 
 def _without_text(batch: Batch) -> dict[str, Any]:

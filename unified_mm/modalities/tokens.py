@@ -173,10 +173,10 @@ def lengthen(metadata: TokenMetadata, more: TokenMetadata) -> TokenMetadata:
     What they are is data: they may be slots that something is written into.
     """
     more = placed_by_data(more)
-    *before, last = metadata.groups
     (added,) = more.groups
-    if last.name != added.name:
+    if not metadata.groups or metadata.groups[-1].name != added.name:
         return join_metadata([metadata, more])
+    *before, last = metadata.groups
     apart_ = more.replace(groups=(added._replace(name=f"{added.name} to come"),))  # type: ignore[attr-defined]
     grown = last._replace(length=last.length + added.length, start=None)
     return join_metadata([metadata, apart_]).replace(groups=(*before, grown))  # type: ignore[attr-defined]

@@ -7,65 +7,19 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from unified_mm.modalities.tokens import Group, TokenMetadata, lengthen, single_document
+from unified_mm.modalities.tokens import Group, TokenMetadata
 from unified_mm.models.backends import attend, look
+from unified_mm.models.cache import KeysValues, read_slots, write_slots
 from unified_mm.models.masks import BlockCall, Visibility, block_calls
 from unified_mm.models.options import TransformerOptions
 from unified_mm.models.per_modality import PerModality
 from unified_mm.models.sight import Sight, pick
 from unified_mm.parallel.layers import Dense
 from unified_mm.parallel.sharding import constrain
-
-KeysValues = tuple[Array, Array]  # each [B, K, H, A]
-
-
-@struct.dataclass
-class Cache:
-    """Keys and values of tokens already seen, for every layer; a plain value, never mutated.
-
-    Attributes:
-      layers: by kind of layer, its keys and values, each [periods, B, K, H, A].
-      metadata: of the K slots; a slot that holds nothing yet is not valid.
-      length: int32 [], slots written so far; new tokens go there.
-      memory: what gated cross-attention looks at (`models.cross_attention.Memory`), or None.
-    """
-
-    layers: Any
-    metadata: TokenMetadata
-    length: Any
-    memory: Any = None
-
-    def reserve(self, group: Group) -> Cache:
-        """Room for `group.length` further tokens, in the last group where that has the name."""
-        batch = self.metadata.valid.shape[0]
-        empty = single_document(jnp.zeros((batch, group.length), bool), group)
-        room = [(0, 0), (0, 0), (0, group.length), (0, 0), (0, 0)]
-        return self.replace(  # type: ignore[attr-defined]
-            layers=jax.tree.map(lambda x: jnp.pad(x, room), self.layers),
-            metadata=lengthen(self.metadata, empty),
-        )
-
-    def select(self, rows: Array) -> Cache:
-        """The examples `rows` [B'] of the batch, for mined negatives or for beams."""
-        return self.replace(  # type: ignore[attr-defined]
-            layers=jax.tree.map(lambda x: x[:, rows], self.layers),
-            metadata=jax.tree.map(lambda x: x[rows], self.metadata),
-            memory=self.memory and self.memory.select(rows),
-        )
-
-    def write_metadata(self, new: TokenMetadata) -> TokenMetadata:
-        """The slots' metadata once tokens `new` [B, N] are written after the present ones."""
-
-        def put(slots: Array, values: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(slots, values, self.length, axis=1)
-
-        same_groups = new.replace(groups=self.metadata.groups)  # type: ignore[attr-defined]
-        return jax.tree.map(put, self.metadata, same_groups)
 
 
 @struct.dataclass
@@ -182,9 +136,11 @@ class Attention(nn.Module):
         if cached is None:
             kept = key[:, slice(*plan.keep)], value[:, slice(*plan.keep)]
         else:
-            key = jax.lax.dynamic_update_slice_in_dim(cached[0], key, plan.write_at, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(cached[1], value, plan.write_at, axis=1)
-            kept = key, value
+            kept = (
+                write_slots(cached[0], key, plan.write_at),
+                write_slots(cached[1], value, plan.write_at),
+            )
+            key, value = (read_slots(each, o.dtype) for each in kept)
         seen = [
             attend(query[:, slice(*call.queries)], pick(key, call), pick(value, call), sight)
             for call, sight in zip(plan.calls, plan.sights, strict=True)

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 
 from unified_mm.modalities.tokens import TokenMetadata
 from unified_mm.models.attention import (
-    KeysValues,
     divided_sequences,
     into_heads,
     out_of_heads,
@@ -20,6 +19,7 @@ from unified_mm.models.attention import (
     whole_sequences,
 )
 from unified_mm.models.backends import attend, look
+from unified_mm.models.cache import KeysValues, read_slots
 from unified_mm.models.feed_forward import make_mlp
 from unified_mm.models.masks import BlockCall, Visibility, block_calls
 from unified_mm.models.options import TransformerOptions
@@ -54,6 +54,14 @@ class Memory:
             features=None if self.features is None else self.features[rows],
             layers=jax.tree.map(lambda x: x[:, rows], self.layers),
             metadata=jax.tree.map(lambda x: x[rows], self.metadata),
+        )
+
+    def put(self, rows: Array, other: Memory) -> Memory:
+        """With the examples of `other` in place of the examples `rows` [R] of the batch."""
+        return Memory(
+            features=None if self.features is None else self.features.at[rows].set(other.features),
+            layers=jax.tree.map(lambda x, y: x.at[:, rows].set(y), self.layers, other.layers),
+            metadata=jax.tree.map(lambda x, y: x.at[rows].set(y), self.metadata, other.metadata),
         )
 
 
@@ -130,8 +138,9 @@ class CrossAttention(nn.Module):
             value = into_heads(o.of_keys, o, False, "value")(plan.features)
             if o.cross.query_key_norm:
                 key = head_norm("key_norm", o)(key)
+            cached = key, value
         else:
-            key, value = cached
+            key, value = (read_slots(each, o.dtype) for each in cached)
         if o.cross.query_key_norm:
             query = head_norm("query_norm", o)(query)
         query = whole_sequences(query, o.heads)
@@ -142,7 +151,7 @@ class CrossAttention(nn.Module):
             part = attend(query[:, rows], pick(key, call), pick(value, call), sight)
             seen = seen.at[:, rows].set(part)
         seen = divided_sequences(seen)
-        return out_of_heads(x.shape[-1], o, False, "output")(seen), (key, value)
+        return out_of_heads(x.shape[-1], o, False, "output")(seen), cached
 
 
 def head_norm(name: str, options: TransformerOptions, kind: str = "rms") -> Norm:

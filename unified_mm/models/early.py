@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from unified_mm.modalities.tokens import Tokens, concatenate, spans, take, together
-from unified_mm.models.attention import Cache, plan_attention
+from unified_mm.models.attention import plan_attention
+from unified_mm.models.cache import Cache
 from unified_mm.models.masks import Stream, Visibility, plan_passes
 from unified_mm.models.unified import (
     Batch,
@@ -91,6 +92,11 @@ class EarlyFusion(UnifiedModel):
     def read_text(self, text: Mapping[str, Array], stream: Stream) -> Float[Array, "B T D"]:
         tokens = self.embed_text(text, stream.name)
         return self.encode_together((), (tokens,), (stream,))[stream.name].text
+
+    def prefix(self, batch: Batch, stream: Stream) -> Cache:
+        cache = self.read_context(batch, stream).cache
+        assert cache is not None
+        return cache
 
     def prefill(
         self, batch: Batch, stream: Stream, room: int

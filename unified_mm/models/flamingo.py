@@ -12,8 +12,17 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from unified_mm.modalities.tokens import Tokens, concatenate, single_document, spans, take, together
-from unified_mm.models.attention import Cache, plan_attention
+from unified_mm.modalities.tokens import (
+    TokenMetadata,
+    Tokens,
+    concatenate,
+    single_document,
+    spans,
+    take,
+    together,
+)
+from unified_mm.models.attention import plan_attention
+from unified_mm.models.cache import Cache
 from unified_mm.models.cross_attention import (
     GATE,
     CrossPlan,
@@ -86,6 +95,15 @@ class GatedCrossAttention(WithTowers):
         nothing = Memory(features, None, take(tokens.metadata, ()))
         return self._read(tokens, nothing, (stream,), True)[0]
 
+    def prefix(self, batch: Batch, stream: Stream) -> Cache:
+        memory = self._memory(self._look_at_all(batch, True), batch)
+        # A token that is not there goes along: the layers' keys and values are made on its way.
+        absent = jnp.zeros((memory.metadata.valid.shape[0], 1), bool)
+        text = {"ids": absent.astype(jnp.int32), "valid": absent, "present": absent[:, 0]}
+        tokens = self.embed_text(text, stream.name, memory.length)
+        _, layers = self._read(tokens, memory, (stream,), True)
+        return _beside(memory, layers, take(tokens.metadata, ()))
+
     def prefill(
         self, batch: Batch, stream: Stream, room: int
     ) -> tuple[Float[Array, "B T D"], Cache]:
@@ -93,9 +111,7 @@ class GatedCrossAttention(WithTowers):
         tokens = self.embed_text(batch["text"], stream.name, memory.length)
         length = tokens.embeddings.shape[1]
         x, layers = self._read(tokens, memory, (stream,), True, keep=(0, length))
-        # From here on the keys and values of the features are all that is looked at.
-        seen = memory.replace(features=None, layers=layers.pop(CROSS))  # type: ignore[attr-defined]
-        cache = Cache(layers, tokens.metadata, jnp.array(length, jnp.int32), seen)
+        cache = _beside(memory, layers, tokens.metadata)
         return x, cache.reserve(text_group(stream, room))
 
     def extend(
@@ -160,6 +176,14 @@ class GatedCrossAttention(WithTowers):
         plan = plan_attention(o, visibility, tokens.metadata, tokens.metadata, keep=keep)
         cross: CrossPlan = plan_cross_attention(o, visibility, tokens.metadata, memory)
         return self.transformer(tokens.embeddings, plan, cross=cross, deterministic=deterministic)
+
+
+def _beside(memory: Memory, layers: Any, metadata: TokenMetadata) -> Cache:
+    """A cache of text tokens beside what they look at, of which keys and values are enough."""
+    kept = {name: pair for name, pair in layers.items() if name != CROSS}
+    seen = memory.replace(features=None, layers=layers[CROSS])  # type: ignore[attr-defined]
+    length = jnp.array(metadata.valid.shape[1], jnp.int32)
+    return Cache(kept, metadata, length, seen)
 
 
 def _encoded(

@@ -15,6 +15,7 @@ NORM_PLACES = ("pre", "post")
 ACTIVATIONS = ("gelu", "gelu_exact", "quick_gelu", "silu", "relu")
 REMAT = ("none", "full", "dots", "offload")
 ATTENTION = ("auto", "xla", "chunked", "cudnn", "splash")
+CACHE = ("same", "int8")
 GATES = ("tanh", "sigmoid")
 GATE_SHAPES = ("scalar", "channel")
 
@@ -73,6 +74,7 @@ class TransformerOptions:
       attention: which program computes it; see `models.backends`.
       unroll: how many periods a step of the scan holds; the parameter tree is the same.
       dtype: of the computation; parameters are float32.
+      cache: what generation keeps keys and values as: 'same', as `dtype`, or 'int8'.
       cross: the gated cross-attention layers between the blocks.
       pipeline: the stages that its periods are divided among, in training; None for one.
     """
@@ -100,6 +102,7 @@ class TransformerOptions:
     attention: str = "auto"
     unroll: int = 1
     dtype: Any = jnp.float32
+    cache: str = "same"
     cross: GateOptions = GateOptions()
     pipeline: Pipeline | None = None
 
@@ -126,6 +129,7 @@ class TransformerOptions:
         _one_of("model.norm_place", self.norm_place, NORM_PLACES)
         _one_of("model.remat", self.remat, REMAT)
         _one_of("model.attention", self.attention, ATTENTION)
+        _one_of("cache", self.cache, CACHE)
         _one_of("model.activation", self.activation, ACTIVATIONS)
 
     @property
@@ -151,7 +155,7 @@ class TransformerOptions:
     @classmethod
     def config_fields(cls) -> tuple[str, ...]:
         """Those that `config.model` holds under the same names."""
-        elsewhere = ("cross", "pipeline")
+        elsewhere = ("cache", "cross", "pipeline")
         return tuple(field.name for field in fields(cls) if field.name not in elsewhere)
 
     @classmethod

@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
-from unified_mm.models.attention import Attention, AttentionPlan, KeysValues
+from unified_mm.models.attention import Attention, AttentionPlan
+from unified_mm.models.cache import KeysValues
 from unified_mm.models.cross_attention import CrossPlan, GatedCrossLayer
 from unified_mm.models.feed_forward import FeedForward
 from unified_mm.models.options import TransformerOptions

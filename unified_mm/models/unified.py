@@ -23,8 +23,9 @@ from unified_mm.modalities.tokens import (
     placed_by_data,
     spans,
 )
-from unified_mm.models.attention import Cache, plan_attention
+from unified_mm.models.attention import plan_attention
 from unified_mm.models.backends import KERNELS
+from unified_mm.models.cache import Cache
 from unified_mm.models.masks import AttentionRule, Stream, Visibility
 from unified_mm.models.options import TransformerOptions
 from unified_mm.models.pipeline import Pipeline
@@ -127,6 +128,10 @@ class UnifiedModel(nn.Module):
 
     def read_text(self, text: Mapping[str, Array], stream: Stream) -> Float[Array, "B T D"]:
         """Text alone, as `stream` reads it where there is no context."""
+        raise NotImplementedError
+
+    def prefix(self, batch: Batch, stream: Stream) -> Cache:
+        """A cache of the context alone, for any texts beside it; without room for them."""
         raise NotImplementedError
 
     def prefill(

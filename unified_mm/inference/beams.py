@@ -1,0 +1,125 @@
+"""Beam search: the likeliest texts as wholes, not token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from unified_mm.inference.generate import Reading, Text, read, read_prompts
+from unified_mm.models.masks import Stream
+from unified_mm.models.unified import UnifiedModel
+
+NEVER = -1e30  # of a beam that is none; finite, so that sums of it stay numbers
+
+
+@struct.dataclass
+class Beams:
+    """The search of B texts, K beams each.
+
+    Attributes:
+      reading: of the live beams but their last tokens, B * K rows.
+      step: int32 [], tokens that each live beam has.
+      live, live_sum: the live beams, int32 [B, K, W] padded, and their log-likelihoods [B, K].
+      ended, ended_sum: the best texts that have ended, likewise.
+      ended_score: float32 [B, K], what these are compared by.
+    """
+
+    reading: Reading
+    step: Any
+    live: Any
+    live_sum: Any
+    ended: Any
+    ended_sum: Any
+    ended_score: Any
+
+
+def beam_search(
+    model: UnifiedModel,
+    params: Any,
+    batch: Mapping[str, Text],
+    stream: Stream,
+    *,
+    most: Int[Array, " B"],
+    stop: Int[Array, "B E"],
+    beams: int,
+    length_penalty: float | Float[Array, ""],
+    room: int,
+    padding: int,
+) -> tuple[Int[Array, "B K W"], Float[Array, "B K"]]:
+    """The K best texts, best first, by log-likelihood / length ** length_penalty.
+
+    A text is as long as its tokens, its end included. The search of a text ends where no live beam
+    could, at its longest, be better than the worst of K that have ended.
+
+    Args: as of `generate.begin`.
+
+    Returns:
+      What was written, padded, and its log-likelihood in nats.
+    """
+    logits, reading = read_prompts(model, params, batch, stream, room)
+    texts = logits.shape[0]
+    most = jnp.minimum(most, room)
+    blank = jnp.full((texts, beams, room), padding, jnp.int32)
+    nothing = jnp.full((texts, beams), NEVER, jnp.float32)
+    start = Beams(
+        reading=reading.select(jnp.repeat(jnp.arange(texts), beams)),
+        step=jnp.zeros((), jnp.int32),
+        live=blank,
+        live_sum=nothing.at[:, 0].set(jnp.where(most > 0, 0.0, NEVER)),
+        ended=blank,
+        ended_sum=nothing,
+        ended_score=nothing,
+    )
+
+    def score(total: Array, length: Array) -> Array:
+        return total / length.astype(jnp.float32) ** length_penalty
+
+    def choose(state: Beams, logits: Float[Array, "R V"]) -> Beams:
+        likelihood = jax.nn.log_softmax(logits).reshape(texts, beams, -1)
+        vocabulary = likelihood.shape[-1]
+        # Enough that K go on whatever of them ends.
+        count = min(beams * (1 + stop.shape[1]), beams * vocabulary)
+        total = (state.live_sum[..., None] + likelihood).reshape(texts, -1)
+        total, place = jax.lax.top_k(total, count)
+        parent, token = place // vocabulary, (place % vocabulary).astype(jnp.int32)
+        grown = jnp.take_along_axis(state.live, parent[..., None], axis=1)
+        grown = grown.at[:, :, state.step].set(token)
+        length = state.step + 1
+        real = total > NEVER / 2
+        ends = (token[..., None] == stop[:, None]).any(-1) | (length >= most)[:, None]
+
+        scores = jnp.where(real & ends, score(total, length), NEVER)
+        scores = jnp.concatenate([state.ended_score, scores], axis=1)
+        ended_score, best = jax.lax.top_k(scores, beams)
+        ended = jnp.concatenate([state.ended, grown], axis=1)
+        ended_sum = jnp.concatenate([state.ended_sum, total], axis=1)
+        live_sum, going = jax.lax.top_k(jnp.where(real & ~ends, total, NEVER), beams)
+        rows = jnp.arange(texts)[:, None] * beams + jnp.take_along_axis(parent, going, axis=1)
+        return Beams(
+            reading=state.reading.select(rows.reshape(-1)),
+            step=length,
+            live=jnp.take_along_axis(grown, going[..., None], axis=1),
+            live_sum=live_sum,
+            ended=jnp.take_along_axis(ended, best[..., None], axis=1),
+            ended_sum=jnp.take_along_axis(ended_sum, best, axis=1),
+            ended_score=ended_score,
+        )
+
+    def undecided(state: Beams) -> Array:
+        hope = score(state.live_sum[:, 0], jnp.maximum(most, 1))
+        alive = state.live_sum[:, 0] > NEVER / 2
+        return (alive & (hope > state.ended_score[:, -1])).any()
+
+    def advance(state: Beams) -> Beams:
+        token = jax.lax.dynamic_index_in_dim(state.live, state.step - 1, axis=2, keepdims=False)
+        logits, reading = read(model, params, state.reading, token.reshape(-1), stream, room)
+        return choose(state.replace(reading=reading), logits)  # type: ignore[attr-defined]
+
+    found = choose(start, jnp.repeat(logits, beams, axis=0))
+    found = jax.lax.while_loop(undecided, advance, found)
+    return found.ended, jnp.where(found.ended_score > NEVER / 2, found.ended_sum, -jnp.inf)

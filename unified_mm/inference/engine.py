@@ -1,0 +1,266 @@
+"""Continuous batching: requests of different lengths enter and leave a fixed number of slots.
+
+Yu et al. 2022, "Orca", section 3.1: after every token, texts that have ended make room for others.
+Requests about the same image share what was read of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from unified_mm.inference.decoding import GREEDY, Decoding
+from unified_mm.inference.loaded import LoadedModel
+from unified_mm.inference.slots import ENTERING, Entry, Slots
+from unified_mm.inference.streaming import Spelling
+from unified_mm.inference.writing import Cancelled, QueueFull, Writing
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, and where its pieces go."""
+
+    view: UInt8[np.ndarray, "S S 3"]
+    prompt: str
+    decoding: Decoding
+    writing: Writing
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an engine has done and is doing.
+
+    Attributes:
+      waiting, running: requests.
+      tokens: written in all.
+      images_read, images_shared: requests whose image had to be read, or was known.
+    """
+
+    waiting: int
+    running: int
+    tokens: int
+    images_read: int
+    images_shared: int
+
+
+class Engine:
+    """Writes texts about images for many callers at once; a context manager.
+
+    Args:
+      model: that was trained to write.
+      slots: texts that are written at the same time.
+      images: that stay known; the one that was asked for longest ago goes first.
+      queue: requests that may wait for a slot.
+
+    Raises:
+      ValueError: a model that does not write, or sizes that are too small.
+    """
+
+    def __init__(
+        self, model: LoadedModel, *, slots: int = 8, images: int = 64, queue: int = 256
+    ) -> None:
+        for name, value, least in (
+            ("slots", slots, 1),
+            ("images", images, ENTERING[-1]),
+            ("queue", queue, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
+        self._model = model
+        self._slots = Slots(model.predictor, slots, images)
+        self._known = KnownImages(images)
+        self._limit = queue
+        self._waiting: deque[Request] = deque()
+        self._running: dict[int, tuple[Request, Spelling]] = {}
+        self._free = list(range(slots))
+        self._tokens = 0
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, view: Any, prompt: str = "", decoding: Decoding = GREEDY) -> Writing:
+        """Asks for a text about an image, after a prompt ('' for a caption).
+
+        Args:
+          view: uint8 [size, size, 3], as `LoadedModel.view` makes it.
+
+        Raises:
+          ValueError: what cannot be written.
+          QueueFull: too much is waiting.
+          RuntimeError: the engine was closed, or failed.
+        """
+        view = np.asarray(view)
+        size = self._model.task.modalities["image"].size
+        if view.shape != (size, size, 3) or view.dtype != np.uint8:
+            raise ValueError(
+                f"a view is uint8 [{size}, {size}, 3], not {view.dtype} {list(view.shape)}: "
+                "LoadedModel.view makes one"
+            )
+        self._slots.check(prompt, decoding)
+        request = Request(view, prompt, decoding, Writing())
+        with self._changed:
+            if self._failure is not None:
+                raise RuntimeError("the engine failed") from self._failure
+            if self._closing:
+                raise RuntimeError("the engine was closed")
+            if len(self._waiting) >= self._limit:
+                raise QueueFull(f"{len(self._waiting)} requests are waiting: ask again later")
+            self._waiting.append(request)
+            self._changed.notify()
+        return request.writing
+
+    def counts(self) -> Counts:
+        """What it has done so far."""
+        return Counts(
+            len(self._waiting),
+            len(self._running),
+            self._tokens,
+            self._known.read,
+            self._known.shared,
+        )
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Takes no more requests and waits until those that it took are answered.
+
+        Args:
+          timeout: seconds after which what is not answered is cancelled.
+
+        Returns:
+          Whether all were answered.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout)
+        done = not self._thread.is_alive()
+        if not done:
+            with self._changed:
+                for request in [*self._waiting, *(each for each, _ in self._running.values())]:
+                    request.writing.cancel()
+            self._thread.join()
+        return done
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        """The engine's own thread."""
+        try:
+            while self._wait():
+                self._enter()
+                if self._running:
+                    self._step()
+        except BaseException as error:  # whoever waits must be told, whatever it was
+            self._fail(error)
+
+    def _wait(self) -> bool:
+        """Waits for something to do; False when there is nothing and never will be."""
+        with self._changed:
+            while not (self._waiting or self._running or self._closing):
+                self._changed.wait()
+            return bool(self._waiting or self._running)
+
+    def _enter(self) -> None:
+        """Gives free slots to those that have waited longest."""
+        while self._free and (requests := self._next(min(len(self._free), ENTERING[-1]))):
+            fresh, rows = self._known.rows([request.view for request in requests])
+            if fresh:
+                self._slots.read([requests[i].view for i in fresh], [rows[i] for i in fresh])
+            entries = [
+                Entry(self._free.pop(), row, request.prompt, request.decoding)
+                for request, row in zip(requests, rows, strict=True)
+            ]
+            tokens, done = self._slots.enter(entries)
+            for entry, request, token, last in zip(entries, requests, tokens, done, strict=True):
+                tokenizer = self._model.task.tokenizer
+                spelling = Spelling(tokenizer, request.decoding.stop_ids(tokenizer))
+                self._running[entry.slot] = request, spelling
+                self._say(entry.slot, int(token), bool(last))
+
+    def _next(self, count: int) -> list[Request]:
+        """Up to so many requests that somebody still waits for."""
+        with self._changed:
+            taken: list[Request] = []
+            while self._waiting and len(taken) < count:
+                request = self._waiting.popleft()
+                if request.writing.cancelled:
+                    request.writing.end(Cancelled())
+                else:
+                    taken.append(request)
+            return taken
+
+    def _step(self) -> None:
+        tokens, done = self._slots.step()
+        for slot in list(self._running):
+            self._say(slot, int(tokens[slot]), bool(done[slot]))
+
+    def _say(self, slot: int, token: int, last: bool) -> None:
+        """Hands a token on; whoever has the last one, or wants no more, leaves the slot."""
+        request, spelling = self._running[slot]
+        if request.writing.cancelled:
+            self._leave(slot, Cancelled())
+            return
+        self._tokens += 1
+        request.writing.say(spelling.add(token, last=last))
+        if last:
+            self._leave(slot, None)
+
+    def _leave(self, slot: int, error: BaseException | None) -> None:
+        request, _ = self._running.pop(slot)
+        self._free.append(slot)
+        request.writing.end(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._failure = error
+            pending = [*self._waiting, *(request for request, _ in self._running.values())]
+            self._waiting.clear()
+            self._running.clear()
+        for request in pending:
+            failure = RuntimeError(f"the engine failed: {error}")
+            failure.__cause__ = error
+            request.writing.end(failure)
+
+
+class KnownImages:
+    """Which row holds which image, by content; the one asked for longest ago goes first.
+
+    Attributes:
+      read, shared: how often an image was not known, and was.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows: OrderedDict[bytes, int] = OrderedDict()
+        self._free = list(range(rows))
+        self.read = self.shared = 0
+
+    def rows(self, views: list[UInt8[np.ndarray, "S S 3"]]) -> tuple[list[int], list[int]]:
+        """The row of each image, no more of them than there are rows.
+
+        Returns:
+          Which of the images must be read into their rows first (each once), and all rows.
+        """
+        fresh, found = [], []
+        for number, view in enumerate(views):
+            key = hashlib.sha256(view.tobytes()).digest()
+            if key in self._rows:
+                self.shared += 1
+                self._rows.move_to_end(key)
+            else:
+                self.read += 1
+                row = self._free.pop() if self._free else self._rows.popitem(last=False)[1]
+                self._rows[key] = row
+                fresh.append(number)
+            found.append(self._rows[key])
+        return fresh, found

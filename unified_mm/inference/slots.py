@@ -1,0 +1,190 @@
+"""The device's side of continuous batching: a fixed number of texts, and what was read of images.
+
+All shapes are fixed but two: how many enter at once (`ENTERING`) and how wide their prompts are
+(`Predictor.prompts`); each pair is compiled once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int, UInt8
+
+from unified_mm.inference.decoding import Decoding
+from unified_mm.inference.generate import Draft, advance, first, in_its_form, read_beside
+from unified_mm.inference.predictor import Predictor
+from unified_mm.inference.sampling import make_sampling, sampling_arrays
+from unified_mm.models.cache import Cache
+
+ENTERING = (1, 4)  # texts, or images, that are read at once
+STOPS = 8  # tokens that may end a text
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A text that enters.
+
+    Attributes:
+      slot: where it is written.
+      image: the row of its image.
+      prompt, decoding: what was asked for.
+    """
+
+    slot: int
+    image: int
+    prompt: str
+    decoding: Decoding
+
+
+class Slots:
+    """Texts that are being written, `count` at most, and rows of `images` that these may be about.
+
+    Each text has room for the longest prompt and then for the longest answer; answers are written
+    round a ring, so that all go on at the same place whenever they began.
+    """
+
+    def __init__(self, predictor: Predictor, count: int, images: int) -> None:
+        self.predictor = predictor
+        self.model = predictor.task.model
+        self.stream = predictor.writing_stream
+        self.length = predictor.task.modalities["text"].length
+        self.padding = predictor.task.tokenizer.pad_id
+        self.room = self.length - 1
+        cache: Cache = self._empty(self._read_images, self._views([], images))
+        self.images = written(cache, cache.slots)
+        draft: Draft = self._empty(self._begin, self.images, self._arrays([], count))
+        cache = draft.reading.cache
+        reading = draft.reading.replace(cache=written(cache, cache.slots - self.room))  # type: ignore[attr-defined]
+        self.draft = draft.replace(reading=reading, done=jnp.ones(count, bool))  # type: ignore[attr-defined]
+
+    def read(self, views: Sequence[UInt8[np.ndarray, "S S 3"]], rows: Sequence[int]) -> None:
+        """Reads images into the given rows, at most `ENTERING[-1]` of them."""
+
+        def read(params: Any, images: Cache, inputs: Any) -> Cache:
+            rows = inputs.pop("rows")
+            return images.put(rows, self._read_images(params, inputs))
+
+        size = entering(len(rows))
+        inputs = self._views(views, size) | {"rows": filled(rows, size)}
+        self.images = self._call("engine reads", read, self.images, inputs, donated=(1,))
+
+    def enter(
+        self, entries: Sequence[Entry]
+    ) -> tuple[Int[np.ndarray, " A"], Bool[np.ndarray, " A"]]:
+        """Reads the prompts of texts and writes their first tokens; at most `ENTERING[-1]`.
+
+        Returns:
+          The tokens, and which texts are done with these.
+
+        Raises:
+          ValueError: what `check` refuses.
+        """
+
+        def enter(params: Any, draft: Draft, images: Cache, inputs: Any) -> Any:
+            slots = inputs.pop("slots")
+            begun = self._begin(params, images, inputs)
+            return draft.put(slots, begun), begun.token, begun.done
+
+        inputs = self._arrays(entries, entering(len(entries)))
+        self.draft, token, done = self._call(
+            "engine enters", enter, self.draft, self.images, inputs, donated=(1,)
+        )
+        token, done = jax.device_get((token, done))
+        return token[: len(entries)], done[: len(entries)]
+
+    def step(self) -> tuple[Int[np.ndarray, " slots"], Bool[np.ndarray, " slots"]]:
+        """Writes one more token of each text that is not done: these tokens, and which are."""
+
+        def step(params: Any, draft: Draft) -> Any:
+            draft = advance(self.model, params, draft, self.stream, self.padding)
+            return draft, draft.token, draft.done
+
+        self.draft, token, done = self._call("engine steps", step, self.draft, donated=(1,))
+        return jax.device_get((token, done))
+
+    def check(self, prompt: str, decoding: Decoding) -> None:
+        """Raises ValueError for what cannot be written here, before it costs anything."""
+        if decoding.beams > 1 or decoding.samples > 1:
+            raise ValueError("one text is written for each request: give neither beams nor samples")
+        stops = decoding.stop_ids(self.predictor.task.tokenizer)
+        if len(stops) > STOPS:
+            raise ValueError(f"stop: {len(stops) - 1} tokens, at most {STOPS - 1} can be watched")
+        self.predictor.prompts([prompt])
+
+    def _begin(self, params: Any, images: Cache, inputs: Any) -> Draft:
+        """Drafts of one token beside images that were read before."""
+        inputs = dict(inputs)
+        inputs.pop("slots", None)
+        prefix = images.select(inputs.pop("images"))
+        prompt = inputs.pop("prompt")
+        sampling = make_sampling(**inputs.pop("sampling"))
+        room = self.length + self.room  # for the longest prompt, then the ring
+        logits, reading = read_beside(self.model, params, prefix, prompt, self.stream, room)
+        return first(
+            logits, reading, sampling=sampling, room=self.room, padding=self.padding, **inputs
+        )
+
+    def _read_images(self, params: Any, inputs: Any) -> Cache:
+        def read(model: Any) -> Cache:
+            return in_its_form(self.model, model.prefix(inputs, self.stream))
+
+        cache: Any = self.model.apply({"params": params}, method=read)
+        return cache
+
+    def _views(self, views: Sequence[Any], size: int) -> dict[str, Any]:
+        """A batch of context with these images, filled up with the first one."""
+        batch = self.predictor.task.example_batch(size)
+        del batch["text"]
+        if len(views):
+            pixels = np.stack([*views, *[views[0]] * (size - len(views))])
+            batch["image"] = {"pixels": pixels, "present": np.ones(size, bool)}
+        return batch
+
+    def _arrays(self, entries: Sequence[Entry], size: int) -> dict[str, Any]:
+        """What `_begin` takes, filled up with the first entry, and the slots."""
+        entries = list(entries) or [Entry(0, 0, "x", Decoding())]
+        entries += entries[:1] * (size - len(entries))
+        text, used = self.predictor.prompts([entry.prompt for entry in entries])
+        stop = np.full((size, STOPS), -1, np.int32)
+        for row, entry in enumerate(entries):
+            ids = entry.decoding.stop_ids(self.predictor.task.tokenizer)
+            stop[row, : len(ids)] = ids
+        wanted = [entry.decoding.tokens or self.length for entry in entries]
+        rows = [sampling_arrays(entry.decoding, 1) for entry in entries]
+        return {
+            "slots": np.array([entry.slot for entry in entries], np.int32),
+            "images": np.array([entry.image for entry in entries], np.int32),
+            "prompt": text,
+            "most": np.minimum(self.length - used, wanted).astype(np.int32),
+            "stop": stop,
+            "sampling": jax.tree.map(lambda *each: np.concatenate(each), *rows),
+        }
+
+    def _empty(self, function: Any, *args: Any) -> Any:
+        """What a function of parameters returns, all zero."""
+        shapes = jax.eval_shape(function, self.predictor.params, *args)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def _call(self, name: str, function: Any, *args: Any, donated: tuple[int, ...] = ()) -> Any:
+        return self.predictor.call(name, function, *args, donated=donated)
+
+
+def written(cache: Cache, slots: int) -> Cache:
+    """A cache as though so many of its slots were written."""
+    changed: Cache = cache.replace(length=jnp.array(slots, jnp.int32))  # type: ignore[attr-defined]
+    return changed
+
+
+def entering(count: int) -> int:
+    """The smallest size that is compiled for so many."""
+    return next(size for size in ENTERING if size >= count)
+
+
+def filled(rows: Sequence[int], size: int) -> Int[np.ndarray, " A"]:
+    """Row numbers, the first one repeated."""
+    return np.array([*rows, *[rows[0]] * (size - len(rows))], np.int32)

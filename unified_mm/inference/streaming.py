@@ -1,0 +1,90 @@
+"""One text as it is written: a step on the device for each token, its state donated to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.inference.decoding import GREEDY, Decoding
+from unified_mm.inference.generate import Draft, advance, begin
+from unified_mm.inference.predictor import Batch, Predictor
+from unified_mm.inference.sampling import make_sampling, sampling_arrays
+
+
+def stream(
+    predictor: Predictor, batch: Batch, prompt: str, decoding: Decoding = GREEDY
+) -> Iterator[str]:
+    """The text of a batch of one example, in pieces; joined they are what `generate` writes.
+
+    Raises:
+      ValueError: a prompt that leaves no room, beams, or more samples than one.
+    """
+    if decoding.beams > 1 or decoding.samples > 1:
+        raise ValueError("one text can be streamed: give neither beams nor samples")
+    model, tokenizer = predictor.task.model, predictor.task.tokenizer
+    length = predictor.task.modalities["text"].length
+    text, used = predictor.prompts([prompt])
+    ends = decoding.stop_ids(tokenizer)
+    inputs = {
+        "batch": {**batch, "text": text},
+        "most": np.array([min(length - used[0], decoding.tokens or length)], np.int32),
+        "stop": np.array([ends], np.int32),
+        "sampling": sampling_arrays(decoding, 1),
+    }
+    writing: dict[str, Any] = {"stream": predictor.writing_stream, "padding": tokenizer.pad_id}
+
+    def start(params: Any, inputs: Any) -> Draft:
+        sampling = make_sampling(**inputs.pop("sampling"))
+        return begin(model, params, **inputs, **writing, sampling=sampling, room=length - 1)
+
+    def go_on(params: Any, draft: Draft) -> Draft:
+        return advance(model, params, draft, **writing)
+
+    return _pieces(predictor, start, go_on, predictor.to_device(inputs), Spelling(tokenizer, ends))
+
+
+def _pieces(
+    predictor: Predictor, start: Any, go_on: Any, inputs: Any, spelling: Spelling
+) -> Iterator[str]:
+    draft = predictor.call("stream", start, inputs)
+    while True:
+        done = bool(draft.done[0])
+        piece = spelling.add(int(draft.token[0]), last=done)
+        if piece:
+            yield piece
+        if done:
+            return
+        draft = predictor.call("stream on", go_on, draft, donated=(1,))
+
+
+class Spelling:
+    """Tokens as they come -> pieces of text; joined, these are what all tokens together decode to.
+
+    A token may be part of a character only, and a space at the end is none until more follows.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, ends: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ends = frozenset(ends)
+        self._tokens: list[int] = []
+        self._said = ""
+
+    @property
+    def text(self) -> str:
+        """All that was said so far."""
+        return self._said
+
+    def add(self, token: int, *, last: bool) -> str:
+        """What one more token adds to the text; with the last one all that is left."""
+        if token not in self._ends:
+            self._tokens.append(token)
+        whole = self._tokenizer.decode(self._tokens)
+        if not last:
+            whole = whole.rstrip("\N{REPLACEMENT CHARACTER}")
+        if not whole.startswith(self._said):
+            return ""
+        piece, self._said = whole[len(self._said) :], whole
+        return piece

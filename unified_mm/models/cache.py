@@ -1,0 +1,118 @@
+"""Keys and values of tokens already seen: one explicit value, as they are or in 8 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from unified_mm.modalities.tokens import Group, TokenMetadata, lengthen, single_document
+
+# Each [B, K, H, A]: an array, or the same in 8 bits.
+KeysValues = tuple[Any, Any]
+
+
+@struct.dataclass
+class Int8:
+    """Vectors in 8 bits: `values * scale`, with one scale for each token and head.
+
+    Symmetric, so that zero stays zero; the largest error is half a step, `scale / 2`
+    (Dettmers et al. 2022, "LLM.int8()", equation 1, by rows).
+
+    Attributes:
+      values: int8 [..., A].
+      scale: float32 [..., 1].
+    """
+
+    values: Any
+    scale: Any
+
+
+def as_int8(x: Float[Array, "... A"]) -> Int8:
+    """Vectors in 8 bits."""
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(-1, keepdims=True) / 127
+    return Int8(jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
+
+
+def write_slots(slots: Any, new: Float[Array, "B N H A"], at: Int[Array, ""]) -> Any:
+    """Slots [B, K, H, A] with new vectors from slot `at` on, in the form that the slots have."""
+    given = as_int8(new) if isinstance(slots, Int8) else new
+    return jax.tree.map(
+        lambda old, more: jax.lax.dynamic_update_slice_in_dim(old, more, at, axis=1), slots, given
+    )
+
+
+def read_slots(slots: Any, dtype: Any) -> Float[Array, "B K H A"]:
+    """What slots hold, as numbers of `dtype`."""
+    if isinstance(slots, Int8):
+        return (slots.values.astype(jnp.float32) * slots.scale).astype(dtype)
+    return slots
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of tokens already seen, for every layer; a plain value, never mutated.
+
+    Attributes:
+      layers: by kind of layer, its keys and values, each [periods, B, K, H, A].
+      metadata: of the K slots; a slot that holds nothing yet is not valid.
+      length: int32 [], slots written so far; new tokens go there.
+      memory: what gated cross-attention looks at (`models.cross_attention.Memory`), or None.
+    """
+
+    layers: Any
+    metadata: TokenMetadata
+    length: Any
+    memory: Any = None
+
+    @property
+    def slots(self) -> int:
+        """K."""
+        return int(self.metadata.valid.shape[1])
+
+    def reserve(self, group: Group) -> Cache:
+        """Room for `group.length` further tokens, in the last group where that has the name."""
+        batch = self.metadata.valid.shape[0]
+        empty = single_document(jnp.zeros((batch, group.length), bool), group)
+        room = [(0, 0), (0, 0), (0, group.length), (0, 0), (0, 0)]
+        return self.replace(  # type: ignore[attr-defined]
+            layers=jax.tree.map(lambda x: jnp.pad(x, room), self.layers),
+            metadata=lengthen(self.metadata, empty),
+        )
+
+    def select(self, rows: Int[Array, " R"]) -> Cache:
+        """The examples `rows` of the batch, for mined negatives or for beams."""
+        return self.replace(  # type: ignore[attr-defined]
+            layers=jax.tree.map(lambda x: x[:, rows], self.layers),
+            metadata=jax.tree.map(lambda x: x[rows], self.metadata),
+            memory=self.memory and self.memory.select(rows),
+        )
+
+    def put(self, rows: Int[Array, " R"], other: Cache) -> Cache:
+        """With the R examples of `other`, laid out alike, in place of the examples `rows`."""
+        return self.replace(  # type: ignore[attr-defined]
+            layers=jax.tree.map(lambda x, y: x.at[:, rows].set(y), self.layers, other.layers),
+            metadata=jax.tree.map(lambda x, y: x.at[rows].set(y), self.metadata, other.metadata),
+            memory=self.memory and self.memory.put(rows, other.memory),
+        )
+
+    def in_int8(self) -> Cache:
+        """The same in 8 bits; what is written from here on too."""
+        small = self.replace(layers=jax.tree.map(as_int8, self.layers))  # type: ignore[attr-defined]
+        if self.memory is None:
+            return small
+        layers = jax.tree.map(as_int8, self.memory.layers)
+        return small.replace(memory=self.memory.replace(layers=layers))
+
+    def write_metadata(self, new: TokenMetadata) -> TokenMetadata:
+        """The slots' metadata once tokens `new` [B, N] are written after the present ones."""
+
+        def put(slots: Array, values: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(slots, values, self.length, axis=1)
+
+        same_groups = new.replace(groups=self.metadata.groups)  # type: ignore[attr-defined]
+        return jax.tree.map(put, self.metadata, same_groups)
