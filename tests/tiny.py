@@ -68,6 +68,26 @@ def params(task: Task, seed: int = 0) -> Any:
     return jax.tree.unflatten(structure, moved)
 
 
+def writing_params(task: Task, end: int, seed: int = 1) -> Any:
+    """Parameters of a model that writes varied tokens, and `end` among them."""
+    tree = params(task, seed)
+    # What was read counts for more than the last token, which the tied table would repeat.
+    tree["transformer"]["layers"] = jax.tree.map(lambda x: 4 * x, tree["transformer"]["layers"])
+    table = tree["embedders_text"]["tokens"]
+    tree["embedders_text"]["tokens"] = table.at[end].multiply(2.0)
+    return tree
+
+
+def loaded(seed: int = 1, **changes: Any) -> Any:
+    """A model that writes varied texts, as `unified_mm.load` would give it."""
+    from unified_mm.inference.loaded import LoadedModel, one_device_mesh
+
+    config = config_dict(objectives__matching__weight=0.0, **changes)
+    built = task(objectives__matching__weight=0.0, **changes)
+    tree = writing_params(built, built.tokenizer.eos_id, seed)
+    return LoadedModel(built, tree, one_device_mesh(), Config(config.to_dict()), 1)
+
+
 def batch(task: Task, size: int = 4, seed: int = 0) -> dict[str, dict[str, Any]]:
     """Whole examples: random pixels, random texts of different lengths."""
     rng = np.random.default_rng(seed)

@@ -1,66 +1,101 @@
-"""How fast this device trains and reads: `python -m unified_mm.bench` (`--config=configs/coco.py`).
+"""How fast this device trains, writes and answers. One line of JSON comes last.
+
+    python -m unified_mm.bench    # training and reading of --config=configs/coco.py
 
 MFU is the share of the device's measured matrix-product peak that the model's own products reach
 (Chowdhery et al. 2022, appendix B): 3 x the forward products of a step, nothing that is recomputed.
-One line of JSON comes last.
+
+    python -m unified_mm.bench --inference --run=runs/first --output=bench.json
+
+writes and trains with a run in each way that saves something, and says what it costs and what it
+does to the scores; then lets many clients ask at once.
 
     python -m unified_mm.bench --sweep --output=sweep.json
 
-measures attention layers of the recipe's shape instead: see `unified_mm.sweep`. The plot lies
-beside the file, as .svg.
+measures attention layers of the recipe's shape: see `unified_mm.benchmarks.attention`. The plot
+lies beside the file, as .svg.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
-from contextlib import closing
-from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from unified_mm.benchmarks.attention import draw, sweep
+from unified_mm.benchmarks.training import measure
 from unified_mm.commands import exit_code, new_file, say
 from unified_mm.config import Config
 from unified_mm.models.options import TransformerOptions
-from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.recipes import parse_flags, resolve
 from unified_mm.runs.folder import RunFolder, write_atomically, write_json
-from unified_mm.sweep import draw, sweep
-from unified_mm.training.environment import device_name, revision, versions
-from unified_mm.training.flops import training_flops
-from unified_mm.training.loop import phase_batches, phase_step
-from unified_mm.training.setup import Setup, prepare
+from unified_mm.training.setup import prepare
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/coco.py", "The recipe to measure.")
-STEPS = flags.DEFINE_integer("steps", 10, "Steps to time, after two that warm up.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 10, "Steps to time, after two that warm up.", lower_bound=2)
 SWEEP = flags.DEFINE_bool("sweep", False, "Attention by backend over length, compiling by depth.")
-OUTPUT = flags.DEFINE_string("output", "", "sweep: a new JSON file for what was measured.")
+INFERENCE = flags.DEFINE_bool("inference", False, "Writing, training and answering with a run.")
+RUN = flags.DEFINE_string("run", "", "inference: the folder of a trained run.")
+TOKENS = flags.DEFINE_integer("tokens", 64, "inference: of each timed text.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 32, "inference: the larger batch.", lower_bound=2)
+IMAGES = flags.DEFINE_integer(
+    "images", 200, "inference: of the run's split, that captions are scored on.", lower_bound=2
+)
+REPEATS = flags.DEFINE_integer("repeats", 8, "inference: timed runs of a row.", lower_bound=2)
+OUTPUT = flags.DEFINE_string("output", "", "A new JSON file for what was measured.")
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise SystemExit(f"error: not a flag: {' '.join(argv[1:])}")
-    raise SystemExit(exit_code(swept if SWEEP.value else bench, interrupted="interrupted"))
+    if SWEEP.value and INFERENCE.value:
+        raise SystemExit("error: --sweep and --inference are two benchmarks: give one of them")
+    chosen = swept if SWEEP.value else inferred if INFERENCE.value else trained
+    raise SystemExit(exit_code(chosen, interrupted="interrupted"))
 
 
-def bench() -> int:
-    """Measures and prints."""
+def trained() -> int:
+    """Measures training and reading, and prints."""
     logging.set_verbosity(logging.WARNING)
-    config = Config(resolve(CONFIG.value, flags.FLAGS["config"], print).to_dict())
+    output = new_file(OUTPUT.value)
+    config = Config(resolve(CONFIG.value, flags.FLAGS["config"], say).to_dict())
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(prepare(config, RunFolder(folder), print), STEPS.value)
+        result = measure(prepare(config, RunFolder(folder), say), STEPS.value)
     for name, value in result.items():
         print(f"{name:<28}{value}")
+    if output:
+        write_json(output, result)
     print(json.dumps(result))
+    return 0
+
+
+def inferred() -> int:
+    """Measures a run in each way of writing and training, and prints.
+
+    Raises:
+      ValueError: no run, or one that writes no captions; `--output` is there.
+    """
+    from unified_mm.benchmarks.inference import measure_inference
+
+    logging.set_verbosity(logging.WARNING)
+    output = new_file(OUTPUT.value)
+    if not RUN.value:
+        raise ValueError("--run: give the folder of a trained run")
+    result = measure_inference(
+        RUN.value,
+        tokens=TOKENS.value,
+        batch=BATCH.value,
+        images=IMAGES.value,
+        repeats=REPEATS.value,
+        steps=STEPS.value,
+        say=say,
+    )
+    if output:
+        write_json(output, result)
+    say(json.dumps(result))
     return 0
 
 
@@ -93,79 +128,6 @@ def sweep_files(output: str) -> tuple[Path | None, Path | None]:
     if path.suffix != ".json":
         raise ValueError(f"--output={path}: must end in .json; the plot is beside it as .svg")
     return path, new_file(str(path.with_suffix(".svg")))
-
-
-def measure(setup: Setup, steps: int) -> dict[str, Any]:
-    """Speeds of one config on this device; rates are a second, sizes bytes."""
-    batch_size = setup.phases[0].batch_size
-    peak = matmul_peak(setup.task.model.options.dtype)
-    loader = loader_rate(setup, steps)
-    seconds, memory = step_seconds(setup, steps)
-    flops = training_flops(setup.phases[0])
-    return {
-        "steps_per_second": round(1 / seconds, 3),
-        "images_per_second": round(batch_size / seconds, 1),
-        "loader_images_per_second": round(loader, 1),
-        "model_flops_per_step": flops,
-        "matmul_peak_flops": round(peak),
-        "mfu": round(flops / seconds / peak / len(jax.devices()), 4),
-        "compiled_step_bytes": memory,
-        "batch_size": batch_size,
-        "device": device_name(),
-        "versions": versions(),
-        "revision": revision(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def matmul_peak(dtype: Any, size: int = 2048) -> float:
-    """Operations a second of one large matrix product on one device, the best of several."""
-    size = size if jax.default_backend() == "cpu" else 4 * size
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda a, b: a @ b)
-    return 2 * size**3 / min(_times(lambda: product(x, x), 8))
-
-
-def loader_rate(setup: Setup, steps: int) -> float:
-    """Images a second that the data pipeline delivers by itself."""
-    batches = phase_batches(setup, setup.phases[0], 0)
-    with closing(batches):  # type: ignore[type-var]
-        for _ in islice(batches, 3):
-            pass
-        began = time.perf_counter()
-        for _ in islice(batches, steps):
-            pass
-    return steps * setup.phases[0].batch_size / (time.perf_counter() - began)
-
-
-def step_seconds(setup: Setup, steps: int) -> tuple[float, int]:
-    """Median seconds of a training step whose batch is at hand, and the compiled step's memory."""
-    with jax.set_mesh(setup.mesh), nn.logical_axis_rules(rule_items()):
-        phase = setup.phases[0]
-        state = phase.enter(setup.make_state())
-        step = phase_step(setup, phase)
-        with closing(phase_batches(setup, phase, 0)) as batches:  # type: ignore[type-var]
-            ready = cycle([to_global(next(batches), setup.mesh) for _ in range(2)])
-        compiled = step.lower(state, next(ready)).compile()  # type: ignore[attr-defined]
-        memory = compiled.memory_analysis()
-
-        def one() -> Any:
-            nonlocal state
-            state, measured = compiled(state, next(ready))
-            return measured
-
-        times = _times(one, steps + 2)[2:]
-    total = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-    return statistics.median(times), int(total)
-
-
-def _times(function: Callable[[], Any], count: int) -> list[float]:
-    times = []
-    for _ in range(count):
-        began = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - began)
-    return times
 
 
 if __name__ == "__main__":

@@ -93,14 +93,7 @@ def by_full_passes(task, params, batch, prompt, lengths, stream):
 @pytest.fixture(scope="module")
 def params(task):
     """Parameters that write varied tokens, and the end among them."""
-    params = tiny.params(task, 1)
-    # What was read counts for more than the last token, which the tied table would repeat.
-    params["transformer"]["layers"] = jax.tree.map(
-        lambda x: 4 * x, params["transformer"]["layers"]
-    )
-    table = params["embedders_text"]["tokens"]
-    params["embedders_text"]["tokens"] = table.at[END].multiply(2.0)
-    return params
+    return tiny.writing_params(task, END)
 
 
 @pytest.mark.parametrize("rule", WRITING)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -237,8 +238,14 @@ class Predictor:
             self._compiled[name] = jax.jit(
                 function, out_shardings=everywhere, donate_argnums=donated
             )
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(serving_rules()):
+        with self.on_mesh():
             return self._compiled[name](self.params, *args)
+
+    @contextmanager
+    def on_mesh(self) -> Iterator[None]:
+        """What is compiled within is laid out on the mesh, by the table for serving."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(serving_rules()):
+            yield
 
 
 def _without_text(batch: Batch) -> dict[str, Any]:

@@ -5,8 +5,8 @@ import xml.etree.ElementTree as xml
 
 import pytest
 
+from unified_mm.benchmarks.attention import draw, layer_costs, sweep
 from unified_mm.models.options import TransformerOptions
-from unified_mm.sweep import draw, layer_costs, sweep
 
 
 @pytest.fixture(scope="module")

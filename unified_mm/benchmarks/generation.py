@@ -1,0 +1,271 @@
+"""What each way of writing text costs, and what it does to its quality: `bench --inference`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from unified_mm.benchmarks.timing import (
+    allocated_bytes,
+    held_bytes,
+    memory_bandwidth,
+    percentiles,
+    times_of,
+    tree_bytes,
+)
+from unified_mm.data.records import Record
+from unified_mm.evaluation.caption_scores import caption_scores
+from unified_mm.evaluation.evaluate import captions_of
+from unified_mm.inference.decoding import GREEDY, Written
+from unified_mm.inference.loaded import LoadedModel
+from unified_mm.inference.predictor import Predictor
+from unified_mm.inference.texts import inputs_of, write_texts
+from unified_mm.models.masks import Stream
+from unified_mm.models.unified import UnifiedModel
+
+FUSED = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash"}
+NEVER = -1  # no token ends a text that is timed
+QUALITY_BATCH = 50
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of writing: a model, and whether it keeps what it has read."""
+
+    name: str
+    model: LoadedModel
+    cached: bool
+
+
+def ways(model: LoadedModel) -> Iterator[Way]:
+    """From the plainest to all that saves something, each made when it is asked for."""
+    from unified_mm.inference.quantization import quantized
+
+    fused = FUSED[jax.default_backend()]
+    plain = model.with_options(dtype=jnp.float32, attention="xla", cache="same")
+    half = plain.with_options(dtype=jnp.bfloat16)
+    yield Way("baseline", plain, False)
+    yield Way("bfloat16", half, False)
+    yield Way("cache, float32", plain, True)
+    yield Way("cache", half, True)
+    yield Way(f"+ {fused}", half.with_options(attention=fused), True)
+    small = quantized(model.with_options(attention="auto")).with_options(dtype=jnp.bfloat16)
+    yield Way("+ int8 weights", small, True)
+    yield Way("+ int8 cache", half.with_options(cache="int8", attention="auto"), True)
+    yield Way("all", small.with_options(cache="int8"), True)
+
+
+def recompute(
+    model: UnifiedModel,
+    params: Any,
+    inputs: Mapping[str, Any],
+    stream: Stream,
+    *,
+    room: int,
+    padding: int,
+) -> tuple[Int[Array, "B W"], Array]:
+    """Greedy writing that keeps nothing: context and text are read anew for each token.
+
+    Takes and returns what `write_texts` does.
+    """
+    batch, most, stop = (inputs[name] for name in ("batch", "most", "stop"))
+    prompt = batch["text"]
+    rows, width = prompt["ids"].shape
+    begun = prompt["valid"].sum(1)
+    places = jnp.arange(width + room)
+    ids = jnp.pad(prompt["ids"], ((0, 0), (0, room)))
+
+    def read(module: UnifiedModel, ids: Array, count: Array) -> Array:
+        text = {
+            "ids": ids,
+            "valid": places < (begun + count)[:, None],
+            "present": jnp.ones(rows, bool),
+        }
+        x = module.encode({**batch, "text": text}, (stream,))[stream.name].text
+        last = (begun + count - 1)[:, None, None]
+        return module.logits(jnp.take_along_axis(x, last, axis=1))[:, 0]
+
+    def advance(carry: Any) -> Any:
+        ids, count, done, gained = carry
+        logits = model.apply({"params": params}, ids, count, method=read)
+        token = jnp.where(done, padding, logits.argmax(-1)).astype(ids.dtype)
+        at = jnp.where(done, width + room, begun + count)
+        likelihood = jax.nn.log_softmax(logits).max(-1)
+        ended = (token[:, None] == stop).any(1) | (count + 1 >= most)
+        return (
+            ids.at[jnp.arange(rows), at].set(token, mode="drop"),
+            count + ~done,
+            done | ended,
+            gained + jnp.where(done, 0, likelihood),
+        )
+
+    start = ids, jnp.zeros(rows, jnp.int32), most < 1, jnp.zeros(rows, jnp.float32)
+    ids, _, _, gained = jax.lax.while_loop(lambda carry: ~carry[2].all(), advance, start)
+    written = jnp.take_along_axis(ids, begun[:, None] + jnp.arange(room), axis=1, mode="fill")
+    return written, gained
+
+
+def writer(way: Way, room: int) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """What a way compiles: (parameters, inputs) -> written tokens and their log-likelihood."""
+    task = way.model.predictor.task
+    common = {"room": room, "padding": task.tokenizer.pad_id}
+    stream = way.model.predictor.writing_stream
+
+    def write(params: Any, inputs: Any) -> Any:
+        if way.cached:
+            return write_texts(task.model, params, inputs, stream, beams=1, samples=1, **common)
+        return recompute(task.model, params, inputs, stream, **common)
+
+    return write
+
+
+def generation_table(
+    model: LoadedModel,
+    records: Sequence[Record],
+    *,
+    tokens: int,
+    batches: Sequence[int],
+    repeats: int,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """A row for each way of writing and each batch.
+
+    Args:
+      records: images whose captions are scored, the same for every way.
+      tokens: that each timed text has, whatever it says.
+      batches: images at once.
+      repeats: timed runs of each row.
+      say: takes a line for each row.
+    """
+    bandwidth = memory_bandwidth()
+    rows: list[dict[str, Any]] = []
+    for way in ways(model):
+        quality = caption_quality(way, records)
+        for batch in batches:
+            row = {"name": way.name, "batch": batch, **costs(way, batch, tokens, repeats)}
+            if way.cached:
+                floor = row["decode_step_reads_bytes"] / bandwidth
+                row["floor_tokens_per_second"] = round(batch / floor, 1)
+            rows.append({**row, "cider_d": round(quality, 4)})
+            say(
+                "{name:<16} batch {batch:>4} {tokens_per_second:>11.1f} tokens/s  p50 "
+                "{p50_ms:>9.2f} ms  {peak_bytes:>13,} B  CIDEr-D {cider_d:.3f}".format(**rows[-1])
+            )
+    return rows
+
+
+def costs(way: Way, batch: int, tokens: int, repeats: int) -> dict[str, Any]:
+    """Speed, latency and memory of writing `tokens` tokens about each of `batch` images."""
+    longer = lengthened(way.model, tokens + 1)
+    timed = replace(way, model=longer)
+    predictor = longer.predictor
+    inputs = predictor.to_device(_inputs(predictor, batch, tokens))
+    with predictor.on_mesh():
+        compiled = jax.jit(writer(timed, tokens)).lower(longer.params, inputs).compile()
+        compiled(longer.params, inputs)
+        seconds = times_of(lambda: compiled(longer.params, inputs), repeats)
+        found = {
+            "tokens_per_second": round(batch * tokens / float(np.median(seconds)), 2),
+            **percentiles(seconds),
+            "peak_bytes": held_bytes(compiled),
+            "weight_bytes": tree_bytes(way.model.params),
+            **allocated_bytes(),
+        }
+        return found | (decode_step(timed, inputs, tokens) if way.cached else {})
+
+
+def decode_step(way: Way, inputs: Any, tokens: int) -> dict[str, int]:
+    """Bytes of one more token's compiled step, and what it cannot but read."""
+    from unified_mm.inference.generate import advance, begin
+    from unified_mm.inference.sampling import make_sampling
+
+    model, stream = way.model.predictor.task.model, way.model.predictor.writing_stream
+    padding = way.model.task.tokenizer.pad_id
+
+    def start(params: Any, inputs: Any) -> Any:
+        given = dict(inputs)
+        sampling = make_sampling(**given.pop("sampling"))
+        batch = given.pop("batch")
+        return begin(
+            model, params, batch, stream, **given, sampling=sampling, room=tokens, padding=padding
+        )
+
+    draft = jax.eval_shape(start, way.model.params, inputs)
+    step = jax.jit(
+        lambda params, draft: advance(model, params, draft, stream, padding), donate_argnums=1
+    )
+    held = held_bytes(step.lower(way.model.params, draft).compile())
+    cache = tree_bytes(draft.reading.cache)
+    read = tree_bytes(text_side(way.model.params)) + cache
+    return {"decode_step_bytes": held, "cache_bytes": cache, "decode_step_reads_bytes": read}
+
+
+def text_side(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that every written token reads: no embedder, tower or resampler of a context.
+
+    The table of tokens counts: it scores the next one.
+    """
+    return {name: params[name] for name in ("transformer", "embedders_text")}
+
+
+def caption_quality(way: Way, records: Sequence[Record]) -> float:
+    """CIDEr-D of the captions that a way writes, with the model's own room."""
+    predictor = way.model.predictor
+    room = way.model.task.modalities["text"].length - 1
+    tokenizer = way.model.task.tokenizer
+    compiled = jax.jit(writer(way, room))
+    captions: list[str] = []
+    views = [way.model.view(record.image) for record in records]
+    for start in range(0, len(views), QUALITY_BATCH):
+        part = views[start : start + QUALITY_BATCH]
+        full = part + part[:1] * (QUALITY_BATCH - len(part))
+        inputs = _inputs(predictor, QUALITY_BATCH, room, np.stack(full), tokenizer.eos_id)
+        with predictor.on_mesh():
+            written, _ = jax.device_get(compiled(way.model.params, predictor.to_device(inputs)))
+        captions += [
+            Written.of_row(row, 0.0, (tokenizer.eos_id,), tokenizer).text
+            for row in written[: len(part)]
+        ]
+    return float(caption_scores(captions, [captions_of(record) for record in records])["cider_d"])
+
+
+def _inputs(
+    predictor: Predictor, batch: int, room: int, views: Any = None, end: int = NEVER
+) -> dict[str, Any]:
+    """Images (without any, grey ones) that captions are written about."""
+    arrays = predictor.task.example_batch(batch)
+    del arrays["text"]
+    if views is None:
+        views = np.full(arrays["image"]["pixels"].shape, 128, np.uint8)
+    arrays["image"] = {"pixels": views, "present": np.ones(batch, bool)}
+    text, _ = predictor.prompts([""] * batch)
+    most = np.full(batch, room)
+    return inputs_of(GREEDY, {**arrays, "text": text}, most, (end,), 0)
+
+
+def lengthened(model: LoadedModel, length: int) -> LoadedModel:
+    """The same model with room for texts of `length` tokens: what lies beyond repeats positions.
+
+    For timing alone: what it writes there means nothing.
+    """
+    text = model.task.modalities["text"]
+    if text.length >= length:
+        return model
+    embedding = replace(text.embedding, places=max(text.embedding.places, length))
+    modalities = dict(model.task.modalities)
+    modalities["text"] = replace(text, length=length, embedding=embedding)
+    unified = model.task.model.clone(modalities=modalities)
+    params = dict(model.params)
+    if text.embedding.learned_positions:
+        embedder = dict(params["embedders_text"])
+        positions = embedder["positions"]
+        embedder["positions"] = jnp.resize(positions, (embedding.places, positions.shape[1]))
+        params["embedders_text"] = embedder
+    task = replace(model.task, modalities=modalities, model=unified)
+    return LoadedModel(task, params, model.predictor.mesh, model.config, model.step)

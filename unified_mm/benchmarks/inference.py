@@ -1,0 +1,76 @@
+"""The tables of `bench --inference`: writing, training, and many clients, with one trained run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from unified_mm.benchmarks.generation import generation_table
+from unified_mm.benchmarks.requests import request_table
+from unified_mm.benchmarks.timing import memory_bandwidth, provenance
+from unified_mm.benchmarks.training import training_table
+from unified_mm.data.sources import open_source
+from unified_mm.inference.loaded import load
+from unified_mm.training.setup import open_split
+
+CLIENTS = 16
+SLOTS = 8
+REQUESTS_A_CLIENT = 12
+
+
+def measure_inference(
+    run: str,
+    *,
+    tokens: int,
+    batch: int,
+    images: int,
+    repeats: int,
+    steps: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """All three tables, with where they come from.
+
+    Args:
+      run: the folder of a trained run that writes captions; its data must be at hand.
+      tokens: of each timed text.
+      batch: the larger of two; the other is 1.
+      images: of the run's split, the first ones, whose captions are scored.
+      repeats: timed runs of each row of writing.
+      steps: of training, in each row.
+      say: takes lines of progress.
+
+    Raises:
+      ValueError: a run that writes no captions.
+    """
+    model = load(run)
+    model.predictor.writing_stream  # noqa: B018  (refuses what does not write)
+    config = model.config
+    source = open_source(config.data)
+    if source.banner:
+        say(source.banner)
+    split = open_split(config, source, config.evaluation.split).first(images)
+    records = [record for record in split.manifest.records if record.image]
+    say(f"writing {tokens} tokens, captions of {len(records)} images of {split.manifest.split}:")
+    generation = generation_table(
+        model, records, tokens=tokens, batches=(1, batch), repeats=repeats, say=say
+    )
+    say(f"{CLIENTS} clients, texts of different lengths:")
+    views = [model.view(record.image) for record in records[: 4 * SLOTS]]
+    requests = request_table(
+        model, views, count=REQUESTS_A_CLIENT * CLIENTS, clients=CLIENTS, slots=SLOTS, say=say
+    )
+    say(f"training, {steps} steps a row:")
+    training = training_table(config.as_dict(), steps, say)
+    return {
+        "generation": generation,
+        "training": training,
+        "requests": requests,
+        "run": run,
+        "split": split.manifest.split,
+        "images": len(records),
+        "tokens": tokens,
+        "step": model.step,
+        "data": source.name,
+        "memory_bandwidth": round(memory_bandwidth()),
+        **provenance(),
+    }

@@ -1,0 +1,77 @@
+"""Seconds, bytes and rates that every benchmark measures alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unified_mm.training.environment import device_name, revision, versions
+
+
+def times_of(function: Callable[[], Any], count: int) -> list[float]:
+    """Seconds of each of `count` calls, whose results are waited for."""
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """`p50_ms` and `p95_ms` of times."""
+    return {
+        f"p{share}_ms": round(1e3 * float(np.percentile(seconds, share)), 3) for share in (50, 95)
+    }
+
+
+def held_bytes(compiled: Any) -> int:
+    """What a compiled program holds while it runs: arguments, results and what is in between."""
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return int(total + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+
+
+def allocated_bytes() -> dict[str, int]:
+    """The most that the device's allocator had given out, where it says so."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {"allocator_peak_bytes": stats["peak_bytes_in_use"]} if stats else {}
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree, or of their shapes."""
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def matmul_peak(dtype: Any, size: int = 2048) -> float:
+    """Operations a second of one large matrix product on one device, the best of several."""
+    size = size if jax.default_backend() == "cpu" else 4 * size
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    return 2 * size**3 / min(times_of(lambda: product(x, x), 8))
+
+
+def memory_bandwidth() -> float:
+    """Bytes a second that one device reads and writes, copying a large array, the best of several.
+
+    Decoding at batch 1 reads every weight for each token, so this bounds it.
+    """
+    count = 2**26 if jax.default_backend() == "cpu" else 2**30
+    x = jnp.zeros(count, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    return 2 * x.nbytes / min(times_of(lambda: copy(x), 6))
+
+
+def provenance() -> dict[str, Any]:
+    """What was measured on what, and when."""
+    return {
+        "device": device_name(),
+        "versions": versions(),
+        "revision": revision(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
