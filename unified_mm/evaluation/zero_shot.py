@@ -19,18 +19,20 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-from unified_mm.data.images import ImageError
 from unified_mm.data.records import Problem
 from unified_mm.evaluation import retrieval
 from unified_mm.inference.classes import TEMPLATES, check_finite, class_embeddings, filled
 from unified_mm.inference.loaded import BATCH, LoadedModel
-from unified_mm.objectives.contrastive import Contrastive
+from unified_mm.inference.pictures import (
+    SUFFIXES,
+    files_below,
+    is_picture,
+    refuse_without_contrast,
+    shown,
+    view_or_fault,
+)
 
 ACCURACY_AT = (1, 5)
-# What is taken for an image by its name; other files are counted and otherwise passed over.
-SUFFIXES = frozenset(
-    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
-)
 _NAMED = 10  # files named in an error
 
 
@@ -97,8 +99,8 @@ def read_class_folder(folder: str | os.PathLike[str]) -> ClassFolder:
     class_of_file: list[int] = []
     others = len(there) - len(directories)
     for number, directory in enumerate(directories):
-        found = list(_files(directory))
-        images = [file for file in found if file.suffix.lower() in SUFFIXES]
+        found = list(files_below(directory))
+        images = [file for file in found if is_picture(file)]
         if not images:
             raise FileNotFoundError(
                 f"the class {directory} holds no image ({', '.join(sorted(SUFFIXES))}); remove "
@@ -116,8 +118,8 @@ def class_names(directories: Sequence[Path]) -> tuple[str, ...]:
     names = []
     for directory in directories:
         name = " ".join(directory.name.replace("_", " ").replace("-", " ").split())
-        if not name or _shown(directory.name) != directory.name:
-            raise ValueError(f"the class directory {_shown(directory)} has no name in words")
+        if not name or shown(directory.name) != directory.name:
+            raise ValueError(f"the class directory {shown(directory)} has no name in words")
         # Our tokenizers lower-case: what they make equal no model can tell apart.
         earlier = known.setdefault(name.lower(), directory)
         if earlier is not directory:
@@ -144,7 +146,7 @@ def classify_folder(
       ValueError: a model without contrast of image and text, a wrong template, embeddings that
         are not finite, more than `max_bad_share` of the images unreadable, or a whole class.
     """
-    check_classifies(model)
+    refuse_without_contrast(model, "classify images", "classification")
     if not 0 <= max_bad_share <= 1:
         raise ValueError(f"max_bad_share={max_bad_share}: must be a share in [0, 1]")
     classes = class_embeddings(model.embed_texts, folder.classes, templates)
@@ -152,9 +154,9 @@ def classify_folder(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in _progress(range(0, len(folder.files), BATCH)):
             files = folder.files[start : start + BATCH]
-            views = list(pool.map(lambda file: _view(model, file), files))
+            views = list(pool.map(lambda file: view_or_fault(model, file), files))
             problems += [
-                Problem(_shown(file.relative_to(folder.path)), view, "left out")
+                Problem(shown(file.relative_to(folder.path)), view, "left out")
                 for file, view in zip(files, views, strict=True)
                 if isinstance(view, str)
             ]
@@ -162,7 +164,7 @@ def classify_folder(
             read = [i for i, view in enumerate(views) if not isinstance(view, str)]
             if read:
                 embedded = model.embed_images([views[i] for i in read])
-                check_finite(embedded, [_shown(files[i]) for i in read])
+                check_finite(embedded, [shown(files[i]) for i in read])
                 parts.append(embedded)
                 kept += [start + i for i in read]
     labels = np.array(folder.class_of_file)[kept]
@@ -176,19 +178,6 @@ def classify_folder(
         len(texts),
         sum(_is_cut(model, text) for text in texts),
     )
-
-
-def check_classifies(model: LoadedModel) -> None:
-    """Raises ValueError unless the model embeds images and texts in one space."""
-    objectives = model.task.objectives
-    contrasts = [each for each in objectives if isinstance(each, Contrastive)]
-    # The first one is what `Predictor` embeds with.
-    if not contrasts or contrasts[0].between != "image":
-        trained = ", ".join(objective.name for objective in objectives)
-        raise ValueError(
-            f"this run cannot classify images: it was trained on {trained}, and classification "
-            "needs contrast between image and text"
-        )
 
 
 def zero_shot_scores(
@@ -246,16 +235,6 @@ def _is_cut(model: LoadedModel, text: str) -> bool:
     return len(model.task.tokenizer.encode_prompt(text)) >= model.task.modalities["text"].length
 
 
-def _view(model: LoadedModel, file: Path) -> np.ndarray | str:
-    """What the model sees of a file, or what is wrong with it."""
-    try:
-        return model.view(file)
-    except ImageError as error:
-        return error.what
-    except OSError as error:
-        return f"unreadable: {error.strerror or 'no file'}"
-
-
 def _refuse_bad(problems: list[Problem], folder: ClassFolder, max_bad_share: float) -> None:
     bad, listed = len(problems), len(folder.files)
     if bad <= max_bad_share * listed:
@@ -278,19 +257,7 @@ def _refuse_empty(labels: Int[np.ndarray, " I"], folder: ClassFolder) -> None:
         )
 
 
-def _files(directory: Path) -> Iterator[Path]:
-    """Every file below, by name, without hidden ones; links to directories are not followed."""
-    for place, directories, names in os.walk(directory):
-        directories[:] = sorted(name for name in directories if not name.startswith("."))
-        yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
-
-
 def _progress(steps: range) -> Iterator[int]:
     from tqdm import tqdm
 
     yield from tqdm(steps, "classifying", unit="batch", disable=None)
-
-
-def _shown(path: str | Path) -> str:
-    """A path as text that can be printed, whatever bytes its name has."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -1,0 +1,222 @@
+"""Makes a search index of a folder of pictures or a COCO set, and searches in it.
+
+    python -m unified_mm.index --run=RUN --images=DIR --out=INDEX
+    python -m unified_mm.index --run=RUN --index=INDEX --query="a red cube" --top=10
+    python -m unified_mm.index --run=RUN --index=INDEX --query_image=photo.jpg
+    python -m unified_mm.index --run=RUN --index=INDEX --evaluate
+
+--out and --index are two names of one option. Pictures are taken from DIR and all folders below;
+where DIR holds annotations/captions_*.json, pictures and captions of its splits. A command that was
+stopped goes on where it was; an index that is there is never changed. With --query and
+--query_image both, their mean is looked for. --evaluate ends with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from absl import logging
+
+from unified_mm.commands import disk_is_full, exit_code, new_file, say, score_table
+from unified_mm.inference.nearest import EXACT_UP_TO
+from unified_mm.runs.folder import naming, user_path, write_json
+
+if TYPE_CHECKING:
+    from unified_mm.inference.loaded import LoadedModel
+    from unified_mm.inference.search_index import SearchIndex
+
+TOP, IMAGE_WEIGHT = 10, 0.5
+# What each option is read beside, one at least.
+READ_WITH = {
+    "split": ("images",),
+    "shard": ("images",),
+    "exact_up_to": ("images",),
+    "kind": ("query", "query_image"),
+    "top": ("query", "query_image"),
+    "output": ("evaluate",),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
+    options = parse(arguments)
+    again = "interrupted; the same command goes on from the last whole shard"
+    sys.exit(exit_code(lambda: work(options), interrupted=again))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options; argparse ends the process where they are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unified_mm.index",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--run", required=True, metavar="RUN", help="the run's folder")
+    add("--out", "--index", required=True, dest="out", metavar="INDEX", help="the index's folder")
+    add("--images", metavar="DIR", help="make the index: of these pictures")
+    add("--split", action="append", metavar="NAME", help="of a COCO set; repeated; without: all")
+    add("--shard", type=int, metavar="N", help="pictures embedded between two writes (256)")
+    add(
+        "--exact_up_to",
+        type=int,
+        metavar="N",
+        help=f"vectors that are all compared; more get a graph ({EXACT_UP_TO})",
+    )
+    add("--query", metavar="TEXT", help="search: what to look for")
+    add("--query_image", metavar="FILE", help="search: a picture like what to look for")
+    add(
+        "--image_weight",
+        type=float,
+        metavar="SHARE",
+        help=f"of --query_image beside --query ({IMAGE_WEIGHT})",
+    )
+    add("--kind", choices=("image", "text"), help="search: what is listed (image)")
+    add("--top", type=int, metavar="N", help=f"search: how many are listed ({TOP})")
+    add("--evaluate", action="store_true", help="score the index")
+    add("--output", metavar="FILE.json", help="evaluate: new, for the scores")
+    return parser.parse_args(arguments)
+
+
+def work(options: argparse.Namespace) -> int:
+    """Makes, searches and scores, as far as that is asked for."""
+    refuse_wrong(options)
+    output = new_file(options.output or "")
+    out = user_path(options.out, "--out").absolute()
+    from unified_mm.inference.loaded import load
+    from unified_mm.inference.search_index import SearchIndex
+
+    # What is wrong with the index or the pictures is said before a model is loaded.
+    opened = None if options.images else SearchIndex.open(out)
+    pictures = listed(options) if options.images else None
+    model = load(options.run)
+    if pictures is not None:
+        if not written(model, pictures, out, options):
+            return 1
+        opened = SearchIndex.open(out)
+        say(contents(opened))
+    assert opened is not None
+    opened.check_model(model)
+    if options.query is not None or options.query_image is not None:
+        search(model, opened, options)
+    if options.evaluate:
+        evaluate(opened, output)
+    return 0
+
+
+def refuse_wrong(options: argparse.Namespace) -> None:
+    """Raises ValueError for options that say nothing to do, do not go together or are no value."""
+    given = {name for name, value in vars(options).items() if value not in (None, False)}
+    actions = ("images", "query", "query_image", "evaluate")
+    if not given & set(actions):
+        raise ValueError(f"nothing to do: give {' or '.join(f'--{name}' for name in actions)}")
+    for name, readers in READ_WITH.items():
+        if name in given and not given & set(readers):
+            raise ValueError(f"--{name} is read beside --{' or --'.join(readers)} alone")
+    if "image_weight" in given:
+        if not {"query", "query_image"} <= given:
+            raise ValueError("--image_weight is read where --query and --query_image are both")
+        if not 0 <= options.image_weight <= 1:
+            raise ValueError(f"--image_weight={options.image_weight}: must be a share in [0, 1]")
+    if options.query is not None and not options.query.strip():
+        raise ValueError('--query is empty: --query="what to look for"')
+    for name, least in (("shard", 1), ("top", 1), ("exact_up_to", 0)):
+        if getattr(options, name) is not None and getattr(options, name) < least:
+            raise ValueError(f"--{name}={getattr(options, name)}: must be {least} or more")
+
+
+def listed(options: argparse.Namespace) -> Any:
+    """The pictures that `--images` and `--split` name."""
+    from unified_mm.inference.pictures import read_picture_set
+
+    with naming(f"--images={options.images}"):
+        pictures = read_picture_set(user_path(options.images, "--images"), options.split or ())
+    captions = sum(map(len, pictures.captions))
+    of_splits = f" and {captions:,} captions of {', '.join(pictures.splits)}" * bool(captions)
+    say(f"{len(pictures.names):,} pictures{of_splits} in {pictures.folder}")
+    return pictures
+
+
+def written(model: LoadedModel, pictures: Any, out: Path, options: argparse.Namespace) -> bool:
+    """Makes the index, or finds it made; False where the disk is full, which is said."""
+    from unified_mm.inference.index_writer import SHARD, progress, write_index
+
+    exact_up_to = EXACT_UP_TO if options.exact_up_to is None else options.exact_up_to
+    try:
+        write_index(
+            model, pictures, out, say, shard=options.shard or SHARD, exact_up_to=exact_up_to
+        )
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        print(
+            f"error: no space left on device for {out}; {progress(out)}. Make room, and the same "
+            "command goes on from there",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+def contents(index: SearchIndex) -> str:
+    """What there is in an index, and how it is searched."""
+    kinds = {"image": "pictures", "text": "captions"}
+    held = " and ".join(
+        f"{len(nearest):,} {kinds[kind]} ({'all compared' if nearest.graph is None else 'a graph'})"
+        for kind, nearest in index.nearest.items()
+    )
+    return f"index of {held} in {index.path}"
+
+
+def search(model: LoadedModel, index: SearchIndex, options: argparse.Namespace) -> None:
+    """Lists what fits the query best."""
+    from unified_mm.inference.pictures import shown
+    from unified_mm.inference.search_index import mixed
+
+    weight = IMAGE_WEIGHT if options.image_weight is None else options.image_weight
+    vectors, weights = [], []
+    if options.query is not None:
+        vectors.append(model.embed_texts([options.query])[0])
+        weights.append(1 - weight)
+    if options.query_image is not None:
+        with naming(f"--query_image={options.query_image}"):
+            vectors.append(model.embed_images([options.query_image])[0])
+        weights.append(weight)
+    alone = len(vectors) == 1
+    query = vectors[0] if alone else mixed(np.stack(vectors), weights)
+    for hit in index.search(query, options.top or TOP, options.kind or "image"):
+        of_picture = "" if options.kind != "text" else f"  ({index.rows.names[hit.picture]})"
+        say(shown(f"{hit.score:.3f}  {hit.name}{of_picture}"))
+
+
+def evaluate(index: SearchIndex, output: Path | None) -> None:
+    """Scores the index, as a table and one line of JSON."""
+    from unified_mm.evaluation.search import search_scores
+
+    found = search_scores(index)
+    result = {
+        "scores": found.scores,
+        "chance": found.chance,
+        "ceiling": {},
+        "vectors": {kind: len(nearest) for kind, nearest in index.nearest.items()},
+        "graph": {kind: nearest.graph is not None for kind, nearest in index.nearest.items()},
+        "left_out": len(index.header["problems"]),
+        "step": index.header["model"]["step"],
+        "data": {"folder": index.header["folder"], "splits": index.header["splits"]},
+    }
+    say(score_table(result))
+    if output is not None:
+        with naming(f"--output={output}"):
+            write_json(output, result)
+    say(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
