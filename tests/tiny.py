@@ -16,6 +16,9 @@ from unified_mm.config import Config
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import default_config
 from unified_mm.objectives.task import Task, build_task
+from unified_mm.runs.checkpoints import Checkpoints
+from unified_mm.runs.folder import RunFolder, write_json
+from unified_mm.training.state import TrainState
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}
 TEXTS = [f"a {colour} square of size {n}" for colour in COLOURS for n in range(4)]
@@ -136,6 +139,24 @@ def write_coco(folder: Path, train: int = 24, val: int = 8) -> Path:
         content = {"images": images, "annotations": annotations}
         (folder / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
     return folder
+
+
+def write_run(path: Path, config: Any, params: Any, average: Any = None, step: int = 7) -> Path:
+    """A run's folder with one checkpoint."""
+    folder = RunFolder(path)
+    write_json(folder.config, config.to_dict())
+    tokenizer().save(folder.tokenizer)
+    state = TrainState(
+        step=jnp.array(step, jnp.int32),
+        params=params,
+        optimizer={"count": jnp.zeros((), jnp.int32)},
+        average=average,
+        key=jax.random.key(0),
+        bad_step=jnp.array(-1, jnp.int32),
+    )
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        checkpoints.save(step, state, {"step": step})
+    return path
 
 
 def documents(task: Task, seed: int = 0, length: int = 14) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,6 @@
 """A run folder on disk, read back by `unified_mm.load`."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -11,28 +10,10 @@ import unified_mm
 from unified_mm.data.records import Record, Text
 from unified_mm.inference.loaded import listed, listed_texts, one_device_mesh
 from unified_mm.inference.predictor import Predictor
-from unified_mm.runs.checkpoints import CheckpointError, Checkpoints
+from unified_mm.runs.checkpoints import CheckpointError
 from unified_mm.runs.folder import RunFolder, RunFolderError, write_json
-from unified_mm.training.state import TrainState
 
 TEXTS = ["a red square of size 1", "blue, size 2", "a green square of size 3"]
-
-
-def write_run(path, config, params, average, step=7):
-    folder = RunFolder(path)
-    write_json(folder.config, config.to_dict())
-    tiny.tokenizer().save(folder.tokenizer)
-    state = TrainState(
-        step=jnp.array(step, jnp.int32),
-        params=params,
-        optimizer={"count": jnp.zeros((), jnp.int32)},
-        average=average,
-        key=jax.random.key(0),
-        bad_step=jnp.array(-1, jnp.int32),
-    )
-    with Checkpoints(folder.checkpoints) as checkpoints:
-        checkpoints.save(step, state, {"step": step})
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +35,7 @@ def run(tmp_path_factory):
     task = tiny.task(train__average_decay=0.9)
     params = tiny.params(task, 1)
     average = jax.tree.map(lambda x: 0.5 * x, params)
-    path = write_run(tmp_path_factory.mktemp("runs") / "first", config, params, average)
+    path = tiny.write_run(tmp_path_factory.mktemp("runs") / "first", config, params, average)
     return task, average, path
 
 
@@ -72,7 +53,7 @@ def test_what_was_saved_is_what_is_loaded(run, model):
 
 def test_without_an_average_the_parameters_themselves_are_loaded(run, tmp_path):
     params = jax.tree.map(lambda x: 3 * x, run[1])
-    loaded = unified_mm.load(write_run(tmp_path / "run", tiny.config_dict(), params, None))
+    loaded = unified_mm.load(tiny.write_run(tmp_path / "run", tiny.config_dict(), params, None))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(loaded.params), params)
 
 

@@ -91,8 +91,9 @@ def write_shard(path: Path, shard: Shard) -> None:
 
 def read_shard(path: Path) -> Shard | None:
     """A shard, checked by the file's own CRC-32 of each part; None for a damaged one."""
+    content = path.read_bytes()
     try:
-        with np.load(path) as parts:
+        with np.load(io.BytesIO(content)) as parts:
             problems = json.loads(parts["problems"].tobytes())
             return Shard(
                 parts["images"],

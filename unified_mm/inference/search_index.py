@@ -166,7 +166,7 @@ class SearchIndex:
         vectors = self._of(kind).vectors
         return np.array(vectors[_within(number, len(vectors), kind)])
 
-    def read_picture(self, number: int) -> bytes:
+    def read_picture(self, number: Any) -> bytes:
         """The file of a picture, undecoded: a way to show it that neither takes nor tells a path.
 
         Raises:
