@@ -188,9 +188,7 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
-def test_a_damaged_shard_is_embedded_again(
-    model, coco, made, stopped, monkeypatch, capsys, damage
-):
+def test_a_damaged_shard_is_embedded_again(model, coco, made, stopped, monkeypatch, capsys, damage):
     path = stopped.parent / ".out.indexing" / "shard-0000001.npz"
     content = bytearray(path.read_bytes())
     content[200] ^= 1
@@ -273,7 +271,9 @@ def test_only_the_model_that_made_it_is_taken(model, index):
     index.check_model(changed(model, train__steps=100))
     others = (changed(model, step=8), one_parameter_changed(model))
     for other in (*others, changed(model, data__image_size=8)):
-        with pytest.raises(ValueError, match="made with another model: step 7, parameters .*; this"):
+        with pytest.raises(
+            ValueError, match="made with another model: step 7, parameters .*; this"
+        ):
             index.check_model(other)
 
 

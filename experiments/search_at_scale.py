@@ -1,0 +1,160 @@
+"""A search index of a million vectors: what its graph misses, and how long a whole query takes.
+
+    python -m experiments.search_at_scale --run=RUN --images=DIR --split=val \
+        --queries=test_composition --output=experiments/results/search_at_scale.json
+
+The vectors are those of DIR's pictures and captions (of `--split`), drawn at random and each with
+noise of its own. The queries are captions of another split: text that is tokenized and embedded by
+the run's model, one at a time, then searched for in the index as `unified_mm.index` writes it. Run
+it on as many cores as the result is to speak of: `taskset -c 0,1 python -m ...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from jaxtyping import Float
+
+from unified_mm.commands import exit_code, new_file, say
+from unified_mm.evaluation.search import recall_of_exact
+from unified_mm.inference.identity import model_identity
+from unified_mm.inference.index_writer import write_index
+from unified_mm.inference.loaded import LoadedModel, load
+from unified_mm.inference.nearest import write_vectors
+from unified_mm.inference.pictures import read_picture_set
+from unified_mm.inference.search_index import Rows, SearchIndex, write_metadata
+from unified_mm.runs.folder import write_json
+from unified_mm.training.environment import device_name, revision, versions
+
+SEED, TOP, WARM_UP = 0, 10, 20
+PART = 50_000  # vectors made at a time
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    logging.set_verbosity(logging.WARNING)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", required=True, help="the run's folder")
+    parser.add_argument("--images", required=True, metavar="DIR", help="a COCO set")
+    parser.add_argument("--split", default="val", help="whose vectors are multiplied (val)")
+    parser.add_argument("--queries", default="test_composition", help="whose captions ask")
+    parser.add_argument("--vectors", type=int, default=1_000_000, help="how many (1000000)")
+    parser.add_argument("--asked", type=int, default=1000, help="how many captions ask (1000)")
+    parser.add_argument(
+        "--noise", type=float, default=0.5, help="length of what is added to a unit vector (0.5)"
+    )
+    parser.add_argument("--output", default="", metavar="FILE.json", help="new, for the result")
+    options = parser.parse_args(arguments)
+    sys.exit(exit_code(lambda: measure(options)))
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Makes the index, measures and says."""
+    output = new_file(options.output)
+    model = load(options.run)
+    asking = read_picture_set(options.images, [options.queries])
+    texts = [captions[0] for captions in asking.captions if captions][: options.asked]
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_index(model, read_picture_set(options.images, [options.split]), folder / "real", say)
+        real = SearchIndex.open(folder / "real").nearest
+        base = np.concatenate([real[kind].vectors for kind in real])
+        built = seconds(lambda: build(model, base, folder / "large", options))
+        opened = seconds(lambda: SearchIndex.open(folder / "large"))
+        index = SearchIndex.open(folder / "large")
+        sizes = {file.name: file.stat().st_size for file in (folder / "large").iterdir()}
+        result = {
+            "vectors": options.vectors,
+            "width": base.shape[1],
+            "made_of": {kind: len(nearest) for kind, nearest in real.items()},
+            "noise": options.noise,
+            "seed": SEED,
+            "queries": len(texts),
+            "recall_at_10": recall_of_exact(index.nearest["image"], model.embed_texts(texts), TOP),
+            "build_seconds": round(built, 1),
+            "open_seconds": round(opened, 2),
+            "bytes": sizes,
+            **latencies(model, index, texts),
+            "model": {"step": model.step, "width": model.config.model.width},
+            "device": device_name(),
+            "versions": {**versions(), "usearch": metadata.version("usearch")},
+            "revision": revision(),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+    for name, value in result.items():
+        say(f"{name:<20}{value}")
+    if output is not None:
+        write_json(output, result)
+    say(json.dumps(result))
+    return 0
+
+
+def build(
+    model: LoadedModel, base: Float[np.ndarray, "B E"], folder: Path, options: argparse.Namespace
+) -> None:
+    """Writes an index of noisy copies of the base, always with a graph."""
+    folder.mkdir()
+    shape = (options.vectors, base.shape[1])
+    write_vectors(folder, "image", noisy(base, *shape, options.noise), shape, exact_up_to=0)
+    names = [f"{number:07}.jpg" for number in range(options.vectors)]
+    header = {"model": model_identity(model), "folder": "", "splits": [], "problems": []}
+    write_metadata(folder, header, Rows(names, [0] * len(names), [], []))
+
+
+def noisy(
+    base: Float[np.ndarray, "B E"], count: int, width: int, noise: float
+) -> Iterator[Float[np.ndarray, "N E"]]:
+    """Unit vectors: of the base, at random, each with Gaussian noise of about this length."""
+    rng = np.random.default_rng(SEED)
+    for start in range(0, count, PART):
+        chosen = base[rng.integers(0, len(base), min(PART, count - start))]
+        added = rng.standard_normal(chosen.shape, dtype=np.float32) * (noise / width**0.5)
+        vectors = chosen + added
+        yield vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def latencies(model: LoadedModel, index: SearchIndex, texts: Sequence[str]) -> dict[str, Any]:
+    """Milliseconds of queries one by one: of the whole, of its parts, and with all compared."""
+    times: dict[str, list[float]] = {"query": [], "embedding": [], "search": [], "exact": []}
+    nearest = index.nearest["image"]
+    for number, text in enumerate([*texts[:WARM_UP], *texts]):
+        began = time.perf_counter()
+        vector = model.embed_texts([text])[0]
+        embedded = time.perf_counter()
+        index.search(vector, TOP)
+        found = time.perf_counter()
+        nearest.exact(vector[None], TOP)
+        compared = time.perf_counter()
+        if number >= WARM_UP:
+            times["query"].append(found - began)
+            times["embedding"].append(embedded - began)
+            times["search"].append(found - embedded)
+            times["exact"].append(compared - found)
+    return {
+        f"{name}_ms": {
+            f"p{share}": round(1000 * float(np.percentile(taken, share)), 3) for share in (50, 95)
+        }
+        for name, taken in times.items()
+    }
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """How long it takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
