@@ -24,7 +24,7 @@ EXACT_UP_TO = 50_000
 
 # Neighbours of a node, candidates kept while the graph is made and while it is searched (the
 # paper's M, efConstruction and ef), and candidates scored again for each that is asked for.
-_CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH, _OVERSAMPLE = 32, 128, 128, 4
+_CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH, _OVERSAMPLE = 32, 64, 256, 4
 _ADDED_AT_ONCE = 10_000
 _SCORES_AT_ONCE = 2**26
 
