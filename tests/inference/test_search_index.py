@@ -203,6 +203,8 @@ def test_what_changed_meanwhile_is_refused(model, coco, stopped, tmp_path, monke
         with pytest.raises(ValueError, match=f"is of another {what}.*: delete it"):
             go_on(model, folder, stopped, monkeypatch, **changes)
 
+    with pytest.raises(FileNotFoundError, match="no search index .*; it was begun, and the comm"):
+        SearchIndex.open(stopped)
     refused("run or checkpoint", model=changed(model, step=8))
     refused("run or checkpoint", model=one_parameter_changed(model))
     refused("--shard", shard=5)

@@ -28,7 +28,7 @@ from unified_mm.inference.index_shards import (
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.nearest import EXACT_UP_TO, write_vectors
 from unified_mm.inference.pictures import PictureSet, refuse_without_contrast
-from unified_mm.inference.search_index import Rows, read_header, write_metadata
+from unified_mm.inference.search_index import Rows, read_header, work_folder, write_metadata
 from unified_mm.runs.folder import naming, read_json, take, write_json
 
 SHARD = 256  # pictures
@@ -77,7 +77,7 @@ def write_index(
         "shard": shard,
         "exact_up_to": exact_up_to,
     }
-    work = _work_folder(out)
+    work = work_folder(out)
     if os.path.lexists(out):
         _refuse_other(out, read_header(out), plan, "name a new one, for it is not overwritten")
         say(f"the index {out} is made already, of the same pictures with the same model")
@@ -97,7 +97,7 @@ def write_index(
 
 def progress(out: Path) -> str:
     """For an index that could not be finished: how far it came."""
-    work = _work_folder(out)
+    work = work_folder(out)
     return f"{sum(1 for _ in work.glob('shard-*.npz'))} shards are whole in {work}"
 
 
@@ -108,10 +108,6 @@ def _refuse_other(folder: Path, found: dict[str, Any], plan: dict[str, Any], adv
     other = [_CALLED[key] for key in plan if found.get(key) != plan[key]]
     if other:
         raise ValueError(f"{folder} is of another {', of another '.join(other)}: {advice}")
-
-
-def _work_folder(out: Path) -> Path:
-    return out.with_name(f".{out.name}.indexing")
 
 
 def _begin_or_go_on(work: Path, plan: dict[str, Any]) -> None:

@@ -107,7 +107,9 @@ class SearchIndex:
         """
         folder = user_path(path, "the index")
         if not (folder / _HEADER).is_file() and not is_sealed(folder):
-            raise FileNotFoundError(f"{folder} is no search index (it has no {_HEADER})")
+            begun = work_folder(folder.absolute()).is_dir()
+            goes_on = "; it was begun, and the command that makes it goes on" if begun else ""
+            raise FileNotFoundError(f"{folder} is no search index (it has no {_HEADER}){goes_on}")
         with naming(folder):
             broken = broken_files(folder) if is_sealed(folder) else ("SHA256SUMS",)
         if broken:
@@ -209,6 +211,11 @@ def mixed(vectors: Float[np.ndarray, "Q E"], weights: Sequence[float]) -> Float[
     if len(vectors) != len(weights):
         raise ValueError(f"{len(vectors)} vectors and {len(weights)} weights: give as many")
     return _unit(np.asarray(weights, np.float32) @ vectors)
+
+
+def work_folder(index: Path) -> Path:
+    """Where an index lies that is being made; its path is absolute."""
+    return index.with_name(f".{index.name}.indexing")
 
 
 def write_metadata(folder: Path, header: Mapping[str, Any], rows: Rows) -> None:
