@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -26,13 +24,14 @@ from absl import logging
 
 from unified_mm.commands import exit_code, say
 from unified_mm.data.text_tokenizer import TextTokenizer
-from unified_mm.import_weights import refuse_existing, run_config
+from unified_mm.import_weights import run_config
 from unified_mm.models.options import TransformerOptions
 from unified_mm.models.pretrained.family import Family, families
 from unified_mm.models.pretrained.source import WEIGHTS, Source
 from unified_mm.models.pretrained.tables import to_theirs
 from unified_mm.parallel.sharding import path_of
-from unified_mm.runs.folder import naming, user_path, write_json
+from unified_mm.runs.folder import user_path, write_json
+from unified_mm.runs.new_folder import new_folder, refuse_existing
 
 # What a run may have otherwise than its family: none of it is part of the weights.
 FREE = ("dropout", "remat", "attention", "unroll", "dtype")
@@ -54,18 +53,8 @@ def export(
         which fields.
     """
     path = user_path(out, "--out").absolute()
-    refuse_existing(path)
-    with naming(f"--out={out}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half = Path(tempfile.mkdtemp(prefix=f".{path.name}.exporting-", dir=path.parent))
-    try:
-        half.chmod(0o755)
-        family = _write(config, params, tokenizer, half)
-        os.rename(half, path)
-    except BaseException:
-        shutil.rmtree(half, ignore_errors=True)
-        raise
-    return family
+    with new_folder(path) as half:
+        return _write(config, params, tokenizer, half)
 
 
 def _write(
@@ -203,10 +192,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     """Loads the run and writes it."""
     from unified_mm.inference.loaded import load
+    from unified_mm.inference.quantized_params import dequantized
 
     refuse_existing(Path(options.out))
     model = load(options.run)
-    family = export(model.config.as_dict(), model.params, model.task.tokenizer, options.out)
+    params = dequantized(model.params)
+    family = export(model.config.as_dict(), params, model.task.tokenizer, options.out)
     say(f"family: {family.name}")
     say(f"written: {options.out}")
     return 0

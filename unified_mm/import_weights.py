@@ -12,12 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,7 +32,8 @@ from unified_mm.models.pretrained.vocabularies import read_tokenizer
 from unified_mm.objectives.task import build_task, parameter_counts
 from unified_mm.parallel.sharding import path_of, without_names
 from unified_mm.runs.checkpoints import Checkpoints
-from unified_mm.runs.folder import RunFolder, naming, write_json
+from unified_mm.runs.folder import RunFolder, write_json
+from unified_mm.runs.new_folder import new_folder, refuse_existing
 
 IMAGE_PARTS = ("embedders_image/", "towers_image/")
 
@@ -134,13 +132,7 @@ def write_run(imported: Imported, out: str | os.PathLike[str]) -> RunFolder:
       ValueError: `out` exists.
     """
     folder = RunFolder(out)
-    refuse_existing(folder.path)
-    name = f".{folder.path.name}.importing-"
-    with naming(f"--out={out}"):
-        folder.path.parent.mkdir(parents=True, exist_ok=True)
-        half = Path(tempfile.mkdtemp(prefix=name, dir=folder.path.parent))
-    try:
-        half.chmod(0o755)
+    with new_folder(folder.path) as half:
         run = RunFolder(half)
         write_json(run.config, imported.config)
         if imported.tokenizer is not None:
@@ -148,17 +140,7 @@ def write_run(imported: Imported, out: str | os.PathLike[str]) -> RunFolder:
         state = {"params": jax.tree.map(jax.numpy.asarray, imported.params)}
         with Checkpoints(run.checkpoints, asynchronous=False) as checkpoints:
             checkpoints.save(0, state, {"step": 0, "imported": imported.config["imported"]})
-        os.rename(half, folder.path)
-    except BaseException:
-        shutil.rmtree(half, ignore_errors=True)
-        raise
     return folder
-
-
-def refuse_existing(path: Path) -> None:
-    """Raises ValueError where there is something."""
-    if path.exists():
-        raise ValueError(f"{path} exists and is not overwritten; name a new directory")
 
 
 def _update(config: dict[str, Any], fields: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.inference.classes import TEMPLATES, class_embeddings
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.predictor import Predictor
+from unified_mm.inference.quantized_params import saved_shapes
 from unified_mm.inference.streaming import stream
 from unified_mm.objectives.task import Task, build_task
 from unified_mm.parallel.mesh import make_mesh
@@ -282,7 +283,7 @@ def load(run: str | os.PathLike[str], *, mesh: Mesh | None = None) -> LoadedMode
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         folder.check_tokenizer(checkpoints.readable_metadata())
         name = "average" if averaged else "params"
-        restored = checkpoints.restore({name: abstract_params(task, mesh)}, partial=True)
+        restored = checkpoints.restore({name: abstract_params(task, mesh, config)}, partial=True)
     return LoadedModel(task, restored.state[name], mesh, config, restored.step)
 
 
@@ -312,9 +313,9 @@ def one_device_mesh() -> Mesh:
     return make_mesh({}, jax.local_devices()[:1])
 
 
-def abstract_params(task: Task, mesh: Mesh) -> Any:
-    """Shapes, types and shardings of a task's parameters."""
-    boxed = task.abstract_params()
+def abstract_params(task: Task, mesh: Mesh, config: Config) -> Any:
+    """Shapes, types and shardings of a run's parameters."""
+    boxed = saved_shapes(task, config)
     shardings = shardings_of(boxed, mesh)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -15,6 +15,7 @@ from unified_mm.data.records import Record, Text
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.modalities.tokens import Group, Tokens, single_document
 from unified_mm.parallel.layers import Norm, partitioned
+from unified_mm.parallel.quantized import Quantized
 
 VOCABULARY_MULTIPLE = 64
 
@@ -203,9 +204,12 @@ class TextEmbedder(nn.Module):
         """Scores of the next token, float32; ids that no token has are out of the question."""
         e = self.embedding
         table = self.scores if e.head == "own" else self.table
-        logits = jnp.einsum(
-            "BTD,VD->BTV", x, table.astype(x.dtype), preferred_element_type=jnp.float32
-        )
+        if isinstance(table, Quantized):
+            logits = table.product(x, (1,))
+        else:
+            logits = jnp.einsum(
+                "BTD,VD->BTV", x, table.astype(x.dtype), preferred_element_type=jnp.float32
+            )
         if e.used == e.vocabulary:
             return logits
         return jnp.where(jnp.arange(e.vocabulary) < e.used, logits, -1e9)

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from unified_mm.parallel.quantized import Quantized
+
 Initializer = Callable[..., Any]
 
 
@@ -50,7 +52,11 @@ class Dense(nn.Module):
             partitioned(initializer, *self.in_axes, *self.out_axes),
             (*in_shape, *self.features),
         )
-        y = jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=contracted)
+        x = x.astype(self.dtype)
+        if isinstance(kernel, Quantized):
+            y = kernel.product(x, range(contracted)).astype(self.dtype)
+        else:
+            y = jnp.tensordot(x, kernel.astype(self.dtype), axes=contracted)
         if self.use_bias:
             zeros = partitioned(nn.initializers.zeros, *self.out_axes)
             y = y + self.param("bias", zeros, self.features).astype(self.dtype)

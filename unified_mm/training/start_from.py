@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from unified_mm.config import Config, get_field, set_field
 from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.inference.quantized_params import dequantized, saved_shapes
 from unified_mm.models.options import TransformerOptions
 from unified_mm.objectives.task import build_task
 from unified_mm.parallel.sharding import path_of, without_names
@@ -159,14 +160,13 @@ def part_of_run(run: str, part: str) -> dict[str, Any]:
         tokenizer = TextTokenizer.load(folder.tokenizer, **named)
     else:  # an image tower has none, and its shapes depend on none
         tokenizer = TextTokenizer.train([], 260)
-    shapes = without_names(
-        jax.eval_shape(build_task(Config(saved), tokenizer).init, jax.random.key(0))
-    )
+    config = Config(saved)
+    shapes = without_names(saved_shapes(build_task(config, tokenizer), config))
     wanted = {top: tree for top, tree in shapes.items() if f"{top}/" in PREFIXES[part]}
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         name = "average" if saved["train"]["average_decay"] else "params"
         restored = checkpoints.restore({name: wanted}, partial=True)
-    leaves = jax.tree_util.tree_leaves_with_path(restored.state[name])
+    leaves = jax.tree_util.tree_leaves_with_path(dequantized(restored.state[name]))
     return _by_layer({path_of(path): np.asarray(leaf) for path, leaf in leaves})
 
 

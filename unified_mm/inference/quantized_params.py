@@ -1,0 +1,138 @@
+"""Parameter trees in which weights are int8: which of them, how they are made, and back again.
+
+Symmetric, with a scale for every channel that comes out of a product (Krishnamoorthi 2018,
+"Quantizing deep convolutional networks for efficient inference", section 3.1). Each layer of a
+stack has scales of its own, so a scan over layers slices them with the weights.
+
+Dense maps and the text's tables of embeddings become int8. Norms, biases, positions and gates stay
+float32: they are few, and are added or multiplied by, not summed over.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unified_mm.config import Config
+from unified_mm.modalities.text import TextEmbedder
+from unified_mm.objectives.task import Task
+from unified_mm.parallel.layers import Dense
+from unified_mm.parallel.quantized import Quantized
+from unified_mm.parallel.sharding import path_of
+
+Axes = tuple[int, ...]  # that a product contracts, counted from the last: -1, -2
+
+
+def need_qwix() -> None:
+    """Raises ValueError where qwix, which rounds to int8 and multiplies int8, is not there."""
+    if importlib.util.find_spec("qwix") is None:
+        raise ValueError(
+            "qwix is not installed, which makes int8 numbers and multiplies them: "
+            "pip install 'unified_mm[quantize]'"
+        )
+
+
+def contracted_axes(task: Task) -> dict[str, Axes]:
+    """By path of each parameter that becomes int8, the axes that products contract.
+
+    The model is traced, and nothing computed: every dense map and table that it calls is noted.
+    """
+    found: dict[str, Axes] = {}
+
+    def note(call: Any, arguments: Any, options: Any, context: Any) -> Any:
+        if context.method_name == "__call__":
+            axes = _axes_within(context.module)
+            found.update({"/".join((*context.module.path, name)): axes[name] for name in axes})
+        return call(*arguments, **options)
+
+    with nn.intercept_methods(note):
+        # A function of its own: what is traced already would not be traced again.
+        jax.eval_shape(lambda key: task.init(key), jax.random.key(0))
+    return found
+
+
+def _axes_within(module: nn.Module) -> dict[str, Axes]:
+    """The same of a module's own parameters, by name."""
+    if isinstance(module, Dense):
+        outputs = len(module.features)
+        return {"kernel": tuple(range(-outputs - len(module.in_axes), -outputs))}
+    if isinstance(module, TextEmbedder):
+        return {"tokens": (-1,), "scores": (-1,)}
+    return {}
+
+
+def quantize_params(task: Task, params: Any, activations: str = "") -> Any:
+    """A task's float parameters with those of `contracted_axes` as int8.
+
+    `activations` is as in `Quantized`. Raises ValueError where qwix is missing.
+    """
+    need_qwix()
+    import qwix
+
+    axes = contracted_axes(task)
+
+    def one(path: Any, leaf: Any) -> Any:
+        contracted = axes.get(path_of(path))
+        if contracted is None:
+            return leaf
+        channels = [axis for axis in range(leaf.ndim) if axis - leaf.ndim not in contracted]
+        made = qwix.quantize(leaf.astype(jnp.float32), "int8", channelwise_axes=channels)
+        return Quantized(made.qvalue, made.scale, activations)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def dequantized(params: Any) -> Any:
+    """The same parameters, all of them floats."""
+    return jax.tree.map(
+        lambda leaf: leaf.floats() if _is_quantized(leaf) else leaf, params, is_leaf=_is_quantized
+    )
+
+
+def saved_shapes(task: Task, config: Config) -> Any:
+    """Shapes and types of the parameters that a run's checkpoints hold, boxed with axis names.
+
+    A run of int8 weights says so in its config (`quantized`). Raises ValueError where it has int8
+    activations and qwix is missing.
+    """
+    boxed = task.abstract_params()
+    if "quantized" not in config:
+        return boxed
+    activations = str(config.quantized.activations)
+    if activations:
+        need_qwix()
+    axes = contracted_axes(task)
+
+    def one(path: Any, box: Any) -> Any:
+        contracted = axes.get(path_of(path))
+        if contracted is None:
+            return box
+        shape, names = list(box.value.shape), list(box.names)
+        values = box.replace(value=jax.ShapeDtypeStruct(tuple(shape), jnp.int8))
+        for axis in contracted:
+            shape[axis], names[axis] = 1, None
+        scale = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+        return Quantized(values, box.replace(value=scale, names=tuple(names)), activations)
+
+    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=_is_box)
+
+
+def weight_bytes(params: Any) -> dict[str, int]:
+    """Bytes of a tree, `all` of them and those that are kept as `int8` (without their scales)."""
+    leaves = jax.tree.leaves(params)
+    sizes = [int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves]
+    int8 = [size for size, leaf in zip(sizes, leaves, strict=True) if leaf.dtype == jnp.int8]
+    return {"all": sum(sizes), "int8": sum(int8)}
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized)
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)

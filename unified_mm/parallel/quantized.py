@@ -1,0 +1,67 @@
+"""Weights kept as int8, and products with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+
+@struct.dataclass
+class Quantized:
+    """An array as int8, symmetric, with a scale for each channel: about `values * scale`.
+
+    It stands in a parameter tree where the array stood; a scan over layers takes its slices as it
+    does those of any other leaf, since the scales have all axes of the values.
+
+    Attributes:
+      values: int8, of the array's shape.
+      scale: float32, the same with 1 for each axis that a product contracts.
+      activations: 'int8' where what it is multiplied by is rounded as well, each vector by its own
+        largest number, else ''; static.
+    """
+
+    values: Any
+    scale: Any
+    activations: str = struct.field(pytree_node=False, default="")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the array."""
+        return tuple(self.values.shape)
+
+    def floats(self) -> Float[Array, "..."]:
+        """The array that it stands for, float32."""
+        return self.values.astype(jnp.float32) * self.scale
+
+    def __getitem__(self, rows: Int[Array, "..."]) -> Float[Array, "... D"]:
+        """Rows of a table [V, D], float32."""
+        return self.values[rows].astype(jnp.float32) * self.scale[rows]
+
+    def product(self, x: Float[Array, "..."], axes: Sequence[int]) -> Float[Array, "..."]:
+        """The last axes of x contracted with `axes` of this array, in their order; float32.
+
+        Without int8 activations the numbers are multiplied in x's own type, which holds every
+        int8 exactly, and the scales come after the sum.
+        """
+        first = x.ndim - len(axes)
+        dimensions = ((tuple(range(first, x.ndim)), tuple(axes)), ((), ()))
+        # Tied to x, the values are turned to floats where they are used: a loop around this would
+        # otherwise have the floats of all weights made before it begins.
+        values, x = jax.lax.optimization_barrier((self.values, x))
+        if self.activations and x.size:  # qwix rounds no empty array
+            import qwix
+
+            rounded = qwix.quantize(
+                x.astype(jnp.float32), self.activations, channelwise_axes=range(first)
+            )
+            return qwix.dot_general(rounded, qwix.QArray(values, self.scale), dimensions)
+        y = jax.lax.dot_general(
+            x, values.astype(x.dtype), dimensions, preferred_element_type=jnp.float32
+        )
+        kept = [size for axis, size in enumerate(self.shape) if axis not in axes]
+        return y * self.scale.reshape(kept)

@@ -1,0 +1,182 @@
+"""Makes a run of int8 weights out of a trained one, and says what that costs in scores.
+
+    python -m unified_mm.quantize --run runs/first --out runs/first_int8
+    python -m unified_mm.quantize --run runs/first --out runs/first_w8a8 --activations=int8
+
+Both are scored on the same images of the same split. RUN is left as it is; what comes of it is a
+run that every command takes but training, which needs floats. One line of JSON comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from absl import logging
+
+from unified_mm.commands import exit_code, say
+from unified_mm.config import Config
+from unified_mm.runs.folder import RunFolder, write_json
+from unified_mm.runs.new_folder import new_folder, refuse_existing
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
+    options = parse(arguments)
+    sys.exit(exit_code(lambda: quantize(options)))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options; argparse ends the process where they are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unified_mm.quantize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", required=True, metavar="RUN", help="the trained run's folder")
+    parser.add_argument("--out", required=True, metavar="NEWRUN", help="a new folder")
+    parser.add_argument("--weights", default="int8", choices=["int8"], help="(int8)")
+    parser.add_argument(
+        "--activations",
+        default="none",
+        choices=["int8", "none"],
+        help="int8: what weights are multiplied by is rounded as well (none)",
+    )
+    parser.add_argument("--split", default="", help="that is scored; without: the run's own")
+    parser.add_argument(
+        "--images", type=int, default=0, metavar="N", help="score the first N; 0: as the run does"
+    )
+    parser.add_argument(
+        "--data_dir", default="", metavar="DIR", help="where the data lies now, if elsewhere"
+    )
+    return parser.parse_args(arguments)
+
+
+def quantize(options: argparse.Namespace) -> int:
+    """Quantises, scores both, and writes the new run."""
+    from unified_mm.evaluation.evaluate import check_split, evaluate
+    from unified_mm.inference.loaded import load
+    from unified_mm.inference.quantization import quantized
+    from unified_mm.inference.quantized_params import need_qwix, weight_bytes
+
+    if options.images < 0:
+        raise ValueError(f"--images={options.images}: must be at least 0")
+    out = RunFolder(options.out).path
+    refuse_existing(out)
+    need_qwix()
+    model = load(options.run)
+    activations = "" if options.activations == "none" else options.activations
+    source = str(RunFolder(options.run).path)
+    small = quantized(model, options.weights, activations, source)
+    split, data = scored_split(model.config, options)
+    check_split(split, model.task)
+    images = len(split.manifest.records)
+    found = []
+    for which, each in (("as it is", model), ("quantised", small)):
+        say(f"scoring {split.manifest.split} ({images:,} images), {which}")
+        batch_size = model.config.evaluation.batch_size
+        found.append(evaluate(each.predictor, split, batch_size=batch_size))
+    before, after = found
+    result = {
+        "scores": after.scores,
+        "chance": after.chance,
+        "ceiling": after.ceiling,
+        "before": before.scores,
+        "weights": {
+            "before": weight_bytes(model.params),
+            "after": weight_bytes(small.params),
+        },
+        "quantized": small.config.quantized.as_dict(),
+        "split": split.manifest.split,
+        "images": images,
+        "data": data,
+        **where_and_when(model.config),
+        "steps": model.step,
+    }
+    write_run(small, RunFolder(options.run), out, result)
+    say(comparison(result))
+    say(f"run: {out}")
+    say(json.dumps(result))
+    return 0
+
+
+def scored_split(config: Config, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """What both are scored on, and where it is from.
+
+    Raises:
+      ValueError: a split or data that are not there.
+    """
+    from unified_mm.data.sources import open_source
+    from unified_mm.training.output import framed
+    from unified_mm.training.setup import evaluated_splits, open_split
+
+    fields = config.as_dict()
+    if options.split:
+        fields["evaluation"]["split"] = options.split
+    if options.images:
+        fields["evaluation"]["max_images"] = options.images
+    if options.data_dir:
+        fields["data"]["dir"] = options.data_dir
+    asked = Config(fields)
+    source = open_source(asked.data)
+    if source.banner:
+        say(framed(source.banner))
+    split = open_split(asked, source, evaluated_splits(asked, source)[0])
+    data = {"source": source.name, "folder": source.folder, "notice": source.banner}
+    return split, data
+
+
+def where_and_when(config: Config) -> dict[str, Any]:
+    """Device, versions and revision, as every result has them."""
+    from unified_mm.training.environment import device_name, revision, versions
+
+    return {
+        "device": device_name(),
+        "versions": {**versions(), "qwix": metadata.version("qwix")},
+        "revision": revision(),
+        "seed": config.seed,
+    }
+
+
+def write_run(model: Any, source: RunFolder, out: Any, result: Mapping[str, Any]) -> None:
+    """A run of the model's weights at the step that they are of.
+
+    Raises:
+      ValueError: `out` exists or cannot be made.
+    """
+    from unified_mm.runs.checkpoints import Checkpoints
+
+    with new_folder(out) as half:
+        run = RunFolder(half)
+        write_json(run.config, model.config.as_dict())
+        shutil.copyfile(source.tokenizer, run.tokenizer)
+        name = "average" if model.config.train.average_decay else "params"
+        told = {"step": model.step, "tokenizer": run.tokenizer_digest()}
+        with Checkpoints(run.checkpoints, asynchronous=False) as checkpoints:
+            checkpoints.save(model.step, {name: model.params}, told)
+        write_json(run.result, result)
+
+
+def comparison(result: Mapping[str, Any]) -> str:
+    """Scores before and after, one a line, then the bytes of the weights."""
+    lines = [f"{'score':<58}{'before':>9}{'after':>9}{'change':>9}"]
+    for name, after in result["scores"].items():
+        before = result["before"][name]
+        lines.append(f"{name:<58}{before:>9.3f}{after:>9.3f}{after - before:>+9.3f}")
+    before, after = (result["weights"][which]["all"] for which in ("before", "after"))
+    floats = after - result["weights"]["after"]["int8"]
+    lines.append(
+        f"weights: {before:,} bytes before, {after:,} after ({after / before:.2f} of them); "
+        f"{floats:,} of these are scales and what stays float32"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
