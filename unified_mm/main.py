@@ -139,6 +139,7 @@ def train() -> int:
     output = output_of(folder, say)
     chosen = resolve(CONFIG.value, flags.FLAGS["config"], output.say)
     refuse_unequal("the config", shared_fields(chosen))
+    refuse_int8(folder)
     with output.lock():
         new = folder.check(chosen.to_dict())
         if folder.finished and folder.finished_steps() >= chosen.train.steps:
@@ -176,6 +177,17 @@ def train() -> int:
         output.say(setup.source.banner)
     output.say(f"report: {folder.report}")
     return 0
+
+
+def refuse_int8(folder: RunFolder) -> None:
+    """Raises ValueError where the run's weights are int8, which no gradient can change."""
+    made = folder.read_config().get("quantized") if folder.exists else None
+    if made:
+        raise ValueError(
+            f"{folder.path} holds {made['weights']} weights, which cannot be trained: train the "
+            f"run that they were made from ({made['from']}), or start a new one with "
+            f"--config.model.start_from.text={folder.path}"
+        )
 
 
 def shared_fields(config: ConfigDict) -> str:

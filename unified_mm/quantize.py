@@ -60,58 +60,68 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def quantize(options: argparse.Namespace) -> int:
     """Quantises, scores both, and writes the new run."""
-    from unified_mm.evaluation.evaluate import check_split, evaluate
     from unified_mm.inference.loaded import load
     from unified_mm.inference.quantization import quantized
     from unified_mm.inference.quantized_params import need_qwix, weight_bytes
 
     if options.images < 0:
         raise ValueError(f"--images={options.images}: must be at least 0")
-    out = RunFolder(options.out).path
+    source, out = RunFolder(options.run), RunFolder(options.out).path
     refuse_existing(out)
     need_qwix()
-    model = load(options.run)
+    model = load(source.path)
     activations = "" if options.activations == "none" else options.activations
-    source = str(RunFolder(options.run).path)
-    small = quantized(model, options.weights, activations, source)
-    split, data = scored_split(model.config, options)
-    check_split(split, model.task)
-    images = len(split.manifest.records)
-    found = []
-    for which, each in (("as it is", model), ("quantised", small)):
-        say(f"scoring {split.manifest.split} ({images:,} images), {which}")
-        batch_size = model.config.evaluation.batch_size
-        found.append(evaluate(each.predictor, split, batch_size=batch_size))
-    before, after = found
+    small = quantized(model, options.weights, activations, str(source.path))
     result = {
-        "scores": after.scores,
-        "chance": after.chance,
-        "ceiling": after.ceiling,
-        "before": before.scores,
+        **scored(model, small, options),
         "weights": {
             "before": weight_bytes(model.params),
             "after": weight_bytes(small.params),
         },
         "quantized": small.config.quantized.as_dict(),
-        "split": split.manifest.split,
-        "images": images,
-        "data": data,
         **where_and_when(model.config),
         "steps": model.step,
     }
-    write_run(small, RunFolder(options.run), out, result)
+    write_run(small, source, out, result)
     say(comparison(result))
     say(f"run: {out}")
     say(json.dumps(result))
     return 0
 
 
-def scored_split(config: Config, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """What both are scored on, and where it is from.
+def scored(model: Any, small: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """The scores of both on one split, and of what they are.
 
     Raises:
       ValueError: a split or data that are not there.
     """
+    from unified_mm.evaluation.evaluate import evaluate
+    from unified_mm.objectives.captioning import Captioning
+
+    if not (model.predictor.can_retrieve() or model.predictor.can(Captioning)):
+        say("no scores: the model was trained on nothing that images and captions could score")
+        return {"scores": {}, "chance": {}, "ceiling": {}, "before": {}}
+    split, data = open_scored(model.config, options)
+    name, images = split.manifest.split, len(split.manifest.records)
+    found = []
+    for which, each in (("as it is", model), ("quantised", small)):
+        say(f"scoring {name}, {images:,} images, {which}")
+        batch_size = model.config.evaluation.batch_size
+        found.append(evaluate(each.predictor, split, batch_size=batch_size))
+    before, after = found
+    return {
+        "scores": after.scores,
+        "chance": after.chance,
+        "ceiling": after.ceiling,
+        "before": before.scores,
+        "split": name,
+        "images": images,
+        "data": data,
+    }
+
+
+def open_scored(config: Config, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The split that is scored, and where it is from."""
     from unified_mm.data.sources import open_source
     from unified_mm.training.output import framed
     from unified_mm.training.setup import evaluated_splits, open_split
@@ -128,8 +138,7 @@ def scored_split(config: Config, options: argparse.Namespace) -> tuple[Any, dict
     if source.banner:
         say(framed(source.banner))
     split = open_split(asked, source, evaluated_splits(asked, source)[0])
-    data = {"source": source.name, "folder": source.folder, "notice": source.banner}
-    return split, data
+    return split, {"source": source.name, "folder": source.folder, "notice": source.banner}
 
 
 def where_and_when(config: Config) -> dict[str, Any]:

@@ -37,10 +37,13 @@ def need_qwix() -> None:
         )
 
 
-def contracted_axes(task: Task) -> dict[str, Axes]:
-    """By path of each parameter that becomes int8, the axes that products contract.
+def trace(task: Task) -> tuple[Any, dict[str, Axes]]:
+    """Shapes of a task's float parameters, boxed, and which of them become int8.
 
     The model is traced, and nothing computed: every dense map and table that it calls is noted.
+
+    Returns:
+      The shapes, and by path of each parameter that becomes int8 the axes that products contract.
     """
     found: dict[str, Axes] = {}
 
@@ -52,8 +55,7 @@ def contracted_axes(task: Task) -> dict[str, Axes]:
 
     with nn.intercept_methods(note):
         # A function of its own: what is traced already would not be traced again.
-        jax.eval_shape(lambda key: task.init(key), jax.random.key(0))
-    return found
+        return jax.eval_shape(lambda key: task.init(key), jax.random.key(0)), found
 
 
 def _axes_within(module: nn.Module) -> dict[str, Axes]:
@@ -67,14 +69,14 @@ def _axes_within(module: nn.Module) -> dict[str, Axes]:
 
 
 def quantize_params(task: Task, params: Any, activations: str = "") -> Any:
-    """A task's float parameters with those of `contracted_axes` as int8.
+    """A task's float parameters with those that `trace` finds as int8.
 
     `activations` is as in `Quantized`. Raises ValueError where qwix is missing.
     """
     need_qwix()
     import qwix
 
-    axes = contracted_axes(task)
+    _, axes = trace(task)
 
     def one(path: Any, leaf: Any) -> Any:
         contracted = axes.get(path_of(path))
@@ -100,13 +102,12 @@ def saved_shapes(task: Task, config: Config) -> Any:
     A run of int8 weights says so in its config (`quantized`). Raises ValueError where it has int8
     activations and qwix is missing.
     """
-    boxed = task.abstract_params()
     if "quantized" not in config:
-        return boxed
+        return task.abstract_params()
     activations = str(config.quantized.activations)
     if activations:
         need_qwix()
-    axes = contracted_axes(task)
+    boxed, axes = trace(task)
 
     def one(path: Any, box: Any) -> Any:
         contracted = axes.get(path_of(path))
