@@ -227,7 +227,8 @@ def test_what_cannot_be_is_refused(early, monkeypatch):
 
 def print_memory():
     """Bytes beside the arguments that writing takes, with float weights and with int8 ones."""
-    from unified_mm.inference.generate import greedy
+    from unified_mm.inference.decoding import GREEDY
+    from unified_mm.inference.texts import inputs_of, write_texts
 
     width, layers = 128, 8
     changes = {
@@ -243,10 +244,11 @@ def print_memory():
     batch = jax.tree.map(jnp.asarray, task.example_batch(1))
     batch["text"] = {name: batch["text"][name][..., :1] for name in ("ids", "valid")}
     batch["text"]["present"] = jnp.ones(1, bool)
-    options = {"room": 8, "most": jnp.array([8]), "end": 5, "padding": 0}
+    inputs = inputs_of(GREEDY, batch, np.array([8]), [5], 0)
+    options = {"beams": 1, "samples": 1, "room": 8, "padding": 0}
     for each in (model, small):
-        write = jax.jit(partial(greedy, each.task.model, batch=batch, stream=STREAM, **options))
-        memory = write.lower(params=each.params).compile().memory_analysis()
+        write = jax.jit(partial(write_texts, each.task.model, stream=STREAM, **options))
+        memory = write.lower(params=each.params, inputs=inputs).compile().memory_analysis()
         print(memory.temp_size_in_bytes)
     print(4 * 12 * width * width, 4 * width * task.modalities["text"].vocabulary)
 
