@@ -101,6 +101,7 @@ def test_the_run_holds_int8_and_loads_as_it_was_made(runs):
     np.testing.assert_array_equal(small.embed_texts(TEXTS), made.embed_texts(TEXTS))
 
 
+@pytest.mark.slow
 def test_it_lies_on_a_mesh_as_floats_do(runs):
     mesh = make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
     spread = unified_mm.load(runs[1], mesh=mesh)

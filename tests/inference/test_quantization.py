@@ -59,7 +59,10 @@ def all_three(kind):
     return model, quantized(model), quantized(model, activations="int8")
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(
+    params=["early", "gated", "late"]
+    + [pytest.param(kind, marks=pytest.mark.slow) for kind in ("per modality", "own head")]
+)
 def models(request):
     return all_three(request.param)
 
@@ -134,7 +137,7 @@ def test_a_scan_computes_with_what_the_weights_stand_for_and_stays_near_the_floa
 
 @pytest.mark.parametrize(
     ("kind", "activations"),
-    [("early", ""), ("gated", "int8"), pytest.param("early", "int8", marks=pytest.mark.slow)],
+    [("early", ""), ("gated", "int8")],
 )
 def test_the_cache_gives_what_reading_all_again_gives(kind, activations):
     _, weights, both = all_three(kind)
