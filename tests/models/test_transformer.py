@@ -13,6 +13,7 @@ from unified_mm.models.transformer import Transformer
 from unified_mm.parallel.sharding import without_names
 
 ROWS, TOKENS, WIDTH = 2, 64, 32
+UNROLLED = "full, in one step of the scan"
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,8 @@ def gradients():
     metadata = single_document(jnp.ones((ROWS, TOKENS), bool), Group("t", "text", TOKENS))
     params = None
     found = {}
-    for remat in REMAT:
-        options = TransformerOptions(WIDTH, 6, 4, 4 * WIDTH, remat=remat)
+    for name, remat, unroll in [*((each, each, 1) for each in REMAT), (UNROLLED, "full", 6)]:
+        options = TransformerOptions(WIDTH, 6, 4, 4 * WIDTH, remat=remat, unroll=unroll)
         plan = plan_attention(options, Visibility((Stream("t", "joint"),)), metadata, metadata)
         stack = Transformer(options)
         params = params or without_names(stack.init(jax.random.key(0), x, plan))
@@ -33,11 +34,11 @@ def gradients():
 
         program = jax.jit(jax.grad(total, (0, 1))).lower(params, x).compile()
         memory = program.memory_analysis().temp_size_in_bytes
-        found[remat] = program(params, x), memory
+        found[name] = program(params, x), memory
     return found
 
 
-@pytest.mark.parametrize("remat", REMAT[1:])
+@pytest.mark.parametrize("remat", [*REMAT[1:], UNROLLED])
 def test_gradients_are_those_of_a_stack_that_keeps_all(gradients, remat):
     kept, recomputed = (jax.tree.leaves(gradients[name][0]) for name in ("none", remat))
     # The gradient of a key's bias is zero but for rounding.
@@ -49,6 +50,7 @@ def test_gradients_are_those_of_a_stack_that_keeps_all(gradients, remat):
 def test_the_less_is_kept_the_less_memory_is_held(gradients):
     held = {remat: memory for remat, (_, memory) in gradients.items()}
     assert held["full"] < 0.7 * held["dots"] < 0.6 * held["none"], held
+    assert held[UNROLLED] < 0.7 * held["none"], held
     # A CPU has no other memory to put products into.
     assert held["offload"] < 0.6 * held["none"], held
 

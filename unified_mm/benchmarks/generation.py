@@ -93,7 +93,7 @@ def recompute(
 
     def advance(carry: Any) -> Any:
         ids, count, done, gained = carry
-        logits = model.apply({"params": params}, ids, count, method=read)
+        logits: Any = model.apply({"params": params}, ids, count, method=read)
         token = jnp.where(done, padding, logits.argmax(-1)).astype(ids.dtype)
         at = jnp.where(done, width + room, begun + count)
         likelihood = jax.nn.log_softmax(logits).max(-1)

@@ -63,7 +63,7 @@ def request_table(
       say: takes a line for each row.
     """
     requests = make_requests(model, views, count)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, opened in (
         ("one at a time", _one_at_a_time(model)),
         ("static batches", _StaticBatches(model, slots)),

@@ -96,7 +96,7 @@ class Step:
     def loss(self) -> float:
         """Of one more step."""
         with _on(self._setup):
-            total, count = jax.device_get(self._one()["loss"])
+            total, count = jax.device_get(self._one().pairs["loss"])
         return float(total / count)
 
     def _one(self) -> Any:
@@ -124,7 +124,7 @@ def training_table(
       say: takes a line for each row.
     """
     fused = FASTEST_ATTENTION[jax.default_backend()]
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def add(name: str, batch: int, **options: str) -> Step:
         step = Step(_prepared(fields, batch, options), batches=steps + 2)

@@ -21,7 +21,7 @@ from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.inference.classes import TEMPLATES, class_embeddings
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.predictor import Predictor
-from unified_mm.inference.quantized_params import saved_shapes
+from unified_mm.inference.quantized_params import in_dtype, saved_shapes
 from unified_mm.inference.streaming import stream
 from unified_mm.objectives.task import Task, build_task
 from unified_mm.parallel.mesh import make_mesh
@@ -156,12 +156,12 @@ class LoadedModel:
     def with_options(self, **changes: Any) -> LoadedModel:
         """The same model, computed otherwise: `dtype`, `attention`, `cache` (`TransformerOptions`).
 
-        With another `dtype` the parameters are kept in it too.
+        With another `dtype` the parameters are kept in it too, but for what is int8.
         """
         task = replace(self.task, model=self.task.model.with_options(**changes))
         params = self.params
         if "dtype" in changes:
-            params = jax.tree.map(lambda leaf: leaf.astype(changes["dtype"]), params)
+            params = in_dtype(params, changes["dtype"])
         return LoadedModel(task, params, self.predictor.mesh, self.config, self.step)
 
     def view(self, image: Picture) -> UInt8[np.ndarray, "size size 3"]:

@@ -96,6 +96,15 @@ def dequantized(params: Any) -> Any:
     )
 
 
+def in_dtype(params: Any, dtype: Any) -> Any:
+    """The same parameters, as numbers of `dtype` where they are not int8."""
+    return jax.tree.map(
+        lambda leaf: leaf if _is_quantized(leaf) else leaf.astype(dtype),
+        params,
+        is_leaf=_is_quantized,
+    )
+
+
 def saved_shapes(task: Task, config: Config) -> Any:
     """Shapes and types of the parameters that a run's checkpoints hold, boxed with axis names.
 

@@ -72,7 +72,8 @@ class TransformerOptions:
         scores are recomputed); 'offload', the same with these products kept in the host's memory
         (on a CPU, where that is the only one, it is 'dots').
       attention: which program computes it; see `models.backends`.
-      unroll: how many periods a step of the scan holds; the parameter tree is the same.
+      unroll: how many periods a step of the scan holds; the parameter tree is the same. Always one
+        where something is recomputed: within a step the compiler would keep it after all.
       dtype: of the computation; parameters are float32.
       cache: what generation keeps keys and values as: 'same', as `dtype`, or 'int8'.
       cross: the gated cross-attention layers between the blocks.

@@ -119,7 +119,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=o.periods,
-            unroll=o.unroll,
+            unroll=o.unroll if o.remat == "none" else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return layers(o, deterministic, name="layers")(x, plan, cross, cached)
