@@ -181,3 +181,17 @@ def test_a_cut_text_ends_all_the_same_where_that_is_asked_for(tokenizer, tmp_pat
     row = TextTokenizer.load(path, eos_when_cut=True).encode("", TEXTS[0], 4)
     want = tokenizer.encode("", TEXTS[0], 4)["ids"].tolist()
     assert row["ids"].tolist() == [*want[:3], tokenizer.eos_id]
+
+
+def test_tokens_belong_to_the_words_that_white_space_parts():
+    tokenizer = TextTokenizer.train(["a red cube, and a sphere"], 270)
+    for text in ("a red cube, and a größe", "  red\n 😀😀  x ", "red", "A\u0301 b"):
+        words, owners = tokenizer.words(text)
+        assert words == text.split() and len(owners) == len(tokenizer.ids(text))
+        assert owners == sorted(owners) and set(owners) == set(range(len(words)))
+        for number, word in enumerate(words):
+            ids = [
+                i for i, owner in zip(tokenizer.ids(text), owners, strict=True) if owner == number
+            ]
+            assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.ids(word))
+    assert tokenizer.words("") == tokenizer.words(" ") == ([], [])

@@ -4,6 +4,7 @@ Sennrich et al. 2016 (arXiv:1508.07909) for BPE, Radford et al. 2019 (GPT-2) for
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,15 @@ class TextTokenizer:
         found = [] if len(ids := self.ids(text)) != 1 else ids
         within = self._tokenizer.token_to_id(text)
         return list(dict.fromkeys(found + ([] if within is None else [within])))
+
+    def words(self, text: str) -> tuple[list[str], list[int]]:
+        """The words of a text, which white space parts, and to which each of `ids` belongs."""
+        found = list(re.finditer(r"\S+", text))
+        ends = np.array([word.end() for word in found])
+        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets if found else []
+        # By where a token's last character stands: a space may be part of what follows it.
+        owners = [int(np.searchsorted(ends, max(end, 1))) for _, end in offsets]
+        return [word[0] for word in found], [min(owner, len(found) - 1) for owner in owners]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text before the first `<eos>`, without special tokens and outer spaces."""

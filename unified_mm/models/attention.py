@@ -12,6 +12,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from unified_mm.modalities.tokens import Group, TokenMetadata
+from unified_mm.models.attention_weights import leave_weights
 from unified_mm.models.backends import attend, look
 from unified_mm.models.cache import KeysValues, read_slots, write_slots
 from unified_mm.models.masks import BlockCall, Visibility, block_calls
@@ -30,7 +31,7 @@ class AttentionPlan:
       sights: what each block call sees.
       positions: int32 [B, Q] of the queries, for rotary positions.
       write_at: int32 [], where new keys go in the cache; None without a cache.
-      calls, groups: the block calls, and the groups of the queries; static.
+      calls, groups, key_groups: the block calls, the groups of queries and of keys; static.
       keep: slice of the keys to hand back when there is no cache yet; static.
     """
 
@@ -39,6 +40,7 @@ class AttentionPlan:
     write_at: Any
     calls: tuple[BlockCall, ...] = struct.field(pytree_node=False)
     groups: tuple[Group, ...] = struct.field(pytree_node=False)
+    key_groups: tuple[Group, ...] = struct.field(pytree_node=False)
     keep: tuple[int, int] = struct.field(pytree_node=False)
 
 
@@ -63,6 +65,7 @@ def plan_attention(
         write_at=write_at,
         calls=calls,
         groups=queries.groups,
+        key_groups=keys.groups,
         keep=keep,
     )
 
@@ -145,6 +148,8 @@ class Attention(nn.Module):
             attend(query[:, slice(*call.queries)], pick(key, call), pick(value, call), sight)
             for call, sight in zip(plan.calls, plan.sights, strict=True)
         ]
+        groups = plan.groups, plan.key_groups
+        leave_weights(self, query, key, plan.calls, plan.sights, groups)
         output = partial(out_of_heads, x.shape[-1], o, o.output_bias)
         return project(output, "output", divided_sequences(jnp.concatenate(seen, axis=1))), kept
 

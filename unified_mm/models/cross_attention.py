@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from unified_mm.modalities.tokens import TokenMetadata
+from unified_mm.modalities.tokens import Group, TokenMetadata
 from unified_mm.models.attention import (
     divided_sequences,
     into_heads,
@@ -18,6 +18,7 @@ from unified_mm.models.attention import (
     share_of_heads,
     whole_sequences,
 )
+from unified_mm.models.attention_weights import leave_weights
 from unified_mm.models.backends import attend, look
 from unified_mm.models.cache import KeysValues, read_slots
 from unified_mm.models.feed_forward import make_mlp
@@ -73,11 +74,13 @@ class CrossPlan:
       features: [B, M, D'], or None where keys and values are cached.
       sights: what each block call sees of the features.
       calls: those of the Q queries that look; static. All others get zero.
+      groups: of the queries and of the features; static.
     """
 
     features: Any
     sights: tuple[Sight, ...]
     calls: tuple[BlockCall, ...] = struct.field(pytree_node=False)
+    groups: tuple[tuple[Group, ...], tuple[Group, ...]] = struct.field(pytree_node=False)
 
 
 def plan_cross_attention(
@@ -91,7 +94,8 @@ def plan_cross_attention(
     calls = block_calls(visibility, queries.groups, memory.metadata.groups)
     calls = tuple(call for call in calls if call.keys)
     sights = tuple(look(options, call, queries, memory.metadata) for call in calls)
-    return CrossPlan(memory.features, sights, calls)
+    groups = queries.groups, memory.metadata.groups
+    return CrossPlan(memory.features, sights, calls, groups)
 
 
 class GatedCrossLayer(nn.Module):
@@ -150,6 +154,7 @@ class CrossAttention(nn.Module):
             rows = slice(*call.queries)
             part = attend(query[:, rows], pick(key, call), pick(value, call), sight)
             seen = seen.at[:, rows].set(part)
+        leave_weights(self, query, key, plan.calls, plan.sights, plan.groups)
         seen = divided_sequences(seen)
         return out_of_heads(x.shape[-1], o, False, "output")(seen), cached
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from unified_mm.modalities.tokens import Group, single_document
 from unified_mm.models.attention import into_heads, out_of_heads
+from unified_mm.models.attention_weights import leave_weights
 from unified_mm.models.backends import attend, look
 from unified_mm.models.cross_attention import head_norm
 from unified_mm.models.feed_forward import make_mlp
@@ -130,4 +131,7 @@ class ResamplerAttention(nn.Module):
         if o.cross.query_key_norm:
             query = head_norm("query_norm", o, self.head_norm)(query)
             key = head_norm("key_norm", o, self.head_norm)(key)
+        latent = Group("latents", "features", latents.shape[1])
+        groups = (latent,), (Group("features", "features", features.shape[1]), latent)
+        leave_weights(self, query, key, (sight.call,), (sight,), groups)
         return out_of_heads(o.width, o, False, "output")(attend(query, key, value, sight))

@@ -10,6 +10,7 @@ import jax
 from jaxtyping import Array, Float
 
 from unified_mm.models.attention import Attention, AttentionPlan
+from unified_mm.models.attention_weights import ATTENTION
 from unified_mm.models.cache import KeysValues
 from unified_mm.models.cross_attention import CrossPlan, GatedCrossLayer
 from unified_mm.models.feed_forward import FeedForward
@@ -115,7 +116,7 @@ class Transformer(nn.Module):
         o = self.options
         layers = nn.scan(
             recomputed(Period, o.remat, nn.remat),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, ATTENTION: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=o.periods,
