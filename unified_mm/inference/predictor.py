@@ -21,7 +21,7 @@ from unified_mm.inference.texts import inputs_of, write_texts
 from unified_mm.models.masks import Stream
 from unified_mm.models.unified import UnifiedModel
 from unified_mm.objectives.captioning import Captioning, score_text
-from unified_mm.objectives.contrastive import Contrastive, text_valid
+from unified_mm.objectives.contrastive import Contrastive
 from unified_mm.objectives.task import Task
 from unified_mm.parallel.rows import own_rows
 from unified_mm.parallel.sharding import serving_rules, to_global
@@ -70,10 +70,7 @@ class Predictor:
             raise ValueError("this model embeds texts alone")
 
         def embed(model: UnifiedModel, batch: Any) -> jax.Array:
-            encoded = model.read_context(batch, objective.stream)
-            name = objective.between
-            head = model.head[objective.name]
-            return head(name, encoded.context[name], encoded.context_valid[name])
+            return objective.embed_context(model, batch)
 
         return self._run("embed_images", embed, _without_text(batch))
 
@@ -82,8 +79,7 @@ class Predictor:
         objective = self._objective(Contrastive, "embed")
 
         def embed(model: UnifiedModel, batch: Any) -> jax.Array:
-            x = model.read_text(batch["text"], objective.stream)
-            return model.head[objective.name]("text", x, text_valid(batch))
+            return objective.embed_text(model, batch)
 
         return self._run("embed_texts", embed, {"text": batch["text"]})
 

@@ -156,6 +156,19 @@ class Contrastive(TextObjective):
         embedded = Embedded((context, text), paired_rows(batch, self.between))
         return self.compare(model, embedded)
 
+    def embed_context(self, model: UnifiedModel, batch: Batch) -> Float[Array, "B E"]:
+        """Unit vectors of the context that is held against text, read without any."""
+        encoded = model.read_context(batch, self.stream)
+        seen = encoded.context_valid[self.between]
+        vectors: Array = model.head[self.name](self.between, encoded.context[self.between], seen)
+        return vectors
+
+    def embed_text(self, model: UnifiedModel, batch: Batch) -> Float[Array, "B E"]:
+        """Unit vectors of texts, read without any context."""
+        x = model.read_text(batch["text"], self.stream)
+        vectors: Array = model.head[self.name]("text", x, text_valid(batch))
+        return vectors
+
     def compare(self, model: UnifiedModel, embedded: Embedded) -> Outcome:
         """The loss among all examples that are embedded."""
         context, text = embedded.vectors

@@ -1,0 +1,222 @@
+"""Writes a run's programs and parameters so that they run without this package.
+
+    python -m unified_mm.export --run runs/first --out DIR
+    python -m unified_mm.export --run runs/first --out DIR --platforms cpu,cuda,tpu
+
+DIR gets the image encoder, the text encoder, the prefill and the decode step (those that the run
+can serve) as `jax.export` writes them, for any batch size; parameters.npz, tokenizer.json, a
+manifest.json with names, shapes and checksums of it all, and exported.py, which loads it and needs
+jax and numpy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from unified_mm import exported
+from unified_mm.commands import exit_code, say
+from unified_mm.inference.loaded import LoadedModel
+from unified_mm.inference.programs import IMAGE, Program, programs
+from unified_mm.parallel.sharding import path_of
+from unified_mm.runs.folder import user_path, write_json
+from unified_mm.runs.new_folder import new_folder, refuse_existing
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+PARAMETERS = "parameters.npz"
+
+
+def export(
+    model: LoadedModel,
+    out: str | os.PathLike[str],
+    *,
+    platforms: Sequence[str] = (),
+    prompt: int = 0,
+    room: int = 0,
+) -> dict[str, Any]:
+    """Writes a model's programs and parameters, and returns the manifest.
+
+    Args:
+      out: a new directory.
+      platforms: that the programs run on; none is the one of this machine.
+      prompt: tokens that a prompt may have; 0 is as many as the model reads.
+      room: tokens that may be written; 0 is as many.
+
+    Raises:
+      ValueError: `out` exists, an unknown platform, sizes that the model does not have, or a model
+        that can be asked nothing; or flatbuffers is not installed.
+    """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ValueError("jax writes programs by flatbuffers: pip install flatbuffers")
+    chosen = tuple(platforms) or (jax.export.default_export_platform(),)
+    for platform in chosen:
+        if platform not in PLATFORMS:
+            raise ValueError(f"--platforms: {platform!r} is none of {', '.join(PLATFORMS)}")
+    length = model.task.modalities["text"].length
+    for flag, value, most in (("prompt", prompt, length), ("room", room, length - 1)):
+        if not 0 <= value <= most:
+            raise ValueError(f"--{flag}={value}: this model's texts allow 1 to {most}, or 0 for it")
+    prompt, room = prompt or length, room or length - 1
+    with new_folder(user_path(out, "--out").absolute()) as half:
+        return _write(model, half, chosen, prompt, room)
+
+
+def _write(
+    model: LoadedModel, folder: Path, platforms: tuple[str, ...], prompt: int, room: int
+) -> dict[str, Any]:
+    leaves = [
+        (path_of(path), np.asarray(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(model.params))
+    ]
+    # NumPy has no name for types such as bfloat16: their bits are kept.
+    bits = {name: x.view(f"u{x.itemsize}") if x.dtype.kind == "V" else x for name, x in leaves}
+    np.savez(folder / PARAMETERS, **bits)  # type: ignore[arg-type]
+    written = {}
+    params = [jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in leaves]
+    for name, program in programs(model, prompt, room).items():
+        lowered = program.exported(params, platforms)
+        (folder / f"{name}.program").write_bytes(lowered.serialize())
+        written[name] = _described(name, program, lowered.out_avals)
+    model.task.tokenizer.save(folder / "tokenizer.json")
+    manifest = {
+        "format": exported.FORMAT,
+        "jax": jax.__version__,
+        "platforms": list(platforms),
+        "run": {"fusion": model.config.model.fusion, "step": model.step},
+        "programs": written,
+        "parameters": [_shape(x, name=name) for name, x in leaves],
+        "image": _preprocessing(model),
+        "text": _text(model, prompt, room),
+        "files": {path.name: _file(path) for path in sorted(folder.iterdir())},
+    }
+    whole = {"manifest": manifest, "sha256": exported.digest(manifest)}
+    write_json(folder / exported.MANIFEST, whole)
+    _copy_loader(folder)
+    return manifest
+
+
+def _described(name: str, program: Program, outputs: Sequence[Any]) -> dict[str, Any]:
+    return {
+        "file": f"{name}.program",
+        "inputs": {key: _shape(each) for key, each in program.inputs.items()},
+        "state": [_shape(each) for each in program.state],
+        "output": _shape(outputs[0]),
+    }
+
+
+def _shape(array: Any, **more: str) -> dict[str, Any]:
+    """Type and shape, where a symbolic size is its name."""
+    sizes = [size if isinstance(size, int) else str(size) for size in array.shape]
+    return {**more, "dtype": array.dtype.name, "shape": sizes}
+
+
+def _file(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": found, "bytes": path.stat().st_size}
+
+
+def _preprocessing(model: LoadedModel) -> Mapping[str, Any] | None:
+    """What has to be done to a picture; its pixels are normalised within the programs."""
+    modality = model.task.modalities.get(IMAGE)
+    if modality is None:
+        return None
+    return {
+        "size": modality.size,
+        "pixels": "uint8 RGB, upright (EXIF), transparency over white",
+        "fit": modality.fit,
+        "resampling": modality.resampling,
+        "normalised_within": {
+            "mean": list(modality.embedding.mean),
+            "deviation": list(modality.embedding.deviation),
+        },
+    }
+
+
+def _text(model: LoadedModel, prompt: int, room: int) -> dict[str, Any]:
+    modality, tokenizer = model.task.modalities["text"], model.task.tokenizer
+    return {
+        "length": modality.length,
+        "prompt": prompt,
+        "room": room,
+        "begin": tokenizer.bos_id,
+        "end": tokenizer.eos_id,
+        "padding": tokenizer.pad_id,
+        "end_when_cut": tokenizer.special_tokens["eos_when_cut"],
+        "attend_padding": modality.attend_padding,
+    }
+
+
+def _copy_loader(folder: Path) -> None:
+    """The loader, and the package by which jax reads programs and which it does not bring along."""
+    shutil.copy(exported.__file__, folder / "exported.py")
+    found = importlib.util.find_spec("flatbuffers")
+    assert found is not None and found.origin is not None
+    package = Path(found.origin).parent
+    shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
+    options = parse(arguments)
+    sys.exit(exit_code(lambda: run(options)))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options; argparse ends the process where they are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unified_mm.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", required=True, metavar="RUN", help="the run's folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
+    parser.add_argument(
+        "--platforms", default="", metavar="A,B", help=f"of {', '.join(PLATFORMS)}; this machine's"
+    )
+    parser.add_argument(
+        "--prompt", type=int, default=0, metavar="N", help="tokens that a prompt may have (all)"
+    )
+    parser.add_argument(
+        "--room", type=int, default=0, metavar="N", help="tokens that may be written (all)"
+    )
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Loads the run and writes it."""
+    from unified_mm.inference.loaded import load
+
+    refuse_existing(Path(options.out))
+    platforms = [name.strip() for name in options.platforms.split(",") if name.strip()]
+    manifest = export(
+        load(options.run),
+        options.out,
+        platforms=platforms,
+        prompt=options.prompt,
+        room=options.room,
+    )
+    for name, program in manifest["programs"].items():
+        taken = [f"{key} {each['dtype']}{each['shape']}" for key, each in program["inputs"].items()]
+        say(f"{name}: {', '.join(taken)}")
+    say(f"written: {options.out}")
+    summary = {name: manifest[name] for name in ("platforms", "run", "files")}
+    say(json.dumps({**summary, "programs": list(manifest["programs"])}))
+    return 0
+
+
+if __name__ == "__main__":
+    main()

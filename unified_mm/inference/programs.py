@@ -1,0 +1,167 @@
+"""What a model can be asked for, as functions of plain lists and dictionaries of arrays.
+
+`jax.export` writes them down for any batch size; to run them nobody needs the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+from jaxtyping import Array
+
+from unified_mm.inference.generate import Reading, read, read_prompts
+from unified_mm.inference.loaded import LoadedModel
+from unified_mm.models.unified import UnifiedModel
+from unified_mm.objectives.captioning import Captioning
+from unified_mm.objectives.contrastive import Contrastive
+from unified_mm.objectives.task import Task
+
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+IMAGE = "image"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function of arrays, and what it takes; a batch is of any size.
+
+    Attributes:
+      function: (params, inputs, state) -> an array, or logits and the next state; params and state
+        are lists.
+      inputs: by name, shape and type, the batch first.
+      state: of what earlier tokens have left, in order.
+    """
+
+    function: Callable[[list[Array], dict[str, Array], list[Array]], Any]
+    inputs: Shapes
+    state: tuple[jax.ShapeDtypeStruct, ...] = ()
+
+    def exported(self, params: list[Any], platforms: tuple[str, ...]) -> export.Exported:
+        """The program lowered for some platforms ('cpu', 'cuda', 'rocm', 'tpu')."""
+        lower = export.export(jax.jit(self.function), platforms=platforms)
+        return lower(params, dict(self.inputs), list(self.state))
+
+
+def programs(model: LoadedModel, prompt: int, room: int) -> dict[str, Program]:
+    """All that a model can be asked for, by name.
+
+    `embed_images` and `embed_texts` give unit vectors [B, E]; `prefill` reads an image and a
+    prompt and `decode` one token more, and both give logits [B, V] of the next one and a state.
+
+    Args:
+      prompt: P, tokens that a prompt may have, its padding included.
+      room: tokens that may be written after it.
+
+    Raises:
+      ValueError: a model that neither embeds nor writes.
+    """
+    # Kernels are of one device each; these programs are for any.
+    task = model.predictor.task
+    portable = _Portable(task, task.model.with_options(attention="xla"), model.params)
+    found: dict[str, Program] = {}
+    for objective in task.objectives:
+        if isinstance(objective, Contrastive):
+            found |= portable.encoders(objective)
+        elif isinstance(objective, Captioning):
+            found |= portable.writing(objective, prompt, room)
+    if not found:
+        raise ValueError("this model neither embeds nor writes: there is nothing to export")
+    return found
+
+
+@dataclass(frozen=True)
+class _Portable:
+    """A task whose model runs anywhere, and its parameters."""
+
+    task: Task
+    model: UnifiedModel
+    params: Any
+
+    def encoders(self, objective: Contrastive) -> dict[str, Program]:
+        def embed_images(params: Any, inputs: Any, state: Any) -> Array:
+            return self._apply(params, objective.embed_context, self._context(inputs))
+
+        def embed_texts(params: Any, inputs: Any, state: Any) -> Array:
+            return self._apply(params, objective.embed_text, {"text": _text(inputs)})
+
+        text = Program(embed_texts, _text_shapes(self.task.modalities["text"].length))
+        if objective.between != IMAGE:
+            return {"embed_texts": text}
+        return {"embed_images": Program(embed_images, self._pixels()), "embed_texts": text}
+
+    def writing(self, objective: Captioning, prompt: int, room: int) -> dict[str, Program]:
+        stream = objective.stream
+
+        def start(params: Any, inputs: Any) -> tuple[Array, Reading]:
+            batch = {**self._context(inputs), "text": _text(inputs)}
+            return read_prompts(self.model, self._tree(params), batch, stream, room)
+
+        def prefill(params: Any, inputs: Any, state: Any) -> tuple[Array, list[Array]]:
+            logits, reading = start(params, inputs)
+            return logits, jax.tree.leaves(reading)
+
+        inputs = {**self._pixels(), **_text_shapes(prompt)}
+        _, begun = jax.eval_shape(start, jax.tree.leaves(self.params), inputs)
+        state, structure = jax.tree.flatten(begun)
+
+        def decode(params: Any, inputs: Any, state: Any) -> tuple[Array, list[Array]]:
+            reading = jax.tree.unflatten(structure, state)
+            token = inputs["token"]
+            logits, reading = read(self.model, self._tree(params), reading, token, stream, room)
+            return logits, jax.tree.leaves(reading)
+
+        token = {"token": _shape((), jnp.int32)}
+        return {
+            "prefill": Program(prefill, inputs),
+            "decode": Program(decode, token, tuple(state)),
+        }
+
+    def _tree(self, params: list[Array]) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(self.params), params)
+
+    def _apply(self, params: list[Array], method: Callable[..., Array], batch: Any) -> Array:
+        def ask(module: UnifiedModel) -> Array:
+            return method(module, batch)
+
+        found: Any = self.model.apply({"params": self._tree(params)}, method=ask)
+        return found
+
+    def _pixels(self) -> Shapes:
+        if IMAGE not in self.task.modalities:
+            return {}
+        size = self.task.modalities[IMAGE].size
+        return {"pixels": _shape((size, size, 3), jnp.uint8)}
+
+    def _context(self, inputs: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+        """An image of each row and nothing else."""
+        rows = next(iter(inputs.values())).shape[0]
+        context = {
+            name: {
+                key: jnp.broadcast_to(value, (rows, *value.shape))
+                for key, value in self.task.modalities[name].absent().items()
+            }
+            for name in self.model.context_names
+        }
+        if "pixels" in inputs:
+            context[IMAGE] = {"pixels": inputs["pixels"], "present": jnp.ones(rows, bool)}
+        return context
+
+
+def _text(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    present = jnp.ones(inputs["ids"].shape[0], bool)
+    return {"ids": inputs["ids"], "valid": inputs["valid"], "present": present}
+
+
+def _text_shapes(length: int) -> Shapes:
+    return {"ids": _shape((length,), jnp.int32), "valid": _shape((length,), bool)}
+
+
+def _shape(rest: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((*_BATCH, *rest), dtype)
+
+
+_BATCH = export.symbolic_shape("batch")
