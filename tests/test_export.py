@@ -210,7 +210,7 @@ def test_the_manifest_says_what_there_is(early):
     assert manifest["programs"]["embed_images"]["inputs"] == {
         "pixels": {"dtype": "uint8", "shape": ["batch", 16, 16, 3]}
     }
-    leaves = jax.tree.leaves(model.params)
+    leaves = jax.tree.leaves(model.predictor.params)
     assert [entry["shape"] for entry in manifest["parameters"]] == [list(x.shape) for x in leaves]
     assert manifest["image"]["size"] == 16 and manifest["image"]["fit"] == "crop"
     listed = {"manifest.json", "exported.py", "flatbuffers", *manifest["files"]}

@@ -76,9 +76,10 @@ def export(
 def _write(
     model: LoadedModel, folder: Path, platforms: tuple[str, ...], prompt: int, room: int
 ) -> dict[str, Any]:
+    tree = jax.device_get(model.predictor.params)
     leaves = [
         (path_of(path), np.asarray(leaf))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(model.params))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     ]
     # NumPy has no name for types such as bfloat16: their bits are kept.
     bits = {name: x.view(f"u{x.itemsize}") if x.dtype.kind == "V" else x for name, x in leaves}

@@ -23,6 +23,7 @@ from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.predictor import Predictor
 from unified_mm.inference.quantized_params import in_dtype, saved_shapes
 from unified_mm.inference.streaming import stream
+from unified_mm.models.layers_apart import layers_apart, layers_stacked
 from unified_mm.objectives.task import Task, build_task
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import shardings_of, without_names
@@ -38,17 +39,22 @@ class LoadedModel:
     """A run's model with the parameters that its scores were taken with.
 
     Attributes:
-      params: the parameter tree.
       step: of the checkpoint that they are from.
       config: of the run.
     """
 
     def __init__(self, task: Task, params: Any, mesh: Mesh, config: Config, step: int) -> None:
         self.task = task
-        self.params = params
         self.config = config
         self.step = step
-        self.predictor = Predictor(task, params, mesh)
+        # A layer at a time: see `models.layers_apart`.
+        apart = replace(task, model=task.model.with_options(apart=True))
+        self.predictor = Predictor(apart, layers_apart(params), mesh)
+
+    @property
+    def params(self) -> Any:
+        """The parameter tree as training has it, its layers stacked anew."""
+        return layers_stacked(self.predictor.params)
 
     def embed_images(self, images: Iterable[Picture]) -> Float[np.ndarray, "B E"]:
         """Unit vectors, float32; an image is a path, a PIL image or uint8 [height, width, 3].

@@ -61,7 +61,7 @@ def programs(model: LoadedModel, prompt: int, room: int) -> dict[str, Program]:
     """
     # Kernels are of one device each; these programs are for any.
     task = model.predictor.task
-    portable = _Portable(task, task.model.with_options(attention="xla"), model.params)
+    portable = _Portable(task, task.model.with_options(attention="xla"), model.predictor.params)
     found: dict[str, Program] = {}
     for objective in task.objectives:
         if isinstance(objective, Contrastive):

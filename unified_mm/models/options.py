@@ -74,6 +74,8 @@ class TransformerOptions:
       attention: which program computes it; see `models.backends`.
       unroll: how many periods a step of the scan holds; the parameter tree is the same. Always one
         where something is recomputed: within a step the compiler would keep it after all.
+      apart: whether each period has parameters, keys and values of its own and nothing is stacked
+        or scanned (`models.layers_apart`); for inference.
       dtype: of the computation; parameters are float32.
       cache: what generation keeps keys and values as: 'same', as `dtype`, or 'int8'.
       cross: the gated cross-attention layers between the blocks.
@@ -102,6 +104,7 @@ class TransformerOptions:
     remat: str = "none"
     attention: str = "auto"
     unroll: int = 1
+    apart: bool = False
     dtype: Any = jnp.float32
     cache: str = "same"
     cross: GateOptions = GateOptions()
@@ -156,7 +159,7 @@ class TransformerOptions:
     @classmethod
     def config_fields(cls) -> tuple[str, ...]:
         """Those that `config.model` holds under the same names."""
-        elsewhere = ("cache", "cross", "pipeline")
+        elsewhere = ("apart", "cache", "cross", "pipeline")
         return tuple(field.name for field in fields(cls) if field.name not in elsewhere)
 
     @classmethod

@@ -14,13 +14,14 @@ from unified_mm.models.attention_weights import ATTENTION
 from unified_mm.models.cache import KeysValues
 from unified_mm.models.cross_attention import CrossPlan, GatedCrossLayer
 from unified_mm.models.feed_forward import FeedForward
+from unified_mm.models.layers_apart import LAYERS
 from unified_mm.models.options import TransformerOptions
 from unified_mm.models.pipeline import run_pipeline
 from unified_mm.parallel.layers import Norm
 from unified_mm.parallel.sharding import constrain
 
-# By name of each layer of a period, its keys and values.
-Kept = dict[str, KeysValues]
+# By name of each layer of a period, its keys and values; where layers are apart, a tuple of these.
+Kept = dict[str, Any]
 CROSS = "cross"
 
 
@@ -99,12 +100,16 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Array, "B N D"], Kept]:
         """Contextual embeddings [B, N, D]; keys and values, each [periods, B, K, H, A].
 
+        With `options.apart` they are a tuple by period, each [1, B, K, H, A].
+
         `cached` holds those of earlier tokens; what comes back then has the new ones written in.
         Without it, the keys and values that `plan.keep` asks for come back.
         """
         o = self.options
         x = constrain(x, "batch", "length", "activation")
-        if o.pipeline is None or self.is_initializing():
+        if o.apart:
+            x, kept = self._one_by_one(x, plan, cross, cached or {}, deterministic)
+        elif o.pipeline is None or self.is_initializing():
             x, kept = self._scanned(x, plan, cross, cached or {}, deterministic)
         else:
             x, kept = self._pipelined(x, plan, cross, cached or {}, deterministic)
@@ -123,7 +128,20 @@ class Transformer(nn.Module):
             unroll=o.unroll if o.remat == "none" else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return layers(o, deterministic, name="layers")(x, plan, cross, cached)
+        return layers(o, deterministic, name=LAYERS)(x, plan, cross, cached)
+
+    def _one_by_one(
+        self, x: Array, plan: AttentionPlan, cross: Any, cached: Kept, deterministic: bool
+    ) -> tuple[Array, Kept]:
+        """The same where nothing is stacked: keys and values are a tuple of [1, B, K, H, A]."""
+        kept: dict[str, list[Any]] = {}
+        for number in range(self.options.periods):
+            period = Period(self.options, deterministic, name=f"{LAYERS}_{number}")
+            own = {name: each[number] for name, each in cached.items()}
+            x, new = period(x, plan, cross, jax.tree.map(lambda slots: slots[0], own))
+            for name, pair in new.items():
+                kept.setdefault(name, []).append(jax.tree.map(lambda slots: slots[None], pair))
+        return x, {name: tuple(each) for name, each in kept.items()}
 
     def _pipelined(
         self, x: Array, plan: AttentionPlan, cross: Any, cached: Kept, deterministic: bool
@@ -143,7 +161,7 @@ class Transformer(nn.Module):
             plan, cross = beside
             return module.apply({"params": params}, x, plan, cross, cached, rngs=rngs)  # type: ignore[return-value]
 
-        layers: Any = (self.get_variable("params", "layers"), keys)
+        layers: Any = (self.get_variable("params", LAYERS), keys)
         period = recomputed(period, o.remat, jax.checkpoint)
         return run_pipeline(o.pipeline, period, layers, cached, x, (plan, cross))
 

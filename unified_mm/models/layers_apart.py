@@ -1,0 +1,42 @@
+"""Parameters of scanned stacks, layer by layer: what inference wants.
+
+A layer that a program takes out of stacked parameters is copied, each time. In training that is
+little beside the products with a whole batch; where a step reads every weight for one token each,
+it costs as much as the step (a CPU: half of its time at batch 1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+LAYERS = "layers"
+
+
+def layers_apart(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The same parameters where each `layers` [L, ...] has become `layers_0`, `layers_1`, ..."""
+    found: dict[str, Any] = {}
+    for name, value in params.items():
+        if name == LAYERS:
+            count = len(jax.tree.leaves(value)[0])
+            for number in range(count):
+                found[f"{LAYERS}_{number}"] = jax.tree.map(lambda x, i=number: x[i], value)
+        else:
+            found[name] = layers_apart(value) if isinstance(value, Mapping) else value
+    return found
+
+
+def layers_stacked(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `layers_apart`."""
+    found: dict[str, Any] = {}
+    layers = [value for name, value in params.items() if re.fullmatch(rf"{LAYERS}_\d+", name)]
+    for name, value in params.items():
+        if not re.fullmatch(rf"{LAYERS}_\d+", name):
+            found[name] = layers_stacked(value) if isinstance(value, Mapping) else value
+    if layers:
+        found[LAYERS] = jax.tree.map(lambda *each: jnp.stack(each), *layers)
+    return found
