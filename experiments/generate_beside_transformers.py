@@ -37,7 +37,13 @@ from unified_mm.inference.sampling import make_sampling, sampling_arrays
 from unified_mm.runs.folder import write_json
 from unified_mm.training.environment import device_name, versions
 
-SHAPE = {"n_embd": 512, "n_layer": 6, "n_head": 8, "vocab_size": 32_000, "n_positions": 128}
+SHAPE: dict[str, Any] = {
+    "n_embd": 512,
+    "n_layer": 6,
+    "n_head": 8,
+    "vocab_size": 32_000,
+    "n_positions": 128,
+}
 PROMPT, NEW = 16, 64
 Generate = Callable[[np.ndarray], np.ndarray]
 
