@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -172,9 +173,12 @@ def test_equal_outputs_of_other_fusions(fusion, tmp_path):
 
 
 @pytest.mark.slow
-def test_sixteen_bits(tmp_path):
-    model = loaded({"model__dtype": "bfloat16"})
-    export.export(model, tmp_path / "out")
+def test_fewer_bits(tmp_path):
+    """Parameters and sums in bfloat16, keys and values in int8."""
+    model = loaded({}).with_options(dtype=jnp.bfloat16, cache="int8")
+    manifest = export.export(model, tmp_path / "out")
+    assert {entry["dtype"] for entry in manifest["parameters"]} == {"bfloat16"}
+    assert "int8" in {entry["dtype"] for entry in manifest["programs"]["decode"]["state"]}
     again = exported.load(tmp_path / "out")
     images = model.embed_images(list(PIXELS))
     np.testing.assert_allclose(again.embed_images(PIXELS), images, atol=0.02)

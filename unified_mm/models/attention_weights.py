@@ -16,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from unified_mm.modalities.tokens import Group
+from unified_mm.models.layers_apart import layers_stacked
 from unified_mm.models.masks import BlockCall, block_mask
 from unified_mm.models.sight import Sight, pick, picked, widen
 from unified_mm.parallel.sharding import path_of
@@ -74,7 +75,7 @@ def leave_weights(
 
 def by_path(left: Mapping[str, Any]) -> dict[str, Weights]:
     """What modules left in the collection, by their paths; values [L, B, H, Q, K]."""
-    leaves = jax.tree_util.tree_leaves_with_path(left, is_leaf=_is_weights)
+    leaves = jax.tree_util.tree_leaves_with_path(layers_stacked(left), is_leaf=_is_weights)
     # Flax keeps it under .../weights/0.
     found = {path_of(path[:-2]): weights for path, weights in leaves}
     return {

@@ -33,10 +33,13 @@ def layers_apart(params: Mapping[str, Any]) -> dict[str, Any]:
 def layers_stacked(params: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `layers_apart`."""
     found: dict[str, Any] = {}
-    layers = [value for name, value in params.items() if re.fullmatch(rf"{LAYERS}_\d+", name)]
+    layers: dict[int, Any] = {}
     for name, value in params.items():
-        if not re.fullmatch(rf"{LAYERS}_\d+", name):
+        if number := re.fullmatch(rf"{LAYERS}_(\d+)", name):
+            layers[int(number[1])] = value
+        else:
             found[name] = layers_stacked(value) if isinstance(value, Mapping) else value
     if layers:
-        found[LAYERS] = jax.tree.map(lambda *each: jnp.stack(each), *layers)
+        in_order = [layers[number] for number in sorted(layers)]
+        found[LAYERS] = jax.tree.map(lambda *each: jnp.stack(each), *in_order)
     return found
