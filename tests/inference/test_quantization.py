@@ -125,7 +125,7 @@ def outputs(predictor):
 
 def test_a_scan_computes_with_what_the_weights_stand_for_and_stays_near_the_floats(models):
     model, small, both = models
-    stood_for = outputs(model.predictor.at(dequantized(small.params)))
+    stood_for = outputs(model.predictor.at(dequantized(small.predictor.params)))
     floats, got, with_both = map(outputs, (model.predictor, small.predictor, both.predictor))
     assert floats
     for name, want in floats.items():

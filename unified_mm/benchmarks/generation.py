@@ -167,14 +167,14 @@ def costs(way: Way, batch: int, tokens: int, repeats: int) -> dict[str, Any]:
     predictor = longer.predictor
     inputs = predictor.to_device(_inputs(predictor, batch, tokens))
     with predictor.on_mesh():
-        compiled = jax.jit(writer(timed, tokens)).lower(longer.params, inputs).compile()
-        compiled(longer.params, inputs)
-        seconds = times_of(lambda: compiled(longer.params, inputs), repeats)
+        compiled = jax.jit(writer(timed, tokens)).lower(predictor.params, inputs).compile()
+        compiled(predictor.params, inputs)
+        seconds = times_of(lambda: compiled(predictor.params, inputs), repeats)
         found = {
             "tokens_per_second": round(batch * tokens / float(np.median(seconds)), 2),
             **percentiles(seconds),
             "peak_bytes": held_bytes(compiled),
-            "weight_bytes": tree_bytes(way.model.params),
+            "weight_bytes": tree_bytes(way.model.predictor.params),
             **allocated_bytes(),
         }
         return found | (decode_step(timed, inputs, tokens) if way.cached else {})
@@ -196,13 +196,13 @@ def decode_step(way: Way, inputs: Any, tokens: int) -> dict[str, int]:
             model, params, batch, stream, **given, sampling=sampling, room=tokens, padding=padding
         )
 
-    draft = jax.eval_shape(start, way.model.params, inputs)
+    draft = jax.eval_shape(start, way.model.predictor.params, inputs)
     step = jax.jit(
         lambda params, draft: advance(model, params, draft, stream, padding), donate_argnums=1
     )
-    held = held_bytes(step.lower(way.model.params, draft).compile())
+    held = held_bytes(step.lower(way.model.predictor.params, draft).compile())
     cache = tree_bytes(draft.reading.cache)
-    read = tree_bytes(text_side(way.model.params)) + cache
+    read = tree_bytes(text_side(way.model.predictor.params)) + cache
     return {"decode_step_bytes": held, "cache_bytes": cache, "decode_step_reads_bytes": read}
 
 
@@ -227,7 +227,9 @@ def caption_quality(way: Way, records: Sequence[Record]) -> float:
         full = part + part[:1] * (QUALITY_BATCH - len(part))
         inputs = _inputs(predictor, QUALITY_BATCH, room, np.stack(full), tokenizer.eos_id)
         with predictor.on_mesh():
-            written, _ = jax.device_get(compiled(way.model.params, predictor.to_device(inputs)))
+            written, _ = jax.device_get(
+                compiled(way.model.predictor.params, predictor.to_device(inputs))
+            )
         captions += [
             Written.of_row(row, 0.0, (tokenizer.eos_id,), tokenizer).text
             for row in written[: len(part)]

@@ -19,8 +19,9 @@ def model_identity(model: LoadedModel) -> dict[str, Any]:
     Where the run lies does not matter.
     """
     parameters = hashlib.sha256()
-    sums = tree_checksums(model.params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+    params = model.params
+    sums = tree_checksums(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         parameters.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
     for leaf in jax.tree.leaves(sums):
         parameters.update(np.asarray(leaf).tobytes())
