@@ -1,0 +1,116 @@
+"""Serves a trained run over HTTP, with a page to look at.
+
+    python -m unified_mm.serve --run runs/first
+    python -m unified_mm.serve --run runs/first --index runs/first-index --port 8080
+
+Only this machine can reach it unless --host says otherwise, and then it asks for a token. On
+SIGTERM or Ctrl-C it takes no new requests, finishes those under way (at most --drain_seconds) and
+ends: exit code 0 where all were finished, 143 (or 130) where some were cut off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+from absl import logging
+
+from unified_mm.commands import exit_code, say
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
+    options = parse(arguments)
+    sys.exit(exit_code(lambda: serve(options)))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options; argparse ends the process where they are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unified_mm.serve",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--run", required=True, metavar="RUN", help="the run's folder")
+    add("--index", default="", metavar="DIR", help="of python -m unified_mm.index, for searching")
+    add("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
+    add("--port", type=int, default=8000, help="0 takes a free one (8000)")
+    add(
+        "--token_file",
+        default="",
+        metavar="FILE",
+        help="holds the token that requests must bear; or set UNIFIED_MM_TOKEN",
+    )
+    add("--allow_anyone", action="store_true", help="listen beyond this machine without a token")
+    add("--slots", type=int, default=8, help="texts written at a time (8)")
+    add("--queue", type=int, default=64, help="texts, and embeddings, that wait at most (64)")
+    add("--upload_megabytes", type=float, default=16.0, help="of a request at most (16)")
+    add("--megapixels", type=float, default=32.0, help="of a picture at most (32)")
+    add("--seconds", type=float, default=60.0, help="for an answer at most (60)")
+    add("--drain_seconds", type=float, default=30.0, help="for what is under way at the end (30)")
+    return parser.parse_args(arguments)
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Loads the run, warms up, says where it listens, and serves until a signal."""
+    try:
+        from unified_mm.serving.app import make_app
+        from unified_mm.serving.server import DrainingServer, listen, url_of
+    except ImportError as error:
+        message = f"serving needs more packages: pip install -e '.[serve]' ({error})"
+        raise ValueError(message) from error
+    from unified_mm.analysis.attention_maps import attention_over_patches
+    from unified_mm.inference.loaded import load
+    from unified_mm.serving.gate import Traffic
+    from unified_mm.serving.security import check_binding, read_token
+    from unified_mm.serving.starting import open_index, running_service, warm_up
+
+    token = read_token(options.token_file, os.environ)
+    check_binding(options.host, token, options.allow_anyone)
+    limits = limits_of(options)
+    # What can be said about the address is said before a model is loaded.
+    with closing(listen(options.host, options.port)) as bound:
+        model = load(options.run)
+        say(f"step {model.step} of {options.run}, fusion {model.config.model.fusion}")
+        index = open_index(options.index, model)
+        with running_service(
+            model,
+            limits,
+            index=index,
+            attend=attention_over_patches,
+            slots=options.slots,
+            queue=options.queue,
+        ) as service:
+            for route, why in service.missing.items():
+                say(f"without {route}: {why}")
+            say(f"warm after {warm_up(service):.1f} s")
+            traffic = Traffic()
+            app = make_app(service, traffic=traffic, token=token, host=options.host)
+            server = DrainingServer(app, traffic, options.drain_seconds)
+            say(f"serving at {url_of(bound)}" + (", with a token" if token else ""))
+            server.run(sockets=[bound])
+    say("stopped; some were cut off" if server.exit_code else "stopped; all were finished")
+    return server.exit_code
+
+
+def limits_of(options: argparse.Namespace) -> Any:
+    """The limits that the options ask for. Raises ValueError for one that lets nothing through."""
+    from unified_mm.serving.limits import Limits
+
+    return Limits(
+        upload_bytes=int(options.upload_megabytes * 1e6),
+        pixels=int(options.megapixels * 1e6),
+        waiting=options.queue,
+        requests=2 * options.queue,
+        seconds=options.seconds,
+    )
+
+
+if __name__ == "__main__":
+    main()

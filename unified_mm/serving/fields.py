@@ -1,0 +1,138 @@
+"""What may be asked: the fields of each request, as a form with files or as JSON."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from unified_mm.serving.limits import Limits
+
+# The schemas say the limits that a server has without options; `check_limits` applies its own.
+DEFAULT = Limits()
+
+
+def _from_base64(value: Any) -> Any:
+    """A picture's bytes: those of a form's file as they are, in JSON base64."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(
+            "a picture is a form's file, or in JSON its bytes in base64 (never a path or a URL)"
+        ) from error
+
+
+def _is_text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("holds half of a surrogate pair, which is no text") from error
+    return value
+
+
+Picture = Annotated[
+    bytes,
+    BeforeValidator(_from_base64),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "format": "picture",
+            "description": "A JPEG, PNG, WebP, GIF or BMP: a form's file, in JSON base64.",
+        }
+    ),
+]
+Text = Annotated[str, AfterValidator(_is_text)]
+
+
+class Fields(BaseModel):
+    """No request may have fields that nothing reads."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Writing(Fields):
+    """How text is chosen; without any of these, greedily."""
+
+    image: Picture
+    tokens: int | None = Field(None, ge=1, le=4096, description="Written at most.")
+    temperature: float = Field(0.0, ge=0, le=10, description="0: always the likeliest token.")
+    top_k: int = Field(0, ge=0, le=1_000_000, description="Only the k likeliest; 0: all.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Only the likeliest of that probability.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Equal seeds write equal texts.")
+    stream: bool = Field(False, description="Answer with text/event-stream, piece by piece.")
+
+
+class Caption(Writing):
+    """A picture to write a caption for."""
+
+    prompt: Text = Field("", description="What the caption begins with.")
+
+
+class Answer(Writing):
+    """A picture and a question about it."""
+
+    question: Text = Field(min_length=1)
+
+
+class Embed(Fields):
+    """Pictures and texts, at least one of either."""
+
+    images: list[Picture] = Field(default_factory=list)
+    texts: list[Text] = Field(
+        default_factory=list, description="Cut at the length that the model reads."
+    )
+
+
+class Search(Fields):
+    """What to look for: a text, a picture, or both together."""
+
+    text: Text | None = None
+    image: Picture | None = None
+    count: int = Field(12, ge=1)
+    kind: Literal["image", "text"] = Field("image", description="What is to be found.")
+
+
+class Classify(Fields):
+    """A picture, and the names of the classes that it may be of."""
+
+    image: Picture
+    classes: list[Text] = Field(min_length=1)
+    templates: list[Text] | None = Field(
+        None, min_length=1, description="Sentences with one {} for the class; averaged."
+    )
+
+
+class Attention(Fields):
+    """A picture, and a text about it (such as its caption) whose words look at it."""
+
+    image: Picture
+    text: Text = Field(min_length=1)
+    prompt: Text = Field("", description="What the text was written after.")
+
+
+def documented(asked: type[Fields]) -> dict[str, Any]:
+    """The request body of a route, for its OpenAPI document."""
+    as_json = asked.model_json_schema()
+    as_form = {**as_json, "properties": {}}
+    for name, schema in as_json["properties"].items():
+        as_form["properties"][name] = _in_form(schema)
+    content = {
+        "multipart/form-data": {"schema": as_form},
+        "application/json": {"schema": as_json},
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _in_form(schema: dict[str, Any]) -> dict[str, Any]:
+    """A form leaves out what JSON may call null; pictures are files."""
+    if "anyOf" in schema:
+        options = [each for each in schema["anyOf"] if each != {"type": "null"}]
+        rest = {key: value for key, value in schema.items() if key not in ("anyOf", "default")}
+        schema = {**options[0], **rest}
+    if "items" in schema:
+        return {**schema, "items": _in_form(schema["items"])}
+    return {**schema, "format": "binary"} if schema.get("format") == "picture" else schema

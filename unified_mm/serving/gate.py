@@ -1,0 +1,213 @@
+"""What every request passes on its way in and out: tokens, limits, time, counting, headers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from unified_mm.serving.limits import Limits, Refusal, answer, busy
+from unified_mm.serving.metrics import Metrics
+from unified_mm.serving.security import HEADERS, Doorkeeper
+
+log = logging.getLogger(__name__)
+
+# What can be looked at without a token, and what while the server drains too.
+PUBLIC = frozenset("/ /app.js /style.css /icon.svg /docs /docs.js /openapi.json /healthz".split())
+LIGHT = PUBLIC | {"/metrics"}
+REST = 64 * 1024 * 1024  # bytes of a refused body that are read and thrown away
+REST_SECONDS = 2.0  # that this may take
+
+
+@dataclass
+class Traffic:
+    """What is going on.
+
+    Attributes:
+      under_way: requests that are being answered, those of `LIGHT` not counted.
+      draining: whether new ones are sent away.
+    """
+
+    under_way: int = 0
+    draining: bool = False
+
+
+class Gate:
+    """An ASGI application around the routes."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        doorkeeper: Doorkeeper,
+        limits: Limits,
+        traffic: Traffic,
+        metrics: Metrics,
+    ) -> None:
+        self._app = app
+        self._doorkeeper = doorkeeper
+        self._limits = limits
+        self._traffic = traffic
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # the server's own start and end
+            return await self._app(scope, receive, send)
+        path = scope["path"]
+        exchange = Exchange(receive, send, self._limits, private=path not in PUBLIC)
+        began = time.perf_counter()
+        self._traffic.under_way += path not in LIGHT
+        try:
+            try:
+                self._admit(scope, path)
+                await exchange.run(self._app, scope)
+            except Refusal as refusal:
+                await exchange.refuse(refusal, scope)
+            except Exception:  # the routes have answered 500 by now
+                log.exception("a request failed: %s %s", scope["method"], path)
+            except asyncio.CancelledError:
+                if self._traffic.draining:
+                    message = "the server stops and could not finish this"
+                    await exchange.refuse(Refusal(503, "stopping", message), scope)
+                raise
+        finally:
+            self._traffic.under_way -= path not in LIGHT
+            route = getattr(scope.get("route"), "path", "other")
+            seconds = time.perf_counter() - began
+            self._metrics.answered(route, exchange.status, seconds)
+
+    def _admit(self, scope: Scope, path: str) -> None:
+        """Raises Refusal by what is known before the body is read."""
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        self._doorkeeper.check(headers, public=path in PUBLIC)
+        if path in LIGHT:
+            return
+        if self._traffic.draining:
+            message = "the server is stopping and takes no new requests"
+            raise Refusal(503, "draining", message, {"Retry-After": "5"})
+        if self._traffic.under_way > self._limits.requests:
+            raise busy(f"{self._limits.requests} requests are under way")
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self._limits.upload_bytes:
+            raise _too_large(self._limits)
+
+
+class Exchange:
+    """One request and its answer: the body is counted and timed, the answer's headers are ours.
+
+    private: whether what is answered may be kept by no cache.
+    """
+
+    def __init__(self, receive: Receive, send: Send, limits: Limits, *, private: bool) -> None:
+        self.status = 0  # of the answer, 0 where its reader had gone
+        self._receive, self._send = receive, send
+        self._limits = limits
+        self._private = private
+        self._read = 0
+        self._upload_ends = time.monotonic() + limits.upload_seconds
+        self._whole = asyncio.Event()  # the body is here
+        self._gone = asyncio.Event()  # who asked is not
+        self._deadline: asyncio.Timeout | None = None
+
+    async def run(self, app: ASGIApp, scope: Scope) -> None:
+        """The answer of `app`; given up when it takes too long or nobody waits for it.
+
+        Raises Refusal where nothing has been answered yet and time is up.
+        """
+        task = asyncio.create_task(_of(app(scope, self.receive, self.send)))
+        watch = asyncio.create_task(self._watch(task))
+        try:
+            async with asyncio.timeout(None) as self._deadline:
+                await task
+        except TimeoutError as error:
+            seconds = self._limits.seconds
+            message = f"no answer within {seconds:g} s; ask for less, or later"
+            raise Refusal(504, "timeout", message) from error
+        except asyncio.CancelledError:
+            if not self._gone.is_set():
+                raise
+        finally:
+            self._deadline = None
+            watch.cancel()
+            task.cancel()
+            # The routes' own ends (cancelling a generation) come before ours.
+            await asyncio.gather(task, watch, return_exceptions=True)
+
+    async def receive(self) -> Message:
+        """The body's next part. Raises Refusal: 413 too large, 408 too slow."""
+        if self._whole.is_set():
+            await self._gone.wait()
+            return {"type": "http.disconnect"}
+        try:
+            async with asyncio.timeout(self._upload_ends - time.monotonic()):
+                message = await self._receive()
+        except TimeoutError as error:
+            seconds = self._limits.upload_seconds
+            why = f"the body was not here after {seconds:g} s"
+            raise Refusal(408, "slow_upload", why, {"Connection": "close"}) from error
+        if message["type"] == "http.disconnect":
+            self._gone.set()
+            return message
+        self._read += len(message.get("body", b""))
+        if self._read > self._limits.upload_bytes:
+            raise _too_large(self._limits)
+        if not message.get("more_body", False):
+            self._whole.set()
+            if self._deadline is not None and not self.status:
+                now = asyncio.get_running_loop().time()
+                self._deadline.reschedule(now + self._limits.seconds)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """A part of the answer; its head with our headers. A stream keeps its own time."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            if not self._whole.is_set() and self.status not in (200, 408):
+                await self._throw_away()
+            if self._deadline is not None:
+                self._deadline.reschedule(None)
+            headers = {**HEADERS, "cache-control": "no-store" if self._private else "no-cache"}
+            added = [(name.encode(), value.encode()) for name, value in headers.items()]
+            message = {**message, "headers": [*message.get("headers", []), *added]}
+        await self._send(message)
+
+    async def refuse(self, refusal: Refusal, scope: Scope) -> None:
+        """Says why, unless an answer has begun."""
+        if self.status or self._gone.is_set():
+            return
+        await answer(refusal)(scope, self.receive, self.send)
+
+    async def _throw_away(self) -> None:
+        """Reads some of what is still sent: a sender that is cut off sees no answer."""
+        left = REST
+        try:
+            async with asyncio.timeout(REST_SECONDS):
+                while left > 0:
+                    message = await self._receive()
+                    left -= len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
+        except TimeoutError:
+            return
+
+    async def _watch(self, task: asyncio.Task) -> None:
+        """Ends the work when the one who asked has gone."""
+        await self._whole.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone.set()
+        task.cancel()
+
+
+async def _of(awaitable: Awaitable[None]) -> None:
+    await awaitable
+
+
+def _too_large(limits: Limits) -> Refusal:
+    message = f"the body is over the limit of {limits.upload_bytes} bytes; send less at a time"
+    return Refusal(413, "upload_too_large", message, {"Connection": "close"})

@@ -1,0 +1,218 @@
+"""The routes: what is asked over HTTP, and what is answered."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Depends, Path, Request
+from starlette.responses import Response, StreamingResponse
+
+from unified_mm.inference.decoding import Decoding
+from unified_mm.serving import answers, fields
+from unified_mm.serving.bodies import body_of
+from unified_mm.serving.limits import BROKEN, Json, Refusal
+from unified_mm.serving.metrics import CONTENT_TYPE, Metrics
+from unified_mm.serving.service import Service
+
+log = logging.getLogger(__name__)
+EVENTS = "text/event-stream"
+
+always = APIRouter()
+asking = APIRouter()
+read = partial(asking.post, responses=answers.refusals(body=True))
+written = partial(
+    asking.post,
+    response_model=answers.Written,
+    responses={200: {"content": {EVENTS: {}}}, **answers.refusals(body=True)},
+)
+
+
+def path_of(route: Any) -> str:
+    """Of a route, as `Service.missing` names it."""
+    return str(route.path)
+
+
+def _service(request: Request) -> Service:
+    return request.app.state.service
+
+
+Asked = Annotated[Service, Depends(_service)]
+
+
+@written("/caption", openapi_extra=fields.documented(fields.Caption))
+async def caption(
+    request: Request,
+    service: Asked,
+    body: Annotated[fields.Caption, Depends(body_of(fields.Caption))],
+) -> Response:
+    """Writes a caption for a picture; with `stream`, as events whose data has `text` or `error`."""
+    return await _written(request, service, body, body.prompt)
+
+
+@written("/answer", openapi_extra=fields.documented(fields.Answer))
+async def answer_question(
+    request: Request,
+    service: Asked,
+    body: Annotated[fields.Answer, Depends(body_of(fields.Answer))],
+) -> Response:
+    """Answers a question about a picture; with `stream`, as `/caption` does."""
+    return await _written(request, service, body, body.question)
+
+
+@read("/embed", response_model=answers.Vectors, openapi_extra=fields.documented(fields.Embed))
+async def embed(
+    service: Asked, body: Annotated[fields.Embed, Depends(body_of(fields.Embed))]
+) -> Response:
+    """Embeds pictures and texts."""
+    if not (body.images or body.texts):
+        raise Refusal(422, "wrong_fields", "give images, texts or both")
+    if body.images and not service.model.predictor.can_retrieve():
+        raise Refusal(422, "no_pictures", "this run embeds texts alone")
+    views = [
+        await service.view(data, f"images[{number}]") for number, data in enumerate(body.images)
+    ]
+    pictures = (await service.embed_views(views)).tolist() if views else []
+    texts = (await service.embed_texts(body.texts)).tolist() if body.texts else []
+    return Json({"images": pictures, "texts": texts})
+
+
+@read("/search", response_model=answers.Hits, openapi_extra=fields.documented(fields.Search))
+async def search(
+    service: Asked, body: Annotated[fields.Search, Depends(body_of(fields.Search))]
+) -> Response:
+    """Finds what is nearest to a text, a picture, or both (their mean direction)."""
+    if body.text is None and body.image is None:
+        raise Refusal(422, "wrong_fields", "give text, image or both")
+    view = None if body.image is None else await service.view(body.image, "image")
+    of_texts = body.kind == "text"
+    found = await service.search(view, body.text, body.count, body.kind)
+    results = [
+        {"picture": hit.picture, "score": hit.score, "text": hit.name if of_texts else None}
+        for hit in found
+    ]
+    return Json({"kind": body.kind, "results": results})
+
+
+@read("/classify", response_model=answers.Classes, openapi_extra=fields.documented(fields.Classify))
+async def classify(
+    service: Asked, body: Annotated[fields.Classify, Depends(body_of(fields.Classify))]
+) -> Response:
+    """Says which of the named classes a picture fits best (zero-shot)."""
+    view = await service.view(body.image, "image")
+    scores = await service.similarities(view, body.classes, body.templates)
+    order = np.argsort(-scores, kind="stable")
+    ranked = [{"name": body.classes[i], "similarity": float(scores[i])} for i in order]
+    return Json({"classes": ranked})
+
+
+@read("/attention", response_model=answers.Maps, openapi_extra=fields.documented(fields.Attention))
+async def attention(
+    service: Asked, body: Annotated[fields.Attention, Depends(body_of(fields.Attention))]
+) -> Response:
+    """Maps of attention over a picture's patches, one for each word of a text about it."""
+    view = await service.view(body.image, "image")
+    words, maps = await service.attention(view, body.prompt, body.text)
+    fit = service.model.task.modalities["image"].fit
+    return Json({"words": words, "maps": np.round(maps, 6).tolist(), "fit": fit})
+
+
+@asking.get(
+    "/pictures/{number}",
+    response_class=Response,
+    responses={
+        200: {"content": {"image/jpeg": {}}, "description": "The picture, made smaller."},
+        404: {"model": answers.Problem, "description": "No picture has this number."},
+        422: {"model": answers.Problem, "description": "No number."},
+        **answers.refusals(body=False),
+    },
+)
+async def picture(
+    service: Asked, number: Annotated[str, Path(pattern="^[0-9]{1,12}$")]
+) -> Response:
+    """A picture of the index, by the number that `/search` gives."""
+    return Response(await service.picture(int(number)), media_type="image/jpeg")
+
+
+@always.get("/healthz", response_model=answers.Health, responses={503: {"model": answers.Health}})
+async def health(request: Request, service: Asked) -> Response:
+    """Whether the server takes requests (200) or is stopping (503), and what it can do."""
+    draining = request.app.state.traffic.draining
+    paths = [path_of(route) for route in asking.routes]
+    content = {
+        "status": "draining" if draining else "ok",
+        "fusion": service.model.config.model.fusion,
+        "step": service.model.step,
+        "routes": [path for path in paths if path not in service.missing],
+        "missing": service.missing,
+        "pictures": 0 if service.index is None else len(service.index.rows.names),
+        "limits": vars(service.limits),
+    }
+    return Json(content, 503 if draining else 200)
+
+
+@always.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {}}}, **answers.refusals(body=False)},
+)
+async def metrics(request: Request) -> Response:
+    """Counts and times, for Prometheus."""
+    return Response(request.app.state.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+
+async def _written(
+    request: Request, service: Service, body: fields.Writing, prompt: str
+) -> Response:
+    view = await service.view(body.image, "image")
+    try:
+        decoding = Decoding(
+            tokens=body.tokens,
+            temperature=body.temperature,
+            top_k=body.top_k,
+            top_p=body.top_p,
+            seed=body.seed,
+        )
+    except ValueError as error:
+        raise Refusal(422, "wrong_fields", str(error)) from error
+    writing = service.begin(view, prompt, decoding)
+    pieces = _counted(service.pieces(writing), request.app.state.metrics)
+    if body.stream:
+        return StreamingResponse(_events(pieces), media_type=EVENTS)
+    async with aclosing(pieces):
+        return Json({"text": "".join([piece async for piece in pieces])})
+
+
+async def _counted(
+    pieces: AsyncGenerator[str, None], metrics: Metrics
+) -> AsyncGenerator[str, None]:
+    async with aclosing(pieces):
+        async for piece in pieces:
+            metrics.wrote()
+            yield piece
+
+
+async def _events(pieces: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """Server-sent events: pieces of text, then `done` with all of it, or `failed` with why."""
+    text = ""
+    async with aclosing(pieces):
+        try:
+            async for piece in pieces:
+                text += piece
+                yield _event("message", {"text": piece})
+        except Refusal as refusal:
+            yield _event("failed", refusal.body)
+        except Exception:
+            log.exception("a text broke off")
+            yield _event("failed", BROKEN.body)
+        else:
+            yield _event("done", {"text": text})
+
+
+def _event(name: str, data: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"

@@ -1,0 +1,227 @@
+"""What the routes ask of a model, without ever blocking the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from unified_mm.data.images import ImageError
+from unified_mm.inference.classes import TEMPLATES, class_embeddings, filled
+from unified_mm.inference.decoding import Decoding
+from unified_mm.inference.engine import QueueFull
+from unified_mm.inference.loaded import LoadedModel
+from unified_mm.inference.search_index import Hit, SearchIndex, mixed
+from unified_mm.objectives.captioning import Captioning
+from unified_mm.objectives.contrastive import Contrastive
+from unified_mm.serving.limits import Limits, Refusal, busy
+from unified_mm.serving.pictures import shown, view_of
+from unified_mm.serving.worker import Worker
+
+View = UInt8[np.ndarray, "size size 3"]
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """What writes text: `unified_mm.inference.engine.Engine`."""
+
+    def submit(self, view: np.ndarray, prompt: str, decoding: Decoding) -> Any: ...
+
+
+class Service:
+    """A model with its index, asked by many at a time.
+
+    Attributes:
+      model: of the run.
+      index: `SearchIndex`, or None.
+      limits: of each request.
+      attend: (model, view, prompt, text) -> words and their maps, [W, rows, cols].
+      missing: by route, why it cannot be had here.
+
+    engine: what writes; None where the model cannot.
+    worker: the thread for embeddings and attention maps.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        worker: Worker,
+        limits: Limits,
+        engine: Writer | None = None,
+        index: SearchIndex | None = None,
+        attend: Callable[..., Any] | None = None,
+    ) -> None:
+        self.model, self.index, self.limits = model, index, limits
+        self.missing = missing(model, index)
+        self._engine = engine
+        self.attend = attend
+        self._worker = worker
+        # One thread for each text that is being written or waits for it.
+        self._readers = ThreadPoolExecutor(limits.requests, "pieces")
+        self._decoders = ThreadPoolExecutor(2, "pictures")
+
+    def close(self) -> None:
+        """Ends the threads once what they do is done."""
+        self._readers.shutdown()
+        self._decoders.shutdown()
+
+    async def view(self, data: bytes, place: str) -> View:
+        """What the model sees of an uploaded picture. Raises Refusal as `view_of` does."""
+        return await self._decode(view_of, self.model, data, self.limits, place)
+
+    def begin(self, view: View, prompt: str, decoding: Decoding) -> Any:
+        """A text in the engine's queue. Raises Refusal: 429 a full queue, 422 a wrong prompt."""
+        assert self._engine is not None
+        try:
+            return self._engine.submit(view, prompt, decoding)
+        except QueueFull as error:
+            raise busy("too many texts wait to be written") from error
+        except ValueError as error:
+            raise Refusal(422, "wrong_prompt", str(error)) from error
+
+    async def pieces(self, writing: Any) -> AsyncGenerator[str, None]:
+        """What is written, as it comes. Raises Refusal 504; the writing ends with the iterator."""
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
+
+        def read() -> None:
+            last: BaseException | None = None
+            try:
+                for piece in writing:
+                    loop.call_soon_threadsafe(arrived.put_nowait, piece)
+            except BaseException as error:
+                last = error
+            loop.call_soon_threadsafe(arrived.put_nowait, last)
+
+        ends = time.monotonic() + self.limits.seconds
+        reading = loop.run_in_executor(self._readers, read)
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(ends - time.monotonic()):
+                        piece = await arrived.get()
+                except TimeoutError as error:
+                    seconds = self.limits.seconds
+                    message = f"not written within {seconds:g} s; ask for less, or later"
+                    raise Refusal(504, "timeout", message) from error
+                if piece is None:
+                    return
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            if not reading.done():
+                writing.cancel()
+
+    async def embed_views(self, views: Sequence[View]) -> Float[np.ndarray, "B E"]:
+        """Unit vectors of pictures."""
+        return np.asarray(await self._work(self.model.embed_images, views))
+
+    async def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "B E"]:
+        """Unit vectors of texts."""
+        return np.asarray(await self._work(self.model.embed_texts, texts))
+
+    async def similarities(
+        self, view: View, classes: Sequence[str], templates: Sequence[str] | None
+    ) -> Float[np.ndarray, " C"]:
+        """A picture's cosine with each class. Raises Refusal 422 for wrong templates."""
+        sentences = TEMPLATES if templates is None else templates
+        try:
+            texts = filled(sentences, classes)
+        except ValueError as error:
+            raise Refusal(422, "wrong_template", str(error)) from error
+        picture, vectors = await asyncio.gather(self.embed_views([view]), self.embed_texts(texts))
+        return picture[0] @ class_embeddings(lambda _: vectors, classes, sentences).T
+
+    async def search(
+        self, view: View | None, text: str | None, count: int, kind: Literal["image", "text"]
+    ) -> list[Hit]:
+        """What is nearest to a text, a picture, or the mean of both; the best first.
+
+        Raises Refusal 422 where the index holds no texts, or text and picture cancel out.
+        """
+        parts = []
+        if text is not None:
+            parts.append(await self.embed_texts([text]))
+        if view is not None:
+            parts.append(await self.embed_views([view]))
+        vectors = np.concatenate(parts)
+
+        def find() -> list[Hit]:
+            assert self.index is not None
+            return self.index.search(mixed(vectors, [1.0] * len(vectors)), count, kind)
+
+        if self.index is not None and kind not in self.index.nearest:
+            raise Refusal(422, "no_texts", "this index holds pictures alone: ask for kind image")
+        try:
+            return await self._decode(find)
+        except ValueError as error:
+            raise Refusal(422, "no_direction", str(error)) from error
+
+    async def picture(self, number: int) -> bytes:
+        """A picture of the index as a small JPEG. Raises Refusal 404 where there is none."""
+
+        def make() -> bytes:
+            assert self.index is not None
+            return shown(self.index.read_picture(number))
+
+        try:
+            return await self._decode(make)
+        except (IndexError, FileNotFoundError) as error:
+            raise Refusal(404, "no_picture", str(error)) from error
+        except ImageError as error:
+            message = f"picture {number} is not there as it was indexed"
+            raise Refusal(404, "no_picture", message) from error
+
+    async def attention(
+        self, view: View, prompt: str, text: str
+    ) -> tuple[list[str], Float[np.ndarray, "W rows cols"]]:
+        """Maps over the patches for each word. Raises Refusal 422 for a text without any."""
+        try:
+            return (await self._work(self._attention, [(view, prompt, text)]))[0]
+        except ValueError as error:
+            raise Refusal(422, "wrong_text", str(error)) from error
+
+    def _attention(self, asked: Sequence[tuple[View, str, str]]) -> list[Any]:
+        assert self.attend is not None
+        return [self.attend(self.model, *each) for each in asked]
+
+    async def _work(self, work: Any, items: Sequence[Any]) -> Any:
+        try:
+            future = self._worker.submit(work, items)
+        except queue.Full as error:
+            raise busy("too many requests wait for the model") from error
+        return await asyncio.wrap_future(future)
+
+    async def _decode(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._decoders, function, *arguments)
+
+
+def missing(model: LoadedModel, index: SearchIndex | None) -> dict[str, str]:
+    """By route, why this model or server has it not."""
+    task = model.task
+    trained = ", ".join(objective.name for objective in task.objectives)
+    without: dict[str, str] = {}
+    if "image" not in task.modalities:
+        why = "this run reads no images: it is of text alone"
+        without |= dict.fromkeys(("/caption", "/answer", "/attention", "/classify"), why)
+    if not model.predictor.can(Captioning):
+        why = f"this run cannot write: it was trained on {trained}"
+        without |= dict.fromkeys(("/caption", "/answer", "/attention"), why)
+    if not model.predictor.can(Contrastive):
+        why = f"this run cannot embed: it was trained on {trained}"
+        without |= dict.fromkeys(("/embed", "/classify", "/search"), why)
+    elif not model.predictor.can_retrieve():
+        why = "this run embeds texts alone"
+        without |= dict.fromkeys(("/classify", "/search"), why)
+    if index is None:
+        why = "the server was started without --index"
+        without |= {"/search": why, "/pictures/{number}": why}
+    return without

@@ -1,0 +1,76 @@
+"""From a loaded model to a service with its threads, and back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
+
+import numpy as np
+
+from unified_mm.inference.decoding import Decoding
+from unified_mm.inference.engine import Engine
+from unified_mm.inference.loaded import LoadedModel
+from unified_mm.inference.search_index import SearchIndex
+from unified_mm.serving.limits import Limits
+from unified_mm.serving.service import Service, missing
+from unified_mm.serving.worker import Worker
+
+
+def open_index(path: str, model: LoadedModel) -> SearchIndex | None:
+    """The search index of a folder, None for ''.
+
+    Raises:
+      FileNotFoundError, ValueError: none there, a damaged one, or one that another model made.
+    """
+    if not path:
+        return None
+    index = SearchIndex.open(path)
+    index.check_model(model)
+    return index
+
+
+@contextmanager
+def running_service(
+    model: LoadedModel,
+    limits: Limits,
+    *,
+    index: SearchIndex | None = None,
+    attend: Callable[..., Any] | None = None,
+    slots: int = 8,
+    queue: int = 64,
+) -> Iterator[Service]:
+    """A service whose threads run within the context.
+
+    Args:
+      attend: as for `Service`.
+      slots: texts that are written at a time.
+      queue: texts that wait at most.
+    """
+    with ExitStack() as stack:
+        engine = None
+        if "/caption" not in missing(model, index):
+            engine = stack.enter_context(Engine(model, slots=slots, queue=queue))
+        worker = stack.enter_context(Worker(limits.waiting))
+        yield stack.enter_context(closing(Service(model, worker, limits, engine, index, attend)))
+
+
+def warm_up(service: Service) -> float:
+    """Compiles what requests need, so that the first ones need not wait; seconds that it took."""
+    began = time.perf_counter()
+    model, without = service.model, service.missing
+    if "/embed" not in without:
+        model.embed_texts([""])
+    if "/classify" not in without:
+        model.embed_images([_blank()])
+    if "/caption" not in without:
+        view = model.view(_blank())
+        text = "".join(service.begin(view, "", Decoding()))
+        if service.attend is not None:
+            service.attend(model, view, "", text or "a")
+    return time.perf_counter() - began
+
+
+def _blank() -> np.ndarray:
+    return np.zeros((2, 2, 3), np.uint8)

@@ -1,0 +1,341 @@
+// The page: search, captions, questions, and the attention behind each word.
+// All text is set by textContent; nothing is loaded from elsewhere.
+
+const $ = (id) => document.getElementById(id);
+const TOKEN = "unified_mm token";
+let server = { routes: [], limits: {} };
+let chosen = null; // the picture that is looked at: a Blob
+let turn = 0; // of pictures: what an earlier one still asks for is thrown away
+let pinned = null; // the word whose map stays
+let maps = new Map(); // word button -> { map, fit }
+
+class Problem extends Error {}
+
+// ---- asking the server
+
+async function ask(path, fields, signal) {
+  const token = sessionStorage.getItem(TOKEN);
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  const options = { headers, signal };
+  if (fields) {
+    const form = new FormData();
+    for (const [name, value] of Object.entries(fields)) {
+      for (const each of [value].flat()) form.append(name, each);
+    }
+    Object.assign(options, { method: "POST", body: form });
+  }
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem("The server cannot be reached.");
+  }
+  if (response.status === 401) {
+    await askForToken();
+    return ask(path, fields, signal);
+  }
+  if (!response.ok) {
+    const said = await response.json().catch(() => ({}));
+    throw new Problem(said.message || `The server answers ${response.status}.`);
+  }
+  return response;
+}
+
+let asking = null; // one dialog, however many requests wait for its token
+function askForToken() {
+  asking ??= new Promise((resolve) => {
+    $("gate").addEventListener("close", () => {
+      sessionStorage.setItem(TOKEN, $("token").value.trim());
+      asking = null;
+      resolve();
+    }, { once: true });
+    $("token").value = "";
+    $("gate").showModal();
+  });
+  return asking;
+}
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const blocks = (rest + value).split("\n\n");
+    rest = blocks.pop();
+    for (const block of blocks) {
+      const line = (name) => block.split("\n").find((l) => l.startsWith(`${name}: `))?.slice(name.length + 2);
+      yield { name: line("event"), data: JSON.parse(line("data")) };
+    }
+  }
+}
+
+function complain(error) {
+  if (error.name === "AbortError") return;
+  $("problem").textContent = error.message;
+  $("problem").hidden = false;
+  if (!(error instanceof Problem)) console.error(error);
+}
+
+// Runs a form's work with its button held, and says what went wrong.
+async function during(button, work) {
+  if (button?.ariaBusy === "true") return;
+  $("problem").hidden = true;
+  if (button) button.ariaBusy = "true"; // disabled, it would lose the keyboard's focus
+  try {
+    await work();
+  } catch (error) {
+    complain(error);
+  } finally {
+    if (button) button.ariaBusy = "false";
+  }
+}
+
+const can = (route) => server.routes.includes(route);
+
+// ---- the picture and what is said about it
+
+function look(blob) {
+  if (blob.type && !blob.type.startsWith("image/")) return complain(new Problem("That is no picture."));
+  if (blob.size > (server.limits.upload_bytes || Infinity)) {
+    return complain(new Problem(`The picture has ${blob.size} bytes; ${server.limits.upload_bytes} are taken at most.`));
+  }
+  chosen = blob;
+  turn += 1;
+  maps = new Map();
+  hideMap(true);
+  $("texts").replaceChildren();
+  $("ranking").hidden = true;
+  URL.revokeObjectURL($("picture").src);
+  $("picture").src = URL.createObjectURL(blob);
+  $("drop").classList.add("small");
+  $("looked-at").hidden = false;
+  $("together-part").hidden = !can("/search");
+  if (can("/caption")) during(null, () => write("/caption", {}, "", ""));
+}
+
+// Streams a text about the picture into the page, then makes its words buttons with maps.
+async function write(path, fields, prompt, label) {
+  const mine = turn;
+  const image = chosen;
+  const said = document.createElement("div");
+  said.className = "said";
+  const small = document.createElement("small");
+  small.textContent = label || "Caption";
+  const words = document.createElement("div");
+  words.className = "words writing";
+  said.append(small, words);
+  $("texts").append(said);
+  try {
+    const response = await ask(path, { image, stream: "true", ...fields });
+    let text = "";
+    for await (const { name, data } of events(response)) {
+      if (mine !== turn) return;
+      if (name === "failed") throw new Problem(data.message);
+      text = name === "done" ? data.text : text + data.text;
+      words.textContent = text;
+    }
+    words.classList.remove("writing");
+    if (!text) words.textContent = "(nothing)";
+    else if (can("/attention")) await attend(words, image, prompt, text, mine);
+  } catch (error) {
+    if (mine === turn) said.remove();
+    throw error;
+  }
+}
+
+async function attend(place, image, prompt, text, mine) {
+  const found = await (await ask("/attention", { image, prompt, text })).json();
+  if (mine !== turn) return;
+  const parts = found.words.map((word, number) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "word";
+    button.textContent = word;
+    button.setAttribute("aria-pressed", "false");
+    maps.set(button, { map: found.maps[number], fit: found.fit });
+    return button;
+  });
+  place.replaceChildren(...parts.flatMap((part) => [part, " "]));
+  $("heat-says").textContent = "Point at a word, or tab to it, to see where attention lay; press to keep it.";
+}
+
+// ---- heat maps
+
+// Dark indigo, violet, orange, light yellow: even steps of lightness.
+const RAMP = [[18, 10, 60, 0.62], [106, 28, 129, 0.6], [229, 92, 48, 0.6], [252, 236, 150, 0.62]];
+
+function colour(share) {
+  const place = Math.min(share, 0.9999) * (RAMP.length - 1);
+  const at = Math.floor(place);
+  return RAMP[at].map((value, i) => value + (RAMP[at + 1][i] - value) * (place - at));
+}
+
+function showMap(button) {
+  const { map, fit } = maps.get(button);
+  const rows = map.length, columns = map[0].length;
+  const most = Math.max(...map.flat()), least = Math.min(...map.flat());
+  const small = new OffscreenCanvas(columns, rows);
+  const pixels = new ImageData(columns, rows);
+  map.flat().forEach((value, i) => {
+    const [r, g, b, a] = colour((value - least) / (most - least || 1));
+    pixels.data.set([r, g, b, 255 * a], 4 * i);
+  });
+  small.getContext("2d").putImageData(pixels, 0, 0);
+
+  const picture = $("picture"), canvas = $("heat");
+  const scale = Math.min(picture.clientWidth / picture.naturalWidth, picture.clientHeight / picture.naturalHeight);
+  const width = picture.naturalWidth * scale, height = picture.naturalHeight * scale;
+  const ratio = window.devicePixelRatio || 1;
+  canvas.width = picture.clientWidth * ratio;
+  canvas.height = picture.clientHeight * ratio;
+  const side = Math.min(width, height);
+  const [w, h] = fit === "squash" ? [width, height] : [side, side];
+  const pen = canvas.getContext("2d");
+  pen.scale(ratio, ratio);
+  pen.imageSmoothingQuality = "high";
+  pen.drawImage(small, (picture.clientWidth - w) / 2, (picture.clientHeight - h) / 2, w, h);
+  canvas.classList.add("on");
+  canvas.dataset.word = button.textContent;
+  $("heat-says").textContent = `Attention while “${button.textContent}” was written: light is much, dark is little.`;
+}
+
+function hideMap(unpin) {
+  if (unpin && pinned) {
+    pinned.setAttribute("aria-pressed", "false");
+    pinned = null;
+  }
+  if (pinned) return showMap(pinned);
+  $("heat").classList.remove("on");
+  delete $("heat").dataset.word;
+}
+
+const wordOf = (event) => (maps.has(event.target) ? event.target : null);
+for (const [name, show] of [["mouseover", true], ["focusin", true], ["mouseout", false], ["focusout", false]]) {
+  $("texts").addEventListener(name, (event) => {
+    const word = wordOf(event);
+    if (word) show ? showMap(word) : hideMap(false);
+  });
+}
+$("texts").addEventListener("click", (event) => {
+  const word = wordOf(event);
+  if (!word) return;
+  const again = word === pinned;
+  hideMap(true);
+  if (again) return;
+  pinned = word;
+  word.setAttribute("aria-pressed", "true");
+  showMap(word);
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") hideMap(true);
+});
+new ResizeObserver(() => pinned && showMap(pinned)).observe($("picture"));
+
+// ---- searching
+
+async function find(fields, what) {
+  $("found-says").textContent = "Looking …";
+  let results;
+  try {
+    results = (await (await ask("/search", { count: "24", ...fields })).json()).results;
+  } catch (error) {
+    $("found-says").textContent = "";
+    throw error;
+  }
+  for (const image of $("found").querySelectorAll("img")) URL.revokeObjectURL(image.src);
+  $("found").replaceChildren(...results.map(hit));
+  $("found-says").textContent = `${results.length} pictures nearest to ${what}; press one to look at it.`;
+}
+
+function hit({ picture, score }) {
+  const item = document.createElement("li");
+  const button = document.createElement("button");
+  button.type = "button";
+  const image = document.createElement("img");
+  image.alt = `Picture ${picture}, similarity ${score.toFixed(2)}`;
+  const number = document.createElement("span");
+  number.className = "number";
+  number.textContent = score.toFixed(2);
+  button.append(image, number);
+  item.append(button);
+  const loaded = ask(`/pictures/${picture}`).then((response) => response.blob());
+  loaded.then((blob) => (image.src = URL.createObjectURL(blob)), complain);
+  button.addEventListener("click", () => during(null, async () => {
+    look(await loaded);
+    $("picture").scrollIntoView({ block: "nearest", behavior: "smooth" });
+  }));
+  return item;
+}
+
+// ---- forms
+
+function onSubmit(id, work) {
+  $(id).addEventListener("submit", (event) => {
+    event.preventDefault();
+    during(event.submitter, work);
+  });
+}
+
+onSubmit("search", () => {
+  const text = $("query").value;
+  const both = chosen && $("together").checked;
+  return find(both ? { text, image: chosen } : { text }, both ? `“${text}” and the picture` : `“${text}”`);
+});
+onSubmit("ask", () => {
+  const question = $("question").value;
+  return write("/answer", { question }, question, question);
+});
+onSubmit("classify", async () => {
+  const names = $("classes").value.split(",").map((name) => name.trim()).filter(Boolean);
+  const mine = turn;
+  const { classes } = await (await ask("/classify", { image: chosen, classes: names })).json();
+  if (mine !== turn) return;
+  $("ranking").replaceChildren(...classes.map(ranked));
+  $("ranking").hidden = false;
+});
+$("like").addEventListener("click", (event) => during(event.target, () => find({ image: chosen }, "the picture")));
+
+function ranked({ name, similarity }) {
+  const item = document.createElement("li");
+  const label = document.createElement("span");
+  label.textContent = name;
+  const meter = document.createElement("meter");
+  Object.assign(meter, { min: -1, max: 1, value: similarity });
+  meter.setAttribute("aria-label", `${name}: similarity`);
+  const number = document.createElement("span");
+  number.className = "number";
+  number.textContent = similarity.toFixed(2);
+  item.append(label, meter, number);
+  return item;
+}
+
+// ---- pictures come by choosing, dropping and pasting
+
+$("file").addEventListener("change", () => {
+  if ($("file").files.length) look($("file").files[0]);
+  $("file").value = "";
+});
+for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
+  document.addEventListener(name, (event) => {
+    event.preventDefault();
+    document.body.classList.toggle("over", name === "dragenter" || name === "dragover");
+    if (name === "drop" && event.dataTransfer.files.length) look(event.dataTransfer.files[0]);
+  });
+}
+document.addEventListener("paste", (event) => {
+  const file = [...event.clipboardData.files].find((each) => each.type.startsWith("image/"));
+  if (file) look(file);
+});
+
+during(null, async () => {
+  server = await fetch("/healthz").then((response) => response.json());
+  const pictures = server.pictures ? `, ${server.pictures.toLocaleString("en")} pictures` : "";
+  const state = server.status === "ok" ? "" : " (stopping)";
+  $("status").textContent = `${server.fusion.replaceAll("_", " ")}, step ${server.step.toLocaleString("en")}${pictures}${state}`;
+  $("ask").hidden = !can("/answer");
+  $("classify").hidden = !can("/classify");
+  $("like").hidden = $("search-part").hidden = !can("/search");
+  document.querySelector("main").classList.toggle("alone", !can("/search"));
+});
