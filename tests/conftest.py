@@ -12,3 +12,12 @@ os.environ["XLA_FLAGS"] = (
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("unified_mm", "beartype.beartype").__enter__()
+
+LEFT_OUT = "LEFT OUT"  # what a reason to skip begins with that nobody should overlook
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was left out for want of a program is said at the end, however quiet pytest is."""
+    for report in terminalreporter.stats.get("skipped", []):
+        if isinstance(report.longrepr, tuple) and LEFT_OUT in report.longrepr[2]:
+            terminalreporter.write_line(f"WARNING: {report.longrepr[2]}", yellow=True, bold=True)

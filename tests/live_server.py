@@ -48,10 +48,12 @@ class ByHand:
     """An engine that writes when the test says so.
 
     room: texts that it takes at a time.
+    says: pieces of every text; without them the test writes.
     """
 
-    def __init__(self, room: int = 8) -> None:
+    def __init__(self, room: int = 8, says: tuple[str, ...] = ()) -> None:
         self.room = room
+        self.says = says
         self.asked: queue.Queue[HandWriting] = queue.Queue()
         self.under_way: list[HandWriting] = []
 
@@ -61,6 +63,8 @@ class ByHand:
         if "refuse" in prompt:
             raise ValueError("the prompt is refused")
         writing = HandWriting(prompt)
+        if self.says:
+            writing.write(*self.says, None)
         self.under_way.append(writing)
         self.asked.put(writing)
         return writing
