@@ -326,3 +326,13 @@ def test_what_takes_too_long_is_given_up(model):
         assert response.status_code == 200 and "event: failed" in response.text
         assert '"status": 504' in response.text
         assert engine.asked.get(timeout=10).cancelled.wait(10)
+
+
+def test_a_broken_engine_is_said_and_the_rest_goes_on(model):
+    engine = live_server.ByHand()
+    engine.submit = lambda *_: (_ for _ in ()).throw(RuntimeError("the engine failed"))
+    with live_server.Running(model, engine) as running:
+        refused(running.client.post("/caption", files={"image": GOOD}), 503, "engine_failed")
+        health = running.client.get("/healthz")
+        assert health.status_code == 503 and health.json()["status"] == "failed"
+        assert running.client.post("/embed", json={"texts": ["red"]}).status_code == 200

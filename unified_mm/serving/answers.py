@@ -69,7 +69,7 @@ class Maps(BaseModel):
 class Health(BaseModel):
     """Whether the server takes requests, and what for."""
 
-    status: Literal["ok", "draining"]
+    status: Literal["ok", "draining", "failed"]
     fusion: str
     step: int = Field(description="Of the run's training.")
     routes: list[str]
@@ -92,7 +92,7 @@ _ALWAYS = {
     401: "No token, or a wrong one.",
     403: "A page of another site asks.",
     429: "Too many requests are under way; see Retry-After.",
-    503: "The server is stopping.",
+    503: "The server is stopping, or must be started again.",
 }
 
 

@@ -49,6 +49,7 @@ def make_app(
     )
     metrics = Metrics()
     metrics.watch("unified_mm_under_way", "Requests being answered.", lambda: traffic.under_way)
+    service.watch(metrics)
     app.state.service, app.state.traffic, app.state.metrics = service, traffic, metrics
     app.include_router(always)
     here = APIRouter()

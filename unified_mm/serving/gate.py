@@ -70,6 +70,7 @@ class Gate:
                 log.exception("a request failed: %s %s", scope["method"], path)
             except asyncio.CancelledError:
                 if self._traffic.draining:
+                    exchange.hurries = True
                     message = "the server stops and could not finish this"
                     await exchange.refuse(Refusal(503, "stopping", message), scope)
                 raise
@@ -100,11 +101,16 @@ class Gate:
 class Exchange:
     """One request and its answer: the body is counted and timed, the answer's headers are ours.
 
+    Attributes:
+      status: of the answer, 0 where its reader had gone.
+      hurries: whether there is no time left to be patient with the sender.
+
     private: whether what is answered may be kept by no cache.
     """
 
     def __init__(self, receive: Receive, send: Send, limits: Limits, *, private: bool) -> None:
-        self.status = 0  # of the answer, 0 where its reader had gone
+        self.status = 0
+        self.hurries = False
         self._receive, self._send = receive, send
         self._limits = limits
         self._private = private
@@ -167,7 +173,7 @@ class Exchange:
         """A part of the answer; its head with our headers. A stream keeps its own time."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if not self._whole.is_set() and self.status not in (200, 408):
+            if not (self._whole.is_set() or self.hurries or self.status in (200, 408)):
                 await self._throw_away()
             if self._deadline is not None:
                 self._deadline.reschedule(None)

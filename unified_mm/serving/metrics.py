@@ -37,19 +37,12 @@ class Metrics:
             buckets=SECONDS,
             registry=self._registry,
         )
-        self._pieces = Counter(
-            "unified_mm_written_pieces", "Pieces of text written.", registry=self._registry
-        )
         self.watch("unified_mm_array_bytes", "In arrays that the process holds.", array_bytes)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """A request's end."""
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
-
-    def wrote(self) -> None:
-        """One more piece of text."""
-        self._pieces.inc()
 
     def watch(self, name: str, what: str, value: Callable[[], float]) -> None:
         """A gauge that is asked when it is read."""

@@ -17,7 +17,7 @@ from unified_mm.inference.decoding import Decoding
 from unified_mm.serving import answers, fields
 from unified_mm.serving.bodies import body_of
 from unified_mm.serving.limits import BROKEN, Json, Refusal
-from unified_mm.serving.metrics import CONTENT_TYPE, Metrics
+from unified_mm.serving.metrics import CONTENT_TYPE
 from unified_mm.serving.service import Service
 
 log = logging.getLogger(__name__)
@@ -47,22 +47,20 @@ Asked = Annotated[Service, Depends(_service)]
 
 @written("/caption", openapi_extra=fields.documented(fields.Caption))
 async def caption(
-    request: Request,
     service: Asked,
     body: Annotated[fields.Caption, Depends(body_of(fields.Caption))],
 ) -> Response:
     """Writes a caption for a picture; with `stream`, as events whose data has `text` or `error`."""
-    return await _written(request, service, body, body.prompt)
+    return await _written(service, body, body.prompt)
 
 
 @written("/answer", openapi_extra=fields.documented(fields.Answer))
 async def answer_question(
-    request: Request,
     service: Asked,
     body: Annotated[fields.Answer, Depends(body_of(fields.Answer))],
 ) -> Response:
     """Answers a question about a picture; with `stream`, as `/caption` does."""
-    return await _written(request, service, body, body.question)
+    return await _written(service, body, body.question)
 
 
 @read("/embed", response_model=answers.Vectors, openapi_extra=fields.documented(fields.Embed))
@@ -141,11 +139,12 @@ async def picture(
 
 @always.get("/healthz", response_model=answers.Health, responses={503: {"model": answers.Health}})
 async def health(request: Request, service: Asked) -> Response:
-    """Whether the server takes requests (200) or is stopping (503), and what it can do."""
-    draining = request.app.state.traffic.draining
+    """Whether the server takes requests (200) or not (503), and what it can do."""
+    status = "draining" if request.app.state.traffic.draining else "ok"
+    status = "failed" if service.failed else status
     paths = [path_of(route) for route in asking.routes]
     content = {
-        "status": "draining" if draining else "ok",
+        "status": status,
         "fusion": service.model.config.model.fusion,
         "step": service.model.step,
         "routes": [path for path in paths if path not in service.missing],
@@ -153,7 +152,7 @@ async def health(request: Request, service: Asked) -> Response:
         "pictures": 0 if service.index is None else len(service.index.rows.names),
         "limits": vars(service.limits),
     }
-    return Json(content, 503 if draining else 200)
+    return Json(content, 200 if status == "ok" else 503)
 
 
 @always.get(
@@ -166,9 +165,7 @@ async def metrics(request: Request) -> Response:
     return Response(request.app.state.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
 
-async def _written(
-    request: Request, service: Service, body: fields.Writing, prompt: str
-) -> Response:
+async def _written(service: Service, body: fields.Writing, prompt: str) -> Response:
     view = await service.view(body.image, "image")
     try:
         decoding = Decoding(
@@ -181,20 +178,11 @@ async def _written(
     except ValueError as error:
         raise Refusal(422, "wrong_fields", str(error)) from error
     writing = service.begin(view, prompt, decoding)
-    pieces = _counted(service.pieces(writing), request.app.state.metrics)
+    pieces = service.pieces(writing)
     if body.stream:
         return StreamingResponse(_events(pieces), media_type=EVENTS)
     async with aclosing(pieces):
         return Json({"text": "".join([piece async for piece in pieces])})
-
-
-async def _counted(
-    pieces: AsyncGenerator[str, None], metrics: Metrics
-) -> AsyncGenerator[str, None]:
-    async with aclosing(pieces):
-        async for piece in pieces:
-            metrics.wrote()
-            yield piece
 
 
 async def _events(pieces: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:

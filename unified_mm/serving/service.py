@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,15 +17,18 @@ from jaxtyping import Float, UInt8
 from unified_mm.data.images import ImageError
 from unified_mm.inference.classes import TEMPLATES, class_embeddings, filled
 from unified_mm.inference.decoding import Decoding
-from unified_mm.inference.engine import QueueFull
+from unified_mm.inference.engine import Counts
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.search_index import Hit, SearchIndex, mixed
+from unified_mm.inference.writing import QueueFull
 from unified_mm.objectives.captioning import Captioning
 from unified_mm.objectives.contrastive import Contrastive
 from unified_mm.serving.limits import Limits, Refusal, busy
+from unified_mm.serving.metrics import Metrics
 from unified_mm.serving.pictures import shown, view_of
 from unified_mm.serving.worker import Worker
 
+log = logging.getLogger(__name__)
 View = UInt8[np.ndarray, "size size 3"]
 
 
@@ -32,6 +37,8 @@ class Writer(Protocol):
     """What writes text: `unified_mm.inference.engine.Engine`."""
 
     def submit(self, view: np.ndarray, prompt: str, decoding: Decoding) -> Any: ...
+
+    def counts(self) -> Counts: ...
 
 
 class Service:
@@ -43,6 +50,7 @@ class Service:
       limits: of each request.
       attend: (model, view, prompt, text) -> words and their maps, [W, rows, cols].
       missing: by route, why it cannot be had here.
+      failed: whether the engine is broken for good.
 
     engine: what writes; None where the model cannot.
     worker: the thread for embeddings and attention maps.
@@ -59,6 +67,7 @@ class Service:
     ) -> None:
         self.model, self.index, self.limits = model, index, limits
         self.missing = missing(model, index)
+        self.failed = False
         self._engine = engine
         self.attend = attend
         self._worker = worker
@@ -76,7 +85,10 @@ class Service:
         return await self._decode(view_of, self.model, data, self.limits, place)
 
     def begin(self, view: View, prompt: str, decoding: Decoding) -> Any:
-        """A text in the engine's queue. Raises Refusal: 429 a full queue, 422 a wrong prompt."""
+        """A text in the engine's queue.
+
+        Raises Refusal: 429 a full queue, 422 a wrong prompt, 503 a broken engine.
+        """
         assert self._engine is not None
         try:
             return self._engine.submit(view, prompt, decoding)
@@ -84,6 +96,19 @@ class Service:
             raise busy("too many texts wait to be written") from error
         except ValueError as error:
             raise Refusal(422, "wrong_prompt", str(error)) from error
+        except RuntimeError as error:
+            self.failed = True
+            log.exception("no text can be written any more")
+            message = "the engine that writes has failed: the server must be started again"
+            raise Refusal(503, "engine_failed", message) from error
+
+    def watch(self, metrics: Metrics) -> None:
+        """Adds what waits for the model to the metrics."""
+        metrics.watch("unified_mm_embeddings_waiting", "Jobs.", lambda: self._worker.waiting)
+        if (engine := self._engine) is not None:
+            for name in ("waiting", "running", "tokens", "images_read", "images_shared"):
+                value = partial(_count, engine, name)
+                metrics.watch(f"unified_mm_texts_{name}", "As `Engine.counts` has it.", value)
 
     async def pieces(self, writing: Any) -> AsyncGenerator[str, None]:
         """What is written, as it comes. Raises Refusal 504; the writing ends with the iterator."""
@@ -202,6 +227,10 @@ class Service:
     async def _decode(self, function: Callable[..., Any], *arguments: Any) -> Any:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._decoders, function, *arguments)
+
+
+def _count(engine: Writer, name: str) -> float:
+    return float(getattr(engine.counts(), name))
 
 
 def missing(model: LoadedModel, index: SearchIndex | None) -> dict[str, str]:

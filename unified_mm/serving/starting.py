@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from unified_mm.inference.decoding import Decoding
+from unified_mm.inference.decoding import GREEDY
 from unified_mm.inference.engine import Engine
-from unified_mm.inference.loaded import LoadedModel
+from unified_mm.inference.loaded import BATCHES, LoadedModel
 from unified_mm.inference.search_index import SearchIndex
+from unified_mm.inference.slots import ENTERING
 from unified_mm.serving.limits import Limits
 from unified_mm.serving.service import Service, missing
 from unified_mm.serving.worker import Worker
@@ -60,15 +61,18 @@ def warm_up(service: Service) -> float:
     """Compiles what requests need, so that the first ones need not wait; seconds that it took."""
     began = time.perf_counter()
     model, without = service.model, service.missing
-    if "/embed" not in without:
-        model.embed_texts([""])
-    if "/classify" not in without:
-        model.embed_images([_blank()])
+    for size in BATCHES:
+        if "/embed" not in without:
+            model.embed_texts([""] * size)
+        if "/classify" not in without:
+            model.embed_images([_blank()] * size)
     if "/caption" not in without:
         view = model.view(_blank())
-        text = "".join(service.begin(view, "", Decoding()))
+        for together in ENTERING:
+            writing = [service.begin(view, "", GREEDY) for _ in range(together)]
+            texts = ["".join(each) for each in writing]
         if service.attend is not None:
-            service.attend(model, view, "", text or "a")
+            service.attend(model, view, "", texts[0] or "a")
     return time.perf_counter() - began
 
 
