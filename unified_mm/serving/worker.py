@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -23,16 +24,18 @@ class _Job:
 class Worker:
     """Runs jobs in the order they came in; jobs of the same work that wait are run in one call.
 
-    A context manager: leaving it ends the thread, and what still waits is cancelled.
+    A context manager: leaving it ends the thread when all that waits is done.
 
     waiting: jobs in the queue at most.
     together: items of one call at most, unless one job alone has more.
     """
 
     def __init__(self, waiting: int = 64, together: int = 32) -> None:
+        self._limit = waiting
         self._together = together
-        self._jobs: queue.Queue[_Job | None] = queue.Queue(waiting + 1)  # one to end the thread
-        self._waiting = waiting
+        self._jobs: deque[_Job] = deque()
+        self._closing = False
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="embeddings", daemon=True)
 
     def __enter__(self) -> Worker:
@@ -40,53 +43,43 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._jobs.put(None)
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         self._thread.join()
 
     @property
     def waiting(self) -> int:
         """Jobs in the queue."""
-        return self._jobs.qsize()
+        return len(self._jobs)
 
     def submit(self, work: Work, items: Sequence[Any]) -> Future:
         """The future results of `work(items)`. Raises queue.Full."""
-        if self._jobs.qsize() >= self._waiting:
-            raise queue.Full
         job = _Job(work, items)
-        self._jobs.put_nowait(job)
+        with self._changed:
+            if len(self._jobs) >= self._limit:
+                raise queue.Full
+            self._jobs.append(job)
+            self._changed.notify()
         return job.result
 
     def _run(self) -> None:
-        following: _Job | None = None
-        while True:
-            job = following or self._jobs.get()
-            if job is None:
-                return self._cancel_rest()
-            jobs, following, ended = self._beside(job)
+        while jobs := self._next():
             _run_together([each for each in jobs if each.result.set_running_or_notify_cancel()])
-            if ended:
-                return self._cancel_rest()
 
-    def _beside(self, first: _Job) -> tuple[list[_Job], _Job | None, bool]:
-        """The job and its followers of the same work, the next one, and whether all ends."""
-        jobs, count = [first], len(first.items)
-        while True:
-            try:
-                job = self._jobs.get_nowait()
-            except queue.Empty:
-                return jobs, None, False
-            if job is None:
-                return jobs, None, True
-            count += len(job.items)
-            if job.work != first.work or count > self._together:
-                return jobs, job, False
-            jobs.append(job)
-
-    def _cancel_rest(self) -> None:
-        while not self._jobs.empty():
-            job = self._jobs.get()
-            if job is not None:
-                job.result.cancel()
+    def _next(self) -> list[_Job]:
+        """The first job and those right behind it that can go with it; none at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closing)
+            taken: list[_Job] = []
+            count = 0
+            while self._jobs:
+                job = self._jobs[0]
+                count += len(job.items)
+                if taken and (job.work != taken[0].work or count > self._together):
+                    break
+                taken.append(self._jobs.popleft())
+            return taken
 
 
 def _run_together(jobs: list[_Job]) -> None:

@@ -1,0 +1,200 @@
+"""What the load test asks: good requests with the model's own answers, and broken ones."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+
+import unified_mm
+from unified_mm.analysis.attention_maps import attention_over_patches
+from unified_mm.data.images import decode
+from unified_mm.inference.search_index import SearchIndex
+
+QUESTIONS = ("what colour is the cube?", "how many objects are there?", "is there a sphere?")
+QUERIES = ("a large red cube left of a blue sphere", "a small shiny cylinder", "two green things")
+CLASSES = ("a cube", "a sphere", "a cylinder", "something red")
+CLOSE = 1e-4  # of cosines and vectors: batches of other sizes add up in another order
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, and how its answer is judged.
+
+    Attributes:
+      kind: for counting.
+      options: of `httpx.Client.request`.
+      check: what is wrong with an answer, '' for nothing.
+      weight: how often it is asked beside others.
+    """
+
+    kind: str
+    path: str
+    check: Callable[[httpx.Response], str]
+    options: dict[str, Any] = field(default_factory=dict)
+    method: str = "POST"
+    weight: float = 1.0
+
+    @property
+    def broken(self) -> bool:
+        """Whether it must be refused."""
+        return self.kind.startswith("broken")
+
+
+def good_requests(run: str, pictures: Path, index: Path) -> list[Asked]:
+    """Of every kind, with what the model says by itself as the right answer."""
+    model, opened = unified_mm.load(run), SearchIndex.open(index)
+    paths = [pictures / name for name in opened.rows.names]
+    files = [path.read_bytes() for path in paths]
+    captions = model.caption(paths)
+    vectors, texts = model.embed_images(paths), model.embed_texts(QUERIES)
+    classes = model.classify(paths, CLASSES)
+    found: list[Asked] = []
+    for file, caption, vector, scores in zip(files, captions, vectors, classes, strict=True):
+        image = {"files": {"image": file}}
+        found.append(Asked("caption", "/caption", _says(caption), image, weight=3))
+        streamed = {**image, "data": {"stream": "true"}}
+        found.append(Asked("caption, streamed", "/caption", _streams(caption), streamed))
+        words, maps = attention_over_patches(model, decode(file), "", caption)
+        looked = {**image, "data": {"text": caption}}
+        found.append(Asked("attention", "/attention", _attends(words, maps), looked))
+        embedded = {"files": [("images", file)]}
+        found.append(Asked("embed", "/embed", _embeds(vector), embedded, weight=2))
+        named = {**image, "data": {"classes": list(CLASSES)}}
+        found.append(Asked("classify", "/classify", _classifies(scores), named))
+        for text, query in zip(texts, QUERIES, strict=True):
+            both = {**image, "data": {"text": query, "count": "5"}}
+            hits = _finds(opened, (text + vector) / 2)
+            found.append(Asked("search, both", "/search", hits, both, weight=1 / len(QUERIES)))
+    for question in QUESTIONS:
+        answers = model.answer(paths, [question] * len(paths))
+        for file, answer in zip(files, answers, strict=True):
+            asked = {"files": {"image": file}, "data": {"question": question}}
+            weight = 2 / len(QUESTIONS)
+            found.append(Asked("answer", "/answer", _says(answer), asked, weight=weight))
+    for text, query in zip(texts, QUERIES, strict=True):
+        asked = {"json": {"text": query, "count": 5}}
+        weight = 2 * len(files) / len(QUERIES)
+        found.append(Asked("search", "/search", _finds(opened, text), asked, weight=weight))
+    return found
+
+
+def broken_requests() -> list[Asked]:
+    """Of every kind that must be refused."""
+    whole = _jpeg()
+
+    def file(kind: str, content: bytes) -> Asked:
+        return Asked(f"broken: {kind}", "/caption", _refused, {"files": {"image": content}})
+
+    def body(kind: str, path: str, value: Any) -> Asked:
+        return Asked(f"broken: {kind}", path, _refused, {"json": value})
+
+    def got(path: str) -> Asked:
+        return Asked("broken: path tricks", path, _refused, method="GET")
+
+    return [
+        file("garbage bytes", np.random.default_rng(0).bytes(5000)),
+        file("truncated JPEG", whole[: len(whole) // 2]),
+        file("200 megapixels", two_hundred_megapixels()),
+        file("nothing", b""),
+        body("wrong types", "/embed", {"texts": [1, None]}),
+        body("wrong types", "/search", {"text": ["a"], "count": "many"}),
+        body("wrong types", "/classify", [1, 2, 3]),
+        body("huge prompt", "/search", {"text": "cube " * 100_000}),
+        Asked(
+            "broken: huge prompt",
+            "/answer",
+            _refused,
+            {"files": {"image": whole}, "data": {"question": "what " * 300}},
+        ),
+        body("path tricks", "/caption", {"image": "/etc/passwd"}),
+        body("path tricks", "/caption", {"image": "file:///etc/passwd"}),
+        got("/pictures/..%2f..%2f..%2fetc%2fpasswd"),
+        got("/pictures/99999999"),
+        got("/%2e%2e/%2e%2e/etc/passwd"),
+    ]
+
+
+def two_hundred_megapixels() -> bytes:
+    """A PNG of 20,000 x 10,000 black pixels in some 25 kB."""
+    out = io.BytesIO()
+    rows = zlib.compress(bytes((20_000 // 8 + 1) * 10_000), 9)
+    header = struct.pack(">IIBBBBB", 20_000, 10_000, 1, 0, 0, 0, 0)
+    out.write(b"\x89PNG\r\n\x1a\n")
+    for kind, data in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")):
+        checksum = zlib.crc32(kind + data)
+        out.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum))
+    return out.getvalue()
+
+
+def _jpeg() -> bytes:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(out, "JPEG")
+    return out.getvalue()
+
+
+def _says(text: str) -> Callable[[httpx.Response], str]:
+    return lambda response: _differs(response, lambda said: said["text"], text)
+
+
+def _streams(text: str) -> Callable[[httpx.Response], str]:
+    def check(response: httpx.Response) -> str:
+        data = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+        pieces = [json.loads(each)["text"] for each in data]
+        right = response.status_code == 200 and pieces[-1] == text == "".join(pieces[:-1])
+        return "" if right else f"expected {text!r}; got {response.status_code} {response.text}"
+
+    return check
+
+
+def _embeds(vector: np.ndarray) -> Callable[[httpx.Response], str]:
+    return lambda response: _differs(response, lambda said: said["images"][0], vector)
+
+
+def _classifies(scores: np.ndarray) -> Callable[[httpx.Response], str]:
+    def given(said: Any) -> list[float]:
+        by_name = {each["name"]: each["similarity"] for each in said["classes"]}
+        return [by_name[name] for name in CLASSES]
+
+    return lambda response: _differs(response, given, scores)
+
+
+def _attends(words: list[str], maps: np.ndarray) -> Callable[[httpx.Response], str]:
+    def given(said: Any) -> Any:
+        return said["maps"] if said["words"] == words else np.zeros_like(maps)
+
+    return lambda response: _differs(response, given, maps)
+
+
+def _finds(index: SearchIndex, vector: np.ndarray) -> Callable[[httpx.Response], str]:
+    scores = np.array([each.score for each in index.search(vector, 5)])
+
+    def given(said: Any) -> list[float]:
+        return [each["score"] for each in said["results"]]
+
+    return lambda response: _differs(response, given, scores)
+
+
+def _differs(response: httpx.Response, given: Callable[[Any], Any], right: Any) -> str:
+    """'' where the answer is right: texts to the letter, numbers closely."""
+    if response.status_code != 200:
+        return f"{response.status_code}: {response.text[:200]}"
+    got = given(response.json())
+    same = got == right if isinstance(right, str) else np.allclose(got, right, atol=CLOSE)
+    return "" if same else f"expected {right!r}; got {got!r}"
+
+
+def _refused(response: httpx.Response) -> str:
+    said = response.json() if response.headers["content-type"] == "application/json" else {}
+    right = 400 <= response.status_code < 500 and said.get("message")
+    return "" if right else f"{response.status_code}: {response.text[:200]}"

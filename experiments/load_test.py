@@ -1,0 +1,212 @@
+"""Many clients at once, some of them broken, against the serve command: nothing lost, all right.
+
+    python -m experiments.load_test --run runs/answers --images DIR
+
+Starts `python -m unified_mm.serve` on loopback, asks 2,000 mixed requests from 32 clients, one in
+twenty of them broken, and compares every good answer with what the model says by itself. Writes
+`experiments/results/load_test.json`; exit code 1 where anything was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from experiments.load_requests import Asked, broken_requests, good_requests
+from unified_mm.runs.folder import write_json
+from unified_mm.training.environment import device_name, revision, versions
+
+RESULTS = Path(__file__).parent / "results"
+PICTURES = 48  # that are indexed and asked about
+WARM = 300  # requests before memory is looked at
+BROKEN = 0.05
+MEMORY = {"rss_bytes": "process_resident_memory_bytes", "array_bytes": "unified_mm_array_bytes"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", required=True, help="that captions, answers and retrieves")
+    parser.add_argument("--images", type=Path, required=True, help="a folder of pictures")
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--name", default="load_test", help="of the result")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        pictures, index = Path(folder, "pictures"), Path(folder, "index")
+        pictures.mkdir()
+        for path in sorted(options.images.iterdir())[:PICTURES]:
+            shutil.copy(path, pictures)
+        make = ("unified_mm.index", "--run", options.run, "--images", pictures, "--out", index)
+        subprocess.run([sys.executable, "-m", *map(str, make)], check=True, stdout=sys.stderr)
+        good = good_requests(options.run, pictures, index)
+        result = measure(options, good, index)
+    RESULTS.mkdir(exist_ok=True)
+    write_json(RESULTS / f"{options.name}.json", result)
+    print(json.dumps(result))
+    return 0 if result["wrong"] == 0 and result["lost"] == 0 else 1
+
+
+def measure(options: argparse.Namespace, good: list[Asked], index: Path) -> dict[str, Any]:
+    """The whole test against one server."""
+    rng = random.Random(0)
+    order = mixed(good, options.requests, rng)
+    with serving(options.run, index) as (url, process):
+        load(url, mixed(good, WARM, rng), options.clients)
+        before = memory(url)
+        began = time.perf_counter()
+        outcomes = load(url, order, options.clients)
+        seconds = time.perf_counter() - began
+        after = memory(url)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(60)
+    wrong = [f"{each['kind']}: {each['wrong']}" for each in outcomes if each["wrong"]]
+    for line in wrong[:20]:
+        print(f"WRONG: {line}", file=sys.stderr)
+    return {
+        "requests": len(order),
+        "clients": options.clients,
+        "broken": sum(each.broken for each in order),
+        "answered": len(outcomes),
+        "lost": len(order) - len(outcomes),
+        "wrong": len(wrong),
+        "asked_again": sum(each["again"] for each in outcomes),
+        "statuses": counted(str(each["status"]) for each in outcomes),
+        "kinds": latencies(outcomes),
+        "requests_per_second": round(len(order) / seconds, 1),
+        "memory_after_warm_up": before,
+        "memory_at_the_end": after,
+        "exit_code": code,
+        "run": Path(options.run).name,
+        "cpus": os.cpu_count(),
+        "device": device_name(),
+        "versions": versions(),
+        "revision": revision(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def mixed(good: list[Asked], count: int, rng: random.Random) -> list[Asked]:
+    """So many requests in random order, one in twenty broken, every kind of these among them."""
+    bad = broken_requests()
+    broken = round(BROKEN * count)
+    chosen = [bad[i % len(bad)] for i in range(broken)]
+    chosen += rng.choices(good, weights=[each.weight for each in good], k=count - broken)
+    rng.shuffle(chosen)
+    return chosen
+
+
+@contextmanager
+def serving(run: str, index: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The command on a free port of loopback, and its address."""
+    command = ("-m", "unified_mm.serve", "--run", run, "--index", str(index), "--port", "0")
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", file=sys.stderr)
+                if line.startswith("serving at "):
+                    yield line.split()[2], process
+                    break
+            else:
+                raise SystemExit("the server did not start")
+        finally:
+            process.kill()
+
+
+def load(url: str, order: list[Asked], clients: int) -> list[dict[str, Any]]:
+    """Every request, asked by one of so many clients at a time; what came of each."""
+    left = iter(order)
+    taking = threading.Lock()
+    outcomes: list[dict[str, Any]] = []
+
+    def client() -> None:
+        with httpx.Client(base_url=url, timeout=120) as session:
+            while True:
+                with taking:
+                    asked = next(left, None)
+                if asked is None:
+                    return
+                outcomes.append(ask(session, asked))
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+def ask(session: httpx.Client, asked: Asked) -> dict[str, Any]:
+    """One request and what is wrong with its answer, ''; told to come back, it does."""
+    again = 0
+    while True:
+        began = time.perf_counter()
+        try:
+            response = session.request(asked.method, asked.path, **asked.options)
+        except httpx.TransportError as error:
+            wrong = f"no answer: {error!r}"
+            return {"kind": asked.kind, "wrong": wrong, "status": 0, "again": again, "ms": 0.0}
+        milliseconds = 1000 * (time.perf_counter() - began)
+        if response.status_code != 429:
+            break
+        again += 1
+        time.sleep(float(response.headers["retry-after"]))
+    return {
+        "kind": asked.kind,
+        "wrong": asked.check(response),
+        "status": response.status_code,
+        "again": again,
+        "ms": milliseconds,
+    }
+
+
+def memory(url: str) -> dict[str, int]:
+    """What the server holds, by its own metrics, when nothing is under way."""
+    time.sleep(1)
+    text = httpx.get(f"{url}/metrics").text
+    found = {}
+    for name, metric in MEMORY.items():
+        match = re.search(rf"^{metric} (\S+)$", text, re.MULTILINE)
+        found[name] = int(float(match[1])) if match else 0
+    return found
+
+
+def latencies(outcomes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """By kind of request: how many, and how long they took."""
+    by_kind: dict[str, list[float]] = {}
+    for each in outcomes:
+        by_kind.setdefault(each["kind"], []).append(each["ms"])
+    return {
+        kind: {
+            "count": len(times),
+            "p50_ms": round(float(np.percentile(times, 50)), 1),
+            "p95_ms": round(float(np.percentile(times, 95)), 1),
+        }
+        for kind, times in sorted(by_kind.items())
+    }
+
+
+def counted(values: Iterator[str]) -> dict[str, int]:
+    return dict(sorted(Counter(values).items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
