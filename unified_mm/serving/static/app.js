@@ -185,17 +185,17 @@ function showMap(button) {
   small.getContext("2d").putImageData(pixels, 0, 0);
 
   const picture = $("picture"), canvas = $("heat");
-  const scale = Math.min(picture.clientWidth / picture.naturalWidth, picture.clientHeight / picture.naturalHeight);
-  const width = picture.naturalWidth * scale, height = picture.naturalHeight * scale;
+  const { width, height } = picture.getBoundingClientRect();
+  const scale = Math.min(width / picture.naturalWidth, height / picture.naturalHeight);
+  const seen = [picture.naturalWidth * scale, picture.naturalHeight * scale];
+  const [w, h] = fit === "squash" ? seen : [Math.min(...seen), Math.min(...seen)];
   const ratio = window.devicePixelRatio || 1;
-  canvas.width = picture.clientWidth * ratio;
-  canvas.height = picture.clientHeight * ratio;
-  const side = Math.min(width, height);
-  const [w, h] = fit === "squash" ? [width, height] : [side, side];
+  canvas.width = width * ratio;
+  canvas.height = height * ratio;
   const pen = canvas.getContext("2d");
   pen.scale(ratio, ratio);
   pen.imageSmoothingQuality = "high";
-  pen.drawImage(small, (picture.clientWidth - w) / 2, (picture.clientHeight - h) / 2, w, h);
+  pen.drawImage(small, (width - w) / 2, (height - h) / 2, w, h);
   canvas.classList.add("on");
   canvas.dataset.word = button.textContent;
   $("heat-says").textContent = `Attention while “${button.textContent}” was written: light is much, dark is little.`;
