@@ -64,8 +64,9 @@ def good_requests(run: str, pictures: Path, index: Path) -> list[Asked]:
         found.append(Asked("caption", "/caption", _says(caption), image, weight=3))
         streamed = {**image, "data": {"stream": "true"}}
         found.append(Asked("caption, streamed", "/caption", _streams(caption), streamed))
-        words, maps = attention_over_patches(model, decode(file), "", caption)
-        looked = {**image, "data": {"text": caption}}
+        about = caption or "nothing"
+        words, maps = attention_over_patches(model, decode(file), "", about)
+        looked = {**image, "data": {"text": about}}
         found.append(Asked("attention", "/attention", _attends(words, maps), looked))
         embedded = {"files": [("images", file)]}
         found.append(Asked("embed", "/embed", _embeds(vector), embedded, weight=2))

@@ -22,6 +22,7 @@ LIMITS = Limits(
     characters=100,
     texts=3,
     pictures=2,
+    sentences=4,
     results=12,
     upload_seconds=0.5,
 )
@@ -142,6 +143,9 @@ def test_wrong_values_of_a_form(running):
     fields = {"classes": ["a"], "templates": ["no place"]}
     response = running.client.post("/classify", files={"image": GOOD}, data=fields)
     refused(response, 422, "wrong_template", "must have the class's place")
+    fields = {"classes": ["a", "b", "c"], "templates": ["{}", "a {}"]}
+    response = running.client.post("/classify", files={"image": GOOD}, data=fields)
+    refused(response, 422, "too_many", "3 classes in 2 templates: at most 4 in all")
 
 
 @pytest.mark.parametrize(
@@ -315,9 +319,9 @@ def test_a_full_engine_says_when_to_come_back(model):
 
 def test_what_takes_too_long_is_given_up(model):
     engine = live_server.ByHand()
-    limits = Limits(seconds=0.3)
+    limits = Limits(seconds=1.5)
     with live_server.Running(model, engine, limits=limits) as running:
-        refused(running.client.post("/caption", files={"image": GOOD}), 504, "timeout", "0.3 s")
+        refused(running.client.post("/caption", files={"image": GOOD}), 504, "timeout", "1.5 s")
         assert engine.asked.get(timeout=10).cancelled.wait(10)
         asked = {"files": {"image": GOOD}, "data": {"stream": "true"}}
         began = time.monotonic()

@@ -18,6 +18,7 @@ class Limits:
       pixels: of one picture, read from its header before it is decoded.
       characters: of one text.
       texts, pictures: in one request.
+      sentences: that the classes and templates of one request make together.
       results: that a search returns.
       requests: under way at a time; more are told to come back.
       waiting: embeddings that wait for the model at a time.
@@ -28,8 +29,9 @@ class Limits:
     upload_bytes: int = 16 * 1024 * 1024
     pixels: int = 32 * 1024 * 1024
     characters: int = 2000
-    texts: int = 64
+    texts: int = 256
     pictures: int = 16
+    sentences: int = 2048
     results: int = 100
     requests: int = 128
     waiting: int = 64

@@ -155,12 +155,15 @@ class Service:
     async def similarities(
         self, view: View, classes: Sequence[str], templates: Sequence[str] | None
     ) -> Float[np.ndarray, " C"]:
-        """A picture's cosine with each class. Raises Refusal 422 for wrong templates."""
+        """A picture's cosine with each class. Raises Refusal 422: wrong or too many sentences."""
         sentences = TEMPLATES if templates is None else templates
         try:
             texts = filled(sentences, classes)
         except ValueError as error:
             raise Refusal(422, "wrong_template", str(error)) from error
+        if len(texts) > (most := self.limits.sentences):
+            message = f"{len(classes)} classes in {len(sentences)} templates: at most {most} in all"
+            raise Refusal(422, "too_many", message)
         picture, vectors = await asyncio.gather(self.embed_views([view]), self.embed_texts(texts))
         return picture[0] @ class_embeddings(lambda _: vectors, classes, sentences).T
 
