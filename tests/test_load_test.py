@@ -32,7 +32,9 @@ def test_the_large_picture_is_small_until_it_is_decoded():
 
 @pytest.mark.slow
 def test_nothing_is_lost_or_wrong_in_small(tmp_path):
-    run = tiny.write_run(tmp_path / "run", tiny.config_dict(), tiny.params(tiny.task()))
+    longer = {"model__modalities__text__length": 48}  # there are questions to be read
+    params = tiny.params(tiny.task(**longer))
+    run = tiny.write_run(tmp_path / "run", tiny.config_dict(**longer), params)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number in range(6):

@@ -117,7 +117,7 @@ async def attention(
     view = await service.view(body.image, "image")
     words, maps = await service.attention(view, body.prompt, body.text)
     fit = service.model.task.modalities["image"].fit
-    return Json({"words": words, "maps": np.round(maps, 6).tolist(), "fit": fit})
+    return Json({"words": words, "maps": np.round(maps.astype(float), 6).tolist(), "fit": fit})
 
 
 @asking.get(
