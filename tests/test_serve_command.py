@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 
 import httpx
@@ -134,7 +133,3 @@ def test_a_token_opens_a_server_for_others(trained, tmp_path):
         assert httpx.post(url + "/embed", **asked).status_code == 401
         bearing = {"Authorization": f"Bearer {TOKEN}"}
         assert httpx.post(url + "/embed", **asked, headers=bearing).status_code == 200
-        command = subprocess.run(
-            ["ps", "-o", "args=", "-p", str(process.pid)], capture_output=True, text=True
-        )
-        assert TOKEN not in command.stdout
