@@ -46,7 +46,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def model():
-    return live_server.model()
+    return live_server.model(model__modalities__text__length=64)  # every word has its map
 
 
 @pytest.fixture(scope="module")
