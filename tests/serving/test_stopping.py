@@ -8,6 +8,7 @@ import httpx
 import live_server
 import pytest
 
+from unified_mm.serving.limits import Limits
 from unified_mm.serving.server import listen, url_of
 
 GOOD = live_server.png()
@@ -58,6 +59,17 @@ def test_who_hangs_up_cancels_the_writing(model, engine, stream):
         engine.asked.get(timeout=10).write("a red", " cube", None)
         thread.join()
         assert answers == [(200, '{"text": "a red cube"}')]
+
+
+def test_who_does_not_read_is_not_waited_for(model, engine):
+    limits = Limits(seconds=0.5)
+    with live_server.Running(model, engine, limits=limits) as running:
+        asked = {"files": {"image": GOOD}, "data": {"stream": "true"}}
+        with running.client.stream("POST", "/caption", **asked) as response:
+            engine.asked.get(timeout=10).write(*["x" * 1_000_000] * 20, None)
+            live_server.eventually(lambda: running.traffic.under_way == 0)
+            with pytest.raises(httpx.TransportError):
+                response.read()
 
 
 def test_a_signal_drains(model, engine):

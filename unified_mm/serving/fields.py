@@ -8,11 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from unified_mm.serving.limits import Limits
-
-# The schemas say the limits that a server has without options; `check_limits` applies its own.
-DEFAULT = Limits()
-
 
 def _from_base64(value: Any) -> Any:
     """A picture's bytes: those of a form's file as they are, in JSON base64."""

@@ -21,6 +21,7 @@ PUBLIC = frozenset("/ /app.js /style.css /icon.svg /docs /docs.js /openapi.json 
 LIGHT = PUBLIC | {"/metrics"}
 REST = 64 * 1024 * 1024  # bytes of a refused body that are read and thrown away
 REST_SECONDS = 2.0  # that this may take
+GRACE = 2.0  # seconds for the end of an answer
 
 
 @dataclass
@@ -164,19 +165,20 @@ class Exchange:
             raise _too_large(self._limits)
         if not message.get("more_body", False):
             self._whole.set()
-            if self._deadline is not None and not self.status:
-                now = asyncio.get_running_loop().time()
-                self._deadline.reschedule(now + self._limits.seconds)
+            if not self.status:
+                self._end_in(self._limits.seconds)
         return message
 
     async def send(self, message: Message) -> None:
-        """A part of the answer; its head with our headers. A stream keeps its own time."""
+        """A part of the answer; its head with our headers.
+
+        A stream keeps its own time; one that nobody reads ends somewhat later.
+        """
         if message["type"] == "http.response.start":
             self.status = message["status"]
             if not (self._whole.is_set() or self.hurries or self.status in (200, 408)):
                 await self._throw_away()
-            if self._deadline is not None:
-                self._deadline.reschedule(None)
+            self._end_in(self._limits.seconds + GRACE)
             headers = {**HEADERS, "cache-control": "no-store" if self._private else "no-cache"}
             added = [(name.encode(), value.encode()) for name, value in headers.items()]
             message = {**message, "headers": [*message.get("headers", []), *added]}
@@ -187,6 +189,10 @@ class Exchange:
         if self.status or self._gone.is_set():
             return
         await answer(refusal)(scope, self.receive, self.send)
+
+    def _end_in(self, seconds: float) -> None:
+        if self._deadline is not None:
+            self._deadline.reschedule(asyncio.get_running_loop().time() + seconds)
 
     async def _throw_away(self) -> None:
         """Reads some of what is still sent: a sender that is cut off sees no answer."""
