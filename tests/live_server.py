@@ -25,7 +25,7 @@ from unified_mm.inference.writing import Cancelled, QueueFull
 from unified_mm.serving.app import make_app
 from unified_mm.serving.gate import Traffic
 from unified_mm.serving.limits import Limits
-from unified_mm.serving.server import DrainingServer, listen, url_of
+from unified_mm.serving.server import DrainingServer, bind, url_of
 from unified_mm.serving.service import Service
 from unified_mm.serving.worker import Worker
 
@@ -118,7 +118,7 @@ class Running(contextlib.ExitStack):
         self.traffic = Traffic()
         app = make_app(self.service, traffic=self.traffic, token=token)
         self.server = DrainingServer(app, self.traffic, drain_seconds)
-        bound = self.enter_context(contextlib.closing(listen("127.0.0.1", 0)))
+        bound = self.enter_context(contextlib.closing(bind("127.0.0.1", 0)))
         bound.listen()
         self.url = url_of(bound)
         self.thread = threading.Thread(target=self.server.run, args=([bound],))

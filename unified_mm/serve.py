@@ -61,7 +61,7 @@ def serve(options: argparse.Namespace) -> int:
     """Loads the run, warms up, says where it listens, and serves until a signal."""
     try:
         from unified_mm.serving.app import make_app
-        from unified_mm.serving.server import DrainingServer, listen, url_of
+        from unified_mm.serving.server import DrainingServer, bind, url_of
     except ImportError as error:
         message = f"serving needs more packages: pip install -e '.[serve]' ({error})"
         raise ValueError(message) from error
@@ -75,7 +75,7 @@ def serve(options: argparse.Namespace) -> int:
     check_binding(options.host, token, options.allow_anyone)
     limits = limits_of(options)
     # What can be said about the address is said before a model is loaded.
-    with closing(listen(options.host, options.port)) as bound:
+    with closing(bind(options.host, options.port)) as bound:
         model = load(options.run)
         say(f"step {model.step} of {options.run}, fusion {model.config.model.fusion}")
         index = open_index(options.index, model)
@@ -93,6 +93,7 @@ def serve(options: argparse.Namespace) -> int:
             traffic = Traffic()
             app = make_app(service, traffic=traffic, token=token, host=options.host)
             server = DrainingServer(app, traffic, options.drain_seconds)
+            bound.listen()  # who reads the line may ask at once
             say(f"serving at {url_of(bound)}" + (", with a token" if token else ""))
             server.run(sockets=[bound])
     say("stopped; some were cut off" if server.exit_code else "stopped; all were finished")

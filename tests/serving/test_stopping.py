@@ -9,7 +9,7 @@ import live_server
 import pytest
 
 from unified_mm.serving.limits import Limits
-from unified_mm.serving.server import listen, url_of
+from unified_mm.serving.server import bind, url_of
 
 GOOD = live_server.png()
 
@@ -122,11 +122,11 @@ def test_a_second_signal_ends_it_at_once(model, engine):
 
 
 def test_an_address_that_is_taken_is_named():
-    with listen("127.0.0.1", 0) as first:
+    with bind("127.0.0.1", 0) as first:
         first.listen()
         port = first.getsockname()[1]
         assert url_of(first) == f"http://127.0.0.1:{port}"
         with pytest.raises(ValueError, match=f"cannot listen at 127.0.0.1:{port}: .* in use"):
-            listen("127.0.0.1", port)
+            bind("127.0.0.1", port)
     with pytest.raises(ValueError, match="--host=no.such.host.invalid"):
-        listen("no.such.host.invalid", 0)
+        bind("no.such.host.invalid", 0)

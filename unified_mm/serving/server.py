@@ -67,7 +67,7 @@ class DrainingServer(uvicorn.Server):
         return True
 
 
-def listen(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """A socket bound to an address; port 0 takes a free one. Raises ValueError where it cannot."""
     host = host.strip("[]")
     try:
