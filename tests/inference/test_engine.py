@@ -36,10 +36,11 @@ def test_many_at_once_get_what_each_gets_alone(model):
     """More requests than slots, of different images, prompts, lengths and ways of drawing."""
     pictures = views(5)
     asked = []
+    about = np.random.default_rng(1).integers(0, 5, 17)
     for number in range(17):
         prompt = ["", "a red", "size 2 of a green square"][number % 3]
         decoding = [Decoding(), WARM, Decoding(tokens=3), Decoding(stop=("a",))][number % 4]
-        asked.append((pictures[number % 5], prompt, decoding))
+        asked.append((pictures[about[number]], prompt, decoding))
     expected = [model.generate([v], [p], d)[0][0].text for v, p, d in asked]
     with Engine(model, slots=3, images=4) as engine:
         for _ in range(2):  # the second time round the ring, slots hold what others left
@@ -48,7 +49,7 @@ def test_many_at_once_get_what_each_gets_alone(model):
         counts = engine.counts()
     assert counts.running == counts.waiting == 0
     assert counts.images_read + counts.images_shared == 34
-    assert counts.images_shared > 10
+    assert counts.images_shared > 5 and counts.images_read > 5  # room for four of five
     assert len(set(expected)) > 5
 
 

@@ -170,7 +170,7 @@ def write(draft: Draft, logits: Float[Array, "B V"], padding: int) -> Draft:
     """The draft with one more token, drawn by its scores."""
     rows = jnp.arange(logits.shape[0])
     drawn = draw(logits, draft.sampling, draft.count)
-    gained = jax.nn.log_softmax(logits)[rows, drawn]
+    gained = logits[rows, drawn] - jax.nn.logsumexp(logits, axis=-1)
     token = jnp.where(draft.done, padding, drawn)
     count = draft.count + ~draft.done
     ended = (drawn[:, None] == draft.stop).any(1) | (count >= draft.most)
