@@ -9,15 +9,17 @@ import tiny
 from unified_mm.inference.decoding import GREEDY
 from unified_mm.inference.generate import begin, generate
 from unified_mm.inference.sampling import make_sampling, sampling_arrays
+from unified_mm.models.early import EarlyFusion
 from unified_mm.models.masks import Stream
 
 LENGTH, END, PADDING, ROWS = 12, 5, 0, 6
 WRITING = ("prefix", "causal")
 
 
-@pytest.fixture(scope="module")
-def task():
-    return tiny.task()
+@pytest.fixture(scope="module", params=["early", "gated_cross_attention"])
+def task(request):
+    changes = {"objectives__matching__weight": 0.0, "model__cross__start": 0.5}
+    return tiny.task(model__fusion=request.param, **changes)
 
 
 def prompts(seed):
@@ -93,7 +95,7 @@ def by_full_passes(task, params, batch, prompt, lengths, stream):
 @pytest.fixture(scope="module")
 def params(task):
     """Parameters that write varied tokens, and the end among them."""
-    return tiny.writing_params(task, END)
+    return tiny.writing_params(task, END, seed=1 if isinstance(task.model, EarlyFusion) else 2)
 
 
 @pytest.mark.parametrize("rule", WRITING)

@@ -8,7 +8,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unified_mm.models.cache import as_int8, read_slots, write_slots
+from unified_mm.models.cache import as_int8, as_slots, read_slots, write_slots
 from unified_mm.models.masks import Stream
 from unified_mm.models.unified import text_group
 
@@ -38,7 +38,7 @@ def test_eight_bits_are_half_a_step_away_at_most(seed, size):
     small = as_int8(jnp.asarray(x))
     assert small.values.dtype == jnp.int8
     np.testing.assert_allclose(small.scale[..., 0], np.abs(x).max(-1) / 127, rtol=1e-6)
-    back = np.asarray(read_slots(small, jnp.float32))
+    back = np.asarray(read_slots(small, jnp.float32)).swapaxes(1, 2)
     assert (np.abs(back - x) <= 0.5001 * np.asarray(small.scale)).all()
     assert (back[0, 0, 0] == 0).all()
 
@@ -49,10 +49,13 @@ def test_what_is_written_into_slots_takes_their_form():
         for seed, n in ((0, 5), (1, 2))
     )
     at = jnp.array(3)
+    slots = as_slots(old)
     expected = np.array(old)
     expected[:, 3:] = new
-    np.testing.assert_array_equal(write_slots(old, new, at), expected)
-    small = write_slots(as_int8(old), new, at)
+    written = write_slots(slots, new, at)
+    assert written.shape == (2, 3, 5, 4)
+    np.testing.assert_array_equal(read_slots(written, jnp.float32), expected)
+    small = write_slots(as_int8(slots), new, at)
     np.testing.assert_allclose(read_slots(small, jnp.float32), expected, atol=0.02)
 
 

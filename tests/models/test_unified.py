@@ -268,8 +268,9 @@ def test_attention_is_softmax_of_scaled_products_written_out():
         return np.einsum("bnd,dha->bnha", x, p["kernel"]) + np.asarray(p["bias"])
 
     query, key, value = project("query"), project("key"), project("value")
-    np.testing.assert_allclose(keys, key[:, :3], atol=1e-5)
-    np.testing.assert_allclose(values, value[:, :3], atol=1e-5)
+    # A cache has the heads first.
+    np.testing.assert_allclose(keys, key[:, :3].swapaxes(1, 2), atol=1e-5)
+    np.testing.assert_allclose(values, value[:, :3].swapaxes(1, 2), atol=1e-5)
     out = params["output"]["shared"]
     for b in range(2):
         for q in range(7):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from unified_mm.modalities.tokens import Group, TokenMetadata
 from unified_mm.models.attention_weights import leave_weights
 from unified_mm.models.backends import attend, look
-from unified_mm.models.cache import KeysValues, read_slots, write_slots
+from unified_mm.models.cache import KeysValues, as_slots, read_slots, write_slots
 from unified_mm.models.masks import BlockCall, Visibility, block_calls
 from unified_mm.models.options import TransformerOptions
 from unified_mm.models.per_modality import PerModality
@@ -137,7 +137,10 @@ class Attention(nn.Module):
         query, key, value = (whole_sequences(each, o.heads) for each in (query, key, value))
         kept: KeysValues
         if cached is None:
-            kept = key[:, slice(*plan.keep)], value[:, slice(*plan.keep)]
+            kept = (
+                as_slots(key[:, slice(*plan.keep)]),
+                as_slots(value[:, slice(*plan.keep)]),
+            )
         else:
             kept = (
                 write_slots(cached[0], key, plan.write_at),

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from unified_mm.modalities.tokens import Group, TokenMetadata, lengthen, single_document
 
-# Each [B, K, H, A]: an array, or the same in 8 bits.
+# Each [B, H, K, A]: an array, or the same in 8 bits. The heads come first, so that the products of
+# attention take the slots as they lie; else every written token would copy the whole cache.
 KeysValues = tuple[Any, Any]
 
 
@@ -39,18 +40,34 @@ def as_int8(x: Float[Array, "... A"]) -> Int8:
 
 
 def write_slots(slots: Any, new: Float[Array, "B N H A"], at: Int[Array, ""]) -> Any:
-    """Slots [B, K, H, A] with new vectors from slot `at` on, in the form that the slots have."""
+    """Slots [B, H, K, A] with new vectors from slot `at` on, in the form that the slots have."""
+    new = as_slots(new)
     given = as_int8(new) if isinstance(slots, Int8) else new
     return jax.tree.map(
-        lambda old, more: jax.lax.dynamic_update_slice_in_dim(old, more, at, axis=1), slots, given
+        lambda old, more: jax.lax.dynamic_update_slice_in_dim(old, more, at, axis=2), slots, given
     )
 
 
+def as_slots(x: Float[Array, "B K H A"]) -> Float[Array, "B H K A"]:
+    """Keys or values as a cache holds them."""
+    return jnp.swapaxes(x, 1, 2)
+
+
 def read_slots(slots: Any, dtype: Any) -> Float[Array, "B K H A"]:
-    """What slots hold, as numbers of `dtype`."""
+    """What slots hold, as numbers of `dtype`, as attention takes it."""
     if isinstance(slots, Int8):
-        return (slots.values.astype(jnp.float32) * slots.scale).astype(dtype)
-    return slots
+        slots = (slots.values.astype(jnp.float32) * slots.scale).astype(dtype)
+    return jnp.swapaxes(slots, 1, 2)
+
+
+def take_rows(x: Float[Array, "*L B H K A"], rows: Int[Array, " R"]) -> Array:
+    """Examples of what a layer, or a stack of layers, keeps."""
+    return jnp.take(x, rows, axis=x.ndim - 4)
+
+
+def put_rows(x: Float[Array, "*L B H K A"], rows: Int[Array, " R"], other: Array) -> Array:
+    """The same with the examples of `other` in place of the given ones."""
+    return x.at[rows].set(other) if x.ndim == 4 else x.at[:, rows].set(other)
 
 
 @struct.dataclass
@@ -58,7 +75,8 @@ class Cache:
     """Keys and values of tokens already seen, for every layer; a plain value, never mutated.
 
     Attributes:
-      layers: by kind of layer, its keys and values, each [periods, B, K, H, A].
+      layers: by kind of layer, its keys and values, each [periods, B, H, K, A]; or a tuple by
+        period, each [B, H, K, A].
       metadata: of the K slots; a slot that holds nothing yet is not valid.
       length: int32 [], slots written so far; new tokens go there.
       memory: what gated cross-attention looks at (`models.cross_attention.Memory`), or None.
@@ -78,16 +96,18 @@ class Cache:
         """Room for `group.length` further tokens, in the last group where that has the name."""
         batch = self.metadata.valid.shape[0]
         empty = single_document(jnp.zeros((batch, group.length), bool), group)
-        room = [(0, 0), (0, 0), (0, group.length), (0, 0), (0, 0)]
+        room = ((0, group.length), (0, 0))
         return self.replace(  # type: ignore[attr-defined]
-            layers=jax.tree.map(lambda x: jnp.pad(x, room), self.layers),
+            layers=jax.tree.map(
+                lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + room), self.layers
+            ),
             metadata=lengthen(self.metadata, empty),
         )
 
     def select(self, rows: Int[Array, " R"]) -> Cache:
         """The examples `rows` of the batch, for mined negatives or for beams."""
         return self.replace(  # type: ignore[attr-defined]
-            layers=jax.tree.map(lambda x: x[:, rows], self.layers),
+            layers=jax.tree.map(lambda x: take_rows(x, rows), self.layers),
             metadata=jax.tree.map(lambda x: x[rows], self.metadata),
             memory=self.memory and self.memory.select(rows),
         )
@@ -95,7 +115,7 @@ class Cache:
     def put(self, rows: Int[Array, " R"], other: Cache) -> Cache:
         """With the R examples of `other`, laid out alike, in place of the examples `rows`."""
         return self.replace(  # type: ignore[attr-defined]
-            layers=jax.tree.map(lambda x, y: x.at[:, rows].set(y), self.layers, other.layers),
+            layers=jax.tree.map(lambda x, y: put_rows(x, rows, y), self.layers, other.layers),
             metadata=jax.tree.map(lambda x, y: x.at[rows].set(y), self.metadata, other.metadata),
             memory=self.memory and self.memory.put(rows, other.memory),
         )

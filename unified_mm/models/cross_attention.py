@@ -20,7 +20,7 @@ from unified_mm.models.attention import (
 )
 from unified_mm.models.attention_weights import leave_weights
 from unified_mm.models.backends import attend, look
-from unified_mm.models.cache import KeysValues, read_slots
+from unified_mm.models.cache import KeysValues, as_slots, put_rows, read_slots, take_rows
 from unified_mm.models.feed_forward import make_mlp
 from unified_mm.models.masks import BlockCall, Visibility, block_calls
 from unified_mm.models.options import TransformerOptions
@@ -36,7 +36,8 @@ class Memory:
 
     Attributes:
       features: [B, M, D'], or None once every layer's keys and values are known.
-      layers: keys and values of each cross layer, each [periods, B, M, H, A], or None.
+      layers: keys and values of each cross layer, each [periods, B, H, M, A], or a
+        tuple by period; or None.
       metadata: of the M features.
     """
 
@@ -53,7 +54,7 @@ class Memory:
         """The examples `rows` [B'] of the batch."""
         return Memory(
             features=None if self.features is None else self.features[rows],
-            layers=jax.tree.map(lambda x: x[:, rows], self.layers),
+            layers=jax.tree.map(lambda x: take_rows(x, rows), self.layers),
             metadata=jax.tree.map(lambda x: x[rows], self.metadata),
         )
 
@@ -61,7 +62,7 @@ class Memory:
         """With the examples of `other` in place of the examples `rows` [R] of the batch."""
         return Memory(
             features=None if self.features is None else self.features.at[rows].set(other.features),
-            layers=jax.tree.map(lambda x, y: x.at[:, rows].set(y), self.layers, other.layers),
+            layers=jax.tree.map(lambda x, y: put_rows(x, rows, y), self.layers, other.layers),
             metadata=jax.tree.map(lambda x, y: x.at[rows].set(y), self.metadata, other.metadata),
         )
 
@@ -142,7 +143,7 @@ class CrossAttention(nn.Module):
             value = into_heads(o.of_keys, o, False, "value")(plan.features)
             if o.cross.query_key_norm:
                 key = head_norm("key_norm", o)(key)
-            cached = key, value
+            cached = as_slots(key), as_slots(value)
         else:
             key, value = (read_slots(each, o.dtype) for each in cached)
         if o.cross.query_key_norm:

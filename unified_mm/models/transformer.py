@@ -98,9 +98,9 @@ class Transformer(nn.Module):
         cross: CrossPlan | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B N D"], Kept]:
-        """Contextual embeddings [B, N, D]; keys and values, each [periods, B, K, H, A].
+        """Contextual embeddings [B, N, D]; keys and values, each [periods, B, H, K, A].
 
-        With `options.apart` they are a tuple by period, each [1, B, K, H, A].
+        With `options.apart` they are a tuple by period, each [B, H, K, A].
 
         `cached` holds those of earlier tokens; what comes back then has the new ones written in.
         Without it, the keys and values that `plan.keep` asks for come back.
@@ -133,14 +133,14 @@ class Transformer(nn.Module):
     def _one_by_one(
         self, x: Array, plan: AttentionPlan, cross: Any, cached: Kept, deterministic: bool
     ) -> tuple[Array, Kept]:
-        """The same where nothing is stacked: keys and values are a tuple of [1, B, K, H, A]."""
+        """The same where nothing is stacked: keys and values are a tuple of [B, H, K, A]."""
         kept: dict[str, list[Any]] = {}
         for number in range(self.options.periods):
             period = Period(self.options, deterministic, name=f"{LAYERS}_{number}")
             own = {name: each[number] for name, each in cached.items()}
-            x, new = period(x, plan, cross, jax.tree.map(lambda slots: slots[0], own))
+            x, new = period(x, plan, cross, own)
             for name, pair in new.items():
-                kept.setdefault(name, []).append(jax.tree.map(lambda slots: slots[None], pair))
+                kept.setdefault(name, []).append(pair)
         return x, {name: tuple(each) for name, each in kept.items()}
 
     def _pipelined(

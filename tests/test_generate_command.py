@@ -1,0 +1,101 @@
+"""`python -m unified_mm.generate` as a user types it, on a model that writes varied texts."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import unified_mm
+from unified_mm import generate
+from unified_mm.inference.decoding import Decoding
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A run's folder, two pictures, and the run loaded."""
+    folder = tmp_path_factory.mktemp("generate")
+    changes = {"objectives__matching__weight": 0.0}
+    task = tiny.task(**changes)
+    params = tiny.writing_params(task, task.tokenizer.eos_id)
+    run = tiny.write_run(folder / "run", tiny.config_dict(**changes), params, None)
+    rng = np.random.default_rng(0)
+    images = [folder / f"{number}.png" for number in range(2)]
+    for path in images:
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    return run, [str(path) for path in images], unified_mm.load(run)
+
+
+def command(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        generate.main([str(argument) for argument in arguments])
+    return stopped.value.code
+
+
+def of(images):
+    return [part for image in images for part in ("--image", image)]
+
+
+def test_a_line_for_each_image(written, capsys):
+    run, images, model = written
+    assert command("--run", run, *of(images)) == 0
+    expected = [f"{i}: {text}" for i, text in zip(images, model.caption(images), strict=True)]
+    assert capsys.readouterr().out.splitlines() == expected
+    assert command("--run", run, *of(images), "--prompt", "a red", "--tokens", 3) == 0
+    answers = model.answer(images, ["a red"] * 2, Decoding(tokens=3))
+    expected = [f"{i}: {text}" for i, text in zip(images, answers, strict=True)]
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_samples_beams_and_json(written, capsys):
+    run, images, model = written
+    drawn = ("--temperature", 1.5, "--top_k", 20, "--top_p", 0.9, "--samples", 3, "--seed", 4)
+    assert command("--run", run, *of(images), *drawn, "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    decoding = Decoding(temperature=1.5, top_k=20, top_p=0.9, samples=3, seed=4)
+    expected = [text for texts in model.generate(images, ["", ""], decoding) for text in texts]
+    assert [line["text"] for line in lines] == [text.text for text in expected]
+    assert [line["image"] for line in lines] == [image for image in images for _ in range(3)]
+    nats = [text.log_likelihood for text in expected]
+    np.testing.assert_allclose([line["nats"] for line in lines], nats)
+    assert command("--run", run, *of(images[:1]), "--beams", 3, "--samples", 2, "--json") == 0
+    best, second = (json.loads(line)["text"] for line in capsys.readouterr().out.splitlines())
+    assert best != second
+
+
+def test_pieces_and_other_ways_of_computing(written, capsys):
+    run, images, model = written
+    assert command("--run", run, *of(images), "--stream") == 0
+    expected = [f"{i}: {text}" for i, text in zip(images, model.caption(images), strict=True)]
+    assert capsys.readouterr().out.splitlines() == expected
+    assert command("--run", run, *of(images), "--cache", "int8", "--dtype", "bfloat16") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    small = model.with_options(cache="int8", dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(small.params)} == {np.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--temperature", -1), "temperature=-1.0: must be at least 0"),
+        (("--samples", 2), "give a temperature, or beams"),
+        (("--stream", "--beams", 2), "--stream prints one text"),
+        (("--stop", "no single token"), "is no single token of this model's tokenizer"),
+        (("--prompt", "a very long prompt " * 9), "no room is left for an answer"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(written, arguments, named, capsys):
+    run, images, _ = written
+    assert command("--run", run, *of(images), *arguments) == 1
+    error = capsys.readouterr().err
+    assert named in error and len(error.splitlines()) == 1
+
+
+def test_no_run_and_no_image_are_said(written, tmp_path, capsys):
+    run, images, _ = written
+    assert command("--run", tmp_path / "none", *of(images)) == 1
+    assert "is no run" in capsys.readouterr().err
+    assert command("--run", run, "--image", tmp_path / "none.png") == 1
+    assert "there is no image" in capsys.readouterr().err
