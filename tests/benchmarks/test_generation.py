@@ -89,7 +89,8 @@ def test_quality_is_that_of_the_captions(model, views, tmp_path, monkeypatch):
 
 def test_every_client_gets_its_text_in_each_way_of_serving(model, views):
     lines = []
-    rows = requests.request_table(model, list(views), count=12, clients=4, slots=2, say=lines.append)
+    load = {"count": 12, "clients": 4, "slots": 2}
+    rows = requests.request_table(model, list(views), **load, say=lines.append)
     assert [row["name"] for row in rows] == ["one at a time", "static batches", "continuous"]
     assert all(row["equal_texts"] == 12 for row in rows)
     assert all(row["requests_per_second"] > 0 for row in rows) and len(lines) == 3
