@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+from absl import logging as absl_logging
 
 from unified_mm.runs.checkpoints import CheckpointError
 from unified_mm.runs.folder import RunFolder, RunFolderError
@@ -32,6 +36,27 @@ def exit_code(work: Callable[[], int], *, interrupted: str = "interrupted") -> i
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+
+
+def parser_of(command: str, doc: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m unified_mm.COMMAND`, whose help is the module's docstring."""
+    return argparse.ArgumentParser(
+        prog=f"python -m unified_mm.{command}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def run_command(
+    work: Callable[[argparse.Namespace], int],
+    options: argparse.Namespace,
+    *,
+    interrupted: str = "interrupted",
+) -> NoReturn:
+    """Ends the process with the exit code of `work(options)`."""
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells each of its steps otherwise
+    sys.exit(exit_code(lambda: work(options), interrupted=interrupted))
 
 
 def new_file(output: str) -> Path | None:

@@ -17,17 +17,15 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 from unified_mm import exported
-from unified_mm.commands import exit_code, say
+from unified_mm.commands import parser_of, run_command, say
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.programs import IMAGE, Program, programs
 from unified_mm.parallel.sharding import path_of
@@ -170,19 +168,12 @@ def _copy_loader(folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
-    options = parse(arguments)
-    sys.exit(exit_code(lambda: run(options)))
+    run_command(run, parse(arguments))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options; argparse ends the process where they are wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_mm.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("export", __doc__)
     parser.add_argument("--run", required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
     parser.add_argument(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,9 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors.numpy
-from absl import logging
 
-from unified_mm.commands import exit_code, say
+from unified_mm.commands import parser_of, run_command, say
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.import_weights import run_config
 from unified_mm.models.options import TransformerOptions
@@ -171,19 +169,12 @@ def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
-    options = parse(arguments)
-    sys.exit(exit_code(lambda: run(options)))
+    run_command(run, parse(arguments))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options; argparse ends the process where they are wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_mm.export_weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("export_weights", __doc__)
     parser.add_argument("--run", required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
     return parser.parse_args(arguments)

@@ -11,32 +11,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import logging
-
-from unified_mm.commands import exit_code, say
+from unified_mm.commands import parser_of, run_command, say
 from unified_mm.models.options import CACHE
 
 DTYPES = ("float32", "bfloat16")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
-    options = parse(arguments)
-    sys.exit(exit_code(lambda: generate(options)))
+    run_command(generate, parse(arguments))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options; argparse ends the process where they are wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_mm.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("generate", __doc__)
     add = parser.add_argument
     add("--run", required=True, metavar="RUN", help="the run's folder")
     add("--image", required=True, action="append", metavar="FILE", help="may be repeated")

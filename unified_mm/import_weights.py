@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
-from unified_mm.commands import exit_code, say
+from unified_mm.commands import parser_of, run_command, say
 from unified_mm.config import Config
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import default_config
@@ -164,19 +162,12 @@ def _tree(by_path: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
-    options = parse(arguments)
-    sys.exit(exit_code(lambda: run(options)))
+    run_command(run, parse(arguments))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options; argparse ends the process where they are wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_mm.import_weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("import_weights", __doc__)
     parser.add_argument(
         "--from", required=True, metavar="DIR", dest="source", help="config.json and safetensors"
     )

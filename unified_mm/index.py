@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from absl import logging
 
-from unified_mm.commands import disk_is_full, exit_code, new_file, say, score_table
+from unified_mm.commands import disk_is_full, new_file, parser_of, run_command, say, score_table
 from unified_mm.inference.nearest import EXACT_UP_TO
 from unified_mm.runs.folder import naming, user_path, write_json
 
@@ -44,20 +43,13 @@ READ_WITH = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
-    options = parse(arguments)
     again = "interrupted; the same command goes on from the last whole shard"
-    sys.exit(exit_code(lambda: work(options), interrupted=again))
+    run_command(work, parse(arguments), interrupted=again)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options; argparse ends the process where they are wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_mm.index",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("index", __doc__)
     add = parser.add_argument
     add("--run", required=True, metavar="RUN", help="the run's folder")
     add("--out", "--index", required=True, dest="out", metavar="INDEX", help="the index's folder")

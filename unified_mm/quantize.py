@@ -12,33 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from absl import logging
-
-from unified_mm.commands import exit_code, say
+from unified_mm.commands import parser_of, run_command, say
 from unified_mm.config import Config
 from unified_mm.runs.folder import RunFolder, write_json
 from unified_mm.runs.new_folder import new_folder, refuse_existing
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
-    options = parse(arguments)
-    sys.exit(exit_code(lambda: quantize(options)))
+    run_command(quantize, parse(arguments))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options; argparse ends the process where they are wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_mm.quantize",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("quantize", __doc__)
     parser.add_argument("--run", required=True, metavar="RUN", help="the trained run's folder")
     parser.add_argument("--out", required=True, metavar="NEWRUN", help="a new folder")
     parser.add_argument("--weights", default="int8", choices=["int8"], help="(int8)")

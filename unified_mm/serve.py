@@ -12,30 +12,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
-from absl import logging
-
-from unified_mm.commands import exit_code, say
+from unified_mm.commands import parser_of, run_command, say
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
-    options = parse(arguments)
-    sys.exit(exit_code(lambda: serve(options)))
+    run_command(serve, parse(arguments))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options; argparse ends the process where they are wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_mm.serve",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("serve", __doc__)
     add = parser.add_argument
     add("--run", required=True, metavar="RUN", help="the run's folder")
     add("--index", default="", metavar="DIR", help="of python -m unified_mm.index, for searching")

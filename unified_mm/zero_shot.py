@@ -10,29 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 
-from absl import logging
-
-from unified_mm.commands import exit_code, new_file, say, score_table
+from unified_mm.commands import new_file, parser_of, run_command, say, score_table
 from unified_mm.runs.folder import naming, write_json
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
-    options = parse(arguments)
-    sys.exit(exit_code(lambda: classify(options)))
+    run_command(classify, parse(arguments))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options; argparse ends the process where they are wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_mm.zero_shot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("zero_shot", __doc__)
     parser.add_argument("--run", required=True, metavar="RUN", help="the run's folder")
     parser.add_argument("--images", required=True, metavar="DIR", help="a directory per class")
     parser.add_argument(
