@@ -18,7 +18,14 @@ from unified_mm.runs.folder import RunFolder, RunFolderError
 from unified_mm.runs.seal import is_sealed
 
 # What a user can put right; anything else is our fault and shows where it happened.
-USER_ERRORS = (ValueError, FileNotFoundError, RunFolderError, CheckpointError)
+USER_ERRORS = (
+    ValueError,
+    FileNotFoundError,
+    NotADirectoryError,
+    PermissionError,
+    RunFolderError,
+    CheckpointError,
+)
 
 
 def say(text: str) -> None:

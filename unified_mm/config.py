@@ -9,6 +9,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 
+class MissingField(AttributeError, KeyError):
+    """A config has no such field; the message names it."""
+
+
+
 class Config(Mapping[str, Any]):
     """Nested options by attribute or by key; each leaf that is read is remembered.
 
@@ -30,7 +35,7 @@ class Config(Mapping[str, Any]):
         if name not in self._fields:
             near = difflib.get_close_matches(name, self._fields, n=1)
             hint = f" Did you mean {self._path}{near[0]}?" if near else ""
-            raise KeyError(
+            raise MissingField(
                 f"config has no field {self._path}{name}.{hint} There are: "
                 f"{', '.join(self._fields)}."
             )
@@ -40,10 +45,7 @@ class Config(Mapping[str, Any]):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        try:
-            return self[name]
-        except KeyError as error:
-            raise AttributeError(error.args[0]) from None
+        return self[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"the config is read-only: {self._path}{name} cannot be set")

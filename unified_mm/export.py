@@ -56,8 +56,7 @@ def export(
       ValueError: `out` exists, an unknown platform, sizes that the model does not have, or a model
         that can be asked nothing; or flatbuffers is not installed.
     """
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise ValueError("jax writes programs by flatbuffers: pip install flatbuffers")
+    need_flatbuffers()
     chosen = tuple(platforms) or (jax.export.default_export_platform(),)
     for platform in chosen:
         if platform not in PLATFORMS:
@@ -69,6 +68,12 @@ def export(
     prompt, room = prompt or length, room or length - 1
     with new_folder(user_path(out, "--out").absolute()) as half:
         return _write(model, half, chosen, prompt, room)
+
+
+def need_flatbuffers() -> None:
+    """Raises ValueError where it is missing: jax.export writes by it, and does not bring it."""
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ValueError("jax writes programs by flatbuffers: pip install -e '.[export]'")
 
 
 def _write(
@@ -192,6 +197,7 @@ def run(options: argparse.Namespace) -> int:
     """Loads the run and writes it."""
     from unified_mm.inference.loaded import load
 
+    need_flatbuffers()
     refuse_existing(Path(options.out))
     platforms = [name.strip() for name in options.platforms.split(",") if name.strip()]
     manifest = export(

@@ -74,15 +74,23 @@ class ExportedModel:
 
     def embed_images(self, pixels: np.ndarray) -> np.ndarray:
         """Unit vectors, float32 [B, E], of uint8 [B, size, size, 3]."""
+        if not len(pixels):
+            return self._nothing("embed_images")
         return np.asarray(self._run("embed_images", {"pixels": pixels}))
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors, float32 [B, E]; a text that is too long is cut."""
+        """Unit vectors, float32 [B, E]; a text that is too long is cut.
+
+        Raises ValueError for one text alone.
+        """
+        _refuse_text(texts)
         return self.embed_tokens([self.tokens(text) for text in texts])
 
     def embed_tokens(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """The same of texts that are token ids already, without begin and end."""
         length, end = self._text["length"], self._text["end"]
+        if not texts:
+            return self._nothing("embed_texts")
         rows = [(self._begin() + list(text) + [end])[:length] for text in texts]
         if self._text["end_when_cut"]:
             rows = [row[:-1] + [end] for row in rows]
@@ -96,7 +104,8 @@ class ExportedModel:
         return self.answer(pixels, [""] * len(pixels))
 
     def answer(self, pixels: np.ndarray | None, prompts: Sequence[str]) -> list[str]:
-        """What it writes about each image after its prompt."""
+        """What it writes about each image after its prompt; ValueError for one text alone."""
+        _refuse_text(prompts)
         return [self.text(row) for row in self.write([self.tokens(p) for p in prompts], pixels)]
 
     def write(
@@ -114,6 +123,8 @@ class ExportedModel:
         Raises:
           ValueError: a prompt that is empty or leaves no room, or pixels of another kind.
         """
+        if not prompts:
+            return []
         rows = [self._begin() + list(prompt) for prompt in prompts]
         longest = min(self._text["prompt"], self._text["length"] - 1)
         for row in rows:
@@ -179,6 +190,13 @@ class ExportedModel:
         tokenizer.encode_special_tokens = True  # those written out in a text are ordinary text
         return tokenizer
 
+    def _nothing(self, name: str) -> np.ndarray:
+        """What a program makes of no rows."""
+        if name not in self._programs:
+            raise ValueError(f"this export has no {name}, but {', '.join(self._programs)}")
+        output = self.manifest["programs"][name]["output"]
+        return np.zeros((0, *output["shape"][1:]), output["dtype"])
+
     def _begin(self) -> list[int]:
         return [] if self._text["begin"] is None else [self._text["begin"]]
 
@@ -203,6 +221,11 @@ class ExportedModel:
                 due = "none" if wanted is None else f"{wanted['dtype']} {wanted['shape']}"
                 raise ValueError(f"{name} takes of {key!r} {due}, and was given {said}")
         return self._programs[name](self._params, inputs, list(state))
+
+
+def _refuse_text(texts: Sequence[str]) -> None:
+    if isinstance(texts, str):
+        raise ValueError("give a list of texts, not one alone")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -94,6 +94,10 @@ def limits_of(options: argparse.Namespace) -> Any:
     """The limits that the options ask for. Raises ValueError for one that lets nothing through."""
     from unified_mm.serving.limits import Limits
 
+    for name in ("upload_megabytes", "megapixels", "seconds", "drain_seconds", "slots", "queue"):
+        value = getattr(options, name)
+        if not 0 < value < 1e9:  # so that NaN is refused too
+            raise ValueError(f"--{name}={value}: must be above 0 and below 1e9")
     return Limits(
         upload_bytes=int(options.upload_megabytes * 1e6),
         pixels=int(options.megapixels * 1e6),

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from unified_mm.data.text_tokenizer import TextTokenizer
+
+LARGEST = 2**31 - 1
+MOST_TEXTS = 1024  # of one prompt at once; each has a row of the cache
+HOTTEST = 1000
 
 
 @dataclass(frozen=True)
@@ -44,16 +49,23 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("beams", "samples"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("temperature", "top_k", "length_penalty"):
-            _at_least(name, getattr(self, name), 0)
-        if self.tokens is not None:
-            _at_least("tokens", self.tokens, 1)
+        for name, least, most in (
+            ("tokens", 1, LARGEST),
+            ("top_k", 0, LARGEST),
+            ("beams", 1, MOST_TEXTS),
+            ("samples", 1, MOST_TEXTS),
+            ("seed", 0, 2**32 - 1),
+        ):
+            _check_whole(name, getattr(self, name), least, most)
+        for name in ("temperature", "length_penalty"):
+            _check_number(name, getattr(self, name))
+        _check_number("top_p", self.top_p)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed}: must be from 0 to {2**32 - 1}")
+        if isinstance(self.stop, str):
+            raise ValueError(f"stop={self.stop!r}: give a tuple of tokens, not a text alone")
+        if self.beams == 1 and self.length_penalty != 1:
+            raise ValueError("length_penalty compares beams: give more than one of them")
         if self.beams > 1 and self.temperature > 0:
             raise ValueError(
                 f"beams={self.beams} with temperature={self.temperature}: beam search draws "
@@ -125,9 +137,20 @@ def _ids_of(stop: str | int, tokenizer: TextTokenizer) -> Sequence[int]:
     return found
 
 
-def _at_least(name: str, value: int | float, least: int) -> None:
-    if not value >= least:  # so that NaN is refused too
-        raise ValueError(f"{name}={value}: must be at least {least}")
+def _check_whole(name: str, value: Any, least: int, most: int) -> None:
+    if value is None and name == "tokens":
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name}={value!r}: must be a whole number")
+    if not least <= value <= most:
+        raise ValueError(f"{name}={value}: must be at least {least} and at most {most}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise ValueError(f"{name}={value!r}: must be a number")
+    if not 0 <= value <= HOTTEST:  # so that NaN is refused too
+        raise ValueError(f"{name}={value}: must be at least 0 and at most {HOTTEST}")
 
 
 GREEDY = Decoding()

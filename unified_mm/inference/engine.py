@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from unified_mm.inference.decoding import GREEDY, Decoding
-from unified_mm.inference.loaded import LoadedModel
+from unified_mm.inference.loaded import LoadedModel, listed_texts
 from unified_mm.inference.slots import ENTERING, Entry, Slots
 from unified_mm.inference.streaming import Spelling
 from unified_mm.inference.writing import Cancelled, QueueFull, Writing
@@ -77,6 +77,7 @@ class Engine:
         self._known = KnownImages(images)
         self._limit = queue
         self._waiting: deque[Request] = deque()
+        self._entering: list[Request] = []
         self._running: dict[int, tuple[Request, Spelling]] = {}
         self._free = list(range(slots))
         self._tokens = 0
@@ -104,6 +105,7 @@ class Engine:
                 f"a view is uint8 [{size}, {size}, 3], not {view.dtype} {list(view.shape)}: "
                 "LoadedModel.view makes one"
             )
+        listed_texts([prompt], "prompts")
         self._slots.check(prompt, decoding)
         request = Request(view, prompt, decoding, Writing())
         with self._changed:
@@ -174,6 +176,7 @@ class Engine:
     def _enter(self) -> None:
         """Gives free slots to those that have waited longest."""
         while self._free and (requests := self._next(min(len(self._free), ENTERING[-1]))):
+            self._entering = requests
             fresh, rows = self._known.rows([request.view for request in requests])
             if fresh:
                 self._slots.read([requests[i].view for i in fresh], [rows[i] for i in fresh])
@@ -186,6 +189,7 @@ class Engine:
                 tokenizer = self._model.task.tokenizer
                 spelling = Spelling(tokenizer, request.decoding.stop_ids(tokenizer))
                 self._running[entry.slot] = request, spelling
+                self._entering = self._entering[1:]
                 self._say(entry.slot, int(token), bool(last))
 
     def _next(self, count: int) -> list[Request]:
@@ -224,7 +228,8 @@ class Engine:
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self._failure = error
-            pending = [*self._waiting, *(request for request, _ in self._running.values())]
+            running = [request for request, _ in self._running.values()]
+            pending = [*self._waiting, *self._entering, *running]
             self._waiting.clear()
             self._running.clear()
         for request in pending:

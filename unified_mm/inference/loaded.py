@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from unified_mm.config import Config
+from unified_mm.config import Config, MissingField
 from unified_mm.data import images as pictures
 from unified_mm.data.records import Image as ImageFile
 from unified_mm.data.records import Problem, StoredImage
@@ -257,6 +257,8 @@ def read_picture(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """The picture of a file. Raises FileNotFoundError, and ImageError where it is unreadable."""
     if not os.path.isfile(path):
+        if os.path.exists(path):
+            raise pictures.ImageError(str(path), "is no file but a folder or a device")
         raise FileNotFoundError(f"there is no image {str(path)!r}")
     try:
         return pictures.decode(path, at_least=size, backend=decoder)
@@ -279,11 +281,18 @@ def load(run: str | os.PathLike[str], *, mesh: Mesh | None = None) -> LoadedMode
     folder = RunFolder(run)
     if not folder.exists:
         raise FileNotFoundError(
-            f"{folder.path} is no run (it has no config.json); give the --workdir of a training run"
+            f"{folder.path} is no run (it has no config.json); give the folder of a training run"
         )
     config = read_config(folder)
     refuse_image_tower(config, folder)
-    task = build_task(config, TextTokenizer.load(folder.tokenizer, **config.data.special_tokens))
+    try:
+        tokenizer = TextTokenizer.load(folder.tokenizer, **config.data.special_tokens)
+        task = build_task(config, tokenizer)
+    except MissingField as error:
+        raise RunFolderError(
+            f"{folder.config} was written by another version: {error.args[0]} Use that version, "
+            "or train anew"
+        ) from error
     mesh = mesh or one_device_mesh()
     averaged = config.train.average_decay > 0
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:

@@ -13,9 +13,12 @@ from unified_mm.runs.folder import naming
 
 
 def refuse_existing(path: Path) -> None:
-    """Raises ValueError where there is something."""
-    if path.exists():
+    """Raises ValueError where there is something, or where nothing can be made."""
+    if os.path.lexists(path):
         raise ValueError(f"{path} exists and is not overwritten; name a new directory")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise ValueError(f"--out={path}: nothing can be written in {above}")
 
 
 @contextlib.contextmanager

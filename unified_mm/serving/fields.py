@@ -41,6 +41,7 @@ Picture = Annotated[
     ),
 ]
 Text = Annotated[str, AfterValidator(_is_text)]
+Said = Annotated[str, Field(min_length=1), AfterValidator(_is_text)]
 
 
 class Fields(BaseModel):
@@ -85,7 +86,7 @@ class Embed(Fields):
 class Search(Fields):
     """What to look for: a text, a picture, or both together."""
 
-    text: Text | None = None
+    text: Said | None = None
     image: Picture | None = None
     count: int = Field(12, ge=1)
     kind: Literal["image", "text"] = Field("image", description="What is to be found.")
@@ -95,7 +96,7 @@ class Classify(Fields):
     """A picture, and the names of the classes that it may be of."""
 
     image: Picture
-    classes: list[Text] = Field(min_length=1)
+    classes: list[Said] = Field(min_length=1)
     templates: list[Text] | None = Field(
         None, min_length=1, description="Sentences with one {} for the class; averaged."
     )

@@ -70,6 +70,8 @@ class DrainingServer(uvicorn.Server):
 def bind(host: str, port: int) -> socket.socket:
     """A socket bound to an address; port 0 takes a free one. Raises ValueError where it cannot."""
     host = host.strip("[]")
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port={port}: must be from 0 (a free one) to {2**16 - 1}")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, socket.SOCK_STREAM)

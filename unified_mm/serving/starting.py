@@ -67,13 +67,34 @@ def warm_up(service: Service) -> float:
         if "/classify" not in without:
             model.embed_images([_blank()] * size)
     if "/caption" not in without:
-        view = model.view(_blank())
-        for together in ENTERING:
-            writing = [service.begin(view, "", GREEDY) for _ in range(together)]
-            texts = ["".join(each) for each in writing]
+        for prompt in prompts_of_each_width(model):
+            for together in ENTERING:
+                # One more than enter at once: the first of them enters before the others come.
+                views = [_noise(model) for _ in range(together + 1)]
+                writing = [service.begin(view, prompt, GREEDY) for view in views]
+                texts = ["".join(each) for each in writing]
         if service.attend is not None:
-            service.attend(model, view, "", texts[0] or "a")
+            service.attend(model, views[0], "", texts[0] or "a")
     return time.perf_counter() - began
+
+
+def prompts_of_each_width(model: LoadedModel) -> list[str]:
+    """Prompts that are read by a program each: those of about as many tokens share one."""
+    found: dict[int, str] = {}
+    for words in range(model.task.modalities["text"].length):
+        prompt = " ".join(["a"] * words)
+        try:
+            arrays, _ = model.predictor.prompts([prompt])
+        except ValueError:  # there is no room for more, or no begin token
+            continue
+        found.setdefault(arrays["ids"].shape[1], prompt)
+    return list(found.values())
+
+
+def _noise(model: LoadedModel) -> np.ndarray:
+    """A picture that nobody has asked about."""
+    size = model.task.modalities["image"].size
+    return np.random.default_rng().integers(0, 256, (size, size, 3), np.uint8)
 
 
 def _blank() -> np.ndarray:
