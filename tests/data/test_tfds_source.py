@@ -133,7 +133,7 @@ def test_stored_images_pickle_without_open_files(made):
 def test_a_loaded_model_sees_stored_images_as_files(made):
     from unified_mm.inference.loaded import LoadedModel, one_device_mesh
 
-    model = LoadedModel(tiny.task(), None, one_device_mesh(), Config({}), 0)
+    model = LoadedModel(tiny.task(), {}, one_device_mesh(), Config({}), 0)
     ours, theirs = (source.manifest("val").records[1].image for source in both(made))
     np.testing.assert_array_equal(model.view(ours), model.view(theirs))
     assert str(theirs).endswith("dataset val[1] (images/val/1.jpg)")

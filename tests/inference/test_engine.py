@@ -92,6 +92,8 @@ def test_what_cannot_be_written_is_refused_and_harms_nobody(early):
                 engine.submit(wrong)
         with pytest.raises(ValueError, match="no room is left"):
             engine.submit(picture, "a very long question " * 5)
+        with pytest.raises(ValueError, match="half of a surrogate pair"):
+            engine.submit(picture, "a\ud800")
         with pytest.raises(ValueError, match="neither beams"):
             engine.submit(picture, "", Decoding(beams=2))
         with pytest.raises(ValueError, match="can be watched"):
@@ -145,6 +147,13 @@ def test_nothing_is_left_waiting_when_the_engine_fails_or_is_closed(early):
             writing.result(60.0)
     with pytest.raises(RuntimeError, match="the engine failed"):
         engine.submit(pictures[3])
+    engine.close(5.0)
+
+    engine = Engine(early, slots=2)
+    engine._slots.enter = lambda entries: broken()
+    for writing in [engine.submit(picture) for picture in pictures[:1]]:
+        with pytest.raises(RuntimeError, match="the engine failed: out of memory"):
+            writing.result(60.0)
     engine.close(5.0)
 
     engine = Engine(early, slots=1)

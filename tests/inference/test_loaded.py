@@ -202,6 +202,20 @@ def test_a_damaged_config_is_named(tmp_path, fields):
         unified_mm.load(tmp_path)
 
 
+def test_a_run_of_another_version_names_the_field(run, tmp_path):
+    config = tiny.config_dict().to_dict()
+    del config["model"]["attention"]
+    write_json(RunFolder(tmp_path).config, config)
+    tiny.tokenizer().save(RunFolder(tmp_path).tokenizer)
+    with pytest.raises(RunFolderError, match=r"config has no field model\.attention"):
+        unified_mm.load(tmp_path)
+
+
+def test_a_folder_is_no_image(model, tmp_path):
+    with pytest.raises(ValueError, match="is no file but a folder"):
+        model.view(tmp_path)
+
+
 def test_no_run_and_no_checkpoint_are_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no run .it has no config.json."):
         unified_mm.load(tmp_path / "nothing")

@@ -123,6 +123,13 @@ def test_greedy_rows_stay_greedy_beside_rows_that_draw():
         ({"beams": 2, "samples": 3}, "no more texts than beams"),
         ({"samples": 2}, "would all be the same"),
         ({"seed": -1}, "seed=-1"),
+        ({"temperature": float("inf")}, "temperature=inf: must be at least 0 and at most"),
+        ({"temperature": "hot"}, "temperature='hot': must be a number"),
+        ({"temperature": 1.0, "top_k": 2**40}, "top_k=1099511627776: must be at least 0 and at"),
+        ({"temperature": 1.0, "top_k": 2.5}, "top_k=2.5: must be a whole number"),
+        ({"temperature": 1.0, "samples": 100_000}, "samples=100000: must be at least 1 and at"),
+        ({"stop": "red"}, "stop='red': give a tuple of tokens"),
+        ({"length_penalty": 5.0}, "length_penalty compares beams"),
     ],
 )
 def test_what_makes_no_sense_is_refused(wrong, named):

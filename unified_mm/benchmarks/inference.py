@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from unified_mm.benchmarks.generation import generation_table
@@ -65,7 +66,7 @@ def measure_inference(
         "generation": generation,
         "training": training,
         "requests": requests,
-        "run": run,
+        "run": Path(run).name,
         "split": split.manifest.split,
         "images": len(records),
         "tokens": tokens,
