@@ -266,11 +266,19 @@ def test_a_damaged_manifest_is_named(copy):
 
 def test_wrong_questions_are_refused(early):
     model = exported.load(early[1])
-    for wrong in (PIXELS.astype(np.float32), PIXELS[0], PIXELS[:, :8], PIXELS[:0]):
+    for wrong in (PIXELS.astype(np.float32), PIXELS[0], PIXELS[:, :8]):
         with pytest.raises(ValueError, match=r"of 'pixels' uint8 .'batch', 16, 16, 3., and was"):
             model.embed_images(wrong)
     with pytest.raises(ValueError, match=r"prefill takes of 'pixels' uint8 .*, and was given none"):
         model.write([[]])
+    with pytest.raises(ValueError, match="give a list of texts, not one alone"):
+        model.embed_texts("red")
+
+
+def test_of_nothing_comes_nothing(early):
+    model = exported.load(early[1])
+    assert model.embed_images(PIXELS[:0]).shape == model.embed_texts([]).shape == (0, 8)
+    assert model.caption(PIXELS[:0]) == []
 
 
 def test_a_model_without_words_says_so(tmp_path):

@@ -124,11 +124,8 @@ def test_greedy_rows_stay_greedy_beside_rows_that_draw():
         ({"samples": 2}, "would all be the same"),
         ({"seed": -1}, "seed=-1"),
         ({"temperature": float("inf")}, "temperature=inf: must be at least 0 and at most"),
-        ({"temperature": "hot"}, "temperature='hot': must be a number"),
         ({"temperature": 1.0, "top_k": 2**40}, "top_k=1099511627776: must be at least 0 and at"),
-        ({"temperature": 1.0, "top_k": 2.5}, "top_k=2.5: must be a whole number"),
         ({"temperature": 1.0, "samples": 100_000}, "samples=100000: must be at least 1 and at"),
-        ({"stop": "red"}, "stop='red': give a tuple of tokens"),
         ({"length_penalty": 5.0}, "length_penalty compares beams"),
     ],
 )
