@@ -76,50 +76,70 @@ def beam_search(
         ended_score=nothing,
     )
 
-    def score(total: Array, length: Array) -> Array:
-        return total / length.astype(jnp.float32) ** length_penalty
-
-    def choose(state: Beams, logits: Float[Array, "R V"]) -> Beams:
-        likelihood = jax.nn.log_softmax(logits).reshape(texts, beams, -1)
-        vocabulary = likelihood.shape[-1]
-        # Enough that K go on whatever of them ends.
-        count = min(beams * (1 + stop.shape[1]), beams * vocabulary)
-        total = (state.live_sum[..., None] + likelihood).reshape(texts, -1)
-        total, place = jax.lax.top_k(total, count)
-        parent, token = place // vocabulary, (place % vocabulary).astype(jnp.int32)
-        grown = jnp.take_along_axis(state.live, parent[..., None], axis=1)
-        grown = grown.at[:, :, state.step].set(token)
-        length = state.step + 1
-        real = total > NEVER / 2
-        ends = (token[..., None] == stop[:, None]).any(-1) | (length >= most)[:, None]
-
-        scores = jnp.where(real & ends, score(total, length), NEVER)
-        scores = jnp.concatenate([state.ended_score, scores], axis=1)
-        ended_score, best = jax.lax.top_k(scores, beams)
-        ended = jnp.concatenate([state.ended, grown], axis=1)
-        ended_sum = jnp.concatenate([state.ended_sum, total], axis=1)
-        live_sum, going = jax.lax.top_k(jnp.where(real & ~ends, total, NEVER), beams)
-        rows = jnp.arange(texts)[:, None] * beams + jnp.take_along_axis(parent, going, axis=1)
-        return Beams(
-            reading=state.reading.select(rows.reshape(-1)),
-            step=length,
-            live=jnp.take_along_axis(grown, going[..., None], axis=1),
-            live_sum=live_sum,
-            ended=jnp.take_along_axis(ended, best[..., None], axis=1),
-            ended_sum=jnp.take_along_axis(ended_sum, best, axis=1),
-            ended_score=ended_score,
-        )
-
     def undecided(state: Beams) -> Array:
-        hope = score(state.live_sum[:, 0], jnp.maximum(most, 1))
+        hope = score(state.live_sum[:, 0], jnp.maximum(most, 1), length_penalty)
         alive = state.live_sum[:, 0] > NEVER / 2
         return (alive & (hope > state.ended_score[:, -1])).any()
 
     def advance(state: Beams) -> Beams:
         token = jax.lax.dynamic_index_in_dim(state.live, state.step - 1, axis=2, keepdims=False)
         logits, reading = read(model, params, state.reading, token.reshape(-1), stream, room)
-        return choose(state.replace(reading=reading), logits)  # type: ignore[attr-defined]
+        state = state.replace(reading=reading)  # type: ignore[attr-defined]
+        return choose(state, logits, most, stop, length_penalty)
 
-    found = choose(start, jnp.repeat(logits, beams, axis=0))
+    logits = jnp.repeat(logits, beams, axis=0)
+    found = choose(start, logits, most, stop, length_penalty)
     found = jax.lax.while_loop(undecided, advance, found)
     return found.ended, jnp.where(found.ended_score > NEVER / 2, found.ended_sum, -jnp.inf)
+
+
+def choose(
+    state: Beams,
+    logits: Float[Array, "R V"],
+    most: Int[Array, " B"],
+    stop: Int[Array, "B E"],
+    length_penalty: float | Float[Array, ""],
+) -> Beams:
+    """The beams one token longer: the K best of those that end, and of those that go on.
+
+    Args:
+      logits: of what follows each live beam, R = B * K rows.
+      most, stop, length_penalty: as of `beam_search`.
+    """
+    texts, beams = state.live_sum.shape
+    likelihood = jax.nn.log_softmax(logits).reshape(texts, beams, -1)
+    vocabulary = likelihood.shape[-1]
+    # Enough that K go on whatever of them ends.
+    count = min(beams * (1 + stop.shape[1]), beams * vocabulary)
+    total = (state.live_sum[..., None] + likelihood).reshape(texts, -1)
+    total, place = jax.lax.top_k(total, count)
+    parent, token = place // vocabulary, (place % vocabulary).astype(jnp.int32)
+    grown = jnp.take_along_axis(state.live, parent[..., None], axis=1)
+    grown = grown.at[:, :, state.step].set(token)
+    length = state.step + 1
+    real = total > NEVER / 2
+    ends = (token[..., None] == stop[:, None]).any(-1) | (length >= most)[:, None]
+
+    scores = jnp.where(real & ends, score(total, length, length_penalty), NEVER)
+    scores = jnp.concatenate([state.ended_score, scores], axis=1)
+    ended_score, best = jax.lax.top_k(scores, beams)
+    ended = jnp.concatenate([state.ended, grown], axis=1)
+    ended_sum = jnp.concatenate([state.ended_sum, total], axis=1)
+    live_sum, going = jax.lax.top_k(jnp.where(real & ~ends, total, NEVER), beams)
+    rows = jnp.arange(texts)[:, None] * beams + jnp.take_along_axis(parent, going, axis=1)
+    return Beams(
+        reading=state.reading.select(rows.reshape(-1)),
+        step=length,
+        live=jnp.take_along_axis(grown, going[..., None], axis=1),
+        live_sum=live_sum,
+        ended=jnp.take_along_axis(ended, best[..., None], axis=1),
+        ended_sum=jnp.take_along_axis(ended_sum, best, axis=1),
+        ended_score=ended_score,
+    )
+
+
+def score(
+    total: Float[Array, "*any"], length: Int[Array, "*some"], length_penalty: Any
+) -> Float[Array, "*any"]:
+    """What texts are compared by."""
+    return total / length.astype(jnp.float32) ** length_penalty
