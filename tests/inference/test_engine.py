@@ -3,12 +3,15 @@
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 import tiny
 
 from unified_mm.inference.decoding import Decoding
 from unified_mm.inference.engine import Engine, KnownImages
+from unified_mm.inference.generate import advance
+from unified_mm.inference.slots import Slots
 from unified_mm.inference.writing import Cancelled, QueueFull
 
 FUSIONS = {
@@ -191,3 +194,19 @@ def test_the_image_asked_for_longest_ago_goes_first():
     assert known.rows([c, b]) == ([], [0, 1])
     assert known.rows([a]) == ([0], [2])
     assert (known.read, known.shared) == (5, 4)
+
+@pytest.mark.parametrize("name", ["early", "gated_cross_attention"])
+def test_a_written_token_copies_no_cache(name):
+    """What a donated step holds beside its arguments is less than the cache."""
+    model = tiny.loaded(model__layers=4, **FUSIONS[name])
+    slots = Slots(model.predictor, 32, 4)
+
+    def step(params, draft):
+        return advance(slots.model, params, draft, slots.stream, slots.padding)
+
+    with model.predictor.on_mesh():
+        compiled = jax.jit(step, donate_argnums=1).lower(model.predictor.params, slots.draft)
+        held = compiled.compile().memory_analysis()
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(slots.draft.reading.cache.layers))
+    assert held.alias_size_in_bytes >= kept
+    assert held.temp_size_in_bytes < kept, (held.temp_size_in_bytes, kept)

@@ -13,8 +13,8 @@ from jaxtyping import Array, Int
 
 from unified_mm.benchmarks.timing import (
     allocated_bytes,
+    fused_attention,
     held_bytes,
-    memory_bandwidth,
     percentiles,
     times_of,
     tree_bytes,
@@ -23,13 +23,15 @@ from unified_mm.data.records import Record
 from unified_mm.evaluation.caption_scores import caption_scores
 from unified_mm.evaluation.evaluate import captions_of
 from unified_mm.inference.decoding import GREEDY, Written
+from unified_mm.inference.generate import advance, begin
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.predictor import Predictor
+from unified_mm.inference.quantization import quantized
+from unified_mm.inference.sampling import make_sampling
 from unified_mm.inference.texts import inputs_of, write_texts
 from unified_mm.models.masks import Stream
 from unified_mm.models.unified import UnifiedModel
 
-FUSED = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash"}
 NEVER = -1  # no token ends a text that is timed
 QUALITY_BATCH = 50
 
@@ -45,9 +47,7 @@ class Way:
 
 def ways(model: LoadedModel) -> Iterator[Way]:
     """From the plainest to all that saves something, each made when it is asked for."""
-    from unified_mm.inference.quantization import quantized
-
-    fused = FUSED[jax.default_backend()]
+    fused = fused_attention()
     plain = model.with_options(dtype=jnp.float32, attention="xla", cache="same")
     half = plain.with_options(dtype=jnp.bfloat16)
     yield Way("baseline", plain, False)
@@ -132,6 +132,7 @@ def generation_table(
     tokens: int,
     batches: Sequence[int],
     repeats: int,
+    bandwidth: float,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """A row for each way of writing and each batch.
@@ -141,9 +142,9 @@ def generation_table(
       tokens: that each timed text has, whatever it says.
       batches: images at once.
       repeats: timed runs of each row.
+      bandwidth: bytes a second that the device's memory gives, for the floor of cached writing.
       say: takes a line for each row.
     """
-    bandwidth = memory_bandwidth()
     rows: list[dict[str, Any]] = []
     for way in ways(model):
         quality = caption_quality(way, records)
@@ -182,9 +183,6 @@ def costs(way: Way, batch: int, tokens: int, repeats: int) -> dict[str, Any]:
 
 def decode_step(way: Way, inputs: Any, tokens: int) -> dict[str, int]:
     """Bytes of one more token's compiled step, and what it cannot but read."""
-    from unified_mm.inference.generate import advance, begin
-    from unified_mm.inference.sampling import make_sampling
-
     model, stream = way.model.predictor.task.model, way.model.predictor.writing_stream
     padding = way.model.task.tokenizer.pad_id
 

@@ -52,8 +52,15 @@ def measure_inference(
     split = open_split(config, source, config.evaluation.split).first(images)
     records = [record for record in split.manifest.records if record.image]
     say(f"writing {tokens} tokens, captions of {len(records)} images of {split.manifest.split}:")
+    bandwidth = memory_bandwidth()
     generation = generation_table(
-        model, records, tokens=tokens, batches=(1, batch), repeats=repeats, say=say
+        model,
+        records,
+        tokens=tokens,
+        batches=(1, batch),
+        repeats=repeats,
+        bandwidth=bandwidth,
+        say=say,
     )
     say(f"{CLIENTS} clients, texts of different lengths:")
     views = [model.view(record.image) for record in records[: 4 * SLOTS]]
@@ -72,6 +79,6 @@ def measure_inference(
         "tokens": tokens,
         "step": model.step,
         "data": source.name,
-        "memory_bandwidth": round(memory_bandwidth()),
+        "memory_bandwidth": round(bandwidth),
         **provenance(),
     }

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unified_mm.models.backends import KERNEL_OF
+from unified_mm.parallel.mesh import platform
 from unified_mm.training.environment import device_name, revision, versions
+
+
+def fused_attention() -> str:
+    """The attention backend that holds no scores, on this device."""
+    return KERNEL_OF.get(platform(), "chunked")
 
 
 def times_of(function: Callable[[], Any], count: int) -> list[float]:

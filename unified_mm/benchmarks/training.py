@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 
 from unified_mm.benchmarks.timing import (
+    fused_attention,
     held_bytes,
     matmul_peak,
     percentiles,
@@ -27,8 +28,6 @@ from unified_mm.runs.folder import RunFolder
 from unified_mm.training.flops import training_flops
 from unified_mm.training.loop import phase_batches, phase_step
 from unified_mm.training.setup import Setup, prepare
-
-FASTEST_ATTENTION = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash"}
 
 
 def measure(setup: Setup, steps: int) -> dict[str, Any]:
@@ -123,7 +122,7 @@ def training_table(
       steps: that each row takes.
       say: takes a line for each row.
     """
-    fused = FASTEST_ATTENTION[jax.default_backend()]
+    fused = fused_attention()
     rows: list[dict[str, Any]] = []
 
     def add(name: str, batch: int, **options: str) -> Step:
