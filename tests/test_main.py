@@ -67,6 +67,7 @@ def test_a_run_is_a_folder(finished):
     }
     assert result.keys() >= {
         "chance", "ceiling", "data", "device", "versions", "revision", "seed", "seconds", "flops",
+        "parameters",
     }  # fmt: skip
     assert result["data"]["counts"] == {"train": 24, "val": 8}
     assert result["flops"] > 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from unified_mm.evaluation.evaluate import Scores, evaluate
 from unified_mm.inference.predictor import Predictor
+from unified_mm.objectives.task import parameter_counts
 from unified_mm.training.environment import device_name, revision, versions
 from unified_mm.training.flops import training_flops
 from unified_mm.training.loop import keep_best, train
@@ -70,6 +71,7 @@ def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict
         "seed": setup.options.seed,
         "steps": setup.options.steps,
         "seconds": round(seconds, 1),
+        "parameters": sum(parameter_counts(setup.phases[-1].abstract.params).values()),
         "flops": sum((phase.stop - phase.start) * training_flops(phase) for phase in setup.phases),
     }
 
