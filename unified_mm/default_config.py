@@ -187,6 +187,9 @@ def modality_fields() -> dict:
             "type": "image",
             "patch": 8,
             "stem": "linear",  # or 'hierarchical'
+            # Positions of patches start as sines of row and column ('grid') or of the place in
+            # reading order ('line'), or 'random'; or there are 'none'.
+            "positions": "grid",
             "bias": True,
             "class_token": False,
             "modality_embedding": True,
@@ -251,7 +254,9 @@ def training_fields() -> dict:
         "steps": 1000,
         "batch_size": 128,
         "micro_batches": 1,  # the batch is worked off in so many parts
+        "optimizer": "adamw",  # or 'muon', 'schedule_free' (which wants schedule 'constant')
         "learning_rate": 1e-3,
+        "schedule": "cosine",  # after the warm-up; or 'linear', 'constant', 'constant_then_linear'
         "warmup_steps": 50,
         "final_rate": 0.02,  # of the learning rate, at the last step
         "b1": 0.9,

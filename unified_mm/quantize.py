@@ -18,6 +18,7 @@ from typing import Any
 
 from unified_mm.commands import parser_of, run_command, say
 from unified_mm.config import Config
+from unified_mm.runs.averages import keeps_average
 from unified_mm.runs.folder import RunFolder, write_json
 from unified_mm.runs.new_folder import new_folder, refuse_existing
 
@@ -155,7 +156,7 @@ def write_run(model: Any, source: RunFolder, out: Any, result: Mapping[str, Any]
         run = RunFolder(half)
         write_json(run.config, model.config.as_dict())
         shutil.copyfile(source.tokenizer, run.tokenizer)
-        name = "average" if model.config.train.average_decay else "params"
+        name = "average" if keeps_average(model.config.train) else "params"
         told = {"step": model.step, "tokenizer": run.tokenizer_digest()}
         with Checkpoints(run.checkpoints, asynchronous=False) as checkpoints:
             checkpoints.save(model.step, {name: model.params}, told)

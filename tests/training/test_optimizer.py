@@ -10,7 +10,8 @@ import tiny
 
 from unified_mm.config import Config
 from unified_mm.parallel.sharding import without_names
-from unified_mm.training.optimizer import learning_rate_schedule, make_optimizer
+from unified_mm.training.optimizer import make_optimizer
+from unified_mm.training.schedules import learning_rate_schedule
 
 STEPS = 6
 RULES = {

@@ -27,6 +27,7 @@ from unified_mm.models.layers_apart import layers_apart, layers_stacked
 from unified_mm.objectives.task import Task, build_task
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import shardings_of, without_names
+from unified_mm.runs.averages import keeps_average
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, RunFolderError
 
@@ -294,10 +295,9 @@ def load(run: str | os.PathLike[str], *, mesh: Mesh | None = None) -> LoadedMode
             "or train anew"
         ) from error
     mesh = mesh or one_device_mesh()
-    averaged = config.train.average_decay > 0
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         folder.check_tokenizer(checkpoints.readable_metadata())
-        name = "average" if averaged else "params"
+        name = "average" if keeps_average(config.train) else "params"
         restored = checkpoints.restore({name: abstract_params(task, mesh, config)}, partial=True)
     return LoadedModel(task, restored.state[name], mesh, config, restored.step)
 

@@ -18,6 +18,7 @@ from unified_mm.modalities.tokens import Group, Tokens, blank, single_document
 from unified_mm.parallel.layers import Dense, Norm, partitioned
 
 STEMS = ("linear", "hierarchical")
+POSITIONS = ("grid", "line", "random", "none")
 PART = 4  # pixels on a side of the smallest part that the hierarchical stem looks at
 
 
@@ -61,6 +62,11 @@ class ImageModality:
             raise ValueError(
                 f"model.modalities.{name}.stem={options['stem']!r}: one of {', '.join(STEMS)}"
             )
+        positions = options.get("positions", "grid")  # older runs know no other
+        if positions not in POSITIONS:
+            raise ValueError(
+                f"model.modalities.{name}.positions={positions!r}: one of {', '.join(POSITIONS)}"
+            )
         if options["stem"] == "hierarchical" and patch % PART:
             raise ValueError(
                 f"model.modalities.{name}.patch={patch}: the hierarchical stem needs a multiple "
@@ -86,6 +92,7 @@ class ImageModality:
                 patch=patch,
                 stem=str(options["stem"]),
                 grid=(size // patch, size // patch),
+                positions=str(positions),
                 bias=bool(options["bias"]),
                 class_token=bool(options["class_token"]),
                 modality=bool(options["modality_embedding"]),
@@ -149,6 +156,8 @@ class ImageEmbedding:
       patch: pixels on a side.
       stem: 'linear', one dense map of a patch, or 'hierarchical', an MLP of parts within parts.
       grid: patches (down, across) that positions are learned for; others are interpolated.
+      positions: what these start as: 'grid', sines of row and column; 'line', sines of the place
+        in reading order; 'random', nothing that is known; or 'none', and there are none.
       bias: whether that dense map has one.
       class_token: whether a learned token comes before the patches.
       modality: whether the modality's own embedding is added.
@@ -159,6 +168,7 @@ class ImageEmbedding:
     patch: int
     stem: str
     grid: tuple[int, int]
+    positions: str = "grid"
     bias: bool = True
     class_token: bool = False
     modality: bool = True
@@ -169,7 +179,7 @@ class ImageEmbedding:
 
 
 class ImageEmbedder(nn.Module):
-    """Patches through the stem, plus a learned 2D position and the modality's embedding."""
+    """Patches through the stem, plus a learned position and the modality's embedding."""
 
     name_of_group: str
     embedding: ImageEmbedding
@@ -188,11 +198,11 @@ class ImageEmbedder(nn.Module):
             (self.width,), (None,), ("embed",), use_bias=e.bias, dtype=self.dtype, name="patches"
         )
         x = dense(patches.reshape(rows, down * across, -1))
-        table = self.param(
-            "positions", partitioned(_sine_positions, None, None, "embed"), (*e.grid, self.width)
-        )
-        positions = resize_positions(table, (down, across)).reshape(down * across, self.width)
-        x = x + positions.astype(self.dtype)
+        if e.positions != "none":
+            start = partitioned(START[e.positions], None, None, "embed")
+            table = self.param("positions", start, (*e.grid, self.width))
+            positions = resize_positions(table, (down, across)).reshape(down * across, self.width)
+            x = x + positions.astype(self.dtype)
         if e.class_token:
             first = self._vector("class_token") + self._vector("class_position")
             first = jnp.broadcast_to(first.astype(self.dtype), (rows, 1, self.width))
@@ -252,18 +262,35 @@ def resize_positions(
     return jax.image.resize(table, (*grid, table.shape[-1]), "bilinear")
 
 
-def _sine_positions(key: Array, shape: tuple[int, int, int], dtype: Any = jnp.float32) -> Array:
+def _sines(count: int, width: int, longest: float) -> Float[Array, "count width"]:
+    """Sines and cosines of a place, their rates falling from 1 to 1 / `longest`."""
+    rates = 1.0 / longest ** jnp.linspace(0.0, 1.0, width // 2)
+    angles = jnp.arange(count)[:, None] * rates
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def _grid_positions(key: Array, shape: tuple[int, int, int], dtype: Any = jnp.float32) -> Array:
     """A start that already tells rows from columns: half the width sines of each coordinate."""
     del key
     down, across, width = shape
     if width % 4:
         raise ValueError(f"the model's width {width} must be a multiple of 4")
-    rates = 1.0 / 100.0 ** jnp.linspace(0.0, 1.0, width // 4)
-
-    def waves(count: int) -> Array:
-        angles = jnp.arange(count)[:, None] * rates
-        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-    rows = jnp.broadcast_to(waves(down)[:, None], (down, across, width // 2))
-    columns = jnp.broadcast_to(waves(across)[None], (down, across, width // 2))
+    rows = jnp.broadcast_to(_sines(down, width // 2, 100.0)[:, None], (down, across, width // 2))
+    columns = jnp.broadcast_to(_sines(across, width // 2, 100.0)[None], rows.shape)
     return jnp.concatenate([rows, columns], axis=-1).astype(dtype)
+
+
+def _line_positions(key: Array, shape: tuple[int, int, int], dtype: Any = jnp.float32) -> Array:
+    """A start that tells the place in reading order (Vaswani et al. 2017, section 3.5)."""
+    del key
+    down, across, width = shape
+    if width % 2:
+        raise ValueError(f"the model's width {width} must be even")
+    return _sines(down * across, width, 10000.0).reshape(shape).astype(dtype)
+
+
+START = {
+    "grid": _grid_positions,
+    "line": _line_positions,
+    "random": nn.initializers.normal(0.02),
+}

@@ -19,6 +19,7 @@ from unified_mm.parallel.hlo import Program
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import place, rule_items
 from unified_mm.parallel.traffic import memory_traffic
+from unified_mm.runs.averages import keeps_average
 from unified_mm.training.layout import in_training
 from unified_mm.training.phases import Phase, batch_shapes, build_phases
 from unified_mm.training.setup import scale_patience
@@ -73,7 +74,7 @@ def plan(config: Config, devices: Sequence[Any]) -> tuple[Phase, ...]:
         task.init,
         placement,
         config.seed,
-        averaged=config.train.average_decay > 0,
+        averaged=keeps_average(config.train),
         scale_patience=scale_patience(config),
     )
     trained = in_training(config, task, mesh)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from unified_mm.objectives.objective import Comparing, Objective, Pair, mean
 from unified_mm.objectives.task import Task
 from unified_mm.parallel.sharding import from_parts, into_parts
-from unified_mm.training.optimizer import Optimizer
+from unified_mm.training.update import Optimizer
 
 Pairs = dict[str, Pair]
 

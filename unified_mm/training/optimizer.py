@@ -1,78 +1,23 @@
-"""AdamW with warm-up, cosine, clipping, and rules for rates, decay and freezing."""
+"""AdamW or what stands in its place, with clipping, and rules for rates, decay and freezing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from unified_mm.training.muon import scale_by_muon_or
 from unified_mm.training.rules import match_rules
+from unified_mm.training.schedule_free import ScheduleFree
+from unified_mm.training.schedules import learning_rate_schedule
+from unified_mm.training.update import Optimizer, select
 
-
-@dataclass(frozen=True)
-class Optimizer:
-    """Turns gradients into new parameters; what is frozen has no state and keeps its bits.
-
-    Attributes:
-      transform: of the trained parameters' gradients, before decay and rate.
-      schedule: the learning rate by step since `start`.
-      trained: for each parameter, whether it is.
-      rates, decays: factors of the learning rate and of the weights' decay, None where frozen.
-      start: the step at which the schedule begins.
-    """
-
-    transform: optax.GradientTransformation
-    schedule: optax.Schedule
-    trained: Any
-    rates: Any
-    decays: Any
-    start: int = 0
-
-    def init(self, params: Any) -> Any:
-        """The first state."""
-        return self.transform.init(self.part(params))
-
-    def part(self, params: Any) -> Any:
-        """The trained parameters, with None for the others (which jax takes as no leaf)."""
-        return select(params, self.trained)
-
-    def whole(self, part: Any, params: Any) -> Any:
-        """All parameters: those of `part`, and of `params` what is frozen."""
-        return jax.tree.map(
-            lambda new, old: old if new is None else new, part, params, is_leaf=lambda x: x is None
-        )
-
-    def rate(self, step: Any) -> Any:
-        """The learning rate of a step."""
-        return self.schedule(step - self.start)
-
-    def update(self, gradient: Any, state: Any, params: Any, step: Any) -> tuple[Any, Any]:
-        """The parameters and the state after a step.
-
-        Args:
-          gradient: of the trained part.
-          state: as `init` or the step before gave it.
-          params: all of them.
-          step: how many steps were done before.
-        """
-        part = self.part(params)
-        updates, state = self.transform.update(gradient, state, part)
-        size = self.rate(step)
-        new = jax.tree.map(
-            lambda p, u, rate, decay: p - size * rate * (u + decay * p),
-            part,
-            updates,
-            self.rates,
-            self.decays,
-        )
-        return self.whole(new, params), state
-
-
+OPTIMIZERS = ("adamw", "muon", "schedule_free")
 MOMENTS = ("float32", "bfloat16")
 # Field of `config.train` -> what it must be, as a test and in words.
 NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -106,11 +51,6 @@ def _floats_as(tree: Any, dtype: str) -> Any:
     )
 
 
-def select(tree: Any, chosen: Any) -> Any:
-    """The same tree with None for what is not chosen."""
-    return jax.tree.map(lambda leaf, take: leaf if take else None, tree, chosen)
-
-
 def kept_as(transform: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
     """The same transform, its state kept as `dtype` between steps and worked on in float32.
 
@@ -132,25 +72,8 @@ def kept_as(transform: optax.GradientTransformation, dtype: str) -> optax.Gradie
     return optax.GradientTransformation(init, update)
 
 
-def learning_rate_schedule(options: Any, steps: int) -> optax.Schedule:
-    """Linear warm-up to `train.learning_rate`, then a cosine to `final_rate` of it.
-
-    Args:
-      options: `config.train`.
-      steps: of the whole run.
-    """
-    warmup = min(int(options.warmup_steps), max(steps - 1, 0))
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else options.learning_rate,
-        peak_value=options.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=max(steps, warmup + 1),
-        end_value=options.learning_rate * options.final_rate,
-    )
-
-
 def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Optimizer:
-    """AdamW by a config (Loshchilov & Hutter 2019), for parameters of these paths.
+    """The optimizer of a config, AdamW by default (Loshchilov & Hutter 2019), for these parameters.
 
     The gradient's norm is clipped (Pascanu et al. 2013) over what is trained alone.
 
@@ -161,7 +84,8 @@ def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Opt
       start: the step at which it begins.
 
     Raises:
-      ValueError: a rule that covers nothing, a parameter that no rule covers, or nothing to train.
+      ValueError: an unknown optimizer, options that it has not, a rule that covers nothing, a
+        parameter that no rule covers, or nothing to train.
     """
     check_numbers(options)
     rates = match_rules("train.learning_rate_rules", options.learning_rate_rules, params)
@@ -170,11 +94,11 @@ def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Opt
     trained = jax.tree.map(lambda freeze: not freeze, frozen)
     if not any(jax.tree.leaves(trained)):
         raise ValueError("train.freeze_rules leave nothing to train")
-    adam = optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.epsilon)
+    kind, scale = scaling(options, select(params, trained))
     transform = optax.chain(
-        optax.clip_by_global_norm(options.clip_norm), kept_as(adam, options.moments_dtype)
+        optax.clip_by_global_norm(options.clip_norm), kept_as(scale, options.moments_dtype)
     )
-    return Optimizer(
+    return kind(
         transform=transform,
         schedule=learning_rate_schedule(options, steps),
         trained=trained,
@@ -182,3 +106,33 @@ def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Opt
         decays=select(jax.tree.map(lambda d: options.weight_decay * d, decays), trained),
         start=start,
     )
+
+
+def scaling(
+    options: Any, params: Any
+) -> tuple[Callable[..., Optimizer], optax.GradientTransformation]:
+    """What `train.optimizer` makes of gradients before rate and decay.
+
+    Args:
+      options: `config.train`.
+      params: what is trained.
+    """
+    name = options.optimizer
+    if name not in OPTIMIZERS:
+        raise ValueError(f"train.optimizer={name!r}: must be one of {', '.join(OPTIMIZERS)}")
+    if name != "adamw" and options.moments_dtype != "float32":
+        raise ValueError(
+            f"train.moments_dtype={options.moments_dtype!r} is for train.optimizer='adamw'"
+        )
+    if name == "schedule_free":
+        if options.average_decay:
+            raise ValueError(
+                "train.optimizer='schedule_free' keeps an average of its own: set "
+                "train.average_decay to 0"
+            )
+        if not options.b1:
+            raise ValueError("train.optimizer='schedule_free' needs train.b1 above 0")
+        plain = optax.scale_by_adam(b1=0.0, b2=options.b2, eps=options.epsilon)
+        return partial(ScheduleFree, b1=options.b1), plain
+    adam = optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.epsilon)
+    return Optimizer, (scale_by_muon_or(adam, params) if name == "muon" else adam)

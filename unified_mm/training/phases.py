@@ -17,8 +17,10 @@ from unified_mm.data.records import Manifest
 from unified_mm.objectives.objective import weighted
 from unified_mm.objectives.task import Task
 from unified_mm.parallel.sharding import Placement
-from unified_mm.training.optimizer import Optimizer, make_optimizer
+from unified_mm.runs.averages import keeps_average
+from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import TrainState, state_of_phase
+from unified_mm.training.update import Optimizer
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def build_phases(
     for name, options in phase_options(config).items():
         train_options = config.train.changed(options.train)
         check_batch(train_options, placement.mesh)
+        check_average(name, train_options, config.train)
         optimizer = make_optimizer(train_options, options.steps, abstract.params, start)
         state, enter = state_of_phase(abstract, optimizer, placement)
         objectives = weighted(task.objectives, options.objectives, f"train.phases.{name}")
@@ -122,6 +125,20 @@ def build_phases(
         )
         start += options.steps
     return tuple(phases)
+
+
+def check_average(name: str, options: Config, whole: Config) -> None:
+    """What is scored is an average for a whole run, or for none of its phases.
+
+    Raises:
+      ValueError: naming the phase.
+    """
+    if keeps_average(options) != keeps_average(whole):
+        raise ValueError(
+            f"train.phases.{name}.train: optimizer={options.optimizer!r} with average_decay="
+            f"{options.average_decay} keeps another average than the run: set train.optimizer and "
+            "train.average_decay themselves"
+        )
 
 
 def check_batch(options: Config, mesh: Mesh) -> None:

@@ -22,6 +22,7 @@ from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.processes import connect, first_before_others, refuse_unequal
 from unified_mm.parallel.rows import own_rows
 from unified_mm.parallel.sharding import place
+from unified_mm.runs.averages import keeps_average
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, user_path
 from unified_mm.training.layout import in_training, inventory
@@ -167,7 +168,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
         task.init,
         placement,
         options.seed,
-        averaged=options.average_decay > 0,
+        averaged=keeps_average(config.train),
         scale_patience=options.scale_patience,
     )
     brought = weights_to_start_from(config)

@@ -19,6 +19,7 @@ from unified_mm.inference.quantized_params import dequantized, saved_shapes
 from unified_mm.models.options import TransformerOptions
 from unified_mm.objectives.task import build_task
 from unified_mm.parallel.sharding import path_of, without_names
+from unified_mm.runs.averages import keeps_average
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, read_json
 
@@ -164,7 +165,7 @@ def part_of_run(run: str, part: str) -> dict[str, Any]:
     shapes = without_names(saved_shapes(build_task(config, tokenizer), config))
     wanted = {top: tree for top, tree in shapes.items() if f"{top}/" in PREFIXES[part]}
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        name = "average" if saved["train"]["average_decay"] else "params"
+        name = "average" if keeps_average(saved["train"]) else "params"
         restored = checkpoints.restore({name: wanted}, partial=True)
     leaves = jax.tree_util.tree_leaves_with_path(dequantized(restored.state[name]))
     return _by_layer({path_of(path): np.asarray(leaf) for path, leaf in leaves})

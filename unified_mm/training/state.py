@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from unified_mm.parallel.sharding import Placement, shardings_like, without_names
 from unified_mm.training.loss_scale import LossScale
-from unified_mm.training.optimizer import Optimizer
+from unified_mm.training.update import Optimizer
 
 
 @struct.dataclass
@@ -24,7 +24,8 @@ class TrainState:
       step: int32 [], which is also the position in the data.
       params: the model's and the objectives' parameters.
       optimizer: its state, for what is trained in the present phase.
-      average: exponential moving average of the parameters, or None.
+      average: of the parameters, which is what is scored (a moving one, or the optimizer's own);
+        or None.
       key: that every step's randomness is folded from.
       bad_step: int32 [], the first step whose loss or gradient was not finite, else -1; from
         there on nothing is updated.

@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 from unified_mm.objectives.task import Task
 from unified_mm.parallel.sharding import BATCH, Placement
 from unified_mm.training.gradients import gradients
-from unified_mm.training.optimizer import Optimizer
 from unified_mm.training.state import TrainState
+from unified_mm.training.update import Optimizer
 
 
 @struct.dataclass
@@ -62,7 +62,7 @@ def make_train_step(
         )
         average = state.average
         if average is not None:
-            average = optax.incremental_update(params, average, 1.0 - average_decay)
+            average = optimizer.averaged(average, params, optimizer_state, average_decay)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         learned = finite & (state.bad_step < 0)

@@ -1,0 +1,15 @@
+"""Which of its parameters a run is scored and used with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def keeps_average(train: Mapping[str, Any]) -> bool:
+    """Whether checkpoints of a run with this `config.train` hold averaged parameters.
+
+    These are then what is scored and used; runs from before there was a choice of optimizer have
+    none by that name.
+    """
+    return train["average_decay"] > 0 or train.get("optimizer") == "schedule_free"
