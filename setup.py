@@ -14,6 +14,7 @@ PARTS = {
         "python-multipart>=0.0.34",
         "uvicorn>=0.54",
     ],
+    "sweep": ["optuna>=5.0", "pyyaml>=6", "submitit>=1.5.4"],
 }
 
 setup(

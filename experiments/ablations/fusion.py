@@ -1,0 +1,35 @@
+"""Where should the modalities meet?
+
+Question: at equal FLOPs an example, which of early fusion, gated cross-attention and two towers
+retrieves best, and which of the first two captions best?
+
+Expected: two towers retrieve no worse than early fusion, for all their FLOPs go into contrast;
+early fusion captions better than gated layers that start closed, in training as short as this.
+
+Each is as wide as the FLOPs of the recipe's early fusion allow; what a fusion cannot do has no
+score. Parameters are not equal: one transformer does in early fusion what two do in the others.
+"""
+
+from experiments.sweeping.ablation import Ablation
+from experiments.sweeping.presets import common
+
+# FLOPs of a training example of early fusion in the recipe (`python -m unified_mm.sizes`).
+BUDGET = {"tiny": 5.3e8, "base": 4.4e10}
+
+
+def get_ablation(size: str) -> Ablation:
+    """At a size, `tiny` or `base`."""
+    return Ablation(
+        config=f"configs/coco.py:{size}",
+        common=common(size) | {"model.budget": BUDGET[size], "model.unroll": 1},
+        variants={
+            "early": {},
+            "gated": {
+                "model.fusion": "gated_cross_attention",
+                "model.resampler.latents": 16 if size == "tiny" else 64,
+            },
+            "late": {"model.fusion": "late"},
+        },
+        seeds=range(5),
+        scores=("single_caption/text_to_image/recall_at_10", "caption/cider_d"),
+    )

@@ -1,0 +1,31 @@
+"""All at once, or one thing after another?
+
+Question: at equal FLOPs, is one phase of everything better than text alone, then contrast, then
+both together; or than contrast first and then both?
+
+Expected: in training this short the text phase is wasted on what captioning teaches anyway, and
+one phase wins; contrast first may help retrieval, not captions.
+
+The steps of each phase are chosen so that the FLOPs of the whole training are equal within 2%.
+"""
+
+from experiments.sweeping.ablation import Ablation
+from experiments.sweeping.presets import common
+
+RECIPE = "experiments/phased.py"
+
+
+def get_ablation(size: str) -> Ablation:
+    """At a size, `tiny` or `base`."""
+    shared = {name: value for name, value in common(size).items() if name != "train.steps"}
+    return Ablation(
+        config=f"{RECIPE}:{size},one",
+        common=shared,
+        variants={
+            "one": {},
+            "three": {"config": f"{RECIPE}:{size},three"},
+            "two": {"config": f"{RECIPE}:{size},two"},
+        },
+        seeds=range(5),
+        scores=("caption/cider_d", "single_caption/text_to_image/recall_at_10"),
+    )

@@ -1,0 +1,33 @@
+"""Does a patch need to know its row and its column?
+
+Question: positions of image patches by row and column (2D), by their place in reading order alone
+(1D), or none at all.
+
+Expected: 2D at the start teaches neighbourhood for nothing, so it learns sooner than 1D, above all
+which object is on which side (`foil/accuracy/side`); without positions no side can be told at all.
+"""
+
+from experiments.sweeping.ablation import Ablation
+from experiments.sweeping.presets import common
+
+FIELD = "model.modalities.image.positions"
+
+
+def get_ablation(size: str) -> Ablation:
+    """At a size, `tiny` or `base`."""
+    return Ablation(
+        config=f"configs/coco.py:{size}",
+        common=common(size),
+        variants={
+            "grid": {},
+            "line": {FIELD: "line"},
+            "random": {FIELD: "random"},
+            "none": {FIELD: "none"},
+        },
+        seeds=range(5),
+        scores=(
+            "caption/cider_d",
+            "single_caption/text_to_image/recall_at_10",
+            "foil/accuracy/side" if size == "tiny" else "caption/image_gain",
+        ),
+    )

@@ -1,0 +1,49 @@
+"""The recipe of `configs/coco.py` in one phase, or in phases of as many FLOPs together.
+
+    python -m unified_mm.main --config=experiments/phased.py:tiny,three --workdir=runs/three
+
+`one` learns contrast and captioning together; `two` contrast first; `three` text alone, contrast,
+and then both. A phase of one objective takes more steps for its share of the FLOPs.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from unified_mm.default_config import phase
+from unified_mm.recipes import load_recipe
+
+coco = load_recipe(Path(__file__).parents[1] / "configs" / "coco.py")
+STEPS = {"tiny": 320, "base": 40_000}  # of `one`
+# FLOPs of an example by what is learned, over those of both together (`unified_mm.sizes`).
+COST = {
+    "tiny": {"captioning": 0.5, "contrastive": 0.5},
+    "base": {"captioning": 0.5, "contrastive": 0.5},
+}
+# Share of all FLOPs that goes into captioning alone and into contrast alone.
+SHARES = {"one": (0.0, 0.0), "two": (0.0, 0.3), "three": (0.2, 0.3)}
+
+
+def get_config(spec: str) -> ConfigDict:
+    """`SIZE,KIND`: tiny or base; one, two or three."""
+    size, _, kind = spec.partition(",")
+    if size not in STEPS or kind not in SHARES:
+        raise ValueError(f"{spec!r}: give SIZE,KIND of {', '.join(STEPS)}; {', '.join(SHARES)}")
+    config = coco.get_config(size)
+    text, contrast = SHARES[kind]
+    steps = STEPS[size]
+    phases = {
+        "phase_0": phase(
+            round(steps * text / COST[size]["captioning"]),
+            data="text",
+            objectives={"captioning": 1.0, "contrastive": 0.0},
+        ),
+        "phase_1": phase(
+            round(steps * contrast / COST[size]["contrastive"]),
+            objectives={"captioning": 0.0, "contrastive": 1.0},
+        ),
+        "phase_2": phase(round(steps * (1 - text - contrast))),
+    }
+    config.train.phases = phases
+    config.train.steps = sum(each["steps"] for each in phases.values())
+    return config

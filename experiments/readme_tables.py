@@ -1,0 +1,72 @@
+"""Tables in README.md, written from kept results: `python -m experiments.readme_tables`.
+
+A table stands between `<!-- table: FILE[:SIZE] [NAME] -->` and `<!-- end of table -->`: FILE of
+experiments/ablations, and the name of its results under experiments/results where that is another
+one. With `--check` nothing is written, and a table that is stale is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import jax
+
+from experiments.report import table
+from experiments.reporting.kept import RESULTS, read_kept
+from experiments.sweeping.ablation import load_ablation
+from unified_mm.commands import exit_code, say
+from unified_mm.runs.folder import write_atomically
+
+ROOT = Path(__file__).parents[1]
+ABLATIONS = Path(__file__).parent / "ablations"
+BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, say what is stale")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    args = parser.parse_args()
+    sys.exit(exit_code(lambda: update(args.readme, check=args.check)))
+
+
+def update(readme: Path, *, check: bool) -> int:
+    """Rewrites the tables, or says which are stale; 1 where any is, and nothing was written."""
+    before = readme.read_text()
+    after = rewritten(before)
+    old, new = ({name: text for _, name, text, _ in BLOCK.findall(t)} for t in (before, after))
+    stale = [name for name in old if old[name] != new[name]]
+    if check and stale:
+        say(f"stale: {', '.join(stale)}; python -m experiments.readme_tables writes them anew")
+        return 1
+    if stale:
+        write_atomically(readme, after.encode())
+    say(f"{len(old)} tables, {len(stale)} {'stale' if check else 'written anew'}")
+    return 0
+
+
+def rewritten(text: str, results: Path = RESULTS) -> str:
+    """The text with every table as the kept results have it now.
+
+    Raises:
+      ValueError: a table that does not end.
+      FileNotFoundError: an ablation, or kept results, that there are not.
+    """
+    if text.count("<!-- table: ") != len(BLOCK.findall(text)):
+        raise ValueError("a table begins with <!-- table: --> and has no <!-- end of table -->")
+    return BLOCK.sub(lambda m: f"{m[1]}{table_of(m[2], results)}{m[4]}", text)
+
+
+def table_of(said: str, results: Path) -> str:
+    """The tables that a marker names: FILE[:SIZE], and NAME where it is not the ablation's."""
+    given, _, other = said.partition(" ")
+    name, ablation = load_ablation(f"{ABLATIONS / given}")
+    return table(ablation, read_kept(results / (other or name)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What an ablation came to: `python -m experiments.report experiments/ablations/fusion.py`.
+
+Keeps the finished runs of runs/ablations/NAME as experiments/results/NAME/VARIANT-SEED.json, and
+writes beside them, from all that is kept there: table.md, table.csv, and the pictures curves.svg,
+bars.svg and flops.svg. With `--kept` the runs need not be there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+
+from experiments.reporting.kept import RESULTS, Result, keep, read_kept
+from experiments.reporting.pictures import against_flops, bars, learning_curves
+from experiments.reporting.statistics import PowerLaw, fit_power_law
+from experiments.reporting.summary import as_csv, markdown, summarise
+from experiments.sweep import RUNS
+from experiments.sweeping.ablation import Ablation, load_ablation
+from experiments.sweeping.runs import finished, runs_of
+from unified_mm.commands import exit_code, say
+from unified_mm.runs.folder import write_atomically
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("ablation", help="experiments/ablations/NAME.py, or NAME.py:SIZE")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="the folder of all sweeps")
+    parser.add_argument("--name", help="the sweep's folder in it; else the ablation's name")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept")
+    parser.add_argument("--kept", action="store_true", help="only of what is kept already")
+    args, more = parser.parse_known_args()
+    sys.exit(exit_code(lambda: report(args, more)))
+
+
+def report(args: argparse.Namespace, more: list[str]) -> int:
+    """Keeps, summarises, draws."""
+    name, ablation = load_ablation(args.ablation)
+    name = args.name or name
+    target = args.results / name
+    if not args.kept:
+        keep_all(ablation, args.runs.absolute() / name, more, target)
+    write_summary(ablation, target)
+    return 0
+
+
+def keep_all(ablation: Ablation, folder: Path, more: list[str], target: Path) -> None:
+    """Keeps every finished run, and says which are missing.
+
+    Seeds are those that there are folders of: a sweep may have been given others.
+
+    Raises:
+      ValueError: a run that is not what the ablation asks.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no sweep in {folder}; carry it out, or give --kept")
+    seeds = sorted({int(each.name.rsplit("-", 1)[1]) for each in folder.glob("*-[0-9]*")})
+    done = []
+    for run in runs_of(ablation, folder, seeds=seeds, more=more):
+        if finished(run):
+            done.append(keep(run, ablation.scores, target))
+        else:
+            say(f"missing: {run.name}")
+    say(f"kept {len(done)} runs in {target}")
+
+
+def write_summary(ablation: Ablation, folder: Path) -> None:
+    """Tables and pictures of what is kept in the folder."""
+    results = read_kept(folder)
+    lines = summarise(ablation, results)
+    names = list(ablation.all_variants())
+    law = law_of(ablation, results)
+    write_atomically(folder / "table.md", table(ablation, results).encode())
+    write_atomically(folder / "table.csv", as_csv(lines).encode())
+    first = ablation.scores[0]
+    pictures = {
+        "curves": learning_curves(results, names, "loss"),
+        "bars": bars([line for line in lines if line.score == first]),
+        "flops": against_flops(results, names, ablation.power_law or first, law),
+    }
+    for name, drawn in pictures.items():
+        write_atomically(folder / f"{name}.svg", drawn.encode())
+    say(table(ablation, results))
+    say(f"written: {folder}")
+
+
+def table(ablation: Ablation, results: list[Result]) -> str:
+    """The tables in Markdown, and the power law where one is asked for."""
+    text = markdown(summarise(ablation, results))
+    if law := law_of(ablation, results):
+        e = law.exponent
+        text += (
+            f"\n`{ablation.power_law}` = {law.factor:.3g} x FLOPs ^ {e.mean:.3f} "
+            f"(95%: {e.low:.3f} to {e.high:.3f}; {e.count} runs).\n"
+        )
+    return text
+
+
+def law_of(ablation: Ablation, results: list[Result]) -> PowerLaw | None:
+    """The power law that the ablation asks for, None for none."""
+    if not ablation.power_law:
+        return None
+    known = [r for r in results if ablation.power_law in r.scores]
+    return fit_power_law([r.flops for r in known], [r.scores[ablation.power_law] for r in known])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the runs of an ablation came to: kept results, statistics, tables and pictures."""

@@ -1,0 +1,83 @@
+"""Pictures of an ablation: learning curves, scores against FLOPs, bars with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.reporting.kept import Result
+from experiments.reporting.statistics import PowerLaw, interval
+from experiments.reporting.summary import Line
+from unified_mm.analysis.figures import as_svg
+
+
+def learning_curves(results: Sequence[Result], names: Sequence[str], metric: str) -> str:
+    """The metric over training, a line a variant: the mean of its seeds, and their range."""
+    figure, axes = drawing()
+    for name in names:
+        curves = [r.curves[metric] for r in results if r.variant == name and metric in r.curves]
+        if not curves:
+            continue
+        length = min(len(curve) for curve in curves)
+        steps = [step for step, _ in curves[0][:length]]
+        values = np.array([[value for _, value in curve[:length]] for curve in curves])
+        (line,) = axes.plot(steps, values.mean(0), label=name, linewidth=1.2)
+        axes.fill_between(
+            steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0
+        )
+    axes.set_xlabel("training step")
+    axes.set_ylabel(metric)
+    axes.legend(fontsize="small")
+    return as_svg(figure)
+
+
+def bars(lines: Sequence[Line]) -> str:
+    """One score of all variants, with intervals; chance as a dashed line."""
+    figure, axes = drawing()
+    shown = [line for line in lines if line.value is not None]
+    for place, line in enumerate(shown):
+        assert line.value is not None
+        half = line.value.high - line.value.mean if line.value.known else 0.0
+        axes.bar(place, line.value.mean, yerr=half, capsize=4, color=f"C{place % 10}", alpha=0.8)
+        if line.chance is not None:
+            axes.hlines(line.chance, place - 0.4, place + 0.4, colors="black", linestyles="dashed")
+    axes.set_xticks(range(len(shown)), [line.variant for line in shown], rotation=20, ha="right")
+    axes.set_ylabel(lines[0].score)
+    return as_svg(figure)
+
+
+def against_flops(
+    results: Sequence[Result], names: Sequence[str], score: str, law: PowerLaw | None = None
+) -> str:
+    """A score against the FLOPs of training, a point a variant, with a fitted power law."""
+    figure, axes = drawing()
+    for name in names:
+        runs = [r for r in results if r.variant == name and score in r.scores]
+        if not runs:
+            continue
+        found = interval([r.scores[score] for r in runs])
+        half = found.high - found.mean if found.known else 0.0
+        flops = float(np.mean([r.flops for r in runs]))
+        axes.errorbar(flops, found.mean, yerr=half, marker="o", capsize=4, label=name)
+    if law is not None:
+        cost = np.geomspace(min(r.flops for r in results), max(r.flops for r in results), 50)
+        label = f"FLOPs ^ {law.exponent.mean:.3f}"
+        axes.plot(cost, [law(x) for x in cost], color="black", linewidth=1, label=label)
+        axes.set_yscale("log")
+    axes.set_xscale("log")
+    axes.set_xlabel("FLOPs of training")
+    axes.set_ylabel(score)
+    axes.legend(fontsize="small")
+    return as_svg(figure)
+
+
+def drawing() -> tuple[Any, Any]:
+    """A figure with one pair of axes."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    return figure, axes

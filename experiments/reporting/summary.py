@@ -1,0 +1,172 @@
+"""Results by variant: intervals, differences with the base, cost; as Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.reporting.kept import Result
+from experiments.reporting.statistics import Interval, interval, paired_difference
+from experiments.sweeping.ablation import Ablation
+
+TITLES = "seeds | mean (95%) | less the base (95%, paired) | | parameters | FLOPs"
+EQUAL = 0.02  # relative difference of FLOPs or parameters that is called equal
+
+
+@dataclass(frozen=True)
+class Line:
+    """A variant's score.
+
+    Attributes:
+      value: over its seeds; None where the variant has no such score.
+      difference: with the base, over the seeds of both; None for the base itself.
+      parameters, flops: of a run; `parameter_ratio`, `flops_ratio`: over those of the base.
+    """
+
+    variant: str
+    score: str
+    value: Interval | None
+    difference: Interval | None
+    chance: float | None
+    parameters: float | None
+    flops: float
+    parameter_ratio: float | None
+    flops_ratio: float
+
+    @property
+    def verdict(self) -> str:
+        """What may be said of the difference."""
+        if self.difference is None:
+            return ""
+        if not self.difference.known:
+            return "one seed"
+        if not self.difference.excludes_zero:
+            return "within the noise"
+        return "higher" if self.difference.mean > 0 else "lower"
+
+
+def summarise(ablation: Ablation, results: Sequence[Result]) -> list[Line]:
+    """A line for each score and variant that any run is there of, in the ablation's order."""
+    by_variant = {
+        name: [r for r in results if r.variant == name] for name in ablation.all_variants()
+    }
+    there = {name: found for name, found in by_variant.items() if found}
+    base = there.get(ablation.base, [])
+    return [
+        line(name, score, found, base, is_base=name == ablation.base)
+        for score in ablation.scores
+        for name, found in there.items()
+    ]
+
+
+def line(
+    variant: str, score: str, found: Sequence[Result], base: Sequence[Result], *, is_base: bool
+) -> Line:
+    """One variant beside the base."""
+    values = {r.seed: r.scores[score] for r in found if score in r.scores}
+    others = {r.seed: r.scores[score] for r in base if score in r.scores}
+    chances = [r.chance[score] for r in found if score in r.chance]
+    parameters, flops = mean([r.parameters for r in found]), mean([r.flops for r in found])
+    base_parameters, base_flops = mean([r.parameters for r in base]), mean([r.flops for r in base])
+    assert flops is not None
+    return Line(
+        variant=variant,
+        score=score,
+        value=interval(list(values.values())) if values else None,
+        difference=None if is_base else paired_difference(values, others),
+        chance=mean(chances),
+        parameters=parameters,
+        flops=flops,
+        parameter_ratio=ratio(parameters, base_parameters),
+        flops_ratio=ratio(flops, base_flops) or math.nan,
+    )
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """None where any value is missing, or all are."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def ratio(value: float | None, base: float | None) -> float | None:
+    return value / base if value is not None and base else None
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """A table for each score."""
+    tables = []
+    for score in dict.fromkeys(line.score for line in lines):
+        chosen = [line for line in lines if line.score == score]
+        rows = [markdown_row(line) for line in chosen]
+        tables.append("\n".join([f"| `{score}` | {TITLES} |", "| --- " * 7 + "|", *rows]))
+    return "\n\n".join(tables) + "\n"
+
+
+def markdown_row(line: Line) -> str:
+    """One variant."""
+    chance = "" if line.chance is None else f", chance {line.chance:.3f}"
+    cells = [
+        line.variant,
+        str(line.value.count) if line.value else "0",
+        said(line.value) + chance if line.value else "cannot",
+        said(line.difference, signed=True) if line.difference else "",
+        line.verdict,
+        cost(line.parameters, line.parameter_ratio),
+        cost(line.flops, line.flops_ratio),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def said(value: Interval, *, signed: bool = False) -> str:
+    """A mean with its interval."""
+    sign = "+" if signed else ""
+    first = f"{value.mean:{sign}.3f}"
+    if not value.known:
+        return first
+    return f"{first} ({value.low:{sign}.3f} to {value.high:{sign}.3f})"
+
+
+def cost(value: float | None, relative: float | None) -> str:
+    """A count beside that of the base: equal within `EQUAL`, else so many times."""
+    if value is None:
+        return "not said"
+    if relative is None or math.isnan(relative):
+        return count(value)
+    return f"{count(value)} ({'equal' if abs(relative - 1) <= EQUAL else f'x {relative:.2f}'})"
+
+
+def count(value: float) -> str:
+    """1.23 M, 45.6 T and so on."""
+    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:.3g}"
+
+
+def as_csv(lines: Sequence[Line]) -> str:
+    """The same numbers, unrounded, one line a variant and score."""
+    content = io.StringIO()
+    writer = csv.writer(content, lineterminator="\n")
+    fields = ("mean", "low", "high", "count")
+    writer.writerow(
+        ["score", "variant", *fields, *(f"difference_{f}" for f in fields), "verdict", "chance"]
+        + ["parameters", "parameter_ratio", "flops", "flops_ratio"]
+    )
+    for each in lines:
+        writer.writerow(
+            [each.score, each.variant, *parts(each.value), *parts(each.difference), each.verdict]
+            + [each.chance, each.parameters, each.parameter_ratio, each.flops, each.flops_ratio]
+        )
+    return content.getvalue()
+
+
+def parts(value: Interval | None) -> list[Any]:
+    """Empty where there is nothing to say."""
+    if value is None:
+        return [""] * 4
+    ends = [value.low, value.high] if value.known else ["", ""]
+    return [value.mean, *ends, value.count]

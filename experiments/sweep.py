@@ -1,0 +1,144 @@
+"""Carries an ablation out: `python -m experiments.sweep experiments/ablations/fusion.py`.
+
+    python -m experiments.sweep FILE[:SIZE] --launcher=local --jobs=1
+    python -m experiments.sweep FILE:base --launcher=slurm --partition=gpu --time=240 --gpus=1
+    python -m experiments.sweep FILE:base --launcher=print [--jobset=IMAGE --tpu=v5e:4x4]
+    python -m experiments.sweep FILE --trials=20
+
+Runs lie in runs/ablations/NAME/VARIANT-SEED; started again, the same command does what is missing.
+Further `--config.FIELD=VALUE` hold for all runs (give such a sweep a `--name` of its own).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from experiments.sweeping.ablation import Ablation, load_ablation
+from experiments.sweeping.jobs import Launcher
+from experiments.sweeping.local import Local
+from experiments.sweeping.loop import Told, carry_out, first_rows
+from experiments.sweeping.runs import Run, runs_of
+from experiments.sweeping.table import Table, final_table
+from unified_mm.commands import exit_code, say
+from unified_mm.runs.folder import take, user_path
+
+RUNS = Path("runs") / "ablations"
+LAUNCHERS = ("local", "slurm", "print")
+
+
+def main() -> None:
+    # Configs are resolved here; the devices are for the runs.
+    jax.config.update("jax_platforms", "cpu")
+    args = parse(sys.argv[1:])
+    sys.exit(exit_code(lambda: sweep(args), interrupted="interrupted"))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; `more` holds what begins with --config."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser.add_argument("ablation", help="experiments/ablations/NAME.py, or NAME.py:SIZE")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="local")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (slurm: 0 is all)")
+    parser.add_argument("--runs", default=str(RUNS), help="the folder of all sweeps")
+    parser.add_argument("--name", help="the sweep's folder in it; else the ablation's name")
+    parser.add_argument("--seeds", help="in place of the ablation's, such as 0,1")
+    parser.add_argument("--only", action="append", default=[], help="a variant; may be repeated")
+    parser.add_argument("--interval", type=float, default=2.0, help="seconds between two looks")
+    parser.add_argument("--trials", type=int, default=0, help="search: how many trials in all")
+    parser.add_argument("--partition", default="", help="slurm")
+    parser.add_argument("--time", type=int, default=60, help="slurm: minutes before a job requeues")
+    parser.add_argument("--gpus", type=int, default=1, help="slurm: of each job")
+    parser.add_argument("--cpus", type=int, default=8, help="slurm: of each job")
+    parser.add_argument("--jobset", default="", metavar="IMAGE", help="print: also a manifest")
+    parser.add_argument("--tpu", default="v5e:4x4", help="print: the manifest's slice of TPUs")
+    parser.add_argument("--claim", default="runs", help="print: the volume claim that holds runs/")
+    args, args.more = parser.parse_known_args(argv)
+    for each in args.more:
+        if not each.startswith("--config.") or "=" not in each:
+            parser.error(f"{each!r} is no option, nor --config.FIELD=VALUE")
+    return args
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Does what the command line asks; 0 where every run is finished."""
+    name, ablation = load_ablation(args.ablation)
+    folder = user_path(args.runs, "--runs").absolute() / (args.name or name)
+    if args.trials:
+        from experiments.sweeping.search import search
+
+        if args.launcher != "local":
+            raise ValueError("--trials goes with --launcher=local: trials follow from each other")
+        with only_sweep(folder):
+            return search(ablation, folder, args.trials, args.jobs, args.more, args.interval)
+    seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else ()
+    runs = runs_of(ablation, folder, seeds=seeds, only=args.only, more=args.more)
+    if args.launcher == "print":
+        return print_commands(runs, args)
+    with only_sweep(folder):
+        return watch(runs, launcher_of(args, folder), ablation, args.interval)
+
+
+def launcher_of(args: argparse.Namespace, folder: Path) -> Launcher:
+    """What starts the runs."""
+    if args.launcher == "local":
+        return Local(args.jobs, folder / "logs")
+    from experiments.sweeping.slurm import Slurm
+
+    return Slurm(
+        folder=folder / "slurm",
+        parallel=args.jobs,
+        partition=args.partition,
+        minutes=args.time,
+        gpus=args.gpus,
+        cpus=args.cpus,
+    )
+
+
+def watch(runs: list[Run], launcher: Launcher, ablation: Ablation, interval: float) -> int:
+    """Carries the runs out and says what they came to."""
+    rows = first_rows(runs)
+    done = sum(row.state == "finished" for row in rows)
+    say(f"{len(runs)} runs, {done} finished already")
+    try:
+        carry_out(rows, launcher, Table(max(len(run.name) for run in runs)), interval)
+    except Told as told:
+        return told.exit_code
+    say("")
+    say(final_table(rows, ablation.scores))
+    for row in rows:
+        if row.state != "finished":
+            say(f"\n{row.run.name} {row.state}: {row.said}")
+    return 0 if all(row.state == "finished" for row in rows) else 1
+
+
+def print_commands(runs: list[Run], args: argparse.Namespace) -> int:
+    """The commands, one a line, or the manifest, for another scheduler to carry out."""
+    if args.jobset:
+        from experiments.sweeping.jobset import manifests
+
+        say(manifests(runs, image=args.jobset, tpu=args.tpu, claim=args.claim))
+        return 0
+    for run in runs:
+        say(run.shell_line())
+    return 0
+
+
+@contextlib.contextmanager
+def only_sweep(folder: Path) -> Iterator[None]:
+    """Holds the sweep's folder for this process. Raises ValueError where another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        if other := take(file):
+            raise ValueError(f"process {other} carries out the sweep in {folder} already")
+        yield
+
+
+if __name__ == "__main__":
+    main()

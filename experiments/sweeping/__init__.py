@@ -1,0 +1,1 @@
+"""Ablations: what they ask, their runs, and what carries these out."""

@@ -1,0 +1,160 @@
+"""An ablation: one question, asked as variants of a recipe over several seeds.
+
+A file of `experiments/ablations/` states question and expected answer in its docstring and defines
+`get_ablation(size)`, as a recipe defines `get_config(size)`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unified_mm.recipes import load_recipe
+from unified_mm.runs.folder import naming
+
+Overrides = Mapping[str, Any]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")
+# What a sweep sets itself.
+OWN = ("seed", "workdir")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Numbers that a search may choose from: `low` to `high`, evenly or by their logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search of hyper-parameters varies and by what it judges.
+
+    Attributes:
+      space: config field -> a `Span`, or a sequence of values to choose from.
+      score: of `result.json`.
+      higher: whether more of it is better.
+      prune_by: the metric of `metrics.jsonl` that hopeless trials are stopped by, lower being
+        better; '' lets all run to their end.
+    """
+
+    space: Mapping[str, Span | Sequence[Any]]
+    score: str
+    higher: bool = True
+    prune_by: str = "loss"
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Variants of one recipe that differ in what is asked about, and in nothing else.
+
+    Attributes:
+      config: the recipe with its size, such as configs/coco.py:tiny; the field `config` of a
+        variant names another one.
+      common: config fields by dotted name that all variants set.
+      variants: fields by name of the variant; the first is the base that the others are compared
+        with.
+      grid: in place of `variants`: field -> values, of which each combination is a variant.
+      seeds: the same ones for all variants, so that differences are paired.
+      scores: of `result.json` that the answer is read from, the first above all.
+      power_law: a score (the lower the better) that a power law of FLOPs is fitted to; '' is none.
+      search: hyper-parameters to look for with `--trials`, None for none.
+    """
+
+    config: str
+    scores: Sequence[str]
+    seeds: Sequence[int]
+    variants: Mapping[str, Overrides] = field(default_factory=dict)
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    common: Overrides = field(default_factory=dict)
+    power_law: str = ""
+    search: Search | None = None
+
+    def all_variants(self) -> dict[str, dict[str, Any]]:
+        """Every variant's fields, the common ones among them.
+
+        Raises:
+          ValueError: no variants, a name that is none, or two variants that are one.
+        """
+        if bool(self.variants) == bool(self.grid):
+            raise ValueError("an ablation has variants or a grid, one of the two")
+        named = self.variants or _combinations(self.grid)
+        found: dict[str, dict[str, Any]] = {}
+        known: dict[str, str] = {}
+        for name, changes in named.items():
+            if not NAME.fullmatch(name):
+                raise ValueError(f"variant {name!r}: letters, digits and . _ = - make its name")
+            fields = {**self.common, **changes}
+            for own in OWN:
+                if own in fields:
+                    raise ValueError(f"variant {name!r} sets {own}, which the sweep does")
+            text = json.dumps(fields, sort_keys=True)
+            if text in known:
+                raise ValueError(f"variants {known[text]!r} and {name!r} are the same")
+            known[text] = name
+            found[name] = fields
+        return found
+
+    @property
+    def base(self) -> str:
+        """The variant that the others are compared with."""
+        return next(iter(self.all_variants()))
+
+
+def _combinations(grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        parts = (f"{name.rsplit('.', 1)[-1]}={value}" for name, value in chosen.items())
+        found["_".join(parts)] = chosen
+    return found
+
+
+def load_ablation(given: str) -> tuple[str, Ablation]:
+    """The name and the ablation of FILE or FILE:SIZE; without a size it is the smallest, 'tiny'.
+
+    Another size than that is part of the name, for its results are others.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file, or what it defines is no ablation.
+    """
+    path, _, size = given.partition(":")
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"there is no ablation {path!r}; give experiments/ablations/NAME.py"
+        )
+    with naming(path):
+        module = load_recipe(path)
+    if not (module.__doc__ or "").strip():
+        raise ValueError(f"{path} has no docstring: it states the question and what is expected")
+    if not hasattr(module, "get_ablation"):
+        raise ValueError(f"{path} is no ablation, for it defines no get_ablation(size)")
+    ablation = module.get_ablation(size or "tiny")
+    if not isinstance(ablation, Ablation):
+        raise ValueError(f"{path}: its get_ablation returns a {type(ablation).__name__}")
+    check(ablation, path)
+    name = Path(path).stem
+    return (f"{name}_{size}" if size not in ("", "tiny") else name), ablation
+
+
+def question(given: str) -> str:
+    """What the ablation's file asks: its docstring."""
+    return str(load_recipe(given.partition(":")[0]).__doc__).strip()
+
+
+def check(ablation: Ablation, path: str) -> None:
+    """Raises ValueError, naming the file, for seeds, scores or variants that cannot be."""
+    try:
+        if not ablation.seeds or len(set(ablation.seeds)) < len(ablation.seeds):
+            raise ValueError(f"seeds={tuple(ablation.seeds)}: at least one, each once")
+        if not ablation.scores:
+            raise ValueError("scores is empty: name those that the answer is read from")
+        ablation.all_variants()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

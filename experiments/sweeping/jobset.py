@@ -1,0 +1,111 @@
+"""Kubernetes manifests: a JobSet for each run, on a slice of TPUs.
+
+https://jobset.sigs.k8s.io and https://cloud.google.com/kubernetes-engine/docs/how-to/tpus: the
+nodes of a slice are chosen by accelerator and topology, each pod takes all chips of its host.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from experiments.sweeping.runs import ROOT, Run
+
+# As Kubernetes Engine calls them, and the chips of one host of a slice of several.
+ACCELERATORS = {
+    "v4": "tpu-v4-podslice",
+    "v5e": "tpu-v5-lite-podslice",
+    "v5p": "tpu-v5p-slice",
+    "v6e": "tpu-v6e-slice",
+}
+HOST = 4
+RESTARTS = 100  # of the whole set, after preemptions: it goes on from its checkpoint
+MOUNT = "/runs"
+
+
+def manifests(runs: Sequence[Run], *, image: str, tpu: str, claim: str) -> str:
+    """YAML documents for `kubectl apply -f`.
+
+    Args:
+      runs: one JobSet each.
+      image: of the container, which has this checkout in its working directory.
+      tpu: chip and topology, such as v5e:4x4.
+      claim: name of the volume claim that holds the run folders; all hosts write to it.
+
+    Raises:
+      ValueError: a slice that there is not.
+    """
+    chip, _, topology = tpu.partition(":")
+    if chip not in ACCELERATORS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", topology):
+        raise ValueError(f"--tpu={tpu}: CHIP:SIZES such as v5e:4x4, of {', '.join(ACCELERATORS)}")
+    chips = math.prod(int(size) for size in topology.split("x"))
+    if chips > HOST and chips % HOST:
+        raise ValueError(f"--tpu={tpu}: {chips} chips are no whole number of hosts of {HOST}")
+    hosts = max(1, chips // HOST)
+    nodes = {
+        "cloud.google.com/gke-tpu-accelerator": ACCELERATORS[chip],
+        "cloud.google.com/gke-tpu-topology": topology,
+    }
+    pods = [pod(run, image, nodes, min(chips, HOST), claim) for run in runs]
+    sets = [job_set(run, each, hosts) for run, each in zip(runs, pods, strict=True)]
+    return yaml.safe_dump_all(sets, sort_keys=False, width=1000)
+
+
+def job_set(run: Run, pod: dict[str, Any], hosts: int) -> dict[str, Any]:
+    """A set of one job whose pods, one a host, are the processes of one run."""
+    job = {
+        "parallelism": hosts,
+        "completions": hosts,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "template": {"spec": pod},
+    }
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": label(f"{run.folder.path.parent.name}-{run.name}"),
+            "annotations": {
+                "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+            },
+        },
+        "spec": {
+            "failurePolicy": {"maxRestarts": RESTARTS},
+            "replicatedJobs": [{"name": "run", "replicas": 1, "template": {"spec": job}}],
+        },
+    }
+
+
+def pod(run: Run, image: str, nodes: dict[str, str], chips: int, claim: str) -> dict[str, Any]:
+    """One host's process; --distributed=auto finds the others."""
+    folder = run.folder.path
+    workdir = f"--workdir={MOUNT}/{folder.parent.name}/{folder.name}"
+    config = [each.replace(f"--config={ROOT}/", "--config=") for each in run.config_arguments()]
+    container = {
+        "name": "run",
+        "image": image,
+        "command": ["python", "-m", "unified_mm.main", *config, workdir, "--distributed=auto"],
+        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
+        "resources": {
+            "requests": {"google.com/tpu": chips},
+            "limits": {"google.com/tpu": chips},
+        },
+        "volumeMounts": [{"name": "runs", "mountPath": MOUNT}],
+    }
+    return {
+        "nodeSelector": nodes,
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": 300,
+        "containers": [container],
+        "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": claim}}],
+    }
+
+
+def label(text: str) -> str:
+    """A name that Kubernetes takes: small letters, digits and dashes; 45 at most, for pods get
+    longer ones of it."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[-45:].strip("-")

@@ -1,0 +1,41 @@
+"""What all ablations of one size have in common, so that their runs can be laid side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Two idle CPU cores take a run of `tiny` through these in four minutes at most.
+TINY: dict[str, Any] = {
+    "data.source": "world",
+    "train.steps": 320,
+    "train.warmup_steps": 30,
+    "evaluation.max_images": 400,
+    "evaluation.also": (),
+    "checkpoint.every": 80,
+    "checkpoint.keep": 1,
+    "logging.tensorboard": False,
+}
+# One accelerator; the data is given by --config.data.dir=DIR.
+BASE: dict[str, Any] = {
+    "data.source": "coco",
+    "train.steps": 40_000,
+    "train.batch_size": 256,
+    "train.warmup_steps": 1000,
+    "train.learning_rate": 5e-4,
+    "model.dtype": "bfloat16",
+    "evaluation.also": (),
+    "checkpoint.every": 1000,
+    "checkpoint.keep": 1,
+}
+SIZES = {"tiny": TINY, "base": BASE}
+
+
+def common(size: str, **by_size: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a size, with further ones under its name.
+
+    Raises:
+      ValueError: another size.
+    """
+    if size not in SIZES:
+        raise ValueError(f"no size {size!r}; there are {', '.join(SIZES)}")
+    return {**SIZES[size], **by_size.get(size, {})}

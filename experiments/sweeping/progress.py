@@ -1,0 +1,75 @@
+"""How far a run is, read from its metrics while it trains."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unified_mm.runs.folder import RunFolder
+
+TAIL = 65536  # bytes that hold the newest lines
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of a run that is at work; None where nothing is known yet.
+
+    Attributes:
+      step, steps: done, and in all.
+      loss: of the last logged interval.
+      rate: steps a second there.
+    """
+
+    step: int = 0
+    steps: int | None = None
+    loss: float | None = None
+    rate: float | None = None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until training ends; scoring comes on top."""
+        if not self.rate or self.steps is None:
+            return None
+        return max(0, self.steps - self.step) / self.rate
+
+
+def progress_of(folder: RunFolder) -> Progress:
+    """What config and metrics say; a run that has neither has done nothing."""
+    if not folder.exists:
+        return Progress()
+    steps = folder.read_config()["train"]["steps"]
+    found = [each for each in newest_records(folder.metrics) if "loss" in each]
+    if not found:
+        return Progress(steps=steps)
+    last = found[-1]
+    return Progress(last["step"], steps, last["loss"], last.get("time/steps_per_second"))
+
+
+def newest_records(path: Path) -> list[dict[str, Any]]:
+    """The last lines of a metrics file; what is torn is passed over."""
+    if not path.is_file():
+        return []
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        lines = file.read().split(b"\n")[:-1]
+    found = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # cut off by the tail's begin
+            continue
+        found.append(record)
+    return found
+
+
+def duration(seconds: float | None) -> str:
+    """1h05, 3m20 or 45s; '' where it is not known."""
+    if seconds is None or not math.isfinite(seconds):
+        return ""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02}"
+    return f"{whole // 60}m{whole % 60:02}" if whole >= 60 else f"{whole}s"

@@ -1,0 +1,173 @@
+"""The runs of an ablation: their commands, and how far each has come."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments.sweeping.ablation import Ablation
+from unified_mm.recipes import check_recipe, resolve
+from unified_mm.runs.folder import FREE_FIELDS, RunFolder, differences
+
+ROOT = Path(__file__).parents[2]
+# The learning rate's schedule spans the steps, so a run taken on to more of them is another one.
+FREE = tuple(name for name in FREE_FIELDS if name != "train.steps")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one variant with one seed.
+
+    Attributes:
+      fields: `--config.FIELD=VALUE` for each that is set, the seed apart.
+    """
+
+    variant: str
+    seed: int
+    config: str
+    fields: tuple[str, ...]
+    folder: RunFolder
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-{self.seed}"
+
+    def config_arguments(self) -> list[str]:
+        """What says which config the run has."""
+        return [f"--config={self.config}", *self.fields, f"--config.seed={self.seed}"]
+
+    def arguments(self) -> list[str]:
+        """What follows `python`."""
+        workdir = f"--workdir={self.folder.path}"
+        return ["-m", "unified_mm.main", *self.config_arguments(), workdir]
+
+    def shell_line(self) -> str:
+        """The command, to be pasted."""
+        return shlex.join(["python", *self.arguments()])
+
+
+def runs_of(
+    ablation: Ablation,
+    folder: Path,
+    *,
+    seeds: Sequence[int] = (),
+    only: Sequence[str] = (),
+    more: Sequence[str] = (),
+) -> list[Run]:
+    """The runs, seed by seed, so that each seed's comparison is there as early as can be.
+
+    Args:
+      ablation: whose runs.
+      folder: of the sweep.
+      seeds: in place of the ablation's.
+      only: variants to take; () takes all.
+      more: further `--config.FIELD=VALUE`, for all runs.
+
+    Raises:
+      ValueError: a variant that there is not, or fields or values that the recipe refuses.
+    """
+    variants = ablation.all_variants()
+    for name in only:
+        if name not in variants:
+            raise ValueError(f"--only={name}: there are {', '.join(variants)}")
+    chosen = {name: variants[name] for name in (only or variants)}
+    runs = [
+        make_run(f"{name}", seed, fields, ablation.config, folder, more)
+        for seed in (seeds or ablation.seeds)
+        for name, fields in chosen.items()
+    ]
+    for run in runs[: len(chosen)]:
+        check_run(run)
+    return runs
+
+
+def make_run(
+    variant: str,
+    seed: int,
+    fields: Mapping[str, Any],
+    config: str,
+    folder: Path,
+    more: Sequence[str] = (),
+) -> Run:
+    """A run in its folder under that of the sweep; `more` is set after `fields`."""
+    changes = dict(fields)
+    recipe = changes.pop("config", config)
+    given = tuple(f"--config.{name}={as_flag(value)}" for name, value in changes.items())
+    path = RunFolder(folder / f"{variant}-{seed}")
+    return Run(variant, seed, str(ROOT / recipe), (*given, *more), path)
+
+
+def as_flag(value: Any) -> str:
+    """A value as the command line takes it."""
+    return str(tuple(value)) if isinstance(value, list | tuple) else str(value)
+
+
+def check_run(run: Run) -> None:
+    """Raises ValueError, naming the variant, for fields and values that its recipe refuses."""
+    try:
+        argv = ["sweep", *run.config_arguments()]
+        check_recipe(argv)
+        parsed(tuple(argv))
+    except (OSError, ValueError, TypeError, flags.Error) as error:
+        raise ValueError(f"variant {run.variant!r}: {' '.join(str(error).split())}") from error
+
+
+def parsed(argv: tuple[str, ...]) -> Any:
+    """The absl flag of a command line's config, as the main command parses it."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=list(argv))
+    values(argv)
+    return values["config"]
+
+
+@cache
+def resolved(argv: tuple[str, ...]) -> str:
+    """The config, as JSON, that the main command makes of its arguments."""
+    flag = parsed(argv)
+    return json.dumps(resolve(flag.value, flag, lambda _: None).to_dict())
+
+
+def asked_config(run: Run) -> dict[str, Any]:
+    """The config that the run would begin with."""
+    fixed = tuple(each for each in run.config_arguments() if not each.startswith("--config.seed="))
+    asked: dict[str, Any] = json.loads(resolved(("sweep", *fixed)))
+    return {**asked, "seed": run.seed}
+
+
+def finished(run: Run) -> bool:
+    """Whether the run is done, and is what the sweep asks.
+
+    Raises:
+      ValueError: there is another run in its folder, finished or not; with the fields.
+    """
+    if not run.folder.exists:
+        return False
+    found = differences(run.folder.read_config(), asked_config(run), FREE)
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(
+            f"{run.folder.path} holds another run: {'; '.join(map(str, found[:3]))}{more}; remove "
+            "it, or give the sweep another --name"
+        )
+    return run.folder.finished
+
+
+def environment() -> dict[str, str]:
+    """What the runs' processes see: this one's, with this checkout to import from."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def python_command(run: Run) -> list[str]:
+    """The command with this process's own interpreter."""
+    return [sys.executable, *run.arguments()]

@@ -1,0 +1,196 @@
+"""A search of hyper-parameters: Optuna's trials (the extra 'sweep') as runs of the base variant.
+
+The study lies in the sweep's folder, in a journal that a kill cannot tear, so that a search that
+is started again goes on with the trials that were at work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.sweeping.ablation import Ablation, Search, Span
+from experiments.sweeping.jobs import End, Job
+from experiments.sweeping.local import Local
+from experiments.sweeping.loop import Told, signals_told
+from experiments.sweeping.progress import newest_records
+from experiments.sweeping.runs import Run, check_run, finished, make_run
+from unified_mm.commands import say
+from unified_mm.runs.folder import read_json
+
+STARTUP = 4  # trials that run to their end before any is pruned
+
+
+@dataclass
+class Trial:
+    """A trial at work."""
+
+    asked: Any
+    run: Run
+    job: Job
+    reported: set[int] = field(default_factory=set)
+    pruned: bool = False
+
+
+def search(
+    ablation: Ablation,
+    folder: Path,
+    trials: int,
+    jobs: int,
+    more: Sequence[str] = (),
+    interval: float = 2.0,
+) -> int:
+    """Runs trials until the study has so many, says the best ones; 0 where any was finished.
+
+    Raises:
+      ValueError: the ablation has no search, or Optuna is not there.
+    """
+    if ablation.search is None:
+        raise ValueError("this ablation has no search section: see experiments.sweeping.ablation")
+    launcher = Local(jobs, folder / "logs")
+    study = open_study(ablation.search, folder)
+    work: list[Trial] = []
+    with signals_told():
+        try:
+            while begin(study, work, trials, launcher, ablation, folder, more) or work:
+                for trial in list(work):
+                    report(study, trial, ablation.search)
+                    if end := trial.job.ended():
+                        work.remove(trial)
+                        tell(study, trial, end, ablation.search.score)
+                if work:
+                    time.sleep(interval)
+        except Told as told:
+            say(launcher.leave([trial.job for trial in work]))
+            return told.exit_code
+    return summary(study)
+
+
+def open_study(search: Search, folder: Path) -> Any:
+    """The study in its journal, new or gone on with."""
+    try:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError as error:
+        raise ValueError("--trials needs optuna: pip install -e '.[sweep]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+    study = optuna.create_study(
+        study_name=folder.name,
+        storage=storage,
+        direction="maximize" if search.higher else "minimize",
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
+        load_if_exists=True,
+    )
+    # A search that goes on must not draw the same numbers again.
+    study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
+    return study
+
+
+def begin(
+    study: Any,
+    work: list[Trial],
+    trials: int,
+    launcher: Local,
+    ablation: Ablation,
+    folder: Path,
+    more: Sequence[str],
+) -> bool:
+    """Starts trials while there is room: first those that were cut off. Whether any was."""
+    started = False
+    while launcher.room(len(work)):
+        at_work = {trial.asked.number for trial in work}
+        asked = cut_off(study, at_work) or (study.ask() if len(study.trials) < trials else None)
+        if asked is None:
+            break
+        run = run_of(asked, ablation, folder, more)
+        job = launcher.found(run) or launcher.start([run])[0]
+        say(f"trial {asked.number}: {' '.join(run.fields[-len(asked.params) :])}")
+        told = study.get_trials(deepcopy=False)[asked.number].intermediate_values
+        work.append(Trial(asked, run, job, set(told)))
+        started = True
+    return started
+
+
+def cut_off(study: Any, at_work: set[int]) -> Any:
+    """A trial that an earlier search left unfinished, None where there is none."""
+    import optuna
+
+    left = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
+    for frozen in left:
+        if frozen.number not in at_work:
+            return optuna.trial.Trial(study, frozen._trial_id)
+    return None
+
+
+def run_of(asked: Any, ablation: Ablation, folder: Path, more: Sequence[str]) -> Run:
+    """The base variant with what the trial suggests (a trial of before suggests the same)."""
+    assert ablation.search is not None
+    fields = ablation.all_variants()[ablation.base]
+    for name, choice in ablation.search.space.items():
+        fields[name] = suggest(asked, name, choice)
+    run = make_run(
+        f"trial_{asked.number}", ablation.seeds[0], fields, ablation.config, folder, more
+    )
+    check_run(run)
+    return run
+
+
+def suggest(asked: Any, name: str, choice: Span | Sequence[Any]) -> Any:
+    """A value for a field."""
+    if not isinstance(choice, Span):
+        return asked.suggest_categorical(name, list(choice))
+    if isinstance(choice.low, int) and isinstance(choice.high, int):
+        return asked.suggest_int(name, choice.low, choice.high, log=choice.log)
+    return asked.suggest_float(name, choice.low, choice.high, log=choice.log)
+
+
+def report(study: Any, trial: Trial, search: Search) -> None:
+    """Tells the study how the trial does; one without hope is stopped, saved."""
+    if not search.prune_by or trial.pruned:
+        return
+    for record in newest_records(trial.run.folder.metrics):
+        step, value = record["step"], record.get(search.prune_by)
+        if value is None or step in trial.reported:
+            continue
+        trial.reported.add(step)
+        # The study knows one direction, that of the score; here lower is better.
+        trial.asked.report(-value if search.higher else value, step)
+        if trial.asked.should_prune():
+            trial.pruned = True
+            trial.job.stop()
+            return
+
+
+def tell(study: Any, trial: Trial, end: End, score: str) -> None:
+    """What became of a trial."""
+    from optuna.trial import TrialState
+
+    number = trial.asked.number
+    if finished(trial.run):
+        value = read_json(trial.run.folder.result)["scores"][score]
+        study.tell(number, value)
+        say(f"trial {number}: {score} {value:.4f}")
+    elif trial.pruned:
+        study.tell(number, state=TrialState.PRUNED)
+        say(f"trial {number}: pruned at step {max(trial.reported)}")
+    elif not end.again:
+        study.tell(number, state=TrialState.FAIL)
+        say("\n".join([f"trial {number} failed: {end}", *(f"  | {x}" for x in end.last_lines)]))
+
+
+def summary(study: Any) -> int:
+    """The trials by their score, and how many were pruned or failed."""
+    from optuna.trial import TrialState
+
+    scored = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    scored.sort(key=lambda trial: trial.value, reverse=study.direction.name == "MAXIMIZE")
+    for trial in scored:
+        values = " ".join(f"{name}={value}" for name, value in trial.params.items())
+        say(f"{trial.value:.4f}  trial {trial.number}: {values}")
+    say(f"{len(study.trials)} trials, {len(scored)} to their end")
+    return 0 if scored else 1

@@ -1,0 +1,111 @@
+"""Ablation files: what they may say, what is refused by name, and that ours can be carried out."""
+
+from pathlib import Path
+
+import pytest
+from sweeps import FILE, ROOT, write_ablation
+
+from experiments.sweeping.ablation import Ablation, load_ablation, question
+from experiments.sweeping.runs import parsed, runs_of
+
+OURS = sorted(Path(ROOT / "experiments" / "ablations").glob("*.py"))
+BASE = {"config": "configs/coco.py:tiny", "scores": ("caption/nats",), "seeds": (0, 1)}
+
+
+def runs(tmp_path, **changes):
+    return runs_of(Ablation(**{**BASE, **changes}), tmp_path)
+
+
+def test_runs_come_seed_by_seed_with_their_commands(tmp_path):
+    name, ablation = load_ablation(str(write_ablation(tmp_path)))
+    found = runs_of(ablation, tmp_path / "sweep", more=["--config.data.threads=1"])
+    assert name == "rates"
+    assert [run.name for run in found] == ["low-0", "high-0", "low-1", "high-1"]
+    assert found[3].arguments() == [
+        "-m",
+        "unified_mm.main",
+        f"--config={ROOT}/configs/coco.py:tiny",
+        "--config.train.steps=10",
+        "--config.train.learning_rate=0.002",
+        "--config.data.threads=1",
+        "--config.seed=1",
+        f"--workdir={tmp_path}/sweep/high-1",
+    ]
+
+
+def test_a_size_is_part_of_the_name(tmp_path):
+    path = write_ablation(tmp_path)
+    assert load_ablation(f"{path}:tiny")[0] == "rates"
+    assert load_ablation(f"{path}:base")[0] == "rates_base"
+
+
+def test_a_grid_is_every_combination(tmp_path):
+    grid = {"train.learning_rate": (0.1, 0.2), "model.layers": (1, 2)}
+    names = [run.variant for run in runs(tmp_path, grid=grid, seeds=(3,))]
+    assert names == [
+        "learning_rate=0.1_layers=1",
+        "learning_rate=0.1_layers=2",
+        "learning_rate=0.2_layers=1",
+        "learning_rate=0.2_layers=2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": {"a": {"train.learning_rat": 1.0}}}, "'a'.*'train.learning_rat'; did you"),
+        ({"variants": {"a": {"train.steps": "many"}}}, "variant 'a':.*many"),
+        ({"variants": {"a": {}, "b": {"config": "configs/none.py"}}}, "variant 'b':.*none.py"),
+        ({"variants": {"a": {}, "b": {"seed": 3}}}, "variant 'b' sets seed, which the sweep does"),
+        ({"variants": {"a": {"model.layers": 1}, "b": {"model.layers": 1}}}, "'a' and 'b' are the"),
+        ({"variants": {"a/b": {}}}, "variant 'a/b': letters"),
+        ({}, "variants or a grid"),
+        ({"variants": {"a": {}}, "grid": {"train.b1": (0.5,)}}, "variants or a grid"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        runs(tmp_path, **changes)
+
+
+def test_an_unknown_variant_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--only=c: there are a, b"):
+        runs_of(Ablation(**BASE, variants={"a": {}, "b": {"train.b1": 0.5}}), tmp_path, only=["c"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (FILE.split("\n", 1)[1], "has no docstring"),
+        ('"""A question?"""\n', "defines no get_ablation"),
+        (FILE.replace("seeds=(0, 1)", "seeds=(1, 1)"), r"seeds=\(1, 1\): at least one, each once"),
+        (FILE.replace('("caption/nats",)', "()"), "scores is empty"),
+    ],
+)
+def test_files_that_are_no_ablation(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_ablation(str(write_ablation(tmp_path, text)))
+
+
+def test_unknown_options_of_an_ablation_are_refused(tmp_path):
+    path = write_ablation(tmp_path, FILE.replace("common=", "comon="))
+    with pytest.raises(TypeError, match="comon"):
+        load_ablation(str(path))
+
+
+@pytest.mark.parametrize("size", ["tiny", "base"])
+@pytest.mark.parametrize("path", OURS, ids=lambda path: path.stem)
+def test_our_ablations_say_what_recipes_know(path, size, tmp_path):
+    """Fields, values and recipes of every variant, on the world and on COCO."""
+    _, ablation = load_ablation(f"{path}:{size}")
+    assert "Question:" in question(str(path)) and "Expected:" in question(str(path))
+    found = runs_of(ablation, tmp_path)
+    assert len(found) == len(ablation.all_variants()) * len(ablation.seeds)
+    source = {parsed(("", *run.config_arguments())).value.data.source for run in found[:3]}
+    assert source == {"world" if size == "tiny" else "coco"}
+
+
+def test_the_eight_questions_are_there():
+    assert [path.stem for path in OURS] == [
+        "fusion", "objectives", "optimizer", "parameters", "phases", "positions", "rules", "scale",
+    ]  # fmt: skip

@@ -1,0 +1,167 @@
+"""What an ablation came to: statistics against scipy and the tables, Markdown, CSV, pictures."""
+
+import csv
+import io
+import json
+import math
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+import sweeps
+from scipy import stats
+
+from experiments import readme_tables
+from experiments.report import write_summary
+from experiments.reporting.kept import keep, read_kept
+from experiments.reporting.statistics import fit_power_law, interval, paired_difference
+from experiments.reporting.summary import as_csv, cost, markdown, summarise
+from experiments.sweeping.ablation import Ablation, load_ablation
+from experiments.sweeping.runs import runs_of
+
+SCORES = {"early": [0.50, 0.54, 0.49, 0.53, 0.52], "late": [0.60, 0.66, 0.59, 0.62, 0.64]}
+
+
+def test_an_interval_is_students():
+    values = SCORES["early"]
+    found = interval(values)
+    other = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    np.testing.assert_allclose((found.low, found.high), other)
+    # t(0.975, 4) = 2.776 stands in every table.
+    assert found.high - found.mean == pytest.approx(2.776 * np.std(values, ddof=1) / 5**0.5, 1e-3)
+
+
+def test_one_value_has_no_interval():
+    found = interval([0.3])
+    assert found.mean == 0.3 and math.isnan(found.low) and not found.excludes_zero
+    with pytest.raises(ValueError, match="no values"):
+        interval([])
+
+
+def test_differences_are_of_pairs():
+    early, late = (dict(enumerate(SCORES[name])) for name in ("early", "late"))
+    found = paired_difference(late, early)
+    other = stats.ttest_rel(SCORES["late"], SCORES["early"]).confidence_interval(0.95)
+    np.testing.assert_allclose((found.low, found.high), other)
+    assert found.excludes_zero
+    assert paired_difference({0: 0.5, 7: 0.9}, {7: 0.4}).count == 1  # seeds that both have
+    assert paired_difference({0: 0.5}, {1: 0.5}) is None
+
+
+def test_a_power_law_is_found_again():
+    x = np.array([1e9, 2e9, 5e9, 1e10])
+    law = fit_power_law(list(x), list(3.0 * x**-0.25))
+    assert law.factor == pytest.approx(3.0) and law.exponent.mean == pytest.approx(-0.25)
+    assert law(1e9) == pytest.approx(3.0 * 1e9**-0.25)
+    noisy = 3.0 * x**-0.25 * np.array([1.01, 0.99, 1.02, 0.98])
+    around = fit_power_law(list(x), list(noisy)).exponent
+    assert around.low < -0.25 < around.high
+    with pytest.raises(ValueError, match="three different sizes"):
+        fit_power_law([1.0, 2.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="above 0"):
+        fit_power_law([1.0, 2.0, 3.0], [1.0, -2.0, 3.0])
+
+
+ABLATION = Ablation(
+    config="configs/coco.py:tiny",
+    variants={"early": {}, "late": {"model.fusion": "late"}, "never": {"train.b1": 0.5}},
+    seeds=range(5),
+    scores=("caption/cider_d", "foil/accuracy"),
+)
+
+
+def kept_file(folder, variant, seed, score, flops):
+    foils = {"foil/accuracy": 0.5} if variant == "early" else {}
+    content = {
+        "variant": variant,
+        "seed": seed,
+        "flops": flops,
+        "parameters": 1_000_000,
+        "scores": {"caption/cider_d": score} | foils,
+        "chance": {"caption/cider_d": 0.1},
+        "curves": {"loss": [[10, 2.0], [20, 1.0 + score]]},
+    }
+    (folder / f"{variant}-{seed}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def kept(tmp_path):
+    for variant, flops in (("early", 1e12), ("late", 1.5e12)):
+        for seed, score in enumerate(SCORES[variant]):
+            kept_file(tmp_path, variant, seed, score, flops)
+    return tmp_path
+
+
+def test_the_table_says_both_costs_and_what_is_noise(kept):
+    kept_file(kept, "late", 4, 0.20, 1.5e12)
+    text = markdown(summarise(ABLATION, read_kept(kept)))
+    rows = [line for line in text.splitlines() if line.startswith("| late")]
+    assert "within the noise" in rows[0]
+    assert "1 M (equal) | 1.5 T (x 1.50)" in rows[0] and "chance 0.100" in rows[0]
+    assert rows[1].startswith("| late | 0 | cannot |")
+    assert "never" not in text  # it has no runs yet
+
+
+def test_verdicts(kept):
+    lines = {each.variant: each for each in summarise(ABLATION, read_kept(kept))[:2]}
+    assert (lines["early"].verdict, lines["late"].verdict) == ("", "higher")
+    assert lines["late"].difference.mean == pytest.approx(0.106)
+    assert cost(1.005e9, 1.005) == "1 G (equal)" and cost(None, None) == "not said"
+
+
+def test_csv_has_the_numbers_unrounded(kept):
+    rows = list(csv.DictReader(io.StringIO(as_csv(summarise(ABLATION, read_kept(kept))))))
+    assert rows[1]["variant"] == "late"
+    assert float(rows[1]["mean"]) == np.mean(SCORES["late"])
+    assert float(rows[1]["flops_ratio"]) == 1.5
+
+
+def test_pictures_are_drawn(kept):
+    write_summary(ABLATION, kept)
+    for name in ("curves", "bars", "flops"):
+        root = xml.etree.ElementTree.parse(kept / f"{name}.svg").getroot()
+        assert root.tag.endswith("svg")
+    assert (kept / "table.md").read_text().count("| early |") == 2
+
+
+def test_what_is_kept_of_a_run(tmp_path):
+    run = runs_of(load_ablation(str(sweeps.write_ablation(tmp_path)))[1], tmp_path)[0]
+    run.folder.path.mkdir()
+    lines = [json.dumps({"step": 10 * i, "loss": 1.0 / i}) for i in range(1, 101)]
+    run.folder.metrics.write_text("\n".join(lines) + "\n")
+    result = {
+        "scores": {"caption/nats": 1.0, "test_composition/caption/nats": 2.0},
+        "chance": {"caption/nats": 3.0, "foil/accuracy": 0.5},
+        "data": {"source": "world", "folder": "/home/me", "notice": "...", "fingerprint": "f"},
+        **{"device": "cpu", "versions": {}, "revision": "r", "steps": 1000, "seconds": 1.0},
+        **{"flops": 5, "parameters": 7, "ceiling": {}},
+    }
+    run.folder.result.write_text(json.dumps(result))
+    path = keep(run, ("caption/nats",), tmp_path / "kept")
+    assert path.name == "low-0.json"
+    (found,) = read_kept(path.parent)
+    assert found.scores == {"caption/nats": 1.0} and found.chance == {"caption/nats": 3.0}
+    assert (found.parameters, found.flops) == (7, 5)
+    curve = found.curves["loss"]
+    assert len(curve) == 34 and curve[0] == [30, round((1 + 1 / 2 + 1 / 3) / 3, 5)]
+    assert curve[-1][0] == 1000
+    assert "home" not in path.read_text()
+
+
+def test_readme_tables_are_as_the_results():
+    """Where this fails: python -m experiments.readme_tables."""
+    assert readme_tables.update(readme_tables.ROOT / "README.md", check=True) == 0
+
+
+def test_a_stale_table_is_said_and_mended(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(readme_tables, "table_of", lambda said, results: f"new {said}\n")
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- table: f.py x -->\nold\n<!-- end of table -->\nb\n")
+    assert readme_tables.update(readme, check=True) == 1
+    assert "stale: f.py x" in capsys.readouterr().out
+    assert readme_tables.update(readme, check=False) == 0
+    assert readme.read_text() == "a\n<!-- table: f.py x -->\nnew f.py x\n<!-- end of table -->\nb\n"
+    assert readme_tables.update(readme, check=True) == 0
+    readme.write_text("<!-- table: f.py -->\n")
+    with pytest.raises(ValueError, match="has no <!-- end of table -->"):
+        readme_tables.update(readme, check=True)

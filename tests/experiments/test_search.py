@@ -1,0 +1,76 @@
+"""Optuna's search: trials are runs, hopeless ones are pruned, a search goes on."""
+
+import pytest
+import sweeps
+
+from experiments import sweep as command
+from experiments.sweeping import local
+
+optuna = pytest.importorskip("optuna")
+
+SECTION = """        scores=("caption/nats",),
+        search=Search(
+            space={"train.learning_rate": Span(1e-4, 1e-2, log=True), "train.b1": (0.8, 0.9)},
+            score="caption/nats",
+            higher=False,
+        ),
+"""
+SEARCH = sweeps.FILE.replace('        scores=("caption/nats",),\n', SECTION)
+SEARCH = SEARCH.replace("import Ablation\n", "import Ablation, Search, Span\n")
+
+
+@pytest.fixture
+def search(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "python_command", sweeps.stand_in_command)
+
+    def carry_out(trials, text=SEARCH):
+        path = sweeps.write_ablation(tmp_path, text)
+        arguments = [str(path), f"--runs={tmp_path / 'runs'}", "--interval=0.02"]
+        return command.sweep(command.parse([*arguments, f"--trials={trials}", "--jobs=2"]))
+
+    return carry_out
+
+
+def scores(said):
+    return [float(line.split()[0]) for line in said.splitlines() if "  trial " in line]
+
+
+def test_trials_go_on_where_they_were(search, tmp_path, capfd):
+    assert search(2) == 0
+    first = scores(capfd.readouterr().out)
+    assert search(4) == 0
+    said = capfd.readouterr().out
+    second = scores(said)
+    assert len(first) == 2 and len(second) == 4 and set(first) <= set(second)
+    assert second == sorted(second)  # the best first, and lower is better here
+    assert said.count("trial 2:") >= 1 and "trial 0: --config" not in said
+    assert len(set(second)) == 4  # no draw is repeated
+    folder = tmp_path / "runs" / "rates"
+    assert all(sweeps.starts(folder / f"trial_{n}-0") == [0] for n in range(4))
+
+
+def test_a_trial_that_was_cut_off_is_taken_up(search, tmp_path, capfd):
+    from experiments.sweeping.ablation import load_ablation
+    from experiments.sweeping.search import open_study, run_of
+
+    folder = tmp_path / "runs" / "rates"
+    folder.mkdir(parents=True)
+    ablation = load_ablation(str(sweeps.write_ablation(tmp_path, SEARCH)))[1]
+    asked = open_study(ablation.search, folder).ask()
+    run_of(asked, ablation, folder, ())  # and the search is killed
+    assert search(1) == 0
+    said = capfd.readouterr().out
+    assert f"train.learning_rate={asked.params['train.learning_rate']}" in said
+    assert "1 trials, 1 to their end" in said
+
+
+def test_what_has_no_search_says_so(search):
+    with pytest.raises(ValueError, match="no search section"):
+        search(1, sweeps.FILE)
+
+
+def test_searches_are_local(tmp_path):
+    path = sweeps.write_ablation(tmp_path, SEARCH)
+    args = command.parse([str(path), f"--runs={tmp_path}", "--launcher=slurm", "--trials=2"])
+    with pytest.raises(ValueError, match="--launcher=local"):
+        command.sweep(args)

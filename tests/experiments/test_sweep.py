@@ -1,0 +1,183 @@
+"""Sweeps: what is missing is run, once; failures stay alone; a stop is clean. Real processes."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import sweeps
+
+from experiments import sweep as command
+from experiments.sweeping import local
+from experiments.sweeping.progress import Progress, duration, newest_records
+from experiments.sweeping.runs import asked_config
+from experiments.sweeping.table import Row, Table
+
+
+@pytest.fixture
+def ablation(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "python_command", sweeps.stand_in_command)
+    return sweeps.write_ablation(tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs" / "rates"
+
+
+def carry_out(ablation, tmp_path, *more):
+    arguments = [str(ablation), f"--runs={tmp_path / 'runs'}", "--interval=0.02", *more]
+    return command.sweep(command.parse(arguments))
+
+
+TABLE = """
+run     state      caption/nats
+low-0   finished         1.0000
+high-0  finished         2.0000
+low-1   finished         2.0000
+high-1  finished         3.0000
+"""
+
+
+def test_all_runs_and_none_again(ablation, tmp_path, folder, capfd):
+    assert carry_out(ablation, tmp_path, "--jobs=2") == 0
+    first = capfd.readouterr().out
+    assert first.startswith("4 runs, 0 finished already") and first.endswith(TABLE)
+    assert sum(line.startswith("high-1  running") for line in first.splitlines()) >= 1
+    assert carry_out(ablation, tmp_path) == 0
+    again = capfd.readouterr().out
+    assert again.startswith("4 runs, 4 finished already") and again.endswith(TABLE)
+    assert [sweeps.starts(each) for each in sorted(folder.glob("*-[01]"))] == [[0]] * 4
+
+
+def test_a_failed_run_is_said_and_the_others_go_on(ablation, tmp_path, folder, capfd):
+    folder.mkdir(parents=True)
+    (folder / "high-0.fails").touch()
+    assert carry_out(ablation, tmp_path) == 1
+    said = capfd.readouterr().out
+    assert "high-0 failed: exit code 1\n  | first words\n  | the loss is on fire" in said
+    assert said.partition("caption/nats")[2].count("finished") == 3
+    (folder / "high-0.fails").unlink()
+    assert carry_out(ablation, tmp_path) == 0
+    assert capfd.readouterr().out.endswith(TABLE)
+    assert sweeps.starts(folder / "high-0") == [0, 5]
+
+
+def test_another_run_in_the_place_is_said_and_left(ablation, tmp_path, folder, capfd):
+    assert carry_out(ablation, tmp_path, "--only=low", "--seeds=0") == 0
+    path = folder / "low-0" / "config.json"
+    config = json.loads(path.read_text())
+    for group, field, value in (("train", "b2", 0.5), ("train", "steps", 5)):
+        path.write_text(json.dumps(config | {group: config[group] | {field: value}}))
+        assert carry_out(ablation, tmp_path, "--only=low", "--seeds=0") == 1
+        said = capfd.readouterr().out
+        assert f"low-0 holds another run: {group}.{field}: run has {value}" in said
+    assert sweeps.starts(folder / "low-0") == [0]
+
+
+def test_sigterm_saves_what_is_at_work_and_the_next_sweep_goes_on(
+    ablation, tmp_path, folder, capfd
+):
+    folder.mkdir(parents=True)
+    (folder / "high-0.slow").touch()
+
+    def stop_half_way():
+        metrics = folder / "high-0" / "metrics.jsonl"
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_half_way, daemon=True).start()
+    assert carry_out(ablation, tmp_path) == 128 + signal.SIGTERM
+    assert "saved and ended; the same command goes on" in capfd.readouterr().out
+    (folder / "high-0.slow").unlink()
+    assert carry_out(ablation, tmp_path) == 0
+    assert capfd.readouterr().out.endswith(TABLE)
+    assert sweeps.starts(folder / "low-0") == [0]
+    started = sweeps.starts(folder / "high-0")
+    assert len(started) == 2 and 3 <= started[1] < 10
+    assert not (folder / "low-1").exists() or sweeps.starts(folder / "low-1") == [0]
+
+
+def test_a_run_that_another_process_is_at_work_on_is_waited_for(ablation, tmp_path, folder, capfd):
+    """As a sweep that was killed leaves it: its processes live on."""
+    from experiments.sweeping.ablation import load_ablation
+    from experiments.sweeping.runs import runs_of
+
+    run = runs_of(load_ablation(str(ablation))[1], folder)[0]
+    folder.mkdir(parents=True)
+    (folder / "low-0.slow").touch()
+    other = subprocess.Popen(sweeps.stand_in_command(run), env=local.environment())
+    while not run.folder.metrics.exists():
+        time.sleep(0.01)
+    assert carry_out(ablation, tmp_path, "--only=low", "--seeds=0") == 0
+    assert other.wait(10) == 0
+    assert sweeps.starts(folder / "low-0") == [0]
+    assert "low-0  finished" in capfd.readouterr().out
+
+
+def test_one_sweep_at_a_time(ablation, tmp_path, folder):
+    folder.mkdir(parents=True)
+    hold = (
+        "import sys, time; from unified_mm.runs.folder import take; "
+        "file = open(sys.argv[1], 'a+'); take(file); print('held', flush=True); time.sleep(60)"
+    )
+    arguments = [sys.executable, "-c", hold, str(folder / ".lock")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=local.environment()) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"process {other.pid} carries out the sweep"):
+            carry_out(ablation, tmp_path)
+        other.kill()
+
+
+def test_what_is_asked_is_what_the_command_would_begin_with(ablation, tmp_path):
+    from experiments.sweeping.ablation import load_ablation
+    from experiments.sweeping.runs import runs_of
+
+    fields = ["--config.model.budget=2e8", "--config.data.crop_scale=(0.9, 1.0)"]
+    run = runs_of(load_ablation(str(ablation))[1], tmp_path, more=fields)[-1]
+    asked = asked_config(run)
+    assert asked["seed"] == 1 and asked["train"]["learning_rate"] == 0.002
+    assert asked["data"]["crop_scale"] == [0.9, 1.0]
+    assert asked["model"]["width"] != 128  # as wide as the budget allows
+
+
+def test_print_says_commands_that_a_shell_takes(ablation, tmp_path, capsys):
+    assert carry_out(ablation, tmp_path, "--launcher=print", "--config.data.cache_dir=/a b") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("python -m unified_mm.main --config=")
+    assert "'--config.data.cache_dir=/a b'" in lines[0]
+    assert not (tmp_path / "runs").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_the_table_is_drawn_in_place(ablation, tmp_path):
+    from experiments.sweeping.ablation import load_ablation
+    from experiments.sweeping.runs import runs_of
+
+    rows = [Row(run) for run in runs_of(load_ablation(str(ablation))[1], tmp_path)]
+    table = Table(6, Terminal())
+    table.show(rows)
+    rows[0].state, rows[0].progress = "running", Progress(5, 20, 1.25, 0.1)
+    table.show(rows)
+    first, second = table.stream.getvalue().split("\x1b[5A")
+    assert "low-0   waiting" in first and "4 waiting" in first
+    assert "low-0   running          5/20    1.250  2m30" in second
+    assert "1 running, 3 waiting" in second
+
+
+def test_progress_reads_what_a_kill_leaves(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+    assert newest_records(path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]
+    assert [duration(s) for s in (None, 4.4, 200, 3900)] == ["", "4s", "3m20", "1h05"]
