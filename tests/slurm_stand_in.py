@@ -53,6 +53,7 @@ def background(arguments):
 
 def daemon(arguments):
     """Slurm's own: starts what is pending, notes what has ended."""
+    (HOME / f"daemon_{os.getpid()}").touch()
     processes = {}
     while True:
         tasks = all_tasks(arguments[0])

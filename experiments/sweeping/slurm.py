@@ -7,6 +7,7 @@ jobs, so that a sweep that is started again watches them and submits nothing twi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -46,7 +47,9 @@ class Training:
 
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)
-            self._process.wait()
+            # This interrupts `wait` above, which holds the process's lock: look past it.
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(Training(), command, folder, variables)
 
 

@@ -1,7 +1,9 @@
 """Sweeps by Slurm, submitit's own scripts carried out by a stand-in for its commands."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,7 +38,10 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "python_command", sweeps.stand_in_command)
     pytest.importorskip("submitit")
     monkeypatch.setattr(slurm, "EVERY", 0.3)
-    return home
+    yield home
+    for daemon in home.glob("daemon_*"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(daemon.name.removeprefix("daemon_")), signal.SIGKILL)
 
 
 @pytest.fixture
