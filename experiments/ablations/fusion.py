@@ -14,7 +14,7 @@ from experiments.sweeping.ablation import Ablation
 from experiments.sweeping.presets import common
 
 # FLOPs of a training example of early fusion in the recipe (`python -m unified_mm.sizes`).
-BUDGET = {"tiny": 5.3e8, "base": 4.4e10}
+BUDGET = {"tiny": 7.7e8, "base": 4.1e10}
 
 
 def get_ablation(size: str) -> Ablation:

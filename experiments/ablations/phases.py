@@ -6,7 +6,7 @@ both together; or than contrast first and then both?
 Expected: in training this short the text phase is wasted on what captioning teaches anyway, and
 one phase wins; contrast first may help retrieval, not captions.
 
-The steps of each phase are chosen so that the FLOPs of the whole training are equal within 2%.
+The steps of each phase are chosen so that the FLOPs of the whole training are equal within a step.
 """
 
 from experiments.sweeping.ablation import Ablation

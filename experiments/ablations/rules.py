@@ -1,32 +1,48 @@
 """Who may attend to whom?
 
-Question: what do captions and matching gain where text sees the image, and where both see each
-other?
+Question: what do captions gain where text sees the image, and is matching, which lets them look both
+ways, worth its FLOPs?
 
 Expected: `blind` is the positive control: a caption that never sees its image can only say what is
 usual, so its CIDEr-D falls to that of captions of other images (chance in the table), and its image
-gain to 0. `one_way` is the recipe. `causal` gives image patches an order and takes half of what
-they see. `both_ways` lets matching's text and image see each other (captions cannot: a token would
-see itself through the image); that costs a second pass over the image and may help foils little.
+gain to 0. `one_way` is the recipe. `causal` puts image patches in an order too, and learns less of
+them. Matching beside it, where text reads the image one way or where both see each other (captions
+cannot: a token would see itself through the image), helps retrieval less than it costs in steps.
+
+All have the FLOPs of `one_way`, by fewer steps where a step costs more.
 """
 
 from experiments.sweeping.ablation import Ablation
-from experiments.sweeping.presets import common
+from experiments.sweeping.presets import at_equal_flops, common
 
+# FLOPs of a step over those of `one_way`.
+COST = {
+    "tiny": {"causal": 1.448, "matching": 1.662, "matching_both_ways": 3.055},
+    "base": {"causal": 1.588, "matching": 1.576, "matching_both_ways": 3.375},
+}
 MATCHING = {"objectives.matching.weight": 0.5}
+CAPTIONS = "objectives.captioning.rule"
 
 
 def get_ablation(size: str) -> Ablation:
     """At a size, `tiny` or `base`."""
+    steps = {name: at_equal_flops(size, cost) for name, cost in COST[size].items()}
     return Ablation(
         config=f"configs/coco.py:{size}",
-        common=common(size, tiny={"train.steps": 260}) | MATCHING,
+        common=common(size),
         variants={
             "one_way": {},
-            "blind": {"objectives.captioning.rule": "separate_causal"},
-            "causal": {"objectives.captioning.rule": "causal"},
-            "both_ways": {"objectives.matching.rule": "joint"},
+            "blind": {CAPTIONS: "separate_causal"},
+            "causal": {CAPTIONS: "causal"} | steps["causal"],
+            "matching": MATCHING | steps["matching"],
+            "matching_both_ways": MATCHING
+            | {"objectives.matching.rule": "joint"}
+            | steps["matching_both_ways"],
         },
         seeds=range(5),
-        scores=("caption/cider_d", "caption/image_gain", "foil/accuracy"),
+        scores=(
+            "caption/cider_d",
+            "caption/image_gain",
+            "single_caption/text_to_image/recall_at_10",
+        ),
     )

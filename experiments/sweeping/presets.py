@@ -30,12 +30,22 @@ BASE: dict[str, Any] = {
 SIZES = {"tiny": TINY, "base": BASE}
 
 
-def common(size: str, **by_size: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a size, with further ones under its name.
+def common(size: str) -> dict[str, Any]:
+    """The fields of a size.
 
     Raises:
       ValueError: another size.
     """
     if size not in SIZES:
         raise ValueError(f"no size {size!r}; there are {', '.join(SIZES)}")
-    return {**SIZES[size], **by_size.get(size, {})}
+    return dict(SIZES[size])
+
+
+def at_equal_flops(size: str, cost: float) -> dict[str, int]:
+    """Steps of as many FLOPs as the size's own, where a step costs `cost` times the recipe's.
+
+    Args:
+      size: 'tiny' or 'base'.
+      cost: as `result.json`, or before any run `python -m unified_mm.sizes`, has it.
+    """
+    return {"train.steps": round(SIZES[size]["train.steps"] / cost)}
