@@ -57,7 +57,8 @@ def keep_all(ablation: Ablation, folder: Path, more: list[str], target: Path) ->
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no sweep in {folder}; carry it out, or give --kept")
-    seeds = sorted({int(each.name.rsplit("-", 1)[1]) for each in folder.glob("*-[0-9]*")})
+    ends = {each.name.rpartition("-")[2] for each in folder.iterdir() if each.is_dir()}
+    seeds = sorted(int(end) for end in ends if end.isdecimal())
     done = []
     for run in runs_of(ablation, folder, seeds=seeds, more=more):
         if finished(run):
@@ -100,10 +101,10 @@ def table(ablation: Ablation, results: list[Result]) -> str:
 
 
 def law_of(ablation: Ablation, results: list[Result]) -> PowerLaw | None:
-    """The power law that the ablation asks for, None for none."""
-    if not ablation.power_law:
-        return None
+    """The power law that the ablation asks for; None for none, or while there are too few sizes."""
     known = [r for r in results if ablation.power_law in r.scores]
+    if len({r.flops for r in known}) < 3:
+        return None
     return fit_power_law([r.flops for r in known], [r.scores[ablation.power_law] for r in known])
 
 

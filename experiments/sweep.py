@@ -59,10 +59,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--jobset", default="", metavar="IMAGE", help="print: also a manifest")
     parser.add_argument("--tpu", default="v5e:4x4", help="print: the manifest's slice of TPUs")
     parser.add_argument("--claim", default="runs", help="print: the volume claim that holds runs/")
-    args, args.more = parser.parse_known_args(argv)
-    for each in args.more:
+    args, more = parser.parse_known_args(argv)
+    for each in more:
         if not each.startswith("--config.") or "=" not in each:
             parser.error(f"{each!r} is no option, nor --config.FIELD=VALUE")
+    args.more = more
     return args
 
 

@@ -1,7 +1,7 @@
 """Who may attend to whom?
 
-Question: what do captions gain where text sees the image, and is matching, which lets them look both
-ways, worth its FLOPs?
+Question: what do captions gain where text sees the image, and is matching, which can let both see
+each other, worth its FLOPs?
 
 Expected: `blind` is the positive control: a caption that never sees its image can only say what is
 usual, so its CIDEr-D falls to that of captions of other images (chance in the table), and its image

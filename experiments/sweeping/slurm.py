@@ -23,7 +23,7 @@ from unified_mm.runs.folder import read_json, write_json
 QUEUED = ("PENDING", "READY", "REQUEUED", "PREEMPTED", "UNKNOWN", "REQUEUE_HOLD", "SUSPENDED")
 WORKING = ("RUNNING", "COMPLETING", "CONFIGURING")
 GRACE = 300  # seconds between Slurm's signal and the end of a job: a checkpoint is written in them
-EVERY = 30.0  # seconds at most that a job's state is old; asked for all jobs at once
+EVERY = 30  # seconds at most that a job's state is old; asked for all jobs at once
 TIMEOUTS = 1000  # times that a job may be taken up again after its time was over
 
 
