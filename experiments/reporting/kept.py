@@ -14,6 +14,7 @@ from unified_mm.runs.metrics import read_metrics
 RESULTS = Path(__file__).parents[1] / "results"
 POINTS = 40  # of a learning curve
 CURVES = ("loss", "captioning/loss", "contrastive/loss")
+PLACES = ("data.dir=", "data.cache_dir=")  # where data lies is nobody's business
 # What is kept of result.json as it is.
 SAME = ("device", "versions", "revision", "steps", "seconds", "flops")
 
@@ -41,13 +42,14 @@ class Result:
 def keep(run: Run, scores: Sequence[str], folder: Path) -> Path:
     """Writes a finished run's result into `folder`; the same run gives the same file."""
     found = read_json(run.folder.result)
+    given = [each.removeprefix("--config.") for each in run.fields]
     counts = {"parameters": found["parameters"]} if "parameters" in found else {}
     data = {key: value for key, value in found["data"].items() if key not in ("folder", "notice")}
     own = {name: value for name, value in found["scores"].items() if not name.startswith("test_")}
     kept = {
         "variant": run.variant,
         "seed": run.seed,
-        "fields": [each.removeprefix("--config.") for each in run.fields],
+        "fields": [name for name in given if not name.startswith(PLACES)],
         "scores": own,
         "chance": {name: found["chance"][name] for name in scores if name in found["chance"]},
         **{key: found[key] for key in SAME},

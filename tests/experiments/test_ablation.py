@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 from sweeps import FILE, ROOT, write_ablation
 
 from experiments.sweeping.ablation import Ablation, load_ablation, question
-from experiments.sweeping.runs import parsed, runs_of
+from experiments.sweeping.runs import asked_config, parsed, runs_of
+from unified_mm.config import Config
+from unified_mm.training.ahead import plan
 
 OURS = sorted(Path(ROOT / "experiments" / "ablations").glob("*.py"))
 BASE = {"config": "configs/coco.py:tiny", "scores": ("caption/nats",), "seeds": (0, 1)}
@@ -103,6 +106,16 @@ def test_our_ablations_say_what_recipes_know(path, size, tmp_path):
     assert len(found) == len(ablation.all_variants()) * len(ablation.seeds)
     source = {parsed(("", *run.config_arguments())).value.data.source for run in found[:3]}
     assert source == {"world" if size == "tiny" else "coco"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", OURS, ids=lambda path: path.stem)
+def test_our_ablations_can_be_trained(path, tmp_path):
+    """Every variant resolves to models, phases and optimizers that can be built."""
+    _, ablation = load_ablation(f"{path}:tiny")
+    for run in runs_of(ablation, tmp_path, seeds=(0,)):
+        phases = plan(Config(asked_config(run)), jax.devices()[:1])
+        assert phases[-1].stop == asked_config(run)["train"]["steps"], run.name
 
 
 def test_the_eight_questions_are_there():
