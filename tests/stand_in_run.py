@@ -34,7 +34,8 @@ def train(folder: RunFolder, config: dict) -> None:
     steps = config["train"]["steps"]
     for step in range(start + 1, steps + 1):
         time.sleep(0.1 if os.path.exists(f"{beside}.slow") else 0.005)
-        line = {"step": step, "loss": 2.0 / step, "time/steps_per_second": 100.0}
+        loss = (1.0 + 1000 * config["train"]["learning_rate"]) / step
+        line = {"step": step, "loss": loss, "time/steps_per_second": 100.0}
         with open(folder.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
         write_json(saved, step)

@@ -17,11 +17,12 @@ from experiments.sweeping.jobs import End, Job
 from experiments.sweeping.local import Local
 from experiments.sweeping.loop import Told, signals_told
 from experiments.sweeping.progress import newest_records
-from experiments.sweeping.runs import Run, check_run, finished, make_run
+from experiments.sweeping.runs import Run, check_run, finished, make_run, parsed
 from unified_mm.commands import say
 from unified_mm.runs.folder import read_json
 
 STARTUP = 4  # trials that run to their end before any is pruned
+WARMUP = 0.25  # share of its steps before which none is pruned
 
 
 @dataclass
@@ -51,7 +52,10 @@ def search(
     if ablation.search is None:
         raise ValueError("this ablation has no search section: see experiments.sweeping.ablation")
     launcher = Local(jobs, folder / "logs")
-    study = open_study(ablation.search, folder)
+    fields = ablation.all_variants()[ablation.base]
+    base = make_run("base", ablation.seeds[0], fields, ablation.config, folder, more)
+    steps = parsed(("search", *base.config_arguments())).value.train.steps
+    study = open_study(ablation.search, folder, int(WARMUP * steps))
     work: list[Trial] = []
     with signals_told():
         try:
@@ -69,8 +73,8 @@ def search(
     return summary(study)
 
 
-def open_study(search: Search, folder: Path) -> Any:
-    """The study in its journal, new or gone on with."""
+def open_study(search: Search, folder: Path, warmup: int) -> Any:
+    """The study in its journal, new or gone on with; none is pruned before step `warmup`."""
     try:
         import optuna
         from optuna.storages import JournalStorage
@@ -83,7 +87,7 @@ def open_study(search: Search, folder: Path) -> Any:
         study_name=folder.name,
         storage=storage,
         direction="maximize" if search.higher else "minimize",
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP, n_warmup_steps=warmup),
         load_if_exists=True,
     )
     # A search that goes on must not draw the same numbers again.

@@ -56,12 +56,25 @@ def test_a_trial_that_was_cut_off_is_taken_up(search, tmp_path, capfd):
     folder = tmp_path / "runs" / "rates"
     folder.mkdir(parents=True)
     ablation = load_ablation(str(sweeps.write_ablation(tmp_path, SEARCH)))[1]
-    asked = open_study(ablation.search, folder).ask()
+    asked = open_study(ablation.search, folder, 2).ask()
     run_of(asked, ablation, folder, ())  # and the search is killed
     assert search(1) == 0
     said = capfd.readouterr().out
     assert f"train.learning_rate={asked.params['train.learning_rate']}" in said
     assert "1 trials, 1 to their end" in said
+
+
+def test_hopeless_trials_are_pruned(search, tmp_path, capfd):
+    folder = tmp_path / "runs" / "rates"
+    folder.mkdir(parents=True)
+    for number in range(4, 8):  # those of before run to their end, whatever comes
+        (folder / f"trial_{number}-0.slow").touch()
+    assert search(8) == 0
+    said = capfd.readouterr().out
+    pruned = said.count(": pruned at step")
+    assert pruned and f"8 trials, {8 - pruned} to their end" in said
+    results = [folder / f"trial_{number}-0" / "result.json" for number in range(8)]
+    assert sum(path.exists() for path in results) == 8 - pruned
 
 
 def test_what_has_no_search_says_so(search):
