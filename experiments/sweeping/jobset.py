@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from experiments.sweeping.runs import ROOT, Run
+from experiments.sweeping.runs import Run
 
 # As Kubernetes Engine calls them, and the chips of one host of a slice of several.
 ACCELERATORS = {
@@ -83,12 +83,11 @@ def job_set(run: Run, pod: dict[str, Any], hosts: int) -> dict[str, Any]:
 def pod(run: Run, image: str, nodes: dict[str, str], chips: int, claim: str) -> dict[str, Any]:
     """One host's process; --distributed=auto finds the others."""
     folder = run.folder.path
-    workdir = f"--workdir={MOUNT}/{folder.parent.name}/{folder.name}"
-    config = [each.replace(f"--config={ROOT}/", "--config=") for each in run.config_arguments()]
+    command = run.elsewhere(f"{MOUNT}/{folder.parent.name}/{folder.name}")
     container = {
         "name": "run",
         "image": image,
-        "command": ["python", "-m", "unified_mm.main", *config, workdir, "--distributed=auto"],
+        "command": [*command, "--distributed=auto"],
         "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
         "resources": {
             "requests": {"google.com/tpu": chips},

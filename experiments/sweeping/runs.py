@@ -51,9 +51,16 @@ class Run:
         workdir = f"--workdir={self.folder.path}"
         return ["-m", "unified_mm.main", *self.config_arguments(), workdir]
 
+    def elsewhere(self, workdir: str) -> list[str]:
+        """The command in any checkout's own folder, its run in `workdir`."""
+        config = [
+            each.replace(f"--config={ROOT}/", "--config=") for each in self.config_arguments()
+        ]
+        return ["python", "-m", "unified_mm.main", *config, f"--workdir={workdir}"]
+
     def shell_line(self) -> str:
         """The command, to be pasted."""
-        return shlex.join(["python", *self.arguments()])
+        return shlex.join(self.elsewhere(str(self.folder.path)))
 
 
 def runs_of(

@@ -151,7 +151,7 @@ def test_print_says_commands_that_a_shell_takes(ablation, tmp_path, capsys):
     assert carry_out(ablation, tmp_path, "--launcher=print", "--config.data.cache_dir=/a b") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
-    assert lines[0].startswith("python -m unified_mm.main --config=")
+    assert lines[0].startswith("python -m unified_mm.main --config=configs/coco.py:tiny ")
     assert "'--config.data.cache_dir=/a b'" in lines[0]
     assert not (tmp_path / "runs").exists()
 
