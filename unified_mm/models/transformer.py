@@ -17,6 +17,7 @@ from unified_mm.models.feed_forward import FeedForward
 from unified_mm.models.layers_apart import LAYERS
 from unified_mm.models.options import TransformerOptions
 from unified_mm.models.pipeline import run_pipeline
+from unified_mm.models.residual_stream import EMBEDDED, RESIDUAL, leave_stream
 from unified_mm.parallel.layers import Norm
 from unified_mm.parallel.sharding import constrain
 
@@ -73,10 +74,12 @@ class Period(nn.Module):
         if cross is not None:
             layer = GatedCrossLayer(self.options, name=CROSS)
             x, kept[CROSS] = layer(x, cross, cached.get(CROSS))
+            leave_stream(self, f"after_{CROSS}", x)
         for number in range(self.options.blocks_a_period):
             name = f"block_{number}"
             block = Block(self.options, self.deterministic, name=name)
             x, kept[name] = block(x, plan, cached.get(name))
+            leave_stream(self, f"after_{name}", x)
         return x, kept
 
 
@@ -107,6 +110,7 @@ class Transformer(nn.Module):
         """
         o = self.options
         x = constrain(x, "batch", "length", "activation")
+        leave_stream(self, EMBEDDED, x)
         if o.apart:
             x, kept = self._one_by_one(x, plan, cross, cached or {}, deterministic)
         elif o.pipeline is None or self.is_initializing():
@@ -121,7 +125,7 @@ class Transformer(nn.Module):
         o = self.options
         layers = nn.scan(
             recomputed(Period, o.remat, nn.remat),
-            variable_axes={"params": 0, ATTENTION: 0},
+            variable_axes={"params": 0, ATTENTION: 0, RESIDUAL: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=o.periods,
