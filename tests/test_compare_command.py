@@ -1,0 +1,66 @@
+"""`python -m unified_mm.compare` on runs of several kinds as they lie on disk."""
+
+import pytest
+import tiny
+
+from unified_mm import compare
+from unified_mm.runs.folder import RunFolder, write_json
+
+NO_MATCHING = {"objectives__matching__weight": 0.0}
+KINDS = {
+    "early": NO_MATCHING,
+    "gated": NO_MATCHING | {"model__fusion": "gated_cross_attention"},
+    "late": NO_MATCHING | {"model__fusion": "late", "objectives__captioning__weight": 0.0},
+}
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        compare.main([str(argument) for argument in arguments])
+    return stopped.value.code
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Three runs without checkpoints, of which the first is finished."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, changes in KINDS.items():
+        write_json(RunFolder(root / name).config, tiny.config_dict(**changes).to_dict())
+    scores = {"text_to_image/recall_at_1": 0.5}
+    write_json(RunFolder(root / "early").result, {"scores": scores, "steps": 4, "flops": 1e12})
+    return [root / name for name in KINDS]
+
+
+def test_runs_of_all_fusions_are_compared(folders, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert run(*folders, "--output", page) == 0
+    said = capsys.readouterr().out
+    lines = {line.split("  ")[0].strip(): line for line in said.splitlines()}
+    assert "early" in lines["kind"] and "gated_cross_attention" in lines["kind"]
+    assert lines["state"].count("unfinished, step 0 of 4") == 2
+    assert lines["parameters"].count("(x ") == 2 and "–" not in lines["parameters"]
+    # Two towers write no text.
+    assert lines["FLOPs of a generated token"].count("–") == 1
+    assert lines["text_to_image/recall_at_1"].count("–") == 2
+    assert "model.fusion" in lines and page.read_text().startswith("<!doctype html>")
+    assert run(*folders, "--output", page) == 1
+    assert "exists and is not overwritten" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_built_is_said_and_compared(folders, tmp_path, capsys):
+    config = tiny.config_dict(**KINDS["early"]).to_dict()
+    config["model"]["fusion"] = "of tomorrow"
+    write_json(RunFolder(tmp_path / "odd").config, config)
+    assert run(folders[0], tmp_path / "odd") == 0
+    said = capsys.readouterr().out
+    assert "parameters and FLOPs cannot be counted: model.fusion='of tomorrow'" in said
+    assert "of tomorrow" in said.splitlines()[-1] or "note: without scores: odd" in said
+
+
+def test_what_is_no_run_is_refused(folders, tmp_path, capsys):
+    assert run(folders[0], tmp_path) == 1
+    assert "is no run" in capsys.readouterr().err
+    assert run(folders[0]) == 1
+    assert "two runs or more" in capsys.readouterr().err
+    assert run(folders[0], folders[0]) == 1
+    assert "given twice" in capsys.readouterr().err

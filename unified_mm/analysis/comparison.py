@@ -1,0 +1,260 @@
+"""Runs side by side: what differs in their configs, what they cost, and what they score.
+
+The first run is the one that the others are held against. What a run does not have (an unfinished
+one its scores, an imported one its learning curves) is missing in its column and nowhere made up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from unified_mm.analysis.pages import LINE_COLOURS, Chart, Curve, draw_lines, format_score, words
+from unified_mm.runs.folder import Difference, RunFolder, differences, read_json
+from unified_mm.runs.metrics import read_metrics
+
+# What is drawn of the metrics: losses and what is scored while training goes on.
+DRAWN = ("loss", "accuracy", "recall", "cider_d")
+Number = int | float  # as JSON has them
+MISSING = "\u2013"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What is known of one run.
+
+    Attributes:
+      name: of its folder, or its path where names are alike.
+      state: how far it came, in words.
+      config: the contents of config.json.
+      cost: numbers by name, None for what is not known.
+      scores, chance: by their fixed names; empty where it has not been scored.
+      curves: of each metric the steps and values.
+      data: of result.json: which data the scores are of.
+    """
+
+    name: str
+    state: str
+    config: Mapping[str, Any]
+    cost: Mapping[str, Number | None]
+    scores: Mapping[str, Number] = field(default_factory=dict)
+    chance: Mapping[str, Number] = field(default_factory=dict)
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """Its fusion, and whether its weights are imported or quantised."""
+        parts = [str(self.config.get("model", {}).get("fusion", "?"))]
+        if "imported" in self.config:
+            parts.append(f"imported {self.config['imported'].get('family', '')}".strip())
+        if "quantized" in self.config:
+            activations = self.config["quantized"].get("activations")
+            parts.append("int8 weights" + " and activations" * bool(activations))
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: a name, and one cell for each run."""
+
+    name: str
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The tables and charts that show several runs.
+
+    Attributes:
+      names: of the runs, in order.
+      notes: what nobody may overlook, such as scores that do not compare.
+      facts, config, cost, scores: the tables.
+      charts: learning curves.
+    """
+
+    names: tuple[str, ...]
+    notes: tuple[str, ...]
+    facts: tuple[Row, ...]
+    config: tuple[Row, ...]
+    cost: tuple[Row, ...]
+    scores: tuple[Row, ...]
+    charts: tuple[Chart, ...]
+
+
+def summarise(folder: RunFolder, name: str, sizes: Mapping[str, int | None]) -> RunSummary:
+    """What a run's folder says.
+
+    Args:
+      sizes: parameters and FLOPs of its model, by name; see `unified_mm.training.sizes`.
+
+    Raises:
+      FileNotFoundError: no run there.
+      RunFolderError, ValueError: a damaged config, result or record of metrics.
+    """
+    if not folder.exists:
+        raise FileNotFoundError(f"{folder.path} is no run (it has no config.json)")
+    config = folder.read_config()
+    result = read_json(folder.result) if folder.finished else {}
+    curves = read_metrics(folder.metrics) if folder.metrics.is_file() else {}
+    return RunSummary(
+        name=name,
+        state=_state(config, result, curves),
+        config=config,
+        cost={
+            **sizes,
+            "FLOPs of training": result.get("flops"),
+            "seconds": result.get("seconds"),
+        },
+        scores=result.get("scores", {}),
+        chance=result.get("chance", {}),
+        curves={metric: curve for metric, curve in curves.items() if len(curve[0]) > 1},
+        data=result.get("data", {}),
+    )
+
+
+def _state(config: Mapping[str, Any], result: Mapping[str, Any], curves: Mapping[str, Any]) -> str:
+    if result:
+        steps = result.get("steps")
+        return "finished" if steps is None else f"finished, {steps:,} steps"
+    if "imported" in config:
+        return "imported, not scored"
+    last = max((int(steps[-1]) for steps, _ in curves.values()), default=0)
+    planned = config.get("train", {}).get("steps")
+    return f"unfinished, step {last:,}" + (f" of {planned:,}" if planned else "")
+
+
+def short_names(folders: Sequence[RunFolder]) -> tuple[str, ...]:
+    """The name of each run's folder, or its whole path where two names are alike."""
+    names = [folder.path.name for folder in folders]
+    return tuple(
+        name if names.count(name) == 1 else str(folder.path)
+        for name, folder in zip(names, folders, strict=True)
+    )
+
+
+def compare(runs: Sequence[RunSummary]) -> Comparison:
+    """Tables of runs, the first being what the others are held against.
+
+    Raises:
+      ValueError: fewer than two runs, or two of one name.
+    """
+    names = tuple(run.name for run in runs)
+    if len(runs) < 2:
+        raise ValueError("give two runs or more to compare")
+    if len(set(names)) < len(names):
+        raise ValueError(f"a run is given twice: {', '.join(names)}")
+    return Comparison(
+        names=names,
+        notes=notes(runs),
+        facts=(
+            Row("kind", tuple(run.kind for run in runs)),
+            Row("state", tuple(run.state for run in runs)),
+            Row("data", tuple(str(run.data.get("source", MISSING)) for run in runs)),
+        ),
+        config=config_rows(runs),
+        cost=cost_rows(runs),
+        scores=score_rows(runs),
+        charts=curve_charts(runs),
+    )
+
+
+def notes(runs: Sequence[RunSummary]) -> tuple[str, ...]:
+    """What nobody may overlook: banners, and why scores may not be held against each other."""
+    banners = (run.data.get("notice") for run in runs)
+    found = list(dict.fromkeys(str(banner) for banner in banners if banner))
+    bare = [run.name for run in runs if not run.scores]
+    if bare:
+        found.append(f"without scores: {', '.join(bare)}")
+    prints = {run.data["fingerprint"] for run in runs if "fingerprint" in run.data}
+    if len(prints) > 1:
+        found.append("trained on different data: their fingerprints differ")
+    scored = [run.config.get("evaluation", {}) for run in runs if run.scores]
+    for name in ("split", "max_images"):
+        values = {str(options.get(name)) for options in scored}
+        if len(values) > 1:
+            found.append(f"scored otherwise: evaluation.{name} is {', '.join(sorted(values))}")
+    return tuple(found)
+
+
+def config_rows(runs: Sequence[RunSummary]) -> tuple[Row, ...]:
+    """The fields in which not all configs agree, by dotted name."""
+    first = runs[0].config
+    found = [_by_field(differences(first, run.config, free=())) for run in runs[1:]]
+    rows = []
+    for name in sorted({name for each in found for name in each}):
+        own = next(each[name].run for each in found if name in each)
+        others = (each[name].asked if name in each else own for each in found)
+        rows.append(Row(name, (own, *others)))
+    return tuple(rows)
+
+
+def _by_field(found: Sequence[Difference]) -> dict[str, Difference]:
+    return {difference.field: difference for difference in found}
+
+
+def cost_rows(runs: Sequence[RunSummary]) -> tuple[Row, ...]:
+    """Parameters, FLOPs and time, each beside its ratio to the first run's."""
+    rows = []
+    for name in _in_order([run.cost for run in runs]):
+        first = runs[0].cost.get(name)
+        cells = [_number(first)]
+        for run in runs[1:]:
+            value = run.cost.get(name)
+            ratio = f" (x {value / first:.2f})" if value is not None and first else ""
+            cells.append(_number(value) + ratio)
+        rows.append(Row(name, tuple(cells)))
+    return tuple(rows)
+
+
+def score_rows(runs: Sequence[RunSummary]) -> tuple[Row, ...]:
+    """Scores, each beside its difference from the first run's."""
+    rows = []
+    for name in _in_order([run.scores for run in runs]):
+        first = runs[0].scores.get(name)
+        cells = [_score(first)]
+        for run in runs[1:]:
+            value = run.scores.get(name)
+            if value is None or first is None:
+                cells.append(_score(value))
+            else:
+                cells.append(f"{_score(value)} ({value - first:+.3f})")
+        rows.append(Row(name, tuple(cells)))
+    return tuple(rows)
+
+
+def curve_charts(runs: Sequence[RunSummary]) -> tuple[Chart, ...]:
+    """A chart for each loss and score over training, with a line for each run that has it."""
+    drawn = [
+        name
+        for name in _in_order([run.curves for run in runs])
+        if name.rpartition("/")[2].startswith(DRAWN)
+    ]
+    charts = []
+    for name in sorted(drawn, key=lambda name: ("loss" not in name, name.count("/"))):
+        # A run's colour is the same in every chart, whichever runs have a line there.
+        shown = [
+            (LINE_COLOURS[i % len(LINE_COLOURS)], run)
+            for i, run in enumerate(runs)
+            if name in run.curves
+        ]
+        drawing = draw_lines([run.curves[name] for _, run in shown], [each for each, _ in shown])
+        legend = tuple((colour, run.name) for colour, run in shown)
+        charts.append(Chart(words(name), drawing, legend))
+    return tuple(charts)
+
+
+def _in_order(columns: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of all columns, in the order in which they first come."""
+    return list(dict.fromkeys(name for column in columns for name in column))
+
+
+def _number(value: Number | None) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:,.0f}" if value < 1e9 else f"{value:.3g}"
+
+
+def _score(value: Number | None) -> str:
+    return MISSING if value is None else format_score(value)

@@ -1,0 +1,87 @@
+"""Holds runs against each other: config, parameters, FLOPs, scores and learning curves.
+
+    python -m unified_mm.compare runs/first runs/second
+    python -m unified_mm.compare runs/first runs/second --output=comparison.html
+
+The first run is what the others are held against. Runs may be of different kinds, unfinished,
+imported or quantised; what one does not have is shown as a dash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import logging
+
+from unified_mm.commands import exit_code, new_file, say
+from unified_mm.runs.folder import RunFolder, naming, write_atomically
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    logging.set_verbosity(logging.WARNING)
+    options = parse(arguments)
+    sys.exit(exit_code(lambda: work(options)))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options; argparse ends the process where they are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unified_mm.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the runs' folders, two or more")
+    parser.add_argument("--output", default="", metavar="FILE.html", help="new, for a page")
+    return parser.parse_args(arguments)
+
+
+def work(options: argparse.Namespace) -> int:
+    """Says how the runs differ, and writes the page."""
+    from unified_mm.analysis.comparison import compare, short_names, summarise
+    from unified_mm.analysis.comparison_page import as_html, as_text
+
+    output = new_file(options.output)
+    folders = [RunFolder(run) for run in options.runs]
+    runs = [
+        summarise(folder, name, sizes_of(folder))
+        for folder, name in zip(folders, short_names(folders), strict=True)
+    ]
+    found = compare(runs)
+    say(as_text(found))
+    if output is not None:
+        with naming(f"--output={output}"):
+            write_atomically(output, as_html(found).encode())
+        say(f"page: {output}")
+    return 0
+
+
+def sizes_of(folder: RunFolder) -> dict[str, Any]:
+    """Parameters and FLOPs of a run's model, None where they cannot be counted, which is said."""
+    from unified_mm.config import Config
+    from unified_mm.data.text_tokenizer import TextTokenizer
+    from unified_mm.training.sizes import measure_sizes
+
+    if not folder.exists:
+        raise FileNotFoundError(f"{folder.path} is no run (it has no config.json)")
+    fields = folder.read_config()
+    names = ("parameters", "FLOPs of a training example", "FLOPs of a generated token")
+    try:
+        if folder.tokenizer.is_file():  # it may be smaller than the config allows
+            named = fields["data"].get("special_tokens", {})
+            tokenizer = TextTokenizer.load(folder.tokenizer, **named)
+            fields["data"]["vocabulary_size"] = tokenizer.vocabulary_size
+        sizes = measure_sizes(Config(fields))
+    except (ValueError, KeyError) as error:
+        # A part of a model (an imported image tower), or a config of another version.
+        say(f"{folder.path}: parameters and FLOPs cannot be counted: {error}")
+        return dict.fromkeys(names)
+    counted = (sizes.total, sizes.training_flops, sizes.token_flops)
+    return dict(zip(names, counted, strict=True))
+
+
+if __name__ == "__main__":
+    main()
