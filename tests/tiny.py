@@ -159,6 +159,20 @@ def write_run(path: Path, config: Any, params: Any, average: Any = None, step: i
     return path
 
 
+def write_world_run(path: Path) -> Path:
+    """A run on a small world with checkpoints of two steps, nothing in it trained."""
+    changes = {
+        "data__source": "world",
+        "data__world": {"train": 40, "val": 20, "test_composition": 2, "seed": 0},
+        "objectives__matching__weight": 0.0,
+    }
+    built = task(**changes)
+    for seed in (1, 2):
+        tree = writing_params(built, built.tokenizer.eos_id, seed)
+        write_run(path, config_dict(**changes), tree, step=7 * seed)
+    return path
+
+
 def documents(task: Task, seed: int = 0, length: int = 14) -> dict[str, dict[str, Any]]:
     """Two rows of packed documents: text, image, text, image, text | image, text (and swapped).
 

@@ -1,0 +1,56 @@
+"""Examples of the data that a run is scored on, for whoever looks at its model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from unified_mm.config import Config
+from unified_mm.data.records import Record
+from unified_mm.data.sources import Source, open_source
+from unified_mm.evaluation.evaluate import captions_of, is_scored
+from unified_mm.inference.loaded import LoadedModel
+from unified_mm.training.setup import evaluated_splits
+
+
+def open_data(config: Config, split: str = "", data_dir: str = "") -> tuple[Source, str]:
+    """A run's data source and the split that it is scored on.
+
+    Args:
+      config: of the run.
+      split: another one.
+      data_dir: where the data lies now, if elsewhere.
+
+    Raises:
+      FileNotFoundError, ValueError: data or a split that are not there.
+    """
+    fields = config.as_dict()
+    if split:
+        fields["evaluation"]["split"] = split
+    if data_dir:
+        fields["data"]["dir"] = data_dir
+    asked = Config(fields)
+    source = open_source(asked.data)
+    return source, evaluated_splits(asked, source)[0]
+
+
+def scored_records(source: Source, split: str, count: int) -> list[Record]:
+    """The first records of a split that have both an image and a caption."""
+    return [record for record in source.manifest(split).records if is_scored(record)][:count]
+
+
+def batch_of(model: LoadedModel, records: list[Record]) -> dict[str, dict[str, Any]]:
+    """Records as one batch, each beside its first caption."""
+    names = model.task.model.context_names
+    absent = {name: model.task.modalities[name].absent() for name in names}
+    rows = [
+        {
+            **absent,
+            "image": {"pixels": model.view(record.image), "present": np.array(True)},
+            "text": model.task.modalities["text"].encode("", captions_of(record)[0]),
+        }
+        for record in records
+    ]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)

@@ -1,0 +1,120 @@
+"""Features of every layer: the mean of each layer's tokens, for images or for texts alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from unified_mm.inference.loaded import BATCH, LoadedModel, Picture
+from unified_mm.models.masks import Stream
+from unified_mm.models.pooling import pooled
+from unified_mm.models.residual_stream import RESIDUAL, layer_names, streams_by_layer
+from unified_mm.models.towers import WithTowers
+from unified_mm.objectives.contrastive import Contrastive
+from unified_mm.objectives.objective import TextObjective
+
+IMAGE = "image"
+MAIN, TOWER = "transformer", f"towers_{IMAGE}"
+OUTPUT = "output"  # after the last norm
+Features = dict[str, Float[np.ndarray, "I D"]]  # by layer, the input first
+
+
+def image_features(model: LoadedModel, images: Iterable[Picture]) -> Features:
+    """Of each image, the mean of its tokens after every layer that reads it, text unread.
+
+    Args:
+      images: as for `LoadedModel.view`.
+
+    Returns:
+      float32 [I, D] by layer: 'embedded' (the patches before any layer), 'layer_0', ..., 'output'
+      (after the stack's last norm).
+
+    Raises:
+      ValueError: no image, a model that reads none, or what `view` refuses.
+    """
+    task = model.predictor.task
+    if IMAGE not in task.model.context_names:
+        raise ValueError("this model reads no images: it is of text alone")
+    stream = reading_stream(model)
+    names = task.model.context_names
+    towers = isinstance(task.model, WithTowers)
+    stack, options = (TOWER, task.model.tower) if towers else (MAIN, task.model.options)
+
+    def read(params: Any, batch: Any) -> dict[str, Array]:
+        encoded, left = task.model.apply(
+            {"params": params}, batch, stream, method="read_context", mutable=[RESIDUAL]
+        )
+        valid = encoded.context_valid[IMAGE]
+        streams = streams_by_layer(left[RESIDUAL], stack, options)
+        # In one sequence the image's tokens stand after those of earlier modalities.
+        before = names[: names.index(IMAGE)] if stack == MAIN else ()
+        first = sum(encoded.context[name].shape[1] for name in before)
+        where = slice(first, first + valid.shape[1])
+        means = {name: pooled("mean", x[:, where], valid) for name, x in streams.items()}
+        return {**means, OUTPUT: pooled("mean", encoded.context[IMAGE], valid)}
+
+    absent = {name: task.modalities[name].absent() for name in names}
+    rows = (
+        {**absent, IMAGE: {"pixels": model.view(image), "present": np.array(True)}}
+        for image in images
+    )
+    return _gather(model, f"image features of {stream}", read, rows, layer_names(options))
+
+
+def text_features(model: LoadedModel, texts: Sequence[str]) -> Features:
+    """Of each text, the mean of its tokens after every layer, no image beside it.
+
+    Layers and errors are as in `image_features`; a gated cross layer before the blocks of period p
+    is 'cross_p'.
+    """
+    task = model.predictor.task
+    stream = reading_stream(model)
+    options = task.model.options
+
+    def read(params: Any, batch: Any) -> dict[str, Array]:
+        text = batch["text"]
+        x, left = task.model.apply(
+            {"params": params}, text, stream, method="read_text", mutable=[RESIDUAL]
+        )
+        streams = streams_by_layer(left[RESIDUAL], MAIN, options)
+        means = {name: pooled("mean", y, text["valid"]) for name, y in streams.items()}
+        return {**means, OUTPUT: pooled("mean", x, text["valid"])}
+
+    rows = ({"text": task.modalities["text"].encode("", text)} for text in texts)
+    return _gather(model, f"text features of {stream}", read, rows, layer_names(options))
+
+
+def reading_stream(model: LoadedModel) -> Stream:
+    """How a modality is read alone: as contrast reads it, else as the first objective does."""
+    objectives = [each for each in model.task.objectives if isinstance(each, TextObjective)]
+    if not objectives:
+        raise ValueError("this model was trained on no objective that reads text")
+    return next(
+        (each for each in objectives if isinstance(each, Contrastive)), objectives[0]
+    ).stream
+
+
+def _gather(
+    model: LoadedModel,
+    name: str,
+    read: Callable[[Any, Any], dict[str, Array]],
+    rows: Iterator[dict[str, Any]],
+    layers: list[str],
+) -> Features:
+    """What `read` says of all rows, batch by batch, the last batch filled up."""
+    parts: list[dict[str, np.ndarray]] = []
+    while some := list(islice(rows, BATCH)):
+        full = some + some[:1] * (BATCH - len(some))
+        batch = jax.tree.map(lambda *leaves: np.stack(leaves), *full)
+        found = jax.device_get(model.predictor.call(name, read, model.predictor.to_device(batch)))
+        parts.append({layer: np.asarray(x[: len(some)], np.float32) for layer, x in found.items()})
+    if not parts:
+        raise ValueError("there is nothing to take features of")
+    # A compiled function hands its dictionary back sorted by name.
+    names = [*layers, OUTPUT]
+    return {layer: np.concatenate([part[layer] for part in parts]) for layer in names}

@@ -1,0 +1,223 @@
+"""What can be read off each layer of a trained run by a linear map, and what images contribute.
+
+    python -m unified_mm.probe --run=runs/first
+    python -m unified_mm.probe --run=runs/first --of=text
+    python -m unified_mm.probe --run=runs/first --images=DIR
+    python -m unified_mm.probe --run=runs/first --contribution
+
+Without --images the data is the run's own, which must be the embedded world: it knows the
+attributes of what its pictures show. Probes are fitted on the training split and asked about
+another. DIR holds one directory per class; every second image of each class is asked about, the
+others are learned from. --contribution drops, blanks and shuffles the images under a captioning
+model and says what that costs. One line of JSON comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from absl import logging
+
+from unified_mm.analysis import probes
+from unified_mm.analysis.probes import Labelled, Target
+from unified_mm.commands import exit_code, new_file, say
+from unified_mm.runs.folder import naming, write_json
+
+if TYPE_CHECKING:
+    from unified_mm.inference.loaded import LoadedModel
+
+IMAGES = 2000  # of the training split that probes are fitted on
+ASKED = 1000  # of the other split
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
+    options = parse(arguments)
+    sys.exit(exit_code(lambda: work(options)))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options; argparse ends the process where they are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m unified_mm.probe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--run", required=True, metavar="RUN", help="the run's folder")
+    add("--images", default="", metavar="DIR", help="a directory per class")
+    add("--of", choices=("image", "text"), default="image", help="what is probed (image)")
+    add("--contribution", action="store_true", help="what images tell a captioning model")
+    add("--split", default="", help="that is asked about; without: the run's own")
+    add("--data_dir", default="", metavar="DIR", help="where the data lies now, if elsewhere")
+    add("--train", type=int, default=IMAGES, metavar="N", help=f"examples to fit on ({IMAGES})")
+    add("--asked", type=int, default=ASKED, metavar="N", help=f"to ask about ({ASKED})")
+    add("--output", default="", metavar="FILE.json", help="new, for the scores")
+    return parser.parse_args(arguments)
+
+
+def work(options: argparse.Namespace) -> int:
+    """Probes the run, or takes its images away."""
+    from unified_mm.inference.loaded import load
+
+    refuse_wrong(options)
+    output = new_file(options.output)
+    model = load(options.run)
+    if options.contribution:
+        result = taken_away(model, options)
+    else:
+        result = probed(model, options)
+    if output is not None:
+        with naming(f"--output={output}"):
+            write_json(output, result)
+    say(json.dumps(result))
+    return 0
+
+
+def refuse_wrong(options: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not go together or are no value."""
+    if options.images:
+        for name in ("contribution", "split", "data_dir"):
+            if getattr(options, name):
+                raise ValueError(f"--{name} is not read beside --images")
+        if options.of == "text":
+            raise ValueError("--of=text is not read beside --images: a class has no texts")
+    if options.contribution and options.of == "text":
+        raise ValueError("--of is not read beside --contribution")
+    for name in ("train", "asked"):
+        if getattr(options, name) < 3:
+            raise ValueError(f"--{name}={getattr(options, name)}: must be 3 or more")
+
+
+def probed(model: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
+    """Accuracies by layer, as a table and for JSON."""
+    read = folder_of_classes if options.images else world
+    learned, asked, data = read(model, options)
+    found = probes.probe_layers(learned, asked)
+    beside = {"chance": probes.chance(learned), "majority": probes.majority(learned, asked)}
+    say(table({name: probes.grouped(each) for name, each in (beside | found).items()}))
+    return {
+        "scores": found,
+        **beside,
+        "train": len(learned),
+        "asked": len(asked),
+        "of": options.of,
+        "step": model.step,
+        "data": data,
+    }
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """A line for each layer and a column for each thing that is asked."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"{'accuracy':<12}" + "".join(f"{name:>12}" for name in columns)]
+    for name, row in rows.items():
+        lines.append(f"{name:<12}" + "".join(f"{row[column]:>12.3f}" for column in columns))
+    return "\n".join(lines)
+
+
+def world(
+    model: LoadedModel, options: argparse.Namespace
+) -> tuple[Labelled, Labelled, dict[str, Any]]:
+    """Features and attributes of training scenes, those of other scenes, and which data that is."""
+    from unified_mm.analysis.examples import scored_records
+    from unified_mm.analysis.layer_features import image_features, text_features
+    from unified_mm.analysis.scenes import read_scenes, scene_targets
+    from unified_mm.evaluation.evaluate import captions_of
+
+    source, split = opened(model, options)
+    parts = []
+    for name, most in ((model.config.data.train_split, options.train), (split, options.asked)):
+        scenes = read_scenes(source.folder, name)
+        records = scored_records(source, name, most)
+        say(f"{options.of} features of {len(records):,} scenes of {name}")
+        if options.of == "image":
+            features = image_features(model, (record.image for record in records))
+        else:
+            features = text_features(model, [captions_of(record)[0] for record in records])
+        targets = scene_targets([scenes[record.id] for record in records])
+        parts.append(Labelled(features, targets))
+    learned, asked = parts
+    return learned, asked, {"source": source.name, "folder": source.folder, "split": split}
+
+
+def opened(model: LoadedModel, options: argparse.Namespace) -> tuple[Any, str]:
+    """The run's data source, and the split that is asked about."""
+    from unified_mm.analysis.examples import open_data
+    from unified_mm.training.output import framed
+
+    source, split = open_data(model.config, options.split, options.data_dir)
+    if source.banner:
+        say(framed(source.banner))
+    return source, split
+
+
+def folder_of_classes(
+    model: LoadedModel, options: argparse.Namespace
+) -> tuple[Labelled, Labelled, dict[str, Any]]:
+    """Features and classes of images to learn from, of the others, and which data that is."""
+    from unified_mm.analysis.layer_features import image_features
+    from unified_mm.evaluation.zero_shot import read_class_folder
+    from unified_mm.inference.pictures import shown, view_or_fault
+
+    with naming(f"--images={options.images}"):
+        folder = read_class_folder(options.images)
+    kept: list[list[int]] = [[] for _ in folder.classes]
+    for number, (file, label) in enumerate(zip(folder.files, folder.class_of_file, strict=True)):
+        fault = view_or_fault(model, file)
+        if isinstance(fault, str):
+            say(f"left out: {shown(file.relative_to(folder.path))} ({fault})")
+        else:
+            kept[label].append(number)
+    few = [name for name, numbers in zip(folder.classes, kept, strict=True) if len(numbers) < 2]
+    if few:
+        raise ValueError(
+            f"{folder.path}: fewer than two images that can be read of {', '.join(few[:10])}: one "
+            "is learned from, one asked about"
+        )
+    parts = []
+    for start, most in ((0, options.train), (1, options.asked)):
+        chosen = _spread(np.sort(np.concatenate([numbers[start::2] for numbers in kept])), most)
+        labels = np.array(folder.class_of_file)[chosen]
+        features = image_features(model, (folder.files[i] for i in chosen))
+        parts.append(Labelled(features, [Target("class", folder.classes, labels)]))
+    learned, asked = parts
+    return learned, asked, {"source": "classes", "folder": str(folder.path)}
+
+
+def _spread(numbers: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of them, evenly spread."""
+    places = np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int)
+    return numbers[places]
+
+
+def taken_away(model: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
+    """Loss and CIDEr-D without the image, as a table and for JSON."""
+    from unified_mm.analysis.contribution import contribution
+    from unified_mm.analysis.examples import scored_records
+
+    source, split = opened(model, options)
+    records = scored_records(source, split, options.asked)
+    batch_size = model.config.evaluation.batch_size
+    found = contribution(model.predictor, records, "image", batch_size=batch_size)
+    say(f"{'image':<10}{'nats a token':>28}{'lost':>28}{'CIDEr-D':>28}{'lost':>28}")
+    for way, each in found.items():
+        cells = (each.nats, each.nats_lost, each.cider_d, each.cider_d_lost)
+        say(f"{way:<10}" + "".join(f"{cell!s:>28}" for cell in cells))
+    return {
+        "contribution": {way: dataclasses.asdict(each) for way, each in found.items()},
+        "images": len(records),
+        "step": model.step,
+        "data": {"source": source.name, "folder": source.folder, "split": split},
+    }
+
+
+if __name__ == "__main__":
+    main()
