@@ -267,12 +267,15 @@ def read_picture(
         raise pictures.ImageError(str(path), f"unreadable: {error.strerror or error}") from error
 
 
-def load(run: str | os.PathLike[str], *, mesh: Mesh | None = None) -> LoadedModel:
-    """The newest whole checkpoint of a run.
+def load(
+    run: str | os.PathLike[str], *, mesh: Mesh | None = None, step: int | None = None
+) -> LoadedModel:
+    """The newest whole checkpoint of a run, or the one of a step.
 
     Args:
       run: the run folder.
       mesh: to lay the parameters out on; all devices along `data` by default.
+      step: of a checkpoint that the run still keeps.
 
     Raises:
       FileNotFoundError: no run there.
@@ -298,7 +301,8 @@ def load(run: str | os.PathLike[str], *, mesh: Mesh | None = None) -> LoadedMode
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         folder.check_tokenizer(checkpoints.readable_metadata())
         name = "average" if keeps_average(config.train) else "params"
-        restored = checkpoints.restore({name: abstract_params(task, mesh, config)}, partial=True)
+        wanted = {name: abstract_params(task, mesh, config)}
+        restored = checkpoints.restore(wanted, step=step, partial=True)
     return LoadedModel(task, restored.state[name], mesh, config, restored.step)
 
 
