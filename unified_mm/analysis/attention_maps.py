@@ -81,7 +81,7 @@ def attention_over_patches(
     weights = attention_weights(model, batch, stream)
     looks = text_over_image(weights, stream.name)[0]
     words, writers = _written(model, prompt, text)
-    down, across = _grid(model)
+    down, across = patch_grid(model)
     looks = looks[:, looks.shape[1] - down * across :]  # a class token stands before the patches
     maps = np.stack([looks[which].mean(0) for which in writers])
     maps /= np.maximum(maps.sum(1, keepdims=True), np.finfo(np.float32).tiny)
@@ -143,7 +143,8 @@ def _written(
     return [words[number] for number in kept], [places[number] for number in kept]
 
 
-def _grid(model: LoadedModel) -> tuple[int, int]:
+def patch_grid(model: LoadedModel) -> tuple[int, int]:
+    """How many patches an image has from top to bottom, and from left to right."""
     modality = model.predictor.task.modalities[IMAGE]
     side = modality.size // modality.embedding.patch
     return side, side

@@ -1,0 +1,64 @@
+"""Captions looked at one by one: the best and the worst, and how they fare by attribute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from unified_mm.analysis.intervals import Mean, mean_interval
+from unified_mm.evaluation.caption_scores import cider_d_per_image, tokenize
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A caption, its CIDEr-D in [0, 10], and its image's place among those that were scored."""
+
+    place: int
+    caption: str
+    references: tuple[str, ...]
+    cider_d: float
+
+
+def judge(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Judged]:
+    """Each caption with its own CIDEr-D, in order.
+
+    The score of one depends on the others: words that many references hold count for less.
+
+    Raises:
+      ValueError: no caption, lengths that differ, or an image without a reference.
+    """
+    found = cider_d_per_image(
+        [tokenize(text) for text in captions],
+        [[tokenize(text) for text in texts] for texts in references],
+    )
+    return [
+        Judged(place, caption, tuple(texts), float(score))
+        for place, (caption, texts, score) in enumerate(
+            zip(captions, references, found, strict=True)
+        )
+    ]
+
+
+def best_and_worst(judged: Sequence[Judged], count: int) -> tuple[list[Judged], list[Judged]]:
+    """The `count` best, best first, and the `count` worst, worst first; equal ones in order."""
+    best = sorted(judged, key=lambda each: -each.cider_d)[:count]
+    worst = sorted(judged, key=lambda each: each.cider_d)[:count]
+    return best, worst
+
+
+def scores(judged: Sequence[Judged]) -> Float[np.ndarray, " I"]:
+    """The CIDEr-D of each."""
+    return np.array([each.cider_d for each in judged])
+
+
+def by_group(
+    scores: Float[np.ndarray, " I"], groups: Mapping[str, Bool[np.ndarray, " I"]]
+) -> dict[str, Mean]:
+    """The mean score with its 95% interval of the images of each group; empty groups left out.
+
+    Groups may overlap: an image with a red and a blue object is of both.
+    """
+    return {name: mean_interval(scores[own]) for name, own in groups.items() if own.any()}
