@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """SVG that a notebook shows."""
+
+    svg: str
+
+    def _repr_svg_(self) -> str:
+        return self.svg
 
 
 def as_svg(figure: Any) -> str:
