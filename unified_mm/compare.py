@@ -10,30 +10,20 @@ imported or quantised; what one does not have is shown as a dash.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import logging
-
-from unified_mm.commands import exit_code, new_file, say
+from unified_mm.commands import new_file, parser_of, run_command, say
 from unified_mm.runs.folder import RunFolder, naming, write_atomically
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    logging.set_verbosity(logging.WARNING)
-    options = parse(arguments)
-    sys.exit(exit_code(lambda: work(options)))
+    run_command(work, parse(arguments))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options; argparse ends the process where they are wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_mm.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the runs' folders, two or more")
     parser.add_argument("--output", default="", metavar="FILE.html", help="new, for a page")
     return parser.parse_args(arguments)

@@ -17,16 +17,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from absl import logging
 
 from unified_mm.analysis import probes
 from unified_mm.analysis.probes import Labelled, Target
-from unified_mm.commands import exit_code, new_file, say
+from unified_mm.commands import new_file, parser_of, run_command, say
 from unified_mm.runs.folder import naming, write_json
 
 if TYPE_CHECKING:
@@ -37,19 +35,12 @@ ASKED = 1000  # of the other split
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
-    options = parse(arguments)
-    sys.exit(exit_code(lambda: work(options)))
+    run_command(work, parse(arguments))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line's options; argparse ends the process where they are wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m unified_mm.probe",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("probe", __doc__)
     add = parser.add_argument
     add("--run", required=True, metavar="RUN", help="the run's folder")
     add("--images", default="", metavar="DIR", help="a directory per class")
