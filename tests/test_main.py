@@ -218,12 +218,20 @@ def test_load_gives_the_model(finished, data):
     assert {"transformer", "embedders_image", "embedders_text"} <= model.params.keys()
 
 
+def test_a_budget_settles_the_width_and_is_no_field_that_nothing_reads(data, tmp_path):
+    flags = ["--config.model.budget=2e7", "--config.model.budget_by=width"]
+    assert train(data, tmp_path / "run", *flags, "--config.train.steps=1") == 0
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["model"]["width"] > 16  # that of SMALL, a fraction of the budget
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
         ("--config.data.dirr=x", "did you mean data.dir"),
         ("--config.model.moddalities.image.patch=4", "did you mean model.modalities.image.patch"),
         ("--config.objectives.matching.rule=joint", "nothing in this run reads it"),
+        ("--config.model.budget_by=layers", "nothing in this run reads it"),
         ("--config.model.fusion=sideways", "early"),
         ("--config.objectives.captioning.rule=joint", "would see the one it must predict"),
         ("--config.train.batch_size=7", "train.batch_size=7"),

@@ -28,7 +28,14 @@ from unified_mm.commands import (
 )
 from unified_mm.config import Config
 from unified_mm.parallel.processes import first_before_others, refuse_unequal, start, together
-from unified_mm.recipes import DATA_FIELDS, outside, overridden, parse_flags, resolve
+from unified_mm.recipes import (
+    DATA_FIELDS,
+    outside,
+    overridden,
+    parse_flags,
+    resolve,
+    settled_fields,
+)
 from unified_mm.runs.folder import RunFolder, naming, user_path, write_json
 from unified_mm.runs.metrics import read_metrics
 
@@ -150,7 +157,8 @@ def train() -> int:
             output.say(f"WARNING: {warning}")
         config = Config(chosen.to_dict())
         setup = prepare(config, folder, output.say)
-        refuse_unread(config, asked_fields())
+        settled = settled_fields(chosen)
+        refuse_unread(config, [field for field in asked_fields() if field not in settled])
         check_asked(config, setup)
         check_goes_on(setup)
         if folder.metrics.exists():

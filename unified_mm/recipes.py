@@ -138,6 +138,11 @@ def resolve(
     return fit_to_budget(adopt(chosen, overridden(flag)))
 
 
+def settled_fields(config: ConfigDict) -> list[str]:
+    """Fields that `resolve` itself acts on, so that nothing later in a run reads them."""
+    return ["model.budget", "model.budget_by"] if config.model.budget else []
+
+
 def check_seed(seed: int) -> None:
     """Raises ValueError for a seed of more than the 32 bits that jax makes keys of."""
     if not 0 <= seed < 2**32:
