@@ -1,8 +1,8 @@
-"""The recipe of `configs/coco.py` in one phase, or in phases of as many FLOPs together.
+"""The recipe of `configs/coco.py` in phases of as many FLOPs together as one of everything.
 
     python -m unified_mm.main --config=experiments/phased.py:tiny,three --workdir=runs/three
 
-`one` learns contrast and captioning together; `two` contrast first; `three` text alone, contrast,
+`two` learns contrast first, then captioning and contrast together; `three` text alone, contrast,
 and then both. A phase of one objective takes more steps for its share of the FLOPs.
 """
 
@@ -14,18 +14,18 @@ from unified_mm.default_config import phase
 from unified_mm.recipes import load_recipe
 
 coco = load_recipe(Path(__file__).parents[1] / "configs" / "coco.py")
-STEPS = {"tiny": 320, "base": 40_000}  # of `one`
+STEPS = {"tiny": 240, "base": 40_000}  # of one phase of everything
 # FLOPs of an example by what is learned, over those of both together (`unified_mm.sizes`).
 COST = {
     "tiny": {"captioning": 0.795, "contrastive": 0.652},
     "base": {"captioning": 0.819, "contrastive": 0.769},
 }
 # Share of all FLOPs that goes into captioning alone and into contrast alone.
-SHARES = {"one": (0.0, 0.0), "two": (0.0, 0.3), "three": (0.2, 0.3)}
+SHARES = {"two": (0.0, 0.3), "three": (0.2, 0.3)}
 
 
 def get_config(spec: str) -> ConfigDict:
-    """`SIZE,KIND`: tiny or base; one, two or three."""
+    """`SIZE,KIND`: tiny or base; two or three."""
     size, _, kind = spec.partition(",")
     if size not in STEPS or kind not in SHARES:
         raise ValueError(f"{spec!r}: give SIZE,KIND of {', '.join(STEPS)}; {', '.join(SHARES)}")

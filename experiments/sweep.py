@@ -6,6 +6,8 @@
     python -m experiments.sweep FILE --trials=20
 
 Runs lie in runs/ablations/NAME/VARIANT-SEED; started again, the same command does what is missing.
+A training that another ablation has finished is linked, not repeated. Local jobs divide the CPU's
+cores among them, and the GPUs of CUDA_VISIBLE_DEVICES.
 Further `--config.FIELD=VALUE` hold for all runs (give such a sweep a `--name` of its own).
 """
 
@@ -20,6 +22,7 @@ from pathlib import Path
 import jax
 
 from experiments.sweeping.ablation import Ablation, load_ablation
+from experiments.sweeping.done_elsewhere import link_what_is_done
 from experiments.sweeping.jobs import Launcher
 from experiments.sweeping.local import Local
 from experiments.sweeping.loop import Told, carry_out, first_rows
@@ -83,7 +86,7 @@ def sweep(args: argparse.Namespace) -> int:
     if args.launcher == "print":
         return print_commands(runs, args)
     with only_sweep(folder):
-        return watch(runs, launcher_of(args, folder), ablation, args.interval)
+        return watch(runs, folder, launcher_of(args, folder), ablation, args.interval)
 
 
 def launcher_of(args: argparse.Namespace, folder: Path) -> Launcher:
@@ -102,9 +105,12 @@ def launcher_of(args: argparse.Namespace, folder: Path) -> Launcher:
     )
 
 
-def watch(runs: list[Run], launcher: Launcher, ablation: Ablation, interval: float) -> int:
-    """Carries the runs out and says what they came to."""
+def watch(
+    runs: list[Run], folder: Path, launcher: Launcher, ablation: Ablation, interval: float
+) -> int:
+    """Carries the runs of the sweep in `folder` out and says what they came to."""
     rows = first_rows(runs)
+    link_what_is_done(rows, folder.parent)
     done = sum(row.state == "finished" for row in rows)
     say(f"{len(runs)} runs, {done} finished already")
     try:

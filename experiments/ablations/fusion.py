@@ -21,7 +21,7 @@ def get_ablation(size: str) -> Ablation:
     """At a size, `tiny` or `base`."""
     return Ablation(
         config=f"configs/coco.py:{size}",
-        common=common(size) | {"model.budget": BUDGET[size], "model.unroll": 1},
+        common=common(size) | {"model.budget": BUDGET[size]},
         variants={
             "early": {},
             "gated": {
@@ -31,5 +31,5 @@ def get_ablation(size: str) -> Ablation:
             "late": {"model.fusion": "late"},
         },
         seeds=range(5),
-        scores=("single_caption/text_to_image/recall_at_10", "caption/cider_d"),
+        scores=("single_caption/text_to_image/recall_at_1", "caption/cider_d"),
     )

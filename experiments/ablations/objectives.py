@@ -37,5 +37,5 @@ def get_ablation(size: str) -> Ablation:
             "sigmoid": {"objectives.contrastive.loss": "sigmoid"},
         },
         seeds=range(5),
-        scores=("single_caption/text_to_image/recall_at_10", "caption/cider_d"),
+        scores=("single_caption/text_to_image/recall_at_1", "caption/cider_d"),
     )

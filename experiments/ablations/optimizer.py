@@ -27,7 +27,7 @@ def get_ablation(size: str) -> Ablation:
             "adamw_falling": {"train.schedule": "constant_then_linear"},
         },
         seeds=range(5),
-        scores=("caption/nats", "caption/cider_d", "single_caption/text_to_image/recall_at_10"),
+        scores=("caption/nats", "caption/cider_d", "single_caption/text_to_image/recall_at_1"),
         search=Search(
             space={
                 "train.learning_rate": Span(5e-4, 1e-2, log=True),

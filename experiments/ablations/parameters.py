@@ -35,7 +35,7 @@ def get_ablation(size: str) -> Ablation:
         seeds=range(5),
         scores=(
             "caption/cider_d",
-            "single_caption/text_to_image/recall_at_10",
+            "single_caption/text_to_image/recall_at_1",
             "foil/accuracy",
         ),
     )

@@ -43,6 +43,6 @@ def get_ablation(size: str) -> Ablation:
         scores=(
             "caption/cider_d",
             "caption/image_gain",
-            "single_caption/text_to_image/recall_at_10",
+            "single_caption/text_to_image/recall_at_1",
         ),
     )

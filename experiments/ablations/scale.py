@@ -28,6 +28,6 @@ def get_ablation(size: str) -> Ablation:
             for width in reversed(WIDTHS[size])
         },
         seeds=range(5),
-        scores=("caption/nats", "caption/cider_d", "single_caption/text_to_image/recall_at_10"),
+        scores=("caption/nats", "caption/cider_d", "single_caption/text_to_image/recall_at_1"),
         power_law="caption/nats",
     )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from experiments.sweeping.jobs import ElsewhereJob, End, Job, held, last_lines
 from experiments.sweeping.runs import Run, environment, python_command
+
+GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass
@@ -34,10 +38,16 @@ class LocalJob:
 
 @dataclass(frozen=True)
 class Local:
-    """At most `jobs` processes; what they say goes into `logs`."""
+    """At most `jobs` processes, each with its share of the machine; their words go into `logs`.
+
+    Attributes:
+      jobs: how many places there are, one for each process.
+      logs: a folder.
+    """
 
     jobs: int
     logs: Path
+    _taken: dict[int, LocalJob] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.jobs < 1:
@@ -48,7 +58,7 @@ class Local:
 
     def start(self, runs: Sequence[Run]) -> list[LocalJob]:
         self.logs.mkdir(parents=True, exist_ok=True)
-        return [self._start(run) for run in runs]
+        return [self._start(run, self._free_place()) for run in runs]
 
     def found(self, run: Run) -> Job | None:
         return ElsewhereJob(run) if held(run.folder) else None
@@ -62,7 +72,11 @@ class Local:
             job.process.wait()
         return "the runs at work have saved and ended; the same command goes on"
 
-    def _start(self, run: Run) -> LocalJob:
+    def _free_place(self) -> int:
+        at_work = {place for place, job in self._taken.items() if job.process.poll() is None}
+        return min(set(range(self.jobs)) - at_work)
+
+    def _start(self, run: Run, place: int) -> LocalJob:
         log = self.logs / f"{run.name}.log"
         with open(log, "ab") as file:
             process = subprocess.Popen(
@@ -70,8 +84,24 @@ class Local:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=environment(),
+                env={**environment(), **share_of_gpus(os.environ, place, self.jobs)},
                 # Ctrl-C is the sweep's, which then stops its runs, once each.
                 start_new_session=True,
             )
-        return LocalJob(run, process, log)
+        if hasattr(os, "sched_setaffinity"):  # Linux; its threads begin later and inherit it
+            cores = share_of(sorted(os.sched_getaffinity(0)), place, self.jobs)
+            os.sched_setaffinity(process.pid, cores)
+        job = LocalJob(run, process, log)
+        self._taken[place] = job
+        return job
+
+
+def share_of(things: Sequence[Any], place: int, places: int) -> list[Any]:
+    """What one of `places` has of them; where there are fewer, some have the same one."""
+    return list(things[place % len(things) :: places])
+
+
+def share_of_gpus(variables: Mapping[str, str], place: int, places: int) -> dict[str, str]:
+    """`CUDA_VISIBLE_DEVICES` of one of `places`, where it lists devices."""
+    devices = [each for each in variables.get(GPUS, "").split(",") if each]
+    return {GPUS: ",".join(share_of(devices, place, places))} if devices else {}

@@ -55,6 +55,46 @@ def test_all_runs_and_none_again(ablation, tmp_path, folder, capfd):
     assert [sweeps.starts(each) for each in sorted(folder.glob("*-[01]"))] == [[0]] * 4
 
 
+def test_a_training_that_another_sweep_has_done_is_linked(ablation, tmp_path, folder, capfd):
+    assert carry_out(ablation, tmp_path, "--only=low") == 0
+    other = tmp_path / "other.py"
+    other.write_text(ablation.read_text().replace('"low"', '"base"'))
+    capfd.readouterr()
+    assert carry_out(other, tmp_path) == 0
+    said = capfd.readouterr().out
+    assert said.startswith("base-0 is the same training as rates/low-0")
+    assert "base-0  finished         1.0000" in said
+    there = tmp_path / "runs" / "other"
+    assert (there / "base-1").resolve() == (folder / "low-1").resolve()
+    assert sweeps.starts(folder / "low-0") == [0] and not (there / "high-0").is_symlink()
+
+
+def test_a_training_that_differs_in_any_field_is_done_itself(ablation, tmp_path, folder):
+    """Also in one that may change within a run, such as how often it is saved."""
+    assert carry_out(ablation, tmp_path, "--only=low", "--seeds=0") == 0
+    more = ("--name=other", "--config.checkpoint.keep=1", "--only=low", "--seeds=0")
+    assert carry_out(ablation, tmp_path, *more) == 0
+    assert not (tmp_path / "runs" / "other" / "low-0").is_symlink()
+
+
+def test_jobs_divide_cores_and_gpus():
+    shares = [local.share_of(range(5), place, 2) for place in range(2)]
+    assert sorted(sum(shares, [])) == list(range(5)) and len(shares[1]) == 2
+    assert [local.share_of([7, 8], place, 3) for place in range(3)] == [[7], [8], [7]]
+    two = {"CUDA_VISIBLE_DEVICES": "2,5"}
+    assert local.share_of_gpus(two, 1, 2) == {"CUDA_VISIBLE_DEVICES": "5"}
+    assert local.share_of_gpus({}, 1, 2) == {} == local.share_of_gpus({local.GPUS: ""}, 0, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux places processes")
+def test_a_job_runs_on_its_own_cores(ablation, tmp_path, folder, monkeypatch):
+    own = sorted(os.sched_getaffinity(0))
+    given = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: given.append(cores))
+    assert carry_out(ablation, tmp_path, "--jobs=2") == 0
+    assert {tuple(cores) for cores in given} == {tuple(own[0::2]), tuple(own[1 % len(own) :: 2])}
+
+
 def test_a_failed_run_is_said_and_the_others_go_on(ablation, tmp_path, folder, capfd):
     folder.mkdir(parents=True)
     (folder / "high-0.fails").touch()
