@@ -12,14 +12,15 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from experiments.reporting.kept import RESULTS, Result, keep, read_kept
 from experiments.reporting.pictures import against_flops, bars, learning_curves
-from experiments.reporting.statistics import PowerLaw, fit_power_law
-from experiments.reporting.summary import as_csv, markdown, summarise
+from experiments.reporting.summary import as_csv, count, markdown, summarise
 from experiments.sweep import RUNS
 from experiments.sweeping.ablation import Ablation, load_ablation
 from experiments.sweeping.runs import finished, runs_of
+from unified_mm.analysis.scaling import PowerLaw, fit_power_law
 from unified_mm.commands import exit_code, say
 from unified_mm.runs.folder import write_atomically
 
@@ -78,7 +79,7 @@ def write_summary(ablation: Ablation, folder: Path) -> None:
     write_atomically(folder / "table.csv", as_csv(lines).encode())
     first = ablation.scores[0]
     pictures = {
-        "curves": learning_curves(results, names, "loss"),
+        "curves": learning_curves(results, names),
         "bars": bars([line for line in lines if line.score == first]),
         "flops": against_flops(results, names, ablation.power_law or first, law),
     }
@@ -92,10 +93,9 @@ def table(ablation: Ablation, results: list[Result]) -> str:
     """The tables in Markdown, and the power law where one is asked for."""
     text = markdown(summarise(ablation, results))
     if law := law_of(ablation, results):
-        e = law.exponent
         text += (
-            f"\n`{ablation.power_law}` = {law.factor:.3g} x FLOPs ^ {e.mean:.3f} "
-            f"(95%: {e.low:.3f} to {e.high:.3f}; {e.count} runs).\n"
+            f"\n`{ablation.power_law}` = {law.scale.value:.3g} x (FLOPs / {count(law.unit)}) ^ "
+            f"-{law.exponent} + {law.floor} (95% intervals by profile likelihood).\n"
         )
     return text
 
@@ -103,9 +103,10 @@ def table(ablation: Ablation, results: list[Result]) -> str:
 def law_of(ablation: Ablation, results: list[Result]) -> PowerLaw | None:
     """The power law that the ablation asks for; None for none, or while there are too few sizes."""
     known = [r for r in results if ablation.power_law in r.scores]
-    if len({r.flops for r in known}) < 3:
+    if len(known) < 4 or len({r.flops for r in known}) < 3:
         return None
-    return fit_power_law([r.flops for r in known], [r.scores[ablation.power_law] for r in known])
+    scores = np.array([r.scores[ablation.power_law] for r in known])
+    return fit_power_law(np.array([r.flops for r in known], np.float64), scores)
 
 
 if __name__ == "__main__":

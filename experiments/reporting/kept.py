@@ -13,7 +13,6 @@ from unified_mm.runs.metrics import read_metrics
 
 RESULTS = Path(__file__).parents[1] / "results"
 POINTS = 40  # of a learning curve
-CURVES = ("loss", "captioning/loss", "contrastive/loss")
 PLACES = ("data.dir=", "data.cache_dir=")  # where data lies is nobody's business
 # What is kept of result.json as it is.
 SAME = ("device", "versions", "revision", "steps", "seconds", "flops")
@@ -96,10 +95,9 @@ def curves_of(folder: RunFolder) -> dict[str, list[list[float]]]:
     """Learning curves, thinned to `POINTS` means."""
     metrics = read_metrics(folder.metrics)
     found = {}
-    for name in CURVES:
-        if name not in metrics:
+    for name, (steps, values) in metrics.items():
+        if name != "loss" and not name.endswith("/loss"):
             continue
-        steps, values = metrics[name]
         stretch = max(1, -(-len(steps) // POINTS))
         found[name] = [
             [int(steps[: start + stretch][-1]), round(float(part.mean()), 5)]

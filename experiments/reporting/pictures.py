@@ -8,34 +8,45 @@ from typing import Any
 import numpy as np
 
 from experiments.reporting.kept import Result
-from experiments.reporting.statistics import PowerLaw, interval
 from experiments.reporting.summary import Line
 from unified_mm.analysis.figures import as_svg
+from unified_mm.analysis.intervals import mean_interval
+from unified_mm.analysis.scaling import PowerLaw
+
+OBJECTIVES = ("captioning/loss", "contrastive/loss", "matching/loss")
 
 
-def learning_curves(results: Sequence[Result], names: Sequence[str], metric: str) -> str:
-    """The metric over training, a line a variant: the mean of its seeds, and their range."""
-    figure, axes = drawing()
-    for name in names:
+def learning_curves(results: Sequence[Result], names: Sequence[str]) -> str:
+    """What is learned over training, a panel an objective; the sum differs with what is in it."""
+    metrics = [name for name in OBJECTIVES if any(name in r.curves for r in results)]
+    figure, panels = drawing(len(metrics))
+    for axes, metric in zip(panels, metrics, strict=True):
+        curves_of_metric(axes, results, names, metric)
+    panels[0].legend(fontsize="small")
+    return as_svg(figure)
+
+
+def curves_of_metric(
+    axes: Any, results: Sequence[Result], names: Sequence[str], metric: str
+) -> None:
+    """A line a variant: the mean of its seeds, and their range."""
+    for place, name in enumerate(names):
         curves = [r.curves[metric] for r in results if r.variant == name and metric in r.curves]
         if not curves:
             continue
         length = min(len(curve) for curve in curves)
         steps = [step for step, _ in curves[0][:length]]
         values = np.array([[value for _, value in curve[:length]] for curve in curves])
-        (line,) = axes.plot(steps, values.mean(0), label=name, linewidth=1.2)
-        axes.fill_between(
-            steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0
-        )
+        colour = f"C{place % 10}"
+        axes.plot(steps, values.mean(0), label=name, linewidth=1.2, color=colour)
+        axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
     axes.set_xlabel("training step")
     axes.set_ylabel(metric)
-    axes.legend(fontsize="small")
-    return as_svg(figure)
 
 
 def bars(lines: Sequence[Line]) -> str:
     """One score of all variants, with intervals; chance as a dashed line."""
-    figure, axes = drawing()
+    figure, (axes,) = drawing()
     shown = [line for line in lines if line.value is not None]
     for place, line in enumerate(shown):
         assert line.value is not None
@@ -52,19 +63,19 @@ def against_flops(
     results: Sequence[Result], names: Sequence[str], score: str, law: PowerLaw | None = None
 ) -> str:
     """A score against the FLOPs of training, a point a variant, with a fitted power law."""
-    figure, axes = drawing()
+    figure, (axes,) = drawing()
     for name in names:
         runs = [r for r in results if r.variant == name and score in r.scores]
         if not runs:
             continue
-        found = interval([r.scores[score] for r in runs])
+        found = mean_interval(np.array([r.scores[score] for r in runs]))
         half = found.high - found.mean if found.known else 0.0
         flops = float(np.mean([r.flops for r in runs]))
         axes.errorbar(flops, found.mean, yerr=half, marker="o", capsize=4, label=name)
     if law is not None:
         cost = np.geomspace(min(r.flops for r in results), max(r.flops for r in results), 50)
-        label = f"FLOPs ^ {law.exponent.mean:.3f}"
-        axes.plot(cost, [law(x) for x in cost], color="black", linewidth=1, label=label)
+        label = f"FLOPs ^ -{law.exponent.value:.3g} + {law.floor.value:.3g}"
+        axes.plot(cost, law(cost), color="black", linewidth=1, label=label)
         axes.set_yscale("log")
     axes.set_xscale("log")
     axes.set_xlabel("FLOPs of training")
@@ -73,11 +84,12 @@ def against_flops(
     return as_svg(figure)
 
 
-def drawing() -> tuple[Any, Any]:
-    """A figure with one pair of axes."""
+def drawing(panels: int = 1) -> tuple[Any, list[Any]]:
+    """A figure and its panels, side by side."""
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(6, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.3)
-    return figure, axes
+    figure = matplotlib.figure.Figure(figsize=(2 + 4 * panels, 3.4), layout="constrained")
+    found = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axes in found:
+        axes.grid(alpha=0.3)
+    return figure, found

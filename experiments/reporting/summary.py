@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from experiments.reporting.kept import Result
-from experiments.reporting.statistics import Interval, interval, paired_difference
 from experiments.sweeping.ablation import Ablation
+from unified_mm.analysis.intervals import Mean, mean_interval, paired_difference
 
 TITLES = "seeds | mean (95%) | less the base (95%, paired) | | parameters | FLOPs"
 EQUAL = 0.04  # relative difference of FLOPs or parameters called equal: widths go in steps
@@ -29,8 +31,8 @@ class Line:
 
     variant: str
     score: str
-    value: Interval | None
-    difference: Interval | None
+    value: Mean | None
+    difference: Mean | None
     chance: float | None
     parameters: float | None
     flops: float
@@ -76,7 +78,7 @@ def line(
     return Line(
         variant=variant,
         score=score,
-        value=interval(list(values.values())) if values else None,
+        value=mean_interval(np.array([*values.values()])) if values else None,
         difference=None if is_base else paired_difference(values, others),
         chance=mean(chances),
         parameters=parameters,
@@ -121,7 +123,7 @@ def markdown_row(line: Line) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def said(value: Interval, *, signed: bool = False) -> str:
+def said(value: Mean, *, signed: bool = False) -> str:
     """A mean with its interval."""
     sign = "+" if signed else ""
     first = f"{value.mean:{sign}.3f}"
@@ -164,7 +166,7 @@ def as_csv(lines: Sequence[Line]) -> str:
     return content.getvalue()
 
 
-def parts(value: Interval | None) -> list[Any]:
+def parts(value: Mean | None) -> list[Any]:
     """Empty where there is nothing to say."""
     if value is None:
         return [""] * 4

@@ -1,9 +1,10 @@
-"""Student's interval by the numbers of his table."""
+"""Student's interval by the numbers of his table, and by scipy's tests."""
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from unified_mm.analysis.intervals import mean_interval
+from unified_mm.analysis.intervals import mean_interval, paired_difference
 
 
 def test_the_interval_of_five_values():
@@ -20,3 +21,18 @@ def test_one_value_has_no_interval_and_none_no_mean():
     assert one.mean == 2.0 and np.isnan(one.low) and np.isnan(one.high)
     with pytest.raises(ValueError, match="no value"):
         mean_interval(np.zeros(0))
+
+
+EARLY = dict(enumerate([0.50, 0.54, 0.49, 0.53, 0.52]))
+LATE = dict(enumerate([0.60, 0.66, 0.59, 0.62, 0.64]))
+
+
+def test_differences_are_of_pairs():
+    found = paired_difference(LATE, EARLY)
+    other = stats.ttest_rel([*LATE.values()], [*EARLY.values()]).confidence_interval(0.95)
+    np.testing.assert_allclose((found.low, found.high), other)
+    assert found.excludes_zero
+    assert not paired_difference({0: 0.4, 1: 0.6}, {0: 0.5, 1: 0.5}).excludes_zero
+    one = paired_difference({0: 0.5, 7: 0.9}, {7: 0.4})  # of what both have
+    assert one.count == 1 and not one.known and not one.excludes_zero
+    assert paired_difference({0: 0.5}, {1: 0.5}) is None

@@ -3,63 +3,20 @@
 import csv
 import io
 import json
-import math
 import xml.etree.ElementTree
 
 import numpy as np
 import pytest
 import sweeps
-from scipy import stats
 
 from experiments import readme_tables
 from experiments.report import write_summary
 from experiments.reporting.kept import keep, read_kept
-from experiments.reporting.statistics import fit_power_law, interval, paired_difference
 from experiments.reporting.summary import as_csv, cost, markdown, summarise
 from experiments.sweeping.ablation import Ablation, load_ablation
 from experiments.sweeping.runs import runs_of
 
 SCORES = {"early": [0.50, 0.54, 0.49, 0.53, 0.52], "late": [0.60, 0.66, 0.59, 0.62, 0.64]}
-
-
-def test_an_interval_is_students():
-    values = SCORES["early"]
-    found = interval(values)
-    other = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    np.testing.assert_allclose((found.low, found.high), other)
-    # t(0.975, 4) = 2.776 stands in every table.
-    assert found.high - found.mean == pytest.approx(2.776 * np.std(values, ddof=1) / 5**0.5, 1e-3)
-
-
-def test_one_value_has_no_interval():
-    found = interval([0.3])
-    assert found.mean == 0.3 and math.isnan(found.low) and not found.excludes_zero
-    with pytest.raises(ValueError, match="no values"):
-        interval([])
-
-
-def test_differences_are_of_pairs():
-    early, late = (dict(enumerate(SCORES[name])) for name in ("early", "late"))
-    found = paired_difference(late, early)
-    other = stats.ttest_rel(SCORES["late"], SCORES["early"]).confidence_interval(0.95)
-    np.testing.assert_allclose((found.low, found.high), other)
-    assert found.excludes_zero
-    assert paired_difference({0: 0.5, 7: 0.9}, {7: 0.4}).count == 1  # seeds that both have
-    assert paired_difference({0: 0.5}, {1: 0.5}) is None
-
-
-def test_a_power_law_is_found_again():
-    x = np.array([1e9, 2e9, 5e9, 1e10])
-    law = fit_power_law(list(x), list(3.0 * x**-0.25))
-    assert law.factor == pytest.approx(3.0) and law.exponent.mean == pytest.approx(-0.25)
-    assert law(1e9) == pytest.approx(3.0 * 1e9**-0.25)
-    noisy = 3.0 * x**-0.25 * np.array([1.01, 0.99, 1.02, 0.98])
-    around = fit_power_law(list(x), list(noisy)).exponent
-    assert around.low < -0.25 < around.high
-    with pytest.raises(ValueError, match="three different sizes"):
-        fit_power_law([1.0, 2.0], [1.0, 2.0])
-    with pytest.raises(ValueError, match="above 0"):
-        fit_power_law([1.0, 2.0, 3.0], [1.0, -2.0, 3.0])
 
 
 ABLATION = Ablation(
@@ -79,7 +36,7 @@ def kept_file(folder, variant, seed, score, flops):
         "parameters": 1_000_000,
         "scores": {"caption/cider_d": score} | foils,
         "chance": {"caption/cider_d": 0.1},
-        "curves": {"loss": [[10, 2.0], [20, 1.0 + score]]},
+        "curves": {"captioning/loss": [[10, 2.0], [20, 1.0 + score]]},
     }
     (folder / f"{variant}-{seed}.json").write_text(json.dumps(content))
 

@@ -1,7 +1,9 @@
-"""Means and their 95% intervals."""
+"""Means and their 95% intervals, and differences of pairs."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +19,22 @@ class Mean:
     high: float
     count: int
 
+    @property
+    def known(self) -> bool:
+        """Whether there is an interval."""
+        return math.isfinite(self.low)
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of 0: more than the noise."""
+        return self.known and (self.low > 0 or self.high < 0)
+
     def __str__(self) -> str:
         return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
 def mean_interval(values: Float[np.ndarray, " I"], level: float = 0.95) -> Mean:
-    """The mean of independent values with Student's t-interval.
+    """The mean of independent values with Student's t-interval (1908, "The probable error").
 
     Raises:
       ValueError: no value.
@@ -38,3 +50,20 @@ def mean_interval(values: Float[np.ndarray, " I"], level: float = 0.95) -> Mean:
         return Mean(mean, float("nan"), float("nan"), 1)
     spread = float(stats.t.ppf((1 + level) / 2, count - 1) * values.std(ddof=1) / count**0.5)
     return Mean(mean, mean - spread, mean + spread, count)
+
+
+def paired_difference(
+    values: Mapping[Hashable, float], base: Mapping[Hashable, float]
+) -> Mean | None:
+    """The mean of values less base, pair by pair.
+
+    Args:
+      values, base: by what makes a pair of two of them, such as a seed.
+
+    Returns:
+      None where no two make a pair.
+    """
+    both = sorted(values.keys() & base.keys(), key=str)
+    if not both:
+        return None
+    return mean_interval(np.array([values[key] - base[key] for key in both]))
