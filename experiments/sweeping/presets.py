@@ -46,6 +46,7 @@ def at_equal_flops(size: str, cost: float) -> dict[str, int]:
 
     Args:
       size: 'tiny' or 'base'.
-      cost: as `result.json`, or before any run `python -m unified_mm.sizes`, has it.
+      cost: as the FLOPs of `result.json` have it; before any run `python -m unified_mm.sizes`,
+        with as many words in `data.vocabulary_size` as the tokenizer finds.
     """
     return {"train.steps": round(SIZES[size]["train.steps"] / cost)}

@@ -6,12 +6,15 @@ import jax
 import pytest
 from sweeps import FILE, ROOT, write_ablation
 
+from experiments.reporting.summary import EQUAL
 from experiments.sweeping.ablation import Ablation, load_ablation, question
 from experiments.sweeping.runs import asked_config, parsed, runs_of
 from unified_mm.config import Config
 from unified_mm.training.ahead import plan
+from unified_mm.training.flops import training_flops
 
 OURS = sorted(Path(ROOT / "experiments" / "ablations").glob("*.py"))
+WORDS = 374  # that the tokenizer finds in the world's captions
 BASE = {"config": "configs/coco.py:tiny", "scores": ("caption/nats",), "seeds": (0, 1)}
 
 
@@ -111,11 +114,17 @@ def test_our_ablations_say_what_recipes_know(path, size, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", OURS, ids=lambda path: path.stem)
 def test_our_ablations_can_be_trained(path, tmp_path):
-    """Every variant resolves to models, phases and optimizers that can be built."""
+    """Every variant can be built, and where the file says so has the base's FLOPs."""
     _, ablation = load_ablation(f"{path}:tiny")
+    flops = []
     for run in runs_of(ablation, tmp_path, seeds=(0,)):
-        phases = plan(Config(asked_config(run)), jax.devices()[:1])
-        assert phases[-1].stop == asked_config(run)["train"]["steps"], run.name
+        config = asked_config(run)
+        config["data"]["vocabulary_size"] = WORDS
+        phases = plan(Config(config), jax.devices()[:1])
+        assert phases[-1].stop == config["train"]["steps"], run.name
+        flops.append(sum((each.stop - each.start) * training_flops(each) for each in phases))
+    if path.stem in ("fusion", "objectives", "phases", "rules"):
+        assert max(flops) <= (1 + EQUAL) * flops[0] and min(flops) >= (1 - EQUAL) * flops[0]
 
 
 def test_the_eight_questions_are_there():

@@ -28,7 +28,9 @@ def runs(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_start_to_end(path, runs, monkeypatch):
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    import nbclient
+    import nbformat
+
     monkeypatch.setenv("UNIFIED_MM_RUN", str(runs / "run"))
     monkeypatch.setenv("UNIFIED_MM_RUNS", str(runs / "scale"))
     monkeypatch.setenv("UNIFIED_MM_CACHE", str(runs / "cache"))

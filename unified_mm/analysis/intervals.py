@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -52,9 +53,7 @@ def mean_interval(values: Float[np.ndarray, " I"], level: float = 0.95) -> Mean:
     return Mean(mean, mean - spread, mean + spread, count)
 
 
-def paired_difference(
-    values: Mapping[Hashable, float], base: Mapping[Hashable, float]
-) -> Mean | None:
+def paired_difference(values: Mapping[Any, float], base: Mapping[Any, float]) -> Mean | None:
     """The mean of values less base, pair by pair.
 
     Args:
