@@ -14,8 +14,9 @@ from pathlib import Path
 
 import jax
 
-from experiments.report import table
+from experiments.report import law_in_words
 from experiments.reporting.kept import RESULTS, read_kept
+from experiments.reporting.summary import brief, summarise
 from experiments.sweeping.ablation import load_ablation
 from unified_mm.commands import exit_code, say
 from unified_mm.runs.folder import write_atomically
@@ -62,10 +63,11 @@ def rewritten(text: str, results: Path = RESULTS) -> str:
 
 
 def table_of(said: str, results: Path) -> str:
-    """The tables that a marker names: FILE[:SIZE], and NAME where it is not the ablation's."""
+    """The table that a marker names: FILE[:SIZE], and NAME where it is not the ablation's."""
     given, _, other = said.partition(" ")
     name, ablation = load_ablation(f"{ABLATIONS / given}")
-    return table(ablation, read_kept(results / (other or name)))
+    found = read_kept(results / (other or name))
+    return brief(summarise(ablation, found)) + law_in_words(ablation, found)
 
 
 if __name__ == "__main__":

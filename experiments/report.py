@@ -75,7 +75,8 @@ def write_summary(ablation: Ablation, folder: Path) -> None:
     lines = summarise(ablation, results)
     names = list(ablation.all_variants())
     law = law_of(ablation, results)
-    write_atomically(folder / "table.md", table(ablation, results).encode())
+    text = markdown(lines) + law_in_words(ablation, results)
+    write_atomically(folder / "table.md", text.encode())
     write_atomically(folder / "table.csv", as_csv(lines).encode())
     first = ablation.scores[0]
     pictures = {
@@ -85,19 +86,19 @@ def write_summary(ablation: Ablation, folder: Path) -> None:
     }
     for name, drawn in pictures.items():
         write_atomically(folder / f"{name}.svg", drawn.encode())
-    say(table(ablation, results))
+    say(text)
     say(f"written: {folder}")
 
 
-def table(ablation: Ablation, results: list[Result]) -> str:
-    """The tables in Markdown, and the power law where one is asked for."""
-    text = markdown(summarise(ablation, results))
-    if law := law_of(ablation, results):
-        text += (
-            f"\n`{ablation.power_law}` = {law.scale.value:.3g} x (FLOPs / {count(law.unit)}) ^ "
-            f"-{law.exponent} + {law.floor} (95% intervals by profile likelihood).\n"
-        )
-    return text
+def law_in_words(ablation: Ablation, results: list[Result]) -> str:
+    """The power law where one is asked for, else nothing."""
+    law = law_of(ablation, results)
+    if law is None:
+        return ""
+    return (
+        f"\n`{ablation.power_law}` = {law.scale.value:.3g} x (FLOPs / {count(law.unit)}) ^ "
+        f"-{law.exponent} + {law.floor} (95% intervals by profile likelihood).\n"
+    )
 
 
 def law_of(ablation: Ablation, results: list[Result]) -> PowerLaw | None:

@@ -123,6 +123,38 @@ def markdown_row(line: Line) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def brief(lines: Sequence[Line]) -> str:
+    """All scores in one table, each beside its difference with the base: bold beyond the noise."""
+    scores = list(dict.fromkeys(line.score for line in lines))
+    heads = [f"`{score.removeprefix('single_caption/')}`" for score in scores]
+    names = dict.fromkeys(line.variant for line in lines)
+    rows = [[line for line in lines if line.variant == name] for name in names]
+    titles = ["", "seeds", *heads, "parameters", "FLOPs"]
+    head = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
+    return "\n".join([*head, *map(brief_row, rows)]) + "\n"
+
+
+def brief_row(lines: Sequence[Line]) -> str:
+    """One variant: its line for each score."""
+    first = lines[0]
+    seeds = max(line.value.count if line.value else 0 for line in lines)
+    costs = [cost(first.parameters, first.parameter_ratio), cost(first.flops, first.flops_ratio)]
+    return "| " + " | ".join([first.variant, f"{seeds}", *map(brief_cell, lines), *costs]) + " |"
+
+
+def brief_cell(line: Line) -> str:
+    """A score and what may be said of it."""
+    if line.value is None:
+        return "cannot"
+    if line.difference is None:
+        return said(line.value)
+    differs = said(line.difference, signed=True)
+    if line.difference.excludes_zero:
+        sign, _, rest = differs.partition(" ")
+        differs = f"**{sign}** {rest}"
+    return f"{line.value.mean:.3f}, {differs}"
+
+
 def said(value: Mean, *, signed: bool = False) -> str:
     """A mean with its interval."""
     sign = "+" if signed else ""

@@ -12,7 +12,7 @@ import sweeps
 from experiments import readme_tables
 from experiments.report import write_summary
 from experiments.reporting.kept import keep, read_kept
-from experiments.reporting.summary import as_csv, cost, markdown, summarise
+from experiments.reporting.summary import as_csv, brief, cost, markdown, summarise
 from experiments.sweeping.ablation import Ablation, load_ablation
 from experiments.sweeping.runs import runs_of
 
@@ -57,6 +57,15 @@ def test_the_table_says_both_costs_and_what_is_noise(kept):
     assert "1 M (equal) | 1.5 T (x 1.50)" in rows[0] and "chance 0.100" in rows[0]
     assert rows[1].startswith("| late | 0 | cannot |")
     assert "never" not in text  # it has no runs yet
+
+
+def test_the_brief_table_is_bold_beyond_the_noise(kept):
+    rows = brief(summarise(ABLATION, read_kept(kept))).splitlines()
+    assert rows[0] == "|  | seeds | `caption/cider_d` | `foil/accuracy` | parameters | FLOPs |"
+    assert rows[2].startswith("| early | 5 | 0.516 (0.490 to 0.542) | 0.500 (0.500 to 0.500) |")
+    assert rows[3].startswith("| late | 5 | 0.622, **+0.106** (+0.089 to +0.123) | cannot |")
+    kept_file(kept, "late", 4, 0.20, 1.5e12)
+    assert "0.534, +0.018 (" in brief(summarise(ABLATION, read_kept(kept)))
 
 
 def test_verdicts(kept):
