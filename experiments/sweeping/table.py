@@ -56,7 +56,8 @@ class Table:
 
     def _redraw(self, rows: Sequence[Row]) -> None:
         size = shutil.get_terminal_size()
-        lines = [self.line(row)[: size.columns - 1] for row in rows]
+        # One line a row, or the cursor goes up too few; all that was said comes last.
+        lines = [self.line(row).partition("\n")[0][: size.columns - 1] for row in rows]
         counts = ", ".join(
             f"{count} {state}"
             for state in STATES

@@ -210,7 +210,10 @@ def test_on_a_terminal_the_table_is_drawn_in_place(ablation, tmp_path):
     table.show(rows)
     rows[0].state, rows[0].progress = "running", Progress(5, 20, 1.25, 0.1)
     table.show(rows)
-    first, second = table.stream.getvalue().split("\x1b[5A")
+    rows[1].state, rows[1].said = "failed", "exit code 1\n  | last\n  | words"
+    table.show(rows)
+    first, second, third = table.stream.getvalue().split("\x1b[5A")  # up to the first line each
+    assert third.count("\n") == 5 and "failed" in third
     assert "low-0   waiting" in first and "4 waiting" in first
     assert "low-0   running          5/20    1.250  2m30" in second
     assert "1 running, 3 waiting" in second
