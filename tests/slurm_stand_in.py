@@ -130,23 +130,20 @@ def all_tasks(job):
 
 
 def read(name):
-    with open(HOME / f"{name}.json") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        return json.load(file)
+    return json.loads((HOME / f"{name}.json").read_text())
 
 
 def write(name, task):
-    with open(HOME / f"{name}.json", "w") as file:
-        json.dump(task, file)
+    """Whole or not at all: the test reads it too."""
+    part = HOME / f"{name}.{os.getpid()}"
+    part.write_text(json.dumps(task))
+    os.replace(part, HOME / f"{name}.json")
 
 
 def change(name, **values):
-    with open(HOME / f"{name}.json", "r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        task = json.load(file) | values
-        file.seek(0)
-        file.truncate()
-        json.dump(task, file)
+    with open(HOME / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write(name, read(name) | values)
 
 
 if __name__ == "__main__":
