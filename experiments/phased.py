@@ -3,10 +3,12 @@
     python -m unified_mm.main --config=experiments/phased.py:tiny,three --workdir=runs/three
 
 `two` learns contrast first, then captioning and contrast together; `three` text alone, contrast,
-and then both. A phase of one objective takes more steps for its share of the FLOPs.
+and then both. A phase of one objective takes more steps for its share of the FLOPs. Each has a
+warm-up and a cosine of its own. The images withheld from text alone cost what images cost.
 """
 
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -20,6 +22,7 @@ COST = {
     "tiny": {"captioning": 0.768, "contrastive": 0.737},
     "base": {"captioning": 0.819, "contrastive": 0.769},
 }
+WARMUP = {"tiny": 1 / 8, "base": 1 / 40}  # of each phase, as of the whole without phases
 # Share of all FLOPs that goes into captioning alone and into contrast alone.
 SHARES = {"two": (0.0, 0.3), "three": (0.2, 0.3)}
 
@@ -31,19 +34,27 @@ def get_config(spec: str) -> ConfigDict:
         raise ValueError(f"{spec!r}: give SIZE,KIND of {', '.join(STEPS)}; {', '.join(SHARES)}")
     config = coco.get_config(size)
     text, contrast = SHARES[kind]
-    steps = STEPS[size]
+    cost = COST[size]
     phases = {
-        "phase_0": phase(
-            round(steps * text / COST[size]["captioning"]),
+        "phase_0": part(
+            size,
+            text / cost["captioning"],
             data="text",
             objectives={"captioning": 1.0, "contrastive": 0.0},
         ),
-        "phase_1": phase(
-            round(steps * contrast / COST[size]["contrastive"]),
+        "phase_1": part(
+            size,
+            contrast / cost["contrastive"],
             objectives={"captioning": 0.0, "contrastive": 1.0},
         ),
-        "phase_2": phase(round(steps * (1 - text - contrast))),
+        "phase_2": part(size, 1 - text - contrast),
     }
     config.train.phases = phases
     config.train.steps = sum(each["steps"] for each in phases.values())
     return config
+
+
+def part(size: str, share: float, **changes: Any) -> dict:
+    """A phase of a share of the steps."""
+    steps = round(share * STEPS[size])
+    return phase(steps, train={"warmup_steps": round(WARMUP[size] * steps)}, **changes)

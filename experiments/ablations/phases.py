@@ -3,10 +3,11 @@
 Question: at equal FLOPs, is one phase of everything better than text alone, then contrast, then
 both together; or than contrast first and then both?
 
-Expected: in training this short the text phase is wasted on what captioning teaches anyway, and
-one phase wins; contrast first may help retrieval, not captions.
+Expected: in training this short the text phase is wasted on what captioning teaches anyway, and one
+phase wins; contrast first may help retrieval, not captions.
 
-The steps of each phase are chosen so that the FLOPs of the whole training are equal within a step.
+Steps are chosen so that all have equal FLOPs; each phase has its own warm-up and cosine, as phases
+have where a model is handed on from one to the next.
 """
 
 from experiments.sweeping.ablation import Ablation

@@ -1,9 +1,11 @@
 """Does a patch need to know its row and its column?
 
-Question: positions of image patches by row and column (2D), by their place in reading order alone
-(1D), or none at all.
+Question: positions of image patches that start as sines of row and column (`grid`, 2D), as sines of
+their place in reading order alone (`line`, 1D), as noise of the same size (`random`), or none at
+all.
 
-Expected: 2D at the start teaches neighbourhood for nothing, so it learns sooner than 1D, above all
+Expected: all but `none` are learned, so any can tell rows from columns in the end; 2D at the start
+teaches neighbourhood for nothing and learns sooner than 1D, and this sooner than noise, above all
 which object is on which side (`foil/accuracy/side`); without positions no side can be told at all.
 """
 

@@ -4,10 +4,12 @@ Question: what do captions gain where text sees the image, and is matching, whic
 each other, worth its FLOPs?
 
 Expected: `blind` is the positive control: a caption that never sees its image can only say what is
-usual, so its CIDEr-D falls to that of captions of other images (chance in the table), and its image
-gain to 0. `one_way` is the recipe. `causal` puts image patches in an order too, and learns less of
-them. Matching beside it, where text reads the image one way or where both see each other (captions
-cannot: a token would see itself through the image), helps retrieval less than it costs in steps.
+usual, so its CIDEr-D falls to that of captions of other images (the chance of the table), and its
+image gain to 0. `one_way` is the recipe. `causal` puts image patches in an order too, and learns
+less of them; it also has a third fewer steps, for contrast, which has no order, cannot share its
+pass over the image. Matching beside it, where text reads the image one way or where both see each
+other (captions cannot: a token would see itself through the image), helps retrieval less than it
+costs in steps.
 
 All have the FLOPs of `one_way`, by fewer steps where a step costs more.
 """

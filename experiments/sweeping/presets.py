@@ -44,9 +44,13 @@ def common(size: str) -> dict[str, Any]:
 def at_equal_flops(size: str, cost: float) -> dict[str, int]:
     """Steps of as many FLOPs as the size's own, where a step costs `cost` times the recipe's.
 
+    The warm-up keeps its share of them.
+
     Args:
       size: 'tiny' or 'base'.
       cost: as the FLOPs of `result.json` have it; before any run `python -m unified_mm.sizes`,
         with as many words in `data.vocabulary_size` as the tokenizer finds.
     """
-    return {"train.steps": round(SIZES[size]["train.steps"] / cost)}
+    return {
+        name: round(SIZES[size][name] / cost) for name in ("train.steps", "train.warmup_steps")
+    }
