@@ -66,7 +66,7 @@ def table_of(said: str, results: Path) -> str:
     """The table that a marker names: FILE[:SIZE], and NAME where it is not the ablation's."""
     given, _, other = said.partition(" ")
     name, ablation = load_ablation(f"{ABLATIONS / given}")
-    found = read_kept(results / (other or name))
+    found = read_kept(results / (other or name), ablation)
     return brief(summarise(ablation, found)) + law_in_words(ablation, found)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from experiments.reporting.kept import RESULTS, Result, keep, read_kept
 from experiments.reporting.pictures import against_flops, bars, learning_curves
 from experiments.reporting.summary import as_csv, count, markdown, summarise
-from experiments.sweep import RUNS
+from experiments.sweep import RUNS, with_fields
 from experiments.sweeping.ablation import Ablation, load_ablation
 from experiments.sweeping.runs import finished, runs_of
 from unified_mm.analysis.scaling import PowerLaw, fit_power_law
@@ -33,17 +33,19 @@ def main() -> None:
     parser.add_argument("--name", help="the sweep's folder in it; else the ablation's name")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept")
     parser.add_argument("--kept", action="store_true", help="only of what is kept already")
-    args, more = parser.parse_known_args()
-    sys.exit(exit_code(lambda: report(args, more)))
+    args = with_fields(parser, sys.argv[1:])
+    sys.exit(exit_code(lambda: report(args)))
 
 
-def report(args: argparse.Namespace, more: list[str]) -> int:
+def report(args: argparse.Namespace) -> int:
     """Keeps, summarises, draws."""
+    if args.kept and args.more:
+        raise ValueError(f"{args.more[0]} is not read beside --kept")
     name, ablation = load_ablation(args.ablation)
     name = args.name or name
     target = args.results / name
     if not args.kept:
-        keep_all(ablation, args.runs.absolute() / name, more, target)
+        keep_all(ablation, args.runs.absolute() / name, args.more, target)
     write_summary(ablation, target)
     return 0
 
@@ -71,7 +73,7 @@ def keep_all(ablation: Ablation, folder: Path, more: list[str], target: Path) ->
 
 def write_summary(ablation: Ablation, folder: Path) -> None:
     """Tables and pictures of what is kept in the folder."""
-    results = read_kept(folder)
+    results = read_kept(folder, ablation)
     lines = summarise(ablation, results)
     names = list(ablation.all_variants())
     law = law_of(ablation, results)

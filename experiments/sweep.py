@@ -33,6 +33,7 @@ from unified_mm.runs.folder import take, user_path
 
 RUNS = Path("runs") / "ablations"
 LAUNCHERS = ("local", "slurm", "print")
+READ_BY = {"slurm": ("partition", "time", "gpus", "cpus"), "print": ("jobset", "tpu", "claim")}
 
 
 def main() -> None:
@@ -55,13 +56,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], help="a variant; may be repeated")
     parser.add_argument("--interval", type=float, default=2.0, help="seconds between two looks")
     parser.add_argument("--trials", type=int, default=0, help="search: how many trials in all")
-    parser.add_argument("--partition", default="", help="slurm")
-    parser.add_argument("--time", type=int, default=60, help="slurm: minutes before a job requeues")
-    parser.add_argument("--gpus", type=int, default=1, help="slurm: of each job")
-    parser.add_argument("--cpus", type=int, default=8, help="slurm: of each job")
-    parser.add_argument("--jobset", default="", metavar="IMAGE", help="print: also a manifest")
-    parser.add_argument("--tpu", default="v5e:4x4", help="print: the manifest's slice of TPUs")
-    parser.add_argument("--claim", default="runs", help="print: the volume claim that holds runs/")
+    parser.add_argument("--partition", help="slurm")
+    parser.add_argument("--time", type=int, help="slurm: minutes before a job requeues (60)")
+    parser.add_argument("--gpus", type=int, help="slurm: of each job (1)")
+    parser.add_argument("--cpus", type=int, help="slurm: of each job (8)")
+    parser.add_argument("--jobset", metavar="IMAGE", help="print: a manifest")
+    parser.add_argument("--tpu", help="print: the manifest's slice of TPUs (v5e:4x4)")
+    parser.add_argument("--claim", help="print: the volume claim that holds runs/ (runs)")
+    return with_fields(parser, argv)
+
+
+def with_fields(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """What the parser reads; `more` holds the rest, which must be --config.FIELD=VALUE."""
     args, more = parser.parse_known_args(argv)
     for each in more:
         if not each.startswith("--config.") or "=" not in each:
@@ -70,15 +76,30 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def refuse_unread(args: argparse.Namespace) -> None:
+    """Raises ValueError for an option that is given and that nothing would read."""
+    for launcher, names in READ_BY.items():
+        for name in names:
+            if launcher != args.launcher and getattr(args, name) is not None:
+                raise ValueError(f"--{name} is read by --launcher={launcher} alone")
+    if args.trials:
+        if args.launcher != "local":
+            raise ValueError("--trials goes with --launcher=local: trials follow from each other")
+        if args.only or args.seeds:
+            raise ValueError(
+                "--only and --seeds are not read beside --trials, which takes the base and its "
+                "first seed; --config.FIELD=VALUE changes it"
+            )
+
+
 def sweep(args: argparse.Namespace) -> int:
     """Does what the command line asks; 0 where every run is finished."""
+    refuse_unread(args)
     name, ablation = load_ablation(args.ablation)
     folder = user_path(args.runs, "--runs").absolute() / (args.name or name)
     if args.trials:
         from experiments.sweeping.search import search
 
-        if args.launcher != "local":
-            raise ValueError("--trials goes with --launcher=local: trials follow from each other")
         with only_sweep(folder):
             return search(ablation, folder, args.trials, args.jobs, args.more, args.interval)
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else ()
@@ -98,10 +119,10 @@ def launcher_of(args: argparse.Namespace, folder: Path) -> Launcher:
     return Slurm(
         folder=folder / "slurm",
         parallel=args.jobs,
-        partition=args.partition,
-        minutes=args.time,
-        gpus=args.gpus,
-        cpus=args.cpus,
+        partition=args.partition or "",
+        minutes=60 if args.time is None else args.time,
+        gpus=1 if args.gpus is None else args.gpus,
+        cpus=8 if args.cpus is None else args.cpus,
     )
 
 
@@ -130,7 +151,11 @@ def print_commands(runs: list[Run], args: argparse.Namespace) -> int:
     if args.jobset:
         from experiments.sweeping.jobset import manifests
 
-        say(manifests(runs, image=args.jobset, tpu=args.tpu, claim=args.claim))
+        say(
+            manifests(
+                runs, image=args.jobset, tpu=args.tpu or "v5e:4x4", claim=args.claim or "runs"
+            )
+        )
         return 0
     for run in runs:
         say(run.shell_line())

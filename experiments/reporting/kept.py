@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.sweeping.runs import Run
+from experiments.sweeping.ablation import Ablation
+from experiments.sweeping.runs import ROOT, Run, make_run
 from unified_mm.runs.folder import RunFolder, read_json, write_json
 from unified_mm.runs.metrics import read_metrics
 
@@ -17,20 +18,29 @@ PLACES = ("data.dir=", "data.cache_dir=")  # where data lies is nobody's busines
 # What is kept of result.json as it is.
 SAME = ("device", "versions", "revision", "steps", "seconds", "flops")
 
+MEND = "carry the sweep out and report again, or delete it"
+
 
 @dataclass(frozen=True)
 class Result:
     """What one run scored.
 
     Attributes:
+      path: of the file.
+      config, fields: the recipe, and what was set in it, the places of data left out.
+      data: what its scores are of, by fingerprint.
       flops: of the matrix products of the whole training.
       parameters: of the model; None where the run did not say.
       scores, chance: by name.
       curves: metric -> [step, value] of means over equal stretches of training.
     """
 
+    path: Path
     variant: str
     seed: int
+    config: str
+    fields: tuple[str, ...]
+    data: str
     flops: float
     parameters: int | None
     scores: dict[str, float]
@@ -41,14 +51,18 @@ class Result:
 def keep(run: Run, scores: Sequence[str], folder: Path) -> Path:
     """Writes a finished run's result into `folder`; the same run gives the same file."""
     found = read_json(run.folder.result)
-    given = [each.removeprefix("--config.") for each in run.fields]
     counts = {"parameters": found["parameters"]} if "parameters" in found else {}
     data = {key: value for key, value in found["data"].items() if key not in ("folder", "notice")}
-    own = {name: value for name, value in found["scores"].items() if not name.startswith("test_")}
+    own = {
+        name: value
+        for name, value in found["scores"].items()
+        if name in scores or not name.startswith("test_")
+    }
     kept = {
         "variant": run.variant,
         "seed": run.seed,
-        "fields": [name for name in given if not name.startswith(PLACES)],
+        "config": run.config.removeprefix(f"{ROOT}/"),
+        "fields": fields_of(run),
         "scores": own,
         "chance": {name: found["chance"][name] for name in scores if name in found["chance"]},
         **{key: found[key] for key in SAME},
@@ -61,17 +75,47 @@ def keep(run: Run, scores: Sequence[str], folder: Path) -> Path:
     return target
 
 
-def read_kept(folder: Path) -> list[Result]:
-    """All results of a folder, by seed and name.
+def fields_of(run: Run) -> list[str]:
+    """What the run sets, as FIELD=VALUE."""
+    given = (each.removeprefix("--config.") for each in run.fields)
+    return [each for each in given if not each.startswith(PLACES)]
+
+
+def read_kept(folder: Path, ablation: Ablation) -> list[Result]:
+    """All results of a folder, by name.
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: naming the file, where one lacks something.
+      ValueError: naming the file, where one lacks something, is of no variant of the ablation or of
+        another one than is asked now, or is of other data than the others.
     """
     paths = sorted(folder.glob("*-*.json"))
     if not paths:
         raise FileNotFoundError(f"{folder} holds no VARIANT-SEED.json")
-    return [read_result(path) for path in paths]
+    results = [read_result(path) for path in paths]
+    variants = ablation.all_variants()
+    for result in results:
+        if result.variant not in variants:
+            raise ValueError(
+                f"{result.path}: the ablation has no variant {result.variant!r} "
+                f"({', '.join(variants)}); delete it, or give --name"
+            )
+        fields = variants[result.variant]
+        asked = make_run(result.variant, result.seed, fields, ablation.config, folder)
+        check_same(result, asked, results[0])
+    return results
+
+
+def check_same(result: Result, asked: Run, first: Result) -> None:
+    """Raises ValueError where a result answers another question, or one about other data."""
+    fields = tuple(fields_of(asked))
+    if result.config != asked.config.removeprefix(f"{ROOT}/"):
+        raise ValueError(f"{result.path} is of {result.config}, not of {asked.config}; {MEND}")
+    if result.fields[: len(fields)] != fields:
+        changed = sorted(set(result.fields) ^ set(fields))
+        raise ValueError(f"{result.path} was trained otherwise ({', '.join(changed[:4])}); {MEND}")
+    if result.data != first.data:
+        raise ValueError(f"{result.path} is of other data than {first.path}; {MEND}")
 
 
 def read_result(path: Path) -> Result:
@@ -79,8 +123,12 @@ def read_result(path: Path) -> Result:
     kept: dict[str, Any] = read_json(path)
     try:
         return Result(
+            path=path,
             variant=kept["variant"],
             seed=kept["seed"],
+            config=kept["config"],
+            fields=tuple(kept["fields"]),
+            data=kept["data"]["fingerprint"],
             flops=kept["flops"],
             parameters=kept.get("parameters"),
             scores=kept["scores"],

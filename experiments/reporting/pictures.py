@@ -13,12 +13,11 @@ from unified_mm.analysis.figures import as_svg
 from unified_mm.analysis.intervals import mean_interval
 from unified_mm.analysis.scaling import PowerLaw
 
-OBJECTIVES = ("captioning/loss", "contrastive/loss", "matching/loss")
-
 
 def learning_curves(results: Sequence[Result], names: Sequence[str]) -> str:
     """What is learned over training, a panel an objective; the sum differs with what is in it."""
-    metrics = [name for name in OBJECTIVES if any(name in r.curves for r in results)]
+    found = dict.fromkeys(name for r in results for name in r.curves if name != "loss")
+    metrics = list(found) or ["loss"]
     figure, panels = drawing(len(metrics))
     for axes, metric in zip(panels, metrics, strict=True):
         curves_of_metric(axes, results, names, metric)

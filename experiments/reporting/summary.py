@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import math
 from collections.abc import Sequence
@@ -52,12 +53,23 @@ class Line:
 
 
 def summarise(ablation: Ablation, results: Sequence[Result]) -> list[Line]:
-    """A line for each score and variant that any run is there of, in the ablation's order."""
+    """A line for each score and variant that any run is there of, in the ablation's order.
+
+    Raises:
+      ValueError: a score that no run of any variant has, though there are runs of all.
+    """
     by_variant = {
         name: [r for r in results if r.variant == name] for name in ablation.all_variants()
     }
     there = {name: found for name, found in by_variant.items() if found}
     base = there.get(ablation.base, [])
+    for score in ablation.scores if len(there) == len(by_variant) else ():
+        if not any(score in r.scores for r in results):
+            near = difflib.get_close_matches(
+                score, {name for r in results for name in r.scores}, n=1
+            )
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"no run has the ablation's score {score!r}{hint}")
     return [
         line(name, score, found, base, is_base=name == ablation.base)
         for score in ablation.scores
@@ -110,11 +122,10 @@ def markdown(lines: Sequence[Line]) -> str:
 
 def markdown_row(line: Line) -> str:
     """One variant."""
-    chance = "" if line.chance is None else f", chance {line.chance:.3f}"
     cells = [
         line.variant,
         str(line.value.count) if line.value else "0",
-        said(line.value) + chance if line.value else "cannot",
+        said(line.value) + said_chance(line) if line.value else "cannot",
         said(line.difference, signed=True) if line.difference else "",
         line.verdict,
         cost(line.parameters, line.parameter_ratio),
@@ -147,7 +158,7 @@ def brief_cell(line: Line) -> str:
     if line.value is None:
         return "cannot"
     if line.difference is None:
-        return said(line.value)
+        return said(line.value) + said_chance(line)
     differs = said(line.difference, signed=True)
     if line.difference.excludes_zero:
         sign, _, rest = differs.partition(" ")
@@ -162,6 +173,11 @@ def said(value: Mean, *, signed: bool = False) -> str:
     if not value.known:
         return first
     return f"{first} ({value.low:{sign}.3f} to {value.high:{sign}.3f})"
+
+
+def said_chance(line: Line) -> str:
+    """What the score would be by chance, where that is known."""
+    return "" if line.chance is None else f", chance {line.chance:.3f}"
 
 
 def cost(value: float | None, relative: float | None) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.sweeping.runs import Run, asked_config
 from experiments.sweeping.table import Row
 from unified_mm.commands import say
-from unified_mm.runs.folder import RunFolder, differences
+from unified_mm.runs.folder import RunFolder, RunFolderError, differences, read_json
 
 
 def link_what_is_done(rows: Sequence[Row], sweeps: Path) -> None:
@@ -19,10 +20,14 @@ def link_what_is_done(rows: Sequence[Row], sweeps: Path) -> None:
       rows: those that wait are looked for, and are finished where one is found.
       sweeps: the folder of all sweeps.
     """
+    for row in rows:
+        place = row.run.folder.path
+        if place.is_symlink() and not place.exists():
+            place.unlink()  # what it led to was removed
     waiting = [row for row in rows if row.state == "waiting" and not row.run.folder.path.exists()]
     if not waiting:
         return
-    done = [(folder, folder.read_config()) for folder in finished_runs(sweeps)]
+    done = list(finished_runs(sweeps))
     for row in waiting:
         asked = asked_config(row.run)
         for folder, config in done:
@@ -32,12 +37,16 @@ def link_what_is_done(rows: Sequence[Row], sweeps: Path) -> None:
                 break
 
 
-def finished_runs(sweeps: Path) -> Iterator[RunFolder]:
-    """The finished runs of all sweeps, links apart."""
+def finished_runs(sweeps: Path) -> Iterator[tuple[RunFolder, dict[str, Any]]]:
+    """The finished runs of all sweeps with their configs, links and damaged ones apart."""
     for path in sorted(sweeps.glob("*/*-*")):
         folder = RunFolder(path)
-        if not path.is_symlink() and folder.exists and folder.finished:
-            yield folder
+        if path.is_symlink() or not (folder.exists and folder.finished):
+            continue
+        try:
+            yield folder, folder.read_config()
+        except RunFolderError as error:
+            say(f"passed over: {error}")
 
 
 def link(run: Run, folder: RunFolder) -> None:
@@ -45,4 +54,10 @@ def link(run: Run, folder: RunFolder) -> None:
     place = run.folder.path
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(os.path.relpath(folder.path, place.parent), target_is_directory=True)
-    say(f"{run.name} is the same training as {folder.path.parent.name}/{folder.path.name}")
+    name = f"{folder.path.parent.name}/{folder.path.name}"
+    say(f"{run.name} is the same training as {name}, revision {revision_of(folder)}: linked")
+
+
+def revision_of(folder: RunFolder) -> str:
+    """The code's revision that a finished run had."""
+    return str(read_json(folder.result).get("revision"))[:10]

@@ -61,8 +61,8 @@ class Launcher(Protocol):
     def found(self, run: Run) -> Job | None:
         """A job that is at work on this run already."""
 
-    def leave(self, jobs: Sequence[Job]) -> str:
-        """The sweep was told to stop: what becomes of its jobs, in words, once that is so."""
+    def leave(self) -> str:
+        """The sweep ends before its jobs do: what becomes of them, in words, once that is so."""
 
 
 @dataclass

@@ -6,6 +6,7 @@ nodes of a slice are chosen by accelerator and topology, each pod takes all chip
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -105,6 +106,7 @@ def pod(run: Run, image: str, nodes: dict[str, str], chips: int, claim: str) -> 
 
 
 def label(text: str) -> str:
-    """A name that Kubernetes takes: small letters, digits and dashes; 45 at most, for pods get
-    longer ones of it."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[-45:].strip("-")
+    """A name that Kubernetes takes: small letters, digits and dashes, 45 at most, for pods get
+    longer ones of it; its end tells apart what else reads alike."""
+    plain = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return f"{plain[:36].strip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

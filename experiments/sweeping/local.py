@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,7 @@ from experiments.sweeping.jobs import ElsewhereJob, End, Job, held, last_lines
 from experiments.sweeping.runs import Run, environment, python_command
 
 GPUS = "CUDA_VISIBLE_DEVICES"
+MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 @dataclass
@@ -63,12 +66,11 @@ class Local:
     def found(self, run: Run) -> Job | None:
         return ElsewhereJob(run) if held(run.folder) else None
 
-    def leave(self, jobs: Sequence[Job]) -> str:
+    def leave(self) -> str:
         """They save and end, for nobody would start the next ones after them."""
-        ours = [job for job in jobs if isinstance(job, LocalJob)]
-        for job in ours:
+        for job in self._taken.values():
             job.stop()
-        for job in ours:
+        for job in self._taken.values():
             job.process.wait()
         return "the runs at work have saved and ended; the same command goes on"
 
@@ -84,15 +86,18 @@ class Local:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**environment(), **share_of_gpus(os.environ, place, self.jobs)},
+                env={
+                    **environment(),
+                    **share_of_gpus(os.environ, visible_gpus(), place, self.jobs),
+                },
                 # Ctrl-C is the sweep's, which then stops its runs, once each.
                 start_new_session=True,
             )
+        job = self._taken[place] = LocalJob(run, process, log)
         if hasattr(os, "sched_setaffinity"):  # Linux; its threads begin later and inherit it
             cores = share_of(sorted(os.sched_getaffinity(0)), place, self.jobs)
-            os.sched_setaffinity(process.pid, cores)
-        job = LocalJob(run, process, log)
-        self._taken[place] = job
+            with contextlib.suppress(ProcessLookupError):  # it has failed already
+                os.sched_setaffinity(process.pid, cores)
         return job
 
 
@@ -101,7 +106,22 @@ def share_of(things: Sequence[Any], place: int, places: int) -> list[Any]:
     return list(things[place % len(things) :: places])
 
 
-def share_of_gpus(variables: Mapping[str, str], place: int, places: int) -> dict[str, str]:
-    """`CUDA_VISIBLE_DEVICES` of one of `places`, where it lists devices."""
-    devices = [each for each in variables.get(GPUS, "").split(",") if each]
-    return {GPUS: ",".join(share_of(devices, place, places))} if devices else {}
+def share_of_gpus(
+    variables: Mapping[str, str], gpus: Sequence[str], place: int, places: int
+) -> dict[str, str]:
+    """Variables that give one of `places` its GPUs; where several have the same, its part of it."""
+    if not gpus or places == 1:
+        return {}
+    chosen = {GPUS: ",".join(share_of(gpus, place, places))}
+    if places > len(gpus) and MEMORY not in variables:
+        chosen[MEMORY] = f"{0.75 / -(-places // len(gpus)):.3f}"  # jax takes .75 in all
+    return chosen
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that `CUDA_VISIBLE_DEVICES` lists, or those that this machine has."""
+    listed = os.environ.get(GPUS)
+    if listed is not None:
+        return [each for each in listed.split(",") if each]
+    names = (re.fullmatch(r"nvidia(\d+)", path.name) for path in Path("/dev").glob("nvidia*"))
+    return sorted((found[1] for found in names if found), key=int)

@@ -44,21 +44,22 @@ def carry_out(rows: list[Row], launcher: Launcher, table: Table, interval: float
       table: is shown whenever `interval` seconds are over.
 
     Raises:
-      Told: SIGTERM or Ctrl-C; the launcher has seen to its jobs.
+      Told: SIGTERM or Ctrl-C. Whatever is raised, the launcher has seen to its jobs.
     """
     jobs: dict[str, Job] = {}
-    with signals_told():
+    with signals_told() as signals:
         try:
             while any(row.state in ("waiting", "queued", "running") for row in rows):
-                begin(rows, launcher, jobs)
+                with signals.held():  # until what is started is known
+                    begin(rows, launcher, jobs)
                 for row in rows:
                     if job := jobs.get(row.run.name):
                         look(row, job, jobs)
                 table.show(rows)
                 if jobs:
                     time.sleep(interval)
-        except Told:
-            print(launcher.leave(list(jobs.values())), flush=True)
+        except BaseException:
+            print(launcher.leave(), flush=True)
             raise
 
 
@@ -110,19 +111,45 @@ def settle(row: Row, end: End) -> None:
         row.said = "\n".join([str(end), *(f"  | {line}" for line in end.last_lines)])
 
 
+class Signals:
+    """Raises `Told` at the first signal, at once or when it is held no longer."""
+
+    def __init__(self) -> None:
+        self._held = False
+        self._number: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._number = number
+        if not self._held:
+            raise Told(number)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """What is within is not cut off."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._number is not None:
+            raise Told(self._number)
+
+
 @contextlib.contextmanager
-def signals_told() -> Iterator[None]:
-    """SIGTERM and Ctrl-C raise `Told` once; a second one is the system's own matter."""
-    watched = (signal.SIGTERM, signal.SIGINT)
+def signals_told() -> Iterator[Signals]:
+    """SIGTERM and Ctrl-C raise `Told` once; a second one does what it did before."""
+    told = Signals()
+    before: dict[int, Any] = {}
 
     def tell(number: int, frame: FrameType | None) -> None:
-        for each in watched:
-            signal.signal(each, signal.SIG_IGN)
-        raise Told(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        told(number, frame)
 
-    before: dict[int, Any] = {number: signal.signal(number, tell) for number in watched}
+    for watched in (signal.SIGTERM, signal.SIGINT):
+        before[watched] = signal.signal(watched, tell)
     try:
-        yield
+        yield told
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)

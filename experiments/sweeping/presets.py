@@ -51,6 +51,4 @@ def at_equal_flops(size: str, cost: float) -> dict[str, int]:
       cost: as the FLOPs of `result.json` have it; before any run `python -m unified_mm.sizes`,
         with as many words in `data.vocabulary_size` as the tokenizer finds.
     """
-    return {
-        name: round(SIZES[size][name] / cost) for name in ("train.steps", "train.warmup_steps")
-    }
+    return {name: round(SIZES[size][name] / cost) for name in ("train.steps", "train.warmup_steps")}

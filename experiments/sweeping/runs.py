@@ -20,8 +20,9 @@ from unified_mm.recipes import check_recipe, resolve
 from unified_mm.runs.folder import FREE_FIELDS, RunFolder, differences
 
 ROOT = Path(__file__).parents[2]
-# The learning rate's schedule spans the steps, so a run taken on to more of them is another one.
-FREE = tuple(name for name in FREE_FIELDS if name != "train.steps")
+# A run taken on to more steps is another one, for its schedule spans them; so is one on other data,
+# which a finished run does not look at again.
+FREE = tuple(name for name in FREE_FIELDS if name not in ("train.steps", "data.dir"))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from unified_mm.commands import say
 from unified_mm.runs.folder import read_json
 
 STARTUP = 4  # trials that run to their end before any is pruned
+ASKED = "asked"  # the study's attribute that says what is searched
 WARMUP = 0.25  # share of its steps before which none is pruned
 
 
@@ -47,7 +48,8 @@ def search(
     """Runs trials until the study has so many, says the best ones; 0 where any was finished.
 
     Raises:
-      ValueError: the ablation has no search, or Optuna is not there.
+      ValueError: the ablation has no search, Optuna is not there, or the folder holds a search for
+        something else.
     """
     if ablation.search is None:
         raise ValueError("this ablation has no search section: see experiments.sweeping.ablation")
@@ -56,20 +58,26 @@ def search(
     base = make_run("base", ablation.seeds[0], fields, ablation.config, folder, more)
     steps = parsed(("search", *base.config_arguments())).value.train.steps
     study = open_study(ablation.search, folder, int(WARMUP * steps))
+    check_question(study, {"run": base.config_arguments(), "search": repr(ablation.search)}, folder)
     work: list[Trial] = []
-    with signals_told():
+    with signals_told() as signals:
         try:
-            while begin(study, work, trials, launcher, ablation, folder, more) or work:
+            while True:
+                with signals.held():  # until what is started is known
+                    begin(study, work, trials, launcher, ablation, folder, more)
+                if not work:
+                    break
                 for trial in list(work):
                     report(study, trial, ablation.search)
                     if end := trial.job.ended():
                         work.remove(trial)
                         tell(study, trial, end, ablation.search.score)
-                if work:
-                    time.sleep(interval)
-        except Told as told:
-            say(launcher.leave([trial.job for trial in work]))
-            return told.exit_code
+                time.sleep(interval)
+        except BaseException as error:
+            say(launcher.leave())
+            if isinstance(error, Told):
+                return error.exit_code
+            raise
     return summary(study)
 
 
@@ -103,9 +111,8 @@ def begin(
     ablation: Ablation,
     folder: Path,
     more: Sequence[str],
-) -> bool:
-    """Starts trials while there is room: first those that were cut off. Whether any was."""
-    started = False
+) -> None:
+    """Starts trials while there is room: first those that were cut off."""
     while launcher.room(len(work)):
         at_work = {trial.asked.number for trial in work}
         asked = cut_off(study, at_work) or (study.ask() if len(study.trials) < trials else None)
@@ -113,11 +120,31 @@ def begin(
             break
         run = run_of(asked, ablation, folder, more)
         job = launcher.found(run) or launcher.start([run])[0]
-        say(f"trial {asked.number}: {' '.join(run.fields[-len(asked.params) :])}")
+        say(f"trial {asked.number}: {values_of(asked)}")
         told = study.get_trials(deepcopy=False)[asked.number].intermediate_values
         work.append(Trial(asked, run, job, set(told)))
-        started = True
-    return started
+
+
+def check_question(study: Any, asked: dict[str, Any], folder: Path) -> None:
+    """Writes down what a new study asks; an old one must have asked the same."""
+    before = study.user_attrs.get(ASKED)
+    if before is None:
+        study.set_user_attr(ASKED, asked)
+    elif before != asked:
+        changed = [
+            f"{key}: {before[key]} there, {asked[key]} here"
+            for key in asked
+            if before[key] != asked[key]
+        ]
+        raise ValueError(
+            f"{folder} holds the search for something else ({'; '.join(changed)}): give this one a "
+            "--name of its own"
+        )
+
+
+def values_of(trial: Any) -> str:
+    """What a trial chose."""
+    return " ".join(f"{name}={value}" for name, value in trial.params.items())
 
 
 def cut_off(study: Any, at_work: set[int]) -> Any:
@@ -194,7 +221,6 @@ def summary(study: Any) -> int:
     scored = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     scored.sort(key=lambda trial: trial.value, reverse=study.direction.name == "MAXIMIZE")
     for trial in scored:
-        values = " ".join(f"{name}={value}" for name, value in trial.params.items())
-        say(f"{trial.value:.4f}  trial {trial.number}: {values}")
+        say(f"{trial.value:.4f}  trial {trial.number}: {values_of(trial)}")
     say(f"{len(study.trials)} trials, {len(scored)} to their end")
     return 0 if scored else 1

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ from unified_mm.runs.folder import read_json, write_json
 
 QUEUED = ("PENDING", "READY", "REQUEUED", "PREEMPTED", "UNKNOWN", "REQUEUE_HOLD", "SUSPENDED")
 WORKING = ("RUNNING", "COMPLETING", "CONFIGURING")
+# Of these submitit asks no more, or there is no accounting that would tell.
+UNSURE = ("UNKNOWN", "SUSPENDED", "REQUEUE_HOLD", "CONFIGURING")
+FORGOTTEN = "FORGOTTEN"  # neither in accounting nor in the queue
 GRACE = 300  # seconds between Slurm's signal and the end of a job: a checkpoint is written in them
 EVERY = 30  # seconds at most that a job's state is old; asked for all jobs at once
 TIMEOUTS = 1000  # times that a job may be taken up again after its time was over
@@ -35,7 +39,14 @@ class Training:
 
     def __call__(self, command: list[str], folder: str, variables: dict[str, str]) -> int:
         """Runs the command. Raises RuntimeError where it fails, so that the job fails too."""
-        self._process = subprocess.Popen(command, cwd=folder, env={**os.environ, **variables})
+        self._process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, **variables},
+            # Slurm may signal the whole group: the run is told once, by `checkpoint`.
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+        )
         code = self._process.wait()
         if code:
             raise RuntimeError(f"the run ended with exit code {code}")
@@ -55,11 +66,11 @@ class Training:
 
 @dataclass
 class SlurmJob:
-    """A task of an array job; `watcher` asks Slurm for its state."""
+    """A task of an array job."""
 
     run: Run
     handle: Any
-    watcher: Any
+    watcher: Watcher
 
     def state(self) -> str:
         return "running" if self._slurm_state() in WORKING else "queued"
@@ -75,14 +86,50 @@ class SlurmJob:
         self.handle.cancel(check=False)
 
     def _slurm_state(self) -> str:
+        return self.watcher.state(self.handle.job_id)
+
+
+@dataclass
+class Watcher:
+    """Asks Slurm for the states of jobs, for all at once and seldom.
+
+    Attributes:
+      info: submitit's, which keeps what accounting (sacct) said.
+    """
+
+    info: Any
+    _doubted: dict[str, float] = field(default_factory=dict)
+
+    def state(self, job_id: str) -> str:
+        """In capitals; `FORGOTTEN` where Slurm knows no such job any more."""
+        state = self._told(job_id)
+        if state not in UNSURE:
+            self._doubted.pop(job_id, None)
+            return state
+        if time.monotonic() < self._doubted.setdefault(job_id, time.monotonic() + EVERY):
+            return state
+        del self._doubted[job_id]
+        return self.state_now(job_id)
+
+    def state_now(self, job_id: str) -> str:
+        """The same, whatever was asked before."""
+        self.info.clear()
+        state = self._told(job_id)
+        return FORGOTTEN if state == "UNKNOWN" and not may_be_queued(job_id) else state
+
+    def _told(self, job_id: str) -> str:
         # 'CANCELLED by 1000' has its reason behind the word.
-        return str(self.watcher.get_state(self.handle.job_id)).upper().split()[0]
+        return str(self.info.get_state(job_id)).upper().split()[0]
 
 
-def is_queued(job_id: str) -> bool:
-    """Whether Slurm's queue holds the job."""
-    asked = subprocess.run(["squeue", "-h", "-o", "%T", "-j", job_id], capture_output=True)
-    return asked.returncode == 0 and bool(asked.stdout.strip())
+def may_be_queued(job_id: str) -> bool:
+    """Whether Slurm's queue holds the job, as far as it can be asked."""
+    asked = subprocess.run(
+        ["squeue", "-h", "-o", "%T", "-j", job_id], capture_output=True, text=True
+    )
+    if asked.returncode:
+        return "invalid job id" not in asked.stderr.lower()
+    return bool(asked.stdout.strip())
 
 
 @dataclass
@@ -103,7 +150,7 @@ class Slurm:
     gpus: int
     cpus: int
     _jobs: dict[str, str] = field(default_factory=dict)
-    _watcher: Any = None
+    _watcher: Watcher = field(init=False)
 
     def __post_init__(self) -> None:
         try:
@@ -114,7 +161,7 @@ class Slurm:
             ) from error
         if self.parallel < 0 or self.minutes < 1 or self.gpus < 0 or self.cpus < 1:
             raise ValueError("--jobs and --gpus must be at least 0, --time and --cpus at least 1")
-        self._watcher = SlurmInfoWatcher(delay_s=EVERY)
+        self._watcher = Watcher(SlurmInfoWatcher(delay_s=EVERY))
         if self._list.is_file():
             self._jobs.update(read_json(self._list))
 
@@ -147,14 +194,12 @@ class Slurm:
 
         handle: Any = Handle(self.folder, self._jobs[run.name])
         job = SlurmJob(run, handle, self._watcher)
-        state = self._watcher.get_state(handle.job_id, mode="force")
-        # Accounting learns of a new job late. One that Slurm has forgotten is started anew.
-        if (state != "UNKNOWN" or is_queued(handle.job_id)) and job.ended() is None:
+        if self._watcher.state_now(handle.job_id) in (*QUEUED, *WORKING):
             return job
-        del self._jobs[run.name]
+        del self._jobs[run.name]  # ended or forgotten: it is started anew
         return None
 
-    def leave(self, jobs: Sequence[Job]) -> str:
+    def leave(self) -> str:
         """They are the cluster's now."""
         return "the jobs stay in Slurm's queue; the same command watches them again"
 

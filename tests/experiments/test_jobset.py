@@ -17,7 +17,8 @@ def runs(tmp_path):
 
 def test_a_slice_of_four_hosts(runs):
     found = list(yaml.safe_load_all(manifests(runs, image="me/it:1", tpu="v5e:4x4", claim="disk")))
-    assert [each["metadata"]["name"] for each in found][:2] == ["rates-low-0", "rates-high-0"]
+    names = [each["metadata"]["name"].rsplit("-", 1)[0] for each in found]
+    assert names == ["rates-low-0", "rates-high-0", "rates-low-1", "rates-high-1"]
     assert {each["kind"] for each in found} == {"JobSet"}
     job = found[3]["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert (job["parallelism"], job["completions"], job["completionMode"]) == (4, 4, "Indexed")
@@ -47,8 +48,10 @@ def test_slices_that_there_are_not(runs, tpu):
 
 
 def test_names_that_kubernetes_takes():
-    assert label("Fusion_base-learning_rate=0.1-0") == "fusion-base-learning-rate-0-1-0"
+    assert label("Fusion_base-x=0.1-0").startswith("fusion-base-x-0-1-0-")
     assert len(label("x" * 80 + "-0")) == 45
+    alike = ["x=-1-0", "x=1-0", "x_1-0", *(f"{'x' * 80}{i}" for i in range(3))]
+    assert len({label(each) for each in alike}) == len(alike)
 
 
 def test_the_command_prints_it(tmp_path, capsys):

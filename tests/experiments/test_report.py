@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import xml.etree.ElementTree
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,12 +20,16 @@ from experiments.sweeping.runs import runs_of
 SCORES = {"early": [0.50, 0.54, 0.49, 0.53, 0.52], "late": [0.60, 0.66, 0.59, 0.62, 0.64]}
 
 
+LATE = {"model.fusion": "late"}
 ABLATION = Ablation(
     config="configs/coco.py:tiny",
-    variants={"early": {}, "late": {"model.fusion": "late"}, "never": {"train.b1": 0.5}},
+    variants={"early": {}, "late": LATE, "never": {"train.b1": 0.5}},
     seeds=range(5),
     scores=("caption/cider_d", "foil/accuracy"),
 )
+
+
+FIELDS = {"early": [], "late": ["model.fusion=late"]}
 
 
 def kept_file(folder, variant, seed, score, flops):
@@ -34,6 +39,9 @@ def kept_file(folder, variant, seed, score, flops):
         "seed": seed,
         "flops": flops,
         "parameters": 1_000_000,
+        "config": "configs/coco.py:tiny",
+        "fields": FIELDS[variant],
+        "data": {"fingerprint": "f"},
         "scores": {"caption/cider_d": score} | foils,
         "chance": {"caption/cider_d": 0.1},
         "curves": {"captioning/loss": [[10, 2.0], [20, 1.0 + score]]},
@@ -51,7 +59,7 @@ def kept(tmp_path):
 
 def test_the_table_says_both_costs_and_what_is_noise(kept):
     kept_file(kept, "late", 4, 0.20, 1.5e12)
-    text = markdown(summarise(ABLATION, read_kept(kept)))
+    text = markdown(summarise(ABLATION, read_kept(kept, ABLATION)))
     rows = [line for line in text.splitlines() if line.startswith("| late")]
     assert "within the noise" in rows[0]
     assert "1 M (equal) | 1.5 T (x 1.50)" in rows[0] and "chance 0.100" in rows[0]
@@ -60,23 +68,25 @@ def test_the_table_says_both_costs_and_what_is_noise(kept):
 
 
 def test_the_brief_table_is_bold_beyond_the_noise(kept):
-    rows = brief(summarise(ABLATION, read_kept(kept))).splitlines()
+    rows = brief(summarise(ABLATION, read_kept(kept, ABLATION))).splitlines()
     assert rows[0] == "|  | seeds | `caption/cider_d` | `foil/accuracy` | parameters | FLOPs |"
-    assert rows[2].startswith("| early | 5 | 0.516 (0.490 to 0.542) | 0.500 (0.500 to 0.500) |")
+    assert rows[2].startswith(
+        "| early | 5 | 0.516 (0.490 to 0.542), chance 0.100 | 0.500 (0.500 to 0.500) |"
+    )
     assert rows[3].startswith("| late | 5 | 0.622, **+0.106** (+0.089 to +0.123) | cannot |")
     kept_file(kept, "late", 4, 0.20, 1.5e12)
-    assert "0.534, +0.018 (" in brief(summarise(ABLATION, read_kept(kept)))
+    assert "0.534, +0.018 (" in brief(summarise(ABLATION, read_kept(kept, ABLATION)))
 
 
 def test_verdicts(kept):
-    lines = {each.variant: each for each in summarise(ABLATION, read_kept(kept))[:2]}
+    lines = {each.variant: each for each in summarise(ABLATION, read_kept(kept, ABLATION))[:2]}
     assert (lines["early"].verdict, lines["late"].verdict) == ("", "higher")
     assert lines["late"].difference.mean == pytest.approx(0.106)
     assert cost(1.005e9, 1.005) == "1 G (equal)" and cost(None, None) == "not said"
 
 
 def test_csv_has_the_numbers_unrounded(kept):
-    rows = list(csv.DictReader(io.StringIO(as_csv(summarise(ABLATION, read_kept(kept))))))
+    rows = list(csv.DictReader(io.StringIO(as_csv(summarise(ABLATION, read_kept(kept, ABLATION))))))
     assert rows[1]["variant"] == "late"
     assert float(rows[1]["mean"]) == np.mean(SCORES["late"])
     assert float(rows[1]["flops_ratio"]) == 1.5
@@ -91,7 +101,8 @@ def test_pictures_are_drawn(kept):
 
 
 def test_what_is_kept_of_a_run(tmp_path):
-    run = runs_of(load_ablation(str(sweeps.write_ablation(tmp_path)))[1], tmp_path)[0]
+    _, ablation = load_ablation(str(sweeps.write_ablation(tmp_path)))
+    run = runs_of(ablation, tmp_path, more=["--config.data.dir=/home/me"])[0]
     run.folder.path.mkdir()
     lines = [json.dumps({"step": 10 * i, "loss": 1.0 / i}) for i in range(1, 101)]
     run.folder.metrics.write_text("\n".join(lines) + "\n")
@@ -105,13 +116,46 @@ def test_what_is_kept_of_a_run(tmp_path):
     run.folder.result.write_text(json.dumps(result))
     path = keep(run, ("caption/nats",), tmp_path / "kept")
     assert path.name == "low-0.json"
-    (found,) = read_kept(path.parent)
+    (found,) = read_kept(path.parent, ablation)
     assert found.scores == {"caption/nats": 1.0} and found.chance == {"caption/nats": 3.0}
     assert (found.parameters, found.flops) == (7, 5)
     curve = found.curves["loss"]
     assert len(curve) == 34 and curve[0] == [30, round((1 + 1 / 2 + 1 / 3) / 3, 5)]
     assert curve[-1][0] == 1000
     assert "home" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"fields": ["model.fusion=early"]},
+            "late-1.json was trained otherwise .model.fusion=early",
+        ),
+        ({"config": "configs/coco.py:base"}, "is of configs/coco.py:base, not of"),
+        ({"variant": "later"}, "no variant 'later' .early, late, never."),
+        ({"data": {"fingerprint": "g"}}, "late-1.json is of other data than .*early-0.json"),
+        ({"data": {}}, "no kept result: it has no 'fingerprint'"),
+    ],
+)
+def test_what_answers_another_question_is_refused(kept, changes, message):
+    path = kept / "late-1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        read_kept(kept, ABLATION)
+
+
+def test_fields_of_a_whole_sweep_may_be_added(kept):
+    for path in kept.glob("*.json"):
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"fields": [*content["fields"], "train.b2=0.9"]}))
+    assert len(read_kept(kept, ABLATION)) == 10
+
+
+def test_a_score_that_no_run_has_is_an_error(kept):
+    wrong = replace(ABLATION, variants={"early": {}, "late": LATE}, scores=("caption/ciderd",))
+    with pytest.raises(ValueError, match="did you mean caption/cider_d"):
+        summarise(wrong, read_kept(kept, ABLATION))
 
 
 def test_readme_tables_are_as_the_results():

@@ -23,10 +23,10 @@ SEARCH = SEARCH.replace("import Ablation\n", "import Ablation, Search, Span\n")
 def search(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "python_command", sweeps.stand_in_command)
 
-    def carry_out(trials, text=SEARCH):
+    def carry_out(trials, text=SEARCH, more=()):
         path = sweeps.write_ablation(tmp_path, text)
         arguments = [str(path), f"--runs={tmp_path / 'runs'}", "--interval=0.02"]
-        return command.sweep(command.parse([*arguments, f"--trials={trials}", "--jobs=2"]))
+        return command.sweep(command.parse([*arguments, f"--trials={trials}", "--jobs=2", *more]))
 
     return carry_out
 
@@ -43,10 +43,24 @@ def test_trials_go_on_where_they_were(search, tmp_path, capfd):
     second = scores(said)
     assert len(first) == 2 and len(second) == 4 and set(first) <= set(second)
     assert second == sorted(second)  # the best first, and lower is better here
-    assert said.count("trial 2:") >= 1 and "trial 0: --config" not in said
+    begun = [line for line in said.splitlines() if line.startswith("trial ")]
+    assert any(line.startswith("trial 2: train") for line in begun)
+    assert not any(line.startswith("trial 0:") for line in begun)
     assert len(set(second)) == 4  # no draw is repeated
     folder = tmp_path / "runs" / "rates"
     assert all(sweeps.starts(folder / f"trial_{n}-0") == [0] for n in range(4))
+
+
+def test_a_search_for_something_else_has_a_folder_of_its_own(search, capfd):
+    assert search(1) == 0
+    other = ["--config.train.b2=0.9"]
+    with pytest.raises(ValueError, match="holds the search for something else .run: .*b2=0.9"):
+        search(1, more=other)
+    with pytest.raises(ValueError, match="search: .*high=0.1"):
+        search(1, text=SEARCH.replace("1e-2", "1e-1"))
+    capfd.readouterr()
+    assert search(1, more=[*other, "--name=other"]) == 0
+    assert "trial 0: train.learning_rate=" in capfd.readouterr().out
 
 
 def test_a_trial_that_was_cut_off_is_taken_up(search, tmp_path, capfd):

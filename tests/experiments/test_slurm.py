@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,25 @@ def test_a_preempted_job_is_requeued_and_goes_on(cluster, tmp_path, folder):
     assert tasks(cluster)["100_0"] == ("COMPLETED", 2)
     first, second = sweeps.starts(folder / "low-0")
     assert first == 0 and 3 <= second < 10
+
+
+def test_a_job_that_slurm_has_forgotten_is_no_job(cluster, tmp_path, folder):
+    rows, jobs = begun(sweeps.write_ablation(tmp_path), folder, "low-0")
+    wait_until(lambda: {state for state, _ in tasks(cluster).values()} == {"COMPLETED"})
+    for path in cluster.glob("100_*.json"):
+        path.unlink()
+    shutil.rmtree(folder / "high-1")
+
+    def ended():
+        for row in rows:
+            if row.run.name in jobs:
+                jobs[row.run.name].watcher.info.clear()
+                look(row, jobs[row.run.name], jobs)
+        return not jobs
+
+    wait_until(ended)
+    assert [row.state for row in rows] == ["finished"] * 3 + ["failed"]
+    assert "Slurm says FORGOTTEN" in rows[-1].said
 
 
 def test_a_sweep_that_starts_again_submits_nothing_twice(cluster, tmp_path, folder, capfd):

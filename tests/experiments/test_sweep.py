@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import pytest
 import sweeps
 
 from experiments import sweep as command
-from experiments.sweeping import local
+from experiments.sweeping import local, loop
 from experiments.sweeping.progress import Progress, duration, newest_records
 from experiments.sweeping.runs import asked_config
 from experiments.sweeping.table import Row, Table
+from unified_mm.runs.folder import RunFolder
 
 
 @pytest.fixture
@@ -69,6 +71,73 @@ def test_a_training_that_another_sweep_has_done_is_linked(ablation, tmp_path, fo
     assert sweeps.starts(folder / "low-0") == [0] and not (there / "high-0").is_symlink()
 
 
+def test_a_link_to_a_run_that_was_removed_is_replaced(ablation, tmp_path, folder, capfd):
+    other = tmp_path / "other.py"
+    other.write_text(ablation.read_text())
+    assert carry_out(ablation, tmp_path, "--only=low") == 0
+    assert carry_out(other, tmp_path, "--only=low") == 0
+    shutil.rmtree(folder)
+    assert carry_out(other, tmp_path, "--only=low") == 0
+    assert not (tmp_path / "runs" / "other" / "low-0").is_symlink()
+
+
+def test_a_damaged_run_of_another_sweep_is_passed_over(ablation, tmp_path, folder, capfd):
+    assert carry_out(ablation, tmp_path, "--only=low", "--seeds=0") == 0
+    (folder / "low-0" / "config.json").write_text("{")
+    assert carry_out(ablation, tmp_path, "--name=other", "--seeds=0") == 0
+    assert "passed over: " in capfd.readouterr().out
+
+
+def test_a_run_on_other_data_is_another_run(ablation, tmp_path, capfd):
+    more = ("--only=low", "--seeds=0", "--config.data.source=coco")
+    assert carry_out(ablation, tmp_path, *more, "--config.data.dir=/a") == 0
+    assert carry_out(ablation, tmp_path, *more, "--config.data.dir=/b") == 1
+    assert "holds another run: data.dir" in capfd.readouterr().out
+
+
+def test_no_run_is_left_alone_whatever_goes_wrong(ablation, tmp_path, folder, capfd, monkeypatch):
+    folder.mkdir(parents=True)
+    (folder / "low-0.slow").touch()
+
+    def broken(run_folder):
+        if (run_folder.path / "starts").exists():
+            raise OSError("the disk is gone")
+        return Progress()
+
+    monkeypatch.setattr(loop, "progress_of", broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        carry_out(ablation, tmp_path, "--jobs=2")
+    assert "saved and ended" in capfd.readouterr().out
+    for name in ("low-0", "high-0"):
+        with RunFolder(folder / name).lock():
+            pass
+
+
+def test_a_signal_while_jobs_start_waits_until_they_are_known():
+    signals = loop.Signals()
+    with pytest.raises(loop.Told), signals.held():
+        signals(signal.SIGTERM, None)
+        reached = True
+    assert reached
+    with pytest.raises(loop.Told):
+        signals(signal.SIGTERM, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus=2"], "--gpus is read by --launcher=slurm alone"),
+        (["--launcher=slurm", "--tpu=v5e:4x4"], "--tpu is read by --launcher=print alone"),
+        (["--trials=2", "--only=low"], "not read beside --trials"),
+        (["--trials=2", "--launcher=print"], "--trials goes with --launcher=local"),
+    ],
+)
+def test_what_nothing_would_read_is_refused(ablation, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        carry_out(ablation, tmp_path, *options)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_training_that_differs_in_any_field_is_done_itself(ablation, tmp_path, folder):
     """Also in one that may change within a run, such as how often it is saved."""
     assert carry_out(ablation, tmp_path, "--only=low", "--seeds=0") == 0
@@ -81,9 +150,18 @@ def test_jobs_divide_cores_and_gpus():
     shares = [local.share_of(range(5), place, 2) for place in range(2)]
     assert sorted(sum(shares, [])) == list(range(5)) and len(shares[1]) == 2
     assert [local.share_of([7, 8], place, 3) for place in range(3)] == [[7], [8], [7]]
-    two = {"CUDA_VISIBLE_DEVICES": "2,5"}
-    assert local.share_of_gpus(two, 1, 2) == {"CUDA_VISIBLE_DEVICES": "5"}
-    assert local.share_of_gpus({}, 1, 2) == {} == local.share_of_gpus({local.GPUS: ""}, 0, 2)
+    assert local.share_of_gpus({}, ["2", "5"], 1, 2) == {"CUDA_VISIBLE_DEVICES": "5"}
+    assert local.share_of_gpus({}, [], 1, 2) == {} == local.share_of_gpus({}, ["2", "5"], 0, 1)
+    three = local.share_of_gpus({}, ["2", "5"], 2, 3)
+    assert three == {"CUDA_VISIBLE_DEVICES": "2", local.MEMORY: "0.375"}
+    assert local.share_of_gpus({local.MEMORY: "0.2"}, ["2"], 1, 2) == {"CUDA_VISIBLE_DEVICES": "2"}
+
+
+def test_gpus_are_those_that_are_listed(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert local.visible_gpus() == ["4", "7"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local.visible_gpus() == []
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux places processes")
