@@ -112,14 +112,16 @@ def test_our_ablations_say_what_recipes_know(path, size, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", ["tiny", "base"])
 @pytest.mark.parametrize("path", OURS, ids=lambda path: path.stem)
-def test_our_ablations_can_be_trained(path, tmp_path):
+def test_our_ablations_can_be_trained(path, size, tmp_path):
     """Every variant can be built, and where the file says so has the base's FLOPs."""
-    _, ablation = load_ablation(f"{path}:tiny")
+    _, ablation = load_ablation(f"{path}:{size}")
     flops = []
     for run in runs_of(ablation, tmp_path, seeds=(0,)):
         config = asked_config(run)
-        config["data"]["vocabulary_size"] = WORDS
+        if size == "tiny":
+            config["data"]["vocabulary_size"] = WORDS
         phases = plan(Config(config), jax.devices()[:1])
         assert phases[-1].stop == config["train"]["steps"], run.name
         flops.append(sum((each.stop - each.start) * training_flops(each) for each in phases))
