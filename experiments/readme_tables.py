@@ -19,7 +19,7 @@ from experiments.reporting.kept import RESULTS, read_kept
 from experiments.reporting.summary import brief, summarise
 from experiments.sweeping.ablation import load_ablation
 from unified_mm.commands import exit_code, say
-from unified_mm.runs.folder import write_atomically
+from unified_mm.runs.folder import naming, write_atomically
 
 ROOT = Path(__file__).parents[1]
 ABLATIONS = Path(__file__).parent / "ablations"
@@ -37,10 +37,11 @@ def main() -> None:
 
 def update(readme: Path, *, check: bool) -> int:
     """Rewrites the tables, or says which are stale; 1 where any is, and nothing was written."""
-    before = readme.read_text()
+    with naming(f"--readme={readme}"):
+        before = readme.read_text(encoding="utf-8")
     after = rewritten(before)
-    old, new = ({name: text for _, name, text, _ in BLOCK.findall(t)} for t in (before, after))
-    stale = [name for name in old if old[name] != new[name]]
+    old, new = (BLOCK.findall(text) for text in (before, after))
+    stale = [was[1] for was, now in zip(old, new, strict=True) if was != now]
     if check and stale:
         say(f"stale: {', '.join(stale)}; python -m experiments.readme_tables writes them anew")
         return 1
@@ -54,11 +55,14 @@ def rewritten(text: str, results: Path = RESULTS) -> str:
     """The text with every table as the kept results have it now.
 
     Raises:
-      ValueError: a table that does not end.
+      ValueError: a table that does not end, or a marker that is not quite one.
       FileNotFoundError: an ablation, or kept results, that there are not.
     """
-    if text.count("<!-- table: ") != len(BLOCK.findall(text)):
-        raise ValueError("a table begins with <!-- table: --> and has no <!-- end of table -->")
+    if len(re.findall(r"<!--\s*table\b", text)) != len(BLOCK.findall(text)):
+        raise ValueError(
+            "a table begins with a line <!-- table: FILE --> and ends with <!-- end of table -->: "
+            "there is one that does not"
+        )
     return BLOCK.sub(lambda m: f"{m[1]}{table_of(m[2], results)}{m[4]}", text)
 
 

@@ -2,7 +2,8 @@
 
 Keeps the finished runs of runs/ablations/NAME as experiments/results/NAME/VARIANT-SEED.json, and
 writes beside them, from all that is kept there: table.md, table.csv, and the pictures curves.svg,
-bars.svg and flops.svg. With `--kept` the runs need not be there.
+bars.svg and flops.svg. With `--kept` the runs need not be there. `--name` and
+`--config.FIELD=VALUE` are those of the sweep.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from experiments.sweeping.ablation import Ablation, load_ablation
 from experiments.sweeping.runs import finished, runs_of
 from unified_mm.analysis.scaling import PowerLaw, fit_power_law
 from unified_mm.commands import exit_code, say
-from unified_mm.runs.folder import write_atomically
+from unified_mm.runs.folder import user_path, write_atomically
 
 
 def main() -> None:
@@ -43,9 +44,9 @@ def report(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.more[0]} is not read beside --kept")
     name, ablation = load_ablation(args.ablation)
     name = args.name or name
-    target = args.results / name
+    target = user_path(args.results, "--results") / name
     if not args.kept:
-        keep_all(ablation, args.runs.absolute() / name, args.more, target)
+        keep_all(ablation, user_path(args.runs, "--runs").absolute() / name, args.more, target)
     write_summary(ablation, target)
     return 0
 

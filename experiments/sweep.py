@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jax
 
-from experiments.sweeping.ablation import Ablation, load_ablation
+from experiments.sweeping.ablation import NAME, Ablation, load_ablation
 from experiments.sweeping.done_elsewhere import link_what_is_done
 from experiments.sweeping.jobs import Launcher
 from experiments.sweeping.local import Local
@@ -29,7 +29,7 @@ from experiments.sweeping.loop import Told, carry_out, first_rows
 from experiments.sweeping.runs import Run, runs_of
 from experiments.sweeping.table import Table, final_table
 from unified_mm.commands import exit_code, say
-from unified_mm.runs.folder import take, user_path
+from unified_mm.runs.folder import naming, take, user_path
 
 RUNS = Path("runs") / "ablations"
 LAUNCHERS = ("local", "slurm", "print")
@@ -52,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (slurm: 0 is all)")
     parser.add_argument("--runs", default=str(RUNS), help="the folder of all sweeps")
     parser.add_argument("--name", help="the sweep's folder in it; else the ablation's name")
-    parser.add_argument("--seeds", help="in place of the ablation's, such as 0,1")
+    parser.add_argument("--seeds", type=numbers, default=(), help="in place of the file's: 0,1")
     parser.add_argument("--only", action="append", default=[], help="a variant; may be repeated")
     parser.add_argument("--interval", type=float, default=2.0, help="seconds between two looks")
     parser.add_argument("--trials", type=int, default=0, help="search: how many trials in all")
@@ -64,6 +64,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tpu", help="print: the manifest's slice of TPUs (v5e:4x4)")
     parser.add_argument("--claim", help="print: the volume claim that holds runs/ (runs)")
     return with_fields(parser, argv)
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers between commas."""
+    return [int(each) for each in text.split(",")]
 
 
 def with_fields(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -82,6 +87,8 @@ def refuse_unread(args: argparse.Namespace) -> None:
         for name in names:
             if launcher != args.launcher and getattr(args, name) is not None:
                 raise ValueError(f"--{name} is read by --launcher={launcher} alone")
+    if args.trials < 0:
+        raise ValueError(f"--trials={args.trials}: must be at least 1, or 0 for none")
     if args.trials:
         if args.launcher != "local":
             raise ValueError("--trials goes with --launcher=local: trials follow from each other")
@@ -96,18 +103,21 @@ def sweep(args: argparse.Namespace) -> int:
     """Does what the command line asks; 0 where every run is finished."""
     refuse_unread(args)
     name, ablation = load_ablation(args.ablation)
-    folder = user_path(args.runs, "--runs").absolute() / (args.name or name)
+    name = args.name or name
+    if not NAME.fullmatch(name):
+        raise ValueError(f"--name={name}: letters, digits and . _ = - make the name of a folder")
+    folder = user_path(args.runs, "--runs").absolute() / name
     if args.trials:
         from experiments.sweeping.search import search
 
         with only_sweep(folder):
             return search(ablation, folder, args.trials, args.jobs, args.more, args.interval)
-    seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else ()
-    runs = runs_of(ablation, folder, seeds=seeds, only=args.only, more=args.more)
+    runs = runs_of(ablation, folder, seeds=args.seeds, only=args.only, more=args.more)
     if args.launcher == "print":
         return print_commands(runs, args)
+    launcher = launcher_of(args, folder)
     with only_sweep(folder):
-        return watch(runs, folder, launcher_of(args, folder), ablation, args.interval)
+        return watch(runs, folder, launcher, ablation, args.interval)
 
 
 def launcher_of(args: argparse.Namespace, folder: Path) -> Launcher:
@@ -165,8 +175,10 @@ def print_commands(runs: list[Run], args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def only_sweep(folder: Path) -> Iterator[None]:
     """Holds the sweep's folder for this process. Raises ValueError where another has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
+    with naming(f"the sweep's folder {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+")
+    with lock as file:
         if other := take(file):
             raise ValueError(f"process {other} carries out the sweep in {folder} already")
         yield

@@ -47,6 +47,22 @@ def test_runs_of_all_fusions_are_compared(folders, tmp_path, capsys):
     assert "exists and is not overwritten" in capsys.readouterr().err
 
 
+def test_one_run_under_two_names_is_refused(folders, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(folders[0], target_is_directory=True)
+    assert run(folders[0], tmp_path / "link") == 1
+    assert "is given twice, by this name or another" in capsys.readouterr().err
+
+
+def test_a_damaged_result_is_named(folders, tmp_path, capsys):
+    config = tiny.config_dict(**KINDS["early"]).to_dict()
+    odd = RunFolder(tmp_path / "odd")
+    write_json(odd.config, config)
+    for content in ([1], {"scores": None}, {"scores": {"caption/nats": "x"}}):
+        write_json(odd.result, content)
+        assert run(folders[0], tmp_path / "odd") == 1
+        assert f"{odd.result} is damaged" in capsys.readouterr().err
+
+
 def test_a_model_that_cannot_be_built_is_said_and_compared(folders, tmp_path, capsys):
     config = tiny.config_dict(**KINDS["early"]).to_dict()
     config["model"]["fusion"] = "of tomorrow"

@@ -36,6 +36,10 @@ def work(options: argparse.Namespace) -> int:
 
     output = new_file(options.output)
     folders = [RunFolder(run) for run in options.runs]
+    places = [folder.path.resolve() for folder in folders]
+    for folder, place in zip(folders, places, strict=True):
+        if places.count(place) > 1:
+            raise ValueError(f"{folder.path} is given twice, by this name or another")
     runs = [
         summarise(folder, name, sizes_of(folder))
         for folder, name in zip(folders, short_names(folders), strict=True)
@@ -65,7 +69,7 @@ def sizes_of(folder: RunFolder) -> dict[str, Any]:
             tokenizer = TextTokenizer.load(folder.tokenizer, **named)
             fields["data"]["vocabulary_size"] = tokenizer.vocabulary_size
         sizes = measure_sizes(Config(fields))
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         # A part of a model (an imported image tower), or a config of another version.
         say(f"{folder.path}: parameters and FLOPs cannot be counted: {error}")
         return dict.fromkeys(names)

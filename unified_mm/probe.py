@@ -124,6 +124,8 @@ def world(
     from unified_mm.evaluation.evaluate import captions_of
 
     source, split = opened(model, options)
+    if split == model.config.data.train_split:
+        raise ValueError(f"--split={split} is what probes are fitted on: ask about another")
     parts = []
     for name, most in ((model.config.data.train_split, options.train), (split, options.asked)):
         scenes = read_scenes(source.folder, name)

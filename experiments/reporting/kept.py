@@ -50,7 +50,7 @@ class Result:
 
 def keep(run: Run, scores: Sequence[str], folder: Path) -> Path:
     """Writes a finished run's result into `folder`; the same run gives the same file."""
-    found = read_json(run.folder.result)
+    found = run.folder.read_result()
     counts = {"parameters": found["parameters"]} if "parameters" in found else {}
     data = {key: value for key, value in found["data"].items() if key not in ("folder", "notice")}
     own = {
@@ -95,6 +95,8 @@ def read_kept(folder: Path, ablation: Ablation) -> list[Result]:
     results = [read_result(path) for path in paths]
     variants = ablation.all_variants()
     for result in results:
+        if result.path.stem != f"{result.variant}-{result.seed}":
+            raise ValueError(f"{result.path} holds {result.variant}-{result.seed}; {MEND}")
         if result.variant not in variants:
             raise ValueError(
                 f"{result.path}: the ablation has no variant {result.variant!r} "
@@ -120,7 +122,7 @@ def check_same(result: Result, asked: Run, first: Result) -> None:
 
 def read_result(path: Path) -> Result:
     """One kept file."""
-    kept: dict[str, Any] = read_json(path)
+    kept: Any = read_json(path)
     try:
         return Result(
             path=path,
@@ -129,14 +131,16 @@ def read_result(path: Path) -> Result:
             config=kept["config"],
             fields=tuple(kept["fields"]),
             data=kept["data"]["fingerprint"],
-            flops=kept["flops"],
+            flops=float(kept["flops"]),
             parameters=kept.get("parameters"),
-            scores=kept["scores"],
-            chance=kept["chance"],
-            curves=kept["curves"],
+            scores={name: float(value) for name, value in kept["scores"].items()},
+            chance={name: float(value) for name, value in kept["chance"].items()},
+            curves={name: [[*point] for point in curve] for name, curve in kept["curves"].items()},
         )
     except KeyError as error:
         raise ValueError(f"{path} is no kept result: it has no {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no kept result: {error}") from error
 
 
 def curves_of(folder: RunFolder) -> dict[str, list[list[float]]]:

@@ -21,7 +21,8 @@ def learning_curves(results: Sequence[Result], names: Sequence[str]) -> str:
     figure, panels = drawing(len(metrics))
     for axes, metric in zip(panels, metrics, strict=True):
         curves_of_metric(axes, results, names, metric)
-    panels[0].legend(fontsize="small")
+    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    figure.legend(handles=[*lines.values()], loc="outside upper center", ncols=6, fontsize="small")
     return as_svg(figure)
 
 
@@ -39,6 +40,7 @@ def curves_of_metric(
         colour = f"C{place % 10}"
         axes.plot(steps, values.mean(0), label=name, linewidth=1.2, color=colour)
         axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+    axes.set_yscale("log")
     axes.set_xlabel("training step")
     axes.set_ylabel(metric)
 
@@ -63,6 +65,7 @@ def against_flops(
 ) -> str:
     """A score against the FLOPs of training, a point a variant, with a fitted power law."""
     figure, (axes,) = drawing()
+    cheapest, dearest = (limit(r.flops for r in results) for limit in (min, max))
     for name in names:
         runs = [r for r in results if r.variant == name and score in r.scores]
         if not runs:
@@ -72,11 +75,12 @@ def against_flops(
         flops = float(np.mean([r.flops for r in runs]))
         axes.errorbar(flops, found.mean, yerr=half, marker="o", capsize=4, label=name)
     if law is not None:
-        cost = np.geomspace(min(r.flops for r in results), max(r.flops for r in results), 50)
+        cost = np.geomspace(cheapest, dearest, 50)
         label = f"FLOPs ^ -{law.exponent.value:.3g} + {law.floor.value:.3g}"
         axes.plot(cost, law(cost), color="black", linewidth=1, label=label)
         axes.set_yscale("log")
     axes.set_xscale("log")
+    axes.set_xlim(cheapest / 1.5, dearest * 1.5)  # equal ones are to look equal
     axes.set_xlabel("FLOPs of training")
     axes.set_ylabel(score)
     axes.legend(fontsize="small")

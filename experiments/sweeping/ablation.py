@@ -6,16 +6,18 @@ A file of `experiments/ablations/` states question and expected answer in its do
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unified_mm.recipes import load_recipe
-from unified_mm.runs.folder import naming
 
 Overrides = Mapping[str, Any]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")
@@ -30,6 +32,10 @@ class Span:
     low: float
     high: float
     log: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(f"{self}: low must be below high, and above 0 for a logarithm")
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,10 @@ class Search:
     score: str
     higher: bool = True
     prune_by: str = "loss"
+
+    def __post_init__(self) -> None:
+        if not self.space:
+            raise ValueError("a search needs something in its space")
 
 
 @dataclass(frozen=True)
@@ -129,18 +139,34 @@ def load_ablation(given: str) -> tuple[str, Ablation]:
         raise FileNotFoundError(
             f"there is no ablation {path!r}; give experiments/ablations/NAME.py"
         )
-    with naming(path):
+    if size and not NAME.fullmatch(size):
+        raise ValueError(f"{given}: {size!r} is no size")
+    with faults_named(path):
         module = load_recipe(path)
     if not (module.__doc__ or "").strip():
         raise ValueError(f"{path} has no docstring: it states the question and what is expected")
     if not hasattr(module, "get_ablation"):
         raise ValueError(f"{path} is no ablation, for it defines no get_ablation(size)")
-    ablation = module.get_ablation(size or "tiny")
+    with faults_named(path):
+        ablation = module.get_ablation(size or "tiny")
     if not isinstance(ablation, Ablation):
         raise ValueError(f"{path}: its get_ablation returns a {type(ablation).__name__}")
     check(ablation, path)
     name = Path(path).stem
     return (f"{name}_{size}" if size not in ("", "tiny") else name), ablation
+
+
+@contextlib.contextmanager
+def faults_named(path: str) -> Iterator[None]:
+    """Whatever a file of the user's raises is said with the file and the line in it."""
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [each.lineno for each in frames if each.filename == os.path.abspath(path)]
+        place = lines[-1] if lines else getattr(error, "lineno", None)
+        where = f"{path}, line {place}" if place else path
+        raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
 
 
 def question(given: str) -> str:
@@ -150,11 +176,11 @@ def question(given: str) -> str:
 
 def check(ablation: Ablation, path: str) -> None:
     """Raises ValueError, naming the file, for seeds, scores or variants that cannot be."""
-    try:
+    with faults_named(path):
         if not ablation.seeds or len(set(ablation.seeds)) < len(ablation.seeds):
             raise ValueError(f"seeds={tuple(ablation.seeds)}: at least one, each once")
-        if not ablation.scores:
-            raise ValueError("scores is empty: name those that the answer is read from")
+        if not ablation.scores or isinstance(ablation.scores, str):
+            raise ValueError(f"scores={ablation.scores!r}: a tuple of those that it is read from")
+        if not isinstance(ablation.search, Search | None):
+            raise ValueError("search must be a Search")
         ablation.all_variants()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error

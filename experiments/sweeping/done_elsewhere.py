@@ -10,7 +10,7 @@ from typing import Any
 from experiments.sweeping.runs import Run, asked_config
 from experiments.sweeping.table import Row
 from unified_mm.commands import say
-from unified_mm.runs.folder import RunFolder, RunFolderError, differences, read_json
+from unified_mm.runs.folder import RunFolder, RunFolderError, differences
 
 
 def link_what_is_done(rows: Sequence[Row], sweeps: Path) -> None:
@@ -40,11 +40,13 @@ def link_what_is_done(rows: Sequence[Row], sweeps: Path) -> None:
 def finished_runs(sweeps: Path) -> Iterator[tuple[RunFolder, dict[str, Any]]]:
     """The finished runs of all sweeps with their configs, links and damaged ones apart."""
     for path in sorted(sweeps.glob("*/*-*")):
-        folder = RunFolder(path)
-        if path.is_symlink() or not (folder.exists and folder.finished):
+        if path.is_symlink():
             continue
         try:
-            yield folder, folder.read_config()
+            folder = RunFolder(path)
+            if folder.exists and folder.finished:
+                folder.read_result()
+                yield folder, folder.read_config()
         except RunFolderError as error:
             say(f"passed over: {error}")
 
@@ -60,4 +62,4 @@ def link(run: Run, folder: RunFolder) -> None:
 
 def revision_of(folder: RunFolder) -> str:
     """The code's revision that a finished run had."""
-    return str(read_json(folder.result).get("revision"))[:10]
+    return str(folder.read_result().get("revision"))[:10]

@@ -69,7 +69,12 @@ def begin(rows: Sequence[Row], launcher: Launcher, jobs: dict[str, Job]) -> None
     for row in rows:
         if row.state != "waiting":
             continue
-        if job := launcher.found(row.run):
+        try:
+            job = launcher.found(row.run)
+        except (ValueError, RuntimeError) as error:  # something else lies in its place
+            row.state, row.said = "differs", str(error)
+            continue
+        if job:
             jobs[row.run.name] = job
             row.state = job.state()
         else:

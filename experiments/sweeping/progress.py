@@ -45,11 +45,11 @@ def progress_of(folder: RunFolder) -> Progress:
     if not found:
         return Progress(steps=steps)
     last = found[-1]
-    return Progress(last["step"], steps, last["loss"], last.get("time/steps_per_second"))
+    return Progress(int(last["step"]), steps, last["loss"], last.get("time/steps_per_second"))
 
 
 def newest_records(path: Path) -> list[dict[str, Any]]:
-    """The last lines of a metrics file; what is torn is passed over."""
+    """The last lines of a metrics file; what is torn or odd is passed over."""
     if not path.is_file():
         return []
     with open(path, "rb") as file:
@@ -61,8 +61,18 @@ def newest_records(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:  # cut off by the tail's begin
             continue
-        found.append(record)
+        if is_record(record):
+            found.append(record)
     return found
+
+
+def is_record(record: Any) -> bool:
+    """Whether a line is what training writes: numbers by name, the step among them."""
+    return (
+        isinstance(record, dict)
+        and "step" in record
+        and all(isinstance(value, int | float) for value in record.values())
+    )
 
 
 def duration(seconds: float | None) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from experiments.sweeping.ablation import Ablation
-from unified_mm.recipes import check_recipe, resolve
+from experiments.sweeping.ablation import OWN, Ablation
+from unified_mm.recipes import check_recipe, check_seed, resolve
 from unified_mm.runs.folder import FREE_FIELDS, RunFolder, differences
 
 ROOT = Path(__file__).parents[2]
@@ -82,8 +82,13 @@ def runs_of(
       more: further `--config.FIELD=VALUE`, for all runs.
 
     Raises:
-      ValueError: a variant that there is not, or fields or values that the recipe refuses.
+      ValueError: a variant or a seed that there is not, or fields or values that the recipe
+        refuses.
     """
+    check_seeds(seeds or ablation.seeds)
+    for each in more:
+        if each.removeprefix("--config.").partition("=")[0] in OWN:
+            raise ValueError(f"{each}: the sweep sets that itself; see --seeds")
     variants = ablation.all_variants()
     for name in only:
         if name not in variants:
@@ -97,6 +102,14 @@ def runs_of(
     for run in runs[: len(chosen)]:
         check_run(run)
     return runs
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises ValueError for seeds that are none, or that come twice."""
+    for seed in seeds:
+        check_seed(seed)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {', '.join(map(str, seeds))}: each may come once")
 
 
 def make_run(
@@ -157,6 +170,7 @@ def finished(run: Run) -> bool:
 
     Raises:
       ValueError: there is another run in its folder, finished or not; with the fields.
+      RunFolderError: its config or its result is damaged.
     """
     if not run.folder.exists:
         return False
@@ -164,9 +178,11 @@ def finished(run: Run) -> bool:
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(
-            f"{run.folder.path} holds another run: {'; '.join(map(str, found[:3]))}{more}; remove "
-            "it, or give the sweep another --name"
+            f"{run.folder.path} holds another run: {'; '.join(map(str, found[:3]))}{more}; give "
+            "the --config.FIELD=VALUE that it was made with, or another --name"
         )
+    if run.folder.finished:
+        run.folder.read_result()
     return run.folder.finished
 
 

@@ -19,7 +19,6 @@ from experiments.sweeping.loop import Told, signals_told
 from experiments.sweeping.progress import newest_records
 from experiments.sweeping.runs import Run, check_run, finished, make_run, parsed
 from unified_mm.commands import say
-from unified_mm.runs.folder import read_json
 
 STARTUP = 4  # trials that run to their end before any is pruned
 ASKED = "asked"  # the study's attribute that says what is searched
@@ -56,6 +55,9 @@ def search(
     launcher = Local(jobs, folder / "logs")
     fields = ablation.all_variants()[ablation.base]
     base = make_run("base", ablation.seeds[0], fields, ablation.config, folder, more)
+    for name, choice in ablation.search.space.items():
+        first = choice.low if isinstance(choice, Span) else choice[0]
+        check_run(make_run("search", 0, {**fields, name: first}, ablation.config, folder, more))
     steps = parsed(("search", *base.config_arguments())).value.train.steps
     study = open_study(ablation.search, folder, int(WARMUP * steps))
     check_question(study, {"run": base.config_arguments(), "search": repr(ablation.search)}, folder)
@@ -203,9 +205,12 @@ def tell(study: Any, trial: Trial, end: End, score: str) -> None:
 
     number = trial.asked.number
     if finished(trial.run):
-        value = read_json(trial.run.folder.result)["scores"][score]
-        study.tell(number, value)
-        say(f"trial {number}: {score} {value:.4f}")
+        scores = trial.run.folder.read_result()["scores"]
+        if score not in scores:
+            study.tell(number, state=TrialState.FAIL)
+            raise ValueError(f"the search's score {score!r}: a run has {', '.join(scores)}")
+        study.tell(number, scores[score])
+        say(f"trial {number}: {score} {scores[score]:.4f}")
     elif trial.pruned:
         study.tell(number, state=TrialState.PRUNED)
         say(f"trial {number}: pruned at step {max(trial.reported)}")

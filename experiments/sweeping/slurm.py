@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -159,6 +160,8 @@ class Slurm:
             raise ValueError(
                 "--launcher=slurm needs submitit: pip install -e '.[sweep]'"
             ) from error
+        if shutil.which("sbatch") is None:
+            raise ValueError("--launcher=slurm needs Slurm: there is no sbatch on the path")
         if self.parallel < 0 or self.minutes < 1 or self.gpus < 0 or self.cpus < 1:
             raise ValueError("--jobs and --gpus must be at least 0, --time and --cpus at least 1")
         self._watcher = Watcher(SlurmInfoWatcher(delay_s=EVERY))

@@ -10,7 +10,6 @@ from typing import TextIO
 
 from experiments.sweeping.progress import Progress, duration
 from experiments.sweeping.runs import Run
-from unified_mm.runs.folder import read_json
 
 STATES = ("finished", "running", "queued", "waiting", "failed", "differs")
 
@@ -92,7 +91,7 @@ def final_table(rows: Sequence[Row], scores: Sequence[str]) -> str:
     heads = [score.removeprefix("single_caption/") for score in scores]
     lines = [f"{'run':<{width}}  {'state':<9}" + "".join(f"  {head}" for head in heads)]
     for row in rows:
-        found = read_json(row.run.folder.result)["scores"] if row.state == "finished" else {}
+        found = row.run.folder.read_result()["scores"] if row.state == "finished" else {}
         cells = [
             f"  {found[score]:>{len(head)}.4f}" if score in found else f"  {'':>{len(head)}}"
             for score, head in zip(scores, heads, strict=True)

@@ -7,7 +7,7 @@ import pytest
 from sweeps import FILE, ROOT, write_ablation
 
 from experiments.reporting.summary import EQUAL
-from experiments.sweeping.ablation import Ablation, load_ablation, question
+from experiments.sweeping.ablation import Ablation, Search, Span, load_ablation, question
 from experiments.sweeping.runs import asked_config, parsed, runs_of
 from unified_mm.config import Config
 from unified_mm.training.ahead import plan
@@ -85,7 +85,14 @@ def test_an_unknown_variant_is_refused(tmp_path):
         (FILE.split("\n", 1)[1], "has no docstring"),
         ('"""A question?"""\n', "defines no get_ablation"),
         (FILE.replace("seeds=(0, 1)", "seeds=(1, 1)"), r"seeds=\(1, 1\): at least one, each once"),
-        (FILE.replace('("caption/nats",)', "()"), "scores is empty"),
+        (FILE.replace('("caption/nats",)', "()"), r"scores=\(\): a tuple"),
+        (FILE.replace('("caption/nats",)', '"caption/nats"'), "scores='caption/nats': a tuple"),
+        (FILE.replace("common=", "comon="), "rates.py, line 6: TypeError: .*'comon'"),
+        (FILE.replace("return", "return ("), "rates.py, line 6: SyntaxError"),
+        (FILE.replace("return", "import nothing_such;"), "line 6: ModuleNotFoundError"),
+        (FILE.replace("(size)", "()"), "TypeError: .*positional argument"),
+        (FILE.replace("seeds=(0, 1)", "seeds=3"), "rates.py.*TypeError"),
+        (FILE.replace("seeds=(0, 1)", "seeds=(0,), search=3"), "search must be a Search"),
     ],
 )
 def test_files_that_are_no_ablation(tmp_path, text, message):
@@ -93,10 +100,27 @@ def test_files_that_are_no_ablation(tmp_path, text, message):
         load_ablation(str(write_ablation(tmp_path, text)))
 
 
-def test_unknown_options_of_an_ablation_are_refused(tmp_path):
-    path = write_ablation(tmp_path, FILE.replace("common=", "comon="))
-    with pytest.raises(TypeError, match="comon"):
-        load_ablation(str(path))
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seeds": (0, 0)}, "seeds 0, 0: each may come once"),
+        ({"seeds": (-1,)}, "seed=-1: must be a whole number"),
+        ({"seeds": (2**32,)}, "seed=4294967296: must be"),
+        ({"more": ["--config.seed=3"]}, "--config.seed=3: the sweep sets that itself"),
+    ],
+)
+def test_what_a_command_may_not_ask(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        runs_of(Ablation(**BASE, variants={"a": {}}), tmp_path, **given)
+
+
+def test_searches_that_cannot_be():
+    with pytest.raises(ValueError, match="low=2, high=1.*low must be below high"):
+        Span(2, 1)
+    with pytest.raises(ValueError, match="above 0 for a logarithm"):
+        Span(0, 1, log=True)
+    with pytest.raises(ValueError, match="needs something in its space"):
+        Search({}, "caption/nats")
 
 
 @pytest.mark.parametrize("size", ["tiny", "base"])

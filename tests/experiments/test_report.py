@@ -133,7 +133,10 @@ def test_what_is_kept_of_a_run(tmp_path):
             "late-1.json was trained otherwise .model.fusion=early",
         ),
         ({"config": "configs/coco.py:base"}, "is of configs/coco.py:base, not of"),
-        ({"variant": "later"}, "no variant 'later' .early, late, never."),
+        ({"variant": "later"}, "late-1.json holds later-1"),
+        ({"seed": 3}, "late-1.json holds late-3"),
+        ({"scores": []}, "late-1.json is no kept result"),
+        ({"flops": "many"}, "late-1.json is no kept result: could not convert"),
         ({"data": {"fingerprint": "g"}}, "late-1.json is of other data than .*early-0.json"),
         ({"data": {}}, "no kept result: it has no 'fingerprint'"),
     ],
@@ -142,6 +145,14 @@ def test_what_answers_another_question_is_refused(kept, changes, message):
     path = kept / "late-1.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ValueError, match=message):
+        read_kept(kept, ABLATION)
+
+
+def test_results_of_a_variant_that_there_was_are_refused(kept):
+    (kept / "late-1.json").rename(kept / "later-1.json")
+    content = json.loads((kept / "later-1.json").read_text()) | {"variant": "later"}
+    (kept / "later-1.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="no variant 'later' .early, late, never."):
         read_kept(kept, ABLATION)
 
 
@@ -172,6 +183,10 @@ def test_a_stale_table_is_said_and_mended(tmp_path, monkeypatch, capsys):
     assert readme_tables.update(readme, check=False) == 0
     assert readme.read_text() == "a\n<!-- table: f.py x -->\nnew f.py x\n<!-- end of table -->\nb\n"
     assert readme_tables.update(readme, check=True) == 0
-    readme.write_text("<!-- table: f.py -->\n")
-    with pytest.raises(ValueError, match="has no <!-- end of table -->"):
-        readme_tables.update(readme, check=True)
+    twice = "<!-- table: f.py -->\n{}\n<!-- end of table -->\n"
+    readme.write_text(twice.format("old") + twice.format("new f.py"))
+    assert readme_tables.update(readme, check=True) == 1
+    for text in ("<!-- table: f.py -->\n", "<!--table: f.py -->\nx\n<!-- end of table -->\n"):
+        readme.write_text(text)
+        with pytest.raises(ValueError, match="ends with <!-- end of table -->: there is one"):
+            readme_tables.update(readme, check=True)

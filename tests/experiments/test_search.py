@@ -63,6 +63,17 @@ def test_a_search_for_something_else_has_a_folder_of_its_own(search, capfd):
     assert "trial 0: train.learning_rate=" in capfd.readouterr().out
 
 
+def test_a_score_that_no_run_has_is_said(search, capfd):
+    with pytest.raises(ValueError, match="score 'caption/natz': a run has caption/nats"):
+        search(1, text=SEARCH.replace('score="caption/nats"', 'score="caption/natz"'))
+
+
+def test_a_field_that_there_is_not_is_said_before_any_trial(search, tmp_path):
+    with pytest.raises(ValueError, match="train.b7"):
+        search(1, text=SEARCH.replace("train.b1", "train.b7"))
+    assert not (tmp_path / "runs" / "rates" / "study.journal").exists()
+
+
 def test_a_trial_that_was_cut_off_is_taken_up(search, tmp_path, capfd):
     from experiments.sweeping.ablation import load_ablation
     from experiments.sweeping.search import open_study, run_of

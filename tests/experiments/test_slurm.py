@@ -127,6 +127,13 @@ def test_a_preempted_job_is_requeued_and_goes_on(cluster, tmp_path, folder):
     assert first == 0 and 3 <= second < 10
 
 
+def test_without_slurm_nothing_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="there is no sbatch on the path"):
+        carry_out(tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_job_that_slurm_has_forgotten_is_no_job(cluster, tmp_path, folder):
     rows, jobs = begun(sweeps.write_ablation(tmp_path), folder, "low-0")
     wait_until(lambda: {state for state, _ in tasks(cluster).values()} == {"COMPLETED"})

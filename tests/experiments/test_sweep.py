@@ -88,6 +88,28 @@ def test_a_damaged_run_of_another_sweep_is_passed_over(ablation, tmp_path, folde
     assert "passed over: " in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("content", ["garbage", "[]", "{}", '{"scores": {"caption/nats": null}}'])
+def test_a_damaged_result_is_said_and_the_others_stay(ablation, tmp_path, folder, capfd, content):
+    assert carry_out(ablation, tmp_path) == 0
+    (folder / "low-0" / "result.json").write_text(content)
+    capfd.readouterr()
+    assert carry_out(ablation, tmp_path) == 1
+    said = capfd.readouterr().out
+    assert "low-0   differs\n" in said and "high-1  finished         3.0000" in said
+    assert "delete it, and the same command scores the run again" in said
+    assert carry_out(ablation, tmp_path, "--name=other", "--seeds=0") == 0
+    assert not (tmp_path / "runs" / "other" / "low-0").is_symlink()
+
+
+def test_a_folder_of_something_else_stops_no_other_run(ablation, tmp_path, folder, capfd):
+    (folder / "low-0").mkdir(parents=True)
+    (folder / "low-0" / "notes.txt").write_text("mine")
+    assert carry_out(ablation, tmp_path) == 1
+    said = capfd.readouterr().out
+    assert "low-0 differs: " in said and "notes.txt" in said
+    assert said.count("finished  ") >= 3
+
+
 def test_a_run_on_other_data_is_another_run(ablation, tmp_path, capfd):
     more = ("--only=low", "--seeds=0", "--config.data.source=coco")
     assert carry_out(ablation, tmp_path, *more, "--config.data.dir=/a") == 0
@@ -301,4 +323,6 @@ def test_progress_reads_what_a_kill_leaves(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
     assert newest_records(path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]
+    path.write_text('5\n[]\n{"loss": 1}\n{"step": 1, "loss": "x"}\n{"step": 2, "loss": 1.5}\n')
+    assert newest_records(path) == [{"step": 2, "loss": 1.5}]
     assert [duration(s) for s in (None, 4.4, 200, 3900)] == ["", "4s", "3m20", "1h05"]

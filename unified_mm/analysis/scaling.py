@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from unified_mm.runs.folder import RunFolder, read_json
+from unified_mm.runs.folder import RunFolder
 
 EXPONENTS = np.geomspace(1e-3, 4, 500)  # that are tried for b
 FLOORS = 500  # values of c that are tried
@@ -108,7 +108,7 @@ def cost_and_loss(
     cost, loss = [], []
     for run in runs:
         folder = RunFolder(run)
-        result = read_json(folder.result) if folder.finished else {}
+        result = folder.read_result() if folder.finished else {}
         if result.get("flops") is None or score not in result.get("scores", {}):
             raise ValueError(f"{folder.path} has no result with its FLOPs and {score}")
         cost.append(result["flops"])

@@ -37,6 +37,8 @@ FREE_FIELDS = (
 _ABSENT = object()
 _SHOWN = 30  # differences that are listed
 
+RESCORE = "delete it, and the same command scores the run again"
+
 
 class RunFolderError(RuntimeError):
     """The folder cannot be used as a run."""
@@ -101,12 +103,23 @@ class RunFolder:
         """The run's config. Raises `RunFolderError` where the file holds none."""
         return _object(self.config, "put the run's own config back, or choose another --workdir")
 
+    def read_result(self) -> dict[str, Any]:
+        """A finished run's result. Raises `RunFolderError` where it holds no scores."""
+        found = _object(self.result, RESCORE)
+        scores = found.get("scores")
+        if not isinstance(scores, dict) or not all(
+            isinstance(value, int | float) for value in scores.values()
+        ):
+            raise RunFolderError(
+                f"{self.result} is damaged: `scores` are no numbers by name; {RESCORE}"
+            )
+        return found
+
     def finished_steps(self) -> int:
         """The steps that the result was taken at. Raises `RunFolderError` where it says none."""
-        advice = "delete it, and the same command scores the run again"
-        steps = _object(self.result, advice).get("steps")
+        steps = _object(self.result, RESCORE).get("steps")
         if isinstance(steps, bool) or not isinstance(steps, int):
-            raise RunFolderError(f"{self.result} is damaged: it says no number of steps; {advice}")
+            raise RunFolderError(f"{self.result} is damaged: it says no number of steps; {RESCORE}")
         return steps
 
     def set_result_aside(self) -> None:
