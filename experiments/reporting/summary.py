@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,8 @@ class Line:
     Attributes:
       value: over its seeds; None where the variant has no such score.
       difference: with the base, over the seeds of both; None for the base itself.
-      parameters, flops: of a run; `parameter_ratio`, `flops_ratio`: over those of the base.
+      parameters, flops: of a run; `parameter_ratio`, `flops_ratio`: over those of the
+        base, None for the base itself.
     """
 
     variant: str
@@ -38,7 +38,7 @@ class Line:
     parameters: float | None
     flops: float
     parameter_ratio: float | None
-    flops_ratio: float
+    flops_ratio: float | None
 
     @property
     def verdict(self) -> str:
@@ -95,8 +95,8 @@ def line(
         chance=mean(chances),
         parameters=parameters,
         flops=flops,
-        parameter_ratio=ratio(parameters, base_parameters),
-        flops_ratio=ratio(flops, base_flops) or math.nan,
+        parameter_ratio=None if is_base else ratio(parameters, base_parameters),
+        flops_ratio=None if is_base else ratio(flops, base_flops),
     )
 
 
@@ -184,7 +184,7 @@ def cost(value: float | None, relative: float | None) -> str:
     """A count beside that of the base: equal within `EQUAL`, else so many times."""
     if value is None:
         return "not said"
-    if relative is None or math.isnan(relative):
+    if relative is None:
         return count(value)
     return f"{count(value)} ({'equal' if abs(relative - 1) <= EQUAL else f'x {relative:.2f}'})"
 
