@@ -12,7 +12,7 @@ import sweeps
 
 from experiments import readme_tables
 from experiments.report import write_summary
-from experiments.reporting.kept import keep, read_kept
+from experiments.reporting.kept import RESULTS, keep, read_kept
 from experiments.reporting.summary import as_csv, brief, cost, markdown, summarise
 from experiments.sweeping.ablation import Ablation, load_ablation
 from experiments.sweeping.runs import runs_of
@@ -172,6 +172,13 @@ def test_a_score_that_no_run_has_is_an_error(kept):
 def test_readme_tables_are_as_the_results():
     """Where this fails: python -m experiments.readme_tables."""
     assert readme_tables.update(readme_tables.ROOT / "README.md", check=True) == 0
+
+
+def test_every_ablation_that_is_kept_is_in_the_readme():
+    kept = {path.parent.name for path in RESULTS.glob("*/*-*.json")}
+    markers = readme_tables.BLOCK.findall((readme_tables.ROOT / "README.md").read_text())
+    shown = {said.partition(" ")[2] or said.removesuffix(".py") for _, said, _, _ in markers}
+    assert kept == shown
 
 
 def test_a_stale_table_is_said_and_mended(tmp_path, monkeypatch, capsys):
