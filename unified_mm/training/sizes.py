@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import jax
@@ -51,9 +52,7 @@ def measure_sizes(config: Config) -> Sizes:
     Raises:
       ValueError: a config that no task can be built of.
     """
-    task = build_task(config, stand_in_tokenizer(config.data.vocabulary_size))
-    task = replace(task, model=task.model.without_recomputation())
-    params = without_names(jax.eval_shape(task.init, jax.random.key(0)))
+    task, params = shapes_of(config)
     counts = parameter_counts(params)
     return Sizes(
         parameters=counts,
@@ -61,6 +60,13 @@ def measure_sizes(config: Config) -> Sizes:
         training_flops=3 * forward_flops(task, params) // ROWS,
         token_flops=token_flops(task, params),
     )
+
+
+def shapes_of(config: Config) -> tuple[Task, Any]:
+    """A config's task, and its parameters' shapes."""
+    task = build_task(config, stand_in_tokenizer(config.data.vocabulary_size))
+    task = replace(task, model=task.model.without_recomputation())
+    return task, without_names(jax.eval_shape(task.init, jax.random.key(0)))
 
 
 def forward_flops(task: Task, params: Any) -> int:
@@ -129,21 +135,27 @@ def fit_to_budget(config: ConfigDict) -> ConfigDict:
         raise ValueError(f"model.budget_by={by!r}: must be one of {', '.join(BY)}")
     resized = _by_width(config) if by == "width" else _by_layers(config)
 
+    @cache
     def cost(count: int) -> int:
-        return measure_sizes(Config(resized(count).to_dict())).training_flops
+        return 3 * forward_flops(*shapes_of(Config(resized(count).to_dict()))) // ROWS
 
     if cost(1) > budget:
         raise ValueError(
             f"model.budget={budget:.3g} FLOPs a training example: the smallest model by {by} costs "
             f"{cost(1):.3g}"
         )
-    low, high = 1, 2
-    while cost(high) <= budget:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
-    return resized(low)
+    # FLOPs grow with the square of the width, or with depth, and by less where some do not grow:
+    # a step by that law all but never goes too far.
+    power = 1 / 2 if by == "width" else 1
+    count = 1
+    while True:
+        guess = int(count * (budget / cost(count)) ** power)
+        if guess > count + 1 and cost(guess) <= budget:
+            count = guess
+        elif cost(count + 1) <= budget:
+            count += 1
+        else:
+            return resized(count)
 
 
 def _by_width(config: ConfigDict) -> Callable[[int], ConfigDict]:
