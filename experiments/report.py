@@ -84,7 +84,7 @@ def write_summary(ablation: Ablation, folder: Path) -> None:
     first = ablation.scores[0]
     pictures = {
         "curves": learning_curves(results, names),
-        "bars": bars([line for line in lines if line.score == first]),
+        "bars": bars([line for line in lines if line.score == first], names),
         "flops": against_flops(results, names, ablation.power_law or first, law),
     }
     for name, drawn in pictures.items():

@@ -30,14 +30,14 @@ def curves_of_metric(
     axes: Any, results: Sequence[Result], names: Sequence[str], metric: str
 ) -> None:
     """A line a variant: the mean of its seeds, and their range."""
-    for place, name in enumerate(names):
+    for name in names:
         curves = [r.curves[metric] for r in results if r.variant == name and metric in r.curves]
         if not curves:
             continue
         length = min(len(curve) for curve in curves)
         steps = [step for step, _ in curves[0][:length]]
         values = np.array([[value for _, value in curve[:length]] for curve in curves])
-        colour = f"C{place % 10}"
+        colour = colour_of(name, names)
         axes.plot(steps, values.mean(0), label=name, linewidth=1.2, color=colour)
         axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
     axes.set_yscale("log")
@@ -45,14 +45,21 @@ def curves_of_metric(
     axes.set_ylabel(metric)
 
 
-def bars(lines: Sequence[Line]) -> str:
+def bars(lines: Sequence[Line], names: Sequence[str]) -> str:
     """One score of all variants, with intervals; chance as a dashed line."""
     figure, (axes,) = drawing()
     shown = [line for line in lines if line.value is not None]
     for place, line in enumerate(shown):
         assert line.value is not None
         half = line.value.high - line.value.mean if line.value.known else 0.0
-        axes.bar(place, line.value.mean, yerr=half, capsize=4, color=f"C{place % 10}", alpha=0.8)
+        axes.bar(
+            place,
+            line.value.mean,
+            yerr=half,
+            capsize=4,
+            color=colour_of(line.variant, names),
+            alpha=0.8,
+        )
         if line.chance is not None:
             axes.hlines(line.chance, place - 0.4, place + 0.4, colors="black", linestyles="dashed")
     axes.set_xticks(range(len(shown)), [line.variant for line in shown], rotation=20, ha="right")
@@ -73,7 +80,15 @@ def against_flops(
         found = mean_interval(np.array([r.scores[score] for r in runs]))
         half = found.high - found.mean if found.known else 0.0
         flops = float(np.mean([r.flops for r in runs]))
-        axes.errorbar(flops, found.mean, yerr=half, marker="o", capsize=4, label=name)
+        axes.errorbar(
+            flops,
+            found.mean,
+            yerr=half,
+            marker="o",
+            capsize=4,
+            label=name,
+            color=colour_of(name, names),
+        )
     if law is not None:
         cost = np.geomspace(cheapest, dearest, 50)
         label = f"FLOPs ^ -{law.exponent.value:.3g} + {law.floor.value:.3g}"
@@ -85,6 +100,11 @@ def against_flops(
     axes.set_ylabel(score)
     axes.legend(fontsize="small")
     return as_svg(figure)
+
+
+def colour_of(name: str, names: Sequence[str]) -> str:
+    """A variant's colour, the same in all pictures, whichever variants have runs."""
+    return f"C{names.index(name) % 10}"
 
 
 def drawing(panels: int = 1) -> tuple[Any, list[Any]]:
