@@ -97,6 +97,9 @@ def test_pictures_are_drawn(kept):
     for name in ("curves", "bars", "flops"):
         root = xml.etree.ElementTree.parse(kept / f"{name}.svg").getroot()
         assert root.tag.endswith("svg")
+    first = {path.name: path.read_bytes() for path in kept.glob("*.*")}
+    write_summary(ABLATION, kept)
+    assert first == {path.name: path.read_bytes() for path in kept.glob("*.*")}
     assert (kept / "table.md").read_text().count("| early |") == 2
 
 

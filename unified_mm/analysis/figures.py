@@ -18,7 +18,10 @@ class Drawing:
 
 
 def as_svg(figure: Any) -> str:
-    """A matplotlib figure as SVG that says nothing of when it was drawn."""
+    """A matplotlib figure as SVG: the same drawing gives the same bytes, whenever it is drawn."""
+    import matplotlib
+
     content = io.StringIO()
-    figure.savefig(content, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "unified_mm"}):
+        figure.savefig(content, format="svg", metadata={"Date": None})
     return content.getvalue()
