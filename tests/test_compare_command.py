@@ -53,11 +53,14 @@ def test_one_run_under_two_names_is_refused(folders, tmp_path, capsys):
     assert "is given twice, by this name or another" in capsys.readouterr().err
 
 
+WRONG = {"scores": {"caption/nats": 1.0}, "flops": "many"}
+
+
 def test_a_damaged_result_is_named(folders, tmp_path, capsys):
     config = tiny.config_dict(**KINDS["early"]).to_dict()
     odd = RunFolder(tmp_path / "odd")
     write_json(odd.config, config)
-    for content in ([1], {"scores": None}, {"scores": {"caption/nats": "x"}}):
+    for content in ([1], {"scores": None}, {"scores": {"caption/nats": "x"}}, WRONG):
         write_json(odd.result, content)
         assert run(folders[0], tmp_path / "odd") == 1
         assert f"{odd.result} is damaged" in capsys.readouterr().err

@@ -104,7 +104,7 @@ class RunFolder:
         return _object(self.config, "put the run's own config back, or choose another --workdir")
 
     def read_result(self) -> dict[str, Any]:
-        """A finished run's result. Raises `RunFolderError` where it holds no scores."""
+        """A finished run's result. Raises `RunFolderError` where it is none, naming what."""
         found = _object(self.result, RESCORE)
         scores = found.get("scores")
         if not isinstance(scores, dict) or not all(
@@ -113,6 +113,9 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.result} is damaged: `scores` are no numbers by name; {RESCORE}"
             )
+        for name in ("steps", "seconds", "flops", "parameters"):
+            if not isinstance(found.get(name), int | float | None):
+                raise RunFolderError(f"{self.result} is damaged: {name} is no number; {RESCORE}")
         return found
 
     def finished_steps(self) -> int:
