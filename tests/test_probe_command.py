@@ -64,8 +64,12 @@ def test_classes_of_a_folder_are_probed(finished, tmp_path, capsys):
     assert result["train"] == result["asked"] == 8
     assert all(scores == {"class": 1.0} for scores in result["scores"].values())
     assert result["chance"] == result["majority"] == {"class": 0.5}
-    for number in range(1, 8):
-        (tmp_path / "blue" / f"{number}.png").unlink()
+    for name in ("blue", "red"):
+        for number in range(2, 8):
+            (tmp_path / name / f"{number}.png").unlink()
+    assert run("--run", finished, "--images", tmp_path) == 1
+    assert f"{tmp_path}: fewer than three images to learn from" in capsys.readouterr().err
+    (tmp_path / "blue" / "1.png").unlink()
     assert run("--run", finished, "--images", tmp_path) == 1
     assert "fewer than two images that can be read of blue" in capsys.readouterr().err
 

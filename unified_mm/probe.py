@@ -175,6 +175,8 @@ def folder_of_classes(
             f"{folder.path}: fewer than two images that can be read of {', '.join(few[:10])}: one "
             "is learned from, one asked about"
         )
+    if sum((len(numbers) + 1) // 2 for numbers in kept) < 3:
+        raise ValueError(f"{folder.path}: fewer than three images to learn from; add some")
     parts = []
     for start, most in ((0, options.train), (1, options.asked)):
         chosen = _spread(np.sort(np.concatenate([numbers[start::2] for numbers in kept])), most)
