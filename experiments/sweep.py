@@ -7,7 +7,7 @@
 
 Runs lie in runs/ablations/NAME/VARIANT-SEED; started again, the same command does what is missing.
 A training that another ablation has finished is linked, not repeated. Local jobs divide the CPU's
-cores among them, and the GPUs of CUDA_VISIBLE_DEVICES.
+cores among them, and the GPUs (of CUDA_VISIBLE_DEVICES, where that is set).
 Further `--config.FIELD=VALUE` hold for all runs (give such a sweep a `--name` of its own).
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# Two CPU cores take a run of `tiny` through these in four minutes at most.
+# One CPU core takes a run of `tiny` through these in four to six minutes.
 TINY: dict[str, Any] = {
     "data.source": "world",
     "train.steps": 240,
