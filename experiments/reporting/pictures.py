@@ -35,9 +35,14 @@ def curves_of_metric(
         if not curves:
             continue
         length = min(len(curve) for curve in curves)
-        steps = [step for step, _ in curves[0][:length]]
+        steps = np.array([step for step, _ in curves[0][:length]], np.float64)
         values = np.array([[value for _, value in curve[:length]] for curve in curves])
         colour = colour_of(name, names)
+        # No line over a phase that does not learn this.
+        ways = np.diff(steps)
+        gaps = np.flatnonzero(ways > 2 * np.median(ways)) + 1 if ways.size else []
+        steps = np.insert(steps, gaps, np.nan)
+        values = np.insert(values, gaps, np.nan, axis=1)
         axes.plot(steps, values.mean(0), label=name, linewidth=1.2, color=colour)
         axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
     axes.set_yscale("log")
