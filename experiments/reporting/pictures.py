@@ -40,7 +40,8 @@ def curves_of_metric(
         colour = colour_of(name, names)
         # No line over a phase that does not learn this.
         ways = np.diff(steps)
-        gaps = np.flatnonzero(ways > 2 * np.median(ways)) + 1 if ways.size else []
+        usual = np.median(ways) if ways.size else 0.0
+        gaps = np.flatnonzero(ways > 2 * usual) + 1
         steps = np.insert(steps, gaps, np.nan)
         values = np.insert(values, gaps, np.nan, axis=1)
         axes.plot(steps, values.mean(0), label=name, linewidth=1.2, color=colour)
