@@ -29,12 +29,12 @@ import transformers
 import unified_mm
 from experiments.keep import RESULTS
 from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.files import write_json
 from unified_mm.import_weights import import_directory, write_run
 from unified_mm.inference.decoding import GREEDY
 from unified_mm.inference.generate import begin, generate
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.sampling import make_sampling, sampling_arrays
-from unified_mm.runs.folder import write_json
 from unified_mm.training.environment import device_name, versions
 
 SHAPE: dict[str, Any] = {

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from unified_mm.analysis.figures import as_svg
-from unified_mm.runs.folder import RunFolder, read_json, write_atomically, write_json
+from unified_mm.files import read_json, write_atomically, write_json
+from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.metrics import read_metrics
 
 RESULTS = Path(__file__).parent / "results"

@@ -32,7 +32,7 @@ import httpx
 import numpy as np
 
 from experiments.load_requests import Asked, broken_requests, good_requests
-from unified_mm.runs.folder import write_json
+from unified_mm.files import write_json
 from unified_mm.training.environment import device_name, revision, versions
 
 RESULTS = Path(__file__).parent / "results"

@@ -14,7 +14,8 @@ import numpy as np
 
 from experiments.keep import RESULTS
 from unified_mm.analysis.figures import as_svg
-from unified_mm.runs.folder import RunFolder, read_json, write_atomically, write_json
+from unified_mm.files import read_json, write_atomically, write_json
+from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.metrics import read_metrics
 
 Curve = list[list[float]]

@@ -19,7 +19,7 @@ from experiments.reporting.kept import RESULTS, read_kept
 from experiments.reporting.summary import brief, summarise
 from experiments.sweeping.ablation import load_ablation
 from unified_mm.commands import exit_code, say
-from unified_mm.runs.folder import naming, write_atomically
+from unified_mm.files import naming, write_atomically
 
 ROOT = Path(__file__).parents[1]
 ABLATIONS = Path(__file__).parent / "ablations"

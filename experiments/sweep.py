@@ -29,7 +29,7 @@ from experiments.sweeping.loop import Told, carry_out, first_rows
 from experiments.sweeping.runs import Run, runs_of
 from experiments.sweeping.table import Table, final_table
 from unified_mm.commands import exit_code, say
-from unified_mm.runs.folder import naming, take, user_path
+from unified_mm.files import hold, naming, user_path
 
 RUNS = Path("runs") / "ablations"
 LAUNCHERS = ("local", "slurm", "print")
@@ -175,12 +175,9 @@ def print_commands(runs: list[Run], args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def only_sweep(folder: Path) -> Iterator[None]:
     """Holds the sweep's folder for this process. Raises ValueError where another has it."""
-    with naming(f"the sweep's folder {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+")
-    with lock as file:
-        if other := take(file):
-            raise ValueError(f"process {other} carries out the sweep in {folder} already")
+    with contextlib.ExitStack() as stack:
+        with naming(f"the sweep's folder {folder}"):
+            stack.enter_context(hold(folder))
         yield
 
 

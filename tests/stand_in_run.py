@@ -11,7 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from unified_mm.runs.folder import RunFolder, read_json, write_json
+from unified_mm.files import read_json, write_json
+from unified_mm.runs.folder import RunFolder
 
 STEPS = 10
 

@@ -4,7 +4,8 @@ import pytest
 import tiny
 
 from unified_mm import compare
-from unified_mm.runs.folder import RunFolder, write_json
+from unified_mm.files import write_json
+from unified_mm.runs.folder import RunFolder
 
 NO_MATCHING = {"objectives__matching__weight": 0.0}
 KINDS = {

@@ -13,12 +13,13 @@ import tiny
 
 import unified_mm
 from unified_mm import export_weights, import_weights, quantize
+from unified_mm.files import read_json, write_json
 from unified_mm.inference.quantization import quantized
 from unified_mm.inference.quantized_params import dequantized
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import path_of
 from unified_mm.runs.checkpoints import Checkpoints
-from unified_mm.runs.folder import RunFolder, read_json, write_json
+from unified_mm.runs.folder import RunFolder
 from unified_mm.training.start_from import part_of_run
 
 TEXTS = ["a red square of size 1", "blue, size 2"]

@@ -29,9 +29,10 @@ from unified_mm.benchmarks.attention import draw, sweep
 from unified_mm.benchmarks.training import measure
 from unified_mm.commands import exit_code, new_file, say
 from unified_mm.config import Config
+from unified_mm.files import write_atomically, write_json
 from unified_mm.models.options import TransformerOptions
 from unified_mm.recipes import parse_flags, resolve
-from unified_mm.runs.folder import RunFolder, write_atomically, write_json
+from unified_mm.runs.folder import RunFolder
 from unified_mm.training.setup import prepare
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/coco.py", "The recipe to measure.")

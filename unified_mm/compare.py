@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from unified_mm.commands import new_file, parser_of, run_command, say
-from unified_mm.runs.folder import RunFolder, naming, write_atomically
+from unified_mm.files import naming, write_atomically
+from unified_mm.runs.folder import RunFolder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -26,10 +26,10 @@ import numpy as np
 
 from unified_mm import exported
 from unified_mm.commands import parser_of, run_command, say
+from unified_mm.files import user_path, write_json
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.programs import IMAGE, Program, programs
 from unified_mm.parallel.sharding import path_of
-from unified_mm.runs.folder import user_path, write_json
 from unified_mm.runs.new_folder import new_folder, refuse_existing
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

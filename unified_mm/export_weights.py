@@ -22,13 +22,13 @@ import safetensors.numpy
 
 from unified_mm.commands import parser_of, run_command, say
 from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.files import user_path, write_json
 from unified_mm.import_weights import run_config
 from unified_mm.models.options import TransformerOptions
 from unified_mm.models.pretrained.family import Family, families
 from unified_mm.models.pretrained.source import WEIGHTS, Source
 from unified_mm.models.pretrained.tables import to_theirs
 from unified_mm.parallel.sharding import path_of
-from unified_mm.runs.folder import user_path, write_json
 from unified_mm.runs.new_folder import new_folder, refuse_existing
 
 # What a run may have otherwise than its family: none of it is part of the weights.

@@ -23,6 +23,7 @@ from unified_mm.commands import parser_of, run_command, say
 from unified_mm.config import Config
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import default_config
+from unified_mm.files import write_json
 from unified_mm.models.pretrained.family import Family, Part, family_of
 from unified_mm.models.pretrained.source import Source
 from unified_mm.models.pretrained.tables import to_ours
@@ -30,7 +31,7 @@ from unified_mm.models.pretrained.vocabularies import read_tokenizer
 from unified_mm.objectives.task import build_task, parameter_counts
 from unified_mm.parallel.sharding import path_of, without_names
 from unified_mm.runs.checkpoints import Checkpoints
-from unified_mm.runs.folder import RunFolder, write_json
+from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.new_folder import new_folder, refuse_existing
 
 IMAGE_PARTS = ("embedders_image/", "towers_image/")

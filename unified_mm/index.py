@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unified_mm.commands import disk_is_full, new_file, parser_of, run_command, say, score_table
+from unified_mm.files import naming, user_path, write_json
 from unified_mm.inference.nearest import EXACT_UP_TO
-from unified_mm.runs.folder import naming, user_path, write_json
 
 if TYPE_CHECKING:
     from unified_mm.inference.loaded import LoadedModel

@@ -27,6 +27,7 @@ from unified_mm.commands import (
     score_table,
 )
 from unified_mm.config import Config
+from unified_mm.files import naming, user_path, write_json
 from unified_mm.parallel.processes import first_before_others, refuse_unequal, start, together
 from unified_mm.recipes import (
     DATA_FIELDS,
@@ -36,7 +37,7 @@ from unified_mm.recipes import (
     resolve,
     settled_fields,
 )
-from unified_mm.runs.folder import RunFolder, naming, user_path, write_json
+from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.metrics import read_metrics
 
 CONFIG = config_flags.DEFINE_config_file(

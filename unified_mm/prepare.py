@@ -17,8 +17,8 @@ from ml_collections import config_flags
 
 from unified_mm.commands import disk_is_full, exit_code, say
 from unified_mm.config import Config
+from unified_mm.files import user_path
 from unified_mm.recipes import DATA_FIELDS, outside, overridden, parse_flags, resolve
-from unified_mm.runs.folder import user_path
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/coco.py", "The recipe whose data is written."

@@ -25,7 +25,7 @@ import numpy as np
 from unified_mm.analysis import probes
 from unified_mm.analysis.probes import Labelled, Target
 from unified_mm.commands import new_file, parser_of, run_command, say
-from unified_mm.runs.folder import naming, write_json
+from unified_mm.files import naming, write_json
 
 if TYPE_CHECKING:
     from unified_mm.inference.loaded import LoadedModel

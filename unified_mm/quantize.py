@@ -18,8 +18,9 @@ from typing import Any
 
 from unified_mm.commands import parser_of, run_command, say
 from unified_mm.config import Config
+from unified_mm.files import write_json
 from unified_mm.runs.averages import keeps_average
-from unified_mm.runs.folder import RunFolder, write_json
+from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.new_folder import new_folder, refuse_existing
 
 

@@ -19,9 +19,9 @@ from ml_collections import ConfigDict, config_flags
 
 from unified_mm.config import get_field, set_field
 from unified_mm.data.images import resolve_backend
+from unified_mm.files import naming
 from unified_mm.models.unified import fusion
 from unified_mm.objectives.objective import objective_kind
-from unified_mm.runs.folder import naming
 from unified_mm.training.sizes import fit_to_budget
 from unified_mm.training.start_from import adopt
 

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 
 from unified_mm.commands import new_file, parser_of, run_command, say, score_table
-from unified_mm.runs.folder import naming, write_json
+from unified_mm.files import naming, write_json
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

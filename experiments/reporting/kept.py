@@ -9,7 +9,8 @@ from typing import Any
 
 from experiments.sweeping.ablation import Ablation
 from experiments.sweeping.runs import ROOT, Run, make_run
-from unified_mm.runs.folder import RunFolder, read_json, write_json
+from unified_mm.files import read_json, write_json
+from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.metrics import read_metrics
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -20,7 +20,7 @@ from typing import Any
 
 from experiments.sweeping.jobs import End, Job, last_lines
 from experiments.sweeping.runs import Run, environment, python_command
-from unified_mm.runs.folder import read_json, write_json
+from unified_mm.files import read_json, write_json
 
 QUEUED = ("PENDING", "READY", "REQUEUED", "PREEMPTED", "UNKNOWN", "REQUEUE_HOLD", "SUSPENDED")
 WORKING = ("RUNNING", "COMPLETING", "CONFIGURING")

@@ -7,7 +7,8 @@ import pytest
 
 from unified_mm.analysis.comparison import compare, short_names, summarise
 from unified_mm.analysis.comparison_page import as_html, as_text
-from unified_mm.runs.folder import RunFolder, write_json
+from unified_mm.files import write_json
+from unified_mm.runs.folder import RunFolder
 
 NASTY = "<script>alert('x')</script>"
 SIZES = {"parameters": 1000, "FLOPs of a generated token": None}

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from unified_mm.runs.folder import RunFolder, write_json
+from unified_mm.files import write_json
+from unified_mm.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.ipynb"))

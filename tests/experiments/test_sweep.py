@@ -264,13 +264,13 @@ def test_a_run_that_another_process_is_at_work_on_is_waited_for(ablation, tmp_pa
 def test_one_sweep_at_a_time(ablation, tmp_path, folder):
     folder.mkdir(parents=True)
     hold = (
-        "import sys, time; from unified_mm.runs.folder import take; "
-        "file = open(sys.argv[1], 'a+'); take(file); print('held', flush=True); time.sleep(60)"
+        "import pathlib, sys, time; from unified_mm.files import hold\n"
+        "with hold(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
-    arguments = [sys.executable, "-c", hold, str(folder / ".lock")]
+    arguments = [sys.executable, "-c", hold, str(folder)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=local.environment()) as other:
         assert other.stdout is not None and other.stdout.readline() == b"held\n"
-        with pytest.raises(ValueError, match=f"process {other.pid} carries out the sweep"):
+        with pytest.raises(ValueError, match=f"process {other.pid} is at work on"):
             carry_out(ablation, tmp_path)
         other.kill()
 

@@ -8,10 +8,11 @@ from PIL import Image
 
 import unified_mm
 from unified_mm.data.records import Record, Text
+from unified_mm.files import write_json
 from unified_mm.inference.loaded import listed, listed_texts, one_device_mesh
 from unified_mm.inference.predictor import Predictor
 from unified_mm.runs.checkpoints import CheckpointError
-from unified_mm.runs.folder import RunFolder, RunFolderError, write_json
+from unified_mm.runs.folder import RunFolder, RunFolderError
 
 TEXTS = ["a red square of size 1", "blue, size 2", "a green square of size 3"]
 

@@ -9,15 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unified_mm.runs import folder as folder_module
+from unified_mm.files import read_json, write_json
 from unified_mm.runs.folder import (
     ConfigDifference,
     RunFolder,
     RunFolderError,
     RunLocked,
     differences,
-    read_json,
-    write_json,
 )
 
 CONFIG = {
@@ -144,36 +142,6 @@ def test_two_processes_cannot_hold_one_run_and_a_kill_frees_it(tmp_path):
         assert (run.path / ".lock").read_text() == str(os.getpid())
 
 
-def test_write_is_atomic(tmp_path, monkeypatch):
-    path = tmp_path / "value.json"
-    write_json(path, {"old": 1})
-
-    def no_space(source, target):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(folder_module.os, "replace", no_space)
-    with pytest.raises(OSError, match="no space"):
-        write_json(path, {"new": 2})
-    assert read_json(path) == {"old": 1} and names_in(tmp_path) == ["value.json"]
-
-
-def test_write_refuses_what_json_cannot_hold(tmp_path):
-    for value in ({"x": float("nan")}, {"x": object()}):
-        with pytest.raises((ValueError, TypeError), match=r"value\.json"):
-            write_json(tmp_path / "value.json", value)
-    assert names_in(tmp_path) == []
-
-
-def test_read_errors_name_file_and_place(tmp_path):
-    path = tmp_path / "broken.json"
-    path.write_text('{"a": 1,\n "b": }')
-    with pytest.raises(ValueError, match=r"broken\.json, line 2, column 7"):
-        read_json(path)
-    path.write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(ValueError, match=r"broken\.json, byte 7"):
-        read_json(path)
-
-
 def test_what_the_system_says_of_a_run_folder_is_said_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for wrong in (tmp_path / "file" / "run", tmp_path / ("x" * 300), "/proc/none"):
@@ -221,12 +189,6 @@ def test_another_tokenizer_than_the_checkpoint_tells_of_is_refused(tmp_path):
     run.tokenizer.unlink()
     with pytest.raises(RunFolderError, match=r"tokenizer\.json is missing"):
         run.check_tokenizer(known)
-
-
-def test_names_that_are_no_utf_8_can_be_written(tmp_path):
-    value = {"folder": os.fsdecode(b"d\xff")}
-    write_json(tmp_path / "a.json", value)
-    assert read_json(tmp_path / "a.json") == value
 
 
 def test_the_result_of_a_run_that_is_taken_on_is_set_aside(tmp_path):

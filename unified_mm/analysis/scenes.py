@@ -12,7 +12,7 @@ from jaxtyping import Bool
 
 from unified_mm.analysis.probes import Target, yes_or_no
 from unified_mm.data.world.scenes import ATTRIBUTES
-from unified_mm.runs.folder import read_json
+from unified_mm.files import read_json
 
 COUNT = "objects/count"
 Scene = Mapping[str, Any]  # 'objects', each with its attributes; see `world.build.scene_graph`

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unified_mm.runs.folder import naming
+from unified_mm.files import naming
 
 _NAMES: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from unified_mm.data import checked_json
 from unified_mm.data.checked_json import Node
 from unified_mm.data.records import Problem, Text
-from unified_mm.runs.folder import naming
+from unified_mm.files import naming
 
 Key = int | str
 _PREFIX = "captions_"

@@ -22,7 +22,7 @@ from unified_mm.data import checked_json, coco
 from unified_mm.data.checked_json import Node
 from unified_mm.data.manifest import Stats, image_faults, problem_counts, refuse_bad
 from unified_mm.data.records import Image, Problem, Text
-from unified_mm.runs.folder import naming, user_path
+from unified_mm.files import naming, user_path
 
 MARKER = "<image>"  # where an image lies in the text of the first form
 

@@ -14,7 +14,7 @@ import PIL
 
 from unified_mm.data import coco, images
 from unified_mm.data.records import Image, Manifest, Problem, Record, Shelf, StoredImage, Text
-from unified_mm.runs.folder import naming, write_atomically
+from unified_mm.files import naming, write_atomically
 
 FORMAT = 2  # raise it when the checks change: caches of an older format are not found then
 _SIDES = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)

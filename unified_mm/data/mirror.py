@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unified_mm.runs.folder import naming
+from unified_mm.files import naming
 
 
 def is_remote(place: str) -> bool:

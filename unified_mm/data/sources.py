@@ -11,8 +11,8 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 from unified_mm.data import coco
 from unified_mm.data.manifest import Beside, build_manifest, with_questions
 from unified_mm.data.records import Manifest
+from unified_mm.files import naming, user_path
 from unified_mm.registry import resolve
-from unified_mm.runs.folder import naming, user_path
 
 BUILT_IN = {
     "auto": "unified_mm.data.sources:find_source",

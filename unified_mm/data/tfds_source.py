@@ -42,7 +42,7 @@ from unified_mm.data.tfds_dataset import (
     open_builder,
 )
 from unified_mm.data.tfds_features import choose_roles
-from unified_mm.runs.folder import user_path
+from unified_mm.files import user_path
 
 PREPARED = "prepared.json"  # what `unified_mm.prepare` tells of its work
 _EMPTY = "empty caption"

@@ -27,7 +27,7 @@ from unified_mm.data.sources import AnnotatedFolder
 from unified_mm.data.tfds_dataset import FILE_FORMAT
 from unified_mm.data.tfds_examples import Options, common_features, serializer, to_example
 from unified_mm.data.tfds_source import PREPARED
-from unified_mm.runs.folder import naming, read_json, take, write_atomically, write_json
+from unified_mm.files import LOCK, hold, naming, read_json, write_atomically, write_json
 
 VERSION = "1.0.0"  # of the dataset, as TFDS wants one
 NOTICE = (
@@ -57,22 +57,16 @@ def write_dataset(
         say(f"{out} is prepared already, from the same data with the same options")
         return
     work = out.with_name(f".{out.name}.preparing")
-    with naming(f"--out={out}"):
-        work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / ".lock", "a+")
-    with lock as file:
-        if other := take(file):
-            raise ValueError(f"process {other} is at work on {work}: wait until it ends")
-        with naming(f"--out={out}"):
-            if (work / PREPARED).is_file():
-                _refuse_other(work, plan, "was begun with other data or options: delete it")
-                say(f"going on in {work}")
-            write_json(work / PREPARED, plan)
-            _write_shards(work, manifests, plan, options)
-            _write_beside(work, source)
-            _write_metadata(work, manifests, plan)
-            (work / ".lock").unlink()
-            os.rename(work, out)
+    with naming(f"--out={out}"), hold(work):
+        if (work / PREPARED).is_file():
+            _refuse_other(work, plan, "was begun with other data or options: delete it")
+            say(f"going on in {work}")
+        write_json(work / PREPARED, plan)
+        _write_shards(work, manifests, plan, options)
+        _write_beside(work, source)
+        _write_metadata(work, manifests, plan)
+        (work / LOCK).unlink()
+        os.rename(work, out)
 
 
 def progress(out: Path) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from unified_mm.data.records import Problem
+from unified_mm.files import write_atomically
 from unified_mm.inference.classes import check_finite
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.pictures import PictureSet, shown, view_or_fault
-from unified_mm.runs.folder import write_atomically
 
 
 @dataclass(frozen=True)

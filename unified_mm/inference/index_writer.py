@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from unified_mm.data.manifest import problem_counts
+from unified_mm.files import hold, naming, read_json, write_json
 from unified_mm.inference.identity import model_identity
 from unified_mm.inference.index_shards import (
     Shard,
@@ -29,7 +30,6 @@ from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.nearest import EXACT_UP_TO, write_vectors
 from unified_mm.inference.pictures import PictureSet, refuse_without_contrast
 from unified_mm.inference.search_index import Rows, read_header, work_folder, write_metadata
-from unified_mm.runs.folder import naming, read_json, take, write_json
 
 SHARD = 256  # pictures
 _PLAN = "plan.json"
@@ -83,16 +83,10 @@ def write_index(
         say(f"the index {out} is made already, of the same pictures with the same model")
         shutil.rmtree(work, ignore_errors=True)
         return
-    with naming(f"--out={out}"):
-        work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / ".lock", "a+")
-    with lock as file:
-        if other := take(file):
-            raise ValueError(f"process {other} is at work on {work}: wait until it ends")
-        with naming(f"--out={out}"):
-            _begin_or_go_on(work, plan)
-            _embed_missing(model, pictures, work, shard, say)
-            _finish(work, out, pictures, plan, say)
+    with naming(f"--out={out}"), hold(work):
+        _begin_or_go_on(work, plan)
+        _embed_missing(model, pictures, work, shard, say)
+        _finish(work, out, pictures, plan, say)
 
 
 def progress(out: Path) -> str:

@@ -20,10 +20,10 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from unified_mm.files import naming, read_json, user_path, write_json
 from unified_mm.inference.identity import model_identity
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.nearest import Nearest
-from unified_mm.runs.folder import naming, read_json, user_path, write_json
 from unified_mm.runs.seal import broken_files, is_sealed, write_seal
 
 FORMAT = 1  # of the files above

@@ -11,11 +11,21 @@ import fnmatch
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from unified_mm.files import (
+    LOCK,
+    FolderHeld,
+    hold,
+    is_text,
+    read_json,
+    system_says,
+    user_path,
+    write_json,
+)
 
 # What may change between two commands on one run: none of it changes what the run computes at a
 # step. The data behind another `data.dir` is compared by its fingerprint, not by its place.
@@ -72,7 +82,7 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = user_path(path, "the run folder").absolute()
-        if not _is_text(str(self.path)):
+        if not is_text(str(self.path)):
             raise RunFolderError(
                 f"{os.fsencode(self.path)!r} is no UTF-8: choose another folder as --workdir"
             )
@@ -175,20 +185,17 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the run for this process (see `take`).
+        """Holds the run for this process (see `files.hold`).
 
         Raises `RunLocked`, naming the process that has it.
         """
         self._refuse_foreign_folder()
-        with _refusing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            opened = open(self.path / ".lock", "a+")
-        with opened as file:
-            if other := take(file):
-                raise RunLocked(
-                    f"process {other} is at work on the run in {self.path}; wait until it ends, "
-                    "or choose another --workdir"
-                )
+        with contextlib.ExitStack() as stack:
+            try:
+                with _refusing(self.path):
+                    stack.enter_context(hold(self.path))
+            except FolderHeld as held:
+                raise RunLocked(f"{held}, or choose another --workdir") from held
             yield
 
     def _refuse_foreign_folder(self) -> None:
@@ -219,51 +226,6 @@ class RunFolder:
         )
 
 
-def take(file: TextIO) -> str:
-    """Takes the lock of a file, opened as 'a+', for this process: '', else who has it.
-
-    A POSIX record lock: the kernel frees it however the process ends, and workers that it
-    forked do not keep it. It does not tell two holders within one process apart.
-    """
-    import fcntl
-
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        return file.read().strip() or "?"
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return ""
-
-
-def user_path(path: str | os.PathLike[str], what: str) -> Path:
-    """The path with its `~` resolved; `what` names where it was given, such as data.dir.
-
-    Raises ValueError for the home of a user that there is not.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{what}: {str(path)!r} names no user of this machine") from error
-
-
-@contextlib.contextmanager
-def naming(what: str | os.PathLike[str]) -> Iterator[None]:
-    """For work on a path that a user gave: what the system says of it becomes a ValueError.
-
-    `what` names field and path, such as data.cache_dir=/x. An error that says where it comes from
-    already (it has no number of the system's) passes.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise ValueError(f"{what}: {_system_says(error)}") from error
-
-
 @contextlib.contextmanager
 def _refusing(run: Path) -> Iterator[None]:
     """As `naming`, for the run's folder."""
@@ -271,22 +233,8 @@ def _refusing(run: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunFolderError(
-            f"{run} cannot be used as a run: {_system_says(error)}; choose another --workdir"
+            f"{run} cannot be used as a run: {system_says(error)}; choose another --workdir"
         ) from error
-
-
-def _system_says(error: OSError) -> str:
-    where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
-    return f"{error.strerror or error}{where}"
-
-
-def _is_text(name: str) -> bool:
-    """Whether UTF-8 can say it: no part of a path that is made of other bytes."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _object(path: Path, advice: str) -> dict[str, Any]:
@@ -316,61 +264,8 @@ def differences(
     )
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes `value` as JSON, atomically: a reader sees the old file or the new one, whole.
-
-    Raises ValueError or TypeError, with the file's name, where JSON cannot hold the value
-    (NaN and infinity among them).
-    """
-    try:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: cannot be written as JSON: {error}") from error
-    if not _is_text(text):  # a path that is no UTF-8: JSON's escapes can say it
-        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, text.encode())
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replaces the file at `path`, creating folders; on disk before it takes the name."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Reads a JSON file.
-
-    Raises FileNotFoundError, and ValueError that names file, line and column of what is wrong.
-    """
-    with naming(path):
-        try:
-            content = Path(path).read_bytes()
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"there is no file {path}") from error
-    try:
-        return json.loads(content.decode())
-    except json.JSONDecodeError as error:
-        where = f"{path}, line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{where}: not JSON: {error.msg}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, byte {error.start}: not UTF-8: {error.reason}") from error
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: not JSON that can be read: {error}") from error
-
-
 def _is_ours(name: str) -> bool:
-    return name == ".lock" or (name.startswith(".") and name.endswith(".tmp"))
+    return name == LOCK or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def _as_json(value: Any) -> Any:
@@ -395,9 +290,3 @@ def _same(left: Any, right: Any) -> bool:
 
 def _show(value: Any) -> str:
     return "nothing" if value is _ABSENT else json.dumps(value, ensure_ascii=False)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -19,7 +19,7 @@ from typing import Any, SupportsFloat
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from unified_mm.runs.folder import write_atomically
+from unified_mm.files import write_atomically
 
 
 class MetricsWriter:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from unified_mm.runs.folder import naming
+from unified_mm.files import naming
 
 
 def refuse_existing(path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from unified_mm.runs.folder import write_atomically
+from unified_mm.files import write_atomically
 
 SEAL = "SHA256SUMS"
 

@@ -17,6 +17,7 @@ from unified_mm.data.sources import Source, open_source
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.few_shot import FewShot
+from unified_mm.files import user_path
 from unified_mm.objectives.task import Task, build_task
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.processes import connect, first_before_others, refuse_unequal
@@ -24,7 +25,7 @@ from unified_mm.parallel.rows import own_rows
 from unified_mm.parallel.sharding import place
 from unified_mm.runs.averages import keeps_average
 from unified_mm.runs.checkpoints import Checkpoints
-from unified_mm.runs.folder import RunFolder, user_path
+from unified_mm.runs.folder import RunFolder
 from unified_mm.training.layout import in_training, inventory
 from unified_mm.training.output import framed
 from unified_mm.training.phases import Phase, build_phases

@@ -15,13 +15,14 @@ from ml_collections import ConfigDict
 
 from unified_mm.config import Config, get_field, set_field
 from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.files import read_json
 from unified_mm.inference.quantized_params import dequantized, saved_shapes
 from unified_mm.models.options import TransformerOptions
 from unified_mm.objectives.task import build_task
 from unified_mm.parallel.sharding import path_of, without_names
 from unified_mm.runs.averages import keeps_average
 from unified_mm.runs.checkpoints import Checkpoints
-from unified_mm.runs.folder import RunFolder, read_json
+from unified_mm.runs.folder import RunFolder
 
 # How a stack is computed and regularised is the new run's own affair.
 OWN = (

@@ -1,0 +1,78 @@
+"""Files and folders: what is written is whole, what is wrong is named, and one holder at a time."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from unified_mm import files
+from unified_mm.files import FolderHeld, hold, naming, read_json, write_json
+
+
+def names_in(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_write_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "value.json"
+    write_json(path, {"old": 1})
+
+    def no_space(source, target):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(files.os, "replace", no_space)
+    with pytest.raises(OSError, match="no space"):
+        write_json(path, {"new": 2})
+    assert read_json(path) == {"old": 1} and names_in(tmp_path) == ["value.json"]
+
+
+def test_write_refuses_what_json_cannot_hold(tmp_path):
+    for value in ({"x": float("nan")}, {"x": object()}):
+        with pytest.raises((ValueError, TypeError), match=r"value\.json"):
+            write_json(tmp_path / "value.json", value)
+    assert names_in(tmp_path) == []
+
+
+def test_read_errors_name_file_and_place(tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text('{"a": 1,\n "b": }')
+    with pytest.raises(ValueError, match=r"broken\.json, line 2, column 7"):
+        read_json(path)
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ValueError, match=r"broken\.json, byte 7"):
+        read_json(path)
+
+
+def test_names_that_are_no_utf_8_can_be_written(tmp_path):
+    value = {"folder": os.fsdecode(b"d\xff")}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+
+
+def test_a_folder_that_cannot_be_held_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--out=x: .*file"), naming("--out=x"):
+        with hold(tmp_path / "file" / "below"):
+            pass
+
+
+HOLDER = """
+import pathlib, sys, time
+from unified_mm.files import hold
+with hold(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_holder_is_named_and_a_kill_frees_the_folder(tmp_path):
+    folder = tmp_path / "made" / "here"
+    arguments = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(FolderHeld, match=f"process {holder.pid} is at work on"), hold(folder):
+            pass
+        holder.kill()
+    with hold(folder):
+        assert (folder / ".lock").read_text() == str(os.getpid())
