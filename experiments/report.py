@@ -98,9 +98,10 @@ def law_in_words(ablation: Ablation, results: list[Result]) -> str:
     law = law_of(ablation, results)
     if law is None:
         return ""
+    fit = "" if law.lack_of_fit is None else f" Lack of fit: p = {law.lack_of_fit:.2g}."
     return (
         f"\n`{ablation.power_law}` = {law.scale.value:.3g} x (FLOPs / {count(law.unit)}) ^ "
-        f"-{law.exponent} + {law.floor} (95% intervals by profile likelihood).\n"
+        f"-{law.exponent} + {law.floor} (95% intervals by profile likelihood).{fit}\n"
     )
 
 

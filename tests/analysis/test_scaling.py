@@ -50,6 +50,19 @@ def test_noise_alone_leaves_the_exponent_open():
     assert law.exponent.high > 3 and law.exponent.low < 0.01
 
 
+def test_lack_of_fit_is_seen_where_repeats_show_the_noise():
+    rng = np.random.default_rng(0)
+    cost = np.repeat(COST, 3)
+
+    def chance(truth):
+        return fit_power_law(cost, truth + 0.01 * rng.normal(size=cost.size)).lack_of_fit
+
+    chances = [chance(1 + 3 * cost**-0.25) for _ in range(40)]
+    assert sum(p < 0.05 for p in chances) <= 6 and sum(p < 0.5 for p in chances) >= 12
+    assert chance(1 + 0.3 * np.sin(np.log(cost))) < 1e-6  # no power law
+    assert fit_power_law(COST, 1 + 3 * COST**-0.25).lack_of_fit is None  # no repeats
+
+
 def test_too_little_is_refused():
     with pytest.raises(ValueError, match="3 points at 3 different costs"):
         fit_power_law(COST[:3], np.ones(3))

@@ -40,6 +40,9 @@ class PowerLaw:
         not hang on b.
       exponent, floor: b and c.
       deviation: standard deviation of the losses around the law.
+      lack_of_fit: how often losses as far from the law would come by chance if it held, judged by
+        how losses at one C differ (the F test of Draper & Smith 1998, "Applied regression
+        analysis", section 2.1); None without repeats, or with three C only.
     """
 
     unit: float
@@ -47,6 +50,7 @@ class PowerLaw:
     exponent: Interval
     floor: Interval
     deviation: float
+    lack_of_fit: float | None
 
     def __call__(self, cost: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """The loss that the law gives for each C."""
@@ -94,6 +98,7 @@ def fit_power_law(cost: Float[np.ndarray, " n"], loss: Float[np.ndarray, " _"]) 
         interval(exponent, EXPONENTS[rows]),
         interval(floor, floors[columns]),
         float(np.sqrt(least / free)),
+        _lack_of_fit(cost, loss, least),
     )
 
 
@@ -129,6 +134,20 @@ def _check(cost: np.ndarray, loss: np.ndarray) -> None:
         or min(cost.min(), loss.min()) <= 0
     ):
         raise ValueError("costs and losses must be positive and finite")
+
+
+def _lack_of_fit(
+    cost: Float[np.ndarray, " n"], loss: Float[np.ndarray, " n"], least: float
+) -> float | None:
+    from scipy import stats
+
+    costs, which = np.unique(cost, return_inverse=True)
+    means = np.bincount(which, loss) / np.bincount(which)
+    within = float(np.square(loss - means[which]).sum())
+    repeats, spare = len(loss) - len(costs), len(costs) - 3
+    if repeats < 1 or spare < 1 or within == 0:
+        return None
+    return float(stats.f.sf((least - within) / spare / (within / repeats), spare, repeats))
 
 
 def _squares(
