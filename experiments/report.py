@@ -81,11 +81,12 @@ def write_summary(ablation: Ablation, folder: Path) -> None:
     text = markdown(lines) + law_in_words(ablation, results)
     write_atomically(folder / "table.md", text.encode())
     write_atomically(folder / "table.csv", as_csv(lines).encode())
-    first = ablation.scores[0]
     pictures = {
         "curves": learning_curves(results, names),
-        "bars": bars([line for line in lines if line.score == first], names),
-        "flops": against_flops(results, names, ablation.power_law or first, law),
+        "bars": bars(results, lines, names),
+        "flops": against_flops(
+            results, names, ablation.scores, {ablation.power_law: law} if law else {}
+        ),
     }
     for name, drawn in pictures.items():
         write_atomically(folder / f"{name}.svg", drawn.encode())

@@ -8,6 +8,8 @@ early fusion captions better than gated layers that start closed, in training as
 
 Each is as wide as the FLOPs of the recipe's early fusion allow; what a fusion cannot do has no
 score. Parameters are not equal: one transformer does in early fusion what two do in the others.
+Two towers learn by contrast alone, and `early_contrast` does so too: it is what they are to be held
+against where objectives must be equal. All have the recipe's learning rate, whatever their width.
 """
 
 from experiments.sweeping.ablation import Ablation
@@ -29,6 +31,7 @@ def get_ablation(size: str) -> Ablation:
                 "model.resampler.latents": 16 if size == "tiny" else 64,
             },
             "late": {"model.fusion": "late"},
+            "early_contrast": {"objectives.captioning.weight": 0.0},
         },
         seeds=range(5),
         scores=("single_caption/text_to_image/recall_at_1", "caption/cider_d"),

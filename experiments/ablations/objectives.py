@@ -1,11 +1,15 @@
 """Do objectives help each other?
 
 Question: at equal FLOPs, does retrieval gain by captioning beside it, or captions by contrast; does
-matching add to both; and is the pairwise sigmoid loss better than softmax at these batches?
+matching add to both; and is the pairwise sigmoid loss better than softmax at these batches, each
+with the scale that its paper starts from?
 
 Expected: each objective alone scores higher in its own, for all steps are its; contrast beside
 captions costs them little; matching is not worth its FLOPs in training this short; sigmoid is no
 worse than softmax (Zhai et al. 2023 find it better at small batches).
+
+`captions_weigh_4` tells few steps from interference: it has the steps of `both`, and its captions
+a louder voice in the gradient, whose norm is clipped.
 """
 
 from experiments.sweeping.ablation import Ablation
@@ -34,6 +38,7 @@ def get_ablation(size: str) -> Ablation:
         variants={
             "both": {},
             **dearer,
+            "captions_weigh_4": {"objectives.captioning.weight": 4.0},
             "sigmoid": {"objectives.contrastive.loss": "sigmoid"},
         },
         seeds=range(5),

@@ -5,7 +5,7 @@ the feed-forward, or in both, learn more than a shared one, at equal FLOPs?
 
 Expected: separate feed-forwards help most, for they hold most of what a layer knows; FLOPs stay the
 same as each token goes through one copy, parameters grow. `both_equal_parameters` is narrower, so
-that a gain of parameters alone would not show in it (its FLOPs are fewer).
+that a gain of parameters alone would not show in it (FLOPs and a head's channels are fewer).
 """
 
 from experiments.sweeping.ablation import Ablation

@@ -6,8 +6,10 @@ both together; or than contrast first and then both?
 Expected: in training this short the text phase is wasted on what captioning teaches anyway, and one
 phase wins; contrast first may help retrieval, not captions.
 
-Steps are chosen so that all have equal FLOPs; each phase has its own warm-up and cosine, as phases
-have where a model is handed on from one to the next.
+Steps are chosen so that all have equal FLOPs; each phase has its own warm-up, cosine and moments,
+as phases have where a model is handed on from one to the next. Images that text alone does not see
+are computed and counted: at its own cost (a third of that) its phase would have three times the
+steps.
 """
 
 from experiments.sweeping.ablation import Ablation

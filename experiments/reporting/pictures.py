@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ def learning_curves(results: Sequence[Result], names: Sequence[str]) -> str:
     for axes, metric in zip(panels, metrics, strict=True):
         curves_of_metric(axes, results, names, metric)
     lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
-    figure.legend(handles=[*lines.values()], loc="outside upper center", ncols=6, fontsize="small")
+    ordered = [lines[name] for name in names if name in lines]
+    figure.legend(handles=ordered, loc="outside upper center", ncols=6, fontsize="small")
     return as_svg(figure)
 
 
@@ -51,45 +52,62 @@ def curves_of_metric(
     axes.set_ylabel(metric)
 
 
-def bars(lines: Sequence[Line], names: Sequence[str]) -> str:
-    """One score of all variants, with intervals; chance as a dashed line."""
-    figure, (axes,) = drawing()
-    shown = [line for line in lines if line.value is not None]
-    for place, line in enumerate(shown):
-        assert line.value is not None
-        half = line.value.high - line.value.mean if line.value.known else 0.0
-        axes.bar(
-            place,
-            line.value.mean,
-            yerr=half,
-            capsize=4,
-            color=colour_of(line.variant, names),
-            alpha=0.8,
-        )
-        if line.chance is not None:
-            axes.hlines(line.chance, place - 0.4, place + 0.4, colors="black", linestyles="dashed")
-    axes.set_xticks(range(len(shown)), [line.variant for line in shown], rotation=20, ha="right")
-    axes.set_ylabel(lines[0].score)
+def bars(results: Sequence[Result], lines: Sequence[Line], names: Sequence[str]) -> str:
+    """Scores of the variants that have them, a panel a score, with intervals and chance."""
+    scores = list(dict.fromkeys(line.score for line in lines))
+    figure, panels = drawing(len(scores))
+    for axes, score in zip(panels, scores, strict=True):
+        bars_of_score(axes, results, [line for line in lines if line.score == score], names)
     return as_svg(figure)
 
 
+def bars_of_score(
+    axes: Any, results: Sequence[Result], lines: Sequence[Line], names: Sequence[str]
+) -> None:
+    """A bar a variant with its 95% interval; a dot a seed, and chance as a dashed line."""
+    shown = [(line, line.value) for line in lines if line.value is not None]
+    for place, (line, value) in enumerate(shown):
+        half = value.high - value.mean if value.known else 0.0
+        colour = colour_of(line.variant, names)
+        axes.bar(place, value.mean, yerr=half, capsize=4, color=colour, alpha=0.8)
+        seeds = scores_of(results, line.variant, line.score)
+        axes.plot([place] * len(seeds), seeds, "o", color="black", markersize=3, alpha=0.6)
+        if line.chance is not None:
+            axes.hlines(line.chance, place - 0.4, place + 0.4, colors="black", linestyles="dashed")
+    axes.set_xticks(range(len(shown)), [line.variant for line, _ in shown], rotation=20, ha="right")
+    axes.set_ylabel(lines[0].score.removeprefix("single_caption/"))
+
+
 def against_flops(
-    results: Sequence[Result], names: Sequence[str], score: str, law: PowerLaw | None = None
+    results: Sequence[Result],
+    names: Sequence[str],
+    scores: Sequence[str],
+    laws: Mapping[str, PowerLaw],
 ) -> str:
-    """A score against the FLOPs of training, a point a variant, with a fitted power law."""
-    figure, (axes,) = drawing()
+    """Scores against the FLOPs of training, a panel a score; power laws by the score they fit."""
+    figure, panels = drawing(len(scores))
+    for axes, score in zip(panels, scores, strict=True):
+        score_against_flops(axes, results, names, score, laws.get(score))
+    points = {each.get_label(): each for axes in panels for each in axes.containers}
+    ordered = [points[name] for name in names if name in points]
+    figure.legend(handles=ordered, loc="outside upper center", ncols=6, fontsize="small")
+    return as_svg(figure)
+
+
+def score_against_flops(
+    axes: Any, results: Sequence[Result], names: Sequence[str], score: str, law: PowerLaw | None
+) -> None:
+    """A point a variant with its 95% interval, and the law through them."""
     cheapest, dearest = (limit(r.flops for r in results) for limit in (min, max))
     for name in names:
-        runs = [r for r in results if r.variant == name and score in r.scores]
-        if not runs:
+        seeds = scores_of(results, name, score)
+        if not seeds:
             continue
-        found = mean_interval(np.array([r.scores[score] for r in runs]))
-        half = found.high - found.mean if found.known else 0.0
-        flops = float(np.mean([r.flops for r in runs]))
+        found = mean_interval(np.array(seeds))
         axes.errorbar(
-            flops,
+            float(np.mean([r.flops for r in results if r.variant == name])),
             found.mean,
-            yerr=half,
+            yerr=found.high - found.mean if found.known else 0.0,
             marker="o",
             capsize=4,
             label=name,
@@ -100,12 +118,16 @@ def against_flops(
         label = f"FLOPs ^ -{law.exponent.value:.3g} + {law.floor.value:.3g}"
         axes.plot(cost, law(cost), color="black", linewidth=1, label=label)
         axes.set_yscale("log")
+        axes.legend(handles=axes.get_lines()[-1:], fontsize="small")
     axes.set_xscale("log")
     axes.set_xlim(cheapest / 1.5, dearest * 1.5)  # equal ones are to look equal
     axes.set_xlabel("FLOPs of training")
-    axes.set_ylabel(score)
-    axes.legend(fontsize="small")
-    return as_svg(figure)
+    axes.set_ylabel(score.removeprefix("single_caption/"))
+
+
+def scores_of(results: Sequence[Result], variant: str, score: str) -> list[float]:
+    """A variant's score for each of its seeds that has it."""
+    return [r.scores[score] for r in results if r.variant == variant and score in r.scores]
 
 
 def colour_of(name: str, names: Sequence[str]) -> str:

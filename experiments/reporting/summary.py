@@ -140,21 +140,23 @@ def brief(lines: Sequence[Line]) -> str:
     heads = [f"`{score.removeprefix('single_caption/')}`" for score in scores]
     names = dict.fromkeys(line.variant for line in lines)
     rows = [[line for line in lines if line.variant == name] for name in names]
+    usual = [line.chance for line in rows[0]]
     titles = ["", "seeds", *heads, "parameters", "FLOPs"]
     head = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
-    return "\n".join([*head, *map(brief_row, rows)]) + "\n"
+    return "\n".join([*head, *(brief_row(row, usual) for row in rows)]) + "\n"
 
 
-def brief_row(lines: Sequence[Line]) -> str:
-    """One variant: its line for each score."""
+def brief_row(lines: Sequence[Line], usual: Sequence[float | None]) -> str:
+    """One variant: its line for each score, and the chance of the base where its own differs."""
     first = lines[0]
     seeds = max(line.value.count if line.value else 0 for line in lines)
+    cells = [brief_cell(line, chance) for line, chance in zip(lines, usual, strict=True)]
     costs = [cost(first.parameters, first.parameter_ratio), cost(first.flops, first.flops_ratio)]
-    return "| " + " | ".join([first.variant, f"{seeds}", *map(brief_cell, lines), *costs]) + " |"
+    return "| " + " | ".join([first.variant, f"{seeds}", *cells, *costs]) + " |"
 
 
-def brief_cell(line: Line) -> str:
-    """A score and what may be said of it."""
+def brief_cell(line: Line, usual: float | None) -> str:
+    """A score and what may be said of it; its chance where that is not the base's."""
     if line.value is None:
         return "cannot"
     if line.difference is None:
@@ -163,7 +165,8 @@ def brief_cell(line: Line) -> str:
     if line.difference.excludes_zero:
         sign, _, rest = differs.partition(" ")
         differs = f"**{sign}** {rest}"
-    return f"{line.value.mean:.3f}, {differs}"
+    chance = "" if line.chance == usual else said_chance(line)
+    return f"{line.value.mean:.3f}, {differs}{chance}"
 
 
 def said(value: Mean, *, signed: bool = False) -> str:

@@ -73,7 +73,8 @@ class Ablation:
       grid: in place of `variants`: field -> values, of which each combination is a variant.
       seeds: the same ones for all variants, so that differences are paired.
       scores: of `result.json` that the answer is read from, the first above all.
-      power_law: a score (the lower the better) that a power law of FLOPs is fitted to; '' is none.
+      power_law: the one of `scores` (the lower the better) that a power law of FLOPs is fitted to;
+        '' is none.
       search: hyper-parameters to look for with `--trials`, None for none.
     """
 
@@ -85,6 +86,10 @@ class Ablation:
     common: Overrides = field(default_factory=dict)
     power_law: str = ""
     search: Search | None = None
+
+    def __post_init__(self) -> None:
+        if self.power_law and self.power_law not in self.scores:
+            raise ValueError(f"power_law: {self.power_law} is none of the scores: add it there")
 
     def all_variants(self) -> dict[str, dict[str, Any]]:
         """Every variant's fields, the common ones among them.

@@ -63,8 +63,9 @@ def fit_power_law(cost: Float[np.ndarray, " n"], loss: Float[np.ndarray, " _"]) 
 
     The intervals are profile likelihood's (Bates & Watts 1988, "Nonlinear regression analysis and
     its applications", section 6.1): all values at which, the others chosen best, the squares sum
-    to at most 1 + F(0.95; 1, n - 3) / (n - 3) times their least sum. With few points they are wide
-    and often reach the edge, for b and c are then hardly told apart.
+    to at most 1 + F(0.95; 1, n - 3) / (n - 3) times their least sum; for a, its best values with
+    these b and c. With few points they are wide and often reach the edge, for b and c are then
+    hardly told apart.
 
     Args:
       cost: C > 0, such as FLOPs or parameters; three different ones at least.
