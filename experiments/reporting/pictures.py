@@ -98,6 +98,8 @@ def score_against_flops(
     axes: Any, results: Sequence[Result], names: Sequence[str], score: str, law: PowerLaw | None
 ) -> None:
     """A point a variant with its 95% interval, and the law through them."""
+    from matplotlib import ticker
+
     cheapest, dearest = (limit(r.flops for r in results) for limit in (min, max))
     for name in names:
         seeds = scores_of(results, name, score)
@@ -121,6 +123,9 @@ def score_against_flops(
         axes.legend(handles=axes.get_lines()[-1:], fontsize="small")
     axes.set_xscale("log")
     axes.set_xlim(cheapest / 1.5, dearest * 1.5)  # equal ones are to look equal
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.EngFormatter())
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("FLOPs of training")
     axes.set_ylabel(score.removeprefix("single_caption/"))
 
