@@ -67,7 +67,7 @@ def bars_of_score(
     """A bar a variant with its 95% interval; a dot a seed, and chance as a dashed line."""
     shown = [(line, line.value) for line in lines if line.value is not None]
     for place, (line, value) in enumerate(shown):
-        half = value.high - value.mean if value.known else 0.0
+        half = value.high - value.mean if value.known else None  # one seed has no interval
         colour = colour_of(line.variant, names)
         axes.bar(place, value.mean, yerr=half, capsize=4, color=colour, alpha=0.8)
         seeds = scores_of(results, line.variant, line.score)
@@ -109,7 +109,7 @@ def score_against_flops(
         axes.errorbar(
             float(np.mean([r.flops for r in results if r.variant == name])),
             found.mean,
-            yerr=found.high - found.mean if found.known else 0.0,
+            yerr=found.high - found.mean if found.known else None,
             marker="o",
             capsize=4,
             label=name,
