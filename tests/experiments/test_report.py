@@ -184,6 +184,17 @@ def test_every_ablation_that_is_kept_is_in_the_readme():
     assert kept == shown
 
 
+@pytest.mark.parametrize("path", sorted(readme_tables.ABLATIONS.glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_every_ablation_has_been_carried_out(path):
+    """Each variant of each question, with two seeds at least and those of its base among them."""
+    name, ablation = load_ablation(str(path))
+    seeds = {variant: set() for variant in ablation.all_variants()}
+    for result in read_kept(RESULTS / name, ablation):
+        seeds[result.variant].add(result.seed)
+    for variant, found in seeds.items():
+        assert len(found) >= 2 and found <= seeds[ablation.base], variant
+
+
 def test_a_stale_table_is_said_and_mended(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(readme_tables, "table_of", lambda said, results: f"new {said}\n")
     readme = tmp_path / "README.md"
