@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from experiments.report import law_in_words
+from experiments.report import law_in_words, law_of
 from experiments.reporting.kept import RESULTS, read_kept
 from experiments.reporting.summary import brief, summarise
 from experiments.sweeping.ablation import load_ablation
@@ -71,7 +71,9 @@ def table_of(said: str, results: Path) -> str:
     given, _, other = said.partition(" ")
     name, ablation = load_ablation(f"{ABLATIONS / given}")
     found = read_kept(results / (other or name), ablation)
-    return brief(summarise(ablation, found)) + law_in_words(ablation, found)
+    return brief(summarise(ablation, found)) + law_in_words(
+        ablation.power_law, law_of(ablation, found)
+    )
 
 
 if __name__ == "__main__":

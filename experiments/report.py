@@ -78,15 +78,13 @@ def write_summary(ablation: Ablation, folder: Path) -> None:
     lines = summarise(ablation, results)
     names = list(ablation.all_variants())
     law = law_of(ablation, results)
-    text = markdown(lines) + law_in_words(ablation, results)
+    text = markdown(lines) + law_in_words(ablation.power_law, law)
     write_atomically(folder / "table.md", text.encode())
     write_atomically(folder / "table.csv", as_csv(lines).encode())
     pictures = {
         "curves": learning_curves(results, names),
         "bars": bars(results, lines, names),
-        "flops": against_flops(
-            results, names, ablation.scores, {ablation.power_law: law} if law else {}
-        ),
+        "flops": against_flops(results, names, ablation.scores, ablation.power_law, law),
     }
     for name, drawn in pictures.items():
         write_atomically(folder / f"{name}.svg", drawn.encode())
@@ -94,14 +92,13 @@ def write_summary(ablation: Ablation, folder: Path) -> None:
     say(f"written: {folder}")
 
 
-def law_in_words(ablation: Ablation, results: list[Result]) -> str:
-    """The power law where one is asked for, else nothing."""
-    law = law_of(ablation, results)
+def law_in_words(score: str, law: PowerLaw | None) -> str:
+    """The power law of a score; nothing where there is none."""
     if law is None:
         return ""
     fit = "" if law.lack_of_fit is None else f" Lack of fit: p = {law.lack_of_fit:.2g}."
     return (
-        f"\n`{ablation.power_law}` = {law.scale.value:.3g} x (FLOPs / {count(law.unit)}) ^ "
+        f"\n`{score}` = {law.scale.value:.3g} x (FLOPs / {count(law.unit)}) ^ "
         f"-{law.exponent} + {law.floor} (95% intervals by profile likelihood).{fit}\n"
     )
 

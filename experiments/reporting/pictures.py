@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -82,12 +82,13 @@ def against_flops(
     results: Sequence[Result],
     names: Sequence[str],
     scores: Sequence[str],
-    laws: Mapping[str, PowerLaw],
+    fitted: str,
+    law: PowerLaw | None,
 ) -> str:
-    """Scores against the FLOPs of training, a panel a score; power laws by the score they fit."""
+    """Scores against the FLOPs of training, a panel a score; the law is through `fitted`."""
     figure, panels = drawing(len(scores))
     for axes, score in zip(panels, scores, strict=True):
-        score_against_flops(axes, results, names, score, laws.get(score))
+        score_against_flops(axes, results, names, score, law if score == fitted else None)
     points = {each.get_label(): each for axes in panels for each in axes.containers}
     ordered = [points[name] for name in names if name in points]
     figure.legend(handles=ordered, loc="outside upper center", ncols=6, fontsize="small")

@@ -125,7 +125,7 @@ def markdown_row(line: Line) -> str:
     cells = [
         line.variant,
         str(line.value.count) if line.value else "0",
-        said(line.value) + said_chance(line) if line.value else "cannot",
+        said(line.value) + said_chance(line.chance) if line.value else "cannot",
         said(line.difference, signed=True) if line.difference else "",
         line.verdict,
         cost(line.parameters, line.parameter_ratio),
@@ -160,13 +160,13 @@ def brief_cell(line: Line, usual: float | None) -> str:
     if line.value is None:
         return "cannot"
     if line.difference is None:
-        return said(line.value) + said_chance(line)
+        return said(line.value) + said_chance(line.chance)
     differs = said(line.difference, signed=True)
     if line.difference.excludes_zero:
         sign, _, rest = differs.partition(" ")
         differs = f"**{sign}** {rest}"
-    chance = "" if line.chance == usual else said_chance(line)
-    return f"{line.value.mean:.3f}, {differs}{chance}"
+    chance = said_chance(line.chance)
+    return f"{line.value.mean:.3f}, {differs}{'' if chance == said_chance(usual) else chance}"
 
 
 def said(value: Mean, *, signed: bool = False) -> str:
@@ -178,9 +178,9 @@ def said(value: Mean, *, signed: bool = False) -> str:
     return f"{first} ({value.low:{sign}.3f} to {value.high:{sign}.3f})"
 
 
-def said_chance(line: Line) -> str:
+def said_chance(chance: float | None) -> str:
     """What the score would be by chance, where that is known."""
-    return "" if line.chance is None else f", chance {line.chance:.3f}"
+    return "" if chance is None else f", chance {chance:.3f}"
 
 
 def cost(value: float | None, relative: float | None) -> str:

@@ -114,6 +114,11 @@ def test_what_a_command_may_not_ask(tmp_path, given, message):
         runs_of(Ablation(**BASE, variants={"a": {}}), tmp_path, **given)
 
 
+def test_a_power_law_is_of_a_score():
+    with pytest.raises(ValueError, match="power_law: caption/nats is none of the scores"):
+        Ablation(**{**BASE, "scores": ("caption/cider_d",)}, power_law="caption/nats")
+
+
 def test_searches_that_cannot_be():
     with pytest.raises(ValueError, match="low=2, high=1.*low must be below high"):
         Span(2, 1)

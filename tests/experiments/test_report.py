@@ -1,6 +1,7 @@
 """What an ablation came to: statistics against scipy and the tables, Markdown, CSV, pictures."""
 
 import csv
+import dataclasses
 import io
 import json
 import xml.etree.ElementTree
@@ -32,7 +33,7 @@ ABLATION = Ablation(
 FIELDS = {"early": [], "late": ["model.fusion=late"]}
 
 
-def kept_file(folder, variant, seed, score, flops):
+def kept_file(folder, variant, seed, score, flops, chance=0.1):
     foils = {"foil/accuracy": 0.5} if variant == "early" else {}
     content = {
         "variant": variant,
@@ -40,10 +41,10 @@ def kept_file(folder, variant, seed, score, flops):
         "flops": flops,
         "parameters": 1_000_000,
         "config": "configs/coco.py:tiny",
-        "fields": FIELDS[variant],
+        "fields": FIELDS.get(variant),
         "data": {"fingerprint": "f"},
         "scores": {"caption/cider_d": score} | foils,
-        "chance": {"caption/cider_d": 0.1},
+        "chance": {"caption/cider_d": chance},
         "curves": {"captioning/loss": [[10, 2.0], [20, 1.0 + score]]},
     }
     (folder / f"{variant}-{seed}.json").write_text(json.dumps(content))
@@ -76,6 +77,35 @@ def test_the_brief_table_is_bold_beyond_the_noise(kept):
     assert rows[3].startswith("| late | 5 | 0.622, **+0.106** (+0.089 to +0.123) | cannot |")
     kept_file(kept, "late", 4, 0.20, 1.5e12)
     assert "0.534, +0.018 (" in brief(summarise(ABLATION, read_kept(kept, ABLATION)))
+
+
+def test_the_brief_table_says_a_chance_that_is_not_the_base_s(kept):
+    for seed, score in enumerate(SCORES["late"]):
+        kept_file(kept, "late", seed, score, 1.5e12, chance=0.3)
+    rows = brief(summarise(ABLATION, read_kept(kept, ABLATION))).splitlines()
+    assert rows[3].startswith("| late | 5 | 0.622, **+0.106** (+0.089 to +0.123), chance 0.300 |")
+
+
+def test_a_power_law_is_said_and_drawn_where_it_is_asked_for(tmp_path):
+    """Four sizes of two seeds, on a law of exponent 0.5 and floor 0.2."""
+    widths = {f"w{width}": {"model.width": width} for width in (32, 64, 96, 128)}
+    asked = Ablation("configs/coco.py:tiny", ("caption/nats",), range(2), widths)
+    law = dataclasses.replace(asked, power_law="caption/nats")
+    for place, variant in enumerate(widths):
+        for seed in (0, 1):
+            cost = 1e12 * 2**place
+            kept_file(tmp_path, variant, seed, 0.0, cost)
+            path = tmp_path / f"{variant}-{seed}.json"
+            content = json.loads(path.read_text())
+            loss = 0.2 + (cost / 1e12) ** -0.5 + 0.001 * (seed - 0.5)
+            content["fields"] = [f"model.width={widths[variant]['model.width']}"]
+            path.write_text(json.dumps(content | {"scores": {"caption/nats": loss}}))
+    write_summary(asked, tmp_path)
+    assert "profile likelihood" not in (tmp_path / "table.md").read_text()
+    write_summary(law, tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "`caption/nats` = 0.595 x (FLOPs / 2.83 T) ^ -0.5" in text
+    assert "Lack of fit: p = 1." in text or "Lack of fit: p = 0.9" in text
 
 
 def test_verdicts(kept):
@@ -184,7 +214,10 @@ def test_every_ablation_that_is_kept_is_in_the_readme():
     assert kept == shown
 
 
-@pytest.mark.parametrize("path", sorted(readme_tables.ABLATIONS.glob("[!_]*.py")), ids=lambda path: path.stem)
+OURS = sorted(readme_tables.ABLATIONS.glob("[!_]*.py"))
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: path.stem)
 def test_every_ablation_has_been_carried_out(path):
     """Each variant of each question, with two seeds at least and those of its base among them."""
     name, ablation = load_ablation(str(path))
