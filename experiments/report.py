@@ -77,6 +77,10 @@ def write_summary(ablation: Ablation, folder: Path) -> None:
     results = read_kept(folder, ablation)
     lines = summarise(ablation, results)
     names = list(ablation.all_variants())
+    scores = list(dict.fromkeys(line.score for line in lines))
+    for score in ablation.scores:
+        if score not in scores:
+            say(f"left out: no run has {score}")
     law = law_of(ablation, results)
     text = markdown(lines) + law_in_words(ablation.power_law, law)
     write_atomically(folder / "table.md", text.encode())
@@ -84,7 +88,7 @@ def write_summary(ablation: Ablation, folder: Path) -> None:
     pictures = {
         "curves": learning_curves(results, names),
         "bars": bars(results, lines, names),
-        "flops": against_flops(results, names, ablation.scores, ablation.power_law, law),
+        "flops": against_flops(results, names, scores, ablation.power_law, law),
     }
     for name, drawn in pictures.items():
         write_atomically(folder / f"{name}.svg", drawn.encode())

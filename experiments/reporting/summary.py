@@ -53,26 +53,27 @@ class Line:
 
 
 def summarise(ablation: Ablation, results: Sequence[Result]) -> list[Line]:
-    """A line for each score and variant that any run is there of, in the ablation's order.
+    """A line for each variant that has runs and each score that any of them has, in order.
 
     Raises:
-      ValueError: a score that no run of any variant has, though there are runs of all.
+      ValueError: no run has a score, but one that is called nearly so; or none of the scores.
     """
     by_variant = {
         name: [r for r in results if r.variant == name] for name in ablation.all_variants()
     }
     there = {name: found for name, found in by_variant.items() if found}
     base = there.get(ablation.base, [])
-    for score in ablation.scores if len(there) == len(by_variant) else ():
-        if not any(score in r.scores for r in results):
-            near = difflib.get_close_matches(
-                score, {name for r in results for name in r.scores}, n=1
-            )
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"no run has the ablation's score {score!r}{hint}")
+    known = {name for r in results for name in r.scores}
+    scores = [score for score in ablation.scores if score in known]
+    unknown = [score for score in ablation.scores if score not in known]
+    for score in unknown if len(there) == len(by_variant) else ():
+        if near := difflib.get_close_matches(score, known, n=1, cutoff=0.8):
+            raise ValueError(f"no run has the score {score!r}; did you mean {near[0]}?")
+    if not scores:
+        raise ValueError(f"no run has any of the scores {', '.join(ablation.scores)}")
     return [
         line(name, score, found, base, is_base=name == ablation.base)
-        for score in ablation.scores
+        for score in scores
         for name, found in there.items()
     ]
 

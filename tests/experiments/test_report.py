@@ -1,7 +1,6 @@
 """What an ablation came to: statistics against scipy and the tables, Markdown, CSV, pictures."""
 
 import csv
-import dataclasses
 import io
 import json
 import xml.etree.ElementTree
@@ -90,7 +89,7 @@ def test_a_power_law_is_said_and_drawn_where_it_is_asked_for(tmp_path):
     """Four sizes of two seeds, on a law of exponent 0.5 and floor 0.2."""
     widths = {f"w{width}": {"model.width": width} for width in (32, 64, 96, 128)}
     asked = Ablation("configs/coco.py:tiny", ("caption/nats",), range(2), widths)
-    law = dataclasses.replace(asked, power_law="caption/nats")
+    law = replace(asked, power_law="caption/nats")
     for place, variant in enumerate(widths):
         for seed in (0, 1):
             cost = 1e12 * 2**place
@@ -194,6 +193,19 @@ def test_fields_of_a_whole_sweep_may_be_added(kept):
         content = json.loads(path.read_text())
         path.write_text(json.dumps(content | {"fields": [*content["fields"], "train.b2=0.9"]}))
     assert len(read_kept(kept, ABLATION)) == 10
+
+
+def test_a_score_that_was_switched_off_is_left_out(kept, capsys):
+    asked = replace(
+        ABLATION,
+        variants={"early": {}, "late": LATE},
+        scores=("caption/cider_d", "single_caption/text_to_image/recall_at_1"),
+    )
+    write_summary(asked, kept)
+    assert "left out: no run has single_caption/text_to_image" in capsys.readouterr().out
+    assert "recall_at_1" not in (kept / "table.md").read_text()
+    with pytest.raises(ValueError, match="no run has any of the scores nothing"):
+        write_summary(replace(asked, scores=("nothing",)), kept)
 
 
 def test_a_score_that_no_run_has_is_an_error(kept):
