@@ -3,6 +3,8 @@
 import errno
 import logging
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -57,3 +59,14 @@ def test_a_new_file_needs_a_folder_and_a_free_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ValueError, match="cannot be written to"):
         new_file(str(tmp_path / "new.json"))
+
+
+def test_a_reader_that_has_read_enough_ends_a_command_quietly():
+    """As in `python -m unified_mm.COMMAND | head -1`."""
+    lines = "from unified_mm.commands import say\nfor i in range(100_000): say(f'line {i}')"
+    command = [sys.executable, "-c", lines]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"line 0\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

@@ -6,6 +6,7 @@ import argparse
 import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +30,13 @@ USER_ERRORS = (
 
 
 def say(text: str) -> None:
-    """A line of progress for the person at the terminal."""
-    print(text, flush=True)
+    """A line of progress for the person at the terminal; ends where nobody reads on (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Else Python tries to write the rest when it ends, and complains again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def exit_code(work: Callable[[], int], *, interrupted: str = "interrupted") -> int:
