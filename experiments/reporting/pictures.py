@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.reporting.kept import Result
-from experiments.reporting.summary import Line
+from experiments.reporting.summary import Line, short
 from unified_mm.analysis.figures import as_svg
 from unified_mm.analysis.intervals import mean_interval
 from unified_mm.analysis.scaling import PowerLaw
@@ -75,7 +75,7 @@ def bars_of_score(
         if line.chance is not None:
             axes.hlines(line.chance, place - 0.4, place + 0.4, colors="black", linestyles="dashed")
     axes.set_xticks(range(len(shown)), [line.variant for line, _ in shown], rotation=20, ha="right")
-    axes.set_ylabel(lines[0].score.removeprefix("single_caption/"))
+    axes.set_ylabel(short(lines[0].score))
 
 
 def against_flops(
@@ -128,7 +128,7 @@ def score_against_flops(
     axes.xaxis.set_major_formatter(ticker.EngFormatter())
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("FLOPs of training")
-    axes.set_ylabel(score.removeprefix("single_caption/"))
+    axes.set_ylabel(short(score))
 
 
 def scores_of(results: Sequence[Result], variant: str, score: str) -> list[float]:

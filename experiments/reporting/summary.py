@@ -138,7 +138,7 @@ def markdown_row(line: Line) -> str:
 def brief(lines: Sequence[Line]) -> str:
     """All scores in one table, each beside its difference with the base: bold beyond the noise."""
     scores = list(dict.fromkeys(line.score for line in lines))
-    heads = [f"`{score.removeprefix('single_caption/')}`" for score in scores]
+    heads = [f"`{short(score)}`" for score in scores]
     names = dict.fromkeys(line.variant for line in lines)
     rows = [[line for line in lines if line.variant == name] for name in names]
     usual = [line.chance for line in rows[0]]
@@ -177,6 +177,11 @@ def said(value: Mean, *, signed: bool = False) -> str:
     if not value.known:
         return first
     return f"{first} ({value.low:{sign}.3f} to {value.high:{sign}.3f})"
+
+
+def short(score: str) -> str:
+    """A score's name where there is little room: one caption an image is what is always asked."""
+    return score.removeprefix("single_caption/")
 
 
 def said_chance(chance: float | None) -> str:
