@@ -1,6 +1,16 @@
-"""Eight devices on any machine, jaxtyping's shapes checked, no compiled program kept by others."""
+"""Eight devices on any machine, jaxtyping's shapes checked, each program compiled once.
 
+What a run of the tests compiles is kept for the next one and for the processes that tests start:
+`pytest --cache-clear` forgets it.
+"""
+
+import gc
 import os
+import shutil
+from pathlib import Path
+
+COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "d" / "compiled"
+MOST_BYTES = 2**30  # of programs that are kept; beyond, all are forgotten
 
 # Before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -8,12 +18,33 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # these programs are compile
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("unified_mm", "beartype.beartype").__enter__()
 
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
 LEFT_OUT = "LEFT OUT"  # what a reason to skip begins with that nobody should overlook
+
+
+def pytest_configure(config):
+    """Forgets the programs that former runs compiled once they are too many."""
+    if not hasattr(config, "workerinput") and COMPILED.is_dir():
+        if sum(path.stat().st_size for path in COMPILED.iterdir()) > MOST_BYTES:
+            shutil.rmtree(COMPILED)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_program_is_held():
+    """Frees what a module compiled; whoever asks for it again reads it from the folder."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -25,7 +25,7 @@ def batch(seed=0):
 
 
 def start(positions):
-    params = without_names(embedder(positions).init(jax.random.key(0), batch()))["params"]
+    params = without_names(jax.jit(embedder(positions).init)(jax.random.key(0), batch()))["params"]
     return np.asarray(params["positions"]), params
 
 
@@ -58,9 +58,10 @@ def test_random_positions_are_as_large_as_sines_and_of_the_seed():
 def test_without_positions_patches_have_no_order():
     """Patches that change places give the same tokens in other places."""
     module = embedder("none")
-    params = without_names(module.init(jax.random.key(0), batch()))["params"]
+    params = without_names(jax.jit(module.init)(jax.random.key(0), batch()))["params"]
     assert "positions" not in params
 
+    @jax.jit
     def tokens(pixels):
         given = {"pixels": pixels, "present": jnp.ones(2, bool)}
         return module.apply({"params": params}, given).embeddings

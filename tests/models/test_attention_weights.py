@@ -95,7 +95,7 @@ def test_weights_are_the_softmax_written_out(rule, changes):
         text = model.embed_text(batch["text"], stream.name, context[0].embeddings.shape[1])
         return concatenate([*context, text])
 
-    tokens = task.model.apply({"params": params}, method=embedded)
+    tokens = jax.jit(lambda p: task.model.apply({"params": p}, method=embedded))(params)
     visibility = Visibility((stream,))
     mask = np.asarray(reference_mask(visibility, tokens.metadata, tokens.metadata))
     expected = stack_in_numpy(params["transformer"], np.float64(tokens.embeddings), mask, 2)

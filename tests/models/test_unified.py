@@ -180,6 +180,7 @@ def test_a_copy_for_each_modality_of_the_same_weights_is_the_shared_model(task, 
     )
     assert np.abs(read(other)(changed) - same).max() > 1e-3
 
+    @jax.jit
     def alone(params):
         return other.model.apply(
             {"params": params}, batch["text"], Stream("t", "separate"), method="read_text"
@@ -198,7 +199,10 @@ def test_a_picture_of_another_size_gets_interpolated_positions(task, params):
     pixels = rng.uniform(0, 255, (2, 32, 24, 3)).astype(np.float32)
     large = {**batch, "image": {"pixels": jnp.asarray(pixels), "present": jnp.ones(2, bool)}}
     stream = Stream("t", "prefix", autoregressive=True)
-    read = task.model.apply({"params": params}, large, (stream,), method="encode")["t"]
+    encode = jax.jit(
+        lambda p: task.model.apply({"params": p}, large, (stream,), method="encode")["t"]
+    )
+    read = encode(params)
     assert read.context["image"].shape == (2, 4 * 3, 16) and np.isfinite(read.text).all()
 
     embedder = params["embedders_image"]

@@ -89,12 +89,13 @@ def test_the_attention_pool_sees_what_is_valid_alone():
     x = jnp.asarray(rng.normal(size=(2, 4, 8)), jnp.float32)
     valid = jnp.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool)
     pool = AttentionPool(2, 6)
-    params = without_names(pool.init(jax.random.key(0), x, valid))
-    found = pool.apply(params, x, valid)
+    params = without_names(jax.jit(pool.init)(jax.random.key(0), x, valid))
+    apply = jax.jit(pool.apply)
+    found = apply(params, x, valid)
     assert found.shape == (2, 8)
     poisoned = jnp.where(valid[..., None], x, 1e4)
-    np.testing.assert_array_equal(found, pool.apply(params, poisoned, valid))
-    moved = pool.apply(params, x.at[0, 1].add(1.0), valid)
+    np.testing.assert_array_equal(found, apply(params, poisoned, valid))
+    moved = apply(params, x.at[0, 1].add(1.0), valid)
     assert (moved[0] != found[0]).any() and (moved[1] == found[1]).all()
 
 
@@ -149,7 +150,6 @@ def test_text_alone_is_held_against_itself_read_again_with_other_dropout(fusion)
         encoded = model.encode(batch, streams, deterministic=False)
         return [encoded[stream.name].text for stream in streams]
 
-    variables = {"params": params}
-    rngs = {"dropout": jax.random.key(1)}
-    first, second = task.model.apply(variables, batch, method=read, rngs=rngs)
+    apply = jax.jit(partial(task.model.apply, method=read))
+    first, second = apply({"params": params}, batch, rngs={"dropout": jax.random.key(1)})
     assert again.name == "contrastive_again" and not np.allclose(first, second)
