@@ -179,7 +179,7 @@ def test_latents_that_look_at_what_is_there(name):
     agree(lambda q, k, v: ATTEND[name](q, k, v, sight), arrays, mask)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     st.integers(1, 40),
     st.integers(1, 40),

@@ -71,7 +71,7 @@ def decode(task, params, batch, stream, *, apart=False, int8=False):
     apart: the context is read before any text.
     """
     ids, valid, present = (batch["text"][name] for name in ("ids", "valid", "present"))
-    width = BEGUN.max()
+    width = int(BEGUN.max())
     begin = {"ids": ids[:, :width], "valid": valid[:, :width] & (np.arange(width) < BEGUN[:, None])}
 
     def run(params):

@@ -23,7 +23,11 @@ from unified_mm.parallel.sharding import without_names
 
 ROWS, TOKENS, WIDTH = 2, 32, 64
 # As programs are compiled for users; the tests' own are compiled in a hurry.
-OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+OPTIMISED = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+}
 ELEMENTWISE = set(
     "abs add and compare convert divide erf exponential log logistic maximum minimum multiply "
     "negate or power rsqrt select sqrt subtract tanh reduce broadcast".split()

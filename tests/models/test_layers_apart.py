@@ -26,8 +26,9 @@ GATED = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, GATED], ids=["early", "gated"])
-@pytest.mark.parametrize("cache", ["same", "int8"])
+@pytest.mark.parametrize(
+    ("changes", "cache"), [({}, "same"), (GATED, "int8")], ids=["early", "gated, int8"]
+)
 def test_the_same_text_and_embeddings(changes, cache):
     task = tiny.replace_model(tiny.task(**changes), cache=cache)
     other = tiny.replace_model(task, apart=True)

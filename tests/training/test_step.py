@@ -109,9 +109,9 @@ def test_contrast_is_among_the_whole_batch_in_micro_batches_too(changes):
     batch["text"]["prompted"] = batch["text"]["prompted"].at[4].set(True)
     key = jax.random.key(3)
     optimizer = make_optimizer(Config(tiny.config_dict().to_dict()).train, 4, params)
-    (total, pairs), whole = jax.jit(undivided(task, optimizer, batch, key, 3))(params)
+    (total, pairs), whole = jax.jit(undivided(task, optimizer, batch, key, 2))(params)
     found_total, found, found_pairs = jax.jit(
-        lambda p: gradients(task, optimizer, p, batch, key, 3, scale=64.0)
+        lambda p: gradients(task, optimizer, p, batch, key, 2, scale=64.0)
     )(params)
     np.testing.assert_allclose(found_total, total, rtol=1e-5)
     assert float(pairs["contrastive/loss"][1]) == 4  # not prompted, with its text, of six
