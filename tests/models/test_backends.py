@@ -393,7 +393,12 @@ def test_order_is_forgotten_where_it_becomes_data():
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.sampled_from(sorted(RULES)), st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
+@given(
+    st.sampled_from(sorted(RULES)),
+    st.sampled_from([1, 5]),
+    st.sampled_from([1, 5]),
+    st.integers(0, 2**31),
+)
 def test_a_mask_known_beforehand_is_the_mask_of_the_metadata(rule, image, text, seed):
     metadata = in_order({"image": image, "t": text}, seed=seed)
     metadata = metadata.replace(valid=jnp.ones_like(metadata.valid))

@@ -172,7 +172,7 @@ def write(draft: Draft, logits: Float[Array, "B V"], padding: int) -> Draft:
     drawn = draw(logits, draft.sampling, draft.count)
     gained = logits[rows, drawn] - jax.nn.logsumexp(logits, axis=-1)
     token = jnp.where(draft.done, padding, drawn)
-    count = draft.count + ~draft.done
+    count = draft.count + (~draft.done).astype(jnp.int32)
     ended = (drawn[:, None] == draft.stop).any(1) | (count >= draft.most)
     # What is done writes past the end, that is, nowhere.
     at = jnp.where(draft.done, draft.written.shape[1], draft.count)

@@ -265,7 +265,7 @@ def resize_positions(
 def _sines(count: int, width: int) -> Float[Array, "count width"]:
     """Sines and cosines of a place, their rates falling from 1 to 1/100."""
     rates = 1.0 / 100.0 ** jnp.linspace(0.0, 1.0, width // 2)
-    angles = jnp.arange(count)[:, None] * rates
+    angles = jnp.arange(count, dtype=jnp.float32)[:, None] * rates
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

@@ -76,7 +76,7 @@ def rotate(
     """Rotary positions (Su et al. 2021, equation 34), the two halves of A being the pairs."""
     half = x.shape[-1] // 2
     rates = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None] * rates
+    angles = positions[:, :, None, None].astype(jnp.float32) * rates
     cosine, sine = jnp.cos(angles), jnp.sin(angles)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     turned = [first * cosine - second * sine, second * cosine + first * sine]

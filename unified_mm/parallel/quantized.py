@@ -59,7 +59,8 @@ class Quantized:
             rounded = qwix.quantize(
                 x.astype(jnp.float32), self.activations, channelwise_axes=range(first)
             )
-            return qwix.dot_general(rounded, qwix.QArray(values, self.scale), dimensions)
+            with jax.numpy_dtype_promotion("standard"):  # it scales an int32 sum by floats
+                return qwix.dot_general(rounded, qwix.QArray(values, self.scale), dimensions)
         y = jax.lax.dot_general(
             x, values.astype(x.dtype), dimensions, preferred_element_type=jnp.float32
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -44,7 +45,7 @@ class Optimizer:
 
     def rate(self, step: Any) -> Any:
         """The learning rate of a step."""
-        return self.schedule(step - self.start)
+        return self.schedule(jnp.asarray(step - self.start, jnp.float32))
 
     def update(self, gradient: Any, state: Any, params: Any, step: Any) -> tuple[Any, Any]:
         """The parameters and the state after a step.
