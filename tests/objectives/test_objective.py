@@ -9,8 +9,8 @@ import tiny
 from unified_mm.default_config import default_config
 from unified_mm.models.masks import RULES
 from unified_mm.models.transformer import Transformer
-from unified_mm.objectives.captioning import Captioning
-from unified_mm.objectives.contrastive import Contrastive
+from unified_mm.objectives.captioning import Captioning, scored_tokens
+from unified_mm.objectives.contrastive import Contrastive, paired_rows, text_valid
 from unified_mm.objectives.objective import as_pairs, build_objectives, masked_pair, mean
 from unified_mm.parallel.sharding import without_names
 
@@ -64,6 +64,23 @@ def test_absent_examples_are_invisible_and_unscored(loss):
     expected = [a + b / 3 for a, b in zip(without["captioning/loss"], alone, strict=True)]
     np.testing.assert_allclose(whole["captioning/loss"], expected, rtol=1e-5)
     assert float(alone[1]) > 0
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_what_has_slots_is_not_joined_with_what_has_none(slots):
+    """With one slot, or as many as rows, [B, S] would broadcast against [B]."""
+    rows, slotted, tokens = np.ones(4, bool), np.ones((4, slots), bool), np.ones((4, 4), bool)
+    text = {"present": rows, "prompted": ~rows, "valid": tokens, "scored": tokens}
+    batch = jax.tree.map(jnp.asarray, {"image": {"present": slotted}, "text": text})
+    slotted_text = {"text": {**batch["text"], "valid": jnp.ones((4, slots, 4), bool)}}
+    for join, given in (
+        (lambda batch: paired_rows(batch, "image"), batch),
+        (text_valid, slotted_text),
+        (lambda batch: scored_tokens(batch["text"]), slotted_text),
+        (lambda batch: masked_pair(jnp.ones(4), batch["image"]["present"]), batch),
+    ):
+        with pytest.raises(ValueError, match="numpy_rank_promotion|cannot be counted by"):
+            join(given)
 
 
 def test_a_batch_of_nothing_is_a_loss_of_zero():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
-from unified_mm.objectives.objective import Outcome, TextObjective, masked_pair
+from unified_mm.objectives.objective import Outcome, TextObjective, masked_pair, same_rank
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def score_text(
       whether it is scored.
     """
     targets = text["ids"][:, 1:]
-    scored = (text["valid"] & text["scored"])[:, 1:] & text["present"][:, None]
+    scored = scored_tokens(text)
     count = targets.shape[1]
     x = x[:, :-1]
     if not chunk or chunk >= count:
@@ -101,6 +101,13 @@ def score_text(
     return likelihood, right, scored
 
 
+@same_rank
+def scored_tokens(text: Mapping[str, Array]) -> Bool[Array, "B P"]:
+    """Returns which tokens but the first are predicted and count."""
+    return (text["valid"] & text["scored"])[:, 1:] & text["present"][:, None]
+
+
+@same_rank
 def next_token_scores(
     logits: Float[Array, "B P V"], targets: Int[Array, "B P"]
 ) -> tuple[Float[Array, "B P"], Bool[Array, "B P"]]:

@@ -14,7 +14,13 @@ from jaxtyping import Array, Bool, Float
 from unified_mm.models.masks import Stream
 from unified_mm.models.pooling import AttentionPool, pooled
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
-from unified_mm.objectives.objective import Embedded, Outcome, TextObjective, masked_pair
+from unified_mm.objectives.objective import (
+    Embedded,
+    Outcome,
+    TextObjective,
+    masked_pair,
+    same_rank,
+)
 from unified_mm.objectives.pairwise import compare_all
 from unified_mm.parallel.layers import Dense
 from unified_mm.parallel.sharding import constrain
@@ -169,6 +175,7 @@ class Contrastive(TextObjective):
         vectors: Array = model.head[self.name]("text", x, text_valid(batch))
         return vectors
 
+    @same_rank
     def compare(self, model: UnifiedModel, embedded: Embedded) -> Outcome:
         """The loss among all examples that are embedded."""
         context, text = embedded.vectors
@@ -246,11 +253,13 @@ class ContrastiveHead(nn.Module):
         return jnp.exp(log_scale), self.bias if self.sigmoid else jnp.zeros(())
 
 
+@same_rank
 def text_valid(batch: Batch) -> Bool[Array, "B T"]:
     """Text tokens that are there."""
     return batch["text"]["valid"] & batch["text"]["present"][:, None]
 
 
+@same_rank
 def paired_rows(batch: Batch, between: str) -> Bool[Array, " B"]:
     """Examples that have both, with a text that describes (not one that answers a prompt)."""
     text = batch["text"]

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unified_mm.models.masks import Stream
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel, text_group
-from unified_mm.objectives.objective import Outcome, TextObjective, masked_pair
+from unified_mm.objectives.objective import Outcome, TextObjective, masked_pair, same_rank
 from unified_mm.parallel.layers import Dense
 
 
@@ -120,6 +120,7 @@ class MatchingHead(nn.Module):
         return Dense((1,), ("embed",), (None,), name="score")(token)[:, 0]
 
 
+@same_rank
 def mine(
     key: Array,
     similarity: Float[Array, "B B"],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
@@ -22,8 +24,25 @@ BUILT_IN = {
     "matching": "unified_mm.objectives.matching:Matching",
 }
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 # A metric as (sum, count), both float32 []: it adds up over devices, micro-batches and batches.
 Pair = tuple[Any, Any]
+
+
+def same_rank(function: Function) -> Function:
+    """Makes joining arrays of different ranks an error within a function.
+
+    Without it `[B, S] & [B]` broadcasts where S is 1 or B, and a loss of nonsense trains on.
+    Scalars join anything.
+    """
+
+    @functools.wraps(function)
+    def strictly(*args: Any, **kwargs: Any) -> Any:
+        with jax.numpy_rank_promotion("raise"):
+            return function(*args, **kwargs)
+
+    return strictly  # type: ignore[return-value]
 
 
 @struct.dataclass
@@ -236,7 +255,13 @@ def as_pairs(outcomes: Mapping[str, Outcome]) -> dict[str, Pair]:
 
 
 def masked_pair(values: Float[Array, "..."], where: Bool[Array, "..."]) -> Pair:
-    """The sum of `values` where it counts, and how many those are."""
+    """Returns the sum of `values` where they count, and how many those are.
+
+    Raises:
+      ValueError: arrays of different shapes, which `jnp.where` would broadcast in silence.
+    """
+    if values.shape != where.shape:
+        raise ValueError(f"values of {values.shape} cannot be counted by {where.shape}")
     return (
         jnp.where(where, values, 0.0).sum(dtype=jnp.float32),
         where.sum(dtype=jnp.float32),

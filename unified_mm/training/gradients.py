@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unified_mm.objectives.objective import Comparing, Objective, Pair, mean
+from unified_mm.objectives.objective import Comparing, Objective, Pair, mean, same_rank
 from unified_mm.objectives.task import Task
 from unified_mm.parallel.sharding import from_parts, into_parts
 from unified_mm.training.update import Optimizer
@@ -17,12 +17,19 @@ from unified_mm.training.update import Optimizer
 Pairs = dict[str, Pair]
 
 
+@same_rank
 def weighted_total(objectives: Sequence[Objective], pairs: Pairs, counts: Mapping[str, Any]) -> Any:
     """The weighted sum of mean losses, the counts being those of the whole batch."""
     return sum(
         objective.weight * mean((pairs[f"{objective.name}/loss"][0], counts[objective.name]))
         for objective in objectives
     )
+
+
+@same_rank
+def inner(x: Any, pull: Any) -> Any:
+    """Returns the sum of products of two arrays, element by element."""
+    return (x * pull).sum()
 
 
 def counts_of(objectives: Sequence[Objective], pairs: Pairs) -> dict[str, Any]:
@@ -149,7 +156,7 @@ class Accumulation:
             )
             total = jnp.asarray(weighted_total(self.own, pairs, counts), jnp.float32)
             vectors = {name: each.vectors for name, each in embedded.items()}
-            pulled = jax.tree.map(lambda x, pull: (x * pull).sum(), vectors, pulls)
+            pulled = jax.tree.map(inner, vectors, pulls)
             mine = {
                 name: pair
                 for name, pair in pairs.items()
