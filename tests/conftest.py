@@ -22,7 +22,6 @@ FLAGS = ["--xla_force_host_platform_device_count=8"]
 if version("jaxlib").startswith("0.10."):  # later ones have no other
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # they take three times as long to compile
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
-os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"  # no type is widened in silence
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
@@ -36,11 +35,10 @@ import optax  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-
+jax.config.update("jax_numpy_dtype_promotion", "strict")  # no type is widened in silence
 # The same examples in each run: what failed once fails again, and what was compiled serves again.
 settings.register_profile("the same", derandomize=True, deadline=None, database=None)
 settings.load_profile("the same")
-
 
 
 def _in_their_own_way(function):
@@ -64,9 +62,10 @@ LEFT_OUT = "LEFT OUT"  # what a reason to skip begins with that nobody should ov
 
 def pytest_configure(config):
     """Forgets the programs that former runs compiled once they are too many."""
-    if not hasattr(config, "workerinput") and COMPILED.is_dir():
-        if sum(path.stat().st_size for path in COMPILED.iterdir()) > MOST_BYTES:
-            shutil.rmtree(COMPILED)
+    if hasattr(config, "workerinput") or not COMPILED.is_dir():
+        return
+    if sum(path.stat().st_size for path in COMPILED.iterdir()) > MOST_BYTES:
+        shutil.rmtree(COMPILED)
 
 
 @pytest.fixture(scope="module", autouse=True)

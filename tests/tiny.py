@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,7 @@ def config_dict(**changes: Any) -> Any:
     return config
 
 
+@functools.cache
 def tokenizer() -> TextTokenizer:
     return TextTokenizer.train(TEXTS, 300)
 
@@ -60,32 +62,41 @@ def task(**changes: Any) -> Task:
     return build_task(Config(config_dict(**changes).to_dict()), tokenizer())
 
 
-def params(task: Task, seed: int = 0) -> Any:
+SHAPES: dict[str, Any] = {}  # of parameters by the task's text: tracing takes half a second
+
+
+def drawn(task: Task, seed: int) -> Any:
     """Parameters without boxes, spread as an initialised model's; biases and scales moved, too.
 
     Drawn by NumPy: to compile `task.init` takes longer than most tests.
     """
     rng = np.random.default_rng(seed)
+    if repr(task) not in SHAPES:
+        SHAPES[repr(task)] = without_names(task.abstract_params())
 
-    def drawn(path: Any, leaf: Any) -> jax.Array:
+    def one(path: Any, leaf: Any) -> np.ndarray:
         *_, last = path_of(path).split("/")
         start = {"scale": 1.0, "log_scale": SOFTMAX_START}.get(last, 0.0)
         if last.endswith("gate"):
             start = task.model.options.cross.start
         spread = 0.25 if last == "kernel" else 0.1
-        return jnp.asarray(start + spread * rng.normal(size=leaf.shape), leaf.dtype)
+        return np.asarray(start + spread * rng.normal(size=leaf.shape), leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(drawn, without_names(task.abstract_params()))
+    return jax.tree_util.tree_map_with_path(one, SHAPES[repr(task)])
+
+
+def params(task: Task, seed: int = 0) -> Any:
+    """The drawn parameters on a device."""
+    return jax.tree.map(jnp.asarray, drawn(task, seed))
 
 
 def writing_params(task: Task, end: int, seed: int = 1) -> Any:
     """Parameters of a model that writes varied tokens, and `end` among them."""
-    tree = params(task, seed)
+    tree = drawn(task, seed)
     # What was read counts for more than the last token, which the tied table would repeat.
     tree["transformer"]["layers"] = jax.tree.map(lambda x: 4 * x, tree["transformer"]["layers"])
-    table = tree["embedders_text"]["tokens"]
-    tree["embedders_text"]["tokens"] = table.at[end].multiply(2.0)
-    return tree
+    tree["embedders_text"]["tokens"][end] *= 2.0
+    return jax.tree.map(jnp.asarray, tree)
 
 
 def loaded(seed: int = 1, **changes: Any) -> Any:

@@ -1,5 +1,8 @@
 """Maps of attention over an image, for each word that was written about it."""
 
+from copy import copy
+from functools import cache
+
 import jax
 import numpy as np
 import pytest
@@ -25,10 +28,14 @@ MODELS = {
     "early": PATCHES | CLASS_TOKEN,
     "gated": PATCHES | GATED | {"model__resampler__latents": 3},
     "gated, every feature": GATED | CLASS_TOKEN | {"model__resampler__latents": 0},
+    "late": {"model__fusion": "late"} | NO_WRITING,
 }
+WRITING = ("early", "gated", "gated, every feature")
 
 
-def loaded(changes):
+@cache
+def loaded(name):
+    changes = MODELS[name]
     task = tiny.task(**changes)
     config = Config(tiny.config_dict(**changes).to_dict())
     return LoadedModel(task, tiny.params(task), one_device_mesh(), config, 0)
@@ -82,9 +89,9 @@ def _mean(rows):
     return total / len(rows)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WRITING)
 def test_a_map_for_each_word(name):
-    model = loaded(MODELS[name])
+    model = loaded(name)
     for prompt, text in (("", "a red square"), ("blue", "size 2")):
         words, maps = attention_over_patches(model, IMAGE, prompt, text)
         assert words == text.split()
@@ -95,14 +102,15 @@ def test_a_map_for_each_word(name):
 
 @pytest.fixture(scope="module")
 def early():
-    return loaded(PATCHES)
+    return loaded("early")
 
 
 def test_attention_that_prefers_nothing_gives_an_even_map(early):
     indifferent = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: 0 * leaf if "query" in str(path) else leaf, early.params
+        lambda path, leaf: 0 * leaf if "query" in str(path) else leaf, early.predictor.params
     )
-    model = LoadedModel(early.task, indifferent, one_device_mesh(), early.config, 0)
+    model = copy(early)
+    model.predictor = early.predictor.at(indifferent)
     _, maps = attention_over_patches(model, IMAGE, "", "a red square")
     np.testing.assert_allclose(maps, 1 / 16, atol=1e-6)
 
@@ -114,7 +122,7 @@ def test_words_that_the_model_does_not_read_are_left_out(early):
 
 
 def test_what_cannot_be_drawn_is_refused(early):
-    late = loaded({"model__fusion": "late"} | NO_WRITING)
+    late = loaded("late")
     with pytest.raises(ValueError, match="model.fusion='late'. writes no text about images"):
         attention_over_patches(late, IMAGE, "", "red")
     for nothing in ("", "  "):

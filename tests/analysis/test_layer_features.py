@@ -1,5 +1,7 @@
 """Features by layer: pooled from the tokens that they are said to be of."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,9 @@ MODELS = {
 IMAGES = np.random.default_rng(0).integers(0, 256, (35, 16, 16, 3), np.uint8)
 
 
-def loaded(changes):
+@cache
+def loaded(name):
+    changes = MODELS[name]
     task = tiny.task(**changes)
     config = Config(tiny.config_dict(**changes).to_dict())
     return LoadedModel(task, tiny.params(task), one_device_mesh(), config, 0)
@@ -35,7 +39,7 @@ def loaded(changes):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_output_is_what_the_model_gives(name):
-    model = loaded(MODELS[name])
+    model = loaded(name)
     found = image_features(model, iter(IMAGES))
     layers = ["layer_0"] if name == "gated" else ["layer_0", "layer_1"]
     assert list(found) == ["embedded", *layers, "output"]
@@ -44,19 +48,24 @@ def test_the_output_is_what_the_model_gives(name):
     text = [model.task.modalities["text"].encode("", text) for text in tiny.TEXTS[:3]]
     batch["text"] = jax.tree.map(lambda *leaves: np.stack(leaves), *text)
     batch = jax.tree.map(jnp.asarray, batch)
-    variables, stream = {"params": model.params}, reading_stream(model)
-    apply = jax.jit(model.task.model.apply, static_argnames=("method",), static_argnums=(2,))
-    encoded = apply(variables, batch, stream, method="read_context")
-    np.testing.assert_allclose(
-        found["output"][:3], np.asarray(encoded.context["image"]).mean(1), atol=1e-5
-    )
-    embedded = model.task.model.apply(variables, "image", batch["image"], method="embed_apart")
-    np.testing.assert_allclose(
-        found["embedded"][:3], np.asarray(embedded.embeddings).mean(1), atol=1e-5
-    )
-    x = apply(variables, batch["text"], stream, method="read_text")
+    stream = reading_stream(model)
+
+    @jax.jit
+    def read(params, batch):
+        def ask(*args, method):
+            return model.task.model.apply({"params": params}, *args, method=method)
+
+        return (
+            ask("image", batch["image"], method="embed_apart").embeddings,
+            ask(batch, stream, method="read_context").context["image"],
+            ask(batch["text"], stream, method="read_text"),
+        )
+
+    embedded, context, x = map(np.asarray, read(model.params, batch))
+    np.testing.assert_allclose(found["output"][:3], context.mean(1), atol=1e-5)
+    np.testing.assert_allclose(found["embedded"][:3], embedded.mean(1), atol=1e-5)
     valid = np.asarray(batch["text"]["valid"])
-    means = [np.asarray(row)[seen].mean(0) for row, seen in zip(x, valid)]
+    means = [row[seen].mean(0) for row, seen in zip(x, valid)]
     read = text_features(model, tiny.TEXTS[:3])
     np.testing.assert_allclose(read["output"], np.stack(means), atol=1e-5)
     cross = name == "gated"
@@ -64,7 +73,7 @@ def test_the_output_is_what_the_model_gives(name):
 
 
 def test_nothing_and_no_images_are_refused():
-    model = loaded(MODELS["late"])
+    model = loaded("late")
     with pytest.raises(ValueError, match="nothing to take features of"):
         image_features(model, [])
     with pytest.raises(ValueError, match="an image is a path"):

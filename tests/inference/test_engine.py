@@ -2,13 +2,14 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from unified_mm.inference.decoding import Decoding
+from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.engine import Engine, KnownImages
 from unified_mm.inference.generate import advance
 from unified_mm.inference.slots import Slots
@@ -19,33 +20,53 @@ FUSIONS = {
     "gated_cross_attention": {"model__fusion": "gated_cross_attention", "model__cross__start": 0.5},
 }
 WARM = Decoding(temperature=1.0, seed=3)
+LONGEST = "size 2 of a green square"
+SIZES = {"slots": 3, "images": 4}  # of every engine here: others would be compiled anew
 
 
 def views(count, seed=0):
     return list(np.random.default_rng(seed).integers(0, 256, (count, 16, 16, 3), np.uint8))
 
 
-@pytest.fixture(scope="module", params=FUSIONS)
-def model(request):
-    return tiny.loaded(**FUSIONS[request.param])
+@pytest.fixture(scope="module")
+def models():
+    return {name: tiny.loaded(**changes) for name, changes in FUSIONS.items()}
 
 
 @pytest.fixture(scope="module")
-def early():
-    return tiny.loaded()
+def early(models):
+    return models["early"]
 
 
-def test_many_at_once_get_what_each_gets_alone(model):
+def alone(model, picture, prompt="", decoding=GREEDY):
+    """What the model writes itself, the first of a batch, where a text alone is numbered, too.
+
+    Beside the longest prompt, and cut where it should stop: one program for all.
+    """
+    pair = model.generate([picture] * 2, [prompt, LONGEST], replace(decoding, stop=()))
+    tokenizer, tokens = model.task.tokenizer, np.array(pair[0][0].tokens)
+    return Written.of_row(tokens, 0.0, decoding.stop_ids(tokenizer), tokenizer).text
+
+
+def one_at_a_time(model, queue=256):
+    """An engine that has but one of its slots to give."""
+    engine = Engine(model, **SIZES, queue=queue)
+    engine._free = engine._free[:1]
+    return engine
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_many_at_once_get_what_each_gets_alone(models, fusion):
     """More requests than slots, of different images, prompts, lengths and ways of drawing."""
-    pictures = views(5)
+    model, pictures = models[fusion], views(5)
     asked = []
     about = np.random.default_rng(1).integers(0, 5, 17)
     for number in range(17):
-        prompt = ["", "a red", "size 2 of a green square"][number % 3]
+        prompt = ["", "a red", LONGEST][number % 3]
         decoding = [Decoding(), WARM, Decoding(tokens=3), Decoding(stop=("a",))][number % 4]
         asked.append((pictures[about[number]], prompt, decoding))
-    expected = [model.generate([v], [p], d)[0][0].text for v, p, d in asked]
-    with Engine(model, slots=3, images=4) as engine:
+    expected = [alone(model, *each) for each in asked]
+    with Engine(model, **SIZES) as engine:
         for _ in range(2):  # the second time round the ring, slots hold what others left
             writings = [engine.submit(*each) for each in asked]
             assert [writing.result(60.0) for writing in writings] == expected
@@ -57,13 +78,13 @@ def test_many_at_once_get_what_each_gets_alone(model):
 
 
 def test_pieces_come_one_by_one_and_make_up_the_text(early):
-    (picture,) = views(1)
-    whole = early.caption([picture])[0]
-    assert "".join(early.stream(picture)) == whole
-    drawn = early.generate([picture], ["a"], WARM)[0][0].text
-    assert "".join(early.stream(picture, "a", WARM)) == drawn
-    with Engine(early, slots=2) as engine:
-        pieces = list(engine.submit(picture))
+    _, picture = views(2)
+    whole = alone(early, picture, "size 2")
+    assert "".join(early.stream(picture, "size 2")) == whole
+    drawn = alone(early, picture, "size 2", WARM)
+    assert "".join(early.stream(picture, "size 2", WARM)) == drawn != whole
+    with Engine(early, **SIZES) as engine:
+        pieces = list(engine.submit(picture, "size 2"))
     assert len(pieces) > 1 and "".join(pieces) == whole
     with pytest.raises(ValueError, match="neither beams nor samples"):
         early.stream(picture, "", Decoding(beams=2))
@@ -71,24 +92,25 @@ def test_pieces_come_one_by_one_and_make_up_the_text(early):
 
 def test_samples_and_stops(early):
     (picture,) = views(1)
-    three = early.generate([picture], [""], Decoding(temperature=2.0, samples=3))[0]
+    warm = Decoding(temperature=2.0, samples=3, stop=(early.task.tokenizer.bos_id,))
+    three = early.generate([picture], [""], warm)[0]
     assert len({each.text for each in three}) == 3
-    again = early.generate([picture], [""], Decoding(temperature=2.0, samples=3))[0]
-    assert again == three
-    (plain,) = early.generate([picture], [""])[0]
-    stop = plain.tokens[2]
-    (cut,) = early.generate([picture], [""], Decoding(stop=(int(stop),)))[0]
-    first = plain.tokens.index(stop)
-    assert cut.tokens == plain.tokens[: first + 1]
-    assert cut.text == early.task.tokenizer.decode(plain.tokens[:first])
+    assert early.generate([picture], [""], warm)[0] == three
+    stop = three[0].tokens[2]
+    cut = early.generate([picture], [""], replace(warm, stop=(int(stop),)))[0]
+    for whole, part in zip(three, cut, strict=True):
+        first = (*whole.tokens, stop).index(stop)
+        assert part.tokens == whole.tokens[: first + 1]
+        if first < len(whole.tokens):
+            assert part.text == early.task.tokenizer.decode(whole.tokens[:first])
     with pytest.raises(ValueError, match="is no single token"):
         early.generate([picture], [""], Decoding(stop=("a very long stop",)))
 
 
 def test_what_cannot_be_written_is_refused_and_harms_nobody(early):
     picture, other = views(2)
-    expected = early.caption([other])[0]
-    with Engine(early, slots=2) as engine:
+    expected = alone(early, other)
+    with Engine(early, **SIZES) as engine:
         writing = engine.submit(other)
         for wrong in (picture.astype(np.float32), picture[:8], np.zeros((0, 16, 3), np.uint8)):
             with pytest.raises(ValueError, match="a view is uint8"):
@@ -110,7 +132,7 @@ def test_what_cannot_be_written_is_refused_and_harms_nobody(early):
 
 def test_a_full_queue_refuses_and_a_cancelled_text_gives_its_place_up(early):
     pictures = views(6)
-    engine = Engine(early, slots=1, queue=3)
+    engine = one_at_a_time(early, queue=3)
     hold = threading.Lock()
     step = engine._slots.step
 
@@ -131,7 +153,7 @@ def test_a_full_queue_refuses_and_a_cancelled_text_gives_its_place_up(early):
     for gone in (first, waiting[1]):
         with pytest.raises(Cancelled):
             gone.result(60.0)
-    expected = early.caption([pictures[1], pictures[3]])
+    expected = [alone(early, picture) for picture in (pictures[1], pictures[3])]
     assert [waiting[0].result(60.0), waiting[2].result(60.0)] == expected
     assert engine.close(60.0)
 
@@ -142,7 +164,7 @@ def test_nothing_is_left_waiting_when_the_engine_fails_or_is_closed(early):
     def broken():
         raise ValueError("out of memory, say")
 
-    engine = Engine(early, slots=1)
+    engine = one_at_a_time(early)
     engine._slots.step = broken
     writings = [engine.submit(picture) for picture in pictures[:3]]
     for writing in writings:
@@ -152,14 +174,14 @@ def test_nothing_is_left_waiting_when_the_engine_fails_or_is_closed(early):
         engine.submit(pictures[3])
     engine.close(5.0)
 
-    engine = Engine(early, slots=2)
+    engine = Engine(early, **SIZES)
     engine._slots.enter = lambda entries: broken()
     for writing in [engine.submit(picture) for picture in pictures[:1]]:
         with pytest.raises(RuntimeError, match="the engine failed: out of memory"):
             writing.result(60.0)
     engine.close(5.0)
 
-    engine = Engine(early, slots=1)
+    engine = one_at_a_time(early)
     step = engine._slots.step
     engine._slots.step = lambda: (time.sleep(0.2), step())[1]
     writings = [engine.submit(picture) for picture in pictures]
@@ -174,7 +196,7 @@ def test_nothing_is_left_waiting_when_the_engine_fails_or_is_closed(early):
 
 
 def test_a_result_that_does_not_come_is_an_error_and_cancels(early):
-    engine = Engine(early, slots=1)
+    engine = one_at_a_time(early)
     step = engine._slots.step
     engine._slots.step = lambda: (time.sleep(1), step())[1]
     writing = engine.submit(views(1)[0])
@@ -195,10 +217,11 @@ def test_the_image_asked_for_longest_ago_goes_first():
     assert known.rows([a]) == ([0], [2])
     assert (known.read, known.shared) == (5, 4)
 
-@pytest.mark.parametrize("name", ["early", "gated_cross_attention"])
-def test_a_written_token_copies_no_cache(name):
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_written_token_copies_no_cache(fusion):
     """What a donated step holds beside its arguments is less than the cache."""
-    model = tiny.loaded(model__layers=4, **FUSIONS[name])
+    model = tiny.loaded(model__layers=4, **FUSIONS[fusion])
     slots = Slots(model.predictor, 32, 4)
 
     def step(params, draft):

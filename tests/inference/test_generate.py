@@ -1,5 +1,7 @@
 """Writing on the cache, greedily, against reading everything again before each token."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,17 +11,53 @@ import tiny
 from unified_mm.inference.decoding import GREEDY
 from unified_mm.inference.generate import begin, generate
 from unified_mm.inference.sampling import make_sampling, sampling_arrays
-from unified_mm.models.early import EarlyFusion
 from unified_mm.models.masks import Stream
 
 LENGTH, END, PADDING, ROWS = 12, 5, 0, 6
-WRITING = ("prefix", "causal")
 
 
-@pytest.fixture(scope="module", params=["early", "gated_cross_attention"])
-def task(request):
-    changes = {"objectives__matching__weight": 0.0, "model__cross__start": 0.5}
-    return tiny.task(model__fusion=request.param, **changes)
+FUSIONS = ("early", "gated_cross_attention")
+
+
+def stream(rule):
+    return Stream("captioning", rule, autoregressive=True)
+
+
+class Model:
+    """A task with parameters that write varied tokens, and the end among them."""
+
+    def __init__(self, fusion, seed):
+        changes = {"objectives__matching__weight": 0.0, "model__cross__start": 0.5}
+        self.task = tiny.task(model__fusion=fusion, **changes)
+        self.params = tiny.writing_params(self.task, END, seed=seed)
+
+    @partial(jax.jit, static_argnums=(0, 5))
+    def write(self, params, image, prompt, lengths, stream):
+        """What is written after the prompts."""
+        text = {
+            "ids": prompt,
+            "valid": jnp.arange(LENGTH) < lengths[:, None],
+            "present": jnp.ones(ROWS, bool),
+        }
+        draft = begin(
+            self.task.model, params, {"image": image, "text": text}, stream, **start(lengths)
+        )
+        return generate(self.task.model, params, draft, stream, PADDING).written
+
+    @partial(jax.jit, static_argnums=(0, 5))
+    def next_logits(self, params, image, ids, valid, stream):
+        text = {"ids": ids, "valid": valid, "present": jnp.ones(len(ids), bool)}
+
+        def read(model):
+            x = model.encode({"image": image, "text": text}, (stream,))[stream.name].text
+            return model.logits(x)
+
+        return self.task.model.apply({"params": params}, method=read)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: Model(name, seed) for name, seed in zip(FUSIONS, (1, 6), strict=True)}
 
 
 def prompts(seed):
@@ -44,41 +82,25 @@ def start(lengths):
     }
 
 
-def write(task, params, batch, prompt, lengths, stream):
+def write(model, params, image, prompt, lengths, stream):
     """Prompts and what is written after them, as whole rows."""
-    valid = jnp.arange(LENGTH) < lengths[:, None]
-    text = {"ids": prompt, "valid": valid, "present": jnp.ones(ROWS, bool)}
-
-    def run(params):
-        draft = begin(task.model, params, {**batch, "text": text}, stream, **start(lengths))
-        return generate(task.model, params, draft, stream, PADDING).written
-
     rows = np.array(prompt)
-    for row, new, first in zip(rows, np.asarray(jax.jit(run)(params)), lengths, strict=True):
+    written = np.asarray(model.write(params, image, prompt, lengths, stream))
+    for row, new, first in zip(rows, written, lengths, strict=True):
         assert (new[LENGTH - first :] == PADDING).all()
         row[first:] = new[: LENGTH - first]
     return rows
 
 
-def by_full_passes(task, params, batch, prompt, lengths, stream):
+def by_full_passes(model, image, prompt, lengths, stream):
     """No cache and no loop on the device: the whole text is read anew for each token."""
-
-    @jax.jit
-    def next_logits(ids, valid):
-        text = {"ids": ids, "valid": valid, "present": jnp.ones(len(ids), bool)}
-
-        def read(model):
-            x = model.encode({**batch, "text": text}, (stream,))[stream.name].text
-            return model.logits(x)
-
-        return task.model.apply({"params": params}, method=read)
-
     ids = np.array(prompt)
     done = np.zeros(len(ids), bool)
     margins = []
     for place in range(1, LENGTH):
         valid = np.arange(LENGTH)[None] < np.full((len(ids), 1), place)
-        logits = np.asarray(next_logits(jnp.asarray(ids), jnp.asarray(valid)))[:, place - 1]
+        logits = model.next_logits(model.params, image, ids, valid, stream)
+        logits = np.asarray(logits)[:, place - 1]
         for row in range(len(ids)):
             if place < lengths[row]:
                 continue
@@ -92,20 +114,17 @@ def by_full_passes(task, params, batch, prompt, lengths, stream):
     return ids, done, min(margins)
 
 
-@pytest.fixture(scope="module")
-def params(task):
-    """Parameters that write varied tokens, and the end among them."""
-    return tiny.writing_params(task, END, seed=1 if isinstance(task.model, EarlyFusion) else 2)
-
-
-@pytest.mark.parametrize("rule", WRITING)
-def test_cached_writing_is_the_likeliest_token_of_a_full_pass(task, params, rule):
-    batch = {"image": tiny.batch(task, ROWS, seed=4)["image"]}
-    batch["image"]["present"] = batch["image"]["present"].at[2].set(False)
-    stream = Stream("captioning", rule, autoregressive=True)
+@pytest.mark.parametrize(
+    ("fusion", "rule"),
+    [("early", "prefix"), ("early", "causal"), ("gated_cross_attention", "prefix")],
+)
+def test_cached_writing_is_the_likeliest_token_of_a_full_pass(models, fusion, rule):
+    model = models[fusion]
+    image = tiny.batch(model.task, ROWS, seed=4)["image"]
+    image["present"] = image["present"].at[2].set(False)
     prompt, lengths = prompts(0)
-    written = write(task, params, batch, prompt, lengths, stream)
-    expected, done, margin = by_full_passes(task, params, batch, prompt, lengths, stream)
+    written = write(model, model.params, image, prompt, lengths, stream(rule))
+    expected, done, margin = by_full_passes(model, image, prompt, lengths, stream(rule))
     assert margin > 1e-4, "a tie would make this comparison one of rounding"
     np.testing.assert_array_equal(written, expected)
     # The example is one: some texts end early, some never, and they differ.
@@ -113,18 +132,19 @@ def test_cached_writing_is_the_likeliest_token_of_a_full_pass(task, params, rule
     assert len({tuple(row) for row in written}) > 3
 
 
-def test_the_loop_stops_when_all_have_ended(task, params):
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_loop_stops_when_all_have_ended(models, fusion):
     """Where only the end is ever likeliest, each text is its prompt, an end and padding."""
-    params = jax.tree.map(lambda x: x, params)
+    model = models[fusion]
+    params = jax.tree.map(lambda x: x, model.params)
     embedder = params["embedders_text"]
     bias = params["transformer"]["norm"]
     bias["scale"] = jnp.zeros_like(bias["scale"])
     bias["bias"] = embedder["tokens"][END] * 100
     embedder["tokens"] = embedder["tokens"].at[END].multiply(3)
-    batch = {"image": tiny.batch(task, ROWS)["image"]}
+    image = tiny.batch(model.task, ROWS)["image"]
     prompt, lengths = prompts(1)
-    stream = Stream("captioning", "prefix", autoregressive=True)
-    written = write(task, params, batch, prompt, lengths, stream)
+    written = write(model, params, image, prompt, lengths, stream("prefix"))
     for row, length in zip(range(ROWS), np.asarray(lengths), strict=True):
         np.testing.assert_array_equal(written[row, :length], prompt[row, :length])
         assert written[row, length] == END

@@ -101,7 +101,8 @@ def test_more_than_a_batch_comes_back_in_order(model, pictures):
     few = model.embed_images(arrays)
     # Batches of other sizes are other programs: they round otherwise.
     np.testing.assert_allclose(model.embed_images(many), few[np.arange(35) % 3], atol=1e-6)
-    assert len(model.answer(many, ["red"] * 35)) == 35
+    assert model.caption(many)[:3] == model.caption(arrays)
+    assert len(model.answer(many, [""] * 35)) == 35
 
 
 def test_wrong_images_and_questions_are_refused(model, pictures, tmp_path):

@@ -12,17 +12,19 @@ from unified_mm.inference.sampling import allowed, draw, make_sampling, sampling
 
 VOCABULARY = 12
 draw_once = jax.jit(draw)
+allowed_once = jax.jit(allowed)
+sampling_once = jax.jit(make_sampling)
 
 
 def sampling(decoding, rows, first=0):
     arrays = sampling_arrays(decoding, rows // decoding.samples, first)
-    return make_sampling(**jax.tree.map(jnp.asarray, arrays))
+    return sampling_once(**arrays)
 
 
 def drawn(logits, decoding, number=0, first=0):
     rows = len(logits)
     numbers = jnp.full(rows, number, jnp.int32)
-    return np.asarray(draw_once(jnp.asarray(logits), sampling(decoding, rows, first), numbers))
+    return np.asarray(draw_once(logits, sampling(decoding, rows, first), numbers))
 
 
 @settings(max_examples=60, deadline=None)
@@ -43,9 +45,7 @@ def test_what_may_be_drawn_is_the_definition(seed, top_k, top_p):
         expected.append(token)
         if sum(share[: token + 1]) >= top_p:
             break
-    found = allowed(
-        jnp.asarray(scores)[None], jnp.array([top_k]), jnp.array([top_p], jnp.float32)
-    )
+    found = allowed_once(scores[None], np.array([top_k]), np.array([top_p], np.float32))
     found = np.flatnonzero(np.asarray(found)[0])
     # At the very edge rounding decides.
     if abs(sum(share[: len(expected)]) - top_p) > 1e-5:
@@ -105,7 +105,7 @@ def test_greedy_rows_stay_greedy_beside_rows_that_draw():
     mixed = sampling(Decoding(temperature=5.0), 2)
     mixed = mixed.replace(temperature=jnp.array([0.0, 5.0]))
     for number in range(10):
-        found = draw_once(jnp.asarray(scores), mixed, jnp.full(2, number, jnp.int32))
+        found = draw_once(scores, mixed, jnp.full(2, number, jnp.int32))
         assert int(found[0]) == scores[0].argmax()
 
 

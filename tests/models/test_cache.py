@@ -148,9 +148,9 @@ def test_rows_are_put_where_they_are_wanted(name):
     task, params = built(name)
     stream = Stream("captioning", "prefix", autoregressive=True)
     read = jax.jit(
-        lambda image: task.model.apply({"params": params}, {"image": image}, stream, method="prefix")
+        lambda batch: task.model.apply({"params": params}, batch, stream, method="prefix")
     )
-    four, two = (read(tiny.batch(task, rows, seed=rows)["image"]) for rows in (4, 2))
+    four, two = (read({"image": tiny.batch(task, rows, seed=rows)["image"]}) for rows in (4, 2))
     rows, others = jnp.array([3, 1]), jnp.array([0, 2])
     both = jax.jit(lambda old, new: old.put(rows, new))(four, two)
     put, left, before = (

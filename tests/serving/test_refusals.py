@@ -319,9 +319,9 @@ def test_a_full_engine_says_when_to_come_back(model):
 
 def test_what_takes_too_long_is_given_up(model):
     engine = live_server.ByHand()
-    limits = Limits(seconds=1.5)
+    limits = Limits(seconds=0.8)
     with live_server.Running(model, engine, limits=limits) as running:
-        refused(running.client.post("/caption", files={"image": GOOD}), 504, "timeout", "1.5 s")
+        refused(running.client.post("/caption", files={"image": GOOD}), 504, "timeout", "0.8 s")
         assert engine.asked.get(timeout=10).cancelled.wait(10)
         asked = {"files": {"image": GOOD}, "data": {"stream": "true"}}
         began = time.monotonic()

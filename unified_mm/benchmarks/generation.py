@@ -100,7 +100,7 @@ def recompute(
         ended = (token[:, None] == stop).any(1) | (count + 1 >= most)
         return (
             ids.at[jnp.arange(rows), at].set(token, mode="drop"),
-            count + ~done,
+            count + (~done).astype(jnp.int32),
             done | ended,
             gained + jnp.where(done, 0, likelihood),
         )
