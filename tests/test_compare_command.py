@@ -1,11 +1,14 @@
 """`python -m unified_mm.compare` on runs of several kinds as they lie on disk."""
 
+import json
+
 import pytest
 import tiny
 
 from unified_mm import compare
 from unified_mm.files import write_json
 from unified_mm.runs.folder import RunFolder
+from unified_mm.training import sizes
 
 NO_MATCHING = {"objectives__matching__weight": 0.0}
 KINDS = {
@@ -19,6 +22,22 @@ def run(*arguments):
     with pytest.raises(SystemExit) as stopped:
         compare.main([str(argument) for argument in arguments])
     return stopped.value.code
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_once():
+    """Sizes are measured by tracing, here once for each config."""
+    measure, known = sizes.measure_sizes, {}
+
+    def measured(config):
+        fields = json.dumps(config.as_dict(), sort_keys=True)
+        if fields not in known:
+            known[fields] = measure(config)
+        return known[fields]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sizes, "measure_sizes", measured)
+        yield
 
 
 @pytest.fixture(scope="module")

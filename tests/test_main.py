@@ -1,10 +1,14 @@
 """The command as a user types it, on a small folder in COCO layout."""
 
+import contextlib
+import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import commands
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -28,6 +32,14 @@ def cache(tmp_path_factory):
         yield
 
 
+# Of most runs here, so that they share their programs.
+ALIKE = (
+    "--config.objectives.matching.weight=1.0",
+    "--config.evaluation.every=2",
+    "--config.logging.every=1",
+)
+
+
 def train(data, workdir, *more, config=TINY):
     return commands.run(
         config, *commands.SMALL, f"--config.data.dir={data}", f"--workdir={workdir}", *more
@@ -38,9 +50,18 @@ def train(data, workdir, *more, config=TINY):
 def finished(data, tmp_path_factory):
     """A run of four steps with every objective and evaluations on the way."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    more = ("--config.objectives.matching.weight=1.0", "--config.evaluation.every=2")
-    assert train(data, folder, *more, "--config.logging.every=1") == 0
+    assert train(data, folder, *ALIKE) == 0
     return folder
+
+
+@pytest.fixture
+def stopped(finished, tmp_path):
+    """The finished run as it was after two steps."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "4")
+    return run
 
 
 def test_a_run_is_a_folder(finished):
@@ -91,8 +112,7 @@ def test_the_report_asks_nothing_of_the_network(finished):
 
 def test_a_finished_run_says_so(finished, data, capsys):
     before = (finished / "result.json").read_bytes()
-    more = ("--config.objectives.matching.weight=1.0", "--config.evaluation.every=2")
-    assert train(data, finished, *more) == 0
+    assert train(data, finished, *ALIKE) == 0
     assert "finished" in capsys.readouterr().out
     assert (finished / "result.json").read_bytes() == before
 
@@ -155,37 +175,58 @@ def test_search_leaves_out_what_it_cannot_read(finished, data, tmp_path, capsys)
     assert commands.run(*search) == 1
 
 
-def test_a_refused_command_leaves_the_run_as_it_was(data, tmp_path, capsys):
+def test_a_refused_command_leaves_the_run_as_it_was(finished, data, tmp_path, capsys):
     run, other = tmp_path / "run", tiny.write_coco(tmp_path / "other", train=25)
-    assert train(data, run) == 0
+    shutil.copytree(finished, run)
     (run / "result.json").unlink()
     before = {path.name: path.read_bytes() for path in run.glob("*.json*")}
-    assert train(other, run) == 1
+    assert train(other, run, *ALIKE) == 1
     assert "is not what this run began with" in capsys.readouterr().err
-    assert train(data, run, "--config.train.steps=2") == 1
+    assert train(data, run, *ALIKE, "--config.train.steps=2") == 1
     assert "beyond train.steps=2" in capsys.readouterr().err
     (run / "tokenizer.json").write_text(before["tokenizer.json"].decode() + " ")
-    assert train(data, run) == 1
+    assert train(data, run, *ALIKE) == 1
     assert commands.run("--mode=caption", f"--workdir={run}", "--image=x") == 1
     assert capsys.readouterr().err.count("tokenizer.json is not the tokenizer that this run") == 2
     (run / "tokenizer.json").write_bytes(before["tokenizer.json"])
     assert {path.name: path.read_bytes() for path in run.glob("*.json*")} == before
 
 
-def test_a_full_disk_is_said_with_the_last_whole_checkpoint(data, tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def full(data, tmp_path_factory):
+    """The same run as the finished one, whose disk is full at its last step, and what it says."""
     from unified_mm.runs.checkpoints import Checkpoints
 
-    save = Checkpoints.save
+    save, folder, said = Checkpoints.save, tmp_path_factory.mktemp("runs") / "full", io.StringIO()
 
     def full_at_four(self, step, *arguments):
         if step == 4:
             raise RuntimeError("RESOURCE_EXHAUSTED: write: No space left on device")
         save(self, step, *arguments)
 
-    monkeypatch.setattr(Checkpoints, "save", full_at_four)
-    assert train(data, tmp_path / "run") == 1
-    error = capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(Checkpoints, "save", full_at_four)
+        assert train(data, folder, *ALIKE) == 1
+    return folder, said.getvalue()
+
+
+def test_a_full_disk_is_said_with_the_last_whole_checkpoint(full):
+    _, error = full
     assert "no space left on device" in error and "the last whole checkpoint is step 2" in error
+
+
+def test_two_runs_of_one_seed_have_equal_metrics(finished, full):
+    first, second = (untimed(run / "metrics.jsonl") for run in (finished, full[0]))
+    last = first.pop()  # the finished run's last scores, which the other did not come to
+    assert last["step"] == 4 and "val/caption/cider_d" in last
+    assert [line["step"] for line in first] == [1, 2, 2, 3, 4]
+    assert first == second
+
+
+def untimed(path):
+    """Each line of metrics, without what was measured by the clock."""
+    lines = map(json.loads, path.read_text().splitlines())
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
 def test_caption_and_search(finished, data, capsys):
@@ -218,9 +259,19 @@ def test_load_gives_the_model(finished, data):
     assert {"transformer", "embedders_image", "embedders_text"} <= model.params.keys()
 
 
-def test_a_budget_settles_the_width_and_is_no_field_that_nothing_reads(data, tmp_path):
-    flags = ["--config.model.budget=2e7", "--config.model.budget_by=width"]
-    assert train(data, tmp_path / "run", *flags, "--config.train.steps=1") == 0
+def test_a_budget_settles_the_width_and_is_no_field_that_nothing_reads(
+    data, tmp_path, monkeypatch
+):
+    from unified_mm.training import run
+    from unified_mm.training.loop import Stopped
+
+    def stop(setup, output):
+        raise Stopped(0, 75)
+
+    monkeypatch.setattr(run, "train_and_score", stop)  # all before the first step is done
+    flags = ["--config.model.budget=1.2e6", "--config.model.budget_by=width"]
+    flags += ["--config.objectives.captioning.weight=0.0"]
+    assert train(data, tmp_path / "run", *flags) == 75
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["model"]["width"] > 16  # that of SMALL, a fraction of the budget
 
@@ -305,37 +356,30 @@ def test_an_unknown_size_or_field_is_said_in_one_line(capsys, form):
         assert wrong[0].strip("-").split("=")[0] in error and len(error.splitlines()) == 1
 
 
-def test_two_runs_of_one_seed_have_equal_metrics(data, tmp_path):
-    lines = []
-    for name in ("a", "b"):
-        assert train(data, tmp_path / name) == 0
-        text = (tmp_path / name / "metrics.jsonl").read_text()
-        lines.append(
-            [
-                {k: v for k, v in json.loads(line).items() if not k.startswith("time/")}
-                for line in text.splitlines()
-            ]
-        )
-    assert lines[0] == lines[1]
+def test_a_loss_that_is_not_finite_stops_the_run(data, stopped, monkeypatch, capsys):
+    from unified_mm.training import loop
 
+    restored = loop.first_state
 
-def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys):
-    more = (
-        "--config.train.learning_rate=1e38",
-        "--config.train.clip_norm=1e38",
-        "--config.train.warmup_steps=0",
-        "--config.logging.every=1",
-    )
-    assert train(data, tmp_path / "run", *more) == 1
+    def damaged(*arguments):
+        state, *rest = restored(*arguments)
+        nothing = [np.full(x.shape, np.nan, x.dtype) for x in jax.tree.leaves(state.params)]
+        params = jax.tree.unflatten(jax.tree.structure(state.params), nothing)
+        shardings = jax.tree.map(lambda x: x.sharding, state.params)
+        return state.replace(params=jax.device_put(params, shardings)), *rest
+
+    monkeypatch.setattr(loop, "first_state", damaged)
+    assert train(data, stopped, *ALIKE) == 1
     error = capsys.readouterr().err
-    assert re.search(r"not finite at step \d", error) and "last good checkpoint" in error
-    assert not (tmp_path / "run" / "result.json").exists()
+    assert "not finite at step 3" in error and "last good checkpoint is step 2" in error
+    assert {path.name for path in (stopped / "checkpoints").iterdir()} == {"2"}
+    assert not (stopped / "result.json").exists()
 
 
 # Shrunk, the sizes of a recipe are nearly one: of each, one size is run in the fast suite (of
-# coco_flamingo by tests/training/test_phases.py).
+# coco by `finished`, of coco_flamingo by tests/training/test_phases.py).
 SLOW = pytest.mark.slow
-FAST = {("coco_documents", "tiny"), ("coco", "tiny")}
+FAST = {("coco_documents", "tiny")}
 RECIPES = [
     pytest.param(path, size, marks=[] if (path.stem, size) in FAST else [SLOW])
     for path in sorted(CONFIGS.glob("*.py"))
@@ -345,11 +389,14 @@ RECIPES = [
 
 @pytest.mark.parametrize(("path", "size"), RECIPES, ids=lambda each: getattr(each, "stem", each))
 def test_every_recipe_shrunk_runs_a_step(path, size, data, tmp_path):
-    phases = load_recipe(path).get_config(size).train.phases
+    recipe = load_recipe(path).get_config(size)
+    phases, shots = recipe.train.phases, recipe.evaluation.shots
     more = (
         f"--config.train.steps={max(1, len(phases))}",
         *(f"--config.train.phases.{name}.steps=1" for name in phases),
         "--config.model.modalities.image.patch=8",
     )
     assert train(data, tmp_path / "run", *more, config=f"--config={path}:{size}") == 0
-    assert (tmp_path / "run" / "result.json").is_file()
+    scores = json.loads((tmp_path / "run" / "result.json").read_text())["scores"]
+    for number in shots:
+        assert 0 <= scores[f"few_shot/{number}/caption/cider_d"] <= 10

@@ -1,17 +1,13 @@
-"""`python -m unified_mm.zero_shot` as a user types it, on a run of one step."""
+"""`python -m unified_mm.zero_shot` as a user types it, on a run of random weights."""
 
 import json
-from pathlib import Path
 
-import commands
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
 from unified_mm import zero_shot
-
-TINY = f"--config={Path(__file__).parents[1] / 'configs' / 'coco.py'}:tiny"
 
 
 def run(*arguments):
@@ -20,25 +16,16 @@ def run(*arguments):
     return stopped.value.code
 
 
-def train(folder, *more):
-    """A run of one step on a folder in COCO layout beside it."""
-    data = tiny.write_coco(folder / "coco")
-    workdir = folder / "run"
-    arguments = (f"--config.data.dir={data}", f"--workdir={workdir}", "--config.train.steps=1")
-    assert commands.run(TINY, *commands.SMALL, *arguments, *more) == 0
-    return workdir
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNIFIED_MM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+def write_run(folder, **changes):
+    """A run of random weights with its one checkpoint, at step 1."""
+    changes = {"objectives__matching__weight": 0.0, **changes}
+    params = tiny.params(tiny.task(**changes))
+    return tiny.write_run(folder, tiny.config_dict(**changes), params, step=1)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("contrast"))
+    return write_run(tmp_path_factory.mktemp("contrast") / "run")
 
 
 @pytest.fixture
@@ -115,10 +102,7 @@ def test_errors_are_one_line_and_nothing_is_written(
 
 
 def test_a_run_without_contrast_is_refused(squares, tmp_path, capsys):
-    off = "--config.objectives.contrastive.weight=0.0"
-    best = "--config.evaluation.best_by=caption/cider_d"
-    workdir = train(tmp_path / "captions", off, best)
-    capsys.readouterr()
+    workdir = write_run(tmp_path / "captions", objectives__contrastive__weight=0.0)
     assert run("--run", workdir, "--images", squares) == 1
     error = capsys.readouterr().err
     assert "error: this run cannot classify images: it was trained on captioning" in error

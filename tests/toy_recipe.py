@@ -6,6 +6,7 @@ import tiny
 def get_config():
     config = tiny.config_dict(
         data__source="toy_tone:ToneSource",
+        objectives__matching__weight=0.0,
         train__steps=60,
         train__batch_size=16,
         train__learning_rate=1e-2,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import commands
@@ -16,6 +17,10 @@ from unified_mm.default_config import phase
 from unified_mm.parallel.sharding import path_of
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder
+from unified_mm.training.layout import in_training
+from unified_mm.training.loop import train
+from unified_mm.training.output import output_of
+from unified_mm.training.phases import build_phases
 from unified_mm.training.setup import prepare
 
 RECIPE = Path(__file__).parents[2] / "configs" / "coco_flamingo.py"
@@ -38,10 +43,15 @@ def arguments(data, workdir, *more):
         *(f"--config.train.phases.{name}.steps={steps}" for name, steps in PHASES.items()),
         "--config.model.resampler.latents=3",
         "--config.model.resampler.layers=1",
+        # Fewer parameters, which are compiled one by one.
+        "--config.model.norm=rms",
+        "--config.model.query_bias=False",
+        "--config.model.output_bias=False",
+        "--config.model.feed_forward_bias=False",
         "--config.data.documents.shots=2",
         "--config.data.documents.images=3",
         "--config.data.documents.length=36",
-        "--config.evaluation.shots=(0,2)",
+        "--config.evaluation.shots=(2,)",
         "--config.evaluation.few_shot_images=8",
         "--config.checkpoint.every=1",
         "--config.checkpoint.keep=20",
@@ -60,16 +70,29 @@ def finished(tmp_path_factory, data):
     return workdir
 
 
-def params_at(workdir, step):
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        shapes = unified_mm.load(workdir).params
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
-        state = checkpoints.restore({"params": abstract}, step=step, partial=True).state
-    leaves = jax.tree_util.tree_leaves_with_path(state["params"])
-    return {path_of(path): np.asarray(leaf) for path, leaf in leaves}
+@pytest.fixture(scope="module")
+def setup(finished):
+    """What the finished run began with."""
+    folder = RunFolder(finished)
+    return prepare(Config(json.loads(folder.config.read_text())), folder, lambda _: None)
 
 
-def test_what_a_phase_freezes_keeps_its_bits_and_the_rest_moves(finished):
+@pytest.fixture(scope="module")
+def params_at(finished):
+    """What gives the parameters of a run like the finished one at a step, by path."""
+    params = unified_mm.load(finished).params
+    wanted = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)}
+
+    def read(workdir, step):
+        with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+            state = checkpoints.restore(wanted, step=step, partial=True).state
+        leaves = jax.tree_util.tree_leaves_with_path(state["params"])
+        return {path_of(path): np.asarray(leaf) for path, leaf in leaves}
+
+    return read
+
+
+def test_what_a_phase_freezes_keeps_its_bits_and_the_rest_moves(finished, params_at):
     at = {step: params_at(finished, step) for step in (1, 2, 4, 7, 9)}
     gated = {name for name in at[1] if name.startswith(GATED)}
     language = {name for name in at[1] if name.startswith(LANGUAGE)} - gated
@@ -95,14 +118,11 @@ def test_what_a_phase_freezes_keeps_its_bits_and_the_rest_moves(finished):
 
 def test_few_shot_scores_are_there(finished):
     scores = json.loads((finished / "result.json").read_text())["scores"]
-    for shots in (0, 2):
-        assert 0 <= scores[f"few_shot/{shots}/caption/cider_d"] <= 10
+    assert 0 <= scores["few_shot/2/caption/cider_d"] <= 10
     assert scores["caption/image_gain_low"] <= scores["caption/image_gain"]
 
 
-def test_frozen_parameters_have_no_optimizer_state(finished, data, capsys):
-    folder = RunFolder(finished)
-    setup = prepare(Config(json.loads(folder.config.read_text())), folder, lambda _: None)
+def test_frozen_parameters_have_no_optimizer_state(setup):
     for stretch in setup.phases:
         part = jax.tree.leaves(stretch.optimizer.part(stretch.abstract.params))
         trained = sum(leaf.size * leaf.dtype.itemsize for leaf in part)
@@ -115,25 +135,44 @@ def test_frozen_parameters_have_no_optimizer_state(finished, data, capsys):
 
 SLOW = pytest.mark.slow
 # Within a phase, and where one ends and the next begins.
-STOPS = [2, *(pytest.param(step, marks=SLOW) for step in (1, 5, 7))]
+STOPS = [7, 8, *(pytest.param(step, marks=SLOW) for step in (1, 2, 5))]
 
 
 @pytest.mark.parametrize("step", STOPS)
-def test_a_run_that_stopped_anywhere_ends_in_the_same_bits(finished, data, tmp_path, step):
+def test_a_run_that_stopped_anywhere_ends_in_the_same_bits(
+    finished, setup, params_at, tmp_path, step
+):
     workdir = tmp_path / "again"
     shutil.copytree(finished, workdir)
     (workdir / "result.json").unlink()
     for later in range(step + 1, STEPS + 1):
         shutil.rmtree(workdir / "checkpoints" / str(later))
-    assert commands.run(*arguments(data, workdir)) == 0
+    again = replace(setup, folder=RunFolder(workdir))
+    said = []
+    train(again, output_of(again.folder, said.append))
+    assert f"resuming at step {step} of {STEPS}" in said
     expected, found = params_at(finished, STEPS), params_at(workdir, STEPS)
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
-def prepared(data, tmp_path, **changes):
-    config = tiny.config_dict(data__dir=str(data), data__cache_dir=str(tmp_path), **changes)
-    return prepare(Config(config.to_dict()), RunFolder(tmp_path / "run"), lambda _: None)
+@pytest.fixture(scope="module")
+def prepared(data, tmp_path_factory):
+    """What gives a small run on pairs as prepared, with the phases that a config asks for."""
+    folder = tmp_path_factory.mktemp("prepared")
+    fields = {"data__dir": str(data), "data__cache_dir": str(folder)}
+    plain = Config(tiny.config_dict(**fields).to_dict())
+    setup = prepare(plain, RunFolder(folder / "run"), lambda _: None)
+    (only,) = setup.phases
+
+    def with_phases(phases):
+        config = Config(tiny.config_dict(**fields, train__phases=phases).to_dict())
+        task = in_training(config, setup.task, setup.mesh)
+        abstract = only.abstract.replace(optimizer=None)
+        built = build_phases(config, task, setup.train, abstract, only.placement)
+        return replace(setup, config=config, phases=built)
+
+    return with_phases
 
 
 @pytest.mark.parametrize(
@@ -151,25 +190,28 @@ def prepared(data, tmp_path, **changes):
         ({"train": {"batch_size": 0}}, "train.batch_size=0: must be at least 1"),
     ],
 )
-def test_wrong_phases_are_refused_before_the_first_step(data, tmp_path, options, named):
+def test_wrong_phases_are_refused(prepared, options, named):
     with pytest.raises((ValueError, KeyError), match=named):
-        prepared(data, tmp_path, train__phases={"a": {**phase(4), **options}})
+        prepared({"a": {**phase(4), **options}})
 
 
-def test_a_phase_of_no_steps_is_left_out(data, tmp_path):
+def test_wrong_phases_are_refused_before_the_first_step(data, tmp_path):
+    config = tiny.config_dict(
+        data__dir=str(data), data__cache_dir=str(tmp_path), train__phases={"a": phase(3)}
+    )
+    with pytest.raises(ValueError, match="train.steps=4, but train.phases have 3 steps together"):
+        prepare(Config(config.to_dict()), RunFolder(tmp_path / "run"), lambda _: None)
+
+
+def test_a_phase_of_no_steps_is_left_out(prepared):
     phases = {"a": phase(0), "b": phase(4), "c": phase(0, data="documents")}
-    (only,) = prepared(data, tmp_path, train__phases=phases).phases
+    (only,) = prepared(phases).phases
     assert (only.name, only.start, only.stop) == ("b", 0, 4)
 
 
-def test_text_alone_is_pairs_without_their_images(data, tmp_path):
-    setup = prepared(
-        data,
-        tmp_path,
-        train__phases={"a": phase(4, data="text", objectives={"captioning": 1.0,
-                                                              "contrastive": 0.0,
-                                                              "matching": 0.0})},
-    )
+def test_text_alone_is_pairs_without_their_images(prepared):
+    weights = {"captioning": 1.0, "contrastive": 0.0, "matching": 0.0}
+    setup = prepared({"a": phase(4, data="text", objectives=weights)})
     (stretch,) = setup.phases
     assert all(record.image is None for record in stretch.rows.examples)
     assert [record.texts for record in stretch.rows.examples] == [

@@ -1,64 +1,62 @@
 """A run that starts from the weights of others has them, layer by layer, wherever they lie."""
 
 import json
-from pathlib import Path
 
-import commands
 import jax
 import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
 
-import unified_mm
 from unified_mm.config import Config
+from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.objectives.task import build_task
 from unified_mm.parallel.sharding import path_of
 from unified_mm.runs.folder import RunFolder
 from unified_mm.training.setup import prepare
-from unified_mm.training.start_from import adopt
+from unified_mm.training.start_from import adopt, overlay, weights_to_start_from
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+LATE = {
+    "model__fusion": "late",
+    "model__layers": 4,
+    "model__norm": "rms",
+    "model__activation": "quick_gelu",
+    "model__query_bias": False,
+    "model__output_bias": False,
+    "model__feed_forward_bias": False,
+    "model__tower__width": 8,
+    "model__modalities__image__stem": "hierarchical",
+    "objectives__captioning__weight": 0.0,
+    "objectives__matching__weight": 0.0,
+}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.write_coco(tmp_path_factory.mktemp("data") / "coco")
+def written(tmp_path_factory):
+    """Two towers of four layers, with options of their own: the run's folder, and its weights."""
+    params = tiny.params(tiny.task(**LATE))
+    folder = tmp_path_factory.mktemp("runs") / "late"
+    return tiny.write_run(folder, tiny.config_dict(**LATE), params), flat(params)
 
 
 @pytest.fixture(scope="module")
-def late(tmp_path_factory, data):
-    """Two towers of four layers, with options of their own."""
-    workdir = tmp_path_factory.mktemp("runs") / "late"
-    code = commands.run(
-        f"--config={CONFIGS / 'coco.py'}:tiny",
-        *commands.SMALL,
-        "--config.model.fusion=late",
-        "--config.model.layers=4",
-        "--config.model.norm=rms",
-        "--config.model.activation=quick_gelu",
-        "--config.model.tower.width=8",
-        "--config.train.steps=2",
-        "--config.logging.tensorboard=False",
-        f"--config.data.dir={data}",
-        f"--workdir={workdir}",
-    )
-    assert code == 0
-    return workdir
+def late(written):
+    return written[0]
 
 
-def started(data, tmp_path, **changes):
+@pytest.fixture(scope="module")
+def theirs(written):
+    return written[1]
+
+
+def adopted(**changes):
     config = tiny.config_dict(
-        data__dir=str(data),
-        data__cache_dir=str(tmp_path),
         objectives__matching__weight=0.0,
         model__resampler__latents=3,
+        model__resampler__layers=1,
         **changes,
     )
-    adopted = adopt(config, ())
-    folder = RunFolder(tmp_path / "run")
-    setup = prepare(Config(adopted.to_dict()), folder, lambda _: None)
-    with jax.set_mesh(setup.mesh):
-        return adopted, flat(setup.make_state().params)
+    return adopt(config, ())
 
 
 def flat(tree):
@@ -66,17 +64,19 @@ def flat(tree):
     return {path_of(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def test_both_parts_lie_where_another_stack_has_them(late, data, tmp_path):
+def test_both_parts_lie_where_another_stack_has_them(late, theirs, tmp_path):
     """Four layers in a row become two periods of a cross layer and two blocks."""
-    config, params = started(
-        data,
-        tmp_path,
+    config = adopted(
+        data__dir=str(tiny.write_coco(tmp_path / "coco")),
+        data__cache_dir=str(tmp_path),
         model__fusion="gated_cross_attention",
         model__cross__every=2,
         model__start_from__text=str(late),
         model__start_from__image=str(late),
     )
-    theirs = flat(unified_mm.load(late).params)
+    setup = prepare(Config(config.to_dict()), RunFolder(tmp_path / "run"), lambda _: None)
+    with jax.set_mesh(setup.mesh):
+        params = flat(setup.make_state().params)
     assert (config.model.layers, config.model.norm) == (4, "rms")
     assert (config.model.tower.width, config.model.tower.activation) == (8, "quick_gelu")
     name = "transformer/layers/block_{}/feed_forward/mlp/shared/up/kernel"
@@ -95,9 +95,12 @@ def test_both_parts_lie_where_another_stack_has_them(late, data, tmp_path):
     assert (params["transformer/layers/cross/attention_gate"] == 0).all()
 
 
-def test_text_alone_starts_early_fusion(late, data, tmp_path):
-    config, params = started(data, tmp_path, model__start_from__text=str(late))
-    theirs = flat(unified_mm.load(late).params)
+def test_text_alone_starts_early_fusion(late, theirs):
+    config = adopted(model__start_from__text=str(late))
+    fields = Config(config.to_dict())
+    tokenizer = TextTokenizer.load(config.data.tokenizer, **fields.data.special_tokens)
+    own = tiny.params(build_task(fields, tokenizer), seed=1)
+    params = flat(overlay(own, fields, weights_to_start_from(fields)))
     for path in params:
         if path.startswith(("transformer/", "embedders_text/")):
             np.testing.assert_array_equal(params[path], theirs[path], err_msg=path)

@@ -82,10 +82,11 @@ class Norm(nn.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         width = x.shape[-1:]
         scale = self.param("scale", partitioned(nn.initializers.ones, self.axis), width)
-        x = x.astype(jnp.float32)
+        x, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
         if self.kind == "layer":
             x = x - x.mean(-1, keepdims=True)
         x = x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon) * scale
         if self.kind == "layer":
-            x = x + self.param("bias", partitioned(nn.initializers.zeros, self.axis), width)
+            bias = self.param("bias", partitioned(nn.initializers.zeros, self.axis), width)
+            x = x + bias.astype(jnp.float32)
         return x.astype(self.dtype)
