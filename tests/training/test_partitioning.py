@@ -203,7 +203,11 @@ def moments(optimizer_state, which):
 
 def test_loss_and_gradients_are_those_of_one_device(stepped):
     alone_params, loss, gradient = alone(stepped.fusion)
-    jax.tree.map(np.testing.assert_array_equal, stepped.params, alone_params)
+    # The same draws; the compiler rounds them by their layout.
+    for drawn, expected in zip(
+        jax.tree.leaves(stepped.params), jax.tree.leaves(alone_params), strict=True
+    ):
+        np.testing.assert_array_max_ulp(drawn, expected, maxulp=4)
     assert float(stepped.measured.pairs["loss"][0]) == pytest.approx(float(loss), rel=1e-5)
     total = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(gradient)))
     mu = moments(stepped.after.optimizer, "mu")

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -24,13 +24,14 @@ BUILT_IN = {
     "matching": "unified_mm.objectives.matching:Matching",
 }
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 # A metric as (sum, count), both float32 []: it adds up over devices, micro-batches and batches.
 Pair = tuple[Any, Any]
 
 
-def same_rank(function: Function) -> Function:
+def same_rank(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Makes joining arrays of different ranks an error within a function.
 
     Without it `[B, S] & [B]` broadcasts where S is 1 or B, and a loss of nonsense trains on.
@@ -38,11 +39,11 @@ def same_rank(function: Function) -> Function:
     """
 
     @functools.wraps(function)
-    def strictly(*args: Any, **kwargs: Any) -> Any:
+    def strictly(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with jax.numpy_rank_promotion("raise"):
             return function(*args, **kwargs)
 
-    return strictly  # type: ignore[return-value]
+    return strictly
 
 
 @struct.dataclass
