@@ -79,6 +79,14 @@ def no_program_is_held():
         LIBC.malloc_trim(0)
 
 
+@pytest.fixture(autouse=True)
+def types_as_jax_lowers_them(request):
+    """In how jax itself writes out products of bfloat16 for a TPU, types are widened."""
+    lowered = request.node.get_closest_marker("topology") is not None
+    with jax.numpy_dtype_promotion("standard" if lowered else "strict"):
+        yield
+
+
 def pytest_terminal_summary(terminalreporter):
     """What was left out for want of a program is said at the end, however quiet pytest is."""
     for report in terminalreporter.stats.get("skipped", []):
