@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unified_mm.analysis.figures import as_svg
+from unified_mm.default_config import defaults
 from unified_mm.files import read_json, write_atomically, write_json
 from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.metrics import read_metrics
@@ -41,7 +42,7 @@ def keep(folder: RunFolder, name: str, *, replace: bool) -> None:
         raise SystemExit(f"{target} exists; --replace overwrites it")
     if not folder.finished:
         raise SystemExit(f"{folder.path} is no finished run (it has no result.json)")
-    split = read_json(folder.config)["evaluation"]["split"]
+    split = folder.read_config(defaults())["evaluation"]["split"]
     curves = scored_along_the_way(folder, split)
     result = read_json(folder.result)
     result["data"]["folder"] = ""  # where it lay is nobody's business

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from unified_mm.default_config import defaults
 from unified_mm.files import read_json, write_json
 from unified_mm.runs.folder import RunFolder
 
@@ -26,7 +27,7 @@ def main() -> None:
 def train(folder: RunFolder, config: dict) -> None:
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
-    folder.create_or_check(config)
+    folder.create_or_check(config, defaults())
     saved = folder.path / "saved.json"
     start = read_json(saved) if saved.exists() else 0
     beside = str(folder.path)

@@ -58,11 +58,12 @@ def sizes_of(folder: RunFolder) -> dict[str, Any]:
     """Parameters and FLOPs of a run's model, None where they cannot be counted, which is said."""
     from unified_mm.config import Config
     from unified_mm.data.text_tokenizer import TextTokenizer
+    from unified_mm.default_config import defaults
     from unified_mm.training.sizes import measure_sizes
 
     if not folder.exists:
         raise FileNotFoundError(f"{folder.path} is no run (it has no config.json)")
-    fields = folder.read_config()
+    fields = folder.read_config(defaults())
     names = ("parameters", "FLOPs of a training example", "FLOPs of a generated token")
     try:
         if folder.tokenizer.is_file():  # it may be smaller than the config allows

@@ -1,4 +1,8 @@
-"""Every field that a config has, with its default. Recipes in `configs/` start from it."""
+"""Every field that a config has, with its default. Recipes in `configs/` start from it.
+
+Runs that were made before there was a field are read with its default (`runs.saved`): the default
+of a new field is what the code did without it.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +38,13 @@ def default_config() -> ConfigDict:
             },
         }
     )
+
+
+def defaults() -> dict[str, Any]:
+    """Returns all defaults as plain values, to read saved runs with; `*` is any phase's."""
+    found: dict[str, Any] = default_config().to_dict()
+    found["train"]["phases"]["*"] = phase(0)
+    return found
 
 
 def mesh_fields() -> dict:

@@ -27,6 +27,7 @@ from unified_mm.commands import (
     score_table,
 )
 from unified_mm.config import Config
+from unified_mm.default_config import defaults
 from unified_mm.files import naming, user_path, write_json
 from unified_mm.parallel.processes import first_before_others, refuse_unequal, start, together
 from unified_mm.recipes import (
@@ -149,7 +150,7 @@ def train() -> int:
     refuse_unequal("the config", shared_fields(chosen))
     refuse_int8(folder)
     with output.lock():
-        new = folder.check(chosen.to_dict())
+        new = folder.check(chosen.to_dict(), defaults())
         if folder.finished and folder.finished_steps() >= chosen.train.steps:
             output.say(f"the run in {folder.path} is finished; see {folder.report}")
             return 0
@@ -190,7 +191,7 @@ def train() -> int:
 
 def refuse_int8(folder: RunFolder) -> None:
     """Raises ValueError where the run's weights are int8, which no gradient can change."""
-    made = folder.read_config().get("quantized") if folder.exists else None
+    made = folder.saved_config().get("quantized") if folder.exists else None
     if made:
         raise ValueError(
             f"{folder.path} holds {made['weights']} weights, which cannot be trained: train the "

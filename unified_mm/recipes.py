@@ -19,9 +19,11 @@ from ml_collections import ConfigDict, config_flags
 
 from unified_mm.config import get_field, set_field
 from unified_mm.data.images import resolve_backend
+from unified_mm.default_config import defaults
 from unified_mm.files import naming
 from unified_mm.models.unified import fusion
 from unified_mm.objectives.objective import objective_kind
+from unified_mm.runs.saved import UnknownField, field_paths, new_field, refuse_unknown
 from unified_mm.training.sizes import fit_to_budget
 from unified_mm.training.start_from import adopt
 
@@ -58,9 +60,11 @@ def check_recipe(argv: list[str]) -> None:
         if changed:
             raise ValueError(f"--{changed[0]} changes a recipe: --config=FILE is needed beside it")
         return
-    fields = list(_fields(recipe_config(given[-1])))
+    fields = list(field_paths(recipe_config(given[-1]).to_dict()))
     for name, _ in given_flags(argv):
         field = name.removeprefix("config.")
+        if (new := new_field(field)) != field:
+            raise ValueError(f"--{name} is called --config.{new} now")
         if name.startswith("config.") and field not in fields:
             near = difflib.get_close_matches(field, fields, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -129,6 +133,10 @@ def resolve(
       tell: takes a line about what was decided.
     """
     chosen = resolve_auto(config, flag)
+    try:
+        refuse_unknown(chosen.to_dict(), defaults())
+    except UnknownField as error:
+        raise ValueError(f"the recipe has what nothing reads: {error}") from error
     check_seed(chosen.seed)
     try:
         chosen.data.decoder = resolve_backend(chosen.data.decoder)
@@ -214,11 +222,3 @@ def load_recipe(path: str | Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _fields(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all fields and groups."""
-    for name, value in config.items():
-        yield prefix + name
-        if isinstance(value, ConfigDict):
-            yield from _fields(value, f"{prefix}{name}.")

@@ -7,6 +7,15 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+# Modules of this package that have another name than when runs were made with them.
+MOVED: dict[str, str] = {}
+
+
+def moved(path: str) -> str:
+    """Returns a path `package.module:attribute` with the name that the module has now."""
+    module, colon, attribute = path.partition(":")
+    return f"{MOVED[module]}:{attribute}" if colon and module in MOVED else path
+
 
 def resolve(kind: str, name: str, built_in: Mapping[str, str]) -> Any:
     """The object that `name` stands for.
@@ -28,6 +37,8 @@ def resolve(kind: str, name: str, built_in: Mapping[str, str]) -> Any:
             f"unknown {kind} {name!r}.{hint} Built in: {', '.join(sorted(built_in))}; "
             "anything else is given as 'package.module:attribute'."
         )
+    if moved(path) != path:
+        raise ValueError(f"{kind} {name!r}: it is called {moved(path)!r} now")
     module_name, attribute = path.split(":", 1)
     try:
         return getattr(importlib.import_module(module_name), attribute)

@@ -10,6 +10,7 @@ from typing import Any
 from experiments.sweeping.runs import Run, asked_config
 from experiments.sweeping.table import Row
 from unified_mm.commands import say
+from unified_mm.default_config import defaults
 from unified_mm.runs.folder import RunFolder, RunFolderError, differences
 
 
@@ -46,7 +47,7 @@ def finished_runs(sweeps: Path) -> Iterator[tuple[RunFolder, dict[str, Any]]]:
             folder = RunFolder(path)
             if folder.exists and folder.finished:
                 folder.read_result()
-                yield folder, folder.read_config()
+                yield folder, folder.read_config(defaults())
         except RunFolderError as error:
             say(f"passed over: {error}")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unified_mm.default_config import defaults
 from unified_mm.runs.folder import RunFolder
 
 TAIL = 65536  # bytes that hold the newest lines
@@ -40,7 +41,7 @@ def progress_of(folder: RunFolder) -> Progress:
     """What config and metrics say; a run that has neither has done nothing."""
     if not folder.exists:
         return Progress()
-    steps = folder.read_config()["train"]["steps"]
+    steps = folder.read_config(defaults())["train"]["steps"]
     found = [each for each in newest_records(folder.metrics) if "loss" in each]
     if not found:
         return Progress(steps=steps)

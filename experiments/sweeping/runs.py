@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments.sweeping.ablation import OWN, Ablation
+from unified_mm.default_config import defaults
 from unified_mm.recipes import check_recipe, check_seed, resolve
 from unified_mm.runs.folder import FREE_FIELDS, RunFolder, differences
 
@@ -174,7 +175,7 @@ def finished(run: Run) -> bool:
     """
     if not run.folder.exists:
         return False
-    found = differences(run.folder.read_config(), asked_config(run), FREE)
+    found = differences(run.folder.read_config(defaults()), asked_config(run), FREE)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(

@@ -11,14 +11,26 @@ import pytest
 import tiny
 
 import unified_mm
+from unified_mm.analysis.comparison import summarise
+from unified_mm.compare import sizes_of
 from unified_mm.config import Config
+from unified_mm.default_config import defaults
+from unified_mm.inference.identity import model_identity
 from unified_mm.parallel.sharding import path_of
+from unified_mm.runs.folder import RunFolder, RunFolderError
 from unified_mm.training.start_from import adopt, weights_to_start_from
 
 HERE = Path(__file__).parent
 TRAINED = ("early", "gated", "late")
+# These are read as a version would have written them that knew but half of the fields.
+OLDER = ("late", "clip")
 IMAGES = [HERE / "coco" / "images" / "val" / f"{number}.jpg" for number in range(3)]
 TEXTS = ["a red square of size 1", "blue, size 2", "a green square of size 3"]
+IDENTITY = {
+    "step": 40,
+    "parameters": "df851a6bfb4ffa294088cc106380e131a321fa97727e20d21f497fe227ead9bc",
+    "reading": "2cd21e716f04b0a7b1af2aa3ed44609aa089b81d39e9ed00607c73d0daa16c6d",
+}
 # A part of each kind, and the fusion that has a place for it.
 PARTS = [
     ("early", "text", "early"),
@@ -35,7 +47,29 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("frozen")
     for name in (*TRAINED, "clip"):
         shutil.unpack_archive(HERE / f"{name}.tar.xz", folder / name, filter="data")
+    for name in OLDER:
+        path = folder / name / "config.json"
+        config = json.loads(path.read_text())
+        missing = take_defaults_away(config, defaults())
+        assert len(missing) > 40
+        path.write_text(json.dumps(config))
     return {path.name: path for path in folder.iterdir()}
+
+
+def take_defaults_away(fields, usual):
+    """Takes from a config every other field that has its default; returns what was taken."""
+    taken = []
+    for number, (name, value) in enumerate(sorted(fields.items())):
+        default = usual.get(name)
+        if isinstance(value, dict) and isinstance(default, dict):
+            taken += take_defaults_away(value, default)
+        elif number % 2 and name not in ("type", "weight") and value == as_saved(default):
+            taken.append(fields.pop(name, name))
+    return taken
+
+
+def as_saved(value):
+    return json.loads(json.dumps(value))
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +114,35 @@ def test_a_run_goes_on_as_it_would_have(runs, name, tmp_path):
     assert len(expected["losses"]) == 5
     for step, losses in expected["losses"].items():
         assert {name: found[step][name] for name in losses} == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_later_run_is_refused_with_what_is_not_known(runs, tmp_path, capsys):
+    workdir = shutil.copytree(runs["early"], tmp_path / "later")
+    config = json.loads((workdir / "config.json").read_text())
+    config["model"]["experts"] = 4
+    (workdir / "config.json").write_text(json.dumps(config))
+    told_why = "written by a later version: this one does not know the field model.experts"
+    with pytest.raises(RunFolderError, match=told_why):
+        unified_mm.load(workdir)
+    with pytest.raises(RunFolderError, match=told_why):
+        adopt(tiny.config_dict(model__start_from__text=str(workdir)), ())
+    with pytest.raises(RunFolderError, match=told_why):
+        summarise(RunFolder(workdir), "later", {})
+    assert commands.run(*told("early")["flags"], f"--workdir={workdir}") == 1
+    assert told_why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_a_run_that_knew_fewer_fields_is_counted_and_compared(runs, name):
+    params = unified_mm.load(runs[name]).params
+    sizes = sizes_of(RunFolder(runs[name]))
+    assert sizes["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert summarise(RunFolder(runs[name]), name, sizes).config["model"]["norm"] == "layer"
+
+
+def test_an_index_stays_its_models(runs):
+    """As the revision that made the runs wrote it into the header of an index."""
+    assert model_identity(unified_mm.load(runs["early"])) == IDENTITY
 
 
 @pytest.mark.parametrize(("name", "part", "fusion"), PARTS)

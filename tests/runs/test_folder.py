@@ -21,9 +21,11 @@ from unified_mm.runs.folder import (
 CONFIG = {
     "seed": 0,
     "train": {"steps": 100, "batch_size": 8, "learning_rate": 1e-3},
-    "mesh": {"data": 1, "fsdp": 1},
+    "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
     "data": {"dir": "/here", "image_size": 64},
     "model": {"fusion": "early", "widths": (1, 2), "causal": True},
+    "objectives": {},
+    "evaluation": {},
 }
 
 
@@ -46,9 +48,9 @@ def names_in(folder):
 def test_a_new_folder_gets_the_config_and_the_same_config_goes_on(tmp_path):
     run = RunFolder(tmp_path / "a" / "first")
     assert not run.exists and not run.finished
-    assert run.create_or_check(CONFIG)
+    assert run.create_or_check(CONFIG, CONFIG)
     assert run.exists and names_in(run.path) == ["config.json"]
-    assert not run.create_or_check(CONFIG)  # tuples come back as lists: no difference
+    assert not run.create_or_check(CONFIG, CONFIG)  # tuples come back as lists: no difference
     assert read_json(run.config)["model"]["widths"] == [1, 2]
     write_json(run.result, {"scores": {}})
     assert run.finished
@@ -56,24 +58,22 @@ def test_a_new_folder_gets_the_config_and_the_same_config_goes_on(tmp_path):
 
 def test_fields_free_to_change_are_taken_over(tmp_path):
     run = RunFolder(tmp_path)
-    run.create_or_check(CONFIG)
+    run.create_or_check(CONFIG, CONFIG)
     asked = changed(train__steps=900, mesh__data=4, mesh__tensor=2, data__dir="/there")
-    assert not run.create_or_check(asked)
+    assert not run.create_or_check(asked, CONFIG)
     assert read_json(run.config) == asked
 
 
 def test_every_other_difference_is_listed_and_nothing_written(tmp_path):
     run = RunFolder(tmp_path)
-    run.create_or_check(CONFIG)
-    asked = changed(train__steps=900, train__batch_size=16, model__fusion="late", model__new=1)
-    del asked["seed"]
+    run.create_or_check(CONFIG, CONFIG)
+    asked = changed(train__steps=900, train__batch_size=16, model__fusion="late", seed=1)
     with pytest.raises(ConfigDifference) as error:
-        run.create_or_check(asked)
+        run.create_or_check(asked, CONFIG)
     lines = [line.strip() for line in str(error.value).splitlines()[1:-1]]
     assert lines == [
         'model.fusion: run has "early", command asks "late"',
-        "model.new: run has nothing, command asks 1",
-        "seed: run has 0, command asks nothing",
+        "seed: run has 0, command asks 1",
         "train.batch_size: run has 8, command asks 16",
     ]
     assert "--workdir" in str(error.value)
@@ -105,18 +105,18 @@ def test_a_folder_of_something_else_is_refused_untouched(tmp_path):
     (tmp_path / "thesis.tex").write_text("chapter one")
     run = RunFolder(tmp_path)
     with pytest.raises(RunFolderError, match=r"thesis\.tex"):
-        run.create_or_check(CONFIG)
+        run.create_or_check(CONFIG, CONFIG)
     with pytest.raises(RunFolderError, match=r"thesis\.tex"), run.lock():
         pass
     assert names_in(tmp_path) == ["thesis.tex"]
     with pytest.raises(RunFolderError, match="is a file"):
-        RunFolder(tmp_path / "thesis.tex").create_or_check(CONFIG)
+        RunFolder(tmp_path / "thesis.tex").create_or_check(CONFIG, CONFIG)
 
 
 def test_leftovers_of_a_process_killed_in_its_first_moment_are_no_obstacle(tmp_path):
     (tmp_path / ".lock").write_text("123")
     (tmp_path / ".config.json.x7.tmp").write_text('{"se')
-    assert RunFolder(tmp_path).create_or_check(CONFIG)
+    assert RunFolder(tmp_path).create_or_check(CONFIG, CONFIG)
 
 
 HOLDER = """
@@ -161,7 +161,7 @@ def test_damaged_files_of_a_run_are_named_with_what_to_do(tmp_path, content):
     run = RunFolder(tmp_path)
     run.config.write_text(content)
     with pytest.raises(RunFolderError, match=r"config\.json.*put the run's own config back"):
-        run.check(CONFIG)
+        run.check(CONFIG, CONFIG)
     run.result.write_text(content)
     with pytest.raises(RunFolderError, match=r"result\.json.*delete it"):
         run.finished_steps()

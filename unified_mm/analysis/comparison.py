@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unified_mm.analysis.pages import LINE_COLOURS, Chart, Curve, draw_lines, format_score, words
+from unified_mm.default_config import defaults
 from unified_mm.runs.folder import Difference, RunFolder, differences
 from unified_mm.runs.metrics import read_metrics
 
@@ -95,7 +96,7 @@ def summarise(folder: RunFolder, name: str, sizes: Mapping[str, int | None]) -> 
     """
     if not folder.exists:
         raise FileNotFoundError(f"{folder.path} is no run (it has no config.json)")
-    config = folder.read_config()
+    config = folder.read_config(defaults())
     result = folder.read_result() if folder.finished else {}
     curves = read_metrics(folder.metrics) if folder.metrics.is_file() else {}
     return RunSummary(

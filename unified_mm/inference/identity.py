@@ -25,7 +25,7 @@ def model_identity(model: LoadedModel) -> dict[str, Any]:
         parameters.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
     for leaf in jax.tree.leaves(sums):
         parameters.update(np.asarray(leaf).tobytes())
-    config = model.config.as_dict()
+    config = model.saved  # an index stays its model's when later versions name fields otherwise
     reads = {
         "modalities": config["model"]["modalities"],
         "image_size": config["data"]["image_size"],

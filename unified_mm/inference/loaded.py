@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from unified_mm.data import images as pictures
 from unified_mm.data.records import Image as ImageFile
 from unified_mm.data.records import Problem, StoredImage
 from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.default_config import defaults
 from unified_mm.inference.classes import TEMPLATES, class_embeddings
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.predictor import Predictor
@@ -42,12 +43,22 @@ class LoadedModel:
     Attributes:
       step: of the checkpoint that they are from.
       config: of the run.
+      saved: the config as the run's folder has it; a version before this one may have written it.
     """
 
-    def __init__(self, task: Task, params: Any, mesh: Mesh, config: Config, step: int) -> None:
+    def __init__(
+        self,
+        task: Task,
+        params: Any,
+        mesh: Mesh,
+        config: Config,
+        step: int,
+        saved: Mapping[str, Any] | None = None,
+    ) -> None:
         self.task = task
         self.config = config
         self.step = step
+        self.saved = config.as_dict() if saved is None else saved
         # A layer at a time: see `models.layers_apart`.
         apart = replace(task, model=task.model.with_options(apart=True))
         self.predictor = Predictor(apart, layers_apart(params), mesh)
@@ -169,7 +180,7 @@ class LoadedModel:
         params = self.params
         if "dtype" in changes:
             params = in_dtype(params, changes["dtype"])
-        return LoadedModel(task, params, self.predictor.mesh, self.config, self.step)
+        return LoadedModel(task, params, self.predictor.mesh, self.config, self.step, self.saved)
 
     def view(self, image: Picture) -> UInt8[np.ndarray, "size size 3"]:
         """What the model sees of an image: the central square, at the model's size.
@@ -287,7 +298,7 @@ def load(
         raise FileNotFoundError(
             f"{folder.path} is no run (it has no config.json); give the folder of a training run"
         )
-    config = read_config(folder)
+    config = Config(folder.read_config(defaults()))
     refuse_image_tower(config, folder)
     try:
         tokenizer = TextTokenizer.load(folder.tokenizer, **config.data.special_tokens)
@@ -303,19 +314,8 @@ def load(
         name = "average" if keeps_average(config.train) else "params"
         wanted = {name: abstract_params(task, mesh, config)}
         restored = checkpoints.restore(wanted, step=step, partial=True)
-    return LoadedModel(task, restored.state[name], mesh, config, restored.step)
-
-
-def read_config(folder: RunFolder) -> Config:
-    """The run's config. Raises RunFolderError where the groups that every run has are not there."""
-    fields = folder.read_config()
-    for group in ("data", "model", "objectives", "train", "evaluation"):
-        if not isinstance(fields.get(group), dict):
-            raise RunFolderError(
-                f"{folder.config} is damaged: it has no group {group!r}; put the run's own config "
-                "back"
-            )
-    return Config(fields)
+    params, saved = restored.state[name], folder.saved_config()
+    return LoadedModel(task, params, mesh, config, restored.step, saved)
 
 
 def refuse_image_tower(config: Config, folder: RunFolder) -> None:

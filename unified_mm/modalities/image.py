@@ -62,7 +62,7 @@ class ImageModality:
             raise ValueError(
                 f"model.modalities.{name}.stem={options['stem']!r}: one of {', '.join(STEMS)}"
             )
-        positions = options.get("positions", "grid")  # older runs know no other
+        positions = options["positions"]
         if positions not in POSITIONS:
             raise ValueError(
                 f"model.modalities.{name}.positions={positions!r}: one of {', '.join(POSITIONS)}"

@@ -9,7 +9,6 @@ from typing import Any
 def keeps_average(train: Mapping[str, Any]) -> bool:
     """Whether checkpoints of a run with this `config.train` hold averaged parameters.
 
-    These are then what is scored and used; runs from before there was a choice of optimizer have
-    none by that name.
+    These are then what is scored and used.
     """
-    return train["average_decay"] > 0 or train.get("optimizer") == "schedule_free"
+    return train["average_decay"] > 0 or train["optimizer"] == "schedule_free"

@@ -42,6 +42,7 @@ from jaxtyping import PyTree
 
 from unified_mm.parallel.processes import first_decides, is_first, refuse_unequal, wait_for_all
 from unified_mm.runs.checksums import tree_checksums
+from unified_mm.runs.saved import saved_name
 from unified_mm.runs.seal import broken_files, is_sealed, write_seal
 
 _POLL_SECONDS = 0.02
@@ -140,6 +141,7 @@ class Checkpoints:
         *,
         step: int | None = None,
         partial: bool = False,
+        later: Mapping[str, Callable[[int], PyTree[jax.Array]]] | None = None,
     ) -> Restored:
         """Restores the newest whole checkpoint, or just `step`, onto the shardings asked for.
 
@@ -147,7 +149,10 @@ class Checkpoints:
             step; where none has a sharding, all go to the first device.
         partial: `abstract_state` holds some of the saved leaves (a model without its optimizer),
             and these alone are read and checked.
+        later: parts of the state, by name, that checkpoints of earlier versions do not have, each
+            with what makes its first value at a step.
 
+        Leaves that were called otherwise (`saved.RENAMED_LEAVES`) are found by their old names.
         Warns with `DamagedCheckpointWarning` for each step passed over. Raises `CheckpointError`
         that lists the steps tried where none is whole, and at once where a whole one holds a
         state of other leaves, shapes or dtypes: nothing is ever cast.
@@ -159,7 +164,7 @@ class Checkpoints:
             wanted = abstract_state(candidate) if callable(abstract_state) else abstract_state
             placed = _with_shardings(wanted)
             try:
-                restored = self._restore_step(candidate, placed, partial)
+                restored = self._restore_step(candidate, placed, partial, later or {})
             except _Damaged as damage:
                 tried[candidate] = f"step {candidate} in {self.folder / str(candidate)}: {damage}"
                 continue
@@ -248,7 +253,13 @@ class Checkpoints:
             self._damaged = []
             self._manager.reload()
 
-    def _restore_step(self, step: int, abstract_state: PyTree[Any], partial: bool) -> Restored:
+    def _restore_step(
+        self,
+        step: int,
+        abstract_state: PyTree[Any],
+        partial: bool,
+        later: Mapping[str, Callable[[int], PyTree[jax.Array]]],
+    ) -> Restored:
         folder = self.folder / str(step)
         if not folder.is_dir():
             raise _Damaged("there is no such folder")
@@ -259,21 +270,45 @@ class Checkpoints:
             named = ", ".join(broken[:3]) or "process 0 names them"
             raise _Damaged(f"files differ from its seal: {named}{more}")
         leaves, metadata = self._read_json_items(step)
+        asked = _named_leaves(abstract_state)
+        there = {name.partition("/")[0] for name in leaves}
+        made = {
+            name: leaf
+            for slot, first in later.items()
+            if slot not in there and any(name.partition("/")[0] == slot for name in asked)
+            for name, leaf in _named_leaves({slot: first(step)}).items()
+        }
+        names = {name: saved_name(name, leaves) or name for name in asked if name not in made}
         if partial:
-            asked = _named_leaves(abstract_state)
-            leaves = {name: leaf for name, leaf in leaves.items() if name in asked}
-        _check_same_leaves(step, leaves, abstract_state)
-        arguments = ocp.args.PyTreeRestore(
-            abstract_state,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
-            partial_restore=partial,
-        )
-        state = self._read(step, state=arguments)["state"]
-        found = _describe_arrays(state)
-        wrong = [name for name, leaf in leaves.items() if found.get(name) != leaf]
+            leaves = {name: leaves[name] for name in names.values() if name in leaves}
+        wanted = {before: asked[name] for name, before in names.items()}
+        _check_same_leaves(step, leaves, wanted)
+        found = self._read_leaves(step, wanted)
+        sums = _describe_arrays(found)
+        wrong = [name for name, leaf in leaves.items() if sums.get(name) != leaf]
         if wrong:
             raise _Damaged(f"leaves differ from their checksums: {', '.join(wrong)}")
-        return Restored(step, state, metadata)
+        state = [made[name] if name in made else found[names[name]] for name in asked]
+        structure = jax.tree.structure(abstract_state)
+        return Restored(step, jax.tree.unflatten(structure, state), metadata)
+
+    def _read_leaves(self, step: int, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Reads some leaves by their names in the checkpoint, onto the shardings asked for."""
+        try:
+            there = ocp.PyTreeCheckpointHandler().metadata(self.folder / str(step) / "state").tree
+        except Exception as error:  # as in `_read`
+            raise _unreadable("state", error) from error
+        item = jax.tree_util.tree_map_with_path(
+            lambda path, _: wanted.get(_name(path), ocp.PLACEHOLDER), there
+        )
+        how = jax.tree.map(
+            lambda leaf: ocp.RestoreArgs()
+            if leaf is ocp.PLACEHOLDER
+            else ocp.checkpoint_utils.construct_restore_args(leaf),
+            item,
+        )
+        state = self._read(step, state=ocp.args.PyTreeRestore(item, restore_args=how))["state"]
+        return {name: leaf for name, leaf in _named_leaves(state).items() if name in wanted}
 
     def _read_json_items(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         read = self._read(step, checksums=ocp.args.JsonRestore(), metadata=ocp.args.JsonRestore())
@@ -288,8 +323,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax and TensorStore raise many kinds; all mean: unreadable
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            raise _Damaged(f"item {' or '.join(items)} cannot be read: {reason}") from error
+            raise _unreadable(" or ".join(items), error) from error
 
 
 class _Sealing:
@@ -316,9 +350,17 @@ class _Sealing:
             write_seal(self._folder)
 
 
+def _unreadable(item: str, error: Exception) -> _Damaged:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return _Damaged(f"item {item} cannot be read: {reason}")
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def _named_leaves(tree: PyTree[Any]) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _describe(leaf: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from unified_mm.files import (
     user_path,
     write_json,
 )
+from unified_mm.runs.saved import UnknownField, todays_config
 
 # What may change between two commands on one run: none of it changes what the run computes at a
 # step. The data behind another `data.dir` is compared by its fingerprint, not by its place.
@@ -47,6 +48,7 @@ FREE_FIELDS = (
 _ABSENT = object()
 _SHOWN = 30  # differences that are listed
 
+OWN_CONFIG = "put the run's own config back, or choose another --workdir"
 RESCORE = "delete it, and the same command scores the run again"
 
 
@@ -109,9 +111,33 @@ class RunFolder:
         """Whether the run is finished: `result.json` is written last."""
         return self.result.is_file()
 
-    def read_config(self) -> dict[str, Any]:
-        """The run's config. Raises `RunFolderError` where the file holds none."""
-        return _object(self.config, "put the run's own config back, or choose another --workdir")
+    def saved_config(self) -> dict[str, Any]:
+        """The run's config as it was saved. Raises `RunFolderError` where the file holds none."""
+        return _object(self.config, OWN_CONFIG)
+
+    def read_config(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """The run's config with today's fields, those that it lacks by their defaults.
+
+        Args:
+          defaults: of all fields (`default_config.defaults`).
+
+        Raises:
+          RunFolderError: the file is damaged, or a later version wrote it.
+        """
+        return self._with_todays_fields(self.saved_config(), defaults)
+
+    def _with_todays_fields(
+        self, saved: Mapping[str, Any], defaults: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        try:
+            return todays_config(saved, defaults)
+        except UnknownField as unknown:
+            raise RunFolderError(
+                f"{self.config} was written by a later version: this one does not know {unknown}. "
+                "Use that version"
+            ) from unknown
+        except ValueError as error:
+            raise RunFolderError(f"{self.config} is damaged: {error}; {OWN_CONFIG}") from error
 
     def read_result(self) -> dict[str, Any]:
         """A finished run's result. Raises `RunFolderError` where it is none, naming what."""
@@ -159,7 +185,7 @@ class RunFolder:
                 f"{known[:12]}...): put that one back, for token ids mean nothing without it"
             )
 
-    def create_or_check(self, config: Mapping[str, Any]) -> bool:
+    def create_or_check(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
         """Starts the run with `config`, or checks that the run here may go on with it.
 
         Fields that are free to change (`FREE_FIELDS`) are taken over into `config.json`.
@@ -167,18 +193,19 @@ class RunFolder:
         difference (of very many, the first), `RunFolderError` where the folder holds something
         else; neither writes.
         """
-        new = self.check(config)
+        new = self.check(config, defaults)
         if new or read_json(self.config) != _as_json(config):
             with _refusing(self.path):
                 write_json(self.config, config)
         return new
 
-    def check(self, config: Mapping[str, Any]) -> bool:
+    def check(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
         """As `create_or_check`, and writes nothing."""
         self._refuse_foreign_folder()
         if not self.exists:
             return True
-        found = differences(self.read_config(), _as_json(config))
+        asked = todays_config(_as_json(config), defaults)
+        found = differences(self.read_config(defaults), asked)
         if found:
             raise ConfigDifference(self._explain(found))
         return False

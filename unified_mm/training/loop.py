@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ from unified_mm.training.phases import Phase
 from unified_mm.training.progress import Progress
 from unified_mm.training.setup import Setup, check_saved
 from unified_mm.training.signals import StopRequest, stop_on_signals, stop_request
-from unified_mm.training.state import TrainState, evaluation_params
+from unified_mm.training.state import LATER_SLOTS, TrainState, evaluation_params
 from unified_mm.training.step import Measured, make_train_step
 
 
@@ -90,10 +91,18 @@ def first_state(
     """The state to go on from, its step, and the seconds that the run has taken before."""
     if not checkpoints.steps():
         return setup.make_state(), 0, 0.0
-    restored = checkpoints.restore(lambda step: setup.phase_at(step).abstract)
+    restored = checkpoints.restore(
+        lambda step: setup.phase_at(step).abstract,
+        later={slot: partial(first_value, setup, slot) for slot in LATER_SLOTS},
+    )
     check_saved(setup, restored.metadata)
     say(f"resuming at step {restored.step} of {setup.options.steps}")
     return restored.state, restored.step, restored.metadata.get("seconds", 0.0)
+
+
+def first_value(setup: Setup, slot: str, step: int) -> Any:
+    """Returns what a part of the state begins with, in the phase of a step."""
+    return getattr(setup.phase_at(step).enter(setup.make_state()), slot)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, SupportsFloat
 
 from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.default_config import defaults
 from unified_mm.parallel.processes import first_decides, is_first, wait_for_all
 from unified_mm.runs.folder import RunFolder, RunFolderError
 from unified_mm.runs.metrics import MetricsWriter
@@ -67,7 +68,7 @@ class Output:
         stack.enter_context(self.folder.lock())
 
     def _begin(self, config: Mapping[str, Any], tokenizer: TextTokenizer) -> None:
-        self.folder.create_or_check(config)
+        self.folder.create_or_check(config, defaults())
         self.folder.set_result_aside()
         if not self.folder.tokenizer.is_file():
             tokenizer.save(self.folder.tokenizer)

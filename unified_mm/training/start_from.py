@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from unified_mm.config import Config, get_field, set_field
 from unified_mm.data.text_tokenizer import TextTokenizer
-from unified_mm.files import read_json
+from unified_mm.default_config import defaults
 from unified_mm.inference.quantized_params import dequantized, saved_shapes
 from unified_mm.models.options import TransformerOptions
 from unified_mm.objectives.task import build_task
@@ -75,7 +75,7 @@ def saved_config(run: str, part: str, fusion: str) -> dict[str, Any]:
     folder = RunFolder(run)
     if not folder.exists:
         raise FileNotFoundError(f"model.start_from.{part}={run!r} is no run: it has no config.json")
-    saved: dict[str, Any] = read_json(folder.config)
+    saved = folder.read_config(defaults())
     if part == "image" and fusion == "early":
         raise ValueError(
             "model.start_from.image: early fusion has no image tower; use fusion 'late' or "
@@ -156,7 +156,7 @@ def overlay(params: Any, config: Config, found: Mapping[str, Any]) -> Any:
 def part_of_run(run: str, part: str) -> dict[str, Any]:
     """One part of a run's newest checkpoint: NumPy arrays by path, each block by its layer."""
     folder = RunFolder(run)
-    saved = read_json(folder.config)
+    saved = folder.read_config(defaults())
     named = saved["data"]["special_tokens"]
     if folder.tokenizer.is_file():
         tokenizer = TextTokenizer.load(folder.tokenizer, **named)

@@ -15,6 +15,10 @@ from unified_mm.parallel.sharding import Placement, shardings_like, without_name
 from unified_mm.training.loss_scale import LossScale
 from unified_mm.training.update import Optimizer
 
+# Parts of the state that checkpoints of earlier versions do not have: they begin with the values
+# that a new run begins with.
+LATER_SLOTS: tuple[str, ...] = ()
+
 
 @struct.dataclass
 class TrainState:

@@ -1,0 +1,154 @@
+"""What earlier versions saved, as this version would have saved it: configs and checkpoints' names.
+
+The default of a field means what the code did before there was the field, so a config that lacks it
+is completed with the default. What was renamed has a line in one of the tables below.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from unified_mm.registry import moved
+
+# Fields: a pattern of the dotted name that was saved, and the last part of today's name.
+RENAMED_FIELDS: dict[str, str] = {}
+# Leaves of a state: a pattern of the path that it has now (a regular expression of the whole path),
+# and what it is called in older checkpoints.
+RENAMED_LEAVES: tuple[tuple[str, str], ...] = ()
+
+# Groups that a run's config may hold beside those of the defaults: where its weights come from.
+ORIGINS = ("imported", "quantized")
+# The groups that every version has written; a config without one is damaged, not old.
+GROUPS = ("data", "model", "objectives", "train", "evaluation")
+# Groups whose members users name; a member that has a `type` takes that type's defaults.
+NAMED_GROUPS = ("model.modalities", "objectives", "train.phases")
+# Groups that code from outside the package may read fields of its own from, and the field that
+# names the code.
+OPEN_GROUPS = {"data": "source", "model": "fusion"}
+
+
+class UnknownField(ValueError):
+    """A config holds what this version does not know; the message names the field."""
+
+
+def todays_config(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a saved config with today's names, completed with the defaults.
+
+    Args:
+      saved: as a version before this one wrote it, or this one.
+      defaults: of all fields; `*` stands for the members of a group that users name.
+
+    Raises:
+      UnknownField: a later version wrote the config.
+      ValueError: it is damaged.
+    """
+    for group in GROUPS:
+        if not isinstance(saved.get(group), Mapping):
+            raise ValueError(f"it has no group {group!r}")
+    fields = {name: value for name, value in saved.items() if name not in ORIGINS}
+    origins = {name: value for name, value in saved.items() if name in ORIGINS}
+    return _completed(_todays_names(fields), defaults) | origins
+
+
+def refuse_unknown(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raises for fields of a new run's config that nothing could read, or that have another name.
+
+    Raises:
+      UnknownField: with the field.
+    """
+    for path in field_paths(config):
+        if (new := new_field(path)) != path:
+            raise UnknownField(f"the field {path} is called {new} now")
+    todays_config(config, defaults)
+
+
+def saved_name(path: str, saved: Collection[str]) -> str | None:
+    """Returns what a leaf of a state is called in a checkpoint, None where it has no such leaf."""
+    if path in saved:
+        return path
+    for pattern, before in RENAMED_LEAVES:
+        if re.fullmatch(pattern, path) and (name := re.sub(pattern, before, path)) in saved:
+            return name
+    return None
+
+
+def new_field(path: str) -> str:
+    """Returns the dotted name that a field has now, which is mostly the one it had."""
+    *group, name = path.split(".")
+    for pattern, new in RENAMED_FIELDS.items():
+        wanted = pattern.split(".")
+        if len(wanted) == len(group) + 1 and all(map(fnmatch.fnmatchcase, (*group, name), wanted)):
+            return ".".join((*group, new))
+    return path
+
+
+def field_paths(fields: Mapping[str, Any], group: str = "") -> Iterator[str]:
+    """Yields the dotted names of all fields and groups."""
+    for name, value in fields.items():
+        yield f"{group}{name}"
+        if isinstance(value, Mapping):
+            yield from field_paths(value, f"{group}{name}.")
+
+
+def _todays_names(fields: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        path = f"{group}{name}"
+        new = new_field(path).rpartition(".")[2]
+        if new != name and new in fields:
+            raise ValueError(f"it has both {path} and {group}{new}, which is its new name")
+        if isinstance(value, Mapping):
+            found[new] = _todays_names(value, f"{path}.")
+        else:
+            found[new] = moved(value) if isinstance(value, str) else value
+    return found
+
+
+def _completed(
+    fields: Mapping[str, Any], defaults: Mapping[str, Any], group: str = ""
+) -> dict[str, Any]:
+    """Returns a group's fields and, where there is none, the defaults."""
+    if group in NAMED_GROUPS:
+        return _completed_members(fields, defaults, group)
+    open_to_others = ":" in str(fields.get(OPEN_GROUPS.get(group, ""), ""))
+    absent: dict[str, Any] = {
+        name: _completed_members({}, value, path)
+        for name, value in defaults.items()
+        if (path := f"{group}.{name}".lstrip(".")) in NAMED_GROUPS
+    }
+    found = {**defaults, **absent}
+    for name, value in fields.items():
+        path, default = f"{group}.{name}".lstrip("."), defaults.get(name)
+        if name not in defaults and not open_to_others:
+            raise UnknownField(f"the field {path}")
+        if isinstance(default, Mapping) and isinstance(value, Mapping):
+            found[name] = _completed(value, default, path) if default else value
+        elif name in defaults and (isinstance(default, Mapping) or isinstance(value, Mapping)):
+            raise UnknownField(f"the field {path}={value!r}, which is a group in but one of them")
+        else:
+            found[name] = value
+    return found
+
+
+def _completed_members(
+    members: Mapping[str, Any], defaults: Mapping[str, Any], group: str
+) -> dict[str, Any]:
+    """Returns the members of a group that users name, each completed by its type's defaults."""
+    found = {}
+    for name, options in members.items():
+        kind = options.get("type")
+        if ":" in str(kind):  # code from outside the package knows its own defaults
+            found[name] = dict(options)
+            continue
+        known = [defaults.get(name, {}), defaults.get("*", {}), *defaults.values()]
+        alike = [default for default in known if default and default.get("type") == kind]
+        if not alike:
+            raise UnknownField(f"the field {group}.{name}.type is {kind!r}")
+        found[name] = _completed(options, alike[0], f"{group}.{name}")
+    if group == "objectives":  # an objective that came later is switched off
+        absent = {name: {**each, "weight": 0.0} for name, each in defaults.items()}
+        found = absent | found
+    return found
