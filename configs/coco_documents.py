@@ -15,8 +15,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from unified_mm.cli.recipes import load_recipe
 from unified_mm.default_config import phase
-from unified_mm.recipes import load_recipe
 
 coco = load_recipe(Path(__file__).with_name("coco.py"))
 

@@ -35,7 +35,7 @@ from unified_mm.inference.decoding import GREEDY
 from unified_mm.inference.generate import begin, generate
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.sampling import make_sampling, sampling_arrays
-from unified_mm.training.environment import device_name, versions
+from unified_mm.runs.environment import device_name, versions
 
 SHAPE: dict[str, Any] = {
     "n_embd": 512,

@@ -18,7 +18,7 @@ from PIL import Image
 import unified_mm
 from unified_mm.analysis.attention_maps import attention_over_patches
 from unified_mm.data.images import decode
-from unified_mm.inference.search_index import SearchIndex
+from unified_mm.search.search_index import SearchIndex
 
 QUESTIONS = ("what colour is the cube?", "how many objects are there?", "is there a sphere?")
 QUERIES = ("a large red cube left of a blue sphere", "a small shiny cylinder", "two green things")

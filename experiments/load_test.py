@@ -33,7 +33,7 @@ import numpy as np
 
 from experiments.load_requests import Asked, broken_requests, good_requests
 from unified_mm.files import write_json
-from unified_mm.training.environment import device_name, revision, versions
+from unified_mm.runs.environment import device_name, revision, versions
 
 RESULTS = Path(__file__).parent / "results"
 PICTURES = 48  # that are indexed and asked about

@@ -12,8 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from unified_mm.cli.recipes import load_recipe
 from unified_mm.default_config import phase
-from unified_mm.recipes import load_recipe
 
 coco = load_recipe(Path(__file__).parents[1] / "configs" / "coco.py")
 STEPS = {"tiny": 240, "base": 40_000}  # of one phase of everything

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from unified_mm.recipes import load_recipe
+from unified_mm.cli.recipes import load_recipe
 
 coco = load_recipe(Path(__file__).parents[1] / "configs" / "coco.py")
 DTYPES = ("float32", "bfloat16", "float16")

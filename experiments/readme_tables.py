@@ -18,7 +18,7 @@ from experiments.report import law_in_words, law_of
 from experiments.reporting.kept import RESULTS, read_kept
 from experiments.reporting.summary import brief, summarise
 from experiments.sweeping.ablation import load_ablation
-from unified_mm.commands import exit_code, say
+from unified_mm.cli.messages import exit_code, say
 from unified_mm.files import naming, write_atomically
 
 ROOT = Path(__file__).parents[1]

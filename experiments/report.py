@@ -22,7 +22,7 @@ from experiments.sweep import RUNS, with_fields
 from experiments.sweeping.ablation import Ablation, load_ablation
 from experiments.sweeping.runs import finished, runs_of
 from unified_mm.analysis.scaling import PowerLaw, fit_power_law
-from unified_mm.commands import exit_code, say
+from unified_mm.cli.messages import exit_code, say
 from unified_mm.files import user_path, write_atomically
 
 

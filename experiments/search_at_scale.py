@@ -25,16 +25,15 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from unified_mm.commands import exit_code, new_file, say
-from unified_mm.evaluation.search import recall_of_exact
+from unified_mm.cli.messages import exit_code, new_file, say
 from unified_mm.files import write_json
-from unified_mm.inference.identity import model_identity
-from unified_mm.inference.index_writer import write_index
 from unified_mm.inference.loaded import LoadedModel, load
-from unified_mm.inference.nearest import write_vectors
-from unified_mm.inference.pictures import read_picture_set
-from unified_mm.inference.search_index import Rows, SearchIndex, write_metadata
-from unified_mm.training.environment import device_name, revision, versions
+from unified_mm.runs.environment import device_name, revision, versions
+from unified_mm.search.evaluation import recall_of_exact
+from unified_mm.search.index_writer import write_index
+from unified_mm.search.nearest import write_vectors
+from unified_mm.search.pictures import read_picture_set
+from unified_mm.search.search_index import Rows, SearchIndex, model_identity, write_metadata
 
 SEED, TOP, WARM_UP = 0, 10, 20
 EXACT = 100  # queries that are timed with all vectors compared

@@ -28,7 +28,7 @@ from experiments.sweeping.local import Local
 from experiments.sweeping.loop import Told, carry_out, first_rows
 from experiments.sweeping.runs import Run, runs_of
 from experiments.sweeping.table import Table, final_table
-from unified_mm.commands import exit_code, say
+from unified_mm.cli.messages import exit_code, say
 from unified_mm.files import hold, naming, user_path
 
 RUNS = Path("runs") / "ablations"

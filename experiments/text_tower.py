@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from unified_mm.recipes import load_recipe
+from unified_mm.cli.recipes import load_recipe
 from unified_mm.training.start_from import adopt
 
 coco = load_recipe(Path(__file__).parents[1] / "configs" / "coco.py")

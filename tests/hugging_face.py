@@ -13,7 +13,7 @@ import tiny
 
 from unified_mm.config import Config
 from unified_mm.import_weights import Imported, import_directory
-from unified_mm.objectives.task import Task, build_task
+from unified_mm.task import Task, build_task
 
 VOCABULARY = 310  # more than the tokenizer's 300, and no multiple of 64
 NAMES = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}

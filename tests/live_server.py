@@ -19,9 +19,9 @@ from PIL import Image
 from unified_mm.config import Config
 from unified_mm.inference.engine import Counts
 from unified_mm.inference.loaded import LoadedModel, one_device_mesh
-from unified_mm.inference.nearest import Nearest
-from unified_mm.inference.search_index import Rows, SearchIndex
 from unified_mm.inference.writing import Cancelled, QueueFull
+from unified_mm.search.nearest import Nearest
+from unified_mm.search.search_index import Rows, SearchIndex
 from unified_mm.serving.app import make_app
 from unified_mm.serving.gate import Traffic
 from unified_mm.serving.limits import Limits

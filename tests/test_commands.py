@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from unified_mm.commands import disk_full, disk_is_full, is_news, new_file
+from unified_mm.cli.messages import disk_full, disk_is_full, is_news, new_file
 from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.seal import write_seal
 
@@ -63,7 +63,7 @@ def test_a_new_file_needs_a_folder_and_a_free_name(tmp_path, monkeypatch):
 
 def test_a_reader_that_has_read_enough_ends_a_command_quietly():
     """As in `python -m unified_mm.COMMAND | head -1`."""
-    lines = "from unified_mm.commands import say\nfor i in range(100_000): say(f'line {i}')"
+    lines = "from unified_mm.cli.messages import say\nfor i in range(100_000): say(f'line {i}')"
     command = [sys.executable, "-c", lines]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"line 0\n"

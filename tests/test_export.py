@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import tiny
 
-from unified_mm import export, exported
+from unified_mm import export
 from unified_mm.config import Config
 from unified_mm.import_weights import Imported, write_run
+from unified_mm.inference import exported
 from unified_mm.inference.loaded import LoadedModel, one_device_mesh
 
 NO_MATCHING = {"objectives__matching__weight": 0.0}

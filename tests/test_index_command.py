@@ -16,8 +16,9 @@ import tiny
 from PIL import Image
 
 from unified_mm import index as command
-from unified_mm.inference import index_shards, loaded
-from unified_mm.inference.search_index import SearchIndex
+from unified_mm.inference import loaded
+from unified_mm.search import index_shards
+from unified_mm.search.search_index import SearchIndex
 
 
 def run(*arguments):
@@ -114,15 +115,19 @@ def test_it_is_scored(trained, coco, tmp_path, capsys, exact_up_to):
     [
         ((), "nothing to do: give --images or --query"),
         (("--query= ",), "--query is empty"),
-        (("--query=x", "--top=0"), "--top=0: must be 1 or more"),
+        (("--query=x", "--top=0"), "--top: 0 must be at least 1"),
         (("--evaluate", "--top=3"), "--top is read beside --query or --query_image alone"),
         (("--query=x", "--shard=3"), "--shard is read beside --images alone"),
         (("--query=x", "--image_weight=0.3"), "--query and --query_image are both"),
-        (("--query=x", "--query_image=y", "--image_weight=2"), "must be a share in [0, 1]"),
+        (
+            ("--query=x", "--query_image=y", "--image_weight=2"),
+            "--image_weight: 2 must be at least 0 and at most 1",
+        ),
         (("--query=x", "--output=a.json"), "--output is read beside --evaluate alone"),
         (("--query_image=nowhere.jpg",), "there is no image 'nowhere.jpg'"),
         (("--query=x", "--out=nowhere"), "nowhere is no search index"),
         (("--query=x", "--run=nowhere"), "nowhere is no run"),
+        (("--query=x", "--indx=a"), "--indx=a is no flag; did you mean --index?"),
         (("--images=nowhere", "--out=new"), "nowhere is no folder"),
         (("--images=.", "--split=val", "--out=new"), "no splits to choose from"),
         (("--images={coco}", "--split=test", "--out=new"), "has no split 'test'"),
@@ -135,7 +140,8 @@ def test_errors_are_one_line_and_nothing_is_written(
 ):
     monkeypatch.chdir(tmp_path)
     given = [argument.format(coco=coco) for argument in arguments]
-    assert run(f"--run={trained}", f"--index={made}", *given) == 1
+    index = [] if any(each.startswith("--out=") for each in given) else [f"--index={made}"]
+    assert run(f"--run={trained}", *index, *given) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not list(tmp_path.iterdir())

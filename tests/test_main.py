@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 import unified_mm
-from unified_mm.recipes import load_recipe
+from unified_mm.cli.recipes import load_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = f"--config={CONFIGS / 'coco.py'}:tiny"
@@ -152,7 +152,7 @@ def test_evaluate_scores_another_folder(finished, data, tmp_path, capsys):
         (("--mode=evaluate", TINY, "--config.data.world.seed=1"), "nothing in this run reads"),
         (("--mode=evaluate", TINY, "--config.evaluation.questions=True"), "questions_val.json"),
         (("--mode=caption", TINY, "--config.data.dir=x", "--image=x"), "It can set no field"),
-        (("--mode=caption", "--image=x", "stray"), "not a flag: stray"),
+        (("--mode=caption", "--image=x", "stray"), "stray is no flag"),
     ],
 )
 def test_what_a_mode_does_not_read_is_refused(finished, capsys, arguments, message):
@@ -231,9 +231,12 @@ def untimed(path):
 
 def test_caption_and_search(finished, data, capsys):
     images = [str(data / "images" / "val" / f"{i}.jpg") for i in range(2)]
-    assert commands.run(
-        "--mode=caption", f"--workdir={finished}", *(f"--image={path}" for path in images)
-    ) == 0
+    assert (
+        commands.run(
+            "--mode=caption", f"--workdir={finished}", *(f"--image={path}" for path in images)
+        )
+        == 0
+    )
     assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == images
     search = ("--mode=search", f"--workdir={finished}", "--query=a red square")
     assert commands.run(*search, f"--images={data / 'images' / 'val'}", "--top=3") == 0
@@ -259,9 +262,7 @@ def test_load_gives_the_model(finished, data):
     assert {"transformer", "embedders_image", "embedders_text"} <= model.params.keys()
 
 
-def test_a_budget_settles_the_width_and_is_no_field_that_nothing_reads(
-    data, tmp_path, monkeypatch
-):
+def test_a_budget_settles_the_width_and_is_no_field_that_nothing_reads(data, tmp_path, monkeypatch):
     from unified_mm.training import run
     from unified_mm.training.loop import Stopped
 
@@ -319,10 +320,10 @@ def test_what_is_missing_is_named(arguments, capsys):
 
 
 def flag_forms(value):
-    return (f"--config={value}",), (f"-config={value}",), ("--config", value), ("-config", value)
+    return (f"--config={value}",), ("--config", value)
 
 
-@pytest.mark.parametrize("form", range(4))
+@pytest.mark.parametrize("form", range(2))
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -344,7 +345,7 @@ def test_what_is_no_recipe_is_not_run(tmp_path, capsys, form, name, content, mes
     assert message in error and len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize("form", range(4))
+@pytest.mark.parametrize("form", range(2))
 def test_an_unknown_size_or_field_is_said_in_one_line(capsys, form):
     given = flag_forms(TINY.removeprefix("--config=").replace(":tiny", ":huge"))[form]
     assert commands.run(*given, "--workdir=x") == 1

@@ -8,7 +8,7 @@ import tiny
 from PIL import Image
 
 from unified_mm import probe
-from unified_mm.data.world.scenes import ATTRIBUTES
+from unified_mm.world.scenes import ATTRIBUTES
 
 
 def run(*arguments):

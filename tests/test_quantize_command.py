@@ -57,7 +57,7 @@ def runs(tmp_path_factory):
         said = []
         patch.setattr(quantize, "say", said.append)
         out = folder / "deep" / "int8"
-        assert run("--run", first, "--out", out, "--activations=int8", "--images", "6") == 0
+        assert run("--run", first, "--out", out, "--activations=int8", "--max_images", "6") == 0
     return first, out, said
 
 
@@ -147,7 +147,7 @@ def test_weights_are_written_for_others_as_floats(tmp_path, capsys):
     with pytest.raises(SystemExit):
         import_weights.main(["--from", str(theirs), "--out", str(tmp_path / "first")])
     made = ("--run", tmp_path / "first", "--out", tmp_path / "int8", "--data_dir", data)
-    assert run(*made, "--images=4") == 0
+    assert run(*made, "--max_images=4") == 0
     assert "caption/nats" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         export_weights.main(["--run", str(tmp_path / "int8"), "--out", str(tmp_path / "again")])
@@ -165,7 +165,7 @@ def test_weights_are_written_for_others_as_floats(tmp_path, capsys):
         ({"--run": "nowhere"}, "nowhere is no run"),
         ({"--run": "INT8"}, "weights are int8 already: quantise the run that they were made from"),
         ({"--split": "nope"}, "evaluation.split='nope' is not in"),
-        ({"--images": "-1"}, "--images=-1: must be at least 0"),
+        ({"--max_images": "-1"}, "--max_images: -1 must be at least 1"),
         ({"--data_dir": "nowhere"}, "nowhere"),
         (None, "qwix is not installed"),
     ],

@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
         (["--token_file", "nowhere"], "--token_file=nowhere: there is no such file"),
         (["--host", "no.such.host.invalid"], "no token is set"),
         (["--megapixels", "0"], "--megapixels=0.0: must be above 0"),
-        (["--queue", "0"], "--queue=0: must be above 0"),
+        (["--queue", "0"], "--queue: 0 must be at least 1"),
         (["--index", "nowhere"], "nowhere is no search index"),
         (["--run", "nowhere"], "nowhere is no run"),
     ],

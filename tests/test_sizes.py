@@ -1,23 +1,20 @@
 """What each fusion costs, and models made to fit a budget."""
 
-
 import jax
 import pytest
 import tiny
 from ml_collections import ConfigDict
 
+from unified_mm.cli.recipes import serve_what_can_be
 from unified_mm.config import Config
 from unified_mm.models.unified import FUSIONS
-from unified_mm.objectives.task import build_task, parameter_counts
 from unified_mm.parallel.sharding import without_names
-from unified_mm.recipes import serve_what_can_be
+from unified_mm.task import build_task, parameter_counts
 from unified_mm.training.sizes import fit_to_budget, measure_sizes
 
 
 def config(fusion="early", **changes):
-    changed = tiny.config_dict(
-        model__fusion=fusion, objectives__matching__weight=0.0, **changes
-    )
+    changed = tiny.config_dict(model__fusion=fusion, objectives__matching__weight=0.0, **changes)
     return serve_what_can_be(ConfigDict(changed.to_dict()), (), lambda _: None)
 
 

@@ -10,7 +10,7 @@ import tiny
 
 import unified_mm
 from unified_mm.config import Config
-from unified_mm.objectives.task import build_task
+from unified_mm.task import build_task
 
 
 def test_a_third_modality_is_new_files_alone(tmp_path):

@@ -77,7 +77,7 @@ def test_without_templates_our_own_are_averaged(finished, squares, capsys):
         (None, ["--template", "a photo"], "the template 'a photo' must have the class's place"),
         (None, ["--template", "{} by {name}"], "no other field"),
         (None, [], "1 of the 14 images in .* are bad (7.1%, allowed are 5.0%)"),
-        (None, ["--max_bad_share", "7"], "max_bad_share=7.0: must be a share"),
+        (None, ["--max_bad_share", "7"], "--max_bad_share: 7 must be at least 0 and at most 1"),
         (None, ["--run", "nowhere"], "nowhere is no run"),
         (None, ["--images", "nowhere"], "nowhere is no folder"),
         ("empty", [], "holds no image"),

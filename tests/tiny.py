@@ -18,10 +18,10 @@ from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import default_config
 from unified_mm.files import write_json
 from unified_mm.objectives.contrastive import SOFTMAX_START
-from unified_mm.objectives.task import Task, build_task
 from unified_mm.parallel.sharding import path_of, without_names
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder
+from unified_mm.task import Task, build_task
 from unified_mm.training.state import TrainState
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 220)}

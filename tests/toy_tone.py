@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from unified_mm.data.records import Manifest, Record, Text
-from unified_mm.modalities.tokens import Group, Tokens, blank, single_document
-from unified_mm.parallel.layers import Dense
+from unified_mm.data import Manifest, Record, Text
+from unified_mm.modalities import Group, Tokens, blank, single_document
+from unified_mm.nn import Dense
 
 
 @dataclass(frozen=True)

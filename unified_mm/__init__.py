@@ -1,6 +1,37 @@
 """unified_mm: how modalities should meet, compared in one codebase.
 
 `unified_mm.load("runs/first")` gives a trained run's model.
+
+The rooms, in the order of imports: a room imports what stands below it, never what stands above
+it, and not its neighbours (those that begin with `&`), but for what is said.
+
+    commands       what is run as `python -m unified_mm.NAME`: every other file beside this one
+    cli            what commands share: recipes, flags, what is said and how a command ends
+    benchmarks     speed: what a step, a request and a kernel take
+    analysis       what a person looks at: reports, comparisons, maps of attention, probes
+    training       losses become new states: setup, loop, step, phases, optimizers, start_from
+    evaluation     a model and a split of data become scores
+    & serving      a model answers over HTTP
+    search         embeddings become an index, which finds neighbours
+    inference      a loaded model and an input become texts, embeddings, a program to take away
+    task           the modalities, model and objectives of a config, as one value
+    & default_config   every field of a config, with its default
+    objectives     embeddings and logits become losses, as sums and counts
+    & pretrained   weights of other projects become ours, and ours theirs
+    models         the fusions, and nothing else: early, gated cross-attention, late
+    modalities     a record becomes arrays, and arrays tokens: one file a modality
+    nn             what models are built of: layers, transformers, attention and its rules
+    data           sources, manifests, the pipeline of batches; it imports `world`
+    & world        scenes that are rendered, with their captions and questions
+    & runs         the folder of a run: config, checkpoints, metrics
+    parallel       meshes, shardings, processes
+    & costs        what a compiled program takes: FLOPs, bytes, collectives
+    config         a config that knows which of its fields were read
+    registry       names in a config become classes
+    files          reading and writing that is whole or not at all
+
+From outside the package, these are for import: `unified_mm.load`, `config`, `default_config`,
+`registry`, `task`, and what `modalities`, `objectives`, `nn` and `data` export.
 """
 
 from typing import Any

@@ -18,97 +18,93 @@ lies beside the file, as .svg.
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-
-from absl import app, flags, logging
-from ml_collections import config_flags
+from typing import Any
 
 from unified_mm.benchmarks.attention import draw, sweep
 from unified_mm.benchmarks.training import measure
-from unified_mm.commands import exit_code, new_file, say
+from unified_mm.cli.flags import parse, refuse_unread
+from unified_mm.cli.messages import end_with, new_file, say
+from unified_mm.cli.recipes import resolve
 from unified_mm.config import Config
 from unified_mm.files import write_atomically, write_json
-from unified_mm.models.options import TransformerOptions
-from unified_mm.recipes import parse_flags, resolve
+from unified_mm.nn.options import TransformerOptions
 from unified_mm.runs.folder import RunFolder
 from unified_mm.training.setup import prepare
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/coco.py", "The recipe to measure.")
-STEPS = flags.DEFINE_integer("steps", 10, "Steps to time, after two that warm up.", lower_bound=2)
-SWEEP = flags.DEFINE_bool("sweep", False, "Attention by backend over length, compiling by depth.")
-INFERENCE = flags.DEFINE_bool("inference", False, "Writing, training and answering with a run.")
-RUN = flags.DEFINE_string("run", "", "inference: the folder of a trained run.")
-TOKENS = flags.DEFINE_integer("tokens", 64, "inference: of each timed text.", lower_bound=1)
-BATCH = flags.DEFINE_integer("batch", 32, "inference: the larger batch.", lower_bound=2)
-IMAGES = flags.DEFINE_integer(
-    "images", 200, "inference: of the run's split, that captions are scored on.", lower_bound=2
-)
-REPEATS = flags.DEFINE_integer("repeats", 8, "inference: timed runs of a row.", lower_bound=2)
-OUTPUT = flags.DEFINE_string("output", "", "A new JSON file for what was measured.")
+INFERENCE_FLAGS = ("run", "tokens", "batch", "max_images", "repeats")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise SystemExit(f"error: not a flag: {' '.join(argv[1:])}")
-    if SWEEP.value and INFERENCE.value:
-        raise SystemExit("error: --sweep and --inference are two benchmarks: give one of them")
-    chosen = swept if SWEEP.value else inferred if INFERENCE.value else trained
-    raise SystemExit(exit_code(chosen, interrupted="interrupted"))
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command, and ends the process."""
+    end_with(lambda: work(options_of(arguments)))
 
 
-def trained() -> int:
-    """Measures training and reading, and prints."""
-    logging.set_verbosity(logging.WARNING)
-    output = new_file(OUTPUT.value)
-    config = Config(resolve(CONFIG.value, flags.FLAGS["config"], say).to_dict())
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(prepare(config, RunFolder(folder), say), STEPS.value)
-    for name, value in result.items():
-        print(f"{name:<28}{value}")
-    if output:
-        write_json(output, result)
-    print(json.dumps(result))
-    return 0
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the values of the command's flags."""
+    takes = ("config", "steps", "sweep", "inference", *INFERENCE_FLAGS, "output")
+    return parse("bench", __doc__, arguments, takes=takes, recipe="configs/coco.py")
 
 
-def inferred() -> int:
-    """Measures a run in each way of writing and training, and prints.
-
-    Raises:
-      ValueError: no run, or one that writes no captions; `--output` is there.
-    """
-    from unified_mm.benchmarks.inference import measure_inference
-
-    logging.set_verbosity(logging.WARNING)
-    output = new_file(OUTPUT.value)
-    if not RUN.value:
-        raise ValueError("--run: give the folder of a trained run")
-    result = measure_inference(
-        RUN.value,
-        tokens=TOKENS.value,
-        batch=BATCH.value,
-        images=IMAGES.value,
-        repeats=REPEATS.value,
-        steps=STEPS.value,
-        say=say,
-    )
+def work(options: argparse.Namespace) -> int:
+    """Measures what is asked for, and prints."""
+    if options.sweep and options.inference:
+        raise ValueError("--sweep and --inference are two benchmarks: give one of them")
+    refuse_unread(options, dict.fromkeys(INFERENCE_FLAGS, ("inference",)))
+    if options.sweep:
+        return swept(options)
+    output = new_file(options.output)
+    result = inferred(options) if options.inference else trained(options)
     if output:
         write_json(output, result)
     say(json.dumps(result))
     return 0
 
 
-def swept() -> int:
+def trained(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures training and reading."""
+    config = Config(resolve(options.recipe, say).to_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(prepare(config, RunFolder(folder), say), options.steps)
+    for name, value in result.items():
+        say(f"{name:<28}{value}")
+    return result
+
+
+def inferred(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures a run in each way of writing and training.
+
+    Raises:
+      ValueError: no run, or one that writes no captions.
+    """
+    from unified_mm.benchmarks.inference import measure_inference
+
+    if not options.run:
+        raise ValueError("--run: give the folder of a trained run")
+    return measure_inference(
+        options.run,
+        tokens=64 if options.tokens is None else options.tokens,
+        batch=options.batch,
+        images=options.max_images or 200,
+        repeats=options.repeats,
+        steps=options.steps,
+        say=say,
+    )
+
+
+def swept(options: argparse.Namespace) -> int:
     """Measures attention over length and compiling over depth, and prints.
 
     Raises:
       ValueError: `--output` is there, or cannot be written.
     """
-    logging.set_verbosity(logging.WARNING)
-    output, plot = sweep_files(OUTPUT.value)
-    config = Config(resolve(CONFIG.value, flags.FLAGS["config"], say).to_dict())
+    output, plot = sweep_files(options.output)
+    config = Config(resolve(options.recipe, say).to_dict())
     result = sweep(TransformerOptions.from_config(config.model), say)
     if output and plot:
         write_json(output, result)
@@ -132,4 +128,4 @@ def sweep_files(output: str) -> tuple[Path | None, Path | None]:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    main(sys.argv[1:])

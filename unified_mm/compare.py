@@ -10,24 +10,24 @@ imported or quantised; what one does not have is shown as a dash.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from unified_mm.commands import new_file, parser_of, run_command, say
+from unified_mm.cli.flags import parse
+from unified_mm.cli.messages import end_with, new_file, say
 from unified_mm.files import naming, write_atomically
 from unified_mm.runs.folder import RunFolder
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(work, parse(arguments))
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command, and ends the process."""
+    end_with(lambda: work(options_of(arguments)))
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options; argparse ends the process where they are wrong."""
-    parser = parser_of("compare", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the runs' folders, two or more")
-    parser.add_argument("--output", default="", metavar="FILE.html", help="new, for a page")
-    return parser.parse_args(arguments)
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the values of the command's flags."""
+    return parse("compare", __doc__, arguments, names="runs", takes=("output",))
 
 
 def work(options: argparse.Namespace) -> int:
@@ -80,4 +80,4 @@ def sizes_of(folder: RunFolder) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

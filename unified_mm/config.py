@@ -13,7 +13,6 @@ class MissingField(AttributeError, KeyError):
     """A config has no such field; the message names it."""
 
 
-
 class Config(Mapping[str, Any]):
     """Nested options by attribute or by key; each leaf that is read is remembered.
 

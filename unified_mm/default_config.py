@@ -103,7 +103,7 @@ def data_fields() -> dict:
 
 
 def model_fields() -> dict:
-    """The transformers and what they read; see `models.options` for the words."""
+    """The transformers and what they read; see `nn.options` for the words."""
     return {
         "fusion": "early",  # or 'gated_cross_attention', 'late'
         "width": 128,
@@ -127,7 +127,7 @@ def model_fields() -> dict:
         "separate_feed_forward": False,
         "remat": "none",  # or 'full', 'dots', 'offload': what the backward pass recomputes
         # 'auto' by device, shape and rule; or 'xla', 'chunked', 'cudnn', 'splash': see
-        # `models.backends`.
+        # `nn.attention.backends`.
         "attention": "auto",
         "unroll": 1,  # periods a step of the scan over layers
         "dtype": "float32",  # of the computation, or 'bfloat16', 'float16'; parameters stay float32

@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from unified_mm import exported
-from unified_mm.commands import parser_of, run_command, say
-from unified_mm.files import user_path, write_json
+from unified_mm.cli.flags import parse
+from unified_mm.cli.messages import end_with, say
+from unified_mm.files import new_folder, refuse_existing, user_path, write_json
+from unified_mm.inference import exported
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.programs import IMAGE, Program, programs
 from unified_mm.parallel.sharding import path_of
-from unified_mm.runs.new_folder import new_folder, refuse_existing
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PARAMETERS = "parameters.npz"
@@ -172,25 +173,20 @@ def _copy_loader(folder: Path) -> None:
     shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(run, parse(arguments))
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command, and ends the process."""
+    end_with(lambda: run(options_of(arguments)))
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options; argparse ends the process where they are wrong."""
-    parser = parser_of("export", __doc__)
-    parser.add_argument("--run", required=True, metavar="RUN", help="the run's folder")
-    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
-    parser.add_argument(
-        "--platforms", default="", metavar="A,B", help=f"of {', '.join(PLATFORMS)}; this machine's"
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the values of the command's flags."""
+    return parse(
+        "export",
+        __doc__,
+        arguments,
+        needs=("run", "out"),
+        takes=("platforms", "prompt_tokens", "tokens"),
     )
-    parser.add_argument(
-        "--prompt", type=int, default=0, metavar="N", help="tokens that a prompt may have (all)"
-    )
-    parser.add_argument(
-        "--room", type=int, default=0, metavar="N", help="tokens that may be written (all)"
-    )
-    return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -204,8 +200,8 @@ def run(options: argparse.Namespace) -> int:
         load(options.run),
         options.out,
         platforms=platforms,
-        prompt=options.prompt,
-        room=options.room,
+        prompt=options.prompt_tokens,
+        room=options.tokens or 0,
     )
     for name, program in manifest["programs"].items():
         taken = [f"{key} {each['dtype']}{each['shape']}" for key, each in program["inputs"].items()]
@@ -217,4 +213,4 @@ def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

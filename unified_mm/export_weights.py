@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,16 +21,17 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from unified_mm.commands import parser_of, run_command, say
+from unified_mm.cli.flags import parse
+from unified_mm.cli.messages import end_with, say
 from unified_mm.data.text_tokenizer import TextTokenizer
-from unified_mm.files import user_path, write_json
+from unified_mm.files import new_folder, refuse_existing, user_path, write_json
 from unified_mm.import_weights import run_config
-from unified_mm.models.options import TransformerOptions
-from unified_mm.models.pretrained.family import Family, families
-from unified_mm.models.pretrained.source import WEIGHTS, Source
-from unified_mm.models.pretrained.tables import to_theirs
+from unified_mm.nn.options import TransformerOptions
 from unified_mm.parallel.sharding import path_of
-from unified_mm.runs.new_folder import new_folder, refuse_existing
+from unified_mm.pretrained.families import FAMILIES
+from unified_mm.pretrained.family import Family
+from unified_mm.pretrained.source import WEIGHTS, Source
+from unified_mm.pretrained.tables import to_theirs
 
 # What a run may have otherwise than its family: none of it is part of the weights.
 FREE = ("dropout", "remat", "attention", "unroll", "dtype")
@@ -83,9 +85,7 @@ def _write(
     return family
 
 
-def family_that_fits(
-    config: Mapping[str, Any], tokenizer: TextTokenizer, folder: Path
-) -> Family:
+def family_that_fits(config: Mapping[str, Any], tokenizer: TextTokenizer, folder: Path) -> Family:
     """The family whose config.json says all that the run's config says of the model.
 
     `folder` then holds that config.json; what it comes back as is compared with the run.
@@ -94,7 +94,7 @@ def family_that_fits(
       ValueError: there is none.
     """
     why = []
-    for family in families():
+    for family in FAMILIES:
         if family.export is None:
             continue
         try:
@@ -168,16 +168,14 @@ def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return flat
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(run, parse(arguments))
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command, and ends the process."""
+    end_with(lambda: run(options_of(arguments)))
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options; argparse ends the process where they are wrong."""
-    parser = parser_of("export_weights", __doc__)
-    parser.add_argument("--run", required=True, metavar="RUN", help="the run's folder")
-    parser.add_argument("--out", required=True, metavar="DIR", help="a new directory")
-    return parser.parse_args(arguments)
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the values of the command's flags."""
+    return parse("export_weights", __doc__, arguments, needs=("run", "out"), takes=())
 
 
 def run(options: argparse.Namespace) -> int:
@@ -195,4 +193,4 @@ def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

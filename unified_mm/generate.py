@@ -1,9 +1,9 @@
 """Writes texts about images with a trained run: captions, or answers to a prompt.
 
-    python -m unified_mm.generate --run runs/first --image photo.jpg
-    python -m unified_mm.generate --run runs/first --image photo.jpg --prompt "what colour is it?"
-    python -m unified_mm.generate --run runs/first --image photo.jpg --temperature 0.8 --samples 3
-    python -m unified_mm.generate --run runs/first --image photo.jpg --beams 4 --json
+python -m unified_mm.generate --run runs/first --image photo.jpg
+python -m unified_mm.generate --run runs/first --image photo.jpg --prompt "what colour is it?"
+python -m unified_mm.generate --run runs/first --image photo.jpg --temperature 0.8 --samples 3
+python -m unified_mm.generate --run runs/first --image photo.jpg --beams 4 --json
 """
 
 from __future__ import annotations
@@ -11,40 +11,45 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from unified_mm.commands import parser_of, run_command, say
-from unified_mm.models.options import CACHE
+from unified_mm.cli.flags import parse
+from unified_mm.cli.messages import end_with, say
 
 DTYPES = ("float32", "bfloat16")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(generate, parse(arguments))
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command, and ends the process."""
+    end_with(lambda: generate(options_of(arguments)))
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options; argparse ends the process where they are wrong."""
-    parser = parser_of("generate", __doc__)
-    add = parser.add_argument
-    add("--run", required=True, metavar="RUN", help="the run's folder")
-    add("--image", required=True, action="append", metavar="FILE", help="may be repeated")
-    add("--prompt", default="", metavar="TEXT", help="what the text answers; none for a caption")
-    add("--tokens", type=int, metavar="N", help="the most that are written; as many as it reads")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
-    add("--top_k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0: all")
-    add("--top_p", type=float, default=1.0, metavar="P", help="draw from the likeliest P of all")
-    add("--beams", type=int, default=1, metavar="N", help="beam search with so many (1: none)")
-    add("--length_penalty", type=float, default=1.0, help="of beams: see inference.decoding (1)")
-    add("--samples", type=int, default=1, metavar="N", help="texts for each image (1)")
-    add("--stop", action="append", default=[], metavar="TOKEN", help="ends a text; repeatable")
-    add("--seed", type=int, default=0, help="of what is drawn (0)")
-    add("--stream", action="store_true", help="print each piece as it is written")
-    add("--json", action="store_true", help="a line of JSON for each text")
-    add("--dtype", choices=DTYPES, help="to compute in; as the run was trained")
-    add("--cache", choices=CACHE, default=CACHE[0], help="what keys and values are kept as")
-    return parser.parse_args(arguments)
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the values of the command's flags."""
+    return parse(
+        "generate",
+        __doc__,
+        arguments,
+        needs=("run", "image"),
+        takes=(
+            "prompt",
+            "tokens",
+            "temperature",
+            "top_k",
+            "top_p",
+            "beams",
+            "length_penalty",
+            "samples",
+            "stop",
+            "seed",
+            "stream",
+            "json",
+            "dtype",
+            "cache",
+        ),
+    )
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -80,4 +85,4 @@ def generate(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,20 +20,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from unified_mm.commands import parser_of, run_command, say
+from unified_mm.cli.flags import parse
+from unified_mm.cli.messages import end_with, say
 from unified_mm.config import Config
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import default_config
-from unified_mm.files import write_json
-from unified_mm.models.pretrained.family import Family, Part, family_of
-from unified_mm.models.pretrained.source import Source
-from unified_mm.models.pretrained.tables import to_ours
-from unified_mm.models.pretrained.vocabularies import read_tokenizer
-from unified_mm.objectives.task import build_task, parameter_counts
+from unified_mm.files import new_folder, refuse_existing, write_json
 from unified_mm.parallel.sharding import path_of, without_names
+from unified_mm.pretrained.families import family_of
+from unified_mm.pretrained.family import Family, Part
+from unified_mm.pretrained.source import Source
+from unified_mm.pretrained.tables import to_ours
+from unified_mm.pretrained.vocabularies import read_tokenizer
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder
-from unified_mm.runs.new_folder import new_folder, refuse_existing
+from unified_mm.task import build_task, parameter_counts
 
 IMAGE_PARTS = ("embedders_image/", "towers_image/")
 
@@ -162,24 +164,20 @@ def _tree(by_path: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return tree
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(run, parse(arguments))
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command, and ends the process."""
+    end_with(lambda: run(options_of(arguments)))
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options; argparse ends the process where they are wrong."""
-    parser = parser_of("import_weights", __doc__)
-    parser.add_argument(
-        "--from", required=True, metavar="DIR", dest="source", help="config.json and safetensors"
-    )
-    parser.add_argument("--out", required=True, metavar="RUN", help="a new folder for the run")
-    return parser.parse_args(arguments)
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the values of the command's flags."""
+    return parse("import_weights", __doc__, arguments, needs=("from", "out"), takes=())
 
 
 def run(options: argparse.Namespace) -> int:
     """Imports, writes, and says what there was."""
     refuse_existing(RunFolder(options.out).path)
-    imported = import_directory(options.source)
+    imported = import_directory(getattr(options, "from"))
     folder = write_run(imported, options.out)
     counts = parameter_counts(imported.params)
     say(f"family: {imported.family} (part: {imported.part})")
@@ -194,4 +192,4 @@ def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -22,15 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unified_mm.commands import disk_is_full, new_file, parser_of, run_command, say, score_table
+from unified_mm.cli.flags import parse, refuse_unread
+from unified_mm.cli.messages import disk_is_full, end_with, new_file, say, score_table
 from unified_mm.files import naming, user_path, write_json
-from unified_mm.inference.nearest import EXACT_UP_TO
 
 if TYPE_CHECKING:
     from unified_mm.inference.loaded import LoadedModel
-    from unified_mm.inference.search_index import SearchIndex
+    from unified_mm.search.search_index import SearchIndex
 
-TOP, IMAGE_WEIGHT = 10, 0.5
 # What each option is read beside, one at least.
 READ_WITH = {
     "split": ("images",),
@@ -42,48 +41,47 @@ READ_WITH = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    again = "interrupted; the same command goes on from the last whole shard"
-    run_command(work, parse(arguments), interrupted=again)
+AGAIN = "interrupted; the same command goes on from the last whole shard"
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options; argparse ends the process where they are wrong."""
-    parser = parser_of("index", __doc__)
-    add = parser.add_argument
-    add("--run", required=True, metavar="RUN", help="the run's folder")
-    add("--out", "--index", required=True, dest="out", metavar="INDEX", help="the index's folder")
-    add("--images", metavar="DIR", help="make the index: of these pictures")
-    add("--split", action="append", metavar="NAME", help="of a COCO set; repeated; without: all")
-    add("--shard", type=int, metavar="N", help="pictures embedded between two writes (256)")
-    add(
-        "--exact_up_to",
-        type=int,
-        metavar="N",
-        help=f"vectors that are all compared; more get a graph ({EXACT_UP_TO})",
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command, and ends the process."""
+    end_with(lambda: work(options_of(arguments)), interrupted=AGAIN)
+
+
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the values of the command's flags."""
+    return parse(
+        "index",
+        __doc__,
+        arguments,
+        needs=("run",),
+        takes=(
+            "out",
+            "index",
+            "images",
+            "split",
+            "shard",
+            "exact_up_to",
+            "query",
+            "query_image",
+            "image_weight",
+            "kind",
+            "top",
+            "evaluate",
+            "output",
+        ),
+        split={"action": "append", "help": "of a COCO set; may be repeated; without: all"},
     )
-    add("--query", metavar="TEXT", help="search: what to look for")
-    add("--query_image", metavar="FILE", help="search: a picture like what to look for")
-    add(
-        "--image_weight",
-        type=float,
-        metavar="SHARE",
-        help=f"of --query_image beside --query ({IMAGE_WEIGHT})",
-    )
-    add("--kind", choices=("image", "text"), help="search: what is listed (image)")
-    add("--top", type=int, metavar="N", help=f"search: how many are listed ({TOP})")
-    add("--evaluate", action="store_true", help="score the index")
-    add("--output", metavar="FILE.json", help="evaluate: new, for the scores")
-    return parser.parse_args(arguments)
 
 
 def work(options: argparse.Namespace) -> int:
     """Makes, searches and scores, as far as that is asked for."""
     refuse_wrong(options)
-    output = new_file(options.output or "")
-    out = user_path(options.out, "--out").absolute()
+    output = new_file(options.output)
+    out = user_path(options.out or options.index, "--out").absolute()
     from unified_mm.inference.loaded import load
-    from unified_mm.inference.search_index import SearchIndex
+    from unified_mm.search.search_index import SearchIndex
 
     # What is wrong with the index or the pictures is said before a model is loaded.
     opened = None if options.images else SearchIndex.open(out)
@@ -104,32 +102,25 @@ def work(options: argparse.Namespace) -> int:
 
 
 def refuse_wrong(options: argparse.Namespace) -> None:
-    """Raises ValueError for options that say nothing to do, do not go together or are no value."""
-    given = {name for name, value in vars(options).items() if value not in (None, False)}
+    """Raises ValueError for flags that say nothing to do, or do not go together."""
     actions = ("images", "query", "query_image", "evaluate")
-    if not given & set(actions):
+    if not options.given & set(actions):
         raise ValueError(f"nothing to do: give {' or '.join(f'--{name}' for name in actions)}")
-    for name, readers in READ_WITH.items():
-        if name in given and not given & set(readers):
-            raise ValueError(f"--{name} is read beside --{' or --'.join(readers)} alone")
-    if "image_weight" in given:
-        if not {"query", "query_image"} <= given:
-            raise ValueError("--image_weight is read where --query and --query_image are both")
-        if not 0 <= options.image_weight <= 1:
-            raise ValueError(f"--image_weight={options.image_weight}: must be a share in [0, 1]")
+    if bool(options.out) == bool(options.index):
+        raise ValueError("give the folder of the index once, as --out or as --index")
+    refuse_unread(options, READ_WITH)
+    if "image_weight" in options.given and not {"query", "query_image"} <= options.given:
+        raise ValueError("--image_weight is read where --query and --query_image are both")
     if options.query is not None and not options.query.strip():
         raise ValueError('--query is empty: --query="what to look for"')
-    for name, least in (("shard", 1), ("top", 1), ("exact_up_to", 0)):
-        if getattr(options, name) is not None and getattr(options, name) < least:
-            raise ValueError(f"--{name}={getattr(options, name)}: must be {least} or more")
 
 
 def listed(options: argparse.Namespace) -> Any:
     """The pictures that `--images` and `--split` name."""
-    from unified_mm.inference.pictures import read_picture_set
+    from unified_mm.search.pictures import read_picture_set
 
     with naming(f"--images={options.images}"):
-        pictures = read_picture_set(user_path(options.images, "--images"), options.split or ())
+        pictures = read_picture_set(user_path(options.images, "--images"), options.split)
     captions = sum(map(len, pictures.captions))
     of_splits = f" and {captions:,} captions of {', '.join(pictures.splits)}" * bool(captions)
     say(f"{len(pictures.names):,} pictures{of_splits} in {pictures.folder}")
@@ -138,13 +129,11 @@ def listed(options: argparse.Namespace) -> Any:
 
 def written(model: LoadedModel, pictures: Any, out: Path, options: argparse.Namespace) -> bool:
     """Makes the index, or finds it made; False where the disk is full, which is said."""
-    from unified_mm.inference.index_writer import SHARD, progress, write_index
+    from unified_mm.search.index_writer import progress, write_index
 
-    exact_up_to = EXACT_UP_TO if options.exact_up_to is None else options.exact_up_to
+    sizes = {"shard": options.shard, "exact_up_to": options.exact_up_to}
     try:
-        write_index(
-            model, pictures, out, say, shard=options.shard or SHARD, exact_up_to=exact_up_to
-        )
+        write_index(model, pictures, out, say, **sizes)
     except Exception as error:
         if not disk_is_full(error):
             raise
@@ -169,10 +158,10 @@ def contents(index: SearchIndex) -> str:
 
 def search(model: LoadedModel, index: SearchIndex, options: argparse.Namespace) -> None:
     """Lists what fits the query best."""
-    from unified_mm.inference.pictures import shown
-    from unified_mm.inference.search_index import mixed
+    from unified_mm.search.pictures import shown
+    from unified_mm.search.search_index import mixed
 
-    weight = IMAGE_WEIGHT if options.image_weight is None else options.image_weight
+    weight = options.image_weight
     vectors, weights = [], []
     if options.query is not None:
         vectors.append(model.embed_texts([options.query])[0])
@@ -183,14 +172,14 @@ def search(model: LoadedModel, index: SearchIndex, options: argparse.Namespace) 
         weights.append(weight)
     alone = len(vectors) == 1
     query = vectors[0] if alone else mixed(np.stack(vectors), weights)
-    for hit in index.search(query, options.top or TOP, options.kind or "image"):
+    for hit in index.search(query, options.top, options.kind):
         of_picture = "" if options.kind != "text" else f"  ({index.rows.names[hit.picture]})"
         say(shown(f"{hit.score:.3f}  {hit.name}{of_picture}"))
 
 
 def evaluate(index: SearchIndex, output: Path | None) -> None:
     """Scores the index, as a table and one line of JSON."""
-    from unified_mm.evaluation.search import search_scores
+    from unified_mm.search.evaluation import search_scores
 
     found = search_scores(index)
     result = {
@@ -211,4 +200,4 @@ def evaluate(index: SearchIndex, output: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,67 +1,51 @@
 """The main command: train a run, evaluate it, caption with it, search with it.
 
-    python -m unified_mm.main --config=configs/coco.py --workdir=runs/first
-    python -m unified_mm.main --mode=evaluate --workdir=runs/first --split=test_composition
-    python -m unified_mm.main --mode=caption --workdir=runs/first --image=photo.jpg
-    python -m unified_mm.main --mode=search --workdir=runs/first --query="a red cube"
+python -m unified_mm.main --config=configs/coco.py --workdir=runs/first
+python -m unified_mm.main --mode=evaluate --run=runs/first --split=test_composition
+python -m unified_mm.main --mode=caption --run=runs/first --image=photo.jpg
+python -m unified_mm.main --mode=search --run=runs/first --query="a red cube"
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
+import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from absl import logging
+from ml_collections import ConfigDict
 
-from unified_mm import cluster_flags
-from unified_mm.commands import (
+from unified_mm.cli.flags import CLUSTER, cluster_of, parse
+from unified_mm.cli.messages import (
     disk_full,
     disk_is_full,
-    exit_code,
+    end_with,
     is_news,
     new_file,
     say,
     score_table,
 )
+from unified_mm.cli.recipes import DATA_FIELDS, outside, resolve, settled_fields
 from unified_mm.config import Config
 from unified_mm.default_config import defaults
 from unified_mm.files import naming, user_path, write_json
 from unified_mm.parallel.processes import first_before_others, refuse_unequal, start, together
-from unified_mm.recipes import (
-    DATA_FIELDS,
-    outside,
-    overridden,
-    parse_flags,
-    resolve,
-    settled_fields,
-)
 from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.metrics import read_metrics
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The recipe: configs/coco.py, or with a size, configs/coco.py:base."
-)
-MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "caption", "search"], "What to do.")
-WORKDIR = flags.DEFINE_string("workdir", None, "The run folder.")
-SPLIT = flags.DEFINE_string("split", "", "evaluate, search: the split; '' is the config's own.")
-IMAGE = flags.DEFINE_multi_string("image", [], "caption: an image file; may be repeated.")
-QUERY = flags.DEFINE_string("query", "", "search: what to look for.")
-IMAGES = flags.DEFINE_string("images", "", "search: a folder; '' is the run's evaluation split.")
-TOP = flags.DEFINE_integer("top", 5, "search: how many images to show.", lower_bound=1)
-OUTPUT = flags.DEFINE_string("output", "", "evaluate: a new JSON file for the scores.")
-
 # Which modes read a flag that not all of them do.
 READ_BY = {
+    "run": ("evaluate", "caption", "search"),
     "split": ("evaluate", "search"),
     "image": ("caption",),
     "query": ("search",),
     "images": ("search",),
     "top": ("search",),
     "output": ("evaluate",),
-    **dict.fromkeys(cluster_flags.FLAGS, ("train", "evaluate")),
+    **dict.fromkeys(CLUSTER, ("train", "evaluate")),
 }
 # Which fields a mode may set other than the run has them; groups with all that they hold. What
 # the run's model depends on is not among them: it is as it was trained.
@@ -82,71 +66,78 @@ SETTABLE = {
 }
 
 
-def main(argv: list[str]) -> None:
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps otherwise
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command, and ends the process."""
     logging.get_absl_logger().addFilter(is_news)
     again = "interrupted; the same command goes on from the last checkpoint"
-    sys.exit(together(lambda: exit_code(lambda: chosen_mode(argv[1:]), interrupted=again)))
+    end_with(lambda: together(lambda: chosen_mode(arguments)), interrupted=again)
 
 
-def chosen_mode(rest: list[str]) -> int:
-    """What `--mode` asks for; `rest` is what the flags' parser left over."""
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the values of the command's flags."""
+    takes = ("config", "mode", "workdir", *READ_BY)
+    return parse("main", __doc__, arguments, takes=takes, top={"default": 5})
+
+
+def chosen_mode(arguments: Sequence[str]) -> int:
+    """Does what `--mode` asks for."""
     modes = {"train": train, "evaluate": evaluate, "caption": caption, "search": search}
-    if rest:
-        raise ValueError(f"not a flag: {' '.join(rest)}")
-    refuse_ignored()
-    workdir()
-    if (cluster := cluster_flags.cluster_from_flags()) is not None:
+    options = options_of(arguments)
+    refuse_ignored(options)
+    options.command = "python -m unified_mm.main " + " ".join(map(shlex.quote, arguments))
+    options.folder = run_folder(options)
+    if (cluster := cluster_of(options)) is not None:
         start(cluster)
-    return modes[MODE.value]()
+    return modes[options.mode](options)
 
 
-def refuse_ignored() -> None:
+def refuse_ignored(options: argparse.Namespace) -> None:
     """Raises ValueError for flags and fields that were given and that this mode does not read."""
-    mode = MODE.value
     for name, modes in READ_BY.items():
-        if flags.FLAGS[name].present and mode not in modes:
+        if name in options.given and options.mode not in modes:
             readers = " and ".join(f"--mode={each}" for each in modes)
-            raise ValueError(f"--{name} is read by {readers}, not by --mode={mode}")
-    if flags.FLAGS["split"].present and IMAGES.value:
+            raise ValueError(f"--{name} is read by {readers}, not by --mode={options.mode}")
+    if "split" in options.given and options.images:
         raise ValueError("--split is not read where --images names what is searched")
-    if mode == "train":
+    if options.mode == "train":
         return  # there what nothing reads is known once all is built: `refuse_unread`
-    able = () if IMAGES.value else SETTABLE[mode]
-    for field in outside(asked_fields(), able):
+    able = () if options.images else SETTABLE[options.mode]
+    for field in outside(asked_fields(options), able):
         raise ValueError(
             f"{field} cannot be changed here: it belongs to the run and its training, or "
-            f"--mode={mode} does not read it. It can set {', '.join(able) or 'no field'}"
+            f"--mode={options.mode} does not read it. It can set {', '.join(able) or 'no field'}"
         )
 
 
-def asked_fields() -> list[str]:
+def asked_fields(options: argparse.Namespace) -> list[str]:
     """Dotted names of the config fields that the command line set."""
-    return [] if CONFIG.value is None else overridden(flags.FLAGS["config"])
+    return list(options.recipe.overrides) if options.recipe else []
 
 
-def workdir() -> str:
+def run_folder(options: argparse.Namespace) -> str:
     """The run's folder, which every mode needs."""
-    if not WORKDIR.value:
-        raise ValueError("--workdir=FOLDER is needed: the run's folder, e.g. runs/first")
-    return WORKDIR.value
+    if options.run and options.workdir:
+        raise ValueError("--run and --workdir both name the run's folder: give one of them")
+    if folder := options.run or options.workdir:
+        return str(folder)
+    name = "--workdir" if options.mode == "train" else "--run"
+    raise ValueError(f"{name}=FOLDER is needed: the run's folder, e.g. runs/first")
 
 
-def train() -> int:
+def train(options: argparse.Namespace) -> int:
     """Trains, scores, reports; running it again resumes."""
     from unified_mm.analysis.run_report import write_report
-    from unified_mm.training.environment import unseen_accelerator
+    from unified_mm.runs.environment import unseen_accelerator
     from unified_mm.training.loop import NotFinite, Stopped
     from unified_mm.training.output import output_of
     from unified_mm.training.run import train_and_score
     from unified_mm.training.setup import check_goes_on, prepare
 
-    if CONFIG.value is None:
+    if options.recipe is None:
         raise ValueError("--config is needed to train: --config=configs/coco.py")
-    folder = RunFolder(workdir())
+    folder = RunFolder(options.folder)
     output = output_of(folder, say)
-    chosen = resolve(CONFIG.value, flags.FLAGS["config"], output.say)
+    chosen = resolve(options.recipe, output.say)
     refuse_unequal("the config", shared_fields(chosen))
     refuse_int8(folder)
     with output.lock():
@@ -160,7 +151,7 @@ def train() -> int:
         config = Config(chosen.to_dict())
         setup = prepare(config, folder, output.say)
         settled = settled_fields(chosen)
-        refuse_unread(config, [field for field in asked_fields() if field not in settled])
+        refuse_unread(config, [field for field in asked_fields(options) if field not in settled])
         check_asked(config, setup)
         check_goes_on(setup)
         if folder.metrics.exists():
@@ -172,7 +163,7 @@ def train() -> int:
             output.write(lambda: write_report(folder, result, config.as_dict(), scored, banner))
             output.write(lambda: write_json(folder.result, result))
         except Stopped as stop:
-            output.say(f"\n{stop}; to go on, run the same command again:\n  {command()}")
+            output.say(f"\n{stop}; to go on, run the same command again:\n  {options.command}")
             return stop.exit_code
         except NotFinite as error:
             print(f"error: {error}", file=sys.stderr)
@@ -223,25 +214,25 @@ def check_asked(config: Config, setup: Any) -> None:
         refuse_no_questions(setup.source, name, "evaluation.questions")
 
 
-def evaluate() -> int:
+def evaluate(options: argparse.Namespace) -> int:
     """Scores a run on any data and split."""
     from unified_mm.data.sources import open_source, refuse_no_questions
     from unified_mm.evaluation.evaluate import evaluate as score
+    from unified_mm.evaluation.splits import evaluated_splits, open_split
     from unified_mm.inference.loaded import load
     from unified_mm.training.output import framed, output_of
-    from unified_mm.training.setup import evaluated_splits, open_split
 
-    file = new_file(OUTPUT.value)
-    output = output_of(RunFolder(workdir()), say)
-    model = load(workdir(), mesh=mesh_of_processes())
-    config = run_config(model.config)
+    file = new_file(options.output)
+    output = output_of(RunFolder(options.folder), say)
+    model = load(options.folder, mesh=mesh_of_processes())
+    config = run_config(model.config, options)
     with first_before_others("data"):
         source = open_source(config.data)
         if source.banner:
             output.say(framed(source.banner))
         split = open_split(config, source, evaluated_splits(config, source)[0])
     batch_size = config.evaluation.batch_size
-    refuse_unread(config, asked_fields())
+    refuse_unread(config, asked_fields(options))
     if config.evaluation.questions and not split.questions:
         refuse_no_questions(source, split.manifest.split, "evaluation.questions")
     found = score(model.predictor, split, batch_size=batch_size)
@@ -275,76 +266,67 @@ def mesh_of_processes() -> Any:
     return mesh
 
 
-def caption() -> int:
-    """Writes a caption for each image."""
-    from unified_mm.inference.loaded import load
+def caption(options: argparse.Namespace) -> int:
+    """Writes a caption for each image, as `unified_mm.generate` does."""
+    from unified_mm import generate
 
-    if not IMAGE.value:
+    if not options.image:
         raise ValueError("--mode=caption needs --image=FILE")
-    for path, text in zip(IMAGE.value, load(workdir()).caption(IMAGE.value), strict=True):
-        say(f"{path}: {text}")
-    return 0
+    images = [f"--image={file}" for file in options.image]
+    return generate.generate(generate.options_of([f"--run={options.folder}", *images]))
 
 
-def search() -> int:
+def search(options: argparse.Namespace) -> int:
     """Lists the images that fit the query best."""
     import numpy as np
 
     from unified_mm.data.manifest import problem_counts
     from unified_mm.inference.loaded import load
 
-    if not QUERY.value.strip():
+    if not (options.query or "").strip():
         raise ValueError('--mode=search needs --query="what to look for"')
-    model = load(workdir())
-    paths, embedded, problems = model.embed_files(searched_images(model.config))
+    model = load(options.folder)
+    paths, embedded, problems = model.embed_files(searched_images(model.config, options))
     for phrase in problem_counts(problems):
         say(phrase)
     if not paths:
         raise ValueError("none of these images can be read")
-    scores = embedded @ model.embed_texts([QUERY.value])[0]
-    for place in np.argsort(-scores, kind="stable")[: TOP.value]:
+    scores = embedded @ model.embed_texts([options.query])[0]
+    for place in np.argsort(-scores, kind="stable")[: options.top]:
         say(f"{scores[place]:.3f}  {paths[place]}")
     return 0
 
 
-def searched_images(saved: Config) -> list[Any]:
+def searched_images(saved: Config, options: argparse.Namespace) -> list[Any]:
     """Images of `--images`, or of the evaluation split."""
-    if not IMAGES.value:
+    if not options.images:
         from unified_mm.data.sources import open_source
-        from unified_mm.training.setup import evaluated_splits, open_split
+        from unified_mm.evaluation.splits import evaluated_splits, open_split
 
-        config = run_config(saved)
+        config = run_config(saved, options)
         source = open_source(config.data)
         split = open_split(config, source, evaluated_splits(config, source)[0])
-        refuse_unread(config, asked_fields())
+        refuse_unread(config, asked_fields(options))
         return [record.image for record in split.manifest.records if record.image]
-    folder = user_path(IMAGES.value, "--images")
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"--images={folder} is no folder")
-    kinds = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-    with naming(f"--images={folder}"):
-        found = sorted(
-            str(path)
-            for path in folder.rglob("*")
-            if path.suffix.lower() in kinds and path.is_file()
-        )
-    if not found:
-        raise FileNotFoundError(f"--images={folder} holds no image ({', '.join(sorted(kinds))})")
-    return found
+    from unified_mm.search.pictures import read_picture_set
+
+    with naming(f"--images={options.images}"):
+        found = read_picture_set(user_path(options.images, "--images"))
+    return [str(found.folder / name) for name in found.names]
 
 
-def run_config(saved: Config) -> Config:
+def run_config(saved: Config, options: argparse.Namespace) -> Config:
     """A run's config with the data and evaluation fields that this command sets."""
     fields = saved.as_dict()
-    asked = {} if CONFIG.value is None else CONFIG.value.to_dict()
-    for path in asked_fields():
+    asked = options.recipe.config.to_dict() if options.recipe else {}
+    for path in asked_fields(options):
         node, source = fields, asked
         *parents, last = path.split(".")
         for name in parents:
             node, source = node[name], source[name]
         node[last] = source[last]
-    if SPLIT.value:
-        fields["evaluation"]["split"] = SPLIT.value
+    if options.split:
+        fields["evaluation"]["split"] = options.split
     return Config(fields)
 
 
@@ -358,19 +340,5 @@ def refuse_unread(config: Config, fields: list[str]) -> None:
         )
 
 
-def command() -> str:
-    """This command, to be pasted."""
-    import shlex
-
-    return "python -m unified_mm.main " + " ".join(map(shlex.quote, sys.argv[1:]))
-
-
-def run() -> None:
-    """The entry point: flags, then `main`."""
-    for stream in (sys.stdout, sys.stderr):  # names and texts that the terminal's encoding lacks
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    app.run(main, flags_parser=parse_flags)
-
-
 if __name__ == "__main__":
-    run()
+    main(sys.argv[1:])

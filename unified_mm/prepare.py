@@ -9,57 +9,46 @@ batches as from the folder, byte for byte. The same command again goes on where 
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags, logging
-from ml_collections import config_flags
-
-from unified_mm.commands import disk_is_full, exit_code, say
+from unified_mm.cli.flags import parse
+from unified_mm.cli.messages import disk_is_full, end_with, say
+from unified_mm.cli.recipes import DATA_FIELDS, outside, resolve
 from unified_mm.config import Config
 from unified_mm.files import user_path
-from unified_mm.recipes import DATA_FIELDS, outside, overridden, parse_flags, resolve
-
-CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/coco.py", "The recipe whose data is written."
-)
-OUT = flags.DEFINE_string("out", "", "A new folder for the dataset.")
-RESIZE = flags.DEFINE_integer(
-    "resize",
-    0,
-    "The shorter side of an image in pixels, at most: larger ones become JPEGs of --quality. "
-    "0 keeps every file's bytes.",
-    lower_bound=0,
-)
-QUALITY = flags.DEFINE_integer(
-    "quality", 95, "Of resized images, on Pillow's scale.", lower_bound=1, upper_bound=100
-)
-SHARD = flags.DEFINE_float(
-    "shard_megabytes", 128, "Of image files that one shard takes.", lower_bound=0.001
-)
 
 # Which fields say what is written; all others are the training's.
 SETTABLE = (*DATA_FIELDS, "data.image_size")  # the last of the world
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise SystemExit(f"error: not a flag: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)
-    again = "interrupted; the same command goes on from the last whole shard"
-    raise SystemExit(exit_code(prepare, interrupted=again))
+AGAIN = "interrupted; the same command goes on from the last whole shard"
 
 
-def prepare() -> int:
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command, and ends the process."""
+    end_with(lambda: prepare(options_of(arguments)), interrupted=AGAIN)
+
+
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the values of the command's flags."""
+    takes = ("config", "resize", "quality", "shard_megabytes")
+    return parse(
+        "prepare", __doc__, arguments, needs=("out",), takes=takes, recipe="configs/coco.py"
+    )
+
+
+def prepare(flags: argparse.Namespace) -> int:
     """Reads, checks and writes all splits; running it again goes on."""
     from unified_mm.data.sources import AnnotatedFolder, open_source
     from unified_mm.data.tfds_examples import Options
     from unified_mm.data.tfds_writer import progress, write_dataset
 
-    refuse_ignored()
-    out = user_path(OUT.value, "--out").absolute()
-    asked = overridden(flags.FLAGS["config"])
-    config = Config(resolve(CONFIG.value, flags.FLAGS["config"], say).to_dict())
+    refuse_ignored(flags)
+    out = user_path(flags.out, "--out").absolute()
+    config = Config(resolve(flags.recipe, say).to_dict())
     source = open_source(config.data)
     if not isinstance(source, AnnotatedFolder):
         raise ValueError(
@@ -68,9 +57,9 @@ def prepare() -> int:
         )
     if source.banner:
         say(source.banner)
-    if unread := config.unread(asked):
+    if unread := config.unread(list(flags.recipe.overrides)):
         raise ValueError(f"{', '.join(unread)}: set on the command line, but nothing reads it here")
-    options = Options(RESIZE.value, QUALITY.value, int(SHARD.value * 2**20))
+    options = Options(flags.resize, flags.quality, int(flags.shard_megabytes * 2**20))
     try:
         write_dataset(source, out, options, say)
     except Exception as error:
@@ -86,15 +75,15 @@ def prepare() -> int:
     return 0
 
 
-def refuse_ignored() -> None:
-    """Raises ValueError for what was given and is not read, and where --out is missing."""
-    if not OUT.value:
+def refuse_ignored(flags: argparse.Namespace) -> None:
+    """Raises ValueError for what was given and is not read, and for a wrong --out."""
+    if not flags.out:
         raise ValueError("--out=DIR is needed: a new folder for the dataset")
-    if "://" in OUT.value:
-        raise ValueError(f"--out={OUT.value}: write to this machine, then copy the folder there")
-    if flags.FLAGS["quality"].present and not RESIZE.value:
+    if "://" in flags.out:
+        raise ValueError(f"--out={flags.out}: write to this machine, then copy the folder there")
+    if "quality" in flags.given and not flags.resize:
         raise ValueError("--quality is read with --resize alone: otherwise files keep their bytes")
-    for field in outside(overridden(flags.FLAGS["config"]), SETTABLE):
+    for field in outside(flags.recipe.overrides, SETTABLE):
         raise ValueError(
             f"{field} cannot be set here, for it changes nothing of what is written: set it "
             f"where you train. Here are {', '.join(SETTABLE)}"
@@ -112,4 +101,4 @@ def report(out: Path) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    main(sys.argv[1:])

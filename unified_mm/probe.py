@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,34 +25,37 @@ import numpy as np
 
 from unified_mm.analysis import probes
 from unified_mm.analysis.probes import Labelled, Target
-from unified_mm.commands import new_file, parser_of, run_command, say
+from unified_mm.cli.flags import parse
+from unified_mm.cli.messages import end_with, new_file, say
 from unified_mm.files import naming, write_json
 
 if TYPE_CHECKING:
     from unified_mm.inference.loaded import LoadedModel
 
-IMAGES = 2000  # of the training split that probes are fitted on
-ASKED = 1000  # of the other split
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command, and ends the process."""
+    end_with(lambda: work(options_of(arguments)))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(work, parse(arguments))
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options; argparse ends the process where they are wrong."""
-    parser = parser_of("probe", __doc__)
-    add = parser.add_argument
-    add("--run", required=True, metavar="RUN", help="the run's folder")
-    add("--images", default="", metavar="DIR", help="a directory per class")
-    add("--of", choices=("image", "text"), default="image", help="what is probed (image)")
-    add("--contribution", action="store_true", help="what images tell a captioning model")
-    add("--split", default="", help="that is asked about; without: the run's own")
-    add("--data_dir", default="", metavar="DIR", help="where the data lies now, if elsewhere")
-    add("--train", type=int, default=IMAGES, metavar="N", help=f"examples to fit on ({IMAGES})")
-    add("--asked", type=int, default=ASKED, metavar="N", help=f"to ask about ({ASKED})")
-    add("--output", default="", metavar="FILE.json", help="new, for the scores")
-    return parser.parse_args(arguments)
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the values of the command's flags."""
+    return parse(
+        "probe",
+        __doc__,
+        arguments,
+        needs=("run",),
+        takes=(
+            "images",
+            "of",
+            "contribution",
+            "split",
+            "data_dir",
+            "train",
+            "asked",
+            "output",
+        ),
+    )
 
 
 def work(options: argparse.Namespace) -> int:
@@ -127,7 +131,10 @@ def world(
     if split == model.config.data.train_split:
         raise ValueError(f"--split={split} is what probes are fitted on: ask about another")
     parts = []
-    for name, most in ((model.config.data.train_split, options.train), (split, options.asked)):
+    for name, most in (
+        (model.config.data.train_split, options.train),
+        (split, options.asked),
+    ):
         scenes = read_scenes(source.folder, name)
         records = scored_records(source, name, most)
         say(f"{options.of} features of {len(records):,} scenes of {name}")
@@ -158,7 +165,7 @@ def folder_of_classes(
     """Features and classes of images to learn from, of the others, and which data that is."""
     from unified_mm.analysis.layer_features import image_features
     from unified_mm.evaluation.zero_shot import read_class_folder
-    from unified_mm.inference.pictures import shown, view_or_fault
+    from unified_mm.search.pictures import shown, view_or_fault
 
     with naming(f"--images={options.images}"):
         folder = read_class_folder(options.images)
@@ -215,4 +222,4 @@ def taken_away(model: LoadedModel, options: argparse.Namespace) -> dict[str, Any
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

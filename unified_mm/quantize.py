@@ -12,42 +12,33 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from unified_mm.commands import parser_of, run_command, say
+from unified_mm.cli.flags import parse
+from unified_mm.cli.messages import end_with, say
 from unified_mm.config import Config
-from unified_mm.files import write_json
+from unified_mm.files import new_folder, refuse_existing, write_json
 from unified_mm.runs.averages import keeps_average
 from unified_mm.runs.folder import RunFolder
-from unified_mm.runs.new_folder import new_folder, refuse_existing
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(quantize, parse(arguments))
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command, and ends the process."""
+    end_with(lambda: quantize(options_of(arguments)))
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options; argparse ends the process where they are wrong."""
-    parser = parser_of("quantize", __doc__)
-    parser.add_argument("--run", required=True, metavar="RUN", help="the trained run's folder")
-    parser.add_argument("--out", required=True, metavar="NEWRUN", help="a new folder")
-    parser.add_argument("--weights", default="int8", choices=["int8"], help="(int8)")
-    parser.add_argument(
-        "--activations",
-        default="none",
-        choices=["int8", "none"],
-        help="int8: what weights are multiplied by is rounded as well (none)",
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the values of the command's flags."""
+    return parse(
+        "quantize",
+        __doc__,
+        arguments,
+        needs=("run", "out"),
+        takes=("weights", "activations", "split", "max_images", "data_dir"),
     )
-    parser.add_argument("--split", default="", help="that is scored; without: the run's own")
-    parser.add_argument(
-        "--images", type=int, default=0, metavar="N", help="score the first N; 0: as the run does"
-    )
-    parser.add_argument(
-        "--data_dir", default="", metavar="DIR", help="where the data lies now, if elsewhere"
-    )
-    return parser.parse_args(arguments)
 
 
 def quantize(options: argparse.Namespace) -> int:
@@ -56,8 +47,6 @@ def quantize(options: argparse.Namespace) -> int:
     from unified_mm.inference.quantization import quantized
     from unified_mm.inference.quantized_params import need_qwix, weight_bytes
 
-    if options.images < 0:
-        raise ValueError(f"--images={options.images}: must be at least 0")
     source, out = RunFolder(options.run), RunFolder(options.out).path
     refuse_existing(out)
     need_qwix()
@@ -115,14 +104,14 @@ def scored(model: Any, small: Any, options: argparse.Namespace) -> dict[str, Any
 def open_scored(config: Config, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The split that is scored, and where it is from."""
     from unified_mm.data.sources import open_source
+    from unified_mm.evaluation.splits import evaluated_splits, open_split
     from unified_mm.training.output import framed
-    from unified_mm.training.setup import evaluated_splits, open_split
 
     fields = config.as_dict()
     if options.split:
         fields["evaluation"]["split"] = options.split
-    if options.images:
-        fields["evaluation"]["max_images"] = options.images
+    if options.max_images:
+        fields["evaluation"]["max_images"] = options.max_images
     if options.data_dir:
         fields["data"]["dir"] = options.data_dir
     asked = Config(fields)
@@ -135,7 +124,7 @@ def open_scored(config: Config, options: argparse.Namespace) -> tuple[Any, dict[
 
 def where_and_when(config: Config) -> dict[str, Any]:
     """Device, versions and revision, as every result has them."""
-    from unified_mm.training.environment import device_name, revision, versions
+    from unified_mm.runs.environment import device_name, revision, versions
 
     return {
         "device": device_name(),
@@ -180,4 +169,4 @@ def comparison(result: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

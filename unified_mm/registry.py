@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 # Modules of this package that have another name than when runs were made with them.
-MOVED: dict[str, str] = {}
+MOVED = {
+    "unified_mm.models.flamingo": "unified_mm.models.gated",
+    "unified_mm.data.world.build": "unified_mm.world.build",
+}
 
 
 def moved(path: str) -> str:

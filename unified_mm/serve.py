@@ -12,39 +12,41 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
-from unified_mm.commands import parser_of, run_command, say
+from unified_mm.cli.flags import parse
+from unified_mm.cli.messages import end_with, say
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(serve, parse(arguments))
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command, and ends the process."""
+    end_with(lambda: serve(options_of(arguments)))
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options; argparse ends the process where they are wrong."""
-    parser = parser_of("serve", __doc__)
-    add = parser.add_argument
-    add("--run", required=True, metavar="RUN", help="the run's folder")
-    add("--index", default="", metavar="DIR", help="of python -m unified_mm.index, for searching")
-    add("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone)")
-    add("--port", type=int, default=8000, help="0 takes a free one (8000)")
-    add(
-        "--token_file",
-        default="",
-        metavar="FILE",
-        help="holds the token that requests must bear; or set UNIFIED_MM_TOKEN",
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the values of the command's flags."""
+    return parse(
+        "serve",
+        __doc__,
+        arguments,
+        needs=("run",),
+        takes=(
+            "index",
+            "host",
+            "port",
+            "token_file",
+            "allow_anyone",
+            "slots",
+            "queue",
+            "upload_megabytes",
+            "megapixels",
+            "seconds",
+            "drain_seconds",
+        ),
     )
-    add("--allow_anyone", action="store_true", help="listen beyond this machine without a token")
-    add("--slots", type=int, default=8, help="texts written at a time (8)")
-    add("--queue", type=int, default=64, help="texts, and embeddings, that wait at most (64)")
-    add("--upload_megabytes", type=float, default=16.0, help="of a request at most (16)")
-    add("--megapixels", type=float, default=32.0, help="of a picture at most (32)")
-    add("--seconds", type=float, default=60.0, help="for an answer at most (60)")
-    add("--drain_seconds", type=float, default=30.0, help="for what is under way at the end (30)")
-    return parser.parse_args(arguments)
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -108,4 +110,4 @@ def limits_of(options: argparse.Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

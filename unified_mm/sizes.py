@@ -9,30 +9,34 @@ as wide (or deep) as that allows. One line of JSON comes last.
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
+from collections.abc import Sequence
 
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from unified_mm.commands import exit_code, say
+from unified_mm.cli.flags import parse
+from unified_mm.cli.messages import end_with, say
+from unified_mm.cli.recipes import resolve, serve_what_can_be
 from unified_mm.config import Config
 from unified_mm.models.unified import FUSIONS
-from unified_mm.recipes import parse_flags, resolve, serve_what_can_be
 from unified_mm.training.sizes import fit_to_budget, measure_sizes
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/coco.py", "The recipe to measure.")
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command, and ends the process."""
+    end_with(lambda: table(options_of(arguments)))
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise SystemExit(f"error: not a flag: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)
-    raise SystemExit(exit_code(table, interrupted="interrupted"))
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the values of the command's flags."""
+    return parse("sizes", __doc__, arguments, takes=("config",), recipe="configs/coco.py")
 
 
-def table() -> int:
+def table(options: argparse.Namespace) -> int:
     """Prints a row for each fusion."""
-    asked = resolve(CONFIG.value, flags.FLAGS["config"], say)
+    asked = resolve(options.recipe, say)
     rows = []
     head = ("fusion", "width", "layers", "parameters", "active", "FLOPs/example", "FLOPs/token")
     say("{:<24}{:>7}{:>8}{:>14}{:>14}{:>16}{:>14}".format(*head))
@@ -63,4 +67,4 @@ def table() -> int:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    main(sys.argv[1:])

@@ -10,36 +10,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
-from unified_mm.commands import new_file, parser_of, run_command, say, score_table
+from unified_mm.cli.flags import parse
+from unified_mm.cli.messages import end_with, new_file, say, score_table
 from unified_mm.files import naming, write_json
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    run_command(classify, parse(arguments))
+def main(arguments: Sequence[str]) -> None:
+    """Runs the command, and ends the process."""
+    end_with(lambda: classify(options_of(arguments)))
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options; argparse ends the process where they are wrong."""
-    parser = parser_of("zero_shot", __doc__)
-    parser.add_argument("--run", required=True, metavar="RUN", help="the run's folder")
-    parser.add_argument("--images", required=True, metavar="DIR", help="a directory per class")
-    parser.add_argument(
-        "--template",
-        action="append",
-        metavar="TEXT",
-        help="a sentence with {} for the class; repeated: averaged; without: some of our own",
+def options_of(arguments: Sequence[str]) -> argparse.Namespace:
+    """Returns the values of the command's flags."""
+    return parse(
+        "zero_shot",
+        __doc__,
+        arguments,
+        needs=("run", "images"),
+        takes=("template", "output", "max_bad_share"),
     )
-    parser.add_argument("--output", default="", metavar="FILE.json", help="new, for the scores")
-    parser.add_argument(
-        "--max_bad_share",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="of images that cannot be read, before the folder is refused (0.05)",
-    )
-    return parser.parse_args(arguments)
 
 
 def classify(options: argparse.Namespace) -> int:
@@ -57,9 +49,7 @@ def classify(options: argparse.Namespace) -> int:
     say(f"{len(folder.files):,} images of {len(folder.classes):,} classes in {folder.path}")
     if folder.others:
         say(f"passed over: {folder.others:,} files that are no images or lie outside the classes")
-    found = classify_folder(
-        model, folder, templates=templates, max_bad_share=options.max_bad_share
-    )
+    found = classify_folder(model, folder, templates=templates, max_bad_share=options.max_bad_share)
     for problem in found.problems:
         say(f"left out: {problem.file} ({problem.what})")
     if found.texts_cut:
@@ -88,4 +78,4 @@ def classify(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

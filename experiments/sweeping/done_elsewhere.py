@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.sweeping.runs import Run, asked_config
 from experiments.sweeping.table import Row
-from unified_mm.commands import say
+from unified_mm.cli.messages import say
 from unified_mm.default_config import defaults
 from unified_mm.runs.folder import RunFolder, RunFolderError, differences
 

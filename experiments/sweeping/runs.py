@@ -12,12 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
-
 from experiments.sweeping.ablation import OWN, Ablation
+from unified_mm.cli.recipes import Recipe, check_seed, read_recipe, resolve
 from unified_mm.default_config import defaults
-from unified_mm.recipes import check_recipe, check_seed, resolve
 from unified_mm.runs.folder import FREE_FIELDS, RunFolder, differences
 
 ROOT = Path(__file__).parents[2]
@@ -137,32 +134,29 @@ def as_flag(value: Any) -> str:
 def check_run(run: Run) -> None:
     """Raises ValueError, naming the variant, for fields and values that its recipe refuses."""
     try:
-        argv = ["sweep", *run.config_arguments()]
-        check_recipe(argv)
-        parsed(tuple(argv))
-    except (OSError, ValueError, TypeError, flags.Error) as error:
+        recipe_of(run)
+    except (OSError, ValueError) as error:
         raise ValueError(f"variant {run.variant!r}: {' '.join(str(error).split())}") from error
 
 
-def parsed(argv: tuple[str, ...]) -> Any:
-    """The absl flag of a command line's config, as the main command parses it."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=list(argv))
-    values(argv)
-    return values["config"]
+def recipe_of(run: Run) -> Recipe:
+    """The recipe with the run's fields, as the main command reads it."""
+    found = read_recipe(run.config, run.config_arguments()[1:])
+    assert found is not None
+    return found
 
 
 @cache
-def resolved(argv: tuple[str, ...]) -> str:
-    """The config, as JSON, that the main command makes of its arguments."""
-    flag = parsed(argv)
-    return json.dumps(resolve(flag.value, flag, lambda _: None).to_dict())
+def resolved(path: str, fields: tuple[str, ...]) -> str:
+    """The config, as JSON, that the main command makes of a recipe and fields."""
+    recipe = read_recipe(path, fields)
+    assert recipe is not None
+    return json.dumps(resolve(recipe, lambda _: None).to_dict())
 
 
 def asked_config(run: Run) -> dict[str, Any]:
     """The config that the run would begin with."""
-    fixed = tuple(each for each in run.config_arguments() if not each.startswith("--config.seed="))
-    asked: dict[str, Any] = json.loads(resolved(("sweep", *fixed)))
+    asked: dict[str, Any] = json.loads(resolved(run.config, run.fields))
     return {**asked, "seed": run.seed}
 
 

@@ -17,8 +17,8 @@ from experiments.sweeping.jobs import End, Job
 from experiments.sweeping.local import Local
 from experiments.sweeping.loop import Told, signals_told
 from experiments.sweeping.progress import newest_records
-from experiments.sweeping.runs import Run, check_run, finished, make_run, parsed
-from unified_mm.commands import say
+from experiments.sweeping.runs import Run, check_run, finished, make_run, recipe_of
+from unified_mm.cli.messages import say
 
 STARTUP = 4  # trials that run to their end before any is pruned
 ASKED = "asked"  # the study's attribute that says what is searched
@@ -58,7 +58,7 @@ def search(
     for name, choice in ablation.search.space.items():
         first = choice.low if isinstance(choice, Span) else choice[0]
         check_run(make_run("search", 0, {**fields, name: first}, ablation.config, folder, more))
-    steps = parsed(("search", *base.config_arguments())).value.train.steps
+    steps = recipe_of(base).config.train.steps
     study = open_study(ablation.search, folder, int(WARMUP * steps))
     check_question(study, {"run": base.config_arguments(), "search": repr(ablation.search)}, folder)
     work: list[Trial] = []

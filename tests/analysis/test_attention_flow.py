@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from unified_mm.analysis.attention_flow import between_modalities, rollout, shares, stack_layers
-from unified_mm.modalities.tokens import Group
-from unified_mm.models.attention_weights import Weights
+from unified_mm.nn.sow import Weights
+from unified_mm.nn.tokens import Group
 
 GROUPS = (Group("image", "image", 3), Group("captioning", "text", 4))
 

@@ -27,7 +27,9 @@ def write_run(path, config, result=None, losses=()):
 
 def config(fusion, **more):
     options = {"split": "val", "max_images": 100}
-    return {"model": {"fusion": fusion}, "train": {"steps": 40}, "evaluation": options, **more}
+    train = {"steps": 40}
+    groups = {"model": {"fusion": fusion}, "train": train, "evaluation": options}
+    return {**groups, "data": {}, "objectives": {}, **more}
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def runs(tmp_path):
     }
     folders = [
         write_run(tmp_path / "early", config("early"), first, [3.0, 2.0, 1.0]),
-        write_run(tmp_path / "late", config("late", note=NASTY), second, [4.0, 3.0]),
+        write_run(tmp_path / "late", config("late", size=NASTY), second, [4.0, 3.0]),
         write_run(tmp_path / "going", config("gated_cross_attention"), None, [5.0, 4.0]),
         write_run(tmp_path / "clip", config("late", imported={"family": "clip", "part": "both"})),
         write_run(
@@ -110,7 +112,7 @@ def test_config_fields_that_differ_and_no_others(runs):
     config = rows(compare(runs).config)
     assert set(config) == {
         "model.fusion",
-        "note",
+        "size",
         "imported.family",
         "imported.part",
         "quantized.weights",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from unified_mm.analysis.scenes import read_scenes, scene_targets
-from unified_mm.data.world.build import scene_graph
-from unified_mm.data.world.scenes import ATTRIBUTES, WorldSpec, sample_scene
+from unified_mm.world.build import scene_graph
+from unified_mm.world.scenes import ATTRIBUTES, WorldSpec, sample_scene
 
 
 def test_labels_are_what_the_scenes_hold(tmp_path):

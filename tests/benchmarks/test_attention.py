@@ -6,7 +6,7 @@ import xml.etree.ElementTree as xml
 import pytest
 
 from unified_mm.benchmarks.attention import draw, sweep
-from unified_mm.models.options import TransformerOptions
+from unified_mm.nn.options import TransformerOptions
 
 
 @pytest.fixture(scope="module")

@@ -14,20 +14,15 @@ from PIL import Image
 
 from unified_mm.config import Config
 from unified_mm.data.documents import Document, Picture
-from unified_mm.data.interleave import (
-    FewShotRows,
-    InterleavedImages,
-    InterleavedText,
-    Layout,
-    Row,
-    interleaved_preparers,
-    measure,
-    pack,
-    packed_rows,
-)
+from unified_mm.data.interleave import FewShotRows, Layout, Row, measure, pack, packed_rows
 from unified_mm.data.pipeline import Preparer, evaluation_batches, training_batches
 from unified_mm.data.records import Record, Text
 from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.modalities.interleaved import (
+    InterleavedImages,
+    InterleavedText,
+    interleaved_preparers,
+)
 from unified_mm.modalities.modality import build_modalities
 
 COLOURS = [(30 * i + 20, 250 - 25 * i, 90 * i % 250) for i in range(6)]

@@ -16,7 +16,7 @@ import pytest
 import tiny_tfds
 from PIL import Image
 
-from unified_mm.commands import disk_is_full
+from unified_mm.cli.messages import disk_is_full
 from unified_mm.data import tfds_writer
 from unified_mm.data.sources import open_source
 from unified_mm.data.tfds_examples import Options

@@ -15,9 +15,9 @@ from unified_mm.analysis.comparison import summarise
 from unified_mm.compare import sizes_of
 from unified_mm.config import Config
 from unified_mm.default_config import defaults
-from unified_mm.inference.identity import model_identity
 from unified_mm.parallel.sharding import path_of
 from unified_mm.runs.folder import RunFolder, RunFolderError
+from unified_mm.search.search_index import model_identity
 from unified_mm.training.start_from import adopt, weights_to_start_from
 
 HERE = Path(__file__).parent

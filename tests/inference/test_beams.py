@@ -10,7 +10,7 @@ import tiny
 
 from unified_mm.inference.beams import beam_search
 from unified_mm.inference.decoding import Decoding
-from unified_mm.models.masks import Stream
+from unified_mm.nn.attention.rules import Stream
 
 END, PADDING, ROOM = 5, 0, 6
 STREAM = Stream("captioning", "prefix", autoregressive=True)

@@ -11,7 +11,7 @@ import tiny
 from unified_mm.inference.decoding import GREEDY
 from unified_mm.inference.generate import begin, generate
 from unified_mm.inference.sampling import make_sampling, sampling_arrays
-from unified_mm.models.masks import Stream
+from unified_mm.nn.attention.rules import Stream
 
 LENGTH, END, PADDING, ROWS = 12, 5, 0, 6
 

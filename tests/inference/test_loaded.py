@@ -204,12 +204,12 @@ def test_a_damaged_config_is_named(tmp_path, fields):
         unified_mm.load(tmp_path)
 
 
-def test_a_run_of_another_version_names_the_field(run, tmp_path):
+def test_a_modality_from_outside_that_lacks_a_field_names_it(tmp_path):
     config = tiny.config_dict().to_dict()
-    del config["model"]["attention"]
+    config["model"]["modalities"]["tone"] = {"type": "toy_tone:Tone", "frame": 4}
     write_json(RunFolder(tmp_path).config, config)
     tiny.tokenizer().save(RunFolder(tmp_path).tokenizer)
-    with pytest.raises(RunFolderError, match=r"config has no field model\.attention"):
+    with pytest.raises(RunFolderError, match=r"no field model\.modalities\.tone\.samples"):
         unified_mm.load(tmp_path)
 
 

@@ -20,10 +20,10 @@ from unified_mm.inference.quantized_params import (
     saved_shapes,
     weight_bytes,
 )
-from unified_mm.models.flamingo import GatedCrossAttention
-from unified_mm.models.masks import Stream
+from unified_mm.models.gated import GatedCrossAttention
+from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.quantized import Quantized
 from unified_mm.objectives.captioning import Captioning
-from unified_mm.parallel.quantized import Quantized
 from unified_mm.parallel.sharding import path_of, without_names
 
 STREAM = Stream("captioning", "prefix")
@@ -237,7 +237,7 @@ def test_what_cannot_be_is_refused(early, monkeypatch):
 def print_memory():
     """Bytes beside the arguments that writing takes, with float weights and with int8 ones."""
     from unified_mm.inference.decoding import GREEDY
-    from unified_mm.inference.texts import inputs_of, write_texts
+    from unified_mm.inference.predictor import inputs_of, write_texts
 
     width, layers = 128, 8
     changes = {

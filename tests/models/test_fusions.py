@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from unified_mm.modalities.tokens import Group, single_document
-from unified_mm.models.cross_attention import GatedCrossLayer, Memory, plan_cross_attention
-from unified_mm.models.masks import Stream, Visibility
-from unified_mm.models.options import GateOptions, TransformerOptions
-from unified_mm.models.resampler import PerceiverResampler, ResamplerOptions
+from unified_mm.nn.attention.cross_attention import GatedCrossLayer, Memory, plan_cross_attention
+from unified_mm.nn.attention.rules import Stream, Visibility
+from unified_mm.nn.options import GateOptions, TransformerOptions
+from unified_mm.nn.resampler import PerceiverResampler, ResamplerOptions
+from unified_mm.nn.tokens import Group, single_document
 from unified_mm.parallel.sharding import without_names
 
 GATED = {
@@ -37,9 +37,7 @@ def built(fusion, rule="interleaved_latest", **more):
 
 def numbers(tree, seed=0):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(scale=0.5, size=x.shape), x.dtype), tree
-    )
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(scale=0.5, size=x.shape), x.dtype), tree)
 
 
 def layer_norm(x, p, epsilon):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from unified_mm.modalities.tokens import TokenMetadata
-from unified_mm.models.masks import Stream, plan_passes
 from unified_mm.models.unified import text_group
+from unified_mm.nn.attention.rules import Stream, plan_passes
+from unified_mm.nn.tokens import TokenMetadata
 
 OTHER_PATH = {"model__remat": "full", "model__separate_attention": True, "model__unroll": 2}
 
@@ -121,7 +121,13 @@ def check_sight(task, params, streams):
                         if key == "text":
                             allowed = allowed and valid[other, k]
                         assert (sizes[b, q, other, k] > 0) == bool(allowed), (
-                            stream, query, b, q, key, other, k,
+                            stream,
+                            query,
+                            b,
+                            q,
+                            key,
+                            other,
+                            k,
                         )
 
 

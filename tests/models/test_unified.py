@@ -9,14 +9,14 @@ import pytest
 import tiny
 
 from unified_mm.modalities.image import patchify, resize_positions
-from unified_mm.modalities.tokens import Group, single_document
-from unified_mm.models.attention import Attention, plan_attention
-from unified_mm.models.feed_forward import Mlp
-from unified_mm.models.masks import RULES, Stream, Visibility
-from unified_mm.models.options import TransformerOptions
 from unified_mm.models.unified import text_group
+from unified_mm.nn.attention.attention import Attention, plan_attention
+from unified_mm.nn.attention.rules import RULES, Stream, Visibility
+from unified_mm.nn.feed_forward import Mlp
+from unified_mm.nn.layers import Norm
+from unified_mm.nn.options import TransformerOptions
+from unified_mm.nn.tokens import Group, single_document
 from unified_mm.objectives.captioning import score_text
-from unified_mm.parallel.layers import Norm
 from unified_mm.parallel.sharding import path_of, without_names
 
 KEY = jax.random.key(0)
@@ -140,7 +140,6 @@ def shapes_of(task):
     return jax.tree.map(lambda x: (x.shape, x.dtype), without_names(boxed))
 
 
-
 @pytest.mark.parametrize("part", ["attention", "feed_forward"])
 def test_a_copy_for_each_modality_of_the_same_weights_is_the_shared_model(task, params, part):
     other = tiny.task(**{f"model__separate_{part}": True})
@@ -217,6 +216,7 @@ def test_a_picture_of_another_size_gets_interpolated_positions(task, params):
 
 def bilinear(table, down, across):
     """Half-pixel centres, edges held: what image libraries call bilinear enlargement."""
+
     def weights(size, wanted):
         matrix = np.zeros((wanted, size))
         for i in range(wanted):
@@ -233,11 +233,13 @@ def bilinear(table, down, across):
 def patches_by_loops(pixels, patch):
     rows = []
     for picture in pixels:
-        rows.append([
-            picture[y : y + patch, x : x + patch].reshape(-1)
-            for y in range(0, picture.shape[0], patch)
-            for x in range(0, picture.shape[1], patch)
-        ])
+        rows.append(
+            [
+                picture[y : y + patch, x : x + patch].reshape(-1)
+                for y in range(0, picture.shape[0], patch)
+                for x in range(0, picture.shape[1], patch)
+            ]
+        )
     return np.array(rows)
 
 
@@ -263,8 +265,9 @@ def test_attention_is_softmax_of_scaled_products_written_out():
     plan = plan_attention(options, Visibility((stream,)), metadata, metadata, keep=(0, 3))
     module = Attention(options)
     params = without_names(module.init(KEY, jnp.asarray(x), plan, None))["params"]
-    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape, scale=0.4), p.dtype),
-                          params)
+    params = jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=p.shape, scale=0.4), p.dtype), params
+    )
     found, (keys, values) = module.apply({"params": params}, jnp.asarray(x), plan, None)
 
     def project(name):

@@ -10,15 +10,15 @@ import tiny
 
 from unified_mm.config import Config
 from unified_mm.default_config import default_config
-from unified_mm.models.pooling import AttentionPool, pooled
+from unified_mm.nn.pooling import AttentionPool, pooled
 from unified_mm.objectives.contrastive import (
     Contrastive,
     ContrastiveHead,
     Pooling,
     paired_rows,
 )
-from unified_mm.objectives.task import build_task
 from unified_mm.parallel.sharding import without_names
+from unified_mm.task import build_task
 
 DEFAULTS = default_config().objectives.contrastive.to_dict()
 OPTIONS = {**DEFAULTS, "width": 8}

@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 from unified_mm.default_config import default_config
-from unified_mm.models.masks import RULES
-from unified_mm.models.transformer import Transformer
+from unified_mm.nn.attention.rules import RULES
+from unified_mm.nn.transformer import Transformer
 from unified_mm.objectives.captioning import Captioning, scored_tokens
 from unified_mm.objectives.contrastive import Contrastive, paired_rows, text_valid
 from unified_mm.objectives.objective import as_pairs, build_objectives, masked_pair, mean
@@ -35,9 +35,7 @@ def test_the_image_is_encoded_once_a_step(monkeypatch, separate):
     params = jax.eval_shape(task.init, KEY)
     given.clear()
     batch = tiny.batch(task, 4)
-    jax.eval_shape(
-        lambda p: task.pairs(p, batch, KEY, deterministic=True), without_names(params)
-    )
+    jax.eval_shape(lambda p: task.pairs(p, batch, KEY, deterministic=True), without_names(params))
     assert sum(rows * images for rows, images, _ in given) == 4 * 4
     # Contrast and captioning beside the image, then matching's three texts an image on its own.
     assert sorted(given) == [(4, 4, 24), (12, 0, 12)]

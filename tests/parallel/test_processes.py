@@ -3,34 +3,21 @@
 import threading
 
 import pytest
-from absl import flags
 
-from unified_mm import cluster_flags
+from unified_mm.cli.flags import CLUSTER, cluster_of, parse
 from unified_mm.parallel import processes
 from unified_mm.parallel.processes import Cluster
 
 
-@pytest.fixture
-def parsed():
-    """Parses a command line; afterwards no flag is set."""
-    known = flags.FLAGS
-
-    def parse(*arguments):
-        known.unparse_flags()
-        for name in cluster_flags.FLAGS:
-            known[name].unparse()
-        known(["command", *arguments])
-        return cluster_flags.cluster_from_flags()
-
-    yield parse
-    parse()
+def parsed(*arguments):
+    return cluster_of(parse("main", "", arguments, takes=CLUSTER))
 
 
-def test_without_flags_a_process_is_alone(parsed):
+def test_without_flags_a_process_is_alone():
     assert parsed() is None
 
 
-def test_flags_name_the_place(parsed):
+def test_flags_name_the_place():
     assert parsed("--coordinator=10.0.0.1:8476", "--processes=4", "--process=0") == Cluster(
         "10.0.0.1:8476", 4, 0, "", 300, 100
     )
@@ -52,7 +39,7 @@ def test_flags_name_the_place(parsed):
         (("--distributed=auto", "--start_timeout=0"), "--start_timeout=0: must be at least 1"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(parsed, arguments, message):
+def test_flags_that_do_not_go_together_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         parsed(*arguments)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from unified_mm.data.pipeline import training_batches
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.rows import own_rows, rows_by_process
+from unified_mm.parallel.processes import own_rows, rows_by_process
 from unified_mm.parallel.sharding import to_global
 
 

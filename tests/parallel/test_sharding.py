@@ -49,8 +49,11 @@ def test_the_table_is_followed_and_scalars_are_everywhere(mesh):
 @pytest.mark.parametrize(
     "leaf, message",
     [
-        (named((4, 5), "embed", "heads"), r"block/w: axis 'heads' of size 5 is not divided by "
-                                          r"mesh.tensor=2; choose another mesh or another size"),
+        (
+            named((4, 5), "embed", "heads"),
+            r"block/w: axis 'heads' of size 5 is not divided by "
+            r"mesh.tensor=2; choose another mesh or another size",
+        ),
         (named((4, 4), "embed", "head"), "block/w: no rule covers axis 'head'; there are"),
         (shape(4, 4), r"block/w: an array of shape \(4, 4\) has no axis names"),
     ],
@@ -64,7 +67,8 @@ def test_copies_of_parameters_lie_as_they_do(mesh):
     """By path and shape: what only looks alike, or is another shape, is replicated."""
     params = {"a": {"w": shape(4, 4)}, "b": {"w": shape(4, 4)}}
     shardings = {
-        "a": {"w": NamedSharding(mesh, P("fsdp"))}, "b": {"w": NamedSharding(mesh, P("tensor"))},
+        "a": {"w": NamedSharding(mesh, P("fsdp"))},
+        "b": {"w": NamedSharding(mesh, P("tensor"))},
     }
     everywhere = NamedSharding(mesh, P())
     state = {"mu": params, "nu": {"a": {"w": shape(4)}}, "count": shape(), "w": shape(4, 4)}
@@ -79,5 +83,5 @@ def test_rows_of_a_batch_go_to_the_devices_in_order(mesh):
     np.testing.assert_array_equal(found, rows["x"])
     assert {shard.data.shape for shard in found.addressable_shards} == {(2, 3)}
     tree = {"x": {"y": [shape(1)]}}
-    (path, _), = jax.tree_util.tree_leaves_with_path(tree)
+    ((path, _),) = jax.tree_util.tree_leaves_with_path(tree)
     assert path_of(path).startswith("x/y/")

@@ -1,6 +1,6 @@
 """Real captions through MiniLM's weights, ours against transformers'; prints one line of JSON.
 
-    python tests/parity/captions.py FOLDER [200]
+python tests/parity/captions.py FOLDER [200]
 """
 
 import json

@@ -114,7 +114,7 @@ def test_vit(options, classifier, tmp_path):
 
     from unified_mm.config import Config
     from unified_mm.import_weights import import_directory
-    from unified_mm.objectives.task import build_task
+    from unified_mm.task import build_task
 
     config = transformers.ViTConfig(**VISION | options)
     kind = transformers.ViTForImageClassification if classifier else transformers.ViTModel

@@ -10,12 +10,12 @@ import tokenizers
 from PIL import Image
 
 from unified_mm.data import images
-from unified_mm.models.pretrained import preprocessing
-from unified_mm.models.pretrained.bert import BERT
-from unified_mm.models.pretrained.clip import CLIP, SIGLIP
-from unified_mm.models.pretrained.gpt2 import GPT2
-from unified_mm.models.pretrained.source import Source
-from unified_mm.models.pretrained.vocabularies import read_tokenizer
+from unified_mm.pretrained import preprocessing
+from unified_mm.pretrained.bert import BERT
+from unified_mm.pretrained.clip import CLIP, SIGLIP
+from unified_mm.pretrained.gpt2 import GPT2
+from unified_mm.pretrained.source import Source
+from unified_mm.pretrained.vocabularies import read_tokenizer
 
 TEXTS = [
     "a red square of size 2",
@@ -188,7 +188,7 @@ def test_a_run_sees_pictures_so(tmp_path):
 
     from unified_mm.config import Config
     from unified_mm.import_weights import import_directory
-    from unified_mm.objectives.task import build_task
+    from unified_mm.task import build_task
 
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     config = transformers.ViTConfig(**vision, num_attention_heads=2, image_size=32, patch_size=8)

@@ -93,5 +93,3 @@ def test_real_sentence_encoder(tmp_path):
         assert arrays["ids"].tolist() == row
     with pytest.raises(ValueError, match="no images"):
         model.embed_images([np.zeros((8, 8, 3), np.uint8)])
-
-

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from unified_mm.runs.checksums import array_checksum, tree_checksums
+from unified_mm.runs.seal import array_checksum, tree_checksums
 
 MASK = 0xFFFFFFFF
 

@@ -9,12 +9,12 @@ import jax
 import pytest
 import tiny
 
+from unified_mm.cli.recipes import recipe_config
 from unified_mm.config import Config
-from unified_mm.objectives.task import parameter_counts
-from unified_mm.parallel.chips import CHIPS, Chip, target
+from unified_mm.costs.chips import CHIPS, Chip, target
 from unified_mm.parallel.sharding import rule_items, shard_bytes, to_global
-from unified_mm.recipes import recipe_config
 from unified_mm.runs.folder import RunFolder
+from unified_mm.task import parameter_counts
 from unified_mm.training import estimate as estimating
 from unified_mm.training.ahead import DoesNotFit, lower_step, plan
 from unified_mm.training.estimate import estimate, lines, problem

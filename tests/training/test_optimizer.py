@@ -10,8 +10,7 @@ import tiny
 
 from unified_mm.config import Config
 from unified_mm.parallel.sharding import without_names
-from unified_mm.training.optimizer import make_optimizer
-from unified_mm.training.schedules import learning_rate_schedule
+from unified_mm.training.optimizer import learning_rate_schedule, make_optimizer
 
 STEPS = 6
 RULES = {
@@ -119,8 +118,11 @@ def test_default_rules_decay_matrices_alone():
     shapes = without_names(jax.eval_shape(tiny.task().init, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
     optimizer = make_optimizer(
-        options(train__learning_rate_rules=((".*", 1.0),), train__freeze_rules=((".*", False),),
-                train__warmup_steps=0),
+        options(
+            train__learning_rate_rules=((".*", 1.0),),
+            train__freeze_rules=((".*", False),),
+            train__warmup_steps=0,
+        ),
         STEPS,
         params,
     )
@@ -134,8 +136,9 @@ def test_default_rules_decay_matrices_alone():
 
 def test_idle_and_missing_rules_are_refused_by_field():
     with pytest.raises(ValueError, match="train.freeze_rules: no parameter is left for"):
-        make_optimizer(options(train__freeze_rules=(("nothing/.*", True), (".*", False))), 4,
-                       start())
+        make_optimizer(
+            options(train__freeze_rules=(("nothing/.*", True), (".*", False))), 4, start()
+        )
     with pytest.raises(ValueError, match="train.weight_decay_rules: no rule covers parameter"):
         make_optimizer(options(train__weight_decay_rules=((".*/kernel", 1.0),)), 4, start())
 

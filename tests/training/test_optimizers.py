@@ -10,8 +10,7 @@ import tiny
 from unified_mm.config import Config
 from unified_mm.runs.averages import keeps_average
 from unified_mm.training.muon import RMS
-from unified_mm.training.optimizer import make_optimizer
-from unified_mm.training.schedules import learning_rate_schedule
+from unified_mm.training.optimizer import learning_rate_schedule, make_optimizer
 
 STEPS = 6
 PLAIN = {
@@ -196,7 +195,7 @@ def test_muon_without_matrices_is_refused():
         )
 
 
-def test_runs_of_before_know_no_optimizer():
-    assert not keeps_average({"average_decay": 0.0})
+def test_which_runs_keep_an_average():
+    assert not keeps_average({"average_decay": 0.0, "optimizer": "adamw"})
     assert keeps_average({"average_decay": 0.0, "optimizer": "schedule_free"})
     assert keeps_average({"average_decay": 0.9, "optimizer": "adamw"})

@@ -20,20 +20,19 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from unified_mm.config import Config
+from unified_mm.costs.collectives import collectives_of
 from unified_mm.data.text_tokenizer import TextTokenizer
-from unified_mm.modalities.tokens import Group, single_document
-from unified_mm.models.attention import plan_attention
-from unified_mm.models.masks import Stream, Visibility
-from unified_mm.models.pipeline import Pipeline
-from unified_mm.models.transformer import Transformer
-from unified_mm.objectives.task import build_task
-from unified_mm.parallel.collectives import collectives_of
+from unified_mm.nn.attention.attention import plan_attention
+from unified_mm.nn.attention.rules import Stream, Visibility
+from unified_mm.nn.pipeline import Pipeline
+from unified_mm.nn.tokens import Group, single_document
+from unified_mm.nn.transformer import Transformer
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import path_of, place, rule_items, to_global, without_names
-from unified_mm.training.gradients import gradients
+from unified_mm.task import build_task
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import initial_state, state_of_phase
-from unified_mm.training.step import make_train_step
+from unified_mm.training.step import gradients, make_train_step
 
 FUSIONS = {
     "early": {},
@@ -124,9 +123,9 @@ def alone(fusion):
         make, _, optimizer, _ = first_state(fusion, mesh)
         state = make()
         key = jax.random.fold_in(state.key, 0)
-        loss, gradient, _ = jax.jit(
-            lambda p, b: gradients(task(fusion), optimizer, p, b, key, 1)
-        )(state.params, to_global(host_batch(fusion), mesh))
+        loss, gradient, _ = jax.jit(lambda p, b: gradients(task(fusion), optimizer, p, b, key, 1))(
+            state.params, to_global(host_batch(fusion), mesh)
+        )
     return jax.device_get((state.params, loss, gradient))
 
 
@@ -149,7 +148,8 @@ class Stepped:
     scope="module",
     params=[
         pytest.param(
-            (fusion, name), marks=() if (fusion, name) in FAST else pytest.mark.slow,
+            (fusion, name),
+            marks=() if (fusion, name) in FAST else pytest.mark.slow,
             id=f"{fusion}, {name}",
         )
         for fusion in FUSIONS
@@ -396,6 +396,8 @@ def test_a_mesh_that_does_not_divide_the_model_names_the_dimension(sizes, named)
         batch = jax.tree.map(lambda x: x[:4], tiny.batch(late, ROWS))
         jax.eval_shape(
             functools.partial(late.pairs, deterministic=True),
-            without_names(late.abstract_params()), batch, jax.random.key(0),
+            without_names(late.abstract_params()),
+            batch,
+            jax.random.key(0),
         )
         del params

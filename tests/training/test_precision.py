@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 from unified_mm.config import Config
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import place, rule_items, to_global
-from unified_mm.training.gradients import gradients
-from unified_mm.training.loss_scale import LARGEST, START, LossScale
 from unified_mm.training.optimizer import kept_as, make_optimizer
-from unified_mm.training.state import initial_state, state_of_phase
-from unified_mm.training.step import make_train_step
+from unified_mm.training.state import LARGEST, START, LossScale, initial_state, state_of_phase
+from unified_mm.training.step import gradients, make_train_step
 
 CHANGES = {
     "model__dtype": "float16",
@@ -105,8 +103,9 @@ def test_the_scale_saves_gradients_that_half_precision_loses():
     def vector(task, scale):
         small = [o.__class__(**{**vars(o), "weight": 2.0**-24}) for o in task.objectives]
         task = type(task)(task.modalities, task.model, tuple(small), task.tokenizer)
-        run = jax.jit(lambda p: gradients(task, optimizer, p, batch, jax.random.key(0), 1,
-                                          scale=scale)[1])
+        run = jax.jit(
+            lambda p: gradients(task, optimizer, p, batch, jax.random.key(0), 1, scale=scale)[1]
+        )
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(run(params))])
 
     expected = vector(whole, 1.0)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from unified_mm.training.rules import match_rules
+from unified_mm.training.optimizer import match_rules
 
 TREE = {"text": {"table": 0, "norm": {"scale": 0}}, "image": {"kernel": 0}}
 
@@ -10,7 +10,8 @@ TREE = {"text": {"table": 0, "norm": {"scale": 0}}, "image": {"kernel": 0}}
 def test_the_first_rule_that_matches_the_whole_path_wins():
     rules = (("text/norm/.*", 1), ("text/.*", 2), (".*", 3))
     assert match_rules("f", rules, TREE) == {
-        "text": {"table": 2, "norm": {"scale": 1}}, "image": {"kernel": 3},
+        "text": {"table": 2, "norm": {"scale": 1}},
+        "image": {"kernel": 3},
     }
 
 

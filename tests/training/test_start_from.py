@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 
 from unified_mm.config import Config
 from unified_mm.data.text_tokenizer import TextTokenizer
-from unified_mm.objectives.task import build_task
 from unified_mm.parallel.sharding import path_of
 from unified_mm.runs.folder import RunFolder
+from unified_mm.task import build_task
 from unified_mm.training.setup import prepare
 from unified_mm.training.start_from import adopt, overlay, weights_to_start_from
 
@@ -84,11 +84,7 @@ def test_both_parts_lie_where_another_stack_has_them(late, theirs, tmp_path):
         np.testing.assert_array_equal(
             params[name.format(layer % 2)][layer // 2], theirs[name.format(0)][layer]
         )
-    same = [
-        path
-        for path in params
-        if path.startswith(("towers_image/", "embedders_"))
-    ]
+    same = [path for path in params if path.startswith(("towers_image/", "embedders_"))]
     for path in same:
         np.testing.assert_array_equal(params[path], theirs[path], err_msg=path)
     assert len(same) > 10

@@ -13,14 +13,16 @@ from unified_mm.config import Config
 from unified_mm.objectives.objective import mean
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import from_parts, into_parts, place, rule_items, to_global
-from unified_mm.training.gradients import gradients
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import evaluation_params, initial_state, state_of_phase
-from unified_mm.training.step import make_train_step
+from unified_mm.training.step import gradients, make_train_step
 
 DECAY = 0.75
-CHANGES = {"train__warmup_steps": 0, "objectives__contrastive__weight": 0.0,
-           "objectives__matching__weight": 0.0}
+CHANGES = {
+    "train__warmup_steps": 0,
+    "objectives__contrastive__weight": 0.0,
+    "objectives__matching__weight": 0.0,
+}
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float
 
 from unified_mm.analysis.attention_maps import patch_grid
 from unified_mm.inference.loaded import LoadedModel
-from unified_mm.modalities.tokens import spans
-from unified_mm.models.attention_weights import Weights
+from unified_mm.nn.sow import Weights
+from unified_mm.nn.tokens import spans
 
 
 def shares(

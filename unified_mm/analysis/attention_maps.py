@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.predictor import Batch
-from unified_mm.modalities.tokens import spans
-from unified_mm.models.attention_weights import ATTENTION, Weights, by_path
-from unified_mm.models.masks import Stream
-from unified_mm.models.transformer import CROSS
+from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.sow import ATTENTION, Weights, by_path
+from unified_mm.nn.tokens import spans
+from unified_mm.nn.transformer import CROSS
 from unified_mm.objectives.captioning import Captioning
 
 IMAGE = "image"

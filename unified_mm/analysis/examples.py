@@ -11,8 +11,8 @@ from unified_mm.config import Config
 from unified_mm.data.records import Record
 from unified_mm.data.sources import Source, open_source
 from unified_mm.evaluation.evaluate import captions_of, is_scored
+from unified_mm.evaluation.splits import evaluated_splits
 from unified_mm.inference.loaded import LoadedModel
-from unified_mm.training.setup import evaluated_splits
 
 
 def open_data(config: Config, split: str = "", data_dir: str = "") -> tuple[Source, str]:

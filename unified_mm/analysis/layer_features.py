@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from unified_mm.inference.loaded import BATCH, LoadedModel, Picture
-from unified_mm.models.masks import Stream
-from unified_mm.models.pooling import pooled
-from unified_mm.models.residual_stream import RESIDUAL, layer_names, streams_by_layer
-from unified_mm.models.towers import WithTowers
+from unified_mm.models.late import WithTowers
+from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.pooling import pooled
+from unified_mm.nn.sow import RESIDUAL, layer_names, streams_by_layer
 from unified_mm.objectives.contrastive import Contrastive
 from unified_mm.objectives.objective import TextObjective
 

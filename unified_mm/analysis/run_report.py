@@ -18,8 +18,8 @@ from unified_mm.analysis.report import (
 from unified_mm.data import images
 from unified_mm.evaluation.evaluate import Scores, captions_of
 from unified_mm.files import write_atomically
-from unified_mm.modalities.tokens import Group, join_metadata, place, single_document
-from unified_mm.models.masks import RULES, Stream, Visibility, reference_mask
+from unified_mm.nn.attention.rules import RULES, Stream, Visibility, reference_mask
+from unified_mm.nn.tokens import Group, join_metadata, place, single_document
 from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.metrics import read_metrics
 

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Bool
 
 from unified_mm.analysis.probes import Target, yes_or_no
-from unified_mm.data.world.scenes import ATTRIBUTES
 from unified_mm.files import read_json
+from unified_mm.world.scenes import ATTRIBUTES
 
 COUNT = "objects/count"
 Scene = Mapping[str, Any]  # 'objects', each with its attributes; see `world.build.scene_graph`

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.quantized_params import dequantized, trace
-from unified_mm.models.layers_apart import LAYERS
+from unified_mm.nn.unstack import LAYERS
 from unified_mm.parallel.sharding import path_of
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from unified_mm.analysis.figures import as_svg
-from unified_mm.modalities.tokens import Group, TokenMetadata, join_metadata, place, single_document
-from unified_mm.models.attention import Attention, plan_attention
-from unified_mm.models.masks import Stream, Visibility
-from unified_mm.models.options import ATTENTION, TransformerOptions
-from unified_mm.models.transformer import Transformer
+from unified_mm.nn.attention.attention import Attention, plan_attention
+from unified_mm.nn.attention.rules import Stream, Visibility
+from unified_mm.nn.options import ATTENTION, TransformerOptions
+from unified_mm.nn.tokens import Group, TokenMetadata, join_metadata, place, single_document
+from unified_mm.nn.transformer import Transformer
 from unified_mm.parallel.sharding import without_names
-from unified_mm.training.environment import device_name, revision, versions
+from unified_mm.runs.environment import device_name, revision, versions
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 DEPTHS = (1, 2, 4, 8, 16)

@@ -25,12 +25,11 @@ from unified_mm.evaluation.evaluate import captions_of
 from unified_mm.inference.decoding import GREEDY, Written
 from unified_mm.inference.generate import advance, begin
 from unified_mm.inference.loaded import LoadedModel
-from unified_mm.inference.predictor import Predictor
+from unified_mm.inference.predictor import Predictor, inputs_of, write_texts
 from unified_mm.inference.quantization import quantized
 from unified_mm.inference.sampling import make_sampling
-from unified_mm.inference.texts import inputs_of, write_texts
-from unified_mm.models.masks import Stream
 from unified_mm.models.unified import UnifiedModel
+from unified_mm.nn.attention.rules import Stream
 
 NEVER = -1  # no token ends a text that is timed
 QUALITY_BATCH = 50

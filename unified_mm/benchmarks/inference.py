@@ -11,8 +11,8 @@ from unified_mm.benchmarks.requests import request_table
 from unified_mm.benchmarks.timing import memory_bandwidth, provenance
 from unified_mm.benchmarks.training import training_table
 from unified_mm.data.sources import open_source
+from unified_mm.evaluation.splits import open_split
 from unified_mm.inference.loaded import load
-from unified_mm.training.setup import open_split
 
 CLIENTS = 16
 SLOTS = 8

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unified_mm.models.backends import KERNEL_OF
+from unified_mm.nn.attention.backends import KERNEL_OF
 from unified_mm.parallel.mesh import platform
-from unified_mm.training.environment import device_name, revision, versions
+from unified_mm.runs.environment import device_name, revision, versions
 
 
 def fused_attention() -> str:

@@ -1,1 +1,5 @@
-"""Data: from a folder of images and texts to batches of arrays, by modality, with presence."""
+"""What is trained on: sources, manifests of records, the pipeline that makes batches of them."""
+
+from unified_mm.data.records import Manifest, Problem, Record, StoredImage, Text
+
+__all__ = ["Manifest", "Problem", "Record", "StoredImage", "Text"]

@@ -301,9 +301,7 @@ def refuse_bad(
     )
 
 
-def _cache_key(
-    folder: Path, split: str, source: str, captions: coco.Captions, stats: Stats
-) -> str:
+def _cache_key(folder: Path, split: str, source: str, captions: coco.Captions, stats: Stats) -> str:
     digest = hashlib.sha256(captions.path.read_bytes())
     setting = [FORMAT, PIL.__version__, str(folder), split, source]
     digest.update(json.dumps(setting).encode())

@@ -40,9 +40,7 @@ class _Rows:
     workers: int
 
     @classmethod
-    def of(
-        cls, batch_size: int, start_step: int, own: Rows | None, workers: int
-    ) -> "_Rows":
+    def of(cls, batch_size: int, start_step: int, own: Rows | None, workers: int) -> "_Rows":
         rows = tuple(range(batch_size)) if own is None else tuple(map(int, own))
         if not rows or not 0 <= min(rows) <= max(rows) < batch_size:
             raise ValueError(f"a batch of {batch_size} has no rows {list(rows)}")

@@ -208,8 +208,8 @@ def given_folder(data: Any) -> Source:
 
 def embedded_world(data: Any) -> Source:
     """The world that this package renders, made on first use and kept in the cache."""
-    from unified_mm.data.world.build import ensure_world
-    from unified_mm.data.world.scenes import WorldSpec
+    from unified_mm.world.build import ensure_world
+    from unified_mm.world.scenes import WorldSpec
 
     if data.dir:
         raise ValueError(f"data.source='world' reads no folder, but data.dir={data.dir!r} is given")

@@ -17,7 +17,7 @@ from unified_mm.evaluation.caption_scores import caption_scores
 from unified_mm.evaluation.few_shot import FewShot, few_shot_scores
 from unified_mm.inference.predictor import Predictor
 from unified_mm.objectives.captioning import Captioning
-from unified_mm.objectives.task import Task
+from unified_mm.task import Task
 
 SINGLE = "single_caption/"  # names of scores with one caption an image
 

@@ -15,12 +15,13 @@ import numpy as np
 
 from unified_mm.data.coco import Question
 from unified_mm.data.documents import Document, Part, Picture
-from unified_mm.data.interleave import Row, interleaved_preparers, measure
+from unified_mm.data.interleave import Row, measure
 from unified_mm.data.pipeline import evaluation_batches
 from unified_mm.data.records import Record, Text
 from unified_mm.evaluation import answers
 from unified_mm.evaluation.caption_scores import caption_scores
 from unified_mm.inference.predictor import Predictor
+from unified_mm.modalities.interleaved import interleaved_preparers
 
 _TOKENS_TOGETHER = 32  # rows are as long as a multiple of this, so that few shapes are compiled
 

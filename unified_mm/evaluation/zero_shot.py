@@ -23,7 +23,7 @@ from unified_mm.data.records import Problem
 from unified_mm.evaluation import retrieval
 from unified_mm.inference.classes import TEMPLATES, check_finite, class_embeddings, filled
 from unified_mm.inference.loaded import BATCH, LoadedModel
-from unified_mm.inference.pictures import (
+from unified_mm.search.pictures import (
     SUFFIXES,
     files_below,
     is_picture,

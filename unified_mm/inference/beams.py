@@ -11,8 +11,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from unified_mm.inference.generate import Reading, Text, read, read_prompts
-from unified_mm.models.masks import Stream
 from unified_mm.models.unified import UnifiedModel
+from unified_mm.nn.attention.rules import Stream
 
 NEVER = -1e30  # of a beam that is none; finite, so that sums of it stay numbers
 

@@ -14,10 +14,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from unified_mm.inference.sampling import Sampling, draw
-from unified_mm.modalities.tokens import PLACEMENT
-from unified_mm.models.cache import Cache
-from unified_mm.models.masks import Stream
 from unified_mm.models.unified import UnifiedModel, text_group
+from unified_mm.nn.attention.cache import Cache
+from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.tokens import PLACEMENT
 
 Text = Mapping[str, Array]
 

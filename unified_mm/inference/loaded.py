@@ -24,13 +24,13 @@ from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.predictor import Predictor
 from unified_mm.inference.quantized_params import in_dtype, saved_shapes
 from unified_mm.inference.streaming import stream
-from unified_mm.models.layers_apart import layers_apart, layers_stacked
-from unified_mm.objectives.task import Task, build_task
+from unified_mm.nn.unstack import layers_apart, layers_stacked
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import shardings_of, without_names
 from unified_mm.runs.averages import keeps_average
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, RunFolderError
+from unified_mm.task import Task, build_task
 
 Picture = Any  # a path, a stored image, a PIL image, or uint8 [height, width, 3]
 BATCH = 32
@@ -59,7 +59,7 @@ class LoadedModel:
         self.config = config
         self.step = step
         self.saved = config.as_dict() if saved is None else saved
-        # A layer at a time: see `models.layers_apart`.
+        # A layer at a time: see `nn.unstack`.
         apart = replace(task, model=task.model.with_options(apart=True))
         self.predictor = Predictor(apart, layers_apart(params), mesh)
 
@@ -305,8 +305,8 @@ def load(
         task = build_task(config, tokenizer)
     except MissingField as error:
         raise RunFolderError(
-            f"{folder.config} was written by another version: {error.args[0]} Use that version, "
-            "or train anew"
+            f"{folder.config} was written by another version of code from outside this package: "
+            f"{error.args[0]} Use that version"
         ) from error
     mesh = mesh or one_device_mesh()
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:

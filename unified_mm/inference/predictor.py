@@ -14,17 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
+from unified_mm.inference.beams import beam_search
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
-from unified_mm.inference.texts import inputs_of, write_texts
-from unified_mm.models.masks import Stream
+from unified_mm.inference.generate import begin, generate
+from unified_mm.inference.sampling import make_sampling, sampling_arrays
 from unified_mm.models.unified import UnifiedModel
+from unified_mm.nn.attention.rules import Stream
 from unified_mm.objectives.captioning import Captioning, score_text
 from unified_mm.objectives.contrastive import Contrastive
-from unified_mm.objectives.task import Task
-from unified_mm.parallel.rows import own_rows
+from unified_mm.parallel.processes import own_rows
 from unified_mm.parallel.sharding import serving_rules, to_global
+from unified_mm.task import Task
 
 Batch = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -95,9 +97,7 @@ class Predictor:
 
         return self._run("log_likelihood", score, batch)
 
-    def write(
-        self, batch: Batch, prompts: Sequence[str], decoding: Decoding = GREEDY
-    ) -> list[str]:
+    def write(self, batch: Batch, prompts: Sequence[str], decoding: Decoding = GREEDY) -> list[str]:
         """What the model writes about each example after its prompt ('' for captions), the best.
 
         Raises:
@@ -246,3 +246,61 @@ class Predictor:
 
 def _without_text(batch: Batch) -> dict[str, Any]:
     return {name: arrays for name, arrays in batch.items() if name != "text"}
+
+
+def inputs_of(
+    decoding: Decoding,
+    batch: Mapping[str, Any],
+    most: Int[np.ndarray, " B"],
+    ends: Sequence[int],
+    first: int,
+) -> dict[str, Any]:
+    """What `write_texts` takes.
+
+    Args:
+      batch: context and the beginning of each text.
+      most: how many tokens each text may have.
+      ends: tokens that end one.
+      first: number of the first example, which has a say in what is drawn.
+    """
+    if decoding.tokens is not None:
+        most = np.minimum(most, decoding.tokens)
+    inputs: dict[str, Any] = {"batch": batch}
+    if decoding.beams > 1:
+        inputs["length_penalty"] = np.full(len(most), decoding.length_penalty, np.float32)
+    else:
+        inputs["sampling"] = sampling_arrays(decoding, len(most), first)
+        most = np.repeat(most, decoding.samples)
+    inputs["most"] = most.astype(np.int32)
+    inputs["stop"] = np.tile(np.array(ends, np.int32), (len(most), 1))
+    return inputs
+
+
+def write_texts(
+    model: UnifiedModel,
+    params: Any,
+    inputs: Mapping[str, Any],
+    stream: Stream,
+    *,
+    beams: int,
+    samples: int,
+    room: int,
+    padding: int,
+) -> tuple[Int[Array, "R W"], Float[Array, " R"]]:
+    """`samples` texts of each example, R rows: padded tokens, and their log-likelihood in nats."""
+    given = dict(inputs)
+    batch = given.pop("batch")
+    if beams > 1:
+        penalty = given.pop("length_penalty")[0]
+        found = beam_search(
+            model, params, batch, stream, **given,
+            beams=beams, length_penalty=penalty, room=room, padding=padding,
+        )  # fmt: skip
+        written, likelihood = jax.tree.map(
+            lambda x: x[:, :samples].reshape(-1, *x.shape[2:]), found
+        )
+        return written, likelihood
+    given["sampling"] = make_sampling(**given["sampling"])
+    draft = begin(model, params, batch, stream, **given, room=room, padding=padding)
+    draft = generate(model, params, draft, stream, padding)
+    return draft.written, draft.likelihood

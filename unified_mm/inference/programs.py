@@ -19,7 +19,7 @@ from unified_mm.inference.loaded import LoadedModel
 from unified_mm.models.unified import UnifiedModel
 from unified_mm.objectives.captioning import Captioning
 from unified_mm.objectives.contrastive import Contrastive
-from unified_mm.objectives.task import Task
+from unified_mm.task import Task
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]
 IMAGE = "image"

@@ -20,10 +20,10 @@ import numpy as np
 
 from unified_mm.config import Config
 from unified_mm.modalities.text import TextEmbedder
-from unified_mm.objectives.task import Task
-from unified_mm.parallel.layers import Dense
-from unified_mm.parallel.quantized import Quantized
+from unified_mm.nn.layers import Dense
+from unified_mm.nn.quantized import Quantized
 from unified_mm.parallel.sharding import path_of
+from unified_mm.task import Task
 
 Axes = tuple[int, ...]  # that a product contracts, counted from the last: -1, -2
 

@@ -19,7 +19,7 @@ from unified_mm.inference.decoding import Decoding
 from unified_mm.inference.generate import Draft, advance, first, in_its_form, read_beside
 from unified_mm.inference.predictor import Predictor
 from unified_mm.inference.sampling import make_sampling, sampling_arrays
-from unified_mm.models.cache import Cache
+from unified_mm.nn.attention.cache import Cache
 
 ENTERING = (1, 4)  # texts, or images, that are read at once
 STOPS = 8  # tokens that may end a text

@@ -1,6 +1,15 @@
 """How raw data becomes tokens: one file a modality."""
 
 from unified_mm.modalities.modality import Modality, build_modalities
-from unified_mm.modalities.tokens import Group, TokenMetadata, Tokens, concatenate
+from unified_mm.nn.tokens import Group, TokenMetadata, Tokens, blank, concatenate, single_document
 
-__all__ = ["Group", "Modality", "TokenMetadata", "Tokens", "build_modalities", "concatenate"]
+__all__ = [
+    "Group",
+    "Modality",
+    "TokenMetadata",
+    "Tokens",
+    "blank",
+    "build_modalities",
+    "concatenate",
+    "single_document",
+]

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, UInt8
 
 from unified_mm.data import images
 from unified_mm.data.records import Image, Record
-from unified_mm.modalities.tokens import Group, Tokens, blank, single_document
-from unified_mm.parallel.layers import Dense, Norm, partitioned
+from unified_mm.nn.layers import Dense, Norm, partitioned
+from unified_mm.nn.tokens import Group, Tokens, blank, single_document
 
 STEMS = ("linear", "hierarchical")
 POSITIONS = ("grid", "line", "random", "none")
@@ -134,9 +134,7 @@ class ImageModality:
         self, pixels: UInt8[np.ndarray, "height width 3"]
     ) -> UInt8[np.ndarray, "size size 3"]:
         """What evaluation sees of a decoded picture."""
-        return images.evaluation_view(
-            pixels, self.size, resampling=self.resampling, fit=self.fit
-        )
+        return images.evaluation_view(pixels, self.size, resampling=self.resampling, fit=self.fit)
 
     def absent(self) -> dict[str, np.ndarray]:
         return {
@@ -216,13 +214,9 @@ class ImageEmbedder(nn.Module):
         return Tokens(blank(x, valid), single_document(valid, group))
 
     def _vector(self, name: str) -> Float[Array, " D"]:
-        return self.param(
-            name, partitioned(nn.initializers.normal(0.02), "embed"), (self.width,)
-        )
+        return self.param(name, partitioned(nn.initializers.normal(0.02), "embed"), (self.width,))
 
-    def _patches(
-        self, pixels: Float[Array, "B height width C"]
-    ) -> Float[Array, "B down across P"]:
+    def _patches(self, pixels: Float[Array, "B height width C"]) -> Float[Array, "B down across P"]:
         """Patches as rows of numbers: pixels, or features of their parts.
 
         The hierarchical stem follows Touvron et al. 2022 ("Three things everyone should know about

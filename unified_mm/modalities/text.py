@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 
 from unified_mm.data.records import Record, Text
 from unified_mm.data.text_tokenizer import TextTokenizer
-from unified_mm.modalities.tokens import Group, Tokens, single_document
-from unified_mm.parallel.layers import Norm, partitioned
-from unified_mm.parallel.quantized import Quantized
+from unified_mm.nn.layers import Norm, partitioned
+from unified_mm.nn.quantized import Quantized
+from unified_mm.nn.tokens import Group, Tokens, single_document
 
 VOCABULARY_MULTIPLE = 64
 

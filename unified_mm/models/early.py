@@ -8,10 +8,6 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from unified_mm.modalities.tokens import Tokens, concatenate, spans, take, together
-from unified_mm.models.attention import plan_attention
-from unified_mm.models.cache import Cache
-from unified_mm.models.masks import Stream, Visibility, plan_passes
 from unified_mm.models.unified import (
     Batch,
     Encoded,
@@ -19,6 +15,10 @@ from unified_mm.models.unified import (
     text_group,
     valid_by_name,
 )
+from unified_mm.nn.attention.attention import plan_attention
+from unified_mm.nn.attention.cache import Cache
+from unified_mm.nn.attention.rules import Stream, Visibility, plan_passes
+from unified_mm.nn.tokens import Tokens, concatenate, spans, take, together
 
 
 class EarlyFusion(UnifiedModel):

@@ -14,7 +14,13 @@ import flax.linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from unified_mm.modalities.tokens import (
+from unified_mm.nn.attention.attention import plan_attention
+from unified_mm.nn.attention.backends import KERNELS
+from unified_mm.nn.attention.cache import Cache
+from unified_mm.nn.attention.rules import AttentionRule, Stream, Visibility
+from unified_mm.nn.options import TransformerOptions
+from unified_mm.nn.pipeline import Pipeline
+from unified_mm.nn.tokens import (
     Group,
     TokenMetadata,
     Tokens,
@@ -23,18 +29,12 @@ from unified_mm.modalities.tokens import (
     placed_by_data,
     spans,
 )
-from unified_mm.models.attention import plan_attention
-from unified_mm.models.backends import KERNELS
-from unified_mm.models.cache import Cache
-from unified_mm.models.masks import AttentionRule, Stream, Visibility
-from unified_mm.models.options import TransformerOptions
-from unified_mm.models.pipeline import Pipeline
-from unified_mm.models.transformer import Transformer
+from unified_mm.nn.transformer import Transformer
 from unified_mm.registry import resolve
 
 FUSIONS = {
     "early": "unified_mm.models.early:EarlyFusion",
-    "gated_cross_attention": "unified_mm.models.flamingo:GatedCrossAttention",
+    "gated_cross_attention": "unified_mm.models.gated:GatedCrossAttention",
     "late": "unified_mm.models.late:LateFusion",
 }
 ABLE = """

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from unified_mm.models.masks import Stream
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel, text_group
+from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.layers import Dense
 from unified_mm.objectives.objective import Outcome, TextObjective, masked_pair, same_rank
-from unified_mm.parallel.layers import Dense
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,7 @@ class MatchingHead(nn.Module):
     """One logit from the text's last token, which has read all before it."""
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "C T D"], valid: Bool[Array, "C T"]
-    ) -> Float[Array, " C"]:
+    def __call__(self, x: Float[Array, "C T D"], valid: Bool[Array, "C T"]) -> Float[Array, " C"]:
         last = jnp.maximum(valid.sum(1) - 1, 0)
         token = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
         return Dense((1,), ("embed",), (None,), name="score")(token)[:, 0]

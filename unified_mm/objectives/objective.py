@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from unified_mm.models.masks import Stream
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
+from unified_mm.nn.attention.rules import Stream
 from unified_mm.registry import resolve
 
 BUILT_IN = {

@@ -41,9 +41,8 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from unified_mm.parallel.processes import first_decides, is_first, refuse_unequal, wait_for_all
-from unified_mm.runs.checksums import tree_checksums
 from unified_mm.runs.saved import saved_name
-from unified_mm.runs.seal import broken_files, is_sealed, write_seal
+from unified_mm.runs.seal import broken_files, is_sealed, tree_checksums, write_seal
 
 _POLL_SECONDS = 0.02
 _UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax names the folder of a save under way
@@ -302,9 +301,11 @@ class Checkpoints:
             lambda path, _: wanted.get(_name(path), ocp.PLACEHOLDER), there
         )
         how = jax.tree.map(
-            lambda leaf: ocp.RestoreArgs()
-            if leaf is ocp.PLACEHOLDER
-            else ocp.checkpoint_utils.construct_restore_args(leaf),
+            lambda leaf: (
+                ocp.RestoreArgs()
+                if leaf is ocp.PLACEHOLDER
+                else ocp.checkpoint_utils.construct_restore_args(leaf)
+            ),
             item,
         )
         state = self._read(step, state=ocp.args.PyTreeRestore(item, restore_args=how))["state"]

@@ -19,10 +19,10 @@ from unified_mm.inference.classes import TEMPLATES, class_embeddings, filled
 from unified_mm.inference.decoding import Decoding
 from unified_mm.inference.engine import Counts
 from unified_mm.inference.loaded import LoadedModel
-from unified_mm.inference.search_index import Hit, SearchIndex, mixed
 from unified_mm.inference.writing import QueueFull
 from unified_mm.objectives.captioning import Captioning
 from unified_mm.objectives.contrastive import Contrastive
+from unified_mm.search.search_index import Hit, SearchIndex, mixed
 from unified_mm.serving.limits import Limits, Refusal, busy
 from unified_mm.serving.metrics import Metrics
 from unified_mm.serving.pictures import shown, view_of

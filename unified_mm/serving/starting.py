@@ -12,8 +12,8 @@ import numpy as np
 from unified_mm.inference.decoding import GREEDY
 from unified_mm.inference.engine import Engine
 from unified_mm.inference.loaded import BATCHES, LoadedModel
-from unified_mm.inference.search_index import SearchIndex
 from unified_mm.inference.slots import ENTERING
+from unified_mm.search.search_index import SearchIndex
 from unified_mm.serving.limits import Limits
 from unified_mm.serving.service import Service, missing
 from unified_mm.serving.worker import Worker

@@ -12,14 +12,14 @@ import flax.linen as nn
 import jax
 
 from unified_mm.config import Config
+from unified_mm.costs.collectives import Collective, collectives_in
+from unified_mm.costs.hlo import Program
+from unified_mm.costs.traffic import memory_traffic
 from unified_mm.data.records import Manifest, Record, Text
-from unified_mm.objectives.task import build_task
-from unified_mm.parallel.collectives import Collective, collectives_in
-from unified_mm.parallel.hlo import Program
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import place, rule_items
-from unified_mm.parallel.traffic import memory_traffic
 from unified_mm.runs.averages import keeps_average
+from unified_mm.task import build_task
 from unified_mm.training.layout import in_training
 from unified_mm.training.phases import Phase, batch_shapes, build_phases
 from unified_mm.training.setup import scale_patience

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from unified_mm.objectives.task import parameter_counts
-from unified_mm.parallel.chips import Chip
-from unified_mm.parallel.collectives import totals_by_kind
-from unified_mm.parallel.roofline import roofline, utilisation
+from unified_mm.costs.chips import Chip
+from unified_mm.costs.collectives import totals_by_kind
+from unified_mm.costs.roofline import roofline, utilisation
 from unified_mm.parallel.sharding import shard_bytes
+from unified_mm.task import parameter_counts
 from unified_mm.training.ahead import DoesNotFit, compile_step, footprint
 from unified_mm.training.flops import computed_flops, training_flops
 from unified_mm.training.phases import Phase
@@ -27,7 +27,7 @@ def estimate(phase: Phase, chip: Chip | None, average_decay: float) -> Facts:
     Returns:
       `parameters`, `flops`, `computed_flops` (with what is computed again): of all chips together.
       Sizes in bytes (`peak_bytes` is everything that is there at once) and `collectives` by kind:
-      of one chip. Seconds of a step at the chip's peaks: see `parallel.roofline`. `fits`, and
+      of one chip. Seconds of a step at the chip's peaks: see `costs.roofline`. `fits`, and
       `problem`, what to change where it does not.
     """
     facts = asked(phase, chip)

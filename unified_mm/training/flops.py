@@ -8,11 +8,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from unified_mm.objectives.task import Task
-from unified_mm.parallel.flops import matmul_flops
+from unified_mm.costs.flops import matmul_flops
 from unified_mm.parallel.sharding import rule_items
-from unified_mm.training.gradients import gradients
+from unified_mm.task import Task
 from unified_mm.training.phases import Phase, batch_shapes
+from unified_mm.training.step import gradients
 
 
 def training_flops(phase: Phase) -> int:

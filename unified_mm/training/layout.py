@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,11 +12,12 @@ import jax
 from jax.sharding import Mesh
 
 from unified_mm.config import Config
-from unified_mm.models.backends import chosen
-from unified_mm.models.pipeline import Pipeline
-from unified_mm.objectives.task import Task, parameter_counts
+from unified_mm.costs.flops import equations
+from unified_mm.nn.attention.backends import SCOPE
+from unified_mm.nn.pipeline import Pipeline
 from unified_mm.parallel.sharding import rule_items, shard_bytes
-from unified_mm.training.environment import device_name
+from unified_mm.runs.environment import device_name
+from unified_mm.task import Task, parameter_counts
 from unified_mm.training.phases import Phase, batch_shapes
 
 
@@ -45,9 +46,7 @@ def inventory(mesh: Mesh, phases: Sequence[Phase]) -> str:
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1"
     pipeline = phases[0].task.model.options.pipeline
     if pipeline:
-        axes += (
-            f" | pipeline: {pipeline.micro_batches} micro-batches, bubble {pipeline.bubble:.0%}"
-        )
+        axes += f" | pipeline: {pipeline.micro_batches} micro-batches, bubble {pipeline.bubble:.0%}"
     processes = jax.process_count()
     return (
         f"devices: {device_name()}, of {processes} process{'es' * (processes > 1)} | mesh: {axes}\n"
@@ -87,3 +86,15 @@ def examples(phase: Phase) -> tuple[Any, Any, Any]:
     """Shapes of what a phase's losses are taken of: parameters, a part of a batch, a key."""
     batch = batch_shapes(phase.rows, phase.batch_size // phase.micro_batches)
     return phase.abstract.params, batch, jax.eval_shape(lambda: jax.random.key(0))
+
+
+def chosen(function: Callable[..., Any], *args: Any) -> str:
+    """The backends in `function(*args)` (shapes will do), and the queries x keys of their calls."""
+    found: dict[str, set[tuple[int, int]]] = {}
+    for equation in equations(jax.make_jaxpr(function)(*args).jaxpr):
+        for name, rows, columns in SCOPE.findall(str(equation.source_info.name_stack)):
+            found.setdefault(name, set()).add((int(rows), int(columns)))
+    return "; ".join(
+        f"{name} for {', '.join(f'{rows} x {columns}' for rows, columns in sorted(calls))}"
+        for name, calls in sorted(found.items())
+    )

@@ -16,8 +16,7 @@ import numpy as np
 from unified_mm.data.pipeline import training_batches
 from unified_mm.evaluation.evaluate import evaluate
 from unified_mm.inference.predictor import Predictor
-from unified_mm.parallel.processes import first_decides
-from unified_mm.parallel.rows import own_rows
+from unified_mm.parallel.processes import first_decides, own_rows
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.metrics import MetricsWriter

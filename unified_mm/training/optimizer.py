@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unified_mm.parallel.sharding import path_of
 from unified_mm.training.muon import scale_by_muon_or
-from unified_mm.training.rules import match_rules
 from unified_mm.training.schedule_free import ScheduleFree
-from unified_mm.training.schedules import learning_rate_schedule
 from unified_mm.training.update import Optimizer, select
 
 OPTIMIZERS = ("adamw", "muon", "schedule_free")
@@ -136,3 +136,91 @@ def scaling(
         return partial(ScheduleFree, b1=options.b1), plain
     adam = optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.epsilon)
     return Optimizer, (scale_by_muon_or(adam, params) if name == "muon" else adam)
+
+
+Rules = Sequence[Sequence[Any]]  # pairs of pattern and value
+
+
+def match_rules(field: str, rules: Rules, tree: Any) -> Any:
+    """The value of the first rule whose pattern is found in each leaf's whole path.
+
+    Args:
+      field: of the config that the rules come from, for messages.
+      rules: (regular expression, value); a pattern must match the whole path.
+      tree: of parameters.
+
+    Raises:
+      ValueError: a parameter that no rule covers, or a rule that covers none.
+    """
+    used = set()
+
+    def one(key_path: Any, leaf: Any) -> Any:
+        path = path_of(key_path)
+        for pattern, value in rules:
+            if re.fullmatch(pattern, path):
+                used.add(pattern)
+                return value
+        raise ValueError(f"{field}: no rule covers parameter {path!r}; end with ('.*', value)")
+
+    values = jax.tree_util.tree_map_with_path(one, tree)
+    for pattern, _ in rules[:-1]:
+        if pattern not in used:
+            raise ValueError(f"{field}: no parameter is left for the rule {pattern!r}")
+    return values
+
+
+FALLING = 0.2  # share of the steps that `constant_then_linear` falls in
+
+
+def learning_rate_schedule(options: Any, steps: int) -> optax.Schedule:
+    """Linear warm-up to `train.learning_rate`, then by `train.schedule` to `final_rate` of it.
+
+    Args:
+      options: `config.train`.
+      steps: of the whole run.
+
+    Raises:
+      ValueError: an unknown schedule.
+    """
+    if options.schedule not in SCHEDULES:
+        raise ValueError(
+            f"train.schedule={options.schedule!r}: must be one of {', '.join(SCHEDULES)}"
+        )
+    warmup = min(int(options.warmup_steps), max(steps - 1, 0))
+    shape = SCHEDULES[options.schedule](options, max(steps, warmup + 1) - warmup)
+    if not warmup:
+        return shape
+    rising = optax.linear_schedule(0.0, options.learning_rate, warmup)
+    return optax.join_schedules([rising, shape], [warmup])
+
+
+def cosine(options: Any, steps: int) -> optax.Schedule:
+    """Half a cosine (Loshchilov & Hutter 2017, SGDR, equation 5)."""
+    return optax.cosine_decay_schedule(options.learning_rate, steps, options.final_rate)
+
+
+def linear(options: Any, steps: int) -> optax.Schedule:
+    """A line."""
+    end = options.learning_rate * options.final_rate
+    return optax.linear_schedule(options.learning_rate, end, steps)
+
+
+def constant(options: Any, steps: int) -> optax.Schedule:
+    """No fall at all, as schedule-free training wants it."""
+    return optax.constant_schedule(options.learning_rate)
+
+
+def constant_then_linear(options: Any, steps: int) -> optax.Schedule:
+    """Constant, and over the last fifth a line (Haegele et al. 2024, section 3)."""
+    falling = max(1, round(FALLING * steps))
+    return optax.join_schedules(
+        [constant(options, steps), linear(options, falling)], [steps - falling]
+    )
+
+
+SCHEDULES: dict[str, Callable[[Any, int], optax.Schedule]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "constant": constant,
+    "constant_then_linear": constant_then_linear,
+}

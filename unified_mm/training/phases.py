@@ -12,12 +12,13 @@ from jax.sharding import Mesh
 
 from unified_mm.config import Config
 from unified_mm.data.documents import read_documents
-from unified_mm.data.interleave import FewShotRows, Layout, interleaved_preparers, packed_rows
+from unified_mm.data.interleave import FewShotRows, Layout, packed_rows
 from unified_mm.data.records import Manifest
+from unified_mm.modalities.interleaved import interleaved_preparers
 from unified_mm.objectives.objective import weighted
-from unified_mm.objectives.task import Task
 from unified_mm.parallel.sharding import Placement
 from unified_mm.runs.averages import keeps_average
+from unified_mm.task import Task
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import TrainState, state_of_phase
 from unified_mm.training.update import Optimizer

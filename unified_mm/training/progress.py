@@ -38,9 +38,7 @@ class Progress:
         """Not training since the last metrics: that time does not count as steps."""
         self._time = time.perf_counter()
 
-    def update(
-        self, step: int, metrics: Mapping[str, float], batch_size: int
-    ) -> dict[str, float]:
+    def update(self, step: int, metrics: Mapping[str, float], batch_size: int) -> dict[str, float]:
         """Shows the metrics up to `step`, of batches of a size.
 
         Returns:

@@ -16,16 +16,15 @@ from unified_mm.data.records import Manifest
 from unified_mm.data.sources import Source, open_source
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.evaluation.evaluate import Split
-from unified_mm.evaluation.few_shot import FewShot
+from unified_mm.evaluation.splits import evaluated_splits, open_split
 from unified_mm.files import user_path
-from unified_mm.objectives.task import Task, build_task
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.processes import connect, first_before_others, refuse_unequal
-from unified_mm.parallel.rows import own_rows
+from unified_mm.parallel.processes import connect, first_before_others, own_rows, refuse_unequal
 from unified_mm.parallel.sharding import place
 from unified_mm.runs.averages import keeps_average
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder
+from unified_mm.task import Task, build_task
 from unified_mm.training.layout import in_training, inventory
 from unified_mm.training.output import framed
 from unified_mm.training.phases import Phase, build_phases
@@ -192,56 +191,6 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     refuse_unequal("the data", " ".join([setup.fingerprint, *scored]))
     refuse_unequal("the tokenizer", task.tokenizer.as_json())
     return setup
-
-
-def evaluated_splits(config: Config, source: Source) -> list[str]:
-    """The split that is scored, and those of `evaluation.also` that the data has."""
-    there = source.splits()
-    wanted = config.evaluation.split
-    if wanted not in there:
-        raise ValueError(
-            f"evaluation.split={wanted!r} is not in {source.folder}, which has "
-            f"{', '.join(there)}; choose one of these"
-        )
-    return [wanted, *(name for name in config.evaluation.also if name in there and name != wanted)]
-
-
-def open_split(config: Config, source: Source, name: str) -> Split:
-    """What is scored of a split, up to `evaluation.max_images`."""
-    options = config.evaluation
-    answering = config.data.question_share > 0 or config.data.documents.questions
-    asked = answering or options.questions
-    questions = source.questions(name) if asked else ()
-    split = Split(
-        source.manifest(name),
-        source.foils(name),
-        questions,
-        source.questions(config.data.train_split) if questions else (),
-        few_shot(config, source) if options.shots else FewShot(),
-    )
-    return split.first(options.max_images)
-
-
-def few_shot(config: Config, source: Source) -> FewShot:
-    """What stands before the images of a split.
-
-    Raises:
-      ValueError: text is not read as in documents.
-    """
-    rule = config.objectives.captioning.rule
-    if not rule.startswith("interleaved"):
-        raise ValueError(
-            f"evaluation.shots needs objectives.captioning.rule='interleaved' or "
-            f"'interleaved_latest', is {rule!r}"
-        )
-    options = config.evaluation
-    return FewShot(
-        shots=tuple(options.shots),
-        support=source.manifest(config.data.train_split).records,
-        images=options.few_shot_images,
-        questions=options.few_shot_questions,
-        seed=config.seed,
-    )
 
 
 def run_tokenizer(config: Config, folder: RunFolder, train: Manifest) -> TextTokenizer:

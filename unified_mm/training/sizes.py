@@ -14,12 +14,12 @@ import tokenizers
 from ml_collections import ConfigDict
 
 from unified_mm.config import Config
+from unified_mm.costs.flops import matmul_flops
 from unified_mm.data.text_tokenizer import BOS, EOS, PAD, TextTokenizer
-from unified_mm.modalities.tokens import PLACEMENT
+from unified_mm.nn.tokens import PLACEMENT
 from unified_mm.objectives.captioning import Captioning
-from unified_mm.objectives.task import Task, build_task, parameter_counts
-from unified_mm.parallel.flops import matmul_flops
 from unified_mm.parallel.sharding import without_names
+from unified_mm.task import Task, build_task, parameter_counts
 
 ROWS = 8  # examples that FLOPs are counted on
 BY = ("width", "layers")

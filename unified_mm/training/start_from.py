@@ -17,12 +17,12 @@ from unified_mm.config import Config, get_field, set_field
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import defaults
 from unified_mm.inference.quantized_params import dequantized, saved_shapes
-from unified_mm.models.options import TransformerOptions
-from unified_mm.objectives.task import build_task
+from unified_mm.nn.options import TransformerOptions
 from unified_mm.parallel.sharding import path_of, without_names
 from unified_mm.runs.averages import keeps_average
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder
+from unified_mm.task import build_task
 
 # How a stack is computed and regularised is the new run's own affair.
 OWN = (

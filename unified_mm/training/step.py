@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,11 +13,164 @@ from flax import struct
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from unified_mm.objectives.task import Task
-from unified_mm.parallel.sharding import BATCH, Placement
-from unified_mm.training.gradients import gradients
+from unified_mm.objectives.objective import Comparing, Objective, Pair, mean, same_rank
+from unified_mm.parallel.sharding import BATCH, Placement, from_parts, into_parts
+from unified_mm.task import Task
 from unified_mm.training.state import TrainState
 from unified_mm.training.update import Optimizer
+
+Pairs = dict[str, Pair]
+
+
+@same_rank
+def weighted_total(objectives: Sequence[Objective], pairs: Pairs, counts: Mapping[str, Any]) -> Any:
+    """The weighted sum of mean losses, the counts being those of the whole batch."""
+    return sum(
+        objective.weight * mean((pairs[f"{objective.name}/loss"][0], counts[objective.name]))
+        for objective in objectives
+    )
+
+
+@same_rank
+def inner(x: Any, pull: Any) -> Any:
+    """Returns the sum of products of two arrays, element by element."""
+    return (x * pull).sum()
+
+
+def counts_of(objectives: Sequence[Objective], pairs: Pairs) -> dict[str, Any]:
+    """How much each objective scored."""
+    return {each.name: pairs[f"{each.name}/loss"][1] for each in objectives}
+
+
+def gradients(
+    task: Task,
+    optimizer: Optimizer,
+    params: Any,
+    batch: Any,
+    key: jax.Array,
+    micro_batches: int,
+    *,
+    scale: Any = 1.0,
+    shardings: Any = None,
+) -> tuple[Any, Any, Pairs]:
+    """The total loss over the whole batch, its gradient by what is trained, and its pairs.
+
+    Args:
+      task: whose objectives count.
+      optimizer: that knows what is trained.
+      params, batch, key: of the step.
+      micro_batches: parts that the batch is worked off in.
+      scale: the loss is multiplied by it before it is differentiated, and the gradient divided by
+        it after, so that small gradients of half-precision activations do not vanish.
+      shardings: of the trained parameters' gradients; as they come where None.
+    """
+
+    def laid_out(gradient: Any) -> Any:
+        if shardings is None:
+            return gradient
+        return jax.lax.with_sharding_constraint(gradient, shardings)
+
+    if micro_batches == 1:
+
+        def loss(part: Any) -> tuple[Any, tuple[Any, Pairs]]:
+            pairs = task.pairs(optimizer.whole(part, params), batch, key, deterministic=False)
+            total = weighted_total(task.objectives, pairs, counts_of(task.objectives, pairs))
+            return scale * total, (total, pairs)
+
+        gradient, (total, pairs) = jax.grad(loss, has_aux=True)(optimizer.part(params))
+        gradient = laid_out(gradient)
+    else:
+        accumulation = Accumulation(task, optimizer, params, scale, laid_out)
+        total, gradient, pairs = accumulation.run(batch, key, micro_batches)
+    return total, jax.tree.map(lambda g: g / scale, gradient), pairs
+
+
+class Accumulation:
+    """Gradient accumulation that is exact, also for objectives that compare examples.
+
+    An example's own loss adds up over micro-batches; how many are scored in all is counted first
+    (which needs no forward pass, and the compiler drops it). A loss among all examples (contrast)
+    does not: their embeddings are computed first, part by part and without gradient, the loss is
+    differentiated by the embeddings of the whole batch, and each part, computed again with the
+    same randomness, pulls its own back through the model (Gao et al. 2021, "Scaling deep
+    contrastive learning batch size under memory limited setup", section 3.2). Negatives that
+    matching mines come from the same micro-batch.
+    """
+
+    def __init__(
+        self, task: Task, optimizer: Optimizer, params: Any, scale: Any, laid_out: Any
+    ) -> None:
+        self.task = task
+        self.optimizer = optimizer
+        self.params = params
+        self.scale = scale
+        self.laid_out = laid_out
+        self.comparing: list[Any] = [x for x in task.objectives if isinstance(x, Comparing)]
+        self.own: list[Any] = [x for x in task.objectives if x not in self.comparing]
+
+    def run(self, batch: Any, key: jax.Array, micro_batches: int) -> tuple[Any, Any, Pairs]:
+        """Total loss, gradient of `scale` times it, and pairs."""
+        keys = jax.random.split(key, micro_batches)
+        into = partial(into_parts, parts=micro_batches)
+        rows = jax.tree.map(into, batch)
+        counted, kept = jax.lax.map(lambda part: self.look(*part), (rows, keys))
+        counts = jax.tree.map(lambda x: x.sum(0), counted)
+        compared, gradient, pulls, compared_pairs = self.compare(jax.tree.map(from_parts, kept))
+
+        def add(so_far: Any, part: Any) -> tuple[Any, None]:
+            total, gradient, pairs = so_far
+            loss, own, own_pairs = self.differentiate(part, counts)
+            gradient = self.laid_out(jax.tree.map(jnp.add, gradient, own))
+            return (total + loss, gradient, jax.tree.map(jnp.add, pairs, own_pairs)), None
+
+        parts: Any = (rows, keys, jax.tree.map(into, pulls))
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(lambda part: self.differentiate(part, counts)[2], first)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        start = (compared, self.laid_out(gradient), zeros)
+        (total, gradient, pairs), _ = jax.lax.scan(add, start, parts)
+        return total, gradient, pairs | compared_pairs
+
+    def look(self, rows: Any, key: jax.Array) -> tuple[dict[str, Any], Any]:
+        """What a part will score, and its embeddings."""
+        pairs, embedded = self.task.pairs_and_embedded(self.params, rows, key, deterministic=False)
+        return counts_of(self.own, pairs), embedded
+
+    def compare(self, embedded: Any) -> tuple[Any, Any, Any, Pairs]:
+        """The losses among all examples: total, gradient by parameters, by embeddings, pairs."""
+
+        def loss(part: Any, vectors: Any) -> tuple[Any, tuple[Any, Pairs]]:
+            whole = {name: each.replace(vectors=vectors[name]) for name, each in embedded.items()}
+            pairs = self.task.compared(self.optimizer.whole(part, self.params), whole)
+            total = weighted_total(self.comparing, pairs, counts_of(self.comparing, pairs))
+            return self.scale * total, (jnp.asarray(total, jnp.float32), pairs)
+
+        vectors = {name: each.vectors for name, each in embedded.items()}
+        (gradient, pulls), (total, pairs) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+            self.optimizer.part(self.params), vectors
+        )
+        return total, gradient, pulls, pairs
+
+    def differentiate(self, part: Any, counts: Any) -> tuple[Any, Any, Pairs]:
+        """A part's share of the examples' own losses; its gradient with that of its embeddings."""
+        rows, key, pulls = part
+
+        def loss(part: Any) -> tuple[Any, tuple[Any, Pairs]]:
+            pairs, embedded = self.task.pairs_and_embedded(
+                self.optimizer.whole(part, self.params), rows, key, deterministic=False
+            )
+            total = jnp.asarray(weighted_total(self.own, pairs, counts), jnp.float32)
+            vectors = {name: each.vectors for name, each in embedded.items()}
+            pulled = jax.tree.map(inner, vectors, pulls)
+            mine = {
+                name: pair
+                for name, pair in pairs.items()
+                if not any(name.startswith(f"{each.name}/") for each in self.comparing)
+            }
+            return self.scale * total + sum(jax.tree.leaves(pulled)), (total, mine)
+
+        gradient, (total, pairs) = jax.grad(loss, has_aux=True)(self.optimizer.part(self.params))
+        return total, gradient, pairs
 
 
 @struct.dataclass

@@ -1,0 +1,66 @@
+"""Chips and topologies: the table, and what is refused before any compiler is asked."""
+
+import jax
+import pytest
+
+from unified_mm.costs import chips
+from unified_mm.costs.chips import CHIPS, target
+
+
+def test_the_table_agrees_with_what_is_published_of_whole_pods():
+    """Peak compute of a pod, and the intensity (FLOPs a byte) where memory is the bound no more."""
+    assert CHIPS["v5e"].flops * 256 == pytest.approx(50.63e15, rel=0.01)
+    assert CHIPS["v6e"].flops * 256 == pytest.approx(234.9e15, rel=0.01)
+    assert CHIPS["v4"].flops * 4096 == pytest.approx(1.1e18, rel=0.03)
+    for chip in CHIPS.values():
+        assert 150 < chip.flops / chip.memory_bandwidth < 600
+        assert chip.link_bandwidth < chip.memory_bandwidth
+
+
+@pytest.mark.parametrize(
+    "topology, message",
+    [
+        ("v9:4x4", r"must be NAME:SIZES such as v5e:4x4 .*there are v4, v5e, v5p, v6e.*cpu:NUMBER"),
+        ("v5e", "must be NAME:SIZES"),
+        ("v5e:4xx4", "must be NAME:SIZES"),
+        ("cpu:many", "must be NAME:SIZES"),
+        ("v5e:4x4x4", "v5e makes tori of 2 dimensions and at most 256 chips"),
+        ("v6e:32x32", "at most 256 chips"),
+        ("v5p:8x8", "v5p makes tori of 3 dimensions"),
+        ("v5e:0x4", "makes tori of"),
+        ("cpu:0", "at least one device is needed"),
+        ("cpu:4096", f"this process has made {len(jax.devices())} already"),
+    ],
+)
+def test_wrong_topologies_are_refused(topology, message):
+    with pytest.raises(ValueError, match=message):
+        target(topology)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs the TPU's compiler, libtpu: pip install .*tpu"):
+        target("v5e:4x4")
+
+
+def test_devices_of_this_machine_have_no_known_peaks():
+    devices, chip = target("cpu:4")
+    assert devices == jax.devices()[:4]
+    assert chip is None
+
+
+@pytest.mark.topology
+@pytest.mark.parametrize(
+    "topology, count", [("v5e:4x4", 16), ("v6e:16x16", 256), ("v5p:4x4x8", 128), ("v4:2x2x4", 16)]
+)
+def test_one_device_a_chip(topology, count):
+    devices, chip = target(topology)
+    assert len(devices) == count
+    assert {device.platform for device in devices} == {"tpu"}
+    assert chip == CHIPS[topology.split(":")[0]]
+
+
+@pytest.mark.topology
+def test_what_the_compiler_refuses_is_one_line():
+    with pytest.raises(ValueError, match="--topology=v5e:3x5: .*not divisible"):
+        target("v5e:3x5")

@@ -1,0 +1,68 @@
+"""The counter of FLOPs against formulas."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from unified_mm.costs.flops import matmul_flops
+from unified_mm.nn.attention.attention import plan_attention
+from unified_mm.nn.attention.rules import Stream, Visibility
+from unified_mm.nn.options import TransformerOptions
+from unified_mm.nn.tokens import Group, single_document
+from unified_mm.nn.transformer import Transformer
+from unified_mm.parallel.sharding import without_names
+
+BATCH, TOKENS, WIDTH, LAYERS = 2, 10, 16, 3
+
+
+def forward(params, x, **changes):
+    options = TransformerOptions(WIDTH, LAYERS, 4, 4 * WIDTH, **changes)
+    metadata = single_document(jnp.ones((BATCH, TOKENS), bool), Group("t", "text", TOKENS))
+    plan = plan_attention(options, Visibility((Stream("t", "joint"),)), metadata, metadata)
+    stack = Transformer(options)
+    if params is None:
+        return without_names(jax.eval_shape(stack.init, jax.random.key(0), x, plan))
+    return stack.apply(params, x, plan)[0].sum()
+
+
+# L (24 D^2 N + 4 N^2 D) a sequence: projections and feed-forward of 4 D, and attention.
+FORWARD = BATCH * LAYERS * (24 * WIDTH**2 * TOKENS + 4 * TOKENS**2 * WIDTH)
+
+
+@pytest.mark.parametrize("changes", [{}, {"unroll": 3}, {"unroll": 2}])
+def test_a_plain_stack_forward_and_backward(changes):
+    x = jax.ShapeDtypeStruct((BATCH, TOKENS, WIDTH), jnp.float32)
+    params = forward(None, x)
+    assert matmul_flops(lambda p, x: forward(p, x, **changes), params, x) == FORWARD
+    gradient = jax.grad(lambda p, x: forward(p, x, **changes), argnums=(0, 1))
+    assert matmul_flops(gradient, params, x) == 3 * FORWARD
+
+
+def test_rematerialisation_costs_a_forward_pass_more():
+    x = jax.ShapeDtypeStruct((BATCH, TOKENS, WIDTH), jnp.float32)
+    params = forward(None, x)
+    gradient = jax.grad(lambda p, x: forward(p, x, remat="full"), argnums=(0, 1))
+    # The last product of a block, and of attention's output, is not needed again.
+    assert 3.5 * FORWARD < matmul_flops(gradient, params, x) <= 4 * FORWARD
+
+
+def test_a_scan_counts_as_often_as_it_runs_and_a_while_once():
+    w = jnp.ones((4, 4))
+
+    def scanned(x):
+        return jax.lax.scan(
+            lambda c, _: (jax.lax.scan(lambda d, _: (d @ w, None), c, None, length=3)[0], None),
+            x,
+            None,
+            length=5,
+        )[0]
+
+    one = 2 * 2 * 4 * 4
+    assert matmul_flops(scanned, jnp.ones((2, 4))) == 15 * one
+    assert matmul_flops(jax.jit(jax.checkpoint(scanned)), jnp.ones((2, 4))) == 15 * one
+
+    def looped(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ w, x)
+
+    assert matmul_flops(looped, jnp.ones((2, 4))) == one
+    assert matmul_flops(lambda x: jnp.einsum("bij,bjk->bik", x, x), jnp.ones((3, 2, 2))) == 48

@@ -1,0 +1,531 @@
+"""Every attention backend against softmax under the whole mask, written out in float64."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unified_mm.inference.predictor import Predictor
+from unified_mm.models.unified import text_group
+from unified_mm.nn.attention import backends, chunked, cudnn, splash
+from unified_mm.nn.attention.backends import look
+from unified_mm.nn.attention.masks import among_its_own, known_mask, of_call, pick
+from unified_mm.nn.attention.rules import (
+    RULES,
+    Stream,
+    Visibility,
+    block_calls,
+    block_mask,
+    reference_mask,
+)
+from unified_mm.nn.options import TransformerOptions
+from unified_mm.nn.resampler import look_at_all
+from unified_mm.nn.tokens import (
+    Group,
+    TokenMetadata,
+    join_metadata,
+    lengthen,
+    place,
+    placed_by_data,
+    single_document,
+)
+from unified_mm.parallel.mesh import make_mesh
+from unified_mm.parallel.sharding import rule_items, without_names
+from unified_mm.training.layout import attention_line
+from unified_mm.training.phases import Phase, Rows
+
+WIDTH = 4  # of a head
+GROUPS = (
+    Group("image", "image", 7),
+    Group("sound", "sound", 3),
+    Group("t", "text", 9),
+    Group("u", "text", 5),
+)
+# float32 against float64; gradients add up more terms.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE_GRADIENTS = {"rtol": 1e-4, "atol": 2e-5}
+# Blocks of a few queries, whatever the length.
+ATTEND = {"xla": backends.attend, "chunked": partial(chunked.attend, scores=60)}
+
+
+def options(name, heads=4, key_value_heads=2, width=WIDTH, **more):
+    return TransformerOptions(
+        heads * width, 1, heads, 8, key_value_heads=key_value_heads, attention=name, **more
+    )
+
+
+def filled(groups, seed, documents=2):
+    """Metadata of any kind: order, segments, documents and holes at random."""
+    rng = np.random.default_rng(seed)
+    shape = (2, sum(group.length for group in groups))
+    return TokenMetadata(
+        position=jnp.asarray(rng.integers(0, 12, shape), jnp.int32),
+        segment=jnp.asarray(rng.integers(0, 3, shape), jnp.int32),
+        document=jnp.asarray(rng.integers(0, documents, shape), jnp.int32),
+        valid=jnp.asarray(rng.random(shape) < 0.7),
+        groups=tuple(groups),
+    )
+
+
+def heads_of(queries, keys, seed, heads=4, key_value_heads=2, width=WIDTH):
+    """Queries, keys, values, and what is backpropagated."""
+    rng = np.random.default_rng(seed)
+    rows, columns = queries.valid.shape[1], keys.valid.shape[1]
+    sizes = [(rows, heads), (columns, key_value_heads), (columns, key_value_heads), (rows, heads)]
+    shape = [(queries.valid.shape[0], length, count, width) for length, count in sizes]
+    return [rng.normal(size=each).astype(np.float32) for each in shape]
+
+
+def written_out(query, key, value, cotangent, mask):
+    """Attention and its gradients by formula; a query that sees nothing gives zero."""
+    query, key, value, cotangent = (np.float64(x) for x in (query, key, value, cotangent))
+    shared = query.shape[2] // key.shape[2]
+    wide = [np.repeat(x, shared, axis=2) for x in (key, value)]
+    scale = query.shape[-1] ** -0.5
+    scores = np.einsum("bqha,bkha->bhqk", query, wide[0]) * scale
+    weights = np.where(mask[:, None], np.exp(scores - scores.max(-1, keepdims=True)), 0)
+    total = weights.sum(-1, keepdims=True)
+    weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    by_weight = np.einsum("bqha,bkha->bhqk", cotangent, wide[1])
+    by_score = weights * (by_weight - (weights * by_weight).sum(-1, keepdims=True)) * scale
+
+    def narrow(x):
+        return x.reshape(*x.shape[:2], -1, shared, x.shape[-1]).sum(3)
+
+    return np.einsum("bhqk,bkha->bqha", weights, wide[1]), (
+        np.einsum("bhqk,bkha->bqha", by_score, wide[0]),
+        narrow(np.einsum("bhqk,bqha->bkha", by_score, query)),
+        narrow(np.einsum("bhqk,bqha->bkha", weights, cotangent)),
+    )
+
+
+def by_calls(name, visibility, queries, keys, attend=None):
+    """query, key, value -> what all block calls of a rule give, side by side."""
+    attend = attend or ATTEND[name]
+
+    def run(query, key, value):
+        parts = []
+        for call in block_calls(visibility, queries.groups, keys.groups):
+            rows = query[:, slice(*call.queries)]
+            if not call.keys:
+                parts.append(jnp.zeros_like(rows))
+                continue
+            chosen = options(name, query.shape[2], key.shape[2], query.shape[3])
+            sight = look(chosen, call, queries, keys)
+            parts.append(attend(rows, pick(key, call), pick(value, call), sight))
+        return jnp.concatenate(parts, axis=1)
+
+    return run
+
+
+def agree(run, arrays, mask):
+    """Values and gradients of `run` are those written out."""
+    *inputs, cotangent = arrays
+    expected, expected_gradients = written_out(*arrays, np.asarray(mask))
+
+    @jax.jit
+    def both(inputs, cotangent):
+        found, pull = jax.vjp(run, *inputs)
+        return found, pull(cotangent)
+
+    found, gradients = both(inputs, cotangent)
+    np.testing.assert_allclose(found, expected, **CLOSE)
+    assert (np.asarray(found)[~np.asarray(mask).any(-1)] == 0).all()
+    for each, other in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(each, other, **CLOSE_GRADIENTS)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ATTEND)
+def test_one_sequence_under_every_rule(name, rule):
+    visibility = Visibility((Stream("t", rule), Stream("u", rule)))
+    metadata = filled(GROUPS, seed=1)
+    metadata = metadata.replace(document=metadata.document.at[0, 2].set(7))  # sees itself at most
+    metadata = metadata.replace(valid=metadata.valid.at[0, 2].set(False))
+    mask = reference_mask(visibility, metadata, metadata)
+    assert not np.asarray(mask)[0, 2].any()
+    run = by_calls(name, visibility, metadata, metadata)
+    agree(run, heads_of(metadata, metadata, 2), mask)
+
+
+@pytest.mark.parametrize("rule", ["separate", "prefix", "interleaved", "interleaved_latest"])
+@pytest.mark.parametrize("name", ATTEND)
+def test_text_that_looks_at_a_memory(name, rule):
+    """Cross-attention: texts look at features of a sequence of their own, under rules of theirs."""
+    visibility = Visibility((Stream("t", rule), Stream("u", "separate")))
+    queries, keys = filled(GROUPS[2:], seed=3), filled(GROUPS[:2], seed=4)
+    mask = reference_mask(visibility, queries, keys)
+    assert not np.asarray(mask)[:, 9:].any()
+    agree(by_calls(name, visibility, queries, keys), heads_of(queries, keys, 5), mask)
+
+
+@pytest.mark.parametrize("name", ATTEND)
+def test_latents_that_look_at_what_is_there(name):
+    """The resampler's: features with holes, and all latents."""
+    latents, features = 5, 14
+    valid = jnp.asarray(np.random.default_rng(6).random((2, features)) < 0.5).at[1].set(False)
+    sight = look_at_all(options(name, 2, 2), valid, latents)
+    mask = np.pad(np.asarray(valid), ((0, 0), (0, latents)), constant_values=True)
+    mask = np.broadcast_to(mask[:, None], (2, latents, features + latents))
+    queries, keys = filled([Group("l", "l", latents)], 0), filled([Group("k", "k", 19)], 0)
+    arrays = heads_of(queries, keys, 7, 2, 2)
+    agree(lambda q, k, v: ATTEND[name](q, k, v, sight), arrays, mask)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from([(1, 1), (2, 1), (6, 3), (4, 1)]),
+    st.integers(1, 500),
+    st.sampled_from(["all", "causal", "same_segment", "block_causal"]),
+    st.integers(0, 2**31),
+)
+def test_blocks_of_any_size(rows, columns, heads, scores, predicate, seed):
+    """Lengths that blocks do not divide, one query a block, one block for all."""
+    rule = {"all": "joint", "causal": "causal", "same_segment": "interleaved_latest"}
+    queries = filled([Group("t", "text", rows)], seed)
+    keys = filled([Group("image", "image", columns)], seed + 1)
+    visibility = Visibility((Stream("t", rule.get(predicate, "interleaved")),))
+    run = by_calls("chunked", visibility, queries, keys, partial(chunked.attend, scores=scores))
+    mask = reference_mask(visibility, queries, keys)
+    agree(run, heads_of(queries, keys, seed, *heads), mask)
+    blocks = chunked.block_count(rows, columns, scores)
+    assert 1 <= blocks <= rows and (blocks == 1) == (scores >= rows * columns or rows == 1)
+
+
+def compiled_gradient(name, length, rule="prefix"):
+    """The program of attention's values and gradients over one sequence, not run."""
+    groups = (Group("image", "image", length // 4), Group("t", "text", length - length // 4))
+    metadata = single_document(jnp.ones((1, length), bool), Group("all", "text", length))
+    metadata = jax.eval_shape(lambda: metadata.replace(groups=groups))
+
+    def total(arrays, metadata):
+        visibility = Visibility((Stream("t", rule),))
+        return by_calls(name, visibility, metadata, metadata, backends.attend)(*arrays).sum()
+
+    arrays = [jax.ShapeDtypeStruct((1, length, 4, 32), jnp.float32)] * 3
+    return jax.jit(jax.value_and_grad(total)).lower(arrays, metadata).compile()
+
+
+def test_blocks_hold_less_than_a_tenth_of_xlas_memory():
+    programs = {name: compiled_gradient(name, 4096) for name in ATTEND}
+    sizes = {name: each.memory_analysis().temp_size_in_bytes for name, each in programs.items()}
+    assert sizes["chunked"] < 0.1 * sizes["xla"], sizes
+    text = programs["chunked"].as_text()
+    assert "3072,4096" in programs["xla"].as_text() and "3072,4096" not in text
+    # And it grows with the length, not with its square.
+    shorter = compiled_gradient("chunked", 2048).memory_analysis().temp_size_in_bytes
+    assert sizes["chunked"] < 2.5 * shorter
+
+
+FUSIONS = {
+    "early": {},
+    "gated_cross_attention": {
+        "objectives__matching__weight": 0.0,
+        "model__resampler__latents": 3,
+        "model__resampler__layers": 1,
+        "model__resampler__heads": 2,
+        "model__resampler__head_width": 4,
+        "model__resampler__feed_forward": 8,
+    },
+    "late": {"objectives__matching__weight": 0.0, "objectives__captioning__weight": 0.0},
+}
+
+
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        pytest.param("early", marks=pytest.mark.slow),
+        pytest.param("gated_cross_attention", marks=pytest.mark.slow),
+        pytest.param("late", marks=pytest.mark.slow),
+    ],
+)
+def test_a_whole_model_is_the_same_in_blocks(fusion, monkeypatch):
+    """Loss and gradients of all objectives, with absent pictures and ragged texts."""
+    monkeypatch.setattr(chunked, "SCORES", 20)
+
+    def measured(name):
+        changes = {**FUSIONS[fusion], "model__fusion": fusion, "model__attention": name}
+        task = tiny.task(**changes)
+        batch = tiny.batch(task)
+        batch["image"]["present"] = jnp.array([True, False, True, True])
+
+        def total(params):
+            pairs = task.pairs(params, batch, jax.random.key(3), deterministic=True)
+            return sum(pairs[f"{o.name}/loss"][0] for o in task.objectives)
+
+        return jax.jit(jax.value_and_grad(total))(tiny.params(task))
+
+    (value, gradient), (other, other_gradient) = measured("xla"), measured("chunked")
+    np.testing.assert_allclose(value, other, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other_gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1, np.abs(a).max()))
+
+
+@pytest.mark.parametrize("fusion", ["early", "gated_cross_attention"])
+def test_reading_on_beside_a_cache_in_blocks(fusion, monkeypatch):
+    """A text read in two parts, the second beside the cache, is the text read at once."""
+    monkeypatch.setattr(chunked, "SCORES", 20)
+    changes = {**FUSIONS[fusion], "model__fusion": fusion, "model__attention": "chunked"}
+    task = tiny.task(**changes)
+    params, batch = tiny.params(task), tiny.batch(task, 2)
+    stream = Stream("captioning", "prefix", autoregressive=True)
+    text = {key: batch["text"][key] for key in ("ids", "valid", "present")}
+    text["valid"] = jnp.ones_like(text["valid"])
+
+    def part(start, stop):
+        cut = {key: text[key][:, start:stop] for key in ("ids", "valid")}
+        place = jnp.broadcast_to(jnp.arange(start, stop), cut["ids"].shape)
+        return {**cut, "present": text["present"], "place": place}
+
+    def run(model):
+        whole = model.encode({**batch, "text": text}, (stream,))["captioning"].text
+        first, cache = model.prefill({**batch, "text": part(0, 5)}, stream, 7)
+        assert text_group(stream, 12) == cache.metadata.groups[-1]
+        second, _ = model.extend(cache, part(5, 12), stream)
+        return whole, jnp.concatenate([first, second], axis=1)
+
+    whole, parts = jax.jit(lambda p: task.model.apply({"params": p}, method=run))(params)
+    np.testing.assert_allclose(whole, parts, atol=2e-5)
+
+
+def in_order(lengths, batch=2, seed=0):
+    """Context and text in order, as a batch without placement has them, with holes."""
+    rng = np.random.default_rng(seed)
+    parts, before = [], 0
+    for name, length in lengths.items():
+        valid = jnp.asarray(rng.random((batch, length)) < 0.7)
+        modality = "text" if len(name) == 1 else name
+        part = single_document(valid, Group(name, modality, length))
+        parts.append(place(part, {}, before))
+        before += length
+    return join_metadata(parts)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "prefix",
+        "joint",
+        pytest.param("separate_causal", marks=pytest.mark.slow),
+        pytest.param("causal", marks=pytest.mark.slow),
+        pytest.param("interleaved", marks=pytest.mark.slow),
+    ],
+)
+def test_splash_as_a_tpu_would_run_it(rule, monkeypatch):
+    """Its program interpreted on a CPU: 256 tokens of text, 4 heads on 2, holes, blind rows."""
+    monkeypatch.setattr(backends, "platform", lambda: "tpu")
+    metadata = in_order({"image": 128, "t": 256})
+    metadata = metadata.replace(valid=metadata.valid.at[0, :140].set(False))
+    visibility = Visibility((Stream("t", rule),))
+    mask = reference_mask(visibility, metadata, metadata)
+    assert not np.asarray(mask)[0].any(-1).all() or rule == "joint"
+    run = by_calls("splash", visibility, metadata, metadata, partial(splash.attend, interpret=True))
+    agree(run, heads_of(metadata, metadata, 8, 4, 2, 64), mask)
+
+
+def test_splash_in_packed_documents_that_see_all(monkeypatch):
+    monkeypatch.setattr(backends, "platform", lambda: "tpu")
+    metadata = filled([Group("image", "image", 128), Group("t", "text", 128)], seed=2, documents=3)
+    visibility = Visibility((Stream("t", "joint"),))
+    run = by_calls("splash", visibility, metadata, metadata, partial(splash.attend, interpret=True))
+    mask = reference_mask(visibility, metadata, metadata)
+    agree(run, heads_of(metadata, metadata, 9, 2, 2, 64), mask)
+
+
+def test_splash_on_a_mesh_divides_examples_and_heads(monkeypatch):
+    monkeypatch.setattr(backends, "platform", lambda: "tpu")
+    metadata = in_order({"image": 128, "t": 128})
+    visibility = Visibility((Stream("t", "prefix"),))
+    run = by_calls("splash", visibility, metadata, metadata, partial(splash.attend, interpret=True))
+    arrays = heads_of(metadata, metadata, 10, 4, 2, 64)[:3]
+    alone = jax.jit(run)(*arrays)
+    mesh = make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+        divided = jax.jit(lambda *arrays: run(*arrays))(*arrays)
+    np.testing.assert_allclose(divided, alone, atol=1e-6)
+    assert {shard.data.shape for shard in divided.addressable_shards} == {(1, 256, 2, 64)}
+
+
+def called(rule="prefix", query=1, **lengths):
+    """A rule's block call, counted among its own queries and keys, and their metadata."""
+    metadata = in_order(lengths or {"image": 128, "t": 128})
+    call = block_calls(Visibility((Stream("t", rule),)), metadata.groups, metadata.groups)[query]
+    return among_its_own(call), *of_call(call, metadata, metadata)
+
+
+def test_what_splash_cannot_do_it_refuses():
+    wide = options("splash", width=64)
+
+    def why(chosen=wide, platform="tpu", call=None):
+        with pytest.raises(ValueError, match="model.attention='splash'") as caught:
+            backends.choose(chosen, *(call or called()), platform)
+        return str(caught.value)
+
+    assert backends.choose(wide, *called(), "tpu") == "splash"
+    assert "needs a TPU, and this runs on cpu: set model.attention='auto'" in why(platform="cpu")
+    assert "multiple of 64, not 4: set model.head_width" in why(options("splash"))
+    assert "multiples of 128, not 100 queries" in why(call=called(image=128, t=100))
+    assert "multiples of 128, not 228 keys" in why(call=called(image=100, t=128))
+    metadata = placed_by_data(in_order({"image": 128, "t": 128}))
+    call = block_calls(Visibility((Stream("t", "causal"),)), metadata.groups, metadata.groups)[0]
+    documents = (among_its_own(call), *of_call(call, metadata, metadata))
+    assert "in packed documents or beside a cache" in why(call=documents)
+
+
+def test_order_is_forgotten_where_it_becomes_data():
+    """Static order is what fast kernels go by: a cache's slots and placed tokens have none."""
+    text = single_document(jnp.ones((1, 4), bool), Group("t", "text", 4))
+    assert text.groups[0].start == 0 and place(text, {}, 3).groups[0].start == 3
+    arrays = {key: jnp.zeros((1, 4), jnp.int32) for key in ("position", "segment", "document")}
+    assert place(text, arrays, 3).groups[0].start is None
+    assert [group.start for group in lengthen(text, text).groups] == [None]
+    other = text.replace(groups=(Group("u", "text", 4, 0),))
+    assert [group.start for group in lengthen(text, other).groups] == [0, None]
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.sampled_from(sorted(RULES)),
+    st.sampled_from([1, 5]),
+    st.sampled_from([1, 5]),
+    st.integers(0, 2**31),
+)
+def test_a_mask_known_beforehand_is_the_mask_of_the_metadata(rule, image, text, seed):
+    metadata = in_order({"image": image, "t": text}, seed=seed)
+    metadata = metadata.replace(valid=jnp.ones_like(metadata.valid))
+    for call in block_calls(Visibility((Stream("t", rule),)), metadata.groups, metadata.groups):
+        mask = np.asarray(block_mask(call, metadata, metadata))[0]
+        known = known_mask(among_its_own(call), *of_call(call, metadata, metadata))
+        np.testing.assert_array_equal(known, mask)
+
+
+HALF = {"width": 64, "dtype": jnp.bfloat16}
+
+
+def test_what_cudnn_cannot_do_it_refuses(monkeypatch):
+    half = options("cudnn", **HALF)
+
+    def why(chosen=half, platform="gpu", call=None):
+        with pytest.raises(ValueError, match="model.attention='cudnn'") as caught:
+            backends.choose(chosen, *(call or called()), platform)
+        return str(caught.value)
+
+    assert backends.choose(half, *called(), "gpu") == "cudnn"
+    assert "needs an NVIDIA GPU, and this runs on cpu" in why(platform="cpu")
+    assert "not in float32: set model.dtype='bfloat16'" in why(options("cudnn", width=64))
+    assert "up to 128 here, not 4: set" in why(options("cudnn", dtype=jnp.bfloat16))
+    too_wide = options("cudnn", width=192, dtype=jnp.bfloat16)
+    assert "up to 128 here, not 192: set model.head_width" in why(too_wide)
+    assert "not 127 x 255: change the number" in why(call=called(image=128, t=127))
+    # Where all is seen there is no mask, and any length will do.
+    assert backends.choose(half, *called("joint", 0, image=128, t=127), "gpu") == "cudnn"
+    monkeypatch.setattr(cudnn, "widest_head", lambda: 256)
+    assert backends.choose(too_wide, *called(), "gpu") == "cudnn"
+
+
+@pytest.mark.parametrize("rule", ["prefix", "joint", "separate"])
+def test_what_cudnn_is_given_means_what_the_rule_says(rule, monkeypatch):
+    """Its kernel runs on NVIDIA alone: here XLA computes what the kernel is asked for."""
+    monkeypatch.setattr(backends, "platform", lambda: "gpu")
+    asked = []
+    plain = jax.nn.dot_product_attention
+
+    def instead(query, key, value, *, implementation, mask=None, key_value_seq_lengths=None):
+        asked.append((implementation, mask is not None, key_value_seq_lengths is not None))
+        lengths = key_value_seq_lengths
+        return plain(query, key, value, mask=mask, key_value_seq_lengths=lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    metadata = in_order({"image": 8, "t": 6})
+    metadata = metadata.replace(valid=metadata.valid.at[1, :8].set(False))
+    visibility = Visibility((Stream("t", rule),))
+    half = options("cudnn", **HALF)
+
+    def run(query, key, value):
+        parts = []
+        for call in block_calls(visibility, metadata.groups, metadata.groups):
+            sight = look(half, call, metadata, metadata)
+            rows = query[:, slice(*call.queries)]
+            parts.append(backends.attend(rows, pick(key, call), pick(value, call), sight))
+        return jnp.concatenate(parts, axis=1)
+
+    agree(
+        run,
+        heads_of(metadata, metadata, 11, 4, 2, 64),
+        reference_mask(visibility, metadata, metadata),
+    )
+    by_length, by_mask = ("cudnn", False, True), ("cudnn", True, False)
+    assert set(asked) == ({by_length, by_mask} if rule == "prefix" else {by_length})
+
+
+def test_auto_goes_by_device_shape_and_rule():
+    half, whole = options("auto", **HALF), options("auto", width=64)
+    short, long = called(), called(image=256, t=1024)
+    assert backends.choose(whole, *short, "cpu") == "xla"
+    assert backends.choose(whole, *long, "cpu") == "chunked"
+    assert backends.choose(half, *short, "gpu") == "cudnn"
+    assert backends.choose(whole, *short, "gpu") == "xla"
+    assert backends.choose(whole, *long, "gpu") == "chunked"
+    assert backends.choose(half, *short, "tpu") == "splash"
+    assert backends.choose(half, *called(image=100, t=100), "tpu") == "xla"
+
+
+def test_what_was_chosen_is_read_off_the_traced_program():
+    metadata = in_order({"image": 8, "t": 6})
+    run = by_calls(
+        "chunked", Visibility((Stream("t", "prefix"),)), metadata, metadata, backends.attend
+    )
+    arrays = heads_of(metadata, metadata, 0)[:3]
+    gradient = jax.grad(lambda *arrays: jax.jit(run)(*arrays).sum())
+    assert backends.chosen(gradient, *arrays) == "chunked for 6 x 14, 8 x 8"
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="model.attention='flash': must be one of auto, xla"):
+        options("flash")
+
+
+def phase_of(task):
+    """As much of a phase of training as its losses need."""
+    phase = object.__new__(Phase)
+    known = {
+        "task": task,
+        "rows": Rows((), task.modalities, ""),
+        "batch_size": 8,
+        "micro_batches": 2,
+        "abstract": SimpleNamespace(params=without_names(task.abstract_params())),
+    }
+    for name, value in known.items():
+        object.__setattr__(phase, name, value)
+    return phase
+
+
+def test_a_run_says_once_what_was_chosen_or_refuses_before_its_first_step():
+    mesh = make_mesh({}, jax.devices()[:1])
+    line = attention_line([phase_of(tiny.task())] * 2, mesh)
+    assert line == "attention: xla for 4 x 4, 12 x 12, 12 x 16"
+    asked = phase_of(tiny.task(model__attention="cudnn"))  # parameters have their shapes anyhow
+    with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU, and this runs on cpu"):
+        attention_line([asked], mesh)
+
+
+def test_a_trained_model_is_asked_on_any_device():
+    mesh = make_mesh({}, jax.devices()[:1])
+
+    def asked(**changes):
+        model = Predictor(tiny.task(**changes), None, mesh).task.model
+        return model.options.attention, getattr(model, "tower", model.options).attention
+
+    assert asked(model__attention="splash") == ("auto", "auto")
+    assert asked(model__attention="chunked") == ("chunked", "chunked")
+    late = {**FUSIONS["late"], "model__fusion": "late", "model__tower__attention": "cudnn"}
+    assert asked(**late) == ("auto", "auto")

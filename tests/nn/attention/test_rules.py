@@ -1,0 +1,137 @@
+"""Block calls against the whole mask by definition, for any layout of tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unified_mm.nn.attention.rules import (
+    RULES,
+    Stream,
+    Visibility,
+    block_calls,
+    block_mask,
+    plan_passes,
+    reference_mask,
+)
+from unified_mm.nn.tokens import Group, TokenMetadata, Tokens, concatenate, place
+
+rules = st.sampled_from(sorted(RULES))
+
+
+@st.composite
+def layouts(draw):
+    """Texts under rules of their own beside up to two context modalities, and a seed."""
+    streams = tuple(Stream(f"t{i}", draw(rules)) for i in range(draw(st.integers(1, 3))))
+    contexts = draw(st.sampled_from([(), ("image",), ("image", "sound")]))
+    groups = [Group(name, name, draw(st.integers(1, 4))) for name in contexts]
+    groups += [Group(stream.name, "text", draw(st.integers(1, 4))) for stream in streams]
+    return streams, tuple(groups), draw(st.integers(0, 2**31))
+
+
+def filled(groups, seed):
+    """Tokens with metadata of any kind."""
+    rng = np.random.default_rng(seed)
+    shape = (2, sum(group.length for group in groups))
+    return TokenMetadata(
+        position=jnp.asarray(rng.integers(0, 6, shape)),
+        segment=jnp.asarray(rng.integers(0, 3, shape)),
+        document=jnp.asarray(rng.integers(0, 2, shape)),
+        valid=jnp.asarray(rng.random(shape) < 0.7),
+        groups=groups,
+    )
+
+
+def by_blocks(visibility, queries, keys):
+    """The whole mask, put together from the block calls' parts."""
+    mask = jnp.zeros((2, queries.valid.shape[1], keys.valid.shape[1]), bool)
+    covered = np.zeros(queries.valid.shape[1], int)
+    for call in block_calls(visibility, queries.groups, keys.groups):
+        part = block_mask(call, queries, keys)
+        covered[slice(*call.queries)] += 1
+        start = 0
+        for low, high, _ in call.keys:
+            seen = part[:, :, start : start + high - low]
+            mask = mask.at[:, slice(*call.queries), low:high].max(seen)
+            start += high - low
+        assert start == part.shape[2]
+    assert (covered == 1).all()  # each query is in one call
+    return mask
+
+
+@settings(max_examples=40, deadline=None)
+@given(layouts())
+def test_block_calls_and_the_reference_mask_are_the_rules_in_words(drawn):
+    streams, groups, seed = drawn
+    visibility, metadata = Visibility(streams), filled(groups, seed)
+    mask = np.asarray(reference_mask(visibility, metadata, metadata))
+    blocks = jax.jit(lambda metadata: by_blocks(visibility, metadata, metadata))
+    np.testing.assert_array_equal(blocks(metadata), mask)
+    owner = [group for group in metadata.groups for _ in range(group.length)]
+    rule_of = {stream.name: RULES[stream.rule] for stream in visibility.streams}
+    first = RULES[visibility.streams[0].rule]
+    names = ("position", "segment", "document", "valid")
+    position, segment, document, valid = (np.asarray(getattr(metadata, f)) for f in names)
+    for b in range(2):
+        for q, query in enumerate(owner):
+            for k, key in enumerate(owner):
+                if query.modality == key.modality == "text":
+                    rule = rule_of[query.name].text_to_text if query.name == key.name else "none"
+                elif query.modality == "text":
+                    rule = rule_of[query.name].text_to_context
+                elif key.modality == "text":
+                    rule = rule_of[key.name].context_to_text
+                elif query.modality == key.modality:
+                    rule = first.context_to_context
+                else:
+                    rule = first.across_contexts
+                before = position[b, k] <= position[b, q]
+                same = segment[b, k] == segment[b, q]
+                seen = {
+                    "none": False,
+                    "all": True,
+                    "causal": before,
+                    "same_segment": same,
+                    "block_causal": before or same,
+                }
+                expected = seen[rule] and valid[b, k] and document[b, k] == document[b, q]
+                assert mask[b, q, k] == expected, (b, query, key)
+
+
+def test_neighbours_with_equal_rows_share_a_call():
+    groups = (Group("image", "image", 4), Group("a", "text", 3), Group("b", "text", 3))
+    streams = (Stream("a", "prefix"), Stream("b", "prefix"))
+    calls = block_calls(Visibility(streams), groups, groups)
+    assert [call.queries for call in calls] == [(0, 4), (4, 7), (7, 10)]
+    assert calls[2].keys == ((0, 4, "all"), (7, 10, "causal"))
+    joint = block_calls(Visibility((Stream("a", "joint"),)), groups[:2], groups[:2])
+    assert len(joint) == 1 and joint[0].keys == ((0, 7, "all"),)
+
+
+def test_texts_share_a_pass_where_the_context_comes_out_alike():
+    contrast, caption = Stream("c", "separate"), Stream("w", "prefix", autoregressive=True)
+    causal, joint, joint2 = Stream("o", "causal"), Stream("j", "joint"), Stream("k", "joint")
+    assert plan_passes([contrast, caption], ["image"]) == [(contrast, caption)]
+    # With two contexts, one rule lets them see each other and the other does not.
+    assert plan_passes([contrast, caption], ["image", "sound"]) == [(contrast,), (caption,)]
+    assert plan_passes([contrast, causal, caption], ["image"]) == [(contrast, caption), (causal,)]
+    # A text that the context sees shares with none.
+    assert plan_passes([joint, caption, joint2], ["image"]) == [(joint,), (caption,), (joint2,)]
+    assert plan_passes([], ["image"]) == []
+
+
+def test_wrong_rules_and_groups_are_refused():
+    with pytest.raises(ValueError, match="unknown attention rule 'suffix'; there are separate"):
+        Stream("t", "suffix").resolved()
+    with pytest.raises(ValueError, match="t: rule 'joint' lets the context see the text"):
+        Stream("t", "joint", autoregressive=True).resolved()
+    assert Stream("t", "separate").resolved().text_to_text == "all"
+    assert Stream("t", "separate", autoregressive=True).resolved().text_to_text == "causal"
+    zeros = jnp.zeros((1, 2), jnp.int32)
+    metadata = TokenMetadata(zeros, zeros, zeros, zeros == 0, (Group("image", "image", 2),))
+    part = Tokens(jnp.zeros((1, 2, 3)), metadata)
+    with pytest.raises(ValueError, match="two token groups share a name"):
+        concatenate([part, part])
+    assert (np.asarray(place(metadata, {}, 3).position) == 3).all()

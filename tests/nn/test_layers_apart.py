@@ -1,0 +1,72 @@
+"""Layers with parameters of their own against the scanned stack."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from unified_mm.inference.decoding import GREEDY
+from unified_mm.inference.generate import begin, generate
+from unified_mm.inference.sampling import make_sampling, sampling_arrays
+from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.unstack import layers_apart, layers_stacked
+
+STREAM = Stream("captioning", "prefix", autoregressive=True)
+GATED = {
+    "model__fusion": "gated_cross_attention",
+    "model__layers": 4,
+    "model__cross__every": 2,
+    "model__cross__start": 0.5,
+    "model__resampler__latents": 3,
+    "model__resampler__layers": 1,
+    "model__resampler__heads": 2,
+    "model__resampler__head_width": 4,
+    "objectives__matching__weight": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "cache"), [({}, "same"), (GATED, "int8")], ids=["early", "gated, int8"]
+)
+def test_the_same_text_and_embeddings(changes, cache):
+    task = tiny.replace_model(tiny.task(**changes), cache=cache)
+    other = tiny.replace_model(task, apart=True)
+    params, batch = tiny.params(task), tiny.batch(task, 3)
+
+    asked = {
+        "most": jnp.full(3, 6, jnp.int32),
+        "stop": jnp.full((3, 1), -1, jnp.int32),
+        "sampling": make_sampling(**jax.tree.map(jnp.asarray, sampling_arrays(GREEDY, 3, 0))),
+    }
+
+    def ask(task):
+        @jax.jit
+        def run(params, batch):
+            encoded = task.model.apply({"params": params}, batch, (STREAM,), method="encode")
+            draft = begin(task.model, params, batch, STREAM, **asked, room=6, padding=0)
+            draft = generate(task.model, params, draft, STREAM, 0)
+            return encoded[STREAM.name].text, draft.written, draft.likelihood
+
+        return run
+
+    stacked, apart = ask(task)(params, batch), ask(other)(layers_apart(params), batch)
+    np.testing.assert_allclose(apart[0], stacked[0], atol=1e-5)
+    np.testing.assert_array_equal(apart[1], stacked[1])
+    np.testing.assert_allclose(apart[2], stacked[2], atol=1e-3)
+
+
+@pytest.mark.parametrize("layers", [1, 12])
+def test_there_and_back(layers):
+    rng = np.random.default_rng(0)
+    stack, alone = (rng.normal(size=shape).astype(np.float32) for shape in ((layers, 3), (4, 2)))
+    params = {
+        "transformer": {"layers": {"block_0": {"kernel": stack}}, "norm": {"scale": alone}},
+        "resamplers_image": {"attention_0": {"kernel": alone}},
+    }
+    apart = layers_apart(params)
+    assert set(apart["transformer"]) == {"norm", *(f"layers_{n}" for n in range(layers))}
+    # As transformations of trees give it back, by the alphabet.
+    again = layers_stacked(jax.tree.map(lambda x: x, apart))
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, params, again)

@@ -1,0 +1,219 @@
+"""From the command line's config flags to one resolved config."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from unified_mm.config import get_field, set_field
+from unified_mm.data.images import resolve_backend
+from unified_mm.default_config import defaults
+from unified_mm.files import naming
+from unified_mm.models.unified import fusion
+from unified_mm.objectives.objective import objective_kind
+from unified_mm.runs.saved import UnknownField, field_paths, new_field, refuse_unknown
+from unified_mm.training.sizes import fit_to_budget
+from unified_mm.training.start_from import adopt
+
+# Where data lies and how it is checked; groups with all that they hold.
+DATA_FIELDS = (
+    "data.source",
+    "data.dir",
+    "data.tfds",
+    "data.cache_dir",
+    "data.max_bad_share",
+    "data.world",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as a command line names it.
+
+    Attributes:
+      path: of its file, with its size where one was given: configs/coco.py:base.
+      config: with the fields that the command line set.
+      overrides: dotted names of these fields.
+    """
+
+    path: str
+    config: ConfigDict
+    overrides: tuple[str, ...]
+
+
+def read_recipe(path: str | None, fields: Sequence[str]) -> Recipe | None:
+    """Returns the recipe of a command line, None without any.
+
+    Args:
+      path: of its file.
+      fields: --config.FIELD=VALUE, or --config.FIELD VALUE, each.
+
+    Raises:
+      FileNotFoundError, ValueError: a wrong recipe, size, field or value.
+    """
+    names = [each.partition("=")[0] for each in fields if each.startswith("--config.")]
+    if path is None:
+        if names:
+            raise ValueError(f"{names[0]} changes a recipe: --config=FILE is needed beside it")
+        return None
+    known = list(field_paths(recipe_config(path).to_dict()))
+    for name in names:
+        field = name.removeprefix("--config.")
+        if (new := new_field(field)) != field:
+            raise ValueError(f"{name} is called --config.{new} now")
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{name}: the config has no field {field!r}{hint}")
+    argv = ["", f"--config={path}", *fields]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (OSError, TypeError, flags.Error) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    overrides = config_flags.get_override_values(values["config"])
+    return Recipe(path, holder.value, tuple(sorted(overrides)))
+
+
+def recipe_config(given: str) -> ConfigDict:
+    """The config of a recipe, such as configs/coco.py:tiny.
+
+    Raises:
+      FileNotFoundError, ValueError: no such file, one that is no recipe, or no such size.
+    """
+    path, _, size = given.partition(":")
+    check_is_recipe(path, f"--config={given}")
+    get_config = load_recipe(path).get_config
+    sizes = [size] if size else []
+    try:
+        inspect.signature(get_config).bind(*sizes)
+    except TypeError as error:
+        fault = f"the recipe has no sizes ({size!r})" if size else "the recipe needs a size"
+        raise ValueError(f"--config={given}: {fault}") from error
+    config = get_config(*sizes)
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"--config={given}: its get_config returns a {type(config).__name__}, not a "
+            "ml_collections.ConfigDict"
+        )
+    return config
+
+
+def check_is_recipe(path: str, flag: str) -> None:
+    """Refuses, without running it, a file that is no Python or has no get_config."""
+    if not os.path.isfile(path):
+        what = "is a folder" if os.path.isdir(path) else "does not exist: there is no such file"
+        raise FileNotFoundError(f"{flag}: {path!r} {what}")
+    with naming(flag):
+        source = Path(path).read_bytes()
+    try:
+        members = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        raise ValueError(f"{flag}: not a Python file{line}: a recipe is one") from error
+    if not any(isinstance(m, ast.FunctionDef) and m.name == "get_config" for m in members):
+        raise ValueError(f"{flag}: no recipe, for it defines no get_config")
+    if not path.endswith(".py"):
+        raise ValueError(f"{flag}: the name of a recipe ends in .py")
+
+
+def resolve(recipe: Recipe, tell: Callable[[str], None]) -> ConfigDict:
+    """The config with everything decided that the recipe leaves open.
+
+    Args:
+      recipe: as the command line names it.
+      tell: takes a line about what was decided.
+    """
+    chosen = resolve_auto(recipe)
+    try:
+        refuse_unknown(chosen.to_dict(), defaults())
+    except UnknownField as error:
+        raise ValueError(f"the recipe has what nothing reads: {error}") from error
+    check_seed(chosen.seed)
+    try:
+        chosen.data.decoder = resolve_backend(chosen.data.decoder)
+    except ImportError as error:
+        raise ValueError(f"data.decoder={chosen.data.decoder!r}: {error}") from error
+    chosen = serve_what_can_be(chosen, recipe.overrides, tell)
+    return fit_to_budget(adopt(chosen, recipe.overrides))
+
+
+def settled_fields(config: ConfigDict) -> list[str]:
+    """Fields that `resolve` itself acts on, so that nothing later in a run reads them."""
+    return ["model.budget", "model.budget_by"] if config.model.budget else []
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed of more than the 32 bits that jax makes keys of."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed}: must be a whole number from 0 to {2**32 - 1}")
+
+
+def serve_what_can_be(
+    config: ConfigDict, asked: Collection[str], tell: Callable[[str], None]
+) -> ConfigDict:
+    """Without the recipe's objectives that its fusion cannot serve.
+
+    Those that the command line asks for stay, and are refused when the model is built.
+
+    Args:
+      config: with a fusion that may not be the one its objectives were chosen for.
+      asked: fields that the command line set.
+      tell: takes a line for each objective that is switched off.
+    """
+    chosen = ConfigDict(config.to_dict())
+    able = fusion(chosen.model.fusion).abilities
+    for name, options in chosen.objectives.items():
+        field = f"objectives.{name}.weight"
+        if options.weight <= 0 or field in asked:
+            continue
+        kind = objective_kind(options.type)
+        if kind and kind not in able:
+            tell(f"{field}=0: {chosen.model.fusion!r} fusion cannot serve it")
+            options.weight = 0.0
+    return chosen
+
+
+def resolve_auto(recipe: Recipe) -> ConfigDict:
+    """The recipe's preset for the devices at hand, where the command asked for none.
+
+    Fields that the command line set keep what it said. A config whose `size` is 'auto' leaves the
+    preset open.
+    """
+    if recipe.config.get("size") != "auto":
+        return recipe.config
+    size = "tiny" if jax.default_backend() == "cpu" else "base"
+    chosen: ConfigDict = load_recipe(recipe.path.split(":")[0]).get_config(size)
+    for field in recipe.overrides:
+        set_field(chosen, field, get_field(recipe.config, field))
+    return chosen
+
+
+def outside(fields: Sequence[str], groups: Sequence[str]) -> list[str]:
+    """Those of dotted `fields` that are neither among `groups` nor within one of them."""
+    return [
+        field
+        for field in fields
+        if not any(field == group or field.startswith(f"{group}.") for group in groups)
+    ]
+
+
+def load_recipe(path: str | Path) -> Any:
+    """The module of a recipe's file."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

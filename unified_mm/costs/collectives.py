@@ -1,0 +1,163 @@
+"""What devices say to each other in a compiled step, read from its optimised HLO.
+
+    compiled = step.lower(state, batch).compile()
+    collectives_of(compiled.as_text())
+
+A program is that of one device, so all bytes are of one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from unified_mm.costs.hlo import Instruction, Program, Run, array_bytes
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+      kind: one of `KINDS`.
+      bytes: of the whole array on one device, each time it runs: what comes out of an all-gather,
+        what goes into any other.
+      count: how often a step runs it.
+      group_size: devices that take part together.
+      source: where in the traced program it comes from, as the compiler tells it.
+    """
+
+    kind: str
+    bytes: int
+    count: int
+    group_size: int
+    source: str = field(default="", compare=False)
+
+    @property
+    def sent(self) -> int:
+        """Bytes that each device sends in a step, by the usual ring algorithms.
+
+        For n devices an all-gather, a reduce-scatter or an all-to-all sends (n - 1) / n of the
+        array, an all-reduce twice that, anything else all of it (Thakur et al. 2005, section 4).
+        """
+        ring = (self.group_size - 1) / self.group_size
+        share = {
+            "all-gather": ring,
+            "reduce-scatter": ring,
+            "all-to-all": ring,
+            "ragged-all-to-all": ring,
+            "all-reduce": 2 * ring,
+        }
+        return round(self.count * self.bytes * share.get(self.kind, 1.0))
+
+
+def collectives_of(compiled_text: str) -> list[Collective]:
+    """The collectives of a compiled program, each instruction once, in the program's order.
+
+    How often those in loops are counted: see `costs.hlo.Program.runs`.
+
+    Args:
+      compiled_text: `compiled.as_text()`, after the optimisation passes.
+
+    Raises:
+      ValueError: a text that is no HLO module.
+    """
+    return collectives_in(Program.parse(compiled_text))
+
+
+def collectives_in(program: Program) -> list[Collective]:
+    """The same of a program that is parsed already."""
+    return [_collective(run, program) for run in collective_runs(program)]
+
+
+def collective_runs(program: Program) -> Iterator[Run]:
+    """The instructions that begin a collective.
+
+    A TPU's compiler spreads one collective over several fusions, between which (and in loops
+    between which) others run; it bears the same channel in each. The first one begins it.
+    """
+    begun = set()
+    for run in program.runs():
+        if kind_of(run.line) is None:
+            continue
+        if "async_collective_fusion" in run.line.attributes:
+            channel = run.line.attribute(r"channel_id=(\d+)")
+            if channel in begun:
+                continue
+            begun.add(channel)
+        yield run
+
+
+def kind_of(line: Instruction) -> str | None:
+    """Of the collective that begins with an instruction, if any does."""
+    name = line.opcode.removesuffix("-start")
+    return name if name in KINDS else None
+
+
+def totals_by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, int]]:
+    """By kind: how many run in a step, the bytes of their arrays, and the bytes that are sent.
+
+    All three are of one device.
+    """
+    totals: dict[str, dict[str, int]] = {}
+    for each in collectives:
+        of_kind = totals.setdefault(each.kind, {"count": 0, "bytes": 0, "sent": 0})
+        of_kind["count"] += each.count
+        of_kind["bytes"] += each.count * each.bytes
+        of_kind["sent"] += each.sent
+    return totals
+
+
+def _collective(run: Run, program: Program) -> Collective:
+    line = run.line
+    kind = kind_of(line) or ""
+    size = _group_size(line, program.devices)
+    around = program.computations[run.computation]
+    total = sum(array_bytes(around[name].type) for name in line.operands)
+    if kind == "all-gather":
+        total *= size
+    if kind == "all-reduce" and run.computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # a TPU's: fused with the slice that each device keeps
+    return Collective(kind, total, run.times, size, line.attribute(r'op_name="([^"]*)"'))
+
+
+def _group_size(line: Instruction, devices: int) -> int:
+    """Devices of the first group, in any of the ways that groups are written."""
+    if pairs := line.attribute(r"source_target_pairs=\{(\{.*?\})\}"):
+        return _ring(pairs)
+    if listed := line.attribute(r"replica_groups=\{\{([\d,]+)\}"):
+        return listed.count(",") + 1
+    if counted := line.attribute(r"replica_groups=\[\d+,(\d+)\]"):
+        return int(counted)
+    if axes := line.attribute(r"replica_groups=mesh\[([^\]]*)\]"):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes))
+        named = line.attribute(r"replica_groups=mesh\[[^{]*\{([^}]*)\}")
+        used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named)
+        return math.prod(int(part or sizes[axis]) for axis, part in used)
+    return devices
+
+
+def _ring(pairs: str) -> int:
+    """How many devices the chain joins that the first pair of `{0,1},{1,2}` is part of."""
+    found = re.findall(r"\{(\d+),(\d+)\}", pairs)
+    following = dict(found)
+    before = {target: source for source, target in found}
+    joined = {found[0][0]}
+    for step in (following, before):
+        device = step.get(found[0][0])
+        while device is not None and device not in joined:
+            joined.add(device)
+            device = step.get(device)
+    return len(joined)

@@ -1,0 +1,110 @@
+"""Bytes that a compiled step moves between a chip's memory and the units that compute."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from unified_mm.costs.collectives import collective_runs, kind_of
+from unified_mm.costs.hlo import Instruction, Program, Run, array_bytes
+
+# What moves nothing by itself.
+STILL = frozenset(
+    "after-all async-start bitcast call conditional constant get-tuple-element opt-barrier"
+    " parameter partition-id replica-id tuple while".split()
+)
+SLICES = ("dynamic-slice", "slice", "gather")
+
+
+def memory_traffic(program: Program) -> int:
+    """Bytes that one device reads from its memory and writes to it in a step, by the program.
+
+    Every kernel reads its operands and writes its results once; of what it only takes a slice of,
+    or only changes a slice of, the slice counts. Arrays that the compiler keeps in another memory
+    space (on a TPU, that beside the units that compute) cost nothing. Loops count as often as they
+    run: see `costs.hlo.Program.runs`.
+    """
+    plain = sum(
+        run.times * _traffic(run, program)
+        for run in program.runs()
+        if not run.fused and kind_of(run.line) is None
+    )
+    return plain + sum(run.times * _own_traffic(run, program) for run in collective_runs(program))
+
+
+def _traffic(run: Run, program: Program) -> int:
+    line = run.line
+    around = program.computations[run.computation]
+    if line.opcode in STILL or line.opcode.endswith("-done"):
+        return 0
+    if line.opcode == "fusion":
+        return sum(_fusion_traffic(program.computations[name]) for name in line.calls)
+    if line.opcode in SLICES:
+        return 2 * array_bytes(line.type)
+    if line.opcode.removesuffix("-start") in SLICES:  # its tuple holds what it takes a slice of
+        return array_bytes(line.type) - sum(array_bytes(around[n].type) for n in line.operands)
+    if line.opcode == "custom-call" and not line.operands:  # room that nothing is written to
+        return 0
+    if line.opcode == "dynamic-update-slice":
+        return 2 * array_bytes(around[line.operands[1]].type)
+    return _own_traffic(run, program)
+
+
+def _own_traffic(run: Run, program: Program) -> int:
+    """Of an instruction by itself: what it reads and what it writes."""
+    written = _near(run.line.type)
+    if run.line.type.startswith("(") and run.line.opcode.endswith("-start"):
+        return written  # its tuple holds what it reads, too
+    around = program.computations[run.computation]
+    return written + sum(_near(around[name].type) for name in run.line.operands)
+
+
+def _fusion_traffic(lines: Mapping[str, Instruction]) -> int:
+    """Of a kernel: its parameters, or the slices it takes of them, and its results."""
+    users: dict[str, list[Instruction]] = {}
+    for line in lines.values():
+        for name in line.operands:
+            users.setdefault(name, []).append(line)
+
+    def read(name: str, whole: int) -> int:
+        total = 0
+        for user in users.get(name, ()):
+            first = user.operands[0] == name
+            if user.opcode == "bitcast":
+                total += read(user.name, whole)
+            elif user.opcode in SLICES and first:
+                total += array_bytes(user.type)
+            elif _passes(user) or (user.opcode == "dynamic-update-slice" and first):
+                continue
+            else:
+                total += whole
+        return min(total, whole)
+
+    def written(line: Instruction) -> int:
+        if line.opcode == "tuple":
+            return sum(written(lines[name]) for name in line.operands)
+        if line.opcode == "bitcast" and _near(line.type):
+            return written(lines[line.operands[0]])
+        if line.opcode == "dynamic-update-slice" and _near(line.type):
+            return array_bytes(lines[line.operands[1]].type)
+        return 0 if line.opcode == "parameter" or _passes(line) else _near(line.type)
+
+    parameters = [line for line in lines.values() if line.opcode == "parameter"]
+    return sum(read(line.name, _near(line.type)) for line in parameters) + sum(
+        written(line) for line in lines.values() if line.root
+    )
+
+
+def _passes(line: Instruction) -> bool:
+    """Whether a kernel hands something on without touching it: a collective under way counts as
+    a collective."""
+    return (
+        kind_of(line) is not None
+        or line.opcode == "tuple"
+        or "AsyncCollective" in line.attribute(r'custom_call_target="([^"]*)"')
+    )
+
+
+def _near(type_: str) -> int:
+    """Bytes of the arrays of a type that lie in the chip's memory, and in no other space."""
+    return array_bytes(re.sub(r"\w+\[[\d,]*\]\{[^}]*S\([^}]*\}", "", type_))

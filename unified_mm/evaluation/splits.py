@@ -1,0 +1,58 @@
+"""What is scored of a run's data, as its config says."""
+
+from __future__ import annotations
+
+from unified_mm.config import Config
+from unified_mm.data.sources import Source
+from unified_mm.evaluation.evaluate import Split
+from unified_mm.evaluation.few_shot import FewShot
+
+
+def evaluated_splits(config: Config, source: Source) -> list[str]:
+    """The split that is scored, and those of `evaluation.also` that the data has."""
+    there = source.splits()
+    wanted = config.evaluation.split
+    if wanted not in there:
+        raise ValueError(
+            f"evaluation.split={wanted!r} is not in {source.folder}, which has "
+            f"{', '.join(there)}; choose one of these"
+        )
+    return [wanted, *(name for name in config.evaluation.also if name in there and name != wanted)]
+
+
+def open_split(config: Config, source: Source, name: str) -> Split:
+    """What is scored of a split, up to `evaluation.max_images`."""
+    options = config.evaluation
+    answering = config.data.question_share > 0 or config.data.documents.questions
+    asked = answering or options.questions
+    questions = source.questions(name) if asked else ()
+    split = Split(
+        source.manifest(name),
+        source.foils(name),
+        questions,
+        source.questions(config.data.train_split) if questions else (),
+        few_shot(config, source) if options.shots else FewShot(),
+    )
+    return split.first(options.max_images)
+
+
+def few_shot(config: Config, source: Source) -> FewShot:
+    """What stands before the images of a split.
+
+    Raises:
+      ValueError: text is not read as in documents.
+    """
+    rule = config.objectives.captioning.rule
+    if not rule.startswith("interleaved"):
+        raise ValueError(
+            f"evaluation.shots needs objectives.captioning.rule='interleaved' or "
+            f"'interleaved_latest', is {rule!r}"
+        )
+    options = config.evaluation
+    return FewShot(
+        shots=tuple(options.shots),
+        support=source.manifest(config.data.train_split).records,
+        images=options.few_shot_images,
+        questions=options.few_shot_questions,
+        seed=config.seed,
+    )

@@ -1,0 +1,202 @@
+"""Gated cross-attention: a language model that looks at resampled features of the context.
+
+Alayrac et al. 2022, "Flamingo: a visual language model for few-shot learning".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from unified_mm.models.late import WithTowers
+from unified_mm.models.unified import Batch, Encoded, UnifiedModel, text_group
+from unified_mm.nn.attention.attention import plan_attention
+from unified_mm.nn.attention.cache import Cache
+from unified_mm.nn.attention.cross_attention import (
+    GATE,
+    CrossPlan,
+    Memory,
+    plan_cross_attention,
+)
+from unified_mm.nn.attention.rules import Stream, Visibility
+from unified_mm.nn.options import GateOptions
+from unified_mm.nn.resampler import PerceiverResampler, ResamplerOptions
+from unified_mm.nn.tokens import (
+    TokenMetadata,
+    Tokens,
+    concatenate,
+    single_document,
+    spans,
+    take,
+    together,
+)
+from unified_mm.nn.transformer import CROSS
+
+
+class GatedCrossAttention(WithTowers):
+    """Towers for the context, resamplers, and a language model with gated cross layers.
+
+    The context never sees the text. Text sees of the context what its rule says: under 'separate'
+    nothing, so that contrast reads it alone; under 'interleaved_latest' the latest image.
+
+    Attributes:
+      resampler: of each context modality's features; with 0 latents all of them are looked at.
+    """
+
+    resampler: ResamplerOptions
+
+    abilities: ClassVar[frozenset[str]] = frozenset({"contrastive", "captioning"})
+
+    @classmethod
+    def from_config(cls, model: Any, modalities: Any, heads: Any, **more: Any) -> UnifiedModel:
+        built: Any = super().from_config(model, modalities, heads, resampler=None, **more)
+        if model.cross.every < 1:
+            raise ValueError(f"model.cross.every={model.cross.every}: must be at least 1")
+        options = replace(built.options, cross=GateOptions(**model.cross))
+        resampler = ResamplerOptions.from_config(model.resampler, built.tower.width, options)
+        return built.clone(options=options, resampler=resampler)
+
+    def setup(self) -> None:
+        super().setup()
+        if self.resampler.latents:
+            self.resamplers = {
+                name: PerceiverResampler(self.resampler) for name in self.context_names
+            }
+
+    def with_options(self, **changes: Any) -> UnifiedModel:
+        resampler = replace(self.resampler, blocks=replace(self.resampler.blocks, **changes))
+        return super().with_options(**changes).clone(resampler=resampler)
+
+    def encode(
+        self, batch: Batch, streams: Sequence[Stream], *, deterministic: bool = True
+    ) -> dict[str, Encoded]:
+        looked = self._look_at_all(batch, deterministic)
+        memory = self._memory(looked, batch)
+        texts = [self.embed_text(batch["text"], each.name, memory.length) for each in streams]
+        tokens = concatenate(texts)
+        x, layers = self._read(tokens, memory, streams, deterministic)
+        where = spans(tokens.metadata.groups)
+        return {
+            stream.name: _encoded(x[:, where[stream.name]], looked, batch, stream)
+            for stream in streams
+        }
+
+    def read_context(self, batch: Batch, stream: Stream) -> Encoded:
+        return _encoded(None, self._look_at_all(batch, True), batch, stream)
+
+    def read_text(self, text: Mapping[str, Array], stream: Stream) -> Float[Array, "B T D"]:
+        tokens = self.embed_text(text, stream.name)
+        rows = tokens.embeddings.shape[0]
+        features = jnp.zeros((rows, 0, self.tower.width), self.options.dtype)
+        nothing = Memory(features, None, take(tokens.metadata, ()))
+        return self._read(tokens, nothing, (stream,), True)[0]
+
+    def prefix(self, batch: Batch, stream: Stream) -> Cache:
+        memory = self._memory(self._look_at_all(batch, True), batch)
+        # A token that is not there goes along: the layers' keys and values are made on its way.
+        absent = jnp.zeros((memory.metadata.valid.shape[0], 1), bool)
+        text = {"ids": absent.astype(jnp.int32), "valid": absent, "present": absent[:, 0]}
+        tokens = self.embed_text(text, stream.name, memory.length)
+        _, layers = self._read(tokens, memory, (stream,), True)
+        return _beside(memory, layers, take(tokens.metadata, ()))
+
+    def prefill(
+        self, batch: Batch, stream: Stream, room: int
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        memory = self._memory(self._look_at_all(batch, True), batch)
+        tokens = self.embed_text(batch["text"], stream.name, memory.length)
+        length = tokens.embeddings.shape[1]
+        x, layers = self._read(tokens, memory, (stream,), True, keep=(0, length))
+        cache = _beside(memory, layers, tokens.metadata)
+        return x, cache.reserve(text_group(stream, room))
+
+    def extend(
+        self,
+        cache: Cache,
+        text: Mapping[str, Array],
+        stream: Stream,
+        *,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        assert cache.memory is not None
+        tokens = self.embed_text(text, stream.name, cache.memory.length)
+        cross = plan_cross_attention(
+            self.options, Visibility((stream,)), tokens.metadata, cache.memory
+        )
+        with_memory = cache.replace(layers=cache.layers | {CROSS: cache.memory.layers})  # type: ignore[attr-defined]
+        x, written = self.write_on(with_memory, tokens, stream, cross, deterministic)
+        layers = {name: kept for name, kept in written.layers.items() if name != CROSS}
+        return x, written.replace(layers=layers)  # type: ignore[attr-defined]
+
+    def readings(self, params: Any) -> dict[str, Array]:
+        """How far each gate is open: the mean of |g(alpha)| by layer."""
+        layers = params["transformer"]["layers"][CROSS]
+        found = {}
+        for kind in ("attention", "feed_forward"):
+            opened = jnp.abs(GATE[self.options.cross.gate](layers[f"{kind}_gate"])).mean(-1)
+            for period in range(opened.shape[0]):
+                found[f"gate/{kind}_{period}"] = opened[period]
+        return found
+
+    def _look_at_all(self, batch: Batch, deterministic: bool) -> dict[str, Tokens]:
+        return {
+            name: self.look(name, batch, deterministic=deterministic) for name in self.context_names
+        }
+
+    def _memory(self, looked: Mapping[str, Tokens], batch: Batch) -> Memory:
+        """What the language model looks at: each picture's features, resampled, side by side."""
+        parts: list[Tokens] = []
+        for name, features in looked.items():
+            x, metadata = features.embeddings, features.metadata
+            if self.resampler.latents:
+                present = metadata.valid.any(1)
+                x = self.resamplers[name](x[:, None], metadata.valid[:, None])
+                group = metadata.groups[0]._replace(length=x.shape[1])
+                valid = jnp.broadcast_to(present[:, None], x.shape[:2])
+                metadata = single_document(valid, group)
+            before = sum(part.embeddings.shape[1] for part in parts)
+            parts.append(together(x, metadata, batch[name], before))
+        memory = concatenate(parts)
+        return Memory(memory.embeddings, None, memory.metadata)
+
+    def _read(
+        self,
+        tokens: Tokens,
+        memory: Memory,
+        streams: Sequence[Stream],
+        deterministic: bool,
+        keep: tuple[int, int] = (0, 0),
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        visibility = Visibility(tuple(streams))
+        o = self.options
+        plan = plan_attention(o, visibility, tokens.metadata, tokens.metadata, keep=keep)
+        cross: CrossPlan = plan_cross_attention(o, visibility, tokens.metadata, memory)
+        return self.transformer(tokens.embeddings, plan, cross=cross, deterministic=deterministic)
+
+
+def _beside(memory: Memory, layers: Any, metadata: TokenMetadata) -> Cache:
+    """A cache of text tokens beside what they look at, of which keys and values are enough."""
+    kept = {name: pair for name, pair in layers.items() if name != CROSS}
+    seen = memory.replace(features=None, layers=layers[CROSS])  # type: ignore[attr-defined]
+    length = jnp.array(metadata.valid.shape[1], jnp.int32)
+    return Cache(kept, metadata, length, seen)
+
+
+def _encoded(
+    text: Array | None, looked: Mapping[str, Tokens], batch: Batch, stream: Stream
+) -> Encoded:
+    context = {
+        name: together(features.embeddings, features.metadata, batch[name], 0)
+        for name, features in looked.items()
+    }
+    return Encoded(
+        text=text,
+        context={name: tokens.embeddings for name, tokens in context.items()},
+        context_valid={name: tokens.metadata.valid for name, tokens in context.items()},
+        cache=None,
+        rule=stream.resolved(),
+    )

@@ -1,0 +1,27 @@
+"""What models are built of: layers, transformers, attention and its rules.
+
+What embedders and heads from outside the package want is exported here.
+"""
+
+from unified_mm.nn.layers import Dense, Norm, PerModality, partitioned
+from unified_mm.nn.tokens import (
+    Group,
+    TokenMetadata,
+    Tokens,
+    blank,
+    concatenate,
+    single_document,
+)
+
+__all__ = [
+    "Dense",
+    "Group",
+    "Norm",
+    "PerModality",
+    "TokenMetadata",
+    "Tokens",
+    "blank",
+    "concatenate",
+    "partitioned",
+    "single_document",
+]

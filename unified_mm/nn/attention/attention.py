@@ -1,0 +1,176 @@
+"""Multi-head attention by block calls, with an explicit cache of keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from unified_mm.nn.attention.backends import attend, look
+from unified_mm.nn.attention.cache import KeysValues, as_slots, read_slots, write_slots
+from unified_mm.nn.attention.masks import Sight, pick
+from unified_mm.nn.attention.rules import BlockCall, Visibility, block_calls
+from unified_mm.nn.layers import Dense, PerModality
+from unified_mm.nn.options import TransformerOptions
+from unified_mm.nn.sow import leave_weights
+from unified_mm.nn.tokens import Group, TokenMetadata
+from unified_mm.parallel.sharding import constrain
+
+
+@struct.dataclass
+class AttentionPlan:
+    """All that the layers of one pass need to know of who sees whom; the same for each layer.
+
+    Attributes:
+      sights: what each block call sees.
+      positions: int32 [B, Q] of the queries, for rotary positions.
+      write_at: int32 [], where new keys go in the cache; None without a cache.
+      calls, groups, key_groups: the block calls, the groups of queries and of keys; static.
+      keep: slice of the keys to hand back when there is no cache yet; static.
+    """
+
+    sights: tuple[Sight, ...]
+    positions: Any
+    write_at: Any
+    calls: tuple[BlockCall, ...] = struct.field(pytree_node=False)
+    groups: tuple[Group, ...] = struct.field(pytree_node=False)
+    key_groups: tuple[Group, ...] = struct.field(pytree_node=False)
+    keep: tuple[int, int] = struct.field(pytree_node=False)
+
+
+def plan_attention(
+    options: TransformerOptions,
+    visibility: Visibility,
+    queries: TokenMetadata,
+    keys: TokenMetadata,
+    *,
+    write_at: Array | None = None,
+    keep: tuple[int, int] = (0, 0),
+) -> AttentionPlan:
+    """Block calls and what they see, made once a pass and shared by all layers.
+
+    Raises:
+      ValueError: `options.attention` names a backend that cannot do what the rules ask.
+    """
+    calls = block_calls(visibility, queries.groups, keys.groups)
+    return AttentionPlan(
+        sights=tuple(look(options, call, queries, keys) for call in calls),
+        positions=queries.position,
+        write_at=write_at,
+        calls=calls,
+        groups=queries.groups,
+        key_groups=keys.groups,
+        keep=keep,
+    )
+
+
+def rotate(
+    x: Float[Array, "B N H A"], positions: Int[Array, "B N"], base: float
+) -> Float[Array, "B N H A"]:
+    """Rotary positions (Su et al. 2021, equation 34), the two halves of A being the pairs."""
+    half = x.shape[-1] // 2
+    rates = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[:, :, None, None].astype(jnp.float32) * rates
+    cosine, sine = jnp.cos(angles), jnp.sin(angles)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    turned = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def into_heads(heads: int, options: TransformerOptions, use_bias: bool, name: str) -> Dense:
+    """A projection [..., D] -> [..., heads, A]; fewer heads than the queries' are not divided."""
+    axis = "heads" if heads == options.heads else "key_value_heads"
+    return Dense(
+        (heads, options.of_head),
+        ("embed",),
+        (axis, None),
+        use_bias=use_bias,
+        dtype=options.dtype,
+        name=name,
+    )
+
+
+def out_of_heads(width: int, options: TransformerOptions, use_bias: bool, name: str) -> Dense:
+    """A projection [..., H, A] -> [..., width], small at the start as it adds to the stream."""
+    return Dense(
+        (width,),
+        ("heads", None),
+        ("embed",),
+        scale=branch_scale(options),
+        use_bias=use_bias,
+        dtype=options.dtype,
+        name=name,
+    )
+
+
+def branch_scale(options: TransformerOptions) -> float:
+    """Each of the 2 L branches adds to the stream: start them small (GPT-2, section 2.3)."""
+    return (2 * options.layers) ** -0.5
+
+
+class Attention(nn.Module):
+    """Multi-head attention under a plan: [B, N, D] -> [B, N, D], and its keys and values."""
+
+    options: TransformerOptions
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N D"], plan: AttentionPlan, cached: KeysValues | None
+    ) -> tuple[Float[Array, "B N D"], KeysValues]:
+        o = self.options
+
+        def project(make: Callable[..., nn.Module], name: str, inputs: Array) -> Array:
+            return PerModality(make, o.separate_attention, name=name)(inputs, plan.groups)
+
+        query = project(partial(into_heads, o.heads, o, o.query_bias), "query", x)
+        key = project(partial(into_heads, o.of_keys, o, o.query_bias), "key", x)
+        value = project(partial(into_heads, o.of_keys, o, o.query_bias), "value", x)
+        if o.rotary_base:
+            query = rotate(query, plan.positions, o.rotary_base)
+            key = rotate(key, plan.positions, o.rotary_base)
+        query, key, value = (whole_sequences(each, o.heads) for each in (query, key, value))
+        kept: KeysValues
+        if cached is None:
+            kept = (
+                as_slots(key[:, slice(*plan.keep)]),
+                as_slots(value[:, slice(*plan.keep)]),
+            )
+        else:
+            kept = (
+                write_slots(cached[0], key, plan.write_at),
+                write_slots(cached[1], value, plan.write_at),
+            )
+            key, value = (read_slots(each, o.dtype) for each in kept)
+        seen = [
+            attend(query[:, slice(*call.queries)], pick(key, call), pick(value, call), sight)
+            for call, sight in zip(plan.calls, plan.sights, strict=True)
+        ]
+        groups = plan.groups, plan.key_groups
+        leave_weights(self, query, key, plan.calls, plan.sights, groups)
+        output = partial(out_of_heads, x.shape[-1], o, o.output_bias)
+        return project(output, "output", divided_sequences(jnp.concatenate(seen, axis=1))), kept
+
+
+def share_of_heads(x: Float[Array, "B N G A"], heads: int) -> Float[Array, "B N G A"]:
+    """Queries, keys or values as attention wants them: all tokens, and a share of the heads."""
+    axis = "attending_heads" if x.shape[2] == heads else "key_value_heads"
+    return constrain(x, "batch", None, axis, None)
+
+
+def whole_sequences(x: Float[Array, "B N G A"], heads: int) -> Float[Array, "B N G A"]:
+    """The same of a share of the tokens.
+
+    Both layouts are said, so that there is one exchange between them, forwards and backwards.
+    """
+    axis = "heads" if x.shape[2] == heads else "key_value_heads"
+    return share_of_heads(constrain(x, "batch", "length", axis, None), heads)
+
+
+def divided_sequences(x: Float[Array, "B N H A"]) -> Float[Array, "B N H A"]:
+    """What attention saw as everything outside it wants it: a share of the tokens."""
+    return constrain(x, "batch", "length", "heads", None)

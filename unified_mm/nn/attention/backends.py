@@ -1,0 +1,102 @@
+"""Which program computes a block call of attention: by name, or by device, shape and rule.
+
+| backend | what it is | where |
+| --- | --- | --- |
+| `xla` | the scores and their mask as they are | everywhere |
+| `chunked` | blocks of queries, recomputed in the backward pass | everywhere |
+| `cudnn` | cuDNN's fused kernel | NVIDIA GPUs, 16 bits |
+| `splash` | jax's fused kernel | TPUs |
+| `auto` | the device's kernel where it can, else `xla`, or `chunked` where a call is long | |
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from unified_mm.nn.attention import chunked, cudnn, splash
+from unified_mm.nn.attention.masks import (
+    Sight,
+    among_its_own,
+    blind_to_zero,
+    masked_attention,
+    of_call,
+    sighted,
+)
+from unified_mm.nn.attention.rules import BlockCall, block_mask
+from unified_mm.nn.options import TransformerOptions
+from unified_mm.nn.tokens import TokenMetadata
+from unified_mm.parallel.mesh import platform
+
+# Scores (queries x keys) of a call above which 'auto' works in blocks: from there on these are
+# faster too (on a CPU; `bench --sweep`).
+LONG = 2**19
+# Kernels, each with a device of its own, and what they cannot do.
+KERNELS: dict[str, Any] = {"cudnn": cudnn, "splash": splash}
+KERNEL_OF = {"gpu": "cudnn", "tpu": "splash"}
+SCOPE = re.compile(r"attention_([a-z]+)_(\d+)x(\d+)")
+
+
+def look(
+    options: TransformerOptions, call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
+) -> Sight:
+    """What a block call sees, as the backend wants it that `options` ask for.
+
+    Args:
+      call: its slices count among all of `queries` and `keys`.
+      queries, keys: metadata of whole sequences.
+
+    Raises:
+      ValueError: a backend asked for by name that cannot do this call.
+    """
+    queries, keys = of_call(call, queries, keys)
+    call = among_its_own(call)
+    name = choose(options, call, queries, keys, platform())
+    if name == "xla":
+        mask = block_mask(call, queries, keys)
+        return Sight(mask, None, None, mask.any(-1), call, name)
+    sees = sighted(call, queries, keys) if name in KERNELS else None
+    return Sight(None, queries, keys, sees, call, name)
+
+
+def choose(
+    options: TransformerOptions,
+    call: BlockCall,
+    queries: TokenMetadata,
+    keys: TokenMetadata,
+    platform: str,
+) -> str:
+    """The backend of a call, which counts among its own queries and keys.
+
+    Raises:
+      ValueError: one asked for by name that cannot do it.
+    """
+    asked = options.attention
+    kernel = KERNEL_OF.get(platform, "") if asked == "auto" else asked
+    if kernel in KERNELS:
+        why = KERNELS[kernel].refusal(options, call, queries, keys, platform)
+        if not why:
+            return kernel
+        if asked != "auto":
+            raise ValueError(f"model.attention={asked!r} {why}")
+    if asked != "auto":
+        return asked
+    return "chunked" if queries.valid.shape[1] * keys.valid.shape[1] > LONG else "xla"
+
+
+def attend(
+    query: Float[Array, "B Q H A"],
+    key: Float[Array, "B K G A"],
+    value: Float[Array, "B K G A"],
+    sight: Sight,
+) -> Float[Array, "B Q H A"]:
+    """Attention of a block call's queries to the keys that it picks; blind ones get zero."""
+    with jax.named_scope(f"attention_{sight.backend}_{query.shape[1]}x{key.shape[1]}"):
+        if sight.backend == "chunked":
+            return chunked.attend(query, key, value, sight)
+        if sight.backend in KERNELS:
+            return KERNELS[sight.backend].attend(query, key, value, sight)
+        return blind_to_zero(masked_attention(query, key, value, sight.mask), sight.sighted)

@@ -1,0 +1,136 @@
+"""Keys and values of tokens already seen: one explicit value, as they are or in 8 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from unified_mm.nn.tokens import Group, TokenMetadata, lengthen, single_document
+
+# Each [B, H, K, A]: an array, or the same in 8 bits. The heads come first, so that the products of
+# attention take the slots as they lie; else every written token would copy the whole cache.
+KeysValues = tuple[Any, Any]
+
+
+@struct.dataclass
+class Int8:
+    """Vectors in 8 bits: `values * scale`, with one scale for each token and head.
+
+    Symmetric, so that zero stays zero; the largest error is half a step, `scale / 2`
+    (Dettmers et al. 2022, "LLM.int8()", equation 1, by rows).
+
+    Attributes:
+      values: int8 [..., A].
+      scale: float32 [..., 1].
+    """
+
+    values: Any
+    scale: Any
+
+
+def as_int8(x: Float[Array, "... A"]) -> Int8:
+    """Vectors in 8 bits."""
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(-1, keepdims=True) / 127
+    return Int8(jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
+
+
+def write_slots(slots: Any, new: Float[Array, "B N H A"], at: Int[Array, ""]) -> Any:
+    """Slots [B, H, K, A] with new vectors from slot `at` on, in the form that the slots have."""
+    new = as_slots(new)
+    given = as_int8(new) if isinstance(slots, Int8) else new
+    return jax.tree.map(
+        lambda old, more: jax.lax.dynamic_update_slice_in_dim(old, more, at, axis=2), slots, given
+    )
+
+
+def as_slots(x: Float[Array, "B K H A"]) -> Float[Array, "B H K A"]:
+    """Keys or values as a cache holds them."""
+    return jnp.swapaxes(x, 1, 2)
+
+
+def read_slots(slots: Any, dtype: Any) -> Float[Array, "B K H A"]:
+    """What slots hold, as numbers of `dtype`, as attention takes it."""
+    if isinstance(slots, Int8):
+        slots = (slots.values.astype(jnp.float32) * slots.scale).astype(dtype)
+    return jnp.swapaxes(slots, 1, 2)
+
+
+def take_rows(x: Float[Array, "*L B H K A"], rows: Int[Array, " R"]) -> Array:
+    """Examples of what a layer, or a stack of layers, keeps."""
+    return jnp.take(x, rows, axis=x.ndim - 4)
+
+
+def put_rows(x: Float[Array, "*L B H K A"], rows: Int[Array, " R"], other: Array) -> Array:
+    """The same with the examples of `other` in place of the given ones."""
+    return x.at[rows].set(other) if x.ndim == 4 else x.at[:, rows].set(other)
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of tokens already seen, for every layer; a plain value, never mutated.
+
+    Attributes:
+      layers: by kind of layer, its keys and values, each [periods, B, H, K, A]; or a tuple by
+        period, each [B, H, K, A].
+      metadata: of the K slots; a slot that holds nothing yet is not valid.
+      length: int32 [], slots written so far; new tokens go there.
+      memory: what gated cross-attention looks at (`nn.attention.cross_attention.Memory`), or None.
+    """
+
+    layers: Any
+    metadata: TokenMetadata
+    length: Any
+    memory: Any = None
+
+    @property
+    def slots(self) -> int:
+        """K."""
+        return int(self.metadata.valid.shape[1])
+
+    def reserve(self, group: Group) -> Cache:
+        """Room for `group.length` further tokens, in the last group where that has the name."""
+        batch = self.metadata.valid.shape[0]
+        empty = single_document(jnp.zeros((batch, group.length), bool), group)
+        room = ((0, group.length), (0, 0))
+        return self.replace(  # type: ignore[attr-defined]
+            layers=jax.tree.map(lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + room), self.layers),
+            metadata=lengthen(self.metadata, empty),
+        )
+
+    def select(self, rows: Int[Array, " R"]) -> Cache:
+        """The examples `rows` of the batch, for mined negatives or for beams."""
+        return self.replace(  # type: ignore[attr-defined]
+            layers=jax.tree.map(lambda x: take_rows(x, rows), self.layers),
+            metadata=jax.tree.map(lambda x: x[rows], self.metadata),
+            memory=self.memory and self.memory.select(rows),
+        )
+
+    def put(self, rows: Int[Array, " R"], other: Cache) -> Cache:
+        """With the R examples of `other`, laid out alike, in place of the examples `rows`."""
+        return self.replace(  # type: ignore[attr-defined]
+            layers=jax.tree.map(lambda x, y: put_rows(x, rows, y), self.layers, other.layers),
+            metadata=jax.tree.map(lambda x, y: x.at[rows].set(y), self.metadata, other.metadata),
+            memory=self.memory and self.memory.put(rows, other.memory),
+        )
+
+    def in_int8(self) -> Cache:
+        """The same in 8 bits; what is written from here on too."""
+        small = self.replace(layers=jax.tree.map(as_int8, self.layers))  # type: ignore[attr-defined]
+        if self.memory is None:
+            return small
+        layers = jax.tree.map(as_int8, self.memory.layers)
+        return small.replace(memory=self.memory.replace(layers=layers))
+
+    def write_metadata(self, new: TokenMetadata) -> TokenMetadata:
+        """The slots' metadata once tokens `new` [B, N] are written after the present ones."""
+
+        def put(slots: Array, values: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(slots, values, self.length, axis=1)
+
+        same_groups = new.replace(groups=self.metadata.groups)  # type: ignore[attr-defined]
+        return jax.tree.map(put, self.metadata, same_groups)

@@ -1,0 +1,64 @@
+"""Attention in blocks of queries: the N x N scores, and their mask, never exist.
+
+Rabe & Staats 2021, "Self-attention does not need O(n^2) memory", section 3: one block of queries
+after the other, recomputed in the backward pass. Keys are not divided: as a block has the fewer
+queries the more keys there are, its scores take the same memory at any length.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from unified_mm.nn.attention.masks import Sight, blind_to_zero, masked_attention
+from unified_mm.nn.attention.rules import BlockCall, block_mask
+from unified_mm.nn.tokens import TokenMetadata
+
+# Scores of one block, for each example and head: large enough for fast matrix products.
+SCORES = 2**17
+
+
+def attend(
+    query: Float[Array, "B Q H A"],
+    key: Float[Array, "B K G A"],
+    value: Float[Array, "B K G A"],
+    sight: Sight,
+    scores: int | None = None,
+) -> Float[Array, "B Q H A"]:
+    """Attention of a block call; what sees nothing gets zero.
+
+    Args:
+      sight: with metadata.
+      scores: at most so many of them in a block, but at least one query's.
+    """
+
+    def block(part: tuple[Array, TokenMetadata]) -> Array:
+        rows, queries = part
+        call = BlockCall((0, rows.shape[1]), sight.call.keys)
+        mask = block_mask(call, queries, sight.keys)
+        return blind_to_zero(masked_attention(rows, key, value, mask), mask.any(-1))
+
+    length = query.shape[1]
+    blocks = block_count(length, key.shape[1], SCORES if scores is None else scores)
+    if blocks == 1:
+        return block((query, sight.queries))
+    divided = jax.tree.map(lambda x: _divide(x, blocks), (query, sight.queries))
+    # Under a loop nothing can be merged with the first computation.
+    seen = jax.lax.map(jax.checkpoint(block, prevent_cse=False), divided)
+    return jnp.moveaxis(seen, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])[:, :length]
+
+
+def block_count(queries: int, keys: int, scores: int) -> int:
+    """How many blocks of queries there are."""
+    return math.ceil(queries / max(1, scores // keys))
+
+
+def _divide(x: Array, blocks: int) -> Array:
+    """[B, Q, ...] as [blocks, B, q, ...], blocks of equal size, with zeros at the end."""
+    size = math.ceil(x.shape[1] / blocks)
+    room = [(0, 0)] * x.ndim
+    room[1] = (0, blocks * size - x.shape[1])
+    return jnp.moveaxis(jnp.pad(x, room).reshape(x.shape[0], blocks, size, *x.shape[2:]), 1, 0)

@@ -1,0 +1,165 @@
+"""Attention to a memory: gated layers in a language model (Alayrac et al. 2022, section 3.1.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from unified_mm.nn.attention.attention import (
+    divided_sequences,
+    into_heads,
+    out_of_heads,
+    share_of_heads,
+    whole_sequences,
+)
+from unified_mm.nn.attention.backends import attend, look
+from unified_mm.nn.attention.cache import KeysValues, as_slots, put_rows, read_slots, take_rows
+from unified_mm.nn.attention.masks import Sight, pick
+from unified_mm.nn.attention.rules import BlockCall, Visibility, block_calls
+from unified_mm.nn.feed_forward import make_mlp
+from unified_mm.nn.layers import Norm, partitioned
+from unified_mm.nn.options import TransformerOptions
+from unified_mm.nn.sow import leave_weights
+from unified_mm.nn.tokens import Group, TokenMetadata
+
+GATE = {"tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid}
+
+
+@struct.dataclass
+class Memory:
+    """What cross-attention looks at: features of the context, or their keys and values.
+
+    Attributes:
+      features: [B, M, D'], or None once every layer's keys and values are known.
+      layers: keys and values of each cross layer, each [periods, B, H, M, A], or a
+        tuple by period; or None.
+      metadata: of the M features.
+    """
+
+    features: Any
+    layers: Any
+    metadata: TokenMetadata
+
+    @property
+    def length(self) -> int:
+        """M."""
+        return int(self.metadata.valid.shape[1])
+
+    def select(self, rows: Array) -> Memory:
+        """The examples `rows` [B'] of the batch."""
+        return Memory(
+            features=None if self.features is None else self.features[rows],
+            layers=jax.tree.map(lambda x: take_rows(x, rows), self.layers),
+            metadata=jax.tree.map(lambda x: x[rows], self.metadata),
+        )
+
+    def put(self, rows: Array, other: Memory) -> Memory:
+        """With the examples of `other` in place of the examples `rows` [R] of the batch."""
+        return Memory(
+            features=None if self.features is None else self.features.at[rows].set(other.features),
+            layers=jax.tree.map(lambda x, y: put_rows(x, rows, y), self.layers, other.layers),
+            metadata=jax.tree.map(lambda x, y: x.at[rows].set(y), self.metadata, other.metadata),
+        )
+
+
+@struct.dataclass
+class CrossPlan:
+    """Which queries look, and at what; the same for each cross layer of a pass.
+
+    Attributes:
+      features: [B, M, D'], or None where keys and values are cached.
+      sights: what each block call sees of the features.
+      calls: those of the Q queries that look; static. All others get zero.
+      groups: of the queries and of the features; static.
+    """
+
+    features: Any
+    sights: tuple[Sight, ...]
+    calls: tuple[BlockCall, ...] = struct.field(pytree_node=False)
+    groups: tuple[tuple[Group, ...], tuple[Group, ...]] = struct.field(pytree_node=False)
+
+
+def plan_cross_attention(
+    options: TransformerOptions, visibility: Visibility, queries: TokenMetadata, memory: Memory
+) -> CrossPlan:
+    """Who looks at the memory: by the same rules as within one sequence.
+
+    Raises:
+      ValueError: `options.attention` names a backend that cannot do what the rules ask.
+    """
+    calls = block_calls(visibility, queries.groups, memory.metadata.groups)
+    calls = tuple(call for call in calls if call.keys)
+    sights = tuple(look(options, call, queries, memory.metadata) for call in calls)
+    groups = queries.groups, memory.metadata.groups
+    return CrossPlan(memory.features, sights, calls, groups)
+
+
+class GatedCrossLayer(nn.Module):
+    """h + g(a) * attention(h, V), then the same with the feed-forward (the paper's figure 4).
+
+    No projection has a bias, so a token that sees nothing gets exactly zero from the attention.
+    """
+
+    options: TransformerOptions
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B Q D"], plan: CrossPlan, cached: KeysValues | None
+    ) -> tuple[Float[Array, "B Q D"], KeysValues]:
+        o = self.options
+        norm = Norm(o.norm, o.norm_epsilon, o.dtype, name="attention_norm")
+        y, kept = CrossAttention(o, name="attention")(norm(x), plan, cached)
+        x = x + self._gate("attention_gate", x.shape[-1]) * y
+        norm = Norm(o.norm, o.norm_epsilon, o.dtype, name="feed_forward_norm")
+        y = make_mlp(o, name="feed_forward", use_bias=False)(norm(x))
+        return x + self._gate("feed_forward_gate", x.shape[-1]) * y, kept
+
+    def _gate(self, name: str, width: int) -> Float[Array, "#D"]:
+        cross = self.options.cross
+        axis = "embed" if cross.shape == "channel" else None
+        size = width if cross.shape == "channel" else 1
+        start = partitioned(nn.initializers.constant(cross.start), axis)
+        return GATE[cross.gate](self.param(name, start, (size,))).astype(self.options.dtype)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries to a memory; what sees nothing gets zero."""
+
+    options: TransformerOptions
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B Q D"], plan: CrossPlan, cached: KeysValues | None
+    ) -> tuple[Float[Array, "B Q D"], KeysValues]:
+        o = self.options
+        query = into_heads(o.heads, o, False, "query")(x)
+        if cached is None:
+            key = into_heads(o.of_keys, o, False, "key")(plan.features)
+            value = into_heads(o.of_keys, o, False, "value")(plan.features)
+            if o.cross.query_key_norm:
+                key = head_norm("key_norm", o)(key)
+            cached = as_slots(key), as_slots(value)
+        else:
+            key, value = (read_slots(each, o.dtype) for each in cached)
+        if o.cross.query_key_norm:
+            query = head_norm("query_norm", o)(query)
+        query = whole_sequences(query, o.heads)
+        key, value = (share_of_heads(each, o.heads) for each in (key, value))
+        seen = jnp.zeros_like(query)
+        for call, sight in zip(plan.calls, plan.sights, strict=True):
+            rows = slice(*call.queries)
+            part = attend(query[:, rows], pick(key, call), pick(value, call), sight)
+            seen = seen.at[:, rows].set(part)
+        leave_weights(self, query, key, plan.calls, plan.sights, plan.groups)
+        seen = divided_sequences(seen)
+        return out_of_heads(x.shape[-1], o, False, "output")(seen), cached
+
+
+def head_norm(name: str, options: TransformerOptions, kind: str = "rms") -> Norm:
+    """A norm over the width of each head."""
+    return Norm(kind, options.norm_epsilon, options.dtype, axis=None, name=name)

@@ -1,0 +1,92 @@
+"""cuDNN's fused attention on NVIDIA GPUs (Dao et al. 2022, FlashAttention), through jax.nn."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from unified_mm.nn.attention.masks import Sight, blind_to_zero, known_mask, one_document, widen
+from unified_mm.nn.attention.rules import BlockCall, block_mask
+from unified_mm.nn.options import TransformerOptions
+from unified_mm.nn.tokens import TokenMetadata
+
+HALF = ("bfloat16", "float16")
+
+
+def refusal(
+    options: TransformerOptions,
+    call: BlockCall,
+    queries: TokenMetadata,
+    keys: TokenMetadata,
+    platform: str,
+) -> str:
+    """Why cuDNN cannot do a block call, and what to set instead; '' where it can."""
+    if platform != "gpu":
+        return f"needs an NVIDIA GPU, and this runs on {platform}: set model.attention='auto'"
+    dtype = jnp.dtype(options.dtype).name
+    if dtype not in HALF:
+        return f"computes in {' or '.join(HALF)}, not in {dtype}: set model.dtype='bfloat16'"
+    most = widest_head()
+    if options.of_head % 8 or options.of_head > most:
+        return (
+            f"takes heads whose width is a multiple of 8 up to {most} here, not "
+            f"{options.of_head}: set model.head_width"
+        )
+    rows, columns = queries.valid.shape[1], keys.valid.shape[1]
+    if not by_length(call, queries, keys) and (rows % 2 or columns % 2):
+        return (
+            f"takes a mask over even lengths alone, not {rows} x {columns}: change the number "
+            "of tokens by one, or set model.attention='auto'"
+        )
+    return ""
+
+
+def widest_head() -> int:
+    """Widest head that the kernel has on this machine's GPU: 256 from Hopper on."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", "0.0")
+    return 256 if int(str(capability).split(".")[0]) >= 9 else 128
+
+
+def by_length(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) -> bool:
+    """Whether all that a query does not see is what is not there, so that no mask is needed."""
+    mask = known_mask(call, queries, keys)
+    return mask is not None and bool(mask.all()) and one_document(queries, keys)
+
+
+def attend(
+    query: Float[Array, "B Q H A"],
+    key: Float[Array, "B K G A"],
+    value: Float[Array, "B K G A"],
+    sight: Sight,
+) -> Float[Array, "B Q H A"]:
+    """Attention of a block call; what sees nothing gets zero.
+
+    Args:
+      sight: with metadata, and with who sees anything.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
+        # The kernel is divided by heads only where all three have the same.
+        key, value = widen(key, query.shape[2]), widen(value, query.shape[2])
+    if by_length(sight.call, sight.queries, sight.keys):
+        key, value, lengths = valid_first(key, value, sight.keys.valid)
+        seen = jax.nn.dot_product_attention(
+            query, key, value, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
+    else:
+        mask = block_mask(sight.call, sight.queries, sight.keys)[:, None]
+        seen = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+    return blind_to_zero(seen, sight.sighted)
+
+
+def valid_first(
+    key: Float[Array, "B K G A"], value: Float[Array, "B K G A"], valid: Bool[Array, "B K"]
+) -> tuple[Array, Array, Array]:
+    """Keys and values with those that are there at the front, and how many these are, int32 [B].
+
+    Attention does not depend on the order of its keys, so that any gaps become a length. At least
+    one is counted: the kernel knows no empty rows, and what they give is made zero anyway.
+    """
+    order = jnp.argsort(~valid, axis=1, stable=True)[:, :, None, None]
+    key, value = (jnp.take_along_axis(each, order, axis=1) for each in (key, value))
+    return key, value, jnp.maximum(valid.sum(1, dtype=jnp.int32), 1)

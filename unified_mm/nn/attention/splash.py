@@ -1,0 +1,129 @@
+"""Splash attention, jax's fused kernel for TPUs: blocks that a rule forbids are never computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from unified_mm.nn.attention.masks import Sight, blind_to_zero, known_mask, widen
+from unified_mm.nn.attention.rules import BlockCall
+from unified_mm.nn.options import TransformerOptions
+from unified_mm.nn.tokens import TokenMetadata
+
+LANES = 128  # lengths are multiples of it
+BLOCKS = (512, 256, LANES)  # sizes of a block of queries or keys, the largest that divides
+NOWHERE = np.iinfo(np.int32).min  # the document of keys that are not there
+
+
+def refusal(
+    options: TransformerOptions,
+    call: BlockCall,
+    queries: TokenMetadata,
+    keys: TokenMetadata,
+    platform: str,
+) -> str:
+    """Why Splash cannot do a block call, and what to set instead; '' where it can."""
+    if platform != "tpu":
+        return f"needs a TPU, and this runs on {platform}: set model.attention='auto'"
+    if options.of_head % 64:
+        return (
+            f"takes heads whose width is a multiple of 64, not {options.of_head}: set "
+            "model.head_width"
+        )
+    lengths = {"queries": queries.valid.shape[1], "keys": keys.valid.shape[1]}
+    for name, length in lengths.items():
+        if length % LANES:
+            return (
+                f"takes lengths that are multiples of {LANES}, not {length} {name}: change the "
+                "number of tokens, or set model.attention='auto'"
+            )
+    mask = known_mask(call, queries, keys)
+    if mask is None:
+        return (
+            "has to know the tokens' order beforehand, and in packed documents or beside a cache "
+            "it is data: set model.attention='auto'"
+        )
+    if not mask.any(1).all():
+        return "cannot do queries that see no key at all: set model.attention='auto'"
+    return ""
+
+
+def attend(
+    query: Float[Array, "B Q H A"],
+    key: Float[Array, "B K G A"],
+    value: Float[Array, "B K G A"],
+    sight: Sight,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B Q H A"]:
+    """Attention of a block call; what sees nothing gets zero.
+
+    Args:
+      sight: with metadata, and with who sees anything.
+      interpret: run the kernel's program on whatever device there is.
+    """
+    mask = known_mask(sight.call, sight.queries, sight.keys)
+    assert mask is not None  # or `refusal` would have said so
+    documents = (
+        sight.queries.document,
+        jnp.where(sight.keys.valid, sight.keys.document, NOWHERE),
+    )
+
+    def local(query: Array, key: Array, value: Array, *documents: Array) -> Array:
+        """On one device, with its share of examples and heads."""
+        from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
+        run = jax.vmap(kernel(mask, query.shape[2], interpret))
+        ids = SegmentIds(*documents)
+        heads_first = (jnp.moveaxis(each, 2, 1) for each in (query, key, value))
+        return jnp.moveaxis(run(*heads_first, ids), 1, 2)
+
+    query = query * query.shape[-1] ** -0.5
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1:  # a kernel is not divided by the compiler
+        heads, rows = spec(query), spec(query)[:1]
+        key, value = widen(key, query.shape[2]), widen(value, query.shape[2])
+        local = jax.shard_map(
+            local, in_specs=(heads, heads, heads, P(*rows), P(*rows)), out_specs=heads,
+            check_vma=False,
+        )  # fmt: skip
+    return blind_to_zero(local(query, key, value, *documents), sight.sighted)
+
+
+def spec(x: Float[Array, "B N H A"]) -> P:
+    """How examples and heads lie on the mesh; what it does not divide is whole everywhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = nn.logical_to_mesh_axes(("batch", None, "attending_heads", None)) or P()
+    shares = []
+    for size, axis in zip(x.shape, axes, strict=False):
+        named = (axis,) if isinstance(axis, str) else axis or ()
+        count = int(np.prod([mesh.shape[name] for name in named]))
+        shares.append(axis if size % count == 0 else None)
+    return P(*shares)
+
+
+def kernel(mask: np.ndarray, heads: int, interpret: bool) -> Callable[..., Array]:
+    """The kernel for one example, [H, Q, A] and [G, K, A], under a mask [Q, K] for all heads."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as pallas
+
+    rows, columns = (next(size for size in BLOCKS if n % size == 0) for n in mask.shape)
+    sizes = pallas.BlockSizes(
+        block_q=rows, block_kv=columns, block_kv_compute=columns,
+        block_q_dkv=rows, block_kv_dkv=columns, block_kv_dkv_compute=columns,
+        block_q_dq=rows, block_kv_dq=columns,
+    )  # fmt: skip
+    one = pallas.FullMask(mask.shape) if mask.all() else pallas.NumpyMask(mask)
+    made: Callable[..., Array] = pallas.make_splash_mha(
+        pallas.MultiHeadMask([one] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    return made

@@ -1,0 +1,88 @@
+"""The feed-forward part of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from unified_mm.nn.attention.attention import branch_scale
+from unified_mm.nn.layers import Dense, PerModality
+from unified_mm.nn.options import TransformerOptions
+from unified_mm.nn.tokens import Group
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=True),  # Hendrycks & Gimpel 2016, the tanh form
+    "gelu_exact": partial(jax.nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # the same paper's sigmoid form; CLIP
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+
+class Mlp(nn.Module):
+    """Two dense maps, an activation between (Vaswani et al. 2017, eq. 2). [..., D] -> [..., D].
+
+    With `gated`, what goes in between is `activation(gate(x)) * up(x)` (Shazeer 2020, equation 6).
+    """
+
+    hidden: int
+    activation: str = "gelu"
+    gated: bool = False
+    use_bias: bool = True
+    output_scale: float = 1.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        def widen(name: str) -> Array:
+            return Dense(
+                (self.hidden,),
+                ("embed",),
+                ("feed_forward",),
+                use_bias=self.use_bias,
+                dtype=self.dtype,
+                name=name,
+            )(x)
+
+        act = ACTIVATIONS[self.activation]
+        hidden = act(widen("gate")) * widen("up") if self.gated else act(widen("up"))
+        down = Dense(
+            x.shape[-1:],
+            ("feed_forward",),
+            ("embed",),
+            scale=self.output_scale,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            name="down",
+        )
+        return down(hidden)
+
+
+def make_mlp(options: TransformerOptions, *, name: str, use_bias: bool | None = None) -> Mlp:
+    """The MLP of a stack; `use_bias` where it is not the stack's own."""
+    return Mlp(
+        options.feed_forward,
+        options.activation,
+        options.gated_feed_forward,
+        options.feed_forward_bias if use_bias is None else use_bias,
+        branch_scale(options),
+        options.dtype,
+        name=name,
+    )
+
+
+class FeedForward(nn.Module):
+    """An MLP for all tokens, or one for each modality. [B, N, D] -> [B, N, D]."""
+
+    options: TransformerOptions
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"], groups: Sequence[Group]) -> Float[Array, "B N D"]:
+        make = partial(make_mlp, self.options)
+        return PerModality(make, self.options.separate_feed_forward, name="mlp")(x, groups)

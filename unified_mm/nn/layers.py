@@ -1,0 +1,132 @@
+"""The small parts of every layer, their parameters named by logical axis: dense maps and norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from unified_mm.nn.quantized import Quantized
+from unified_mm.nn.tokens import Group
+
+Initializer = Callable[..., Any]
+
+
+def partitioned(initializer: Initializer, *axes: str | None) -> Initializer:
+    """An initializer whose parameter carries logical axis names, for `parallel.sharding`."""
+    return nn.with_logical_partitioning(initializer, axes)
+
+
+class Dense(nn.Module):
+    """`x @ kernel + bias` over the last `len(in_axes)` axes of x, with named axes.
+
+    Attributes:
+      features: output shape, e.g. `(heads, head_width)`.
+      in_axes, out_axes: logical axis names of the kernel; their counts say how many axes of the
+        input are contracted and how many come out.
+      scale: multiplies the initial standard deviation `1 / sqrt(fan_in)`.
+    """
+
+    features: tuple[int, ...]
+    in_axes: tuple[str | None, ...]
+    out_axes: tuple[str | None, ...]
+    scale: float = 1.0
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        contracted = len(self.in_axes)
+        in_shape = x.shape[x.ndim - contracted :]
+        initializer = nn.initializers.variance_scaling(
+            self.scale**2,
+            "fan_in",
+            "truncated_normal",
+            in_axis=tuple(range(contracted)),
+            out_axis=tuple(range(contracted, contracted + len(self.features))),
+        )
+        kernel = self.param(
+            "kernel",
+            partitioned(initializer, *self.in_axes, *self.out_axes),
+            (*in_shape, *self.features),
+        )
+        x = x.astype(self.dtype)
+        if isinstance(kernel, Quantized):
+            y = kernel.product(x, range(contracted)).astype(self.dtype)
+        else:
+            y = jnp.tensordot(x, kernel.astype(self.dtype), axes=contracted)
+        if self.use_bias:
+            zeros = partitioned(nn.initializers.zeros, *self.out_axes)
+            y = y + self.param("bias", zeros, self.features).astype(self.dtype)
+        return y
+
+
+class Norm(nn.Module):
+    """Layer normalisation (Ba et al. 2016) or RMS normalisation (Zhang & Sennrich 2019, eq. 4).
+
+    [..., D] -> [..., D], statistics in float32. The RMS form has neither mean nor bias.
+
+    Attributes:
+      kind: 'layer' or 'rms'.
+      axis: the logical axis of D.
+    """
+
+    kind: str = "layer"
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+    axis: str | None = "embed"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        width = x.shape[-1:]
+        scale = self.param("scale", partitioned(nn.initializers.ones, self.axis), width)
+        x, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+        if self.kind == "layer":
+            x = x - x.mean(-1, keepdims=True)
+        x = x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon) * scale
+        if self.kind == "layer":
+            bias = self.param("bias", partitioned(nn.initializers.zeros, self.axis), width)
+            x = x + bias.astype(jnp.float32)
+        return x.astype(self.dtype)
+
+
+class PerModality(nn.Module):
+    """One module for all tokens, or a copy of it for each modality.
+
+    Attributes:
+      make: builds the module, given its name: `make(name="shared")` or `make(name="image")`.
+      separate: whether each modality has parameters of its own.
+    """
+
+    make: Callable[..., nn.Module]
+    separate: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N ..."], groups: Sequence[Group]
+    ) -> Float[Array, "B N ..."]:
+        """Tokens [B, N, ...] lie by `groups`, so each modality's share is a static slice."""
+        if not self.separate:
+            return self.make(name="shared")(x)
+        modules: dict[str, nn.Module] = {}
+        parts, start = [], 0
+        for modality, length in merge_runs(groups):
+            if modality not in modules:
+                modules[modality] = self.make(name=modality)
+            parts.append(modules[modality](x[:, start : start + length]))
+            start += length
+        return jnp.concatenate(parts, axis=1)
+
+
+def merge_runs(groups: Sequence[Group]) -> list[tuple[str, int]]:
+    """(modality, length) of each run of neighbouring groups of one modality."""
+    runs: list[tuple[str, int]] = []
+    for group in groups:
+        if runs and runs[-1][0] == group.modality:
+            runs[-1] = (group.modality, runs[-1][1] + group.length)
+        else:
+            runs.append((group.modality, group.length))
+    return runs

@@ -1,0 +1,60 @@
+"""From tokens to one vector."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from unified_mm.nn.attention.attention import into_heads, out_of_heads
+from unified_mm.nn.attention.masks import masked_attention
+from unified_mm.nn.feed_forward import make_mlp
+from unified_mm.nn.layers import Norm, partitioned
+from unified_mm.nn.options import TransformerOptions
+
+
+def pooled(pool: str, x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Float[Array, "B D"]:
+    """One float32 vector of the valid tokens: their 'mean', the 'first', or the 'last'."""
+    x = x.astype(jnp.float32)
+    if pool == "first":
+        return x[:, 0]
+    if pool == "last":
+        last = jnp.where(valid, jnp.arange(valid.shape[1]), 0).max(1)
+        return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    weights = valid[..., None].astype(jnp.float32)
+    return (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)
+
+
+class AttentionPool(nn.Module):
+    """A learned query attends to the tokens; then a feed-forward branch. [B, N, D] -> [B, D].
+
+    Zhai et al. 2022, "Scaling vision transformers", section 3.2 (multi-head attention pooling),
+    in the form that SigLIP's weights have.
+
+    Attributes:
+      heads: H.
+      hidden: F; 0 is 4 D.
+    """
+
+    heads: int
+    hidden: int
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Float[Array, "B D"]:
+        width = x.shape[-1]
+        o = TransformerOptions(width, 1, self.heads, self.hidden or 4 * width)
+        start = partitioned(nn.initializers.normal(width**-0.5), None, "embed")
+        query = jnp.broadcast_to(
+            self.param("query_token", start, (1, width)), (x.shape[0], 1, width)
+        )
+        x = x.astype(jnp.float32)
+        y = masked_attention(
+            into_heads(o.heads, o, True, "query")(query),
+            into_heads(o.heads, o, True, "key")(x),
+            into_heads(o.heads, o, True, "value")(x),
+            valid[:, None],
+        )
+        y = out_of_heads(width, o, True, "output")(y)
+        norm = Norm("layer", self.epsilon, name="norm")
+        return (y + make_mlp(o, name="feed_forward")(norm(y)))[:, 0]

@@ -1,0 +1,137 @@
+"""The Perceiver resampler: any number of features in, a fixed number out.
+
+Jaegle et al. 2021 (Perceiver) for latents that attend; Alayrac et al. 2022 (Flamingo), section
+3.1.1 and its appendix A.1.1, for this form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from unified_mm.nn.attention.attention import into_heads, out_of_heads
+from unified_mm.nn.attention.backends import attend, look
+from unified_mm.nn.attention.cross_attention import head_norm
+from unified_mm.nn.attention.masks import Sight
+from unified_mm.nn.attention.rules import BlockCall
+from unified_mm.nn.feed_forward import make_mlp
+from unified_mm.nn.layers import Norm, partitioned
+from unified_mm.nn.options import GateOptions, TransformerOptions
+from unified_mm.nn.sow import leave_weights
+from unified_mm.nn.tokens import Group, single_document
+
+
+@dataclass(frozen=True)
+class ResamplerOptions:
+    """Shape of a resampler.
+
+    Attributes:
+      latents: R, how many features come out; 0 is no resampler.
+      frames: that a clip may have, each with a learned embedding; 0 learns none.
+      blocks: of attention and feed-forward, without biases; `width` is that of the features.
+      head_norm: kind of the norm of each head's queries and keys, where there is one.
+    """
+
+    latents: int
+    frames: int
+    blocks: TransformerOptions
+    head_norm: str = "rms"
+
+    @classmethod
+    def from_config(
+        cls, fields: Mapping[str, Any], width: int, main: TransformerOptions
+    ) -> ResamplerOptions:
+        """From `config.model.resampler`, for features of a width, computed as the main stack is."""
+        blocks = TransformerOptions(
+            width=width,
+            layers=fields["layers"],
+            heads=fields["heads"],
+            head_width=fields["head_width"],
+            feed_forward=fields["feed_forward"],
+            activation=fields["activation"],
+            norm_epsilon=1e-5,
+            feed_forward_bias=False,
+            dtype=main.dtype,
+            attention=main.attention,
+            cross=GateOptions(query_key_norm=fields["query_key_norm"]),
+        )
+        return cls(fields["latents"], fields["frames"], blocks, fields["head_norm"])
+
+
+class PerceiverResampler(nn.Module):
+    """Learned latents look at the features and at themselves, again and again."""
+
+    options: ResamplerOptions
+
+    @nn.compact
+    def __call__(
+        self, features: Float[Array, "B T N D"], valid: Bool[Array, "B T N"]
+    ) -> Float[Array, "B R D"]:
+        """Features of T frames of N tokens -> R latents.
+
+        Raises:
+          ValueError: more frames than there are embeddings for.
+        """
+        o, b = self.options, self.options.blocks
+        rows, frames, _, width = features.shape
+        if o.frames:
+            if frames > o.frames:
+                raise ValueError(
+                    f"{frames} frames, but model.resampler.frames={o.frames} have embeddings"
+                )
+            table = partitioned(nn.initializers.normal(0.02), None, "embed")
+            times = self.param("times", table, (o.frames, width))
+            features = features + times[:frames, None].astype(features.dtype)
+        features = features.reshape(rows, -1, width)
+        sight = look_at_all(b, valid.reshape(rows, -1), o.latents)
+        start = partitioned(nn.initializers.normal(1.0), None, "embed")
+        latents = self.param("latents", start, (o.latents, width)).astype(b.dtype)
+        x = jnp.broadcast_to(latents, (rows, *latents.shape))
+        for layer in range(b.layers):
+            attention = ResamplerAttention(b, o.head_norm, name=f"attention_{layer}")
+            x = x + attention(x, features, sight)
+            norm = Norm("layer", b.norm_epsilon, b.dtype, name=f"feed_forward_norm_{layer}")
+            x = x + make_mlp(b, name=f"feed_forward_{layer}")(norm(x))
+        return Norm("layer", b.norm_epsilon, b.dtype, name="norm")(x)
+
+
+def look_at_all(options: TransformerOptions, valid: Bool[Array, "B K"], latents: int) -> Sight:
+    """Each of the latents sees every feature that is there, and all latents."""
+    seen = jnp.pad(valid, ((0, 0), (0, latents)), constant_values=True)
+    keys = single_document(seen, Group("features", "features", seen.shape[1]))
+    queries = single_document(seen[:, -latents:], Group("latents", "features", latents))
+    return look(options, BlockCall((0, latents), ((0, seen.shape[1], "all"),)), queries, keys)
+
+
+class ResamplerAttention(nn.Module):
+    """Latents attend to [features | latents], each with a norm of its own."""
+
+    options: TransformerOptions
+    head_norm: str
+
+    @nn.compact
+    def __call__(
+        self,
+        latents: Float[Array, "B R D"],
+        features: Float[Array, "B K D"],
+        sight: Sight,
+    ) -> Float[Array, "B R D"]:
+        o = self.options
+        latents = Norm("layer", o.norm_epsilon, o.dtype, name="latents_norm")(latents)
+        features = Norm("layer", o.norm_epsilon, o.dtype, name="features_norm")(features)
+        both = jnp.concatenate([features, latents], axis=1)
+        query = into_heads(o.heads, o, False, "query")(latents)
+        key = into_heads(o.heads, o, False, "key")(both)
+        value = into_heads(o.heads, o, False, "value")(both)
+        if o.cross.query_key_norm:
+            query = head_norm("query_norm", o, self.head_norm)(query)
+            key = head_norm("key_norm", o, self.head_norm)(key)
+        latent = Group("latents", "features", latents.shape[1])
+        groups = (latent,), (Group("features", "features", features.shape[1]), latent)
+        leave_weights(self, query, key, (sight.call,), (sight,), groups)
+        return out_of_heads(o.width, o, False, "output")(attend(query, key, value, sight))

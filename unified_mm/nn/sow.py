@@ -1,0 +1,147 @@
+"""Attention weights for whoever wants to look at them; models compute none otherwise.
+
+`model.apply(..., mutable=["attention"])` asks for them. Each attention then leaves its `Weights`
+in the collection of that name, under its own path; those of a scanned stack bear its layers first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from unified_mm.nn.attention.masks import Sight, pick, picked, widen
+from unified_mm.nn.attention.rules import BlockCall, block_mask
+from unified_mm.nn.options import TransformerOptions
+from unified_mm.nn.tokens import Group
+from unified_mm.nn.unstack import LAYERS, layers_stacked
+from unified_mm.parallel.sharding import path_of
+
+ATTENTION = "attention"  # the collection
+
+
+@struct.dataclass
+class Weights:
+    """How much each query takes from each key.
+
+    Attributes:
+      values: float32 [..., B, H, Q, K]; a row sums to 1, or to 0 where the query sees nothing.
+      queries, keys: the token groups of Q and of K; static.
+    """
+
+    values: Any
+    queries: tuple[Group, ...] = struct.field(pytree_node=False)
+    keys: tuple[Group, ...] = struct.field(pytree_node=False)
+
+
+def leave_weights(
+    module: nn.Module,
+    query: Float[Array, "B Q H A"],
+    key: Float[Array, "B K G A"],
+    calls: Sequence[BlockCall],
+    sights: Sequence[Sight],
+    groups: tuple[tuple[Group, ...], tuple[Group, ...]],
+) -> None:
+    """Leaves the weights of an attention in its module's collection, where someone asked.
+
+    They come from the reference softmax, whichever backend computed the attention.
+
+    Args:
+      module: the one that attends.
+      query, key: as its backend gets them, all Q and all K.
+      calls, sights: its block calls, and what each sees.
+      groups: of the queries and of the keys.
+    """
+    if module.is_initializing() or not module.is_mutable_collection(ATTENTION):
+        return
+    rows, heads = query.shape[0], query.shape[2]
+    values = jnp.zeros((rows, heads, query.shape[1], key.shape[1]), jnp.float32)
+    for call, sight in zip(calls, sights, strict=True):
+        mask = sight.mask
+        if mask is None:
+            mask = block_mask(sight.call, sight.queries, sight.keys)
+        part = softmax_weights(query[:, slice(*call.queries)], pick(key, call), mask)
+        done = 0
+        for start, stop in picked(call):
+            piece = part[..., done : done + stop - start]
+            values = values.at[:, :, slice(*call.queries), start:stop].set(piece)
+            done += stop - start
+    module.sow(ATTENTION, "weights", Weights(values, *groups))
+
+
+def by_path(left: Mapping[str, Any]) -> dict[str, Weights]:
+    """What modules left in the collection, by their paths; values [L, B, H, Q, K]."""
+    leaves = jax.tree_util.tree_leaves_with_path(layers_stacked(left), is_leaf=_is_weights)
+    # Flax keeps it under .../weights/0.
+    found = {path_of(path[:-2]): weights for path, weights in leaves}
+    return {
+        path: weights if weights.values.ndim == 5 else jax.tree.map(lambda x: x[None], weights)
+        for path, weights in found.items()
+    }
+
+
+def _is_weights(leaf: Any) -> bool:
+    return isinstance(leaf, Weights)
+
+
+def softmax_weights(
+    query: Float[Array, "B Q H A"], key: Float[Array, "B K G A"], mask: Bool[Array, "B Q K"]
+) -> Float[Array, "B H Q K"]:
+    """softmax(q k / sqrt(A)) (Vaswani et al. 2017, equation 1); zero for what sees nothing."""
+    query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+    scores = jnp.einsum("BQHA,BKHA->BHQK", query, widen(key, query.shape[2]))
+    seen = mask[:, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores * query.shape[-1] ** -0.5, -jnp.inf), axis=-1)
+    return jnp.where(seen, weights, 0.0)
+
+
+RESIDUAL = "residual"  # the collection
+EMBEDDED = "embedded"
+
+
+def leave_stream(module: nn.Module, name: str, x: Float[Array, "B N D"]) -> None:
+    """Leaves the stream in a module's collection under a name, where someone asked."""
+    if module.is_initializing() or not module.is_mutable_collection(RESIDUAL):
+        return
+    module.sow(RESIDUAL, name, x)
+
+
+def layer_names(options: TransformerOptions) -> list[str]:
+    """Names of what a stack leaves, in order.
+
+    'embedded', then 'layer_0', 'layer_1', ...; a gated cross layer before the blocks of period p
+    is 'cross_p'.
+    """
+    names = [EMBEDDED]
+    for period in range(options.periods):
+        if options.cross.every:
+            names.append(f"cross_{period}")
+        first = period * options.blocks_a_period
+        names += [f"layer_{first + number}" for number in range(options.blocks_a_period)]
+    return names
+
+
+def streams_by_layer(
+    left: Mapping[str, Any], stack: str, options: TransformerOptions
+) -> dict[str, Float[Array, "B N D"]]:
+    """What one stack left in the collection, by `layer_names`.
+
+    Args:
+      left: the collection.
+      stack: name of the stack in the parameter tree: 'transformer', 'towers_image'.
+      options: of the stack.
+    """
+    found = layers_stacked({stack: left[stack]})[stack]
+    streams = [found[EMBEDDED][0]]
+    for period in range(options.periods):
+        # A scan stacks what its periods leave: each has its own row. Flax keeps it in a tuple.
+        if options.cross.every:
+            streams.append(found[LAYERS]["after_cross"][0][period])
+        for number in range(options.blocks_a_period):
+            streams.append(found[LAYERS][f"after_block_{number}"][0][period])
+    return dict(zip(layer_names(options), streams, strict=True))

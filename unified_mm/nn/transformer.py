@@ -1,0 +1,191 @@
+"""The transformer block and the scanned stack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from unified_mm.nn.attention.attention import Attention, AttentionPlan
+from unified_mm.nn.attention.cache import KeysValues
+from unified_mm.nn.attention.cross_attention import CrossPlan, GatedCrossLayer
+from unified_mm.nn.feed_forward import FeedForward
+from unified_mm.nn.layers import Norm
+from unified_mm.nn.options import TransformerOptions
+from unified_mm.nn.pipeline import run_pipeline
+from unified_mm.nn.sow import ATTENTION, EMBEDDED, RESIDUAL, leave_stream
+from unified_mm.nn.unstack import LAYERS
+from unified_mm.parallel.sharding import constrain
+
+# By name of each layer of a period, its keys and values; where layers are apart, a tuple of these.
+Kept = dict[str, Any]
+CROSS = "cross"
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each added to the stream.
+
+    The norm comes before each (Xiong et al. 2020) or after the sum (Vaswani et al. 2017).
+    """
+
+    options: TransformerOptions
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N D"], plan: AttentionPlan, cached: KeysValues | None
+    ) -> tuple[Float[Array, "B N D"], KeysValues]:
+        o = self.options
+        dropout = nn.Dropout(o.dropout, deterministic=self.deterministic)
+        attention = Attention(o, name="attention")
+        feed_forward = FeedForward(o, name="feed_forward")
+        attention_norm = make_norm(o, "attention_norm")
+        feed_forward_norm = make_norm(o, "feed_forward_norm")
+        if o.norm_place == "pre":
+            y, kept = attention(attention_norm(x), plan, cached)
+            x = x + dropout(y)
+            x = x + dropout(feed_forward(feed_forward_norm(x), plan.groups))
+        else:
+            y, kept = attention(x, plan, cached)
+            x = attention_norm(x + dropout(y))
+            x = feed_forward_norm(x + dropout(feed_forward(x, plan.groups)))
+        return constrain(x, "batch", "length", "activation"), kept
+
+
+class Period(nn.Module):
+    """What the stack repeats: n blocks, or one gated cross layer and n blocks."""
+
+    options: TransformerOptions
+    deterministic: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        plan: AttentionPlan,
+        cross: CrossPlan | None,
+        cached: Kept,
+    ) -> tuple[Float[Array, "B N D"], Kept]:
+        kept: Kept = {}
+        if cross is not None:
+            layer = GatedCrossLayer(self.options, name=CROSS)
+            x, kept[CROSS] = layer(x, cross, cached.get(CROSS))
+            leave_stream(self, f"after_{CROSS}", x)
+        for number in range(self.options.blocks_a_period):
+            name = f"block_{number}"
+            block = Block(self.options, self.deterministic, name=name)
+            x, kept[name] = block(x, plan, cached.get(name))
+            leave_stream(self, f"after_{name}", x)
+        return x, kept
+
+
+class Transformer(nn.Module):
+    """Periods whose parameters are stacked [periods, ...] and run under a scan, then a norm.
+
+    Layer l is block `l % n` of period `l // n`, for n blocks a period.
+    """
+
+    options: TransformerOptions
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        plan: AttentionPlan,
+        cached: Kept | None = None,
+        *,
+        cross: CrossPlan | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "B N D"], Kept]:
+        """Contextual embeddings [B, N, D]; keys and values, each [periods, B, H, K, A].
+
+        With `options.apart` they are a tuple by period, each [B, H, K, A].
+
+        `cached` holds those of earlier tokens; what comes back then has the new ones written in.
+        Without it, the keys and values that `plan.keep` asks for come back.
+        """
+        o = self.options
+        x = constrain(x, "batch", "length", "activation")
+        leave_stream(self, EMBEDDED, x)
+        if o.apart:
+            x, kept = self._one_by_one(x, plan, cross, cached or {}, deterministic)
+        elif o.pipeline is None or self.is_initializing():
+            x, kept = self._scanned(x, plan, cross, cached or {}, deterministic)
+        else:
+            x, kept = self._pipelined(x, plan, cross, cached or {}, deterministic)
+        return make_norm(o, "norm")(x) if o.final_norm else x, kept
+
+    def _scanned(
+        self, x: Array, plan: AttentionPlan, cross: Any, cached: Kept, deterministic: bool
+    ) -> tuple[Array, Kept]:
+        o = self.options
+        layers = nn.scan(
+            recomputed(Period, o.remat, nn.remat),
+            variable_axes={"params": 0, ATTENTION: 0, RESIDUAL: 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0),
+            length=o.periods,
+            unroll=o.unroll if o.remat == "none" else 1,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return layers(o, deterministic, name=LAYERS)(x, plan, cross, cached)
+
+    def _one_by_one(
+        self, x: Array, plan: AttentionPlan, cross: Any, cached: Kept, deterministic: bool
+    ) -> tuple[Array, Kept]:
+        """The same where nothing is stacked: keys and values are a tuple of [B, H, K, A]."""
+        kept: dict[str, list[Any]] = {}
+        for number in range(self.options.periods):
+            period = Period(self.options, deterministic, name=f"{LAYERS}_{number}")
+            own = {name: each[number] for name, each in cached.items()}
+            x, new = period(x, plan, cross, own)
+            for name, pair in new.items():
+                kept.setdefault(name, []).append(pair)
+        return x, {name: tuple(each) for name, each in kept.items()}
+
+    def _pipelined(
+        self, x: Array, plan: AttentionPlan, cross: Any, cached: Kept, deterministic: bool
+    ) -> tuple[Array, Kept]:
+        """The same on the same parameters, by stages."""
+        o = self.options
+        assert o.pipeline is not None
+        module = Period(o, deterministic, parent=None)
+        dropping = bool(o.dropout) and not deterministic
+        keys = jax.random.split(self.make_rng("dropout"), o.periods) if dropping else None
+
+        def period(
+            layer: Any, cached: Kept, x: Array, beside: Any, number: Array
+        ) -> tuple[Array, Kept]:
+            params, key = layer
+            rngs = {"dropout": jax.random.fold_in(key, number)} if dropping else {}
+            plan, cross = beside
+            return module.apply({"params": params}, x, plan, cross, cached, rngs=rngs)  # type: ignore[return-value]
+
+        layers: Any = (self.get_variable("params", LAYERS), keys)
+        period = recomputed(period, o.remat, jax.checkpoint)
+        return run_pipeline(o.pipeline, period, layers, cached, x, (plan, cross))
+
+
+def recomputed(period: Any, remat: str, checkpoint: Callable[..., Any]) -> Any:
+    """A period whose backward pass recomputes what `TransformerOptions.remat` says.
+
+    Chen et al. 2016, "Training deep nets with sublinear memory cost".
+    """
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        return period
+    policy = {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    }[remat]
+    # Under a scan nothing can be merged with the first computation.
+    return checkpoint(period, prevent_cse=False, policy=policy)
+
+
+def make_norm(options: TransformerOptions, name: str) -> Norm:
+    """A norm of the stack's kind."""
+    return Norm(options.norm, options.norm_epsilon, options.dtype, name=name)

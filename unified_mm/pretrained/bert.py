@@ -1,0 +1,136 @@
+"""BERT (Devlin et al. 2019) and sentence encoders of its make, such as MiniLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from unified_mm.modalities.text import VOCABULARY_MULTIPLE
+from unified_mm.pretrained.clip import POSITION_IDS, stack_fields
+from unified_mm.pretrained.family import Family, Fields, prefix
+from unified_mm.pretrained.layers import blocks, line, main_options, norm
+from unified_mm.pretrained.source import Section, Source
+from unified_mm.pretrained.tables import Table, padded_rows, row
+from unified_mm.pretrained.vocabularies import TokenLayout, bert_files
+
+DEFAULTS = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512,
+}
+BLOCK = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "feed_forward_norm": "output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+}
+LOG_SCALE = 2.9957  # ln(1 / 0.05): where the comparison of texts starts (Gao et al. 2021)
+POOLINGS = {"mean": "mean", "mean_tokens": "mean", "cls": "first", "cls_token": "first"}
+
+
+def fields(source: Source) -> Fields:
+    """Text alone, its tokens' mean compared with another text's."""
+    c = Section(source.config.where, source.config, DEFAULTS)
+    c.refuse_unless("position_embedding_type", "absolute", None, why="positions are learned here")
+    c.refuse_unless("is_decoder", False, why="all text is seen at once here")
+    known = c["max_position_embeddings"]
+    longest = (source.json("sentence_bert_config.json") or {}).get("max_seq_length") or known
+    return {
+        "model": {
+            "fusion": "late",
+            **stack_fields(c),
+            "norm_place": "post",
+            "final_norm": False,
+            "modalities": {
+                "text": {
+                    "length": min(known, longest),
+                    "places": known,
+                    "vocabulary": c["vocab_size"],
+                    "scaled": False,
+                    "norm": True,
+                    "norm_epsilon": c["layer_norm_eps"],
+                }
+            },
+        },
+        "objectives": {
+            "contrastive": {
+                "weight": 1.0,
+                "rule": "separate",
+                "between": "text",
+                "width": c["hidden_size"],
+                "text_pool": pooling(source),
+                "projection": "none",
+                "text_projection": "none",
+            }
+        },
+    }
+
+
+def pooling(source: Source) -> str:
+    """What a sentence encoder says of its pooling; the mean where nothing is said.
+
+    Raises:
+      ValueError: another pooling than ours, or layers after it.
+    """
+    modules = source.json("modules.json", list) or []
+    if further := [m["type"] for m in modules if m["type"].rsplit(".")[-1] == "Dense"]:
+        raise ValueError(f"{source.path / 'modules.json'}: {further[0]} has no place here")
+    said = source.json("1_Pooling/config.json")
+    if said is None:
+        return "mean"
+    kinds = [key.removeprefix("pooling_mode_") for key, on in said.items() if on is True]
+    kinds = [kind for kind in kinds if f"pooling_mode_{kind}" in said]
+    kinds += [said["pooling_mode"]] if isinstance(said.get("pooling_mode"), str) else []
+    if len(kinds) != 1 or kinds[0] not in POOLINGS:
+        raise ValueError(
+            f"{source.path / '1_Pooling' / 'config.json'}: pooling {', '.join(kinds)}: one of "
+            f"{', '.join(POOLINGS)} is what there is"
+        )
+    return POOLINGS[kinds[0]]
+
+
+def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
+    """The first of the token types is that of a text alone: it is our modality's embedding."""
+    model = config["model"]
+    text = model["modalities"]["text"]
+    before = prefix(names, "bert.", probe="embeddings.word_embeddings.weight")
+    embeddings = f"{before}embeddings"
+    rows = padded_rows(text["vocabulary"], multiple=VOCABULARY_MULTIPLE)
+    entries = [
+        line(f"{embeddings}.word_embeddings.weight", "embedders_text/tokens", rows),
+        line(f"{embeddings}.position_embeddings.weight", "embedders_text/positions"),
+        line(f"{embeddings}.token_type_embeddings.weight", "embedders_text/modality", row(0)),
+        *norm(f"{embeddings}.LayerNorm", "embedders_text/norm"),
+        *blocks(f"{before}encoder.layer.{{layer}}", "transformer", BLOCK, main_options(model)),
+    ]
+    ignored = {
+        **POSITION_IDS,
+        r"(bert\.)?pooler\.dense\.(weight|bias)": "the pooler after the first token",
+        r"cls\..*": "the heads of pre-training",
+    }
+    return Table(entries, ignored, starts={"heads_contrastive/log_scale": LOG_SCALE})
+
+
+BERT = Family(
+    name="BERT",
+    types=("bert",),
+    part="text",
+    fields=fields,
+    table=table,
+    tokens=TokenLayout(
+        bert_files,
+        bos="cls_token",
+        eos="sep_token",
+        defaults={"bos": "[CLS]", "eos": "[SEP]", "pad": "[PAD]"},
+        eos_when_cut=True,
+    ),
+)

@@ -1,0 +1,34 @@
+"""The families whose weights are known, and which of them a directory holds."""
+
+from __future__ import annotations
+
+from unified_mm.pretrained.bert import BERT
+from unified_mm.pretrained.clip import CLIP, SIGLIP
+from unified_mm.pretrained.family import Family
+from unified_mm.pretrained.gpt2 import GPT2
+from unified_mm.pretrained.idefics import IDEFICS
+from unified_mm.pretrained.llama import LLAMA, QWEN2
+from unified_mm.pretrained.source import Source
+from unified_mm.pretrained.vit import VIT
+
+FAMILIES: tuple[Family, ...] = (CLIP, SIGLIP, VIT, GPT2, LLAMA, QWEN2, BERT, IDEFICS)
+# Near relatives that are something else, and why.
+OTHERS = {"siglip2": "it takes pictures of any shape (naflex); other SigLIP 2 weights say 'siglip'"}
+
+
+def family_of(source: Source) -> Family:
+    """The one that a directory's config.json names.
+
+    Raises:
+      ValueError: an architecture that is not known, with a list of what is.
+    """
+    found = source.config.get("model_type")
+    for family in FAMILIES:
+        if found in family.types:
+            return family
+    why = f" ({OTHERS[found]})" if found in OTHERS else ""
+    known = ", ".join(sorted(name for family in FAMILIES for name in family.types))
+    raise ValueError(
+        f"{source.config.where}: model_type={found!r} is no architecture that is known here{why}: "
+        f"{known}"
+    )

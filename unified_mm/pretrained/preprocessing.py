@@ -1,0 +1,122 @@
+"""What was done to the pixels that weights were trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from unified_mm.pretrained.source import Section, Source
+
+RESAMPLINGS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """A family's, where no file says more.
+
+    Attributes:
+      fit: what becomes of a picture that is no square (`data.images.evaluation_view`).
+      resampling, mean, deviation: as `data.resampling` and `model.modalities.image` have them.
+    """
+
+    fit: str
+    resampling: str = "bicubic"
+    mean: tuple[float, float, float] = HALF
+    deviation: tuple[float, float, float] = HALF
+
+
+def image_fields(source: Source, size: int, usual: Preprocessing) -> tuple[dict, dict]:
+    """Fields of `config.data` and of `config.model.modalities.image`.
+
+    Args:
+      source: with a preprocessor_config.json, or a processor_config.json that holds one; without
+        either the family's usual values hold.
+      size: of the pictures that the model takes, in pixels.
+      usual: of the family.
+
+    Raises:
+      ValueError: what we cannot do, naming file and key.
+    """
+    section = _section(source)
+    if section is None:
+        section = Section("", {}, {})
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        section.refuse_unless(key, True, None, why="pictures are resized and normalised here")
+    factor = section.get("rescale_factor", 1 / 255)
+    if abs(factor - 1 / 255) > 1e-9:
+        raise ValueError(f"{section.where}: rescale_factor={factor}: only 1/255 is done here")
+    number = section.get("resample")
+    if number is not None and number not in RESAMPLINGS:
+        raise ValueError(f"{section.where}: resample={number}: only {RESAMPLINGS} are done here")
+    data = {
+        "image_size": size,
+        "resampling": usual.resampling if number is None else RESAMPLINGS[number],
+        "fit": _fit(section, size, usual.fit),
+    }
+    embedding = {
+        "mean": list(section.get("image_mean") or usual.mean),
+        "deviation": list(section.get("image_std") or usual.deviation),
+    }
+    return data, embedding
+
+
+def written(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A preprocessor_config.json for a config of ours."""
+    size = config["data"]["image_size"]
+    image = config["model"]["modalities"]["image"]
+    crop = config["data"]["fit"] != "squash"
+    sides = {"height": size, "width": size}
+    numbers = {name: number for number, name in RESAMPLINGS.items()}
+    return {
+        "do_resize": True,
+        "size": {"shortest_edge": size} if crop else sides,
+        "resample": numbers[config["data"]["resampling"]],
+        "do_center_crop": crop,
+        **({"crop_size": sides} if crop else {}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(image["mean"]),
+        "image_std": list(image["deviation"]),
+    }
+
+
+def _section(source: Source) -> Section | None:
+    for name in FILES:
+        found = source.json(name)
+        if found is not None:
+            found = found.get("image_processor", found)
+            return Section(str(source.path / name), found, {})
+    return None
+
+
+def _fit(section: Section, size: int, usual: str) -> str:
+    """How a picture becomes a square of `size`; whatever the file says must come to that."""
+    asked = section.get("size", section.get("image_size"))
+    if asked is None:
+        return usual
+    if isinstance(asked, int):  # older files: the family says which side is meant
+        asked = {"shortest_edge": asked} if usual != "squash" else {"height": asked, "width": asked}
+    sides = {value for value in asked.values() if value is not None}
+    if sides != {size}:
+        raise ValueError(
+            f"{section.where}: size={asked}, but the model takes {size} x {size} pixels"
+        )
+    if "shortest_edge" not in asked:
+        return "squash"
+    crop = section.get("crop_size", size)
+    if section.get("do_center_crop") is False or _sides(crop) != {size}:
+        raise ValueError(
+            f"{section.where}: size={asked} needs do_center_crop and crop_size={size}, to give "
+            "the square that the model takes"
+        )
+    return "crop_resized"
+
+
+def _sides(value: Any) -> set[int]:
+    return set(value.values()) if isinstance(value, Mapping) else {value}

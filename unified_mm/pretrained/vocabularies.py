@@ -1,0 +1,179 @@
+"""Tokenizers of other projects, as ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.pretrained.source import Source
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """What a family puts around a text.
+
+    Attributes:
+      build: makes a tokenizer of the family's older files, where there is no tokenizer.json;
+        None where these are not there.
+      begins: whether anything stands before a text.
+      bos, eos: keys of tokenizer_config.json that name the tokens.
+      defaults: the family's names for 'bos', 'eos' and 'pad', where no file says them.
+      eos_when_cut: whether a text that is too long ends in `eos` all the same.
+    """
+
+    build: Callable[[Source], tokenizers.Tokenizer | None]
+    begins: bool = True
+    bos: str = "bos_token"
+    eos: str = "eos_token"
+    defaults: Mapping[str, str] | None = None
+    eos_when_cut: bool = False
+
+
+NAMING = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+def read_tokenizer(source: Source, layout: TokenLayout) -> TextTokenizer:
+    """The tokenizer of a directory, with the special tokens of its family.
+
+    Raises:
+      FileNotFoundError: no file that holds one.
+      ValueError: a file that holds none, or one that lacks special tokens.
+    """
+    path = source.path / "tokenizer.json"
+    if path.is_file():
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} is no usable tokenizer.json: {error}") from error
+    else:
+        built = layout.build(source)
+        if built is None:
+            raise FileNotFoundError(
+                f"{source.path} has no tokenizer.json, nor the files that one is made of; "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes it"
+            )
+        tokenizer = built
+    try:
+        return TextTokenizer(tokenizer, **special_tokens(source, tokenizer, layout))
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from error
+
+
+def special_tokens(
+    source: Source, tokenizer: tokenizers.Tokenizer, layout: TokenLayout
+) -> dict[str, Any]:
+    """Their names, as the first of `NAMING` says, or config.json's numbers."""
+    files = [source.json(name) or {} for name in NAMING]
+    defaults = layout.defaults or {}
+
+    def named(role: str, key: str) -> str:
+        for file in files:
+            if file.get(key):
+                return _content(file[key])
+        if role in defaults:
+            return defaults[role]
+        number = source.config.get(f"{role}_token_id")
+        return (isinstance(number, int) and tokenizer.id_to_token(number)) or ""
+
+    eos = named("eos", layout.eos)
+    if not eos:
+        raise ValueError("neither its tokenizer_config.json nor its config.json names an end token")
+    # A key that is there and says null means that there is none.
+    silent = layout.bos in files[0] and not files[0][layout.bos]
+    return {
+        "pad": named("pad", "pad_token") or eos,
+        "bos": named("bos", layout.bos) if layout.begins and not silent else "",
+        "eos": eos,
+        "eos_when_cut": layout.eos_when_cut,
+    }
+
+
+def _content(token: Any) -> str:
+    return str(token["content"] if isinstance(token, Mapping) else token)
+
+
+def only_json(source: Source) -> None:
+    """For families that have no older files."""
+
+
+def gpt2_files(source: Source) -> tokenizers.Tokenizer | None:
+    """vocab.json and merges.txt of GPT-2: byte-level BPE (Radford et al. 2019, section 2.2)."""
+    model = _bpe(source, unk_token="<|endoftext|>")
+    if model is None:
+        return None
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer
+
+
+CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+CLIP_SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
+
+
+def clip_files(source: Source) -> tokenizers.Tokenizer | None:
+    """vocab.json and merges.txt of CLIP: lower case, words that end in `</w>`."""
+    model = _bpe(source, unk_token="<|endoftext|>", end_of_word_suffix="</w>")
+    if model is None:
+        return None
+    special = "|".join(token.replace("|", r"\|") for token in CLIP_SPECIAL)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+            normalizers.Lowercase(),
+        ]
+    )
+    words = tokenizers.Regex(f"{special}|{CLIP_WORDS}")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(CLIP_SPECIAL)
+    return tokenizer
+
+
+BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def bert_files(source: Source) -> tokenizers.Tokenizer | None:
+    """vocab.txt of BERT: WordPiece (Devlin et al. 2019, section 3)."""
+    path = source.path / "vocab.txt"
+    if not path.is_file():
+        return None
+    options = source.json("tokenizer_config.json") or {}
+    words = path.read_text(encoding="utf-8").splitlines()
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=options.get("do_lower_case", True),
+        strip_accents=options.get("strip_accents"),
+        handle_chinese_chars=options.get("tokenize_chinese_chars", True),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens([token for token in BERT_SPECIAL if token in vocabulary])
+    return tokenizer
+
+
+def _bpe(source: Source, **options: Any) -> models.BPE | None:
+    vocabulary, merges = source.path / "vocab.json", source.path / "merges.txt"
+    if not (vocabulary.is_file() and merges.is_file()):
+        return None
+    try:
+        return models.BPE(*models.BPE.read_file(str(vocabulary), str(merges)), **options)
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(
+            f"{vocabulary} and {Path(merges).name} hold no BPE vocabulary: {error}"
+        ) from error

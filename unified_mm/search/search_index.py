@@ -1,0 +1,282 @@
+"""A search index on disk: vectors of pictures and captions, and what they are of.
+
+    index.json      what it was made of: the model, the folder, what was left out
+    rows.json       names and sizes of the pictures; the texts, and the picture of each
+    image.npy       vectors of the pictures; with image.usearch where they are many
+    text.npy        vectors of the texts, if there are any; with text.usearch likewise
+    SHA256SUMS      of all files, written last
+
+`unified_mm.search.index_writer` makes one. Letters: ``E`` width, ``Q`` queries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from unified_mm.files import naming, read_json, user_path, write_json
+from unified_mm.inference.loaded import LoadedModel
+from unified_mm.runs.seal import broken_files, is_sealed, tree_checksums, write_seal
+from unified_mm.search.nearest import Nearest
+
+FORMAT = 1  # of the files above
+Kind = Literal["image", "text"]
+_HEADER, _ROWS = "index.json", "rows.json"
+_AGAIN = "make it again with python -m unified_mm.index --run=RUN --images=DIR --out=NEW"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the vectors are of, in their order.
+
+    Attributes:
+      names: of the pictures' files within the folder.
+      sizes: of these in bytes.
+      texts: captions.
+      owners: the number of each text's picture.
+    """
+
+    names: Sequence[str]
+    sizes: Sequence[int]
+    texts: Sequence[str]
+    owners: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """Something found.
+
+    Attributes:
+      number: of the picture or text in the index; it tells nothing of where things lie.
+      score: cosine with the query.
+      name: of the picture's file within its folder, or the text.
+      picture: number of the picture that this is, or that the text is of.
+    """
+
+    number: int
+    score: float
+    name: str
+    picture: int
+
+
+class SearchIndex:
+    """An opened index; threads may share it.
+
+    Attributes:
+      path: the index's own folder.
+      header: what index.json holds.
+      rows: what the vectors are of.
+      pictures: the folder that the names are within.
+      nearest: the vectors by kind, 'image' and, where there are texts, 'text'.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        header: Mapping[str, Any],
+        rows: Rows,
+        pictures: Path,
+        nearest: Mapping[str, Nearest],
+    ) -> None:
+        self.path = path
+        self.header = header
+        self.rows = rows
+        self.pictures = pictures
+        self.nearest = nearest
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], *, pictures: str | os.PathLike[str] | None = None
+    ) -> SearchIndex:
+        """Checks every byte (about a second a gigabyte) and opens.
+
+        Args:
+          path: the index's folder.
+          pictures: where the pictures lie now; by default, where they lay when it was made.
+
+        Raises:
+          FileNotFoundError: no index there.
+          ValueError: a damaged one, naming the files, or one of another format.
+        """
+        folder = user_path(path, "the index")
+        if not (folder / _HEADER).is_file() and not is_sealed(folder):
+            begun = work_folder(folder.absolute()).is_dir()
+            goes_on = "; it was begun, and the command that makes it goes on" if begun else ""
+            raise FileNotFoundError(f"{folder} is no search index (it has no {_HEADER}){goes_on}")
+        with naming(folder):
+            broken = broken_files(folder) if is_sealed(folder) else ("SHA256SUMS",)
+        if broken:
+            raise ValueError(
+                f"the index {folder} is damaged: {', '.join(broken)} is not as it was written; "
+                f"{_AGAIN}"
+            )
+        header = read_json(folder / _HEADER)
+        if header["format"] != FORMAT:
+            raise ValueError(
+                f"the index {folder} has format {header['format']}, and this version reads "
+                f"{FORMAT}: {_AGAIN}"
+            )
+        rows = Rows(**read_json(folder / _ROWS))
+        kinds = ("image", "text") if rows.texts else ("image",)
+        nearest = {kind: Nearest.open(folder, kind) for kind in kinds}
+        return cls(folder, header, rows, Path(pictures or header["folder"]), nearest)
+
+    def check_model(self, model: LoadedModel) -> None:
+        """Raises ValueError unless the vectors are this model's."""
+        made, asked = self.header["model"], model_identity(model)
+        if made != asked:
+            raise ValueError(
+                f"the index {self.path} was made with another model: {_told(made)}; this run has "
+                f"{_told(asked)}. Give the run and checkpoint it was made with, or {_AGAIN}"
+            )
+
+    def search(
+        self, vector: Float[np.ndarray, " E"], count: int, kind: Kind = "image"
+    ) -> list[Hit]:
+        """What fits a vector best, best first; `count` of these, or all where there are fewer.
+
+        Args:
+          vector: of a picture, a text or `mixed`; its length does not matter.
+          count: 1 or more.
+          kind: what is looked for.
+
+        Raises:
+          ValueError: a vector that is no direction or of another width, a count below 1, or no
+            texts in the index.
+        """
+        nearest = self._of(kind)
+        width = nearest.vectors.shape[1]
+        if np.shape(vector) != (width,):
+            raise ValueError(f"a query has shape [{width}] here; got {list(np.shape(vector))}")
+        if count < 1:
+            raise ValueError(f"count={count}: must be 1 or more")
+        found = nearest.search(_unit(np.asarray(vector, np.float32))[None], count)
+        return [
+            self._hit(int(number), float(score), kind)
+            for number, score in zip(found.numbers[0], found.scores[0], strict=True)
+        ]
+
+    def vector(self, number: int, kind: Kind = "image") -> Float[np.ndarray, " E"]:
+        """The vector of a picture or text. Raises IndexError for a number that there is not."""
+        vectors = self._of(kind).vectors
+        return np.array(vectors[_within(number, len(vectors), kind)])
+
+    def read_picture(self, number: Any) -> bytes:
+        """The file of a picture, undecoded: a way to show it that neither takes nor tells a path.
+
+        Raises:
+          IndexError: a number that there is not, or no number.
+          FileNotFoundError: its file is gone, or has another size than when it was embedded.
+        """
+        number = _within(number, len(self.rows.names), "image")
+        changed = FileNotFoundError(f"picture {number} is not there as it was indexed")
+        try:
+            with open(self.pictures / self.rows.names[number], "rb") as file:
+                content = file.read(self.rows.sizes[number] + 1)
+        except OSError:
+            raise changed from None
+        if len(content) != self.rows.sizes[number]:
+            raise changed
+        return content
+
+    def _of(self, kind: str) -> Nearest:
+        if kind not in self.nearest:
+            raise ValueError(
+                f"the index {self.path} holds no {kind!r}, but {', '.join(self.nearest)}: texts "
+                "are the captions of a COCO set"
+            )
+        return self.nearest[kind]
+
+    def _hit(self, number: int, score: float, kind: str) -> Hit:
+        if kind == "image":
+            return Hit(number, score, self.rows.names[number], number)
+        return Hit(number, score, self.rows.texts[number], self.rows.owners[number])
+
+
+def mixed(vectors: Float[np.ndarray, "Q E"], weights: Sequence[float]) -> Float[np.ndarray, " E"]:
+    """One query of several: the weighted mean of unit vectors, renormalised.
+
+    A weight below 0 leads away from its vector.
+
+    Raises:
+      ValueError: not one weight a vector, or what cancels out.
+    """
+    if len(vectors) != len(weights):
+        raise ValueError(f"{len(vectors)} vectors and {len(weights)} weights: give as many")
+    return _unit(np.asarray(weights, np.float32) @ vectors)
+
+
+def work_folder(index: Path) -> Path:
+    """Where an index lies that is being made; its path is absolute."""
+    return index.with_name(f".{index.name}.indexing")
+
+
+def write_metadata(folder: Path, header: Mapping[str, Any], rows: Rows) -> None:
+    """Writes all but the vectors of an index, which must be there, and the seal last."""
+    write_json(folder / _ROWS, vars(rows))
+    write_json(folder / _HEADER, {"format": FORMAT, **header})
+    write_seal(folder)
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """What index.json holds; empty where there is none, or none that can be read."""
+    try:
+        header = read_json(folder / _HEADER)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def _told(identity: Mapping[str, Any]) -> str:
+    return f"step {identity['step']}, parameters {identity['parameters'][:12]}"
+
+
+def _within(number: Any, count: int, kind: str) -> int:
+    whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+    if not whole or not 0 <= number < count:
+        raise IndexError(f"there is no {kind} {number!r}: numbers go from 0 to {count - 1}")
+    return int(number)
+
+
+def _unit(vector: Float[np.ndarray, " E"]) -> Float[np.ndarray, " E"]:
+    """Raises ValueError for a vector without direction."""
+    length = np.linalg.norm(vector)
+    if not np.isfinite(length) or length < 1e-6:
+        raise ValueError("the query has no direction: its vectors cancel out, or are not finite")
+    return (vector / length).astype(np.float32)
+
+
+def model_identity(model: LoadedModel) -> dict[str, Any]:
+    """What makes a model's vectors comparable: its checkpoint's parameters, and how it reads.
+
+    Where the run lies does not matter.
+    """
+    parameters = hashlib.sha256()
+    params = model.params
+    sums = tree_checksums(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        parameters.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+    for leaf in jax.tree.leaves(sums):
+        parameters.update(np.asarray(leaf).tobytes())
+    config = model.saved  # an index stays its model's when later versions name fields otherwise
+    reads = {
+        "modalities": config["model"]["modalities"],
+        "image_size": config["data"]["image_size"],
+        "special_tokens": config["data"]["special_tokens"],
+        "tokenizer": model.task.tokenizer.as_json(),
+    }
+    reading = hashlib.sha256(json.dumps(reads, sort_keys=True).encode())
+    return {
+        "step": model.step,
+        "parameters": parameters.hexdigest(),
+        "reading": reading.hexdigest(),
+    }
