@@ -25,7 +25,7 @@ def get_config(size: str = "auto") -> ConfigDict:
     """The recipe at a size; 'auto' is resolved by the command once jax has its devices."""
     config = coco.get_config(size)
     config.objectives.captioning.rule = "interleaved"
-    config.model.modalities.text.places = 224
+    config.model.modalities.text.max_positions = 224
     config.data.documents.shots = 4
     config.data.documents.images = 5
     config.data.documents.length = 192

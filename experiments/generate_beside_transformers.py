@@ -32,7 +32,7 @@ from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.files import write_json
 from unified_mm.import_weights import import_directory, write_run
 from unified_mm.inference.decoding import GREEDY
-from unified_mm.inference.generate import begin, generate
+from unified_mm.inference.generate import generate, start
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.sampling import make_sampling, sampling_arrays
 from unified_mm.runs.environment import device_name, versions
@@ -128,15 +128,16 @@ def compare(ours: LoadedModel, theirs: Any, batch: int, turns: int) -> dict[str,
 def our_generate(model: LoadedModel) -> Generate:
     """Prompts [B, P] -> what is written after them [B, W], in one compiled program."""
     predictor = model.predictor
-    stream = predictor.writing_stream
+    stream = predictor.writing_view
 
     def run(params: Any, inputs: Any) -> Any:
         sampling = make_sampling(**inputs["sampling"])
-        draft = begin(
+        state = start(
             predictor.task.model, params, {"text": inputs["text"]}, stream,
-            most=inputs["most"], stop=inputs["stop"], sampling=sampling, room=NEW, padding=0,
+            max_tokens=inputs["max_tokens"], stop=inputs["stop"], sampling=sampling,
+            cache_room=NEW, padding=0,
         )  # fmt: skip
-        return generate(predictor.task.model, params, draft, stream, 0).written
+        return generate(predictor.task.model, params, state, stream, 0).written
 
     def write(prompts: np.ndarray) -> np.ndarray:
         rows = len(prompts)
@@ -148,7 +149,7 @@ def our_generate(model: LoadedModel) -> Generate:
         inputs = {
             "text": text,
             "sampling": sampling_arrays(GREEDY, rows, 0),
-            "most": np.full(rows, NEW, np.int32),
+            "max_tokens": np.full(rows, NEW, np.int32),
             "stop": np.full((rows, 1), -1, np.int32),  # nothing ends a text
         }
         return np.asarray(predictor.call("beside", run, predictor.to_device(inputs)))

@@ -25,7 +25,7 @@ from experiments.sweeping.ablation import NAME, Ablation, load_ablation
 from experiments.sweeping.done_elsewhere import link_what_is_done
 from experiments.sweeping.jobs import Launcher
 from experiments.sweeping.local import Local
-from experiments.sweeping.loop import Told, carry_out, first_rows
+from experiments.sweeping.loop import SweepStopped, carry_out, first_rows
 from experiments.sweeping.runs import Run, runs_of
 from experiments.sweeping.table import Table, final_table
 from unified_mm.cli.messages import exit_code, say
@@ -146,7 +146,7 @@ def watch(
     say(f"{len(runs)} runs, {done} finished already")
     try:
         carry_out(rows, launcher, Table(max(len(run.name) for run in runs)), interval)
-    except Told as told:
+    except SweepStopped as told:
         return told.exit_code
     say("")
     say(final_table(rows, ablation.scores))

@@ -16,7 +16,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from unified_mm.cli.recipes import load_recipe
-from unified_mm.training.start_from import adopt
+from unified_mm.training.start_from import config_from_run
 
 coco = load_recipe(Path(__file__).parents[1] / "configs" / "coco.py")
 TEXT = "(embedders_text|transformer)/.*"
@@ -33,7 +33,7 @@ def get_config(spec: str) -> ConfigDict:
     config.model.tower = {"width": 128, "layers": 4, "heads": 4, "feed_forward": 512}
     config.data.crop_scale = (0.5, 1.0)
     config.model.start_from.text = run
-    config = adopt(config, ())
+    config = config_from_run(config, ())
     if start == "scratch":
         config.model.start_from.text = ""
     config.train.learning_rate_rules = ((TEXT, 0.1), (".*", 1.0))

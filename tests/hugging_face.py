@@ -65,8 +65,8 @@ def pixels(rows: int, size: int, seed: int = 0) -> np.ndarray:
 def normalised(images: np.ndarray, imported: Imported) -> np.ndarray:
     """What transformers' models take: float32 [..., 3, size, size]."""
     image = imported.config["model"]["modalities"]["image"]
-    mean, deviation = (np.array(image[key], np.float32) for key in ("mean", "deviation"))
-    return np.moveaxis((images / np.float32(255) - mean) / deviation, -1, -3).astype(np.float32)
+    mean, std = (np.array(image[key], np.float32) for key in ("mean", "std"))
+    return np.moveaxis((images / np.float32(255) - mean) / std, -1, -3).astype(np.float32)
 
 
 def apply(imported: Imported, task: Task, function: Any, batch: Any) -> np.ndarray:
@@ -83,7 +83,7 @@ def logits(imported: Imported, task: Task, batch: Any) -> np.ndarray:
     (objective,) = task.objectives
 
     def score(model: Any, batch: Any) -> Any:
-        return model.logits(model.encode(batch, objective.streams())[objective.name].text)
+        return model.logits(model.encode(batch, objective.views())[objective.name].text)
 
     used = task.modalities["text"].embedding.used
     return apply(imported, task, score, batch)[..., :used]

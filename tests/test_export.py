@@ -120,7 +120,7 @@ def logits_anew(model, texts):
     batch = {"image": image, "text": {"ids": ids, "valid": valid, "present": present}}
 
     def read(module, batch):
-        return module.logits(module.encode(batch, (captioning.stream,))[captioning.name].text)
+        return module.logits(module.encode(batch, (captioning.view,))[captioning.name].text)
 
     apply = jax.jit(lambda params, batch: model.task.model.apply(params, batch, method=read))
     return np.asarray(apply({"params": model.params}, batch))

@@ -37,7 +37,7 @@ def write_run(path, data, cache):
         "data__dir": str(data),
         "data__cache_dir": str(cache),
         "objectives__matching__weight": 0.0,
-        "train__average_decay": 0.9,
+        "train__ema_decay": 0.9,
     }
     folder, params = RunFolder(path), tiny.params(tiny.task(**changes))
     write_json(folder.config, tiny.config_dict(**changes).to_dict())

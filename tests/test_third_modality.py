@@ -50,6 +50,6 @@ def test_context_modalities_come_in_order_and_text_last():
     task = build_task(Config(config.to_dict()), tiny.tokenizer())
     assert list(task.modalities) == ["image", "tone", "text"]
     batch = jax.tree.map(jax.numpy.asarray, task.example_batch(2))
-    read = jax.jit(lambda params, key: task.pairs(params, batch, key, deterministic=True))
-    pairs = read(tiny.params(task), jax.random.key(0))
-    assert float(pairs["captioning/loss"][1]) == 0.0
+    read = jax.jit(lambda params, key: task.metrics(params, batch, key, deterministic=True))
+    metrics = read(tiny.params(task), jax.random.key(0))
+    assert float(metrics["captioning/loss"][1]) == 0.0

@@ -206,7 +206,7 @@ def documents(task: Task, seed: int = 0, length: int = 14) -> dict[str, dict[str
     image["pixels"] = rng.uniform(0, 255, (2, 3, size, size, 3)).astype(np.float32)
     used = task.modalities["text"].embedding.used
     text["ids"] = rng.integers(4, used, text["valid"].shape).astype(np.int32)
-    text["scored"] = text["valid"] & (text["place"] > 0)
+    text["scored"] = text["valid"] & (text["text_position"] > 0)
     text["prompted"], text["present"] = np.zeros(2, bool), np.ones(2, bool)
     return jax.tree.map(jnp.asarray, {"image": image, "text": text})
 
@@ -222,7 +222,12 @@ def _laid_out(documents: list[list[str]], slots: int, length: int) -> tuple[dict
                 images.append({"position": position, "segment": seen, "document": number})
             else:
                 tokens.append(
-                    {"position": position, "segment": seen, "document": number, "place": place}
+                    {
+                        "position": position,
+                        "segment": seen,
+                        "document": number,
+                        "text_position": place,
+                    }
                 )
                 place += 1
     nowhere = {"position": 0, "segment": 0, "document": -1}
@@ -232,7 +237,7 @@ def _laid_out(documents: list[list[str]], slots: int, length: int) -> tuple[dict
         return {key: np.array([item[key] for item in filled], np.int32) for key in unused}
 
     image = columns(images, slots, nowhere)
-    text = columns(tokens, length, {**nowhere, "place": 0})
+    text = columns(tokens, length, {**nowhere, "text_position": 0})
     image["present"] = np.arange(slots) < len(images)
     text["valid"] = np.arange(length) < len(tokens)
     return image, text

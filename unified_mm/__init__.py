@@ -30,6 +30,18 @@ it, and not its neighbours (those that begin with `&`), but for what is said.
     registry       names in a config become classes
     files          reading and writing that is whole or not at all
 
+In the shapes of arrays each letter has one meaning:
+
+    B  examples of a batch        N  tokens                    T  tokens of a text
+    Q  tokens that ask (queries)  K  tokens that are seen      P  patches of a picture
+    D  width of the model         F  width of a feed-forward   Z  width of the shared space
+    H  heads of queries           G  heads of keys             A  width of a head
+    L  layers                     E  experts                   V  tokens of the vocabulary
+    M  modalities                 I  items of an example       C  classes
+    S  steps in time: frames, samples, or tokens that are written
+
+Any other axis has a lower-case word: "height width 3".
+
 From outside the package, these are for import: `unified_mm.load`, `config`, `default_config`,
 `registry`, `task`, and what `modalities`, `objectives`, `nn` and `data` export.
 """

@@ -23,7 +23,7 @@ from unified_mm.cli.recipes import resolve
 from unified_mm.config import Config
 from unified_mm.costs.chips import target
 from unified_mm.runs.environment import revision, versions
-from unified_mm.training.ahead import plan
+from unified_mm.training.ahead import abstract_phases
 from unified_mm.training.estimate import estimate, lines
 from unified_mm.training.phases import Phase
 
@@ -43,14 +43,14 @@ def run(options: argparse.Namespace) -> int:
     """Compiles and prints; 1 where the step does not fit."""
     devices, chip = target(options.topology)
     config = Config(resolve(options.recipe, say).to_dict())
-    phase = choose(plan(config, devices), options.phase)
+    phase = choose(abstract_phases(config, devices), options.phase)
     about = {
         "topology": options.topology,
         "versions": versions() | ({"libtpu": metadata.version("libtpu")} if chip else {}),
         "revision": revision(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    facts = estimate(phase, chip, config.train.average_decay)
+    facts = estimate(phase, chip, config.train.ema_decay)
     say(f"{options.topology}: " + "\n".join(lines(facts)))
     if facts["problem"]:
         say(facts["problem"])

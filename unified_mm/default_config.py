@@ -207,12 +207,12 @@ def modality_fields() -> dict:
             "norm": False,
             "norm_epsilon": 1e-6,
             "mean": (0.5, 0.5, 0.5),  # of pixels in 0..1
-            "deviation": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
         },
         "text": {
             "type": "text",
             "length": 32,
-            "places": 0,  # positions that are learned; 0: as many as length
+            "max_positions": 0,  # positions that are learned; 0: as many as length
             "learned_positions": True,
             "modality_embedding": True,
             "scaled": True,
@@ -277,7 +277,7 @@ def training_fields() -> dict:
         "clip_norm": 1.0,
         "moments_dtype": "float32",  # that Adam's moments are kept as; or 'bfloat16'
         "scale_patience": 500,  # float16: finite steps after which the loss's scale doubles
-        "average_decay": 0.0,  # of the moving average of parameters; 0 keeps none
+        "ema_decay": 0.0,  # of the moving average of parameters; 0 keeps none
         "learning_rate_rules": ((".*", 1.0),),  # factors of the learning rate
         "weight_decay_rules": ((".*/kernel", 1.0), (".*", 0.0)),  # factors of the decay
         "freeze_rules": ((".*", False),),

@@ -145,7 +145,7 @@ def _preprocessing(model: LoadedModel) -> Mapping[str, Any] | None:
         "resampling": modality.resampling,
         "normalised_within": {
             "mean": list(modality.embedding.mean),
-            "deviation": list(modality.embedding.deviation),
+            "std": list(modality.embedding.std),
         },
     }
 

@@ -76,7 +76,7 @@ def _write(
             "bos_token": named["bos"] or None,
             "eos_token": named["eos"],
             "pad_token": named["pad"],
-            "model_max_length": config["model"]["modalities"]["text"]["places"],
+            "model_max_length": config["model"]["modalities"]["text"]["max_positions"],
         },
     )
     for name, content in family.export.files(config).items():
@@ -155,7 +155,7 @@ def _kind(options: TransformerOptions) -> dict[str, Any]:
     """What makes up a stack; a number of heads or their width is said even where it is usual."""
     names = [each.name for each in fields(options) if each.name not in (*FREE, "cross")]
     said = {name: getattr(options, name) for name in names}
-    return said | {"key_value_heads": options.of_keys, "head_width": options.of_head}
+    return said | {"key_value_heads": options.num_kv_heads, "head_width": options.head_dim}
 
 
 def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:

@@ -17,9 +17,9 @@ from unified_mm.modalities.modality import build_modalities
 from unified_mm.models.unified import ABLE, UnifiedModel, fusion
 from unified_mm.objectives.objective import (
     Embedded,
-    Pair,
+    Metric,
     all_losses,
-    as_pairs,
+    as_metrics,
     build_objectives,
     compare_embedded,
 )
@@ -67,15 +67,15 @@ class Task:
         """Their shapes, boxed likewise; nothing is allocated."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
-    def pairs(
+    def metrics(
         self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool
-    ) -> dict[str, Pair]:
+    ) -> dict[str, Metric]:
         """Every objective's loss and metrics on a batch, as (sum, count) by name."""
-        return self.pairs_and_embedded(params, batch, key, deterministic=deterministic)[0]
+        return self.metrics_and_embedded(params, batch, key, deterministic=deterministic)[0]
 
-    def pairs_and_embedded(
+    def metrics_and_embedded(
         self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool
-    ) -> tuple[dict[str, Pair], dict[str, Embedded]]:
+    ) -> tuple[dict[str, Metric], dict[str, Embedded]]:
         """The same, and what the objectives that compare examples go by, by their names."""
         dropout, mining = jax.random.split(key)
         outcomes: Any = self.model.apply(
@@ -87,17 +87,19 @@ class Task:
             rngs={"dropout": dropout, "mining": mining},
         )
         one = jnp.ones((), jnp.float32)
-        readings = self.model.readings(params)
-        pairs = as_pairs(outcomes) | {name: (value, one) for name, value in readings.items()}
+        param_metrics = self.model.param_metrics(params)
+        metrics = as_metrics(outcomes) | {
+            name: (value, one) for name, value in param_metrics.items()
+        }
         embedded = {name: each.embedded for name, each in outcomes.items() if each.embedded}
-        return pairs, embedded
+        return metrics, embedded
 
-    def compared(self, params: Any, embedded: Mapping[str, Embedded]) -> dict[str, Pair]:
+    def compared(self, params: Any, embedded: Mapping[str, Embedded]) -> dict[str, Metric]:
         """Loss and metrics of the objectives that compare examples, among all that is embedded."""
         outcomes: Any = self.model.apply(
             {"params": params}, embedded, self.objectives, method=compare_embedded
         )
-        return as_pairs(outcomes)
+        return as_metrics(outcomes)
 
 
 def build_task(config: Config, tokenizer: TextTokenizer) -> Task:

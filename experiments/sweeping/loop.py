@@ -16,7 +16,7 @@ from experiments.sweeping.runs import Run, finished
 from experiments.sweeping.table import Row, Table
 
 
-class Told(Exception):
+class SweepStopped(Exception):
     """A signal asked the sweep to stop."""
 
     def __init__(self, number: int) -> None:
@@ -117,7 +117,7 @@ def settle(row: Row, end: End) -> None:
 
 
 class Signals:
-    """Raises `Told` at the first signal, at once or when it is held no longer."""
+    """Raises `SweepStopped` at the first signal, at once or when it is held no longer."""
 
     def __init__(self) -> None:
         self._held = False
@@ -126,7 +126,7 @@ class Signals:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self._number = number
         if not self._held:
-            raise Told(number)
+            raise SweepStopped(number)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -137,12 +137,12 @@ class Signals:
         finally:
             self._held = False
         if self._number is not None:
-            raise Told(self._number)
+            raise SweepStopped(self._number)
 
 
 @contextlib.contextmanager
 def signals_told() -> Iterator[Signals]:
-    """SIGTERM and Ctrl-C raise `Told` once; a second one does what it did before."""
+    """SIGTERM and Ctrl-C raise `SweepStopped` once; a second one does what it did before."""
     told = Signals()
     before: dict[int, Any] = {}
 

@@ -15,7 +15,7 @@ from typing import Any
 from experiments.sweeping.ablation import Ablation, Search, Span
 from experiments.sweeping.jobs import End, Job
 from experiments.sweeping.local import Local
-from experiments.sweeping.loop import Told, signals_told
+from experiments.sweeping.loop import SweepStopped, signals_told
 from experiments.sweeping.progress import newest_records
 from experiments.sweeping.runs import Run, check_run, finished, make_run, recipe_of
 from unified_mm.cli.messages import say
@@ -77,7 +77,7 @@ def search(
                 time.sleep(interval)
         except BaseException as error:
             say(launcher.leave())
-            if isinstance(error, Told):
+            if isinstance(error, SweepStopped):
                 return error.exit_code
             raise
     return summary(study)

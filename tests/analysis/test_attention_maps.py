@@ -48,7 +48,7 @@ def by_loops(model, prompt, text, words):
     row = {"text": task.modalities["text"].encode(prompt, text)}
     row["image"] = {"pixels": IMAGE, "present": np.array(True)}
     batch = jax.tree.map(lambda leaf: leaf[None], row)
-    found = attention_weights(model, batch, captioning.stream)
+    found = attention_weights(model, batch, captioning.view)
     place = len(task.tokenizer.encode_prompt(prompt))
     side = 16 // task.modalities["image"].embedding.patch
     maps = []

@@ -6,7 +6,7 @@ import pytest
 
 from unified_mm.costs.flops import matmul_flops
 from unified_mm.nn.attention.attention import plan_attention
-from unified_mm.nn.attention.rules import Stream, Visibility
+from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import Group, single_document
 from unified_mm.nn.transformer import Transformer
@@ -18,7 +18,7 @@ BATCH, TOKENS, WIDTH, LAYERS = 2, 10, 16, 3
 def forward(params, x, **changes):
     options = TransformerOptions(WIDTH, LAYERS, 4, 4 * WIDTH, **changes)
     metadata = single_document(jnp.ones((BATCH, TOKENS), bool), Group("t", "text", TOKENS))
-    plan = plan_attention(options, Visibility((Stream("t", "joint"),)), metadata, metadata)
+    plan = plan_attention(options, MaskTable((View("t", "joint"),)), metadata, metadata)
     stack = Transformer(options)
     if params is None:
         return without_names(jax.eval_shape(stack.init, jax.random.key(0), x, plan))

@@ -109,7 +109,7 @@ def test_layout_is_the_one_written_out(files, modalities, documents, slots, leng
         "ids": column(tokens, 0, length),
         "valid": np.arange(length) < len(tokens),
         "scored": column(tokens, 1, length, False),
-        "place": column(tokens, 2, length),
+        "text_position": column(tokens, 2, length),
         "position": column(tokens, 3, length),
         "segment": column(tokens, 4, length),
         "document": column(tokens, 5, length, -1),
@@ -138,7 +138,7 @@ def test_layout_of_one_row_by_hand(files, modalities):
     assert text["ids"].tolist() == [bos, a, eos, bos, a, a, eos, bos, a, eos, 0, 0]
     assert text["scored"].tolist() == [i in (1, 2, 5, 6, 8, 9) for i in range(12)]
     assert text["valid"].tolist() == [i < 10 for i in range(12)]
-    assert text["place"].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 0, 0]
+    assert text["text_position"].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 0, 0]
     assert text["position"].tolist() == [0, 1, 2, 4, 5, 6, 7, 1, 2, 3, 0, 0]
     assert text["segment"].tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0]
     assert text["document"].tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, -1, -1]
@@ -182,7 +182,7 @@ def test_shapes_and_types_are_those_of_absent_rows(files, modalities):
         assert {k: (v.shape, v.dtype) for k, v in full.items()} == {
             k: (v.shape, v.dtype) for k, v in absent.items()
         }
-        whole_numbers = ("ids", "place", "position", "segment", "document")
+        whole_numbers = ("ids", "text_position", "position", "segment", "document")
         assert all(full[k].dtype == np.int32 for k in whole_numbers if k in full)
         assert full.pop("pixels", absent["present"]).dtype == (
             np.uint8 if name == "image" else bool

@@ -10,7 +10,7 @@ from PIL import Image
 
 from unified_mm.data import coco, images
 from unified_mm.data.manifest import (
-    Beside,
+    Sidecar,
     build_manifest,
     from_json,
     summary,
@@ -120,16 +120,16 @@ def test_too_many_bad_captions_stop_with_names_and_hint(tmp_path):
 
 
 def test_what_lies_beside_is_counted_and_too_many_strangers_stop(good):
-    few = Beside("foil", [1, 2, 9], 0.5)
-    manifest = build(good, beside=[few, Beside("question", [], 0.0)])
+    few = Sidecar("foil", [1, 2, 9], 0.5)
+    manifest = build(good, sidecars=[few, Sidecar("question", [], 0.0)])
     assert manifest.problems == (
         Problem("foil 2", "foil on an image that is not listed", "left out"),
     )
     assert "left out: 1 x foil on an image that is not listed (foil 2)" in summary(manifest)
     with pytest.raises(ValueError, match=r"2 of the 3 foils .*first foil 1 .*The id 2 of images"):
-        build(good, beside=[Beside("foil", [1, "2", "3"], 0.5)])
+        build(good, sidecars=[Sidecar("foil", [1, "2", "3"], 0.5)])
     with pytest.raises(ValueError, match="2 of the 2 questions"):
-        build(good, beside=[Beside("question", [8, 9], 1.0)])
+        build(good, sidecars=[Sidecar("question", [8, 9], 1.0)])
 
 
 def test_folders_whose_names_are_no_utf_8_can_be_cached(tmp_path):

@@ -8,9 +8,9 @@ from sweeps import FILE, ROOT, write_ablation
 
 from experiments.reporting.summary import EQUAL
 from experiments.sweeping.ablation import Ablation, Search, Span, load_ablation, question
-from experiments.sweeping.runs import asked_config, parsed, runs_of
+from experiments.sweeping.runs import asked_config, recipe_of, runs_of
 from unified_mm.config import Config
-from unified_mm.training.ahead import plan
+from unified_mm.training.ahead import abstract_phases
 from unified_mm.training.flops import training_flops
 
 OURS = sorted(Path(ROOT / "experiments" / "ablations").glob("*.py"))
@@ -136,7 +136,7 @@ def test_our_ablations_say_what_recipes_know(path, size, tmp_path):
     assert "Question:" in question(str(path)) and "Expected:" in question(str(path))
     found = runs_of(ablation, tmp_path)
     assert len(found) == len(ablation.all_variants()) * len(ablation.seeds)
-    source = {parsed(("", *run.config_arguments())).value.data.source for run in found[:3]}
+    source = {recipe_of(run).config.data.source for run in found[:3]}
     assert source == {"world" if size == "tiny" else "coco"}
 
 
@@ -151,7 +151,7 @@ def test_our_ablations_can_be_trained(path, size, tmp_path):
         config = asked_config(run)
         if size == "tiny":
             config["data"]["vocabulary_size"] = WORDS
-        phases = plan(Config(config), jax.devices()[:1])
+        phases = abstract_phases(Config(config), jax.devices()[:1])
         assert phases[-1].stop == config["train"]["steps"], run.name
         flops.append(sum((each.stop - each.start) * training_flops(each) for each in phases))
     if path.stem in ("fusion", "objectives", "phases", "rules"):

@@ -138,11 +138,11 @@ def test_no_run_is_left_alone_whatever_goes_wrong(ablation, tmp_path, folder, ca
 
 def test_a_signal_while_jobs_start_waits_until_they_are_known():
     signals = loop.Signals()
-    with pytest.raises(loop.Told), signals.held():
+    with pytest.raises(loop.SweepStopped), signals.held():
         signals(signal.SIGTERM, None)
         reached = True
     assert reached
-    with pytest.raises(loop.Told):
+    with pytest.raises(loop.SweepStopped):
         signals(signal.SIGTERM, None)
 
 

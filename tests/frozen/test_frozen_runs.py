@@ -17,8 +17,9 @@ from unified_mm.config import Config
 from unified_mm.default_config import defaults
 from unified_mm.parallel.sharding import path_of
 from unified_mm.runs.folder import RunFolder, RunFolderError
+from unified_mm.runs.saved import new_field
 from unified_mm.search.search_index import model_identity
-from unified_mm.training.start_from import adopt, weights_to_start_from
+from unified_mm.training.start_from import config_from_run, weights_to_start_from
 
 HERE = Path(__file__).parent
 TRAINED = ("early", "gated", "late")
@@ -79,6 +80,15 @@ def in_the_checkout(monkeypatch, tmp_path):
     monkeypatch.setenv("UNIFIED_MM_CACHE", str(tmp_path / "cache"))
 
 
+def todays(flags):
+    """The flags that made a run, fields by the names that they have now."""
+    named = [flag.removeprefix("--config.").partition("=") for flag in flags]
+    return [
+        flag if flag.startswith("--config=") else f"--config.{new_field(field)}={value}"
+        for flag, (field, _, value) in zip(flags, named, strict=True)
+    ]
+
+
 def told(name):
     """What the revision of its time said of a run."""
     return json.loads((HERE / f"{name}.json").read_text())
@@ -108,7 +118,7 @@ def test_a_run_goes_on_as_it_would_have(runs, name, tmp_path):
     (workdir / "result.json").unlink()
     steps = expected["step"] + 5
     arguments = (f"--workdir={workdir}", f"--config.train.steps={steps}")
-    assert commands.run(*expected["flags"], *arguments) == 0
+    assert commands.run(*todays(expected["flags"]), *arguments) == 0
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     found = {str(line["step"]): line for line in lines if "loss" in line}
     assert len(expected["losses"]) == 5
@@ -125,10 +135,10 @@ def test_a_later_run_is_refused_with_what_is_not_known(runs, tmp_path, capsys):
     with pytest.raises(RunFolderError, match=told_why):
         unified_mm.load(workdir)
     with pytest.raises(RunFolderError, match=told_why):
-        adopt(tiny.config_dict(model__start_from__text=str(workdir)), ())
+        config_from_run(tiny.config_dict(model__start_from__text=str(workdir)), ())
     with pytest.raises(RunFolderError, match=told_why):
         summarise(RunFolder(workdir), "later", {})
-    assert commands.run(*told("early")["flags"], f"--workdir={workdir}") == 1
+    assert commands.run(*todays(told("early")["flags"]), f"--workdir={workdir}") == 1
     assert told_why in capsys.readouterr().err
 
 
@@ -148,7 +158,7 @@ def test_an_index_stays_its_models(runs):
 @pytest.mark.parametrize(("name", "part", "fusion"), PARTS)
 def test_a_run_lends_its_weights(runs, name, part, fusion):
     changes = {"model__fusion": fusion, f"model__start_from__{part}": str(runs[name])}
-    adopted = adopt(tiny.config_dict(objectives__matching__weight=0.0, **changes), ())
+    adopted = config_from_run(tiny.config_dict(objectives__matching__weight=0.0, **changes), ())
     found = weights_to_start_from(Config(adopted.to_dict()))
     leaves = jax.tree_util.tree_leaves_with_path(unified_mm.load(runs[name]).params)
     held = {path_of(path): np.asarray(leaf) for path, leaf in leaves}

@@ -10,10 +10,10 @@ import tiny
 
 from unified_mm.inference.beams import beam_search
 from unified_mm.inference.decoding import Decoding
-from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.attention.rules import View
 
 END, PADDING, ROOM = 5, 0, 6
-STREAM = Stream("captioning", "prefix", autoregressive=True)
+STREAM = View("captioning", "prefix", autoregressive=True)
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,9 @@ def params(task):
 def search(task, params):
     """Beam search from a begin token, compiled once for each count of rows and beams and room."""
 
-    @partial(jax.jit, static_argnames=("beams", "room"))
-    def run(params, image, most, penalty, *, beams, room):
-        rows = len(most)
+    @partial(jax.jit, static_argnames=("beams", "cache_room"))
+    def run(params, image, max_tokens, penalty, *, beams, cache_room):
+        rows = len(max_tokens)
         text = {
             "ids": jnp.full((rows, 1), 1),
             "valid": jnp.ones((rows, 1), bool),
@@ -40,13 +40,19 @@ def search(task, params):
         }
         return beam_search(
             task.model, params, {"image": image, "text": text}, STREAM,
-            most=most, stop=jnp.full((rows, 1), END), beams=beams, length_penalty=penalty,
-            room=room, padding=PADDING,
+            max_tokens=max_tokens, stop=jnp.full((rows, 1), END), beams=beams,
+            length_penalty=penalty, cache_room=cache_room, padding=PADDING,
         )  # fmt: skip
 
-    def ask(image, beams, penalty, room, most=None):
-        most = np.full(len(image["present"]), room) if most is None else np.array(most)
-        found = run(params, image, most, np.float32(penalty), beams=beams, room=room)
+    def ask(image, beams, penalty, cache_room, max_tokens=None):
+        max_tokens = (
+            np.full(len(image["present"]), cache_room)
+            if max_tokens is None
+            else np.array(max_tokens)
+        )
+        found = run(
+            params, image, max_tokens, np.float32(penalty), beams=beams, cache_room=cache_room
+        )
         return jax.tree.map(np.asarray, found)
 
     return ask
@@ -80,10 +86,10 @@ def follows(task, params):
     return ask
 
 
-def reference(follows, image, beams, penalty, room):
+def reference(follows, image, beams, penalty, cache_room):
     """Beam search as it is defined, in Python, every text read anew for each token."""
     live, ended = [((), 0.0)], []
-    for step in range(room):
+    for step in range(cache_room):
         likelihood = follows(image, [tokens for tokens, _ in live])
         grown = [
             ((*tokens, token), total + likelihood[row, token])
@@ -91,7 +97,7 @@ def reference(follows, image, beams, penalty, room):
             for token in range(likelihood.shape[1])
         ]
         grown.sort(key=lambda each: -each[1])
-        full = step + 1 == room
+        full = step + 1 == cache_room
         ended += [each for each in grown[: 2 * beams] if each[0][-1] == END or full]
         live = [each for each in grown[: 2 * beams] if each[0][-1] != END][:beams]
     ended.sort(key=lambda each: -each[1] / len(each[0]) ** penalty)
@@ -120,12 +126,12 @@ def test_as_many_beams_as_tokens_find_the_likeliest_of_all_texts(task, search, f
 
 @pytest.mark.parametrize(("beams", "penalty"), [(1, 1.0), (3, 0.0), (3, 1.0), (3, 0.6)])
 def test_beams_are_those_of_the_definition(task, search, follows, beams, penalty):
-    room = ROOM
+    cache_room = ROOM
     images = tiny.batch(task, 3, seed=7)["image"]
-    written, likelihood = search(images, beams, penalty, room)
+    written, likelihood = search(images, beams, penalty, cache_room)
     for row in range(3):
         image = jax.tree.map(lambda x, row=row: x[row : row + 1], images)
-        expected = reference(follows, image, beams, penalty, room)
+        expected = reference(follows, image, beams, penalty, cache_room)
         for place, (tokens, total) in enumerate(expected):
             assert tuple(written[row, place, : len(tokens)]) == tokens
             assert (written[row, place, len(tokens) :] == PADDING).all()
@@ -134,7 +140,7 @@ def test_beams_are_those_of_the_definition(task, search, follows, beams, penalty
 
 def test_each_text_has_its_own_room(task, search):
     images = tiny.batch(task, 3, seed=7)["image"]
-    written, likelihood = search(images, 3, 1.0, 6, most=[6, 2, 0])
+    written, likelihood = search(images, 3, 1.0, 6, max_tokens=[6, 2, 0])
     assert (written[1, :, 2:] == PADDING).all() and (written[2] == PADDING).all()
     assert np.isfinite(likelihood[:2]).all() and np.isneginf(likelihood[2]).all()
     alone, _ = search(images, 3, 1.0, 6)

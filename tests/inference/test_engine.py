@@ -11,7 +11,7 @@ import tiny
 
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.engine import Engine, KnownImages
-from unified_mm.inference.generate import advance
+from unified_mm.inference.generate import decode_step
 from unified_mm.inference.slots import Slots
 from unified_mm.inference.writing import Cancelled, QueueFull
 
@@ -224,12 +224,12 @@ def test_a_written_token_copies_no_cache(fusion):
     model = tiny.loaded(model__layers=4, **FUSIONS[fusion])
     slots = Slots(model.predictor, 32, 4)
 
-    def step(params, draft):
-        return advance(slots.model, params, draft, slots.stream, slots.padding)
+    def step(params, state):
+        return decode_step(slots.model, params, state, slots.view, slots.padding)
 
     with model.predictor.on_mesh():
-        compiled = jax.jit(step, donate_argnums=1).lower(model.predictor.params, slots.draft)
+        compiled = jax.jit(step, donate_argnums=1).lower(model.predictor.params, slots.state)
         held = compiled.compile().memory_analysis()
-    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(slots.draft.reading.cache.layers))
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(slots.state.read_state.cache.layers))
     assert held.alias_size_in_bytes >= kept
     assert held.temp_size_in_bytes < kept, (held.temp_size_in_bytes, kept)

@@ -9,9 +9,9 @@ import pytest
 import tiny
 
 from unified_mm.inference.decoding import GREEDY
-from unified_mm.inference.generate import begin, generate
+from unified_mm.inference.generate import generate, start
 from unified_mm.inference.sampling import make_sampling, sampling_arrays
-from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.attention.rules import View
 
 LENGTH, END, PADDING, ROWS = 12, 5, 0, 6
 
@@ -19,8 +19,8 @@ LENGTH, END, PADDING, ROWS = 12, 5, 0, 6
 FUSIONS = ("early", "gated_cross_attention")
 
 
-def stream(rule):
-    return Stream("captioning", rule, autoregressive=True)
+def view(rule):
+    return View("captioning", rule, autoregressive=True)
 
 
 class Model:
@@ -32,24 +32,24 @@ class Model:
         self.params = tiny.writing_params(self.task, END, seed=seed)
 
     @partial(jax.jit, static_argnums=(0, 5))
-    def write(self, params, image, prompt, lengths, stream):
+    def write(self, params, image, prompt, lengths, view):
         """What is written after the prompts."""
         text = {
             "ids": prompt,
             "valid": jnp.arange(LENGTH) < lengths[:, None],
             "present": jnp.ones(ROWS, bool),
         }
-        draft = begin(
-            self.task.model, params, {"image": image, "text": text}, stream, **start(lengths)
+        state = start(
+            self.task.model, params, {"image": image, "text": text}, view, **starts(lengths)
         )
-        return generate(self.task.model, params, draft, stream, PADDING).written
+        return generate(self.task.model, params, state, view, PADDING).written
 
     @partial(jax.jit, static_argnums=(0, 5))
-    def next_logits(self, params, image, ids, valid, stream):
+    def next_logits(self, params, image, ids, valid, view):
         text = {"ids": ids, "valid": valid, "present": jnp.ones(len(ids), bool)}
 
         def read(model):
-            x = model.encode({"image": image, "text": text}, (stream,))[stream.name].text
+            x = model.encode({"image": image, "text": text}, (view,))[view.name].text
             return model.logits(x)
 
         return self.task.model.apply({"params": params}, method=read)
@@ -70,36 +70,36 @@ def prompts(seed):
     return jnp.asarray(ids, jnp.int32), jnp.asarray(lengths)
 
 
-def start(lengths):
-    """Where texts go on, as `begin` takes it: greedily."""
+def starts(lengths):
+    """Where texts go on, as `start` takes it: greedily."""
     rows = len(lengths)
     return {
-        "most": LENGTH - lengths,
+        "max_tokens": LENGTH - lengths,
         "stop": jnp.full((rows, 1), END),
         "sampling": make_sampling(**jax.tree.map(jnp.asarray, sampling_arrays(GREEDY, rows))),
-        "room": LENGTH - 1,
+        "cache_room": LENGTH - 1,
         "padding": PADDING,
     }
 
 
-def write(model, params, image, prompt, lengths, stream):
+def write(model, params, image, prompt, lengths, view):
     """Prompts and what is written after them, as whole rows."""
     rows = np.array(prompt)
-    written = np.asarray(model.write(params, image, prompt, lengths, stream))
+    written = np.asarray(model.write(params, image, prompt, lengths, view))
     for row, new, first in zip(rows, written, lengths, strict=True):
         assert (new[LENGTH - first :] == PADDING).all()
         row[first:] = new[: LENGTH - first]
     return rows
 
 
-def by_full_passes(model, image, prompt, lengths, stream):
+def by_full_passes(model, image, prompt, lengths, view):
     """No cache and no loop on the device: the whole text is read anew for each token."""
     ids = np.array(prompt)
     done = np.zeros(len(ids), bool)
     margins = []
     for place in range(1, LENGTH):
         valid = np.arange(LENGTH)[None] < np.full((len(ids), 1), place)
-        logits = model.next_logits(model.params, image, ids, valid, stream)
+        logits = model.next_logits(model.params, image, ids, valid, view)
         logits = np.asarray(logits)[:, place - 1]
         for row in range(len(ids)):
             if place < lengths[row]:
@@ -123,8 +123,8 @@ def test_cached_writing_is_the_likeliest_token_of_a_full_pass(models, fusion, ru
     image = tiny.batch(model.task, ROWS, seed=4)["image"]
     image["present"] = image["present"].at[2].set(False)
     prompt, lengths = prompts(0)
-    written = write(model, model.params, image, prompt, lengths, stream(rule))
-    expected, done, margin = by_full_passes(model, image, prompt, lengths, stream(rule))
+    written = write(model, model.params, image, prompt, lengths, view(rule))
+    expected, done, margin = by_full_passes(model, image, prompt, lengths, view(rule))
     assert margin > 1e-4, "a tie would make this comparison one of rounding"
     np.testing.assert_array_equal(written, expected)
     # The example is one: some texts end early, some never, and they differ.
@@ -144,7 +144,7 @@ def test_the_loop_stops_when_all_have_ended(models, fusion):
     embedder["tokens"] = embedder["tokens"].at[END].multiply(3)
     image = tiny.batch(model.task, ROWS)["image"]
     prompt, lengths = prompts(1)
-    written = write(model, params, image, prompt, lengths, stream("prefix"))
+    written = write(model, params, image, prompt, lengths, view("prefix"))
     for row, length in zip(range(ROWS), np.asarray(lengths), strict=True):
         np.testing.assert_array_equal(written[row, :length], prompt[row, :length])
         assert written[row, length] == END

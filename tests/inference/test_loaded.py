@@ -32,8 +32,8 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The run's folder, and the parameters that are to be found there: the averaged ones."""
-    config = tiny.config_dict(train__average_decay=0.9)
-    task = tiny.task(train__average_decay=0.9)
+    config = tiny.config_dict(train__ema_decay=0.9)
+    task = tiny.task(train__ema_decay=0.9)
     params = tiny.params(task, 1)
     average = jax.tree.map(lambda x: 0.5 * x, params)
     path = tiny.write_run(tmp_path_factory.mktemp("runs") / "first", config, params, average)

@@ -21,12 +21,12 @@ from unified_mm.inference.quantized_params import (
     weight_bytes,
 )
 from unified_mm.models.gated import GatedCrossAttention
-from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.attention.rules import View
 from unified_mm.nn.quantized import Quantized
 from unified_mm.objectives.captioning import Captioning
 from unified_mm.parallel.sharding import path_of, without_names
 
-STREAM = Stream("captioning", "prefix")
+STREAM = View("captioning", "prefix")
 GATED = {
     "model__fusion": "gated_cross_attention",
     "model__layers": 4,
@@ -158,7 +158,7 @@ def test_the_cache_gives_what_reading_all_again_gives(kind, activations):
         rest = jax.tree.map(lambda x: x[:, split:] if x.ndim > 1 else x, text)
         places = jnp.arange(split, text["ids"].shape[1])
         first, cache = module.prefill(begin, STREAM, len(places))
-        rest["place"] = jnp.broadcast_to(places, rest["ids"].shape)
+        rest["text_position"] = jnp.broadcast_to(places, rest["ids"].shape)
         second, _ = module.extend(cache, rest, STREAM)
         return module.logits(jnp.concatenate([first, second], axis=1))
 
@@ -254,9 +254,9 @@ def print_memory():
     batch["text"] = {name: batch["text"][name][..., :1] for name in ("ids", "valid")}
     batch["text"]["present"] = jnp.ones(1, bool)
     inputs = inputs_of(GREEDY, batch, np.array([8]), [5], 0)
-    options = {"beams": 1, "samples": 1, "room": 8, "padding": 0}
+    options = {"beams": 1, "samples": 1, "cache_room": 8, "padding": 0}
     for each in (model, small):
-        write = jax.jit(partial(write_texts, each.task.model, stream=STREAM, **options))
+        write = jax.jit(partial(write_texts, each.task.model, view=STREAM, **options))
         memory = write.lower(params=each.params, inputs=inputs).compile().memory_analysis()
         print(memory.temp_size_in_bytes)
     print(4 * 12 * width * width, 4 * width * task.modalities["text"].vocabulary)

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from unified_mm.nn.attention.cross_attention import GatedCrossLayer, Memory, plan_cross_attention
-from unified_mm.nn.attention.rules import Stream, Visibility
+from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import GateOptions, TransformerOptions
 from unified_mm.nn.resampler import PerceiverResampler, ResamplerOptions
 from unified_mm.nn.tokens import Group, single_document
@@ -23,10 +23,10 @@ GATED = {
     "model__resampler__heads": 2,
     "model__resampler__head_width": 4,
     "model__resampler__feed_forward": 8,
-    "model__modalities__text__places": 24,
+    "model__modalities__text__max_positions": 24,
     "objectives__matching__weight": 0.0,
 }
-EARLY = {"model__modalities__text__places": 24, "objectives__matching__weight": 0.0}
+EARLY = {"model__modalities__text__max_positions": 24, "objectives__matching__weight": 0.0}
 FUSIONS = {"early": EARLY, "gated_cross_attention": GATED}
 
 
@@ -77,8 +77,8 @@ def test_a_gated_layer_written_out(gate, shape):
     kept = single_document(jnp.asarray([[1, 1, 1, 1], [1, 1, 0, 1]], bool), Group("i", "image", 4))
     kept = kept.replace(segment=jnp.asarray([[1, 1, 2, 2], [1, 1, 2, 2]]))
     memory = Memory(jnp.asarray(features), None, kept)
-    stream = Stream("t", "interleaved_latest", autoregressive=True)
-    plan = plan_cross_attention(options, Visibility((stream,)), queries, memory)
+    view = View("t", "interleaved_latest", autoregressive=True)
+    plan = plan_cross_attention(options, MaskTable((view,)), queries, memory)
     layer = GatedCrossLayer(options)
     x_ = jnp.asarray(x)
     shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x_, plan, None))
@@ -151,12 +151,12 @@ def test_a_fresh_gate_lets_nothing_through_bit_for_bit():
     cross = params["transformer"]["layers"]["cross"]
     for gate in ("attention_gate", "feed_forward_gate"):
         cross[gate] = jnp.full_like(cross[gate], task.model.options.cross.start)
-    stream = Stream("captioning", "interleaved_latest", autoregressive=True)
+    view = View("captioning", "interleaved_latest", autoregressive=True)
 
     @jax.jit
     def logits(params, batch):
         def read(model):
-            return model.logits(model.encode(batch, (stream,))["captioning"].text)
+            return model.logits(model.encode(batch, (view,))["captioning"].text)
 
         return task.model.apply({"params": params}, method=read)
 
@@ -169,7 +169,7 @@ def test_a_fresh_gate_lets_nothing_through_bit_for_bit():
 
 
 def sees(rule, query, key, query_is_text, key_is_text):
-    """Sight in words; each is (document, position, segment)."""
+    """BlockMask in words; each is (document, position, segment)."""
     if query[0] != key[0]:
         return False
     if not query_is_text and not key_is_text:
@@ -200,7 +200,7 @@ def test_sight_in_packed_documents(fusion, rule, remat):
     """d logits / d pixels and d logits / d token embeddings: zero where sight is forbidden."""
     task, params = built(fusion, rule, model__remat=remat)
     batch = tiny.documents(task)
-    stream = Stream("captioning", rule, autoregressive=True)
+    view = View("captioning", rule, autoregressive=True)
     text, image = batch["text"], batch["image"]
     scored = jax.random.normal(jax.random.key(5), (task.modalities["text"].vocabulary,))
     table = params["embedders_text"]["positions"]
@@ -208,20 +208,20 @@ def test_sight_in_packed_documents(fusion, rule, remat):
     def outputs(pixels, nudge):
         # Each token is nudged by a position embedding of its own.
         places = jnp.arange(nudge.shape[0] * nudge.shape[1]).reshape(nudge.shape[:2])
-        rows = jnp.concatenate([(table[text["place"]] + nudge).reshape(-1, table.shape[1])])
+        rows = jnp.concatenate([(table[text["text_position"]] + nudge).reshape(-1, table.shape[1])])
         changed = {**params, "embedders_text": {**params["embedders_text"], "positions": rows}}
         both = {
             "image": {**image, "pixels": pixels},
-            "text": {**text, "place": places},
+            "text": {**text, "text_position": places},
         }
 
         def read(model):
-            return model.logits(model.encode(both, (stream,))["captioning"].text) @ scored
+            return model.logits(model.encode(both, (view,))["captioning"].text) @ scored
 
         return wide.model.apply({"params": changed}, method=read)
 
     wide = tiny.task(
-        **{**FUSIONS[fusion], "model__modalities__text__places": text["ids"].size},
+        **{**FUSIONS[fusion], "model__modalities__text__max_positions": text["ids"].size},
         objectives__captioning__rule=rule,
         model__remat=remat,
     )
@@ -267,11 +267,11 @@ def test_text_alone_is_read_as_beside_an_image_it_does_not_see(fusion):
     task = tiny.task(**{**changes, "objectives__matching__weight": 0.0})
     params = tiny.params(task)
     batch = tiny.batch(task, 3)
-    stream = Stream("contrastive", "separate")
+    view = View("contrastive", "separate")
 
     def run(model):
-        beside = model.encode(batch, (stream,))
-        return beside, model.read_text(batch["text"], stream), model.read_context(batch, stream)
+        beside = model.encode(batch, (view,))
+        return beside, model.read_text(batch["text"], view), model.read_context(batch, view)
 
     read = jax.jit(lambda params: task.model.apply({"params": params}, method=run))
     beside, alone, image = read(params)
@@ -283,11 +283,11 @@ def test_text_alone_is_read_as_beside_an_image_it_does_not_see(fusion):
 
 def test_gates_are_told_as_metrics():
     task, params = built("gated_cross_attention")
-    ask = jax.jit(functools.partial(task.pairs, deterministic=True))
-    pairs = ask(params, tiny.batch(task), jax.random.key(0))
+    ask = jax.jit(functools.partial(task.metrics, deterministic=True))
+    metrics = ask(params, tiny.batch(task), jax.random.key(0))
     cross = params["transformer"]["layers"]["cross"]
     for layer in range(2):
-        value, count = pairs[f"gate/attention_{layer}"]
+        value, count = metrics[f"gate/attention_{layer}"]
         assert float(count) == 1
         expected = np.abs(np.tanh(np.asarray(cross["attention_gate"])[layer, 0]))
         assert float(value) == pytest.approx(float(expected), rel=1e-6)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from unified_mm.models.unified import text_group
-from unified_mm.nn.attention.rules import Stream, plan_passes
+from unified_mm.nn.attention.rules import View, plan_passes
 from unified_mm.nn.tokens import TokenMetadata
 
 OTHER_PATH = {"model__remat": "full", "model__separate_attention": True, "model__unroll": 2}
@@ -28,19 +28,19 @@ def built_otherwise():
     return task, tiny.params(task)
 
 
-def read(task, params, streams, batch, perturb):
+def read(task, params, views, batch, perturb):
     """All streams' texts and contexts, with `perturb` added to the input embeddings."""
 
     def run(model):
         outputs = {}
-        for together in plan_passes(streams, model.context_names):
+        for together in plan_passes(views, model.context_names):
             context = [
                 part.replace(embeddings=part.embeddings + perturb[name])
                 for name, part in zip(model.context_names, model.embed_context(batch), strict=True)
             ]
             texts = []
-            for stream in together:
-                text = model.embed_text(batch["text"], stream.name, 4)
+            for view in together:
+                text = model.embed_text(batch["text"], view.name, 4)
                 texts.append(text.replace(embeddings=text.embeddings + perturb["text"]))
             outputs |= model.encode_together(context, texts, together)
         return {
@@ -51,7 +51,7 @@ def read(task, params, streams, batch, perturb):
     return task.model.apply({"params": params}, method=run)
 
 
-def sight(task, params, streams, batch):
+def seen_by(task, params, views, batch):
     """For each stream: the sizes of d output[kind, b, q] / d input[kind', b', k], summed over D."""
     zero = {
         name: jnp.zeros((*shape, task.model.options.width))
@@ -64,7 +64,7 @@ def sight(task, params, streams, batch):
     weights = jax.random.normal(jax.random.key(7), (task.model.options.width,))
 
     def outputs(perturb):
-        read_ = read(task, params, streams, batch, perturb)
+        read_ = read(task, params, views, batch, perturb)
         return jax.tree.map(lambda x: x @ weights, read_)
 
     jacobian = jax.jit(jax.jacrev(outputs))(zero)
@@ -72,17 +72,17 @@ def sight(task, params, streams, batch):
 
 
 STREAMS = {
-    "separate": (Stream("t", "separate"),),
-    "prefix": (Stream("t", "prefix", autoregressive=True),),
-    "joint": (Stream("t", "joint"),),
-    "causal": (Stream("t", "causal", autoregressive=True),),
-    "blind": (Stream("t", "separate", autoregressive=True),),
-    "shared": (Stream("c", "separate"), Stream("t", "prefix", autoregressive=True)),
+    "separate": (View("t", "separate"),),
+    "prefix": (View("t", "prefix", autoregressive=True),),
+    "joint": (View("t", "joint"),),
+    "causal": (View("t", "causal", autoregressive=True),),
+    "blind": (View("t", "separate", autoregressive=True),),
+    "shared": (View("c", "separate"), View("t", "prefix", autoregressive=True)),
 }
 
 
 def expected(rule, query, key, q, k):
-    """Sight by the rule's definition in words, for one example; text 12 tokens, image 4."""
+    """BlockMask by the rule's definition in words, for one example; text 12 tokens, image 4."""
     if rule.text_to_text == "causal" and query == key == "text":
         return k <= q
     if query == key == "image":
@@ -104,15 +104,15 @@ def test_sight_is_the_same_on_the_other_path(built_otherwise, name):
     check_sight(*built_otherwise, STREAMS[name])
 
 
-def check_sight(task, params, streams):
+def check_sight(task, params, views):
     """The Jacobian of every output is zero just where the rule forbids sight."""
     batch = tiny.batch(task, 2)
     valid = np.asarray(batch["text"]["valid"])
-    seen = sight(task, params, streams, batch)
-    for stream in streams:
-        rule = stream.resolved()
+    seen = seen_by(task, params, views, batch)
+    for view in views:
+        rule = view.resolved()
         for query, key in itertools.product(("image", "text"), repeat=2):
-            sizes = seen[stream.name][query][key]  # [b, q, b', k]
+            sizes = seen[view.name][query][key]  # [b, q, b', k]
             for b, other in itertools.product(range(2), repeat=2):
                 rows = np.flatnonzero(valid[b]) if query == "text" else range(4)
                 for q in rows:
@@ -121,7 +121,7 @@ def check_sight(task, params, streams):
                         if key == "text":
                             allowed = allowed and valid[other, k]
                         assert (sizes[b, q, other, k] > 0) == bool(allowed), (
-                            stream,
+                            view,
                             query,
                             b,
                             q,
@@ -141,7 +141,7 @@ def test_pixels_never_reach_the_contrastive_text_nor_text_the_image(built):
         changed = {**batch, "image": {**batch["image"], "pixels": pixels}}
 
         def run(model):
-            encoded = model.encode(changed, [s for o in task.objectives for s in o.streams()])
+            encoded = model.encode(changed, [s for o in task.objectives for s in o.views()])
             each = encoded["contrastive"]
             head = model.head["contrastive"]
             ones = jnp.ones(each.context["image"].shape[:2], bool)
@@ -164,7 +164,7 @@ def test_later_caption_tokens_never_reach_earlier_logits(built):
 
     def logits(text):
         encoded = task.model.apply(
-            {"params": params}, {**batch, "text": text}, captioning.streams(), method="encode"
+            {"params": params}, {**batch, "text": text}, captioning.views(), method="encode"
         )
         return task.model.apply({"params": params}, encoded["captioning"].text, method="logits")
 
@@ -184,7 +184,7 @@ def test_packed_documents_never_see_each_other(built):
     batch = tiny.batch(task, 1)
     document = {"image": jnp.array([[0, 0, 1, 1]]), "text": jnp.array([[0] * 5 + [1] * 7])}
     batch["text"]["valid"] = jnp.ones_like(batch["text"]["valid"])
-    stream = Stream("t", "prefix", autoregressive=True)
+    view = View("t", "prefix", autoregressive=True)
 
     def outputs(perturb):
         def run(model):
@@ -195,7 +195,7 @@ def test_packed_documents_never_see_each_other(built):
                 changed.append(
                     part.replace(embeddings=part.embeddings + perturb[name], metadata=metadata)
                 )
-            encoded = model.encode_together(changed[:1], changed[1:], (stream,))["t"]
+            encoded = model.encode_together(changed[:1], changed[1:], (view,))["t"]
             return {"image": encoded.context["image"], "text": encoded.text}
 
         return jax.tree.map(lambda x: x.sum(-1), task.model.apply({"params": params}, method=run))
@@ -216,8 +216,8 @@ def loss_and_gradient(built):
     task, params = built
 
     def total(params, batch):
-        pairs = task.pairs(params, batch, jax.random.key(3), deterministic=True)
-        return sum(pairs[f"{o.name}/loss"][0] for o in task.objectives)
+        metrics = task.metrics(params, batch, jax.random.key(3), deterministic=True)
+        return sum(metrics[f"{o.name}/loss"][0] for o in task.objectives)
 
     both = jax.jit(jax.value_and_grad(total))
     return lambda batch: both(params, batch)
@@ -258,22 +258,22 @@ def test_nan_where_nothing_is_changes_nothing(built, loss_and_gradient, absent):
 
 def test_an_autoregressive_text_under_a_leaking_rule_is_refused():
     with pytest.raises(ValueError, match="would see the one it must predict"):
-        Stream("captioning", "joint", autoregressive=True).resolved()
+        View("captioning", "joint", autoregressive=True).resolved()
 
 
 def test_cache_slots_that_hold_nothing_are_never_seen(built):
     """Poison in the slots a cache has reserved does not reach what is read beside it."""
     task, params = built
     batch = tiny.batch(task, 2)
-    stream = Stream("t", "prefix", autoregressive=True)
+    view = View("t", "prefix", autoregressive=True)
     text = {name: values[:, :5] for name, values in batch["text"].items() if values.ndim == 2}
     text = {**text, "present": batch["text"]["present"]}
 
     def run(model, poison):
-        cache = model.read_context(batch, stream).cache.reserve(text_group(stream, 12))
+        cache = model.read_context(batch, view).cache.reserve(text_group(view, 12))
         assert isinstance(cache.metadata, TokenMetadata)
         layers = jax.tree.map(lambda x: x.at[:, :, 9:].set(poison), cache.layers)
-        return model.extend(cache.replace(layers=layers), text, stream)[0]
+        return model.extend(cache.replace(layers=layers), text, view)[0]
 
     extend = jax.jit(lambda poison: task.model.apply({"params": params}, poison, method=run))
     np.testing.assert_array_equal(extend(0.0), extend(1e4))

@@ -11,7 +11,7 @@ import tiny
 from unified_mm.modalities.image import patchify, resize_positions
 from unified_mm.models.unified import text_group
 from unified_mm.nn.attention.attention import Attention, plan_attention
-from unified_mm.nn.attention.rules import RULES, Stream, Visibility
+from unified_mm.nn.attention.rules import RULES, MaskTable, View
 from unified_mm.nn.feed_forward import Mlp
 from unified_mm.nn.layers import Norm
 from unified_mm.nn.options import TransformerOptions
@@ -45,28 +45,28 @@ def ragged(task, size=3):
 
 def test_joint_is_the_only_rule_that_cannot_write():
     for name in RULES:
-        stream = Stream("t", name, autoregressive=True)
+        view = View("t", name, autoregressive=True)
         if name in WRITING:
-            assert stream.resolved().text_to_text == "causal"
+            assert view.resolved().text_to_text == "causal"
         else:
             with pytest.raises(ValueError, match="would see the one it must predict"):
-                stream.resolved()
+                view.resolved()
 
 
 @pytest.mark.parametrize("rule", WRITING)
 def test_text_read_in_pieces_on_the_cache_equals_one_full_pass(task, params, rule):
     batch = ragged(task)
-    stream = Stream("t", rule, autoregressive=True)
+    view = View("t", rule, autoregressive=True)
 
     def both(model):
-        whole = model.encode(batch, (stream,))["t"].text
-        cache = model.read_context(batch, stream).cache.reserve(text_group(stream, LENGTH))
+        whole = model.encode(batch, (view,))["t"].text
+        cache = model.read_context(batch, view).cache.reserve(text_group(view, LENGTH))
         parts, start = [], 0
         for stop in (1, 2, 7, LENGTH):
             text = {name: batch["text"][name][:, start:stop] for name in ("ids", "valid")}
             text["present"] = batch["text"]["present"]
-            text["place"] = jnp.broadcast_to(jnp.arange(start, stop), text["ids"].shape)
-            x, cache = model.extend(cache, text, stream)
+            text["text_position"] = jnp.broadcast_to(jnp.arange(start, stop), text["ids"].shape)
+            x, cache = model.extend(cache, text, view)
             parts.append(x)
             start = stop
         return whole, jnp.concatenate(parts, axis=1), cache.length
@@ -79,16 +79,16 @@ def test_text_read_in_pieces_on_the_cache_equals_one_full_pass(task, params, rul
 
 def test_a_shared_pass_equals_a_pass_for_each(task, params):
     batch = ragged(task)
-    streams = (
-        Stream("contrastive", "separate"),
-        Stream("captioning", "prefix", autoregressive=True),
-        Stream("alone", "causal", autoregressive=True),
-        Stream("joint", "joint"),
+    views = (
+        View("contrastive", "separate"),
+        View("captioning", "prefix", autoregressive=True),
+        View("alone", "causal", autoregressive=True),
+        View("joint", "joint"),
     )
 
     def both(model):
-        together = model.encode(batch, streams)
-        apart = {s.name: model.encode(batch, (s,))[s.name] for s in streams}
+        together = model.encode(batch, views)
+        apart = {s.name: model.encode(batch, (s,))[s.name] for s in views}
         cut = {"together": together, "apart": apart}
         return {
             how: {
@@ -101,9 +101,9 @@ def test_a_shared_pass_equals_a_pass_for_each(task, params):
     outputs = jax.jit(lambda p: task.model.apply({"params": p}, method=both))(params)
     text_there = np.asarray(batch["text"]["valid"] & batch["text"]["present"][:, None])
     image_there = np.asarray(batch["image"]["present"])
-    for stream in streams:
-        text, image, keys = map(np.asarray, outputs["together"][stream.name])
-        text2, image2, keys2 = map(np.asarray, outputs["apart"][stream.name])
+    for view in views:
+        text, image, keys = map(np.asarray, outputs["together"][view.name])
+        text2, image2, keys2 = map(np.asarray, outputs["apart"][view.name])
         np.testing.assert_allclose(text[text_there], text2[text_there], atol=2e-5)
         np.testing.assert_allclose(image[image_there], image2[image_there], atol=2e-5)
         np.testing.assert_allclose(keys[:, image_there], keys2[:, image_there], atol=2e-5)
@@ -111,11 +111,11 @@ def test_a_shared_pass_equals_a_pass_for_each(task, params):
 
 def written_loss(task, batch):
     """Captioning's loss and its gradient, compiled."""
-    stream = Stream("captioning", "prefix", autoregressive=True)
+    view = View("captioning", "prefix", autoregressive=True)
 
     def loss(params):
         def run(model):
-            x = model.encode(batch, (stream,))["captioning"].text
+            x = model.encode(batch, (view,))["captioning"].text
             return score_text(model.logits, x, batch["text"])
 
         likelihood, _, scored = task.model.apply({"params": params}, method=run)
@@ -162,11 +162,11 @@ def test_a_copy_for_each_modality_of_the_same_weights_is_the_shared_model(task, 
     assert copied == 2 * 2 * maps  # modalities x (kernel, bias) x maps
     assert len(leaves(copies)) == len(shared) + copied // 2
     batch = ragged(task)
-    stream = Stream("t", "joint")
+    view = View("t", "joint")
 
     def read(task):
         return jax.jit(
-            lambda p: task.model.apply({"params": p}, batch, (stream,), method="encode")["t"].text
+            lambda p: task.model.apply({"params": p}, batch, (view,), method="encode")["t"].text
         )
 
     same = read(task)(params)
@@ -182,7 +182,7 @@ def test_a_copy_for_each_modality_of_the_same_weights_is_the_shared_model(task, 
     @jax.jit
     def alone(params):
         return other.model.apply(
-            {"params": params}, batch["text"], Stream("t", "separate"), method="read_text"
+            {"params": params}, batch["text"], View("t", "separate"), method="read_text"
         )
 
     np.testing.assert_array_equal(alone(changed), alone(copies))
@@ -197,9 +197,9 @@ def test_a_picture_of_another_size_gets_interpolated_positions(task, params):
     rng = np.random.default_rng(0)
     pixels = rng.uniform(0, 255, (2, 32, 24, 3)).astype(np.float32)
     large = {**batch, "image": {"pixels": jnp.asarray(pixels), "present": jnp.ones(2, bool)}}
-    stream = Stream("t", "prefix", autoregressive=True)
+    view = View("t", "prefix", autoregressive=True)
     encode = jax.jit(
-        lambda p: task.model.apply({"params": p}, large, (stream,), method="encode")["t"]
+        lambda p: task.model.apply({"params": p}, large, (view,), method="encode")["t"]
     )
     read = encode(params)
     assert read.context["image"].shape == (2, 4 * 3, 16) and np.isfinite(read.text).all()
@@ -260,9 +260,9 @@ def test_attention_is_softmax_of_scaled_products_written_out():
     x = rng.normal(size=(2, 7, 8)).astype(np.float32)
     valid = jnp.asarray(rng.random((2, 7)) < 0.8).at[:, 0].set(True).at[:, 3].set(True)
     metadata = single_document(valid, Group("all", "text", 7)).replace(groups=groups)
-    stream = Stream("t", "prefix", autoregressive=True)
+    view = View("t", "prefix", autoregressive=True)
     options = TransformerOptions(8, 1, 2, 8)
-    plan = plan_attention(options, Visibility((stream,)), metadata, metadata, keep=(0, 3))
+    plan = plan_attention(options, MaskTable((view,)), metadata, metadata, keep=(0, 3))
     module = Attention(options)
     params = without_names(module.init(KEY, jnp.asarray(x), plan, None))["params"]
     params = jax.tree.map(
@@ -314,10 +314,10 @@ def test_low_precision_keeps_parameters_and_logits_float32():
     task = tiny.task(model__dtype="bfloat16")
     shapes = without_names(jax.eval_shape(task.init, KEY))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-    stream = Stream("t", "prefix", autoregressive=True)
+    view = View("t", "prefix", autoregressive=True)
 
     def read(model, batch):
-        x = model.encode(batch, (stream,))["t"].text
+        x = model.encode(batch, (view,))["t"].text
         return x, model.logits(x)
 
     x, logits = jax.eval_shape(

@@ -8,10 +8,10 @@ import tiny
 
 from unified_mm.nn import sow as attention_weights
 from unified_mm.nn import transformer
-from unified_mm.nn.attention.rules import Stream, Visibility, reference_mask
+from unified_mm.nn.attention.rules import MaskTable, View, reference_mask
 from unified_mm.nn.tokens import concatenate, spans
 
-STREAM = Stream("captioning", "prefix", autoregressive=True)
+STREAM = View("captioning", "prefix", autoregressive=True)
 BLOCK = "transformer/layers/block_0/attention"
 GATED = {
     "model__fusion": "gated_cross_attention",
@@ -29,13 +29,13 @@ def gated():
     return task, tiny.params(task)
 
 
-def weights_of(task, params, batch, stream=STREAM):
+def weights_of(task, params, batch, view=STREAM):
     """By path, the weights that a task hands out."""
 
     @jax.jit
     def read(params, batch):
         _, left = task.model.apply(
-            {"params": params}, batch, (stream,), method="encode", mutable=["attention"]
+            {"params": params}, batch, (view,), method="encode", mutable=["attention"]
         )
         return attention_weights.by_path(left["attention"])
 
@@ -89,18 +89,18 @@ def stack_in_numpy(params, x, mask, heads):
 def test_weights_are_the_softmax_written_out(rule, changes):
     task = tiny.task(**changes)
     params, batch = tiny.params(task), batch_without_an_image(task)
-    stream = Stream("captioning", rule)
+    view = View("captioning", rule)
 
     def embedded(model):
         context = model.embed_context(batch)
-        text = model.embed_text(batch["text"], stream.name, context[0].embeddings.shape[1])
+        text = model.embed_text(batch["text"], view.name, context[0].embeddings.shape[1])
         return concatenate([*context, text])
 
     tokens = jax.jit(lambda p: task.model.apply({"params": p}, method=embedded))(params)
-    visibility = Visibility((stream,))
-    mask = np.asarray(reference_mask(visibility, tokens.metadata, tokens.metadata))
+    table = MaskTable((view,))
+    mask = np.asarray(reference_mask(table, tokens.metadata, tokens.metadata))
     expected = stack_in_numpy(params["transformer"], np.float64(tokens.embeddings), mask, 2)
-    found = weights_of(task, params, batch, stream)[BLOCK]
+    found = weights_of(task, params, batch, view)[BLOCK]
     assert found.values.shape == expected.shape and found.values.dtype == np.float32
     assert found.queries == found.keys == tokens.metadata.groups
     np.testing.assert_allclose(found.values, expected, atol=2e-5)

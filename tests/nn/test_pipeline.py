@@ -69,8 +69,8 @@ def test_every_example_meets_every_period_in_order_with_its_own_company(
 
 def losses(task, params, batch):
     def total(params):
-        pairs = task.pairs(params, batch, jax.random.key(0), deterministic=False)
-        return sum(pairs[f"{each.name}/loss"][0] for each in task.objectives)
+        metrics = task.metrics(params, batch, jax.random.key(0), deterministic=False)
+        return sum(metrics[f"{each.name}/loss"][0] for each in task.objectives)
 
     return jax.jit(jax.value_and_grad(total))(params)
 
@@ -100,7 +100,7 @@ def test_dropout_in_stages_drops_and_is_drawn_anew_for_every_part_and_period():
         return task.model.apply(
             {"params": params},
             twice,
-            task.objectives[0].streams(),
+            task.objectives[0].views(),
             deterministic=False,
             method="encode",
             rngs={"dropout": key},

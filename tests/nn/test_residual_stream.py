@@ -8,11 +8,11 @@ import tiny
 
 from unified_mm.nn import sow as residual_stream
 from unified_mm.nn import transformer
-from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.attention.rules import View
 from unified_mm.nn.sow import layer_names, streams_by_layer
-from unified_mm.nn.unstack import layers_apart
+from unified_mm.nn.unstack import unstack_layers
 
-STREAM = Stream("captioning", "prefix", autoregressive=True)
+STREAM = View("captioning", "prefix", autoregressive=True)
 NO_MATCHING = {"objectives__matching__weight": 0.0}
 MODELS = {
     "early": NO_MATCHING,
@@ -80,8 +80,8 @@ def test_layers_apart_hand_out_the_same():
     params, batch = tiny.params(task), tiny.batch(task, 3)
     _, left = encode(task, params, batch, ["residual"])
     stacked = streams_by_layer(left["residual"], "transformer", task.model.options)
-    apart = tiny.replace_model(task, apart=True)
-    _, left = encode(apart, layers_apart(params), batch, ["residual"])
+    apart = tiny.replace_model(task, unstacked=True)
+    _, left = encode(apart, unstack_layers(params), batch, ["residual"])
     found = streams_by_layer(left["residual"], "transformer", apart.model.options)
     assert found.keys() == stacked.keys()
     for name, x in stacked.items():
@@ -109,5 +109,5 @@ def test_nothing_is_left_where_nobody_asks(monkeypatch):
     assert program("intermediates") == usual != program("residual")
     for module in (residual_stream, transformer):
         monkeypatch.setattr(module, "RESIDUAL", "nobody's")
-    monkeypatch.setattr(transformer, "leave_stream", lambda module, name, x: jnp.zeros(()))
+    monkeypatch.setattr(transformer, "sow_residual", lambda module, name, x: jnp.zeros(()))
     assert program() == usual

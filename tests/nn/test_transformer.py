@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from unified_mm.nn.attention.attention import plan_attention
-from unified_mm.nn.attention.rules import Stream, Visibility
+from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import REMAT, TransformerOptions
 from unified_mm.nn.tokens import Group, single_document
 from unified_mm.nn.transformer import Transformer
@@ -25,7 +25,7 @@ def gradients():
     found = {}
     for name, remat, unroll in [*((each, each, 1) for each in REMAT), (UNROLLED, "full", 6)]:
         options = TransformerOptions(WIDTH, 6, 4, 4 * WIDTH, remat=remat, unroll=unroll)
-        plan = plan_attention(options, Visibility((Stream("t", "joint"),)), metadata, metadata)
+        plan = plan_attention(options, MaskTable((View("t", "joint"),)), metadata, metadata)
         stack = Transformer(options)
         params = params or without_names(stack.init(jax.random.key(0), x, plan))
 

@@ -138,17 +138,17 @@ def test_text_alone_is_held_against_itself_read_again_with_other_dropout(fusion)
     batch = {"text": jax.tree.map(jnp.asarray, text)}
 
     @partial(jax.jit, static_argnames="deterministic")
-    def pairs(params, deterministic):
-        return task.pairs(params, batch, jax.random.key(0), deterministic=deterministic)
+    def metrics(params, deterministic):
+        return task.metrics(params, batch, jax.random.key(0), deterministic=deterministic)
 
-    still, moved = (pairs(params, deterministic=d)["contrastive/loss"] for d in (True, False))
+    still, moved = (metrics(params, deterministic=d)["contrastive/loss"] for d in (True, False))
     assert np.isfinite(still[0]) and np.isfinite(moved[0]) and moved[0] != still[0]
-    _, again = task.objectives[0].streams()
+    _, again = task.objectives[0].views()
 
     def read(model, batch):
-        streams = task.objectives[0].streams()
-        encoded = model.encode(batch, streams, deterministic=False)
-        return [encoded[stream.name].text for stream in streams]
+        views = task.objectives[0].views()
+        encoded = model.encode(batch, views, deterministic=False)
+        return [encoded[view.name].text for view in views]
 
     apply = jax.jit(partial(task.model.apply, method=read))
     first, second = apply({"params": params}, batch, rngs={"dropout": jax.random.key(1)})

@@ -96,12 +96,12 @@ def test_the_saved_pass_gives_what_encoding_anew_gives_and_the_loss_is_written_o
     text_rows = jnp.array([0, 1, 2, 3, 4, 0, 3, 1, 3])
 
     def run(model):
-        encoded = model.encode(batch, [s for o in task.objectives for s in o.streams()])
+        encoded = model.encode(batch, [s for o in task.objectives for s in o.views()])
         text = {name: values[text_rows] for name, values in batch["text"].items()}
         assert matching._can_reuse(encoded, 1)
         saved = matching._read(model, encoded, batch, text, image_rows, True)
         both = {"image": {k: v[image_rows] for k, v in batch["image"].items()}, "text": text}
-        anew = model.encode(both, (matching.stream,))["matching"].text
+        anew = model.encode(both, (matching.view,))["matching"].text
         earlier = {"contrastive": contrastive(model, encoded, batch, {}, deterministic=True)}
         outcome = matching(model, encoded, batch, earlier, deterministic=True)
         # Each image with each text, encoded anew.
@@ -109,7 +109,7 @@ def test_the_saved_pass_gives_what_encoding_anew_gives_and_the_loss_is_written_o
         every = jnp.repeat(jnp.arange(5), 5), jnp.tile(jnp.arange(5), 5)
         pictures = {name: values[every[0]] for name, values in batch["image"].items()}
         texts = {name: values[every[1]] for name, values in batch["text"].items()}
-        read = model.encode({"image": pictures, "text": texts}, (matching.stream,))
+        read = model.encode({"image": pictures, "text": texts}, (matching.view,))
         logits = model.head["matching"](read["matching"].text, texts["valid"]).reshape(5, 5)
         return saved, anew, text["valid"], outcome, extras, logits
 
@@ -150,4 +150,4 @@ def test_matching_without_the_similarities_it_mines_from_is_refused():
     with pytest.raises(ValueError, match="needs contrastive.weight above 0"):
         build_objectives({"contrastive": contrastive, "matching": matching})
     built = Matching.from_config("matching", matching)
-    assert built.needs() == ("contrastive",) and built.streams() == ()
+    assert built.needs() == ("contrastive",) and built.views() == ()

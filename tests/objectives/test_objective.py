@@ -11,7 +11,7 @@ from unified_mm.nn.attention.rules import RULES
 from unified_mm.nn.transformer import Transformer
 from unified_mm.objectives.captioning import Captioning, scored_tokens
 from unified_mm.objectives.contrastive import Contrastive, paired_rows, text_valid
-from unified_mm.objectives.objective import as_pairs, build_objectives, masked_pair, mean
+from unified_mm.objectives.objective import as_metrics, build_objectives, masked_metric, mean
 from unified_mm.parallel.sharding import without_names
 
 KEY = jax.random.key(0)
@@ -35,7 +35,7 @@ def test_the_image_is_encoded_once_a_step(monkeypatch, separate):
     params = jax.eval_shape(task.init, KEY)
     given.clear()
     batch = tiny.batch(task, 4)
-    jax.eval_shape(lambda p: task.pairs(p, batch, KEY, deterministic=True), without_names(params))
+    jax.eval_shape(lambda p: task.metrics(p, batch, KEY, deterministic=True), without_names(params))
     assert sum(rows * images for rows, images, _ in given) == 4 * 4
     # Contrast and captioning beside the image, then matching's three texts an image on its own.
     assert sorted(given) == [(4, 4, 24), (12, 0, 12)]
@@ -51,7 +51,7 @@ def test_absent_examples_are_invisible_and_unscored(loss):
     holes = jax.tree.map(lambda x: x, batch)
     holes["image"]["present"] = batch["image"]["present"].at[np.array([1, 3])].set(False)
     holes["text"]["present"] = batch["text"]["present"].at[np.array([3, 4])].set(False)
-    run = jax.jit(lambda b: task.pairs(params, b, KEY, deterministic=True))
+    run = jax.jit(lambda b: task.metrics(params, b, KEY, deterministic=True))
     whole = run(holes)
     without = run(jax.tree.map(lambda x: x[keep], batch))
     for name in ("contrastive/loss", "contrastive/accuracy"):
@@ -75,7 +75,7 @@ def test_what_has_slots_is_not_joined_with_what_has_none(slots):
         (lambda batch: paired_rows(batch, "image"), batch),
         (text_valid, slotted_text),
         (lambda batch: scored_tokens(batch["text"]), slotted_text),
-        (lambda batch: masked_pair(jnp.ones(4), batch["image"]["present"]), batch),
+        (lambda batch: masked_metric(jnp.ones(4), batch["image"]["present"]), batch),
     ):
         with pytest.raises(ValueError, match="numpy_rank_promotion|cannot be counted by"):
             join(given)
@@ -87,12 +87,12 @@ def test_a_batch_of_nothing_is_a_loss_of_zero():
     nothing = jax.tree.map(jnp.asarray, task.example_batch(2))
 
     def total(params):
-        pairs = task.pairs(params, nothing, KEY, deterministic=True)
-        return sum(mean(pairs[f"{o.name}/loss"]) for o in task.objectives), pairs
+        metrics = task.metrics(params, nothing, KEY, deterministic=True)
+        return sum(mean(metrics[f"{o.name}/loss"]) for o in task.objectives), metrics
 
-    (value, pairs), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
     assert value == 0
-    assert all(float(pairs[f"{o.name}/loss"][1]) == 0 for o in task.objectives)
+    assert all(float(metrics[f"{o.name}/loss"][1]) == 0 for o in task.objectives)
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(gradient))
 
 
@@ -118,9 +118,9 @@ def test_objectives_come_after_those_they_need_and_weight_zero_switches_off():
 
 def test_pairs_add_up_and_nothing_has_mean_zero():
     values, where = jnp.array([1.0, jnp.nan, 3.0]), jnp.array([True, False, True])
-    assert [float(x) for x in masked_pair(values, where)] == [4.0, 2.0]
+    assert [float(x) for x in masked_metric(values, where)] == [4.0, 2.0]
     assert float(mean((4.0, 2.0))) == 2.0 and float(mean((0.0, 0.0))) == 0.0
-    assert as_pairs({}) == {}
+    assert as_metrics({}) == {}
 
 
 def test_one_context_comes_out_alike_under_rules_that_differ_between_contexts():

@@ -41,7 +41,7 @@ def embeddings(imported, task, images, batch):
     whole = {"image": {"pixels": jnp.asarray(images), "present": rows}, **batch}
 
     def embed(model, batch):
-        encoded = model.encode(batch, objective.streams())[objective.name]
+        encoded = model.encode(batch, objective.views())[objective.name]
         head = model.head[objective.name]
         scale, bias = head.scale_and_bias()
         image = head("image", encoded.context["image"], encoded.context_valid["image"])

@@ -179,7 +179,7 @@ def test_pictures(shape, family, tmp_path):
     found = theirs(Image.fromarray(picture), return_tensors="np")
     expected = np.asarray(found if family == "idefics" else found["pixel_values"])
     expected = expected.reshape(3, size, size).transpose(1, 2, 0)
-    levels = (expected * embedding["deviation"] + embedding["mean"]) * 255
+    levels = (expected * embedding["std"] + embedding["mean"]) * 255
     assert np.abs(levels - seen).max() < 1.01  # one grey level
 
 

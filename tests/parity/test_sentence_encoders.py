@@ -57,7 +57,7 @@ def test_bert(shape, tmp_path):
     (objective,) = task.objectives
 
     def read(model, batch):
-        return model.encode(batch, objective.streams())[objective.name].text
+        return model.encode(batch, objective.views())[objective.name].text
 
     ours = hf.apply(imported, task, read, hf.text_batch(ids, valid))
     with torch.no_grad():

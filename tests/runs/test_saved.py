@@ -107,13 +107,13 @@ def test_a_group_is_no_single_value():
 
 
 def test_old_names_are_read(monkeypatch):
-    renamed = {"model.modalities.*.spread": "deviation", "train.*_ratio": "final_rate"}
+    renamed = {"model.modalities.*.spread": "std", "train.*_ratio": "final_rate"}
     monkeypatch.setattr(saved, "RENAMED_FIELDS", renamed)
     monkeypatch.setattr(registry, "MOVED", {"toy": "toys.tones"})
     old = config()
     for modality in ("image", "sketch"):
         options = old["model"]["modalities"][modality]
-        options["spread"] = options.pop("deviation")
+        options["spread"] = options.pop("std")
     old["train"]["end_ratio"] = old["train"].pop("final_rate")
     expected = config()
     expected["model"]["modalities"]["tone"]["type"] = "toys.tones:Tone"
@@ -122,7 +122,7 @@ def test_old_names_are_read(monkeypatch):
     old["train"]["final_rate"] = 0.5
     with pytest.raises(ValueError, match=r"train\.end_ratio and train\.final_rate"):
         todays_config(old, defaults())
-    with pytest.raises(ValueError, match=r"image\.spread is called model\.modalities\.image\.dev"):
+    with pytest.raises(ValueError, match=r"image\.spread is called model\.modalities\.image\.std"):
         refuse_unknown(old, defaults())
     with pytest.raises(ValueError, match="it is called 'toys.tones:Tone' now"):
         registry.resolve("modality", "toy:Tone", {})

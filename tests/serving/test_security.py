@@ -4,7 +4,7 @@ import live_server
 import pytest
 
 from unified_mm.serving.limits import Refusal
-from unified_mm.serving.security import Doorkeeper, check_binding, is_loopback, read_token
+from unified_mm.serving.security import Authenticator, check_binding, is_loopback, read_token
 
 TOKEN = "a-token-of-some-length"
 
@@ -76,7 +76,7 @@ def test_weak_tokens_are_refused_and_not_repeated(tmp_path, wrong):
     ],
 )
 def test_only_the_token_opens(authorization, error):
-    keeper = Doorkeeper(TOKEN, "0.0.0.0")
+    keeper = Authenticator(TOKEN, "0.0.0.0")
     assert refusal(keeper, {"authorization": authorization}) == (401, error)
     keeper.check({"authorization": authorization}, public=True)
     for scheme in ("Bearer", "bearer"):
@@ -84,20 +84,20 @@ def test_only_the_token_opens(authorization, error):
 
 
 def test_names_that_were_made_to_point_here_are_refused():
-    keeper = Doorkeeper(None, "127.0.0.1")
+    keeper = Authenticator(None, "127.0.0.1")
     for name in ("127.0.0.1:8000", "localhost", "LOCALHOST:8000", "[::1]:8000"):
         keeper.check({"host": name}, public=False)
     for name in ("evil.example", "127.0.0.1.evil.example", "", "[", "localhost.evil:80"):
         assert refusal(keeper, {"host": name}) == (403, "wrong_host")
         assert refusal(keeper, {"host": name}, public=True) == (403, "wrong_host")
-    Doorkeeper(None, "0.0.0.0").check({"host": "machine.example"}, public=False)
+    Authenticator(None, "0.0.0.0").check({"host": "machine.example"}, public=False)
     behind_proxy = {"host": "machine.example", "authorization": f"Bearer {TOKEN}"}
-    Doorkeeper(TOKEN, "127.0.0.1").check(behind_proxy, public=False)
+    Authenticator(TOKEN, "127.0.0.1").check(behind_proxy, public=False)
 
 
 def test_pages_of_other_sites_are_refused():
     for host in ("127.0.0.1", "0.0.0.0"):
-        keeper = Doorkeeper(None, host)
+        keeper = Authenticator(None, host)
         keeper.check({"host": "localhost:1", "origin": "http://localhost:1"}, public=False)
         for origin in ("http://evil.example", "null", "http://localhost:2", "http://["):
             headers = {"host": "localhost:1", "origin": origin}

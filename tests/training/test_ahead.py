@@ -16,7 +16,7 @@ from unified_mm.parallel.sharding import rule_items, shard_bytes, to_global
 from unified_mm.runs.folder import RunFolder
 from unified_mm.task import parameter_counts
 from unified_mm.training import estimate as estimating
-from unified_mm.training.ahead import DoesNotFit, lower_step, plan
+from unified_mm.training.ahead import DoesNotFit, abstract_phases, lower_step
 from unified_mm.training.estimate import estimate, lines, problem
 from unified_mm.training.flops import computed_flops, training_flops
 from unified_mm.training.loop import phase_batches, phase_step
@@ -30,7 +30,7 @@ WIDE = {"model__width": 64, "model__feed_forward": 256, "model__layers": 8, "tra
 
 def planned(**changes):
     config = tiny.config_dict(objectives__matching__weight=0.0, **changes)
-    return plan(Config(config.to_dict()), jax.devices())
+    return abstract_phases(Config(config.to_dict()), jax.devices())
 
 
 def recipe(name):
@@ -53,7 +53,7 @@ def test_what_is_lowered_is_what_a_run_lowers(tmp_path):
     config.data.cache_dir = str(tmp_path / "cache")
     setup = prepare(Config(config.to_dict()), RunFolder(tmp_path / "run"), lambda _: None)
     config.data.vocabulary_size = setup.task.tokenizer.vocabulary_size
-    (phase,) = plan(Config(config.to_dict()), jax.devices())
+    (phase,) = abstract_phases(Config(config.to_dict()), jax.devices())
     with jax.set_mesh(setup.mesh), nn.logical_axis_rules(rule_items()):
         with closing(phase_batches(setup, setup.phases[0], 0)) as batches:
             batch = to_global(next(batches), setup.mesh)
@@ -91,7 +91,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(facts, monkeypatc
     assert "mesh.fsdp" not in told["problem"]  # the state has room
     assert "mesh.fsdp" in problem(told | {"memory_bytes": 2**17})
 
-    def refuse(phase, average_decay):
+    def refuse(phase, ema_decay):
         raise DoesNotFit("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm. Exceeded by 4.75G.")
 
     monkeypatch.setattr(estimating, "compile_step", refuse)
@@ -121,7 +121,7 @@ def test_flops_that_are_computed_again_are_no_flops_of_the_model():
 ])  # fmt: skip
 def test_shapes_of_pods_cost_nothing_to_plan(size, parameters, layers, width):
     began = time.perf_counter()
-    (phase,) = plan(recipe(f"coco.py:{size}"), jax.devices())
+    (phase,) = abstract_phases(recipe(f"coco.py:{size}"), jax.devices())
     assert batch_shapes(phase.rows, 4096)["image"]["pixels"].shape == (4096, 224, 224, 3)
     assert time.perf_counter() - began < 60
     assert sum(parameter_counts(phase.abstract.params).values()) == parameters
@@ -130,7 +130,9 @@ def test_shapes_of_pods_cost_nothing_to_plan(size, parameters, layers, width):
 
 
 def test_every_phase_of_a_recipe_can_be_planned():
-    names = [phase.name for phase in plan(recipe("coco_flamingo.py:tiny"), jax.devices())]
+    names = [
+        phase.name for phase in abstract_phases(recipe("coco_flamingo.py:tiny"), jax.devices())
+    ]
     assert len(names) > 1
 
 
@@ -154,7 +156,7 @@ def test_a_step_for_sixteen_chips(mesh):
         data__vocabulary_size=512, train__batch_size=64, objectives__matching__weight=0.0,
     )  # fmt: skip
     config.mesh.update({"data": 1, **mesh})
-    (phase,) = plan(Config(config.to_dict()), devices)
+    (phase,) = abstract_phases(Config(config.to_dict()), devices)
     told = estimate(phase, chip, 0.0)
     assert told["chips"] == 16 and told["fits"]
     shards = mesh["fsdp"] * mesh.get("tensor", 1)

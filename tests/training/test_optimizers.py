@@ -178,7 +178,7 @@ def test_schedules(name):
         ({"optimizer": "sgd"}, "train.optimizer='sgd': must be one of adamw, muon, schedule_free"),
         ({"schedule": "step"}, "train.schedule='step': must be one of cosine, linear"),
         ({"optimizer": "muon", "moments_dtype": "bfloat16"}, "is for train.optimizer='adamw'"),
-        ({"optimizer": "schedule_free", "average_decay": 0.9}, "an average of its own"),
+        ({"optimizer": "schedule_free", "ema_decay": 0.9}, "an average of its own"),
         ({"optimizer": "schedule_free", "b1": 0.0}, "train.b1 above 0"),
     ],
 )
@@ -196,6 +196,6 @@ def test_muon_without_matrices_is_refused():
 
 
 def test_which_runs_keep_an_average():
-    assert not keeps_average({"average_decay": 0.0, "optimizer": "adamw"})
-    assert keeps_average({"average_decay": 0.0, "optimizer": "schedule_free"})
-    assert keeps_average({"average_decay": 0.9, "optimizer": "adamw"})
+    assert not keeps_average({"ema_decay": 0.0, "optimizer": "adamw"})
+    assert keeps_average({"ema_decay": 0.0, "optimizer": "schedule_free"})
+    assert keeps_average({"ema_decay": 0.9, "optimizer": "adamw"})

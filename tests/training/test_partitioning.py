@@ -23,12 +23,18 @@ from unified_mm.config import Config
 from unified_mm.costs.collectives import collectives_of
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.nn.attention.attention import plan_attention
-from unified_mm.nn.attention.rules import Stream, Visibility
+from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.pipeline import Pipeline
 from unified_mm.nn.tokens import Group, single_document
 from unified_mm.nn.transformer import Transformer
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import path_of, place, rule_items, to_global, without_names
+from unified_mm.parallel.sharding import (
+    param_shardings,
+    path_of,
+    rule_items,
+    to_global,
+    without_names,
+)
 from unified_mm.task import build_task
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import initial_state, state_of_phase
@@ -100,7 +106,7 @@ def on(mesh):
 
 
 def first_state(fusion, mesh, zero=3):
-    placement = place(task(fusion).abstract_params(), mesh, zero)
+    placement = param_shardings(task(fusion).abstract_params(), mesh, zero)
     make, shapes = initial_state(task(fusion).init, placement, 0, averaged=True)
     optimizer = make_optimizer(config(fusion).train, 4, shapes.params)
     abstract, enter = state_of_phase(shapes, optimizer, placement)
@@ -169,7 +175,7 @@ def stepped(request, quick_compilation):
         make, abstract, optimizer, placement = first_state(fusion, mesh, zero)
         state = make()
         batch = to_global(host_batch(fusion), mesh)
-        step = make_train_step(trained, optimizer, placement, abstract, average_decay=0.5)
+        step = make_train_step(trained, optimizer, placement, abstract, ema_decay=0.5)
         compiled = step.lower(state, batch).compile()
         before = jax.tree.map(lambda leaf: leaf.sharding, state)
         params = jax.device_get(state.params)
@@ -208,7 +214,7 @@ def test_loss_and_gradients_are_those_of_one_device(stepped):
         jax.tree.leaves(stepped.params), jax.tree.leaves(alone_params), strict=True
     ):
         np.testing.assert_array_max_ulp(drawn, expected, maxulp=4)
-    assert float(stepped.measured.pairs["loss"][0]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(stepped.measured.metrics["loss"][0]) == pytest.approx(float(loss), rel=1e-5)
     total = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(gradient)))
     mu = moments(stepped.after.optimizer, "mu")
     assert set(mu) == set(leaves(gradient))
@@ -361,7 +367,7 @@ def test_the_constraint_on_activations_is_no_silent_no_op():
     group = Group("t", "text", 5)
     metadata = single_document(jnp.ones((ROWS, 5), bool), group)
     options = task("early").model.options
-    plan = plan_attention(options, Visibility((Stream("t", "joint"),)), metadata, metadata)
+    plan = plan_attention(options, MaskTable((View("t", "joint"),)), metadata, metadata)
     stack = Transformer(options)
     x = jnp.ones((ROWS, 5, WIDTH))
     params = without_names(stack.init(jax.random.key(0), x, plan))
@@ -392,10 +398,10 @@ def test_a_mesh_that_does_not_divide_the_model_names_the_dimension(sizes, named)
     mesh = make_mesh(sizes)
     late = task("late")
     with on(mesh), pytest.raises(ValueError, match=named):
-        params = place(late.abstract_params(), mesh)
+        params = param_shardings(late.abstract_params(), mesh)
         batch = jax.tree.map(lambda x: x[:4], tiny.batch(late, ROWS))
         jax.eval_shape(
-            functools.partial(late.pairs, deterministic=True),
+            functools.partial(late.metrics, deterministic=True),
             without_names(late.abstract_params()),
             batch,
             jax.random.key(0),

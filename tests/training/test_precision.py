@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from unified_mm.config import Config
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import place, rule_items, to_global
+from unified_mm.parallel.sharding import param_shardings, rule_items, to_global
 from unified_mm.training.optimizer import kept_as, make_optimizer
 from unified_mm.training.state import LARGEST, START, LossScale, initial_state, state_of_phase
 from unified_mm.training.step import gradients, make_train_step
@@ -48,11 +48,11 @@ def stepper():
     options = Config(tiny.config_dict(**CHANGES).to_dict()).train
     mesh = make_mesh({}, jax.devices()[:1])
     with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
-        placement = place(task.abstract_params(), mesh)
+        placement = param_shardings(task.abstract_params(), mesh)
         first, shapes = initial_state(task.init, placement, 0, averaged=True, scale_patience=3)
         optimizer = make_optimizer(options, 4, shapes.params)
         abstract, enter = state_of_phase(shapes, optimizer, placement)
-        step = make_train_step(task, optimizer, placement, abstract, average_decay=0.5)
+        step = make_train_step(task, optimizer, placement, abstract, ema_decay=0.5)
         batch = jax.tree.map(np.array, tiny.batch(task, 4))
         yield lambda: enter(first()), lambda s, b: step(s, to_global(b, mesh)), batch
 
@@ -68,13 +68,13 @@ def test_an_overflow_is_skipped_and_training_goes_on(stepper):
     jax.tree.map(np.testing.assert_array_equal, found, kept)
     assert float(state.loss_scale.scale) == START / 2 and int(state.bad_step) == -1
     assert int(state.step) == 1
-    told = {name: (float(a), float(b)) for name, (a, b) in measured.pairs.items()}
+    told = {name: (float(a), float(b)) for name, (a, b) in measured.metrics.items()}
     assert told["skipped"] == (1, 1) and told["loss_scale"] == (START, 1)
     assert told["loss"] == (0, 0)  # it has no part in an interval's mean
     for _ in range(3):
         state, measured = step(state, batch)
     assert float(state.loss_scale.scale) == START and int(state.bad_step) == -1
-    assert np.isfinite(float(measured.pairs["loss"][0])) and measured.pairs["skipped"][0] == 0
+    assert np.isfinite(float(measured.metrics["loss"][0])) and measured.metrics["skipped"][0] == 0
     moved = [
         np.abs(a - b).max()
         for a, b in zip(jax.tree.leaves(jax.device_get(state.params)), jax.tree.leaves(kept[0]))

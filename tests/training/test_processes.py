@@ -57,7 +57,7 @@ def command(tmp_path_factory):
         f"--config.evaluation.every={STEPS}",  # at the end alone, and for best/
         "--config.logging.every=1",
         "--config.model.dropout=0.1",
-        "--config.train.average_decay=0.9",
+        "--config.train.ema_decay=0.9",
     )
 
 

@@ -54,7 +54,7 @@ def command(data, workdir, *more):
         "--config.checkpoint.every=10",
         "--config.logging.every=10",
         "--config.logging.tensorboard=False",
-        "--config.train.average_decay=0.9",
+        "--config.train.ema_decay=0.9",
         "--config.model.dropout=0.1",
         "--config.objectives.matching.weight=1.0",
         *more,

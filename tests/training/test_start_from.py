@@ -14,7 +14,7 @@ from unified_mm.parallel.sharding import path_of
 from unified_mm.runs.folder import RunFolder
 from unified_mm.task import build_task
 from unified_mm.training.setup import prepare
-from unified_mm.training.start_from import adopt, overlay, weights_to_start_from
+from unified_mm.training.start_from import config_from_run, load_params, weights_to_start_from
 
 LATE = {
     "model__fusion": "late",
@@ -56,7 +56,7 @@ def adopted(**changes):
         model__resampler__layers=1,
         **changes,
     )
-    return adopt(config, ())
+    return config_from_run(config, ())
 
 
 def flat(tree):
@@ -96,7 +96,7 @@ def test_text_alone_starts_early_fusion(late, theirs):
     fields = Config(config.to_dict())
     tokenizer = TextTokenizer.load(config.data.tokenizer, **fields.data.special_tokens)
     own = tiny.params(build_task(fields, tokenizer), seed=1)
-    params = flat(overlay(own, fields, weights_to_start_from(fields)))
+    params = flat(load_params(own, fields, weights_to_start_from(fields)))
     for path in params:
         if path.startswith(("transformer/", "embedders_text/")):
             np.testing.assert_array_equal(params[path], theirs[path], err_msg=path)
@@ -113,14 +113,16 @@ def test_text_alone_starts_early_fusion(late, theirs):
 def test_weights_that_have_no_place_are_refused(late, changes, named):
     filled = {f"model__{k}": v.format(late=late) for k, v in changes.items()}
     with pytest.raises((ValueError, FileNotFoundError), match=named):
-        adopt(tiny.config_dict(**filled), ())
+        config_from_run(tiny.config_dict(**filled), ())
 
 
 def test_a_field_that_contradicts_the_weights_is_refused(late):
     config = tiny.config_dict(model__start_from__text=str(late), model__layers=3)
     with pytest.raises(ValueError, match="model.layers=3, but the weights of model.start_from"):
-        adopt(config, ("model.layers",))
-    assert adopt(config, ()).model.layers == 4
-    assert isinstance(adopt(config, ()), ConfigDict)
+        config_from_run(config, ("model.layers",))
+    assert config_from_run(config, ()).model.layers == 4
+    assert isinstance(config_from_run(config, ()), ConfigDict)
     saved = json.loads((late / "config.json").read_text())
-    assert adopt(config, ()).data.special_tokens.to_dict() == saved["data"]["special_tokens"]
+    assert (
+        config_from_run(config, ()).data.special_tokens.to_dict() == saved["data"]["special_tokens"]
+    )

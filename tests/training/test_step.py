@@ -12,7 +12,13 @@ import tiny
 from unified_mm.config import Config
 from unified_mm.objectives.objective import mean
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import from_parts, into_parts, place, rule_items, to_global
+from unified_mm.parallel.sharding import (
+    from_parts,
+    into_parts,
+    param_shardings,
+    rule_items,
+    to_global,
+)
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import evaluation_params, initial_state, state_of_phase
 from unified_mm.training.step import gradients, make_train_step
@@ -36,11 +42,11 @@ def stepper(task):
     options = Config(tiny.config_dict(**CHANGES).to_dict()).train
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
-        placement = place(task.abstract_params(), mesh)
+        placement = param_shardings(task.abstract_params(), mesh)
         first, shapes = initial_state(task.init, placement, 0, averaged=True)
         optimizer = make_optimizer(options, 4, shapes.params)
         abstract, enter = state_of_phase(shapes, optimizer, placement)
-        step = make_train_step(task, optimizer, placement, abstract, average_decay=DECAY)
+        step = make_train_step(task, optimizer, placement, abstract, ema_decay=DECAY)
         make = lambda: enter(first())  # noqa: E731
         yield make, lambda state, batch: step(state, to_global(batch, mesh)), optimizer
 
@@ -58,7 +64,7 @@ def test_micro_batches_are_the_whole_batch_where_they_score_unequally(task):
     batch = jax.tree.map(jnp.asarray, uneven(task))
     key = jax.random.key(1)
     optimizer = make_optimizer(Config(tiny.config_dict().to_dict()).train, 4, params)
-    total, whole, pairs = jax.jit(lambda p: gradients(task, optimizer, p, batch, key, 1))(params)
+    total, whole, metrics = jax.jit(lambda p: gradients(task, optimizer, p, batch, key, 1))(params)
     for parts in (2, 3):
         counts = np.asarray(batch["text"]["scored"] & batch["text"]["present"][:, None])
         per_part = counts[:, 1:].sum(1).reshape(-1, parts).sum(0)
@@ -67,8 +73,8 @@ def test_micro_batches_are_the_whole_batch_where_they_score_unequally(task):
         lambda p: gradients(task, optimizer, p, batch, key, 3)
     )(params)
     np.testing.assert_allclose(found_total, total, rtol=1e-5)
-    for name in pairs:
-        np.testing.assert_allclose(found_pairs[name], pairs[name], rtol=1e-5)
+    for name in metrics:
+        np.testing.assert_allclose(found_pairs[name], metrics[name], rtol=1e-5)
     for one, many in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5)
 
@@ -80,7 +86,7 @@ def undivided(task, optimizer, batch, key, parts):
 
     def loss(params):
         each = [
-            task.pairs_and_embedded(
+            task.metrics_and_embedded(
                 params, jax.tree.map(itemgetter(i), rows), keys[i], deterministic=False
             )
             for i in range(parts)
@@ -111,14 +117,14 @@ def test_contrast_is_among_the_whole_batch_in_micro_batches_too(changes):
     batch["text"]["prompted"] = batch["text"]["prompted"].at[4].set(True)
     key = jax.random.key(3)
     optimizer = make_optimizer(Config(tiny.config_dict().to_dict()).train, 4, params)
-    (total, pairs), whole = jax.jit(undivided(task, optimizer, batch, key, 2))(params)
+    (total, metrics), whole = jax.jit(undivided(task, optimizer, batch, key, 2))(params)
     found_total, found, found_pairs = jax.jit(
         lambda p: gradients(task, optimizer, p, batch, key, 2, scale=64.0)
     )(params)
     np.testing.assert_allclose(found_total, total, rtol=1e-5)
-    assert float(pairs["contrastive/loss"][1]) == 4  # not prompted, with its text, of six
-    for name in pairs:
-        np.testing.assert_allclose(found_pairs[name], pairs[name], rtol=1e-5, err_msg=name)
+    assert float(metrics["contrastive/loss"][1]) == 4  # not prompted, with its text, of six
+    for name in metrics:
+        np.testing.assert_allclose(found_pairs[name], metrics[name], rtol=1e-5, err_msg=name)
     size = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(whole))
     for one, many in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5 * size)
@@ -149,7 +155,7 @@ def test_the_gradient_is_that_of_the_mean_loss(task):
     @jax.jit
     def loss(size):
         moved = jax.tree.map(lambda x, d: x + size * d, params, direction)
-        return mean(task.pairs(moved, batch, key, deterministic=True)["captioning/loss"])
+        return mean(task.metrics(moved, batch, key, deterministic=True)["captioning/loss"])
 
     optimizer = make_optimizer(Config(tiny.config_dict().to_dict()).train, 4, params)
     _, gradient, _ = jax.jit(lambda p: gradients(task, optimizer, p, batch, key, 1))(params)
@@ -179,8 +185,8 @@ def test_a_step_counts_averages_and_tells(task, stepper):
     moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before))]
     assert max(moved) > 1e-4
     assert evaluation_params(state) is state.average
-    assert float(measured.pairs["loss"][0]) == pytest.approx(
-        float(mean(measured.pairs["captioning/loss"])), rel=1e-6
+    assert float(measured.metrics["loss"][0]) == pytest.approx(
+        float(mean(measured.metrics["captioning/loss"])), rel=1e-6
     )
 
 

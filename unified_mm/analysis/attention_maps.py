@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.predictor import Batch
-from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.attention.rules import View
 from unified_mm.nn.sow import ATTENTION, Weights, by_path
 from unified_mm.nn.tokens import spans
 from unified_mm.nn.transformer import CROSS
@@ -25,7 +25,7 @@ from unified_mm.objectives.captioning import Captioning
 IMAGE = "image"
 
 
-def attention_weights(model: LoadedModel, batch: Batch, stream: Stream) -> dict[str, Weights]:
+def attention_weights(model: LoadedModel, batch: Batch, view: View) -> dict[str, Weights]:
     """The weights of every attention of one pass, by layer and head.
 
     Args:
@@ -40,11 +40,11 @@ def attention_weights(model: LoadedModel, batch: Batch, stream: Stream) -> dict[
 
     def read(params: Any, batch: Any) -> dict[str, Weights]:
         _, left = predictor.task.model.apply(
-            {"params": params}, batch, (stream,), method="encode", mutable=[ATTENTION]
+            {"params": params}, batch, (view,), method="encode", mutable=[ATTENTION]
         )
         return by_path(left[ATTENTION])
 
-    name = f"attention of {stream}"
+    name = f"attention of {view}"
     found: dict[str, Weights] = predictor.call(name, read, predictor.to_device(batch))
     return jax.device_get(found)
 
@@ -73,13 +73,13 @@ def attention_over_patches(
         refuse.
     """
     task = model.predictor.task
-    stream = _writing(model)
+    view = _writing(model)
     row = {name: task.modalities[name].absent() for name in task.model.context_names}
     row[IMAGE] = {"pixels": model.view(image), "present": np.array(True)}
     row["text"] = task.modalities["text"].encode(prompt, text)
     batch = jax.tree.map(lambda leaf: leaf[None], row)
-    weights = attention_weights(model, batch, stream)
-    looks = text_over_image(weights, stream.name)[0]
+    weights = attention_weights(model, batch, view)
+    looks = text_over_image(weights, view.name)[0]
     words, writers = _written(model, prompt, text)
     down, across = patch_grid(model)
     looks = looks[:, looks.shape[1] - down * across :]  # a class token stands before the patches
@@ -114,10 +114,10 @@ def mean_between(layers: list[Weights], query: str, key: str) -> Float[np.ndarra
     return np.concatenate(parts).mean(0)
 
 
-def _writing(model: LoadedModel) -> Stream:
+def _writing(model: LoadedModel) -> View:
     """The stream that the model writes by. Raises ValueError where it sees no patches."""
     task = model.predictor.task
-    found = [each.stream for each in task.objectives if isinstance(each, Captioning)]
+    found = [each.view for each in task.objectives if isinstance(each, Captioning)]
     if not found or IMAGE not in task.model.context_names:
         raise ValueError(
             "no attention of text over an image: this model (model.fusion="

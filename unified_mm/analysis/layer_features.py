@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from unified_mm.inference.loaded import BATCH, LoadedModel, Picture
 from unified_mm.models.late import WithTowers
-from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.attention.rules import View
 from unified_mm.nn.pooling import pooled
 from unified_mm.nn.sow import RESIDUAL, layer_names, streams_by_layer
 from unified_mm.objectives.contrastive import Contrastive
@@ -40,14 +40,14 @@ def image_features(model: LoadedModel, images: Iterable[Picture]) -> Features:
     task = model.predictor.task
     if IMAGE not in task.model.context_names:
         raise ValueError("this model reads no images: it is of text alone")
-    stream = reading_stream(model)
+    view = reading_stream(model)
     names = task.model.context_names
     towers = isinstance(task.model, WithTowers)
     stack, options = (TOWER, task.model.tower) if towers else (MAIN, task.model.options)
 
     def read(params: Any, batch: Any) -> dict[str, Array]:
         encoded, left = task.model.apply(
-            {"params": params}, batch, stream, method="read_context", mutable=[RESIDUAL]
+            {"params": params}, batch, view, method="read_context", mutable=[RESIDUAL]
         )
         valid = encoded.context_valid[IMAGE]
         streams = streams_by_layer(left[RESIDUAL], stack, options)
@@ -63,7 +63,7 @@ def image_features(model: LoadedModel, images: Iterable[Picture]) -> Features:
         {**absent, IMAGE: {"pixels": model.view(image), "present": np.array(True)}}
         for image in images
     )
-    return _gather(model, f"image features of {stream}", read, rows, layer_names(options))
+    return _gather(model, f"image features of {view}", read, rows, layer_names(options))
 
 
 def text_features(model: LoadedModel, texts: Sequence[str]) -> Features:
@@ -73,30 +73,28 @@ def text_features(model: LoadedModel, texts: Sequence[str]) -> Features:
     is 'cross_p'.
     """
     task = model.predictor.task
-    stream = reading_stream(model)
+    view = reading_stream(model)
     options = task.model.options
 
     def read(params: Any, batch: Any) -> dict[str, Array]:
         text = batch["text"]
         x, left = task.model.apply(
-            {"params": params}, text, stream, method="read_text", mutable=[RESIDUAL]
+            {"params": params}, text, view, method="read_text", mutable=[RESIDUAL]
         )
         streams = streams_by_layer(left[RESIDUAL], MAIN, options)
         means = {name: pooled("mean", y, text["valid"]) for name, y in streams.items()}
         return {**means, OUTPUT: pooled("mean", x, text["valid"])}
 
     rows = ({"text": task.modalities["text"].encode("", text)} for text in texts)
-    return _gather(model, f"text features of {stream}", read, rows, layer_names(options))
+    return _gather(model, f"text features of {view}", read, rows, layer_names(options))
 
 
-def reading_stream(model: LoadedModel) -> Stream:
+def reading_stream(model: LoadedModel) -> View:
     """How a modality is read alone: as contrast reads it, else as the first objective does."""
     objectives = [each for each in model.task.objectives if isinstance(each, TextObjective)]
     if not objectives:
         raise ValueError("this model was trained on no objective that reads text")
-    return next(
-        (each for each in objectives if isinstance(each, Contrastive)), objectives[0]
-    ).stream
+    return next((each for each in objectives if isinstance(each, Contrastive)), objectives[0]).view
 
 
 def _gather(

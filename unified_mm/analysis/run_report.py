@@ -18,8 +18,8 @@ from unified_mm.analysis.report import (
 from unified_mm.data import images
 from unified_mm.evaluation.evaluate import Scores, captions_of
 from unified_mm.files import write_atomically
-from unified_mm.nn.attention.rules import RULES, Stream, Visibility, reference_mask
-from unified_mm.nn.tokens import Group, join_metadata, place, single_document
+from unified_mm.nn.attention.rules import RULES, MaskTable, View, reference_mask
+from unified_mm.nn.tokens import Group, join_metadata, offset_positions, single_document
 from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.metrics import read_metrics
 
@@ -101,9 +101,9 @@ def rule_table(name: str) -> RuleTable:
     start, parts = 0, []
     for group in groups:
         part = single_document(jnp.ones((1, group.length), bool), group)
-        parts.append(place(part, {}, start))
+        parts.append(offset_positions(part, {}, start))
         start += group.length
     tokens = join_metadata(parts)
-    mask = reference_mask(Visibility((Stream("text", name),)), tokens, tokens)[0]
+    mask = reference_mask(MaskTable((View("text", name),)), tokens, tokens)[0]
     labels = [f"{group.name} {i + 1}" for group in groups for i in range(group.length)]
     return RuleTable(labels, np.asarray(mask))

@@ -13,9 +13,15 @@ import jax.numpy as jnp
 
 from unified_mm.analysis.figures import as_svg
 from unified_mm.nn.attention.attention import Attention, plan_attention
-from unified_mm.nn.attention.rules import Stream, Visibility
+from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import ATTENTION, TransformerOptions
-from unified_mm.nn.tokens import Group, TokenMetadata, join_metadata, place, single_document
+from unified_mm.nn.tokens import (
+    Group,
+    TokenMetadata,
+    join_metadata,
+    offset_positions,
+    single_document,
+)
 from unified_mm.nn.transformer import Transformer
 from unified_mm.parallel.sharding import without_names
 from unified_mm.runs.environment import device_name, revision, versions
@@ -24,7 +30,7 @@ LENGTHS = (256, 512, 1024, 2048, 4096)
 DEPTHS = (1, 2, 4, 8, 16)
 REPEATS = 5
 # Text that reads a context, both without gaps: rule 'prefix'.
-RULE = Visibility((Stream("text", "prefix", autoregressive=True),))
+RULE = MaskTable((View("text", "prefix", autoregressive=True),))
 
 
 def sweep(
@@ -74,7 +80,7 @@ def sweep(
         "compile": compiled,
         "width": options.width,
         "heads": options.heads,
-        "key_value_heads": options.of_keys,
+        "key_value_heads": options.num_kv_heads,
         "dtype": jnp.dtype(options.dtype).name,
         "rule": "prefix",
         "device": device_name(),
@@ -92,7 +98,7 @@ def sequence(length: int) -> TokenMetadata:
         for name, size in sizes.items()
     ]
     image, text = parts
-    return join_metadata([image, place(text, {}, length // 4)])
+    return join_metadata([image, offset_positions(text, {}, length // 4)])
 
 
 def layer_costs(options: TransformerOptions, length: int) -> dict[str, Any]:

@@ -23,13 +23,13 @@ from unified_mm.data.records import Record
 from unified_mm.evaluation.caption_scores import caption_scores
 from unified_mm.evaluation.evaluate import captions_of
 from unified_mm.inference.decoding import GREEDY, Written
-from unified_mm.inference.generate import advance, begin
+from unified_mm.inference.generate import decode_step, start
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.predictor import Predictor, inputs_of, write_texts
 from unified_mm.inference.quantization import quantized
 from unified_mm.inference.sampling import make_sampling
 from unified_mm.models.unified import UnifiedModel
-from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.attention.rules import View
 
 NEVER = -1  # no token ends a text that is timed
 QUALITY_BATCH = 50
@@ -64,21 +64,21 @@ def recompute(
     model: UnifiedModel,
     params: Any,
     inputs: Mapping[str, Any],
-    stream: Stream,
+    view: View,
     *,
-    room: int,
+    cache_room: int,
     padding: int,
 ) -> tuple[Int[Array, "B W"], Array]:
     """Greedy writing that keeps nothing: context and text are read anew for each token.
 
     Takes and returns what `write_texts` does.
     """
-    batch, most, stop = (inputs[name] for name in ("batch", "most", "stop"))
+    batch, max_tokens, stop = (inputs[name] for name in ("batch", "max_tokens", "stop"))
     prompt = batch["text"]
     rows, width = prompt["ids"].shape
     begun = prompt["valid"].sum(1)
-    places = jnp.arange(width + room)
-    ids = jnp.pad(prompt["ids"], ((0, 0), (0, room)))
+    places = jnp.arange(width + cache_room)
+    ids = jnp.pad(prompt["ids"], ((0, 0), (0, cache_room)))
 
     def read(module: UnifiedModel, ids: Array, count: Array) -> Array:
         text = {
@@ -86,17 +86,17 @@ def recompute(
             "valid": places < (begun + count)[:, None],
             "present": jnp.ones(rows, bool),
         }
-        x = module.encode({**batch, "text": text}, (stream,))[stream.name].text
+        x = module.encode({**batch, "text": text}, (view,))[view.name].text
         last = (begun + count - 1)[:, None, None]
         return module.logits(jnp.take_along_axis(x, last, axis=1))[:, 0]
 
-    def advance(carry: Any) -> Any:
+    def decode_step(carry: Any) -> Any:
         ids, count, done, gained = carry
         logits: Any = model.apply({"params": params}, ids, count, method=read)
         token = jnp.where(done, padding, logits.argmax(-1)).astype(ids.dtype)
-        at = jnp.where(done, width + room, begun + count)
+        at = jnp.where(done, width + cache_room, begun + count)
         likelihood = jax.nn.log_softmax(logits).max(-1)
-        ended = (token[:, None] == stop).any(1) | (count + 1 >= most)
+        ended = (token[:, None] == stop).any(1) | (count + 1 >= max_tokens)
         return (
             ids.at[jnp.arange(rows), at].set(token, mode="drop"),
             count + (~done).astype(jnp.int32),
@@ -104,22 +104,22 @@ def recompute(
             gained + jnp.where(done, 0, likelihood),
         )
 
-    start = ids, jnp.zeros(rows, jnp.int32), most < 1, jnp.zeros(rows, jnp.float32)
-    ids, _, _, gained = jax.lax.while_loop(lambda carry: ~carry[2].all(), advance, start)
-    written = jnp.take_along_axis(ids, begun[:, None] + jnp.arange(room), axis=1, mode="fill")
+    start = ids, jnp.zeros(rows, jnp.int32), max_tokens < 1, jnp.zeros(rows, jnp.float32)
+    ids, _, _, gained = jax.lax.while_loop(lambda carry: ~carry[2].all(), decode_step, start)
+    written = jnp.take_along_axis(ids, begun[:, None] + jnp.arange(cache_room), axis=1, mode="fill")
     return written, gained
 
 
-def writer(way: Way, room: int) -> Callable[[Any, Any], tuple[Any, Any]]:
+def writer(way: Way, cache_room: int) -> Callable[[Any, Any], tuple[Any, Any]]:
     """What a way compiles: (parameters, inputs) -> written tokens and their log-likelihood."""
     task = way.model.predictor.task
-    common = {"room": room, "padding": task.tokenizer.pad_id}
-    stream = way.model.predictor.writing_stream
+    common = {"cache_room": cache_room, "padding": task.tokenizer.pad_id}
+    view = way.model.predictor.writing_view
 
     def write(params: Any, inputs: Any) -> Any:
         if way.cached:
-            return write_texts(task.model, params, inputs, stream, beams=1, samples=1, **common)
-        return recompute(task.model, params, inputs, stream, **common)
+            return write_texts(task.model, params, inputs, view, beams=1, samples=1, **common)
+        return recompute(task.model, params, inputs, view, **common)
 
     return write
 
@@ -177,28 +177,35 @@ def costs(way: Way, batch: int, tokens: int, repeats: int) -> dict[str, Any]:
             "weight_bytes": tree_bytes(way.model.predictor.params),
             **allocated_bytes(),
         }
-        return found | (decode_step(timed, inputs, tokens) if way.cached else {})
+        return found | (step_bytes(timed, inputs, tokens) if way.cached else {})
 
 
-def decode_step(way: Way, inputs: Any, tokens: int) -> dict[str, int]:
+def step_bytes(way: Way, inputs: Any, tokens: int) -> dict[str, int]:
     """Bytes of one more token's compiled step, and what it cannot but read."""
-    model, stream = way.model.predictor.task.model, way.model.predictor.writing_stream
+    model, view = way.model.predictor.task.model, way.model.predictor.writing_view
     padding = way.model.task.tokenizer.pad_id
 
-    def start(params: Any, inputs: Any) -> Any:
+    def begin(params: Any, inputs: Any) -> Any:
         given = dict(inputs)
         sampling = make_sampling(**given.pop("sampling"))
         batch = given.pop("batch")
-        return begin(
-            model, params, batch, stream, **given, sampling=sampling, room=tokens, padding=padding
+        return start(
+            model,
+            params,
+            batch,
+            view,
+            **given,
+            sampling=sampling,
+            cache_room=tokens,
+            padding=padding,
         )
 
-    draft = jax.eval_shape(start, way.model.predictor.params, inputs)
+    state = jax.eval_shape(begin, way.model.predictor.params, inputs)
     step = jax.jit(
-        lambda params, draft: advance(model, params, draft, stream, padding), donate_argnums=1
+        lambda params, state: decode_step(model, params, state, view, padding), donate_argnums=1
     )
-    held = held_bytes(step.lower(way.model.predictor.params, draft).compile())
-    cache = tree_bytes(draft.reading.cache)
+    held = held_bytes(step.lower(way.model.predictor.params, state).compile())
+    cache = tree_bytes(state.read_state.cache)
     read = tree_bytes(text_side(way.model.predictor.params)) + cache
     return {"decode_step_bytes": held, "cache_bytes": cache, "decode_step_reads_bytes": read}
 
@@ -214,15 +221,15 @@ def text_side(params: Mapping[str, Any]) -> dict[str, Any]:
 def caption_quality(way: Way, records: Sequence[Record]) -> float:
     """CIDEr-D of the captions that a way writes, with the model's own room."""
     predictor = way.model.predictor
-    room = way.model.task.modalities["text"].length - 1
+    cache_room = way.model.task.modalities["text"].length - 1
     tokenizer = way.model.task.tokenizer
-    compiled = jax.jit(writer(way, room))
+    compiled = jax.jit(writer(way, cache_room))
     captions: list[str] = []
     views = [way.model.view(record.image) for record in records]
-    for start in range(0, len(views), QUALITY_BATCH):
-        part = views[start : start + QUALITY_BATCH]
+    for first in range(0, len(views), QUALITY_BATCH):
+        part = views[first : first + QUALITY_BATCH]
         full = part + part[:1] * (QUALITY_BATCH - len(part))
-        inputs = _inputs(predictor, QUALITY_BATCH, room, np.stack(full), tokenizer.eos_id)
+        inputs = _inputs(predictor, QUALITY_BATCH, cache_room, np.stack(full), tokenizer.eos_id)
         with predictor.on_mesh():
             written, _ = jax.device_get(
                 compiled(way.model.predictor.params, predictor.to_device(inputs))
@@ -235,7 +242,7 @@ def caption_quality(way: Way, records: Sequence[Record]) -> float:
 
 
 def _inputs(
-    predictor: Predictor, batch: int, room: int, views: Any = None, end: int = NEVER
+    predictor: Predictor, batch: int, cache_room: int, views: Any = None, end: int = NEVER
 ) -> dict[str, Any]:
     """Images (without any, grey ones) that captions are written about."""
     arrays = predictor.task.example_batch(batch)
@@ -244,8 +251,8 @@ def _inputs(
         views = np.full(arrays["image"]["pixels"].shape, 128, np.uint8)
     arrays["image"] = {"pixels": views, "present": np.ones(batch, bool)}
     text, _ = predictor.prompts([""] * batch)
-    most = np.full(batch, room)
-    return inputs_of(GREEDY, {**arrays, "text": text}, most, (end,), 0)
+    max_tokens = np.full(batch, cache_room)
+    return inputs_of(GREEDY, {**arrays, "text": text}, max_tokens, (end,), 0)
 
 
 def lengthened(model: LoadedModel, length: int) -> LoadedModel:

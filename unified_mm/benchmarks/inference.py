@@ -44,7 +44,7 @@ def measure_inference(
       ValueError: a run that writes no captions.
     """
     model = load(run)
-    model.predictor.writing_stream  # noqa: B018  (refuses what does not write)
+    model.predictor.writing_view  # noqa: B018  (refuses what does not write)
     config = model.config
     source = open_source(config.data)
     if source.banner:

@@ -95,7 +95,7 @@ class Step:
     def loss(self) -> float:
         """Of one more step."""
         with _on(self._setup):
-            total, count = jax.device_get(self._one().pairs["loss"])
+            total, count = jax.device_get(self._one().metrics["loss"])
         return float(total / count)
 
     def _one(self) -> Any:

@@ -24,7 +24,7 @@ from unified_mm.models.unified import fusion
 from unified_mm.objectives.objective import objective_kind
 from unified_mm.runs.saved import UnknownField, field_paths, new_field, refuse_unknown
 from unified_mm.training.sizes import fit_to_budget
-from unified_mm.training.start_from import adopt
+from unified_mm.training.start_from import config_from_run
 
 # Where data lies and how it is checked; groups with all that they hold.
 DATA_FIELDS = (
@@ -147,7 +147,7 @@ def resolve(recipe: Recipe, tell: Callable[[str], None]) -> ConfigDict:
     except ImportError as error:
         raise ValueError(f"data.decoder={chosen.data.decoder!r}: {error}") from error
     chosen = serve_what_can_be(chosen, recipe.overrides, tell)
-    return fit_to_budget(adopt(chosen, recipe.overrides))
+    return fit_to_budget(config_from_run(chosen, recipe.overrides))
 
 
 def settled_fields(config: ConfigDict) -> list[str]:

@@ -130,7 +130,7 @@ def read_captions(folder: str | Path, split: str) -> Captions:
     data = checked_json.read(path)
     listed, image_problems = _image_files(data.items("images"))
     annotations = data.items("annotations")
-    captions, caption_problems, strangers = _captions(annotations, set(listed))
+    captions, caption_problems, orphans = _captions(annotations, set(listed))
     if not listed:
         raise data.error("is empty: the file lists no image", "images")
     files = {key: names[0] for key, names in listed.items() if len(names) == 1}
@@ -147,7 +147,7 @@ def read_captions(folder: str | Path, split: str) -> Captions:
         _directional(data),
         tuple(image_problems),
         tuple(caption_problems),
-        id_hint(listed, strangers),
+        id_hint(listed, orphans),
     )
 
 
@@ -299,7 +299,7 @@ def _captions(
     captions: dict[Key, list[str]] = {}
     by_id: dict[Key, tuple[Key, str]] = {}
     problems = []
-    strangers = []
+    orphans = []
     for node in annotations:
         image, caption = node.id("image_id"), node.string("caption").strip()
         earlier = None
@@ -310,10 +310,10 @@ def _captions(
         if fault:
             problems.append(Problem(node.place, *fault))
         if image not in images:
-            strangers.append(image)
+            orphans.append(image)
         if not fault or fault[1] == "converted":
             captions.setdefault(image, []).append(caption)
-    return captions, problems, strangers
+    return captions, problems, orphans
 
 
 def _caption_fault(

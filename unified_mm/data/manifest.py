@@ -13,7 +13,7 @@ from typing import Any
 import PIL
 
 from unified_mm.data import coco, images
-from unified_mm.data.records import Image, Manifest, Problem, Record, Shelf, StoredImage, Text
+from unified_mm.data.records import ByteStore, Image, Manifest, Problem, Record, StoredImage, Text
 from unified_mm.files import naming, write_atomically
 
 FORMAT = 2  # raise it when the checks change: caches of an older format are not found then
@@ -30,14 +30,14 @@ def build_manifest(
     max_bad_share: float = 0.05,
     threads: int | None = None,
     progress: bool = True,
-    beside: Sequence["Beside"] = (),
+    sidecars: Sequence["Sidecar"] = (),
 ) -> Manifest:
     """Reads a split, decodes every image wholly, leaves out and names what is bad.
 
     With `cache`, the result is kept in `cache/manifests/` under a hash of the annotations and
     of each image's name, size and time of change, so unchanged data is decoded once. Raises
     as `coco.read_captions` does, and ValueError where more than `max_bad_share` of the listed
-    images are left out, or of the captions, or of what lies `beside` them, or none remains; and
+    images are left out, or of the captions, or of what lies `sidecars` them, or none remains; and
     where the cache cannot be written.
     """
     folder = Path(folder).resolve()
@@ -56,14 +56,14 @@ def build_manifest(
         listed_as = f"captions of {split!r} in {captions.path}"
         left = captions.annotations - len(out)
         refuse_bad(listed_as, captions.annotations, left, out, max_bad_share, captions.hint)
-    return with_strangers(manifest, beside, captions.listed, captions.path)
+    return with_orphans(manifest, sidecars, captions.listed, captions.path)
 
 
 def cached(
     cache: str | os.PathLike | None,
     key: str,
     make: Callable[[], Manifest],
-    shelf: Shelf | None = None,
+    shelf: ByteStore | None = None,
 ) -> Manifest:
     """The manifest that `cache/manifests/` holds under a hash, else the one made now and kept.
 
@@ -82,7 +82,7 @@ def cached(
 
 
 @dataclasses.dataclass(frozen=True)
-class Beside:
+class Sidecar:
     """What lies beside a split's captions, each with the id of its image.
 
     `what` is "foil" or "question". Those on images that are not listed are counted; over
@@ -93,7 +93,7 @@ class Beside:
     image_ids: Sequence[coco.Key]
     max_bad_share: float
 
-    def strangers(self, listed: Set[coco.Key], where: object) -> list[Problem]:
+    def orphans(self, listed: Set[coco.Key], where: object) -> list[Problem]:
         """One for each that names no image listed in `where`. Raises ValueError for too many."""
         fault = f"{self.what} on an image that is not listed"
         found = [
@@ -109,12 +109,12 @@ class Beside:
         return found
 
 
-def with_strangers(
-    manifest: Manifest, beside: Iterable[Beside], listed: Set[coco.Key], where: object
+def with_orphans(
+    manifest: Manifest, sidecars: Iterable[Sidecar], listed: Set[coco.Key], where: object
 ) -> Manifest:
     """The manifest, with what lies beside images that are not listed among its problems."""
-    strangers = [each for members in beside for each in members.strangers(listed, where)]
-    return dataclasses.replace(manifest, problems=(*manifest.problems, *strangers))
+    orphans = [each for members in sidecars for each in members.orphans(listed, where)]
+    return dataclasses.replace(manifest, problems=(*manifest.problems, *orphans))
 
 
 def with_questions(manifest: Manifest, questions: Iterable[coco.Question]) -> Manifest:
@@ -173,7 +173,7 @@ def _members(value: Any) -> dict[str, Any]:
     return {name: getattr(value, name) for name in names}
 
 
-def from_json(text: str, shelf: Shelf | None = None) -> Manifest:
+def from_json(text: str, shelf: ByteStore | None = None) -> Manifest:
     """The manifest that `to_json` wrote, its stored images on `shelf`.
 
     Raises ValueError, KeyError or TypeError for other text.
@@ -311,7 +311,7 @@ def _cache_key(folder: Path, split: str, source: str, captions: coco.Captions, s
     return digest.hexdigest()
 
 
-def _from_cache(path: Path, shelf: Shelf | None) -> Manifest:
+def _from_cache(path: Path, shelf: ByteStore | None) -> Manifest:
     try:
         with naming(f"the cached manifest {path}"):
             return from_json(path.read_text(encoding="utf-8"), shelf)

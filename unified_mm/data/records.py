@@ -16,7 +16,7 @@ class Text:
 
 
 @runtime_checkable
-class Shelf(Protocol):
+class ByteStore(Protocol):
     """Undecoded images in larger files, by number; it pickles, and threads share it."""
 
     def __getitem__(self, number: int, /) -> bytes: ...
@@ -29,7 +29,7 @@ class StoredImage:
     `name` is its file name as far as known, `size` is in bytes.
     """
 
-    shelf: Shelf
+    shelf: ByteStore
     number: int
     name: str
     size: int

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from unified_mm.data import coco
-from unified_mm.data.manifest import Beside, build_manifest, with_questions
+from unified_mm.data.manifest import Sidecar, build_manifest, with_questions
 from unified_mm.data.records import Manifest
 from unified_mm.files import naming, user_path
 from unified_mm.registry import resolve
@@ -65,7 +65,7 @@ class AnnotatedFolder:
         self.banner = banner
         self._cache = cache_folder(data)
         self._max_bad_share = float(data.max_bad_share)
-        self._max_strangers = self._max_bad_share  # beside images that are not listed
+        self._max_orphans = self._max_bad_share  # beside images that are not listed
         self._asking = asking_field(data)
         self._questions: dict[str, Sequence[coco.Question]] = {}  # those that were read
         self._splits = tuple(splits)
@@ -89,7 +89,7 @@ class AnnotatedFolder:
         """The validated examples of a split with their captions alone; the rest is checked too."""
         return self._build(split, self._beside_all(split, self.questions(split)))
 
-    def _build(self, split: str, beside: Sequence[Beside]) -> Manifest:
+    def _build(self, split: str, sidecars: Sequence[Sidecar]) -> Manifest:
         raise NotImplementedError
 
     def foils(self, split: str) -> Sequence[coco.Foil]:
@@ -106,20 +106,20 @@ class AnnotatedFolder:
         """For an error: that there are none, and what was looked for."""
         return coco.no_questions(self.folder, split)
 
-    def _beside_all(self, split: str, questions: Sequence[coco.Question]) -> tuple[Beside, ...]:
+    def _beside_all(self, split: str, questions: Sequence[coco.Question]) -> tuple[Sidecar, ...]:
         return (
-            self._beside("foil", self.foils(split), self._max_strangers),
+            self._beside("foil", self.foils(split), self._max_orphans),
             self._beside("question", questions, self._share_of_questions(split)),
         )
 
     def _beside(
         self, what: str, members: Sequence[coco.Foil] | Sequence[coco.Question], share: float
-    ) -> Beside:
-        return Beside(what, [member.image_id for member in members], share)
+    ) -> Sidecar:
+        return Sidecar(what, [member.image_id for member in members], share)
 
     def _share_of_questions(self, split: str) -> float:
         """How many questions may be on other images: VQA v2's files serve several years."""
-        return 1.0 if coco.questions_serve_others(self.folder, split) else self._max_strangers
+        return 1.0 if coco.questions_serve_others(self.folder, split) else self._max_orphans
 
 
 class CocoFolder(AnnotatedFolder):
@@ -131,14 +131,14 @@ class CocoFolder(AnnotatedFolder):
         splits = tuple(coco.find_splits(folder))
         super().__init__(folder, splits, data, name=name, banner=banner)
 
-    def _build(self, split: str, beside: Sequence[Beside]) -> Manifest:
+    def _build(self, split: str, sidecars: Sequence[Sidecar]) -> Manifest:
         return build_manifest(
             self.folder,
             split,
             source=self.name,
             cache=self._cache,
             max_bad_share=self._max_bad_share,
-            beside=beside,
+            sidecars=sidecars,
         )
 
 

@@ -42,7 +42,7 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """The undecoded images of a split, by number: a `records.Shelf`.
+    """The undecoded images of a split, by number: a `records.ByteStore`.
 
     Every process opens the files for itself, when it first reads.
     """

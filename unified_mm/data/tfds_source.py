@@ -21,13 +21,13 @@ import PIL
 from unified_mm.data import checked_json
 from unified_mm.data.manifest import (
     FORMAT,
-    Beside,
+    Sidecar,
     cached,
     fingerprint,
     image_fault,
     names_sides,
     refuse_bad,
-    with_strangers,
+    with_orphans,
 )
 from unified_mm.data.mirror import Mirror, is_remote
 from unified_mm.data.records import Image, Manifest, Problem, Record, StoredImage, Text
@@ -80,9 +80,9 @@ class TfdsSource(AnnotatedFolder):
         banner = told.string("notice") if told and told.has("notice") else None
         super().__init__(folder, list(self._builder.info.splits), data, name="tfds", banner=banner)
         if prepared:
-            self._max_strangers = 1.0  # some images were left out, and theirs were accepted then
+            self._max_orphans = 1.0  # some images were left out, and theirs were accepted then
 
-    def _build(self, split: str, beside: Sequence[Beside]) -> Manifest:
+    def _build(self, split: str, sidecars: Sequence[Sidecar]) -> Manifest:
         if split not in self.splits():
             raise ValueError(
                 f"{self.folder} has no split {split!r}; it has {', '.join(self.splits())}: set "
@@ -103,7 +103,7 @@ class TfdsSource(AnnotatedFolder):
             count = texts + len(empty)
             refuse_bad(f"captions of {where}", count, texts, empty, self._max_bad_share)
         ids = {record.id for record in records}
-        return with_strangers(manifest, beside, ids, f"the images of {where}")
+        return with_orphans(manifest, sidecars, ids, f"the images of {where}")
 
     def _shards(self, split: str) -> list[Shard]:
         info = self._builder.info.splits[split]

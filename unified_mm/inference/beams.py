@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from unified_mm.inference.generate import Reading, Text, read, read_prompts
+from unified_mm.inference.generate import ReadState, Text, read_prompts, read_token
 from unified_mm.models.unified import UnifiedModel
-from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.attention.rules import View
 
 NEVER = -1e30  # of a beam that is none; finite, so that sums of it stay numbers
 
@@ -29,7 +29,7 @@ class Beams:
       ended_score: float32 [B, K], what these are compared by.
     """
 
-    reading: Reading
+    read_state: ReadState
     step: Any
     live: Any
     live_sum: Any
@@ -42,13 +42,13 @@ def beam_search(
     model: UnifiedModel,
     params: Any,
     batch: Mapping[str, Text],
-    stream: Stream,
+    view: View,
     *,
-    most: Int[Array, " B"],
+    max_tokens: Int[Array, " B"],
     stop: Int[Array, "B E"],
     beams: int,
     length_penalty: float | Float[Array, ""],
-    room: int,
+    cache_room: int,
     padding: int,
 ) -> tuple[Int[Array, "B K W"], Float[Array, "B K"]]:
     """The K best texts, best first, by log-likelihood / length ** length_penalty.
@@ -61,42 +61,44 @@ def beam_search(
     Returns:
       What was written, padded, and its log-likelihood in nats.
     """
-    logits, reading = read_prompts(model, params, batch, stream, room)
+    logits, read_state = read_prompts(model, params, batch, view, cache_room)
     texts = logits.shape[0]
-    most = jnp.minimum(most, room)
-    blank = jnp.full((texts, beams, room), padding, jnp.int32)
+    max_tokens = jnp.minimum(max_tokens, cache_room)
+    blank = jnp.full((texts, beams, cache_room), padding, jnp.int32)
     nothing = jnp.full((texts, beams), NEVER, jnp.float32)
     start = Beams(
-        reading=reading.select(jnp.repeat(jnp.arange(texts), beams)),
+        read_state=read_state.select(jnp.repeat(jnp.arange(texts), beams)),
         step=jnp.zeros((), jnp.int32),
         live=blank,
-        live_sum=nothing.at[:, 0].set(jnp.where(most > 0, 0.0, NEVER)),
+        live_sum=nothing.at[:, 0].set(jnp.where(max_tokens > 0, 0.0, NEVER)),
         ended=blank,
         ended_sum=nothing,
         ended_score=nothing,
     )
 
     def undecided(state: Beams) -> Array:
-        hope = score(state.live_sum[:, 0], jnp.maximum(most, 1), length_penalty)
+        hope = score(state.live_sum[:, 0], jnp.maximum(max_tokens, 1), length_penalty)
         alive = state.live_sum[:, 0] > NEVER / 2
         return (alive & (hope > state.ended_score[:, -1])).any()
 
-    def advance(state: Beams) -> Beams:
+    def decode_step(state: Beams) -> Beams:
         token = jax.lax.dynamic_index_in_dim(state.live, state.step - 1, axis=2, keepdims=False)
-        logits, reading = read(model, params, state.reading, token.reshape(-1), stream, room)
-        state = state.replace(reading=reading)  # type: ignore[attr-defined]
-        return choose(state, logits, most, stop, length_penalty)
+        logits, read_state = read_token(
+            model, params, state.read_state, token.reshape(-1), view, cache_room
+        )
+        state = state.replace(read_state=read_state)  # type: ignore[attr-defined]
+        return choose(state, logits, max_tokens, stop, length_penalty)
 
     logits = jnp.repeat(logits, beams, axis=0)
-    found = choose(start, logits, most, stop, length_penalty)
-    found = jax.lax.while_loop(undecided, advance, found)
+    found = choose(start, logits, max_tokens, stop, length_penalty)
+    found = jax.lax.while_loop(undecided, decode_step, found)
     return found.ended, jnp.where(found.ended_score > NEVER / 2, found.ended_sum, -jnp.inf)
 
 
 def choose(
     state: Beams,
     logits: Float[Array, "R V"],
-    most: Int[Array, " B"],
+    max_tokens: Int[Array, " B"],
     stop: Int[Array, "B E"],
     length_penalty: float | Float[Array, ""],
 ) -> Beams:
@@ -118,7 +120,7 @@ def choose(
     grown = grown.at[:, :, state.step].set(token)
     length = state.step + 1
     real = total > NEVER / 2
-    ends = (token[..., None] == stop[:, None]).any(-1) | (length >= most)[:, None]
+    ends = (token[..., None] == stop[:, None]).any(-1) | (length >= max_tokens)[:, None]
 
     scores = jnp.where(real & ends, score(total, length, length_penalty), NEVER)
     scores = jnp.concatenate([state.ended_score, scores], axis=1)
@@ -128,7 +130,7 @@ def choose(
     live_sum, going = jax.lax.top_k(jnp.where(real & ~ends, total, NEVER), beams)
     rows = jnp.arange(texts)[:, None] * beams + jnp.take_along_axis(parent, going, axis=1)
     return Beams(
-        reading=state.reading.select(rows.reshape(-1)),
+        read_state=state.read_state.select(rows.reshape(-1)),
         step=length,
         live=jnp.take_along_axis(grown, going[..., None], axis=1),
         live_sum=live_sum,

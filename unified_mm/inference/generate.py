@@ -1,4 +1,4 @@
-"""Writing text on the cache, token by token: one value, `Draft`, and one function, `advance`.
+"""Writing text on the cache, token by token: a `DecodeState`, and one function, `decode_step`.
 
 `generate` runs it in a loop on the device; streams and the engine take single, donated steps.
 """
@@ -16,34 +16,34 @@ from jaxtyping import Array, Bool, Float, Int
 from unified_mm.inference.sampling import Sampling, draw
 from unified_mm.models.unified import UnifiedModel, text_group
 from unified_mm.nn.attention.cache import Cache
-from unified_mm.nn.attention.rules import Stream
-from unified_mm.nn.tokens import PLACEMENT
+from unified_mm.nn.attention.rules import View
+from unified_mm.nn.tokens import POSITION_KEYS
 
 Text = Mapping[str, Array]
 
 
 @struct.dataclass
-class Reading:
+class ReadState:
     """How far texts have been read, a row each.
 
     Attributes:
       cache: with the text that was read, and room for more.
       place: int32 [B], of the next token in its text.
-      where: of the next token in its document, int32 [B] each (`PLACEMENT`); empty without one.
+      where: of the next token in its document, int32 [B] each (`POSITION_KEYS`); empty without one.
     """
 
     cache: Cache
     place: Any
     where: dict[str, Any]
 
-    def select(self, rows: Int[Array, " R"]) -> Reading:
+    def select(self, rows: Int[Array, " R"]) -> ReadState:
         """The given rows."""
         where = {key: value[rows] for key, value in self.where.items()}
-        return Reading(self.cache.select(rows), self.place[rows], where)
+        return ReadState(self.cache.select(rows), self.place[rows], where)
 
-    def put(self, rows: Int[Array, " R"], other: Reading) -> Reading:
-        """With other readings in place of the given rows."""
-        return Reading(
+    def put(self, rows: Int[Array, " R"], other: ReadState) -> ReadState:
+        """With other param_metrics in place of the given rows."""
+        return ReadState(
             self.cache.put(rows, other.cache),
             self.place.at[rows].set(other.place),
             {key: value.at[rows].set(other.where[key]) for key, value in self.where.items()},
@@ -51,7 +51,7 @@ class Reading:
 
 
 @struct.dataclass
-class Draft:
+class DecodeState:
     """Texts that are being written, a row each.
 
     Attributes:
@@ -66,50 +66,52 @@ class Draft:
       sampling: how tokens are drawn.
     """
 
-    reading: Reading
+    read_state: ReadState
     token: Any
     written: Any
     count: Any
-    most: Any
+    max_tokens: Any
     done: Any
     likelihood: Any
     stop: Any
     sampling: Sampling
 
-    def put(self, rows: Int[Array, " R"], other: Draft) -> Draft:
+    def put(self, rows: Int[Array, " R"], other: DecodeState) -> DecodeState:
         """With other drafts, of as much room, in place of the given rows."""
 
         def put(mine: Any, others: Any) -> Any:
             return jax.tree.map(lambda x, y: x.at[rows].set(y), mine, others)
 
-        reading = self.reading.put(rows, other.reading)
+        read_state = self.read_state.put(rows, other.read_state)
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        del fields["reading"]
+        del fields["read_state"]
         changed = {name: put(value, getattr(other, name)) for name, value in fields.items()}
-        return Draft(reading=reading, **changed)
+        return DecodeState(read_state=read_state, **changed)
 
 
-def generate(model: UnifiedModel, params: Any, draft: Draft, stream: Stream, padding: int) -> Draft:
+def generate(
+    model: UnifiedModel, params: Any, state: DecodeState, view: View, padding: int
+) -> DecodeState:
     """The draft once every text has ended or is full."""
     return jax.lax.while_loop(
-        lambda draft: ~draft.done.all(),
-        lambda draft: advance(model, params, draft, stream, padding),
-        draft,
+        lambda state: ~state.done.all(),
+        lambda state: decode_step(model, params, state, view, padding),
+        state,
     )
 
 
-def begin(
+def start(
     model: UnifiedModel,
     params: Any,
     batch: Mapping[str, Text],
-    stream: Stream,
+    view: View,
     *,
-    most: Int[Array, " B"],
+    max_tokens: Int[Array, " B"],
     stop: Int[Array, "B E"],
     sampling: Sampling,
-    room: int,
+    cache_room: int,
     padding: int,
-) -> Draft:
+) -> DecodeState:
     """Reads context and prompts and draws the first token of each text.
 
     Args:
@@ -120,131 +122,133 @@ def begin(
       most: how many tokens each text may have.
       stop: tokens that end it; -1 where there are fewer.
       sampling: a row for each row of what comes out: of `samples` texts for each prompt, where it
-        has so many times B rows, and so have `most` and `stop`.
+        has so many times B rows, and so have `max_tokens` and `stop`.
       room: W, how many tokens any may have.
       padding: the id of padding.
     """
-    logits, reading = read_prompts(model, params, batch, stream, room)
-    copies = most.shape[0] // logits.shape[0]
+    logits, read_state = read_prompts(model, params, batch, view, cache_room)
+    copies = max_tokens.shape[0] // logits.shape[0]
     if copies > 1:
         rows = jnp.repeat(jnp.arange(logits.shape[0]), copies)
-        logits, reading = logits[rows], reading.select(rows)
-    return first(logits, reading, most, stop, sampling, room, padding)
+        logits, read_state = logits[rows], read_state.select(rows)
+    return first_token(logits, read_state, max_tokens, stop, sampling, cache_room, padding)
 
 
-def first(
+def first_token(
     logits: Float[Array, "B V"],
-    reading: Reading,
-    most: Int[Array, " B"],
+    read_state: ReadState,
+    max_tokens: Int[Array, " B"],
     stop: Int[Array, "B E"],
     sampling: Sampling,
-    room: int,
+    cache_room: int,
     padding: int,
-) -> Draft:
+) -> DecodeState:
     """Drafts of one token, by the scores after their prompts."""
     rows = logits.shape[0]
-    most = jnp.minimum(most, room)
-    blank = Draft(
-        reading=reading,
+    max_tokens = jnp.minimum(max_tokens, cache_room)
+    blank = DecodeState(
+        read_state=read_state,
         token=jnp.full(rows, padding, jnp.int32),
-        written=jnp.full((rows, room), padding, jnp.int32),
+        written=jnp.full((rows, cache_room), padding, jnp.int32),
         count=jnp.zeros(rows, jnp.int32),
-        most=most,
-        done=most < 1,
+        max_tokens=max_tokens,
+        done=max_tokens < 1,
         likelihood=jnp.zeros(rows, jnp.float32),
         stop=stop,
         sampling=sampling,
     )
-    return write(blank, logits, padding)
+    return append(blank, logits, padding)
 
 
-def advance(model: UnifiedModel, params: Any, draft: Draft, stream: Stream, padding: int) -> Draft:
+def decode_step(
+    model: UnifiedModel, params: Any, state: DecodeState, view: View, padding: int
+) -> DecodeState:
     """Reads the last token of each text and draws the next one. What is done stays as it is."""
-    logits, reading = read(
-        model, params, draft.reading, draft.token, stream, draft.written.shape[1]
+    logits, read_state = read_token(
+        model, params, state.read_state, state.token, view, state.written.shape[1]
     )
-    return write(draft.replace(reading=reading), logits, padding)  # type: ignore[attr-defined]
+    return append(state.replace(read_state=read_state), logits, padding)  # type: ignore[attr-defined]
 
 
-def write(draft: Draft, logits: Float[Array, "B V"], padding: int) -> Draft:
+def append(state: DecodeState, logits: Float[Array, "B V"], padding: int) -> DecodeState:
     """The draft with one more token, drawn by its scores."""
     rows = jnp.arange(logits.shape[0])
-    drawn = draw(logits, draft.sampling, draft.count)
+    drawn = draw(logits, state.sampling, state.count)
     gained = logits[rows, drawn] - jax.nn.logsumexp(logits, axis=-1)
-    token = jnp.where(draft.done, padding, drawn)
-    count = draft.count + (~draft.done).astype(jnp.int32)
-    ended = (drawn[:, None] == draft.stop).any(1) | (count >= draft.most)
+    token = jnp.where(state.done, padding, drawn)
+    count = state.count + (~state.done).astype(jnp.int32)
+    ended = (drawn[:, None] == state.stop).any(1) | (count >= state.max_tokens)
     # What is done writes past the end, that is, nowhere.
-    at = jnp.where(draft.done, draft.written.shape[1], draft.count)
-    return draft.replace(  # type: ignore[attr-defined]
+    at = jnp.where(state.done, state.written.shape[1], state.count)
+    return state.replace(  # type: ignore[attr-defined]
         token=token,
-        written=draft.written.at[rows, at].set(token, mode="drop"),
+        written=state.written.at[rows, at].set(token, mode="drop"),
         count=count,
-        likelihood=draft.likelihood + jnp.where(draft.done, 0.0, gained),
-        done=draft.done | ended,
+        likelihood=state.likelihood + jnp.where(state.done, 0.0, gained),
+        done=state.done | ended,
     )
 
 
 def read_prompts(
-    model: UnifiedModel, params: Any, batch: Mapping[str, Text], stream: Stream, room: int
-) -> tuple[Float[Array, "B V"], Reading]:
+    model: UnifiedModel, params: Any, batch: Mapping[str, Text], view: View, cache_room: int
+) -> tuple[Float[Array, "B V"], ReadState]:
     """Context and prompts, and room for more: the scores of what follows, and how far it is."""
     prompt = batch["text"]
 
-    def start(module: UnifiedModel) -> Any:
-        x, cache = module.prefill(batch, stream, room)
+    def read_first(module: UnifiedModel) -> Any:
+        x, cache = module.prefill(batch, view, cache_room)
         return module.logits(last_token(x, prompt["valid"]))[:, 0], in_its_form(model, cache)
 
-    logits, cache = _apply(model, params, start)
-    return logits, Reading(cache, *after(prompt))
+    logits, cache = _apply(model, params, read_first)
+    return logits, ReadState(cache, *after(prompt))
 
 
 def read_beside(
-    model: UnifiedModel, params: Any, prefix: Cache, prompt: Text, stream: Stream, room: int
-) -> tuple[Float[Array, "B V"], Reading]:
+    model: UnifiedModel, params: Any, prefix: Cache, prompt: Text, view: View, cache_room: int
+) -> tuple[Float[Array, "B V"], ReadState]:
     """The same beside a context that was read before (`UnifiedModel.prefix`)."""
 
-    def start(module: UnifiedModel) -> Any:
-        group = text_group(stream, room)
-        x, cache = module.extend(prefix.reserve(group), prompt, stream)
+    def read_first(module: UnifiedModel) -> Any:
+        group = text_group(view, cache_room)
+        x, cache = module.extend(prefix.reserve(group), prompt, view)
         return module.logits(last_token(x, prompt["valid"]))[:, 0], cache
 
-    logits, cache = _apply(model, params, start)
-    return logits, Reading(cache, *after(prompt))
+    logits, cache = _apply(model, params, read_first)
+    return logits, ReadState(cache, *after(prompt))
 
 
-def read(
+def read_token(
     model: UnifiedModel,
     params: Any,
-    reading: Reading,
+    read_state: ReadState,
     token: Int[Array, " B"],
-    stream: Stream,
-    room: int,
-) -> tuple[Float[Array, "B V"], Reading]:
+    view: View,
+    cache_room: int,
+) -> tuple[Float[Array, "B V"], ReadState]:
     """One more token of each text: the scores of what follows, and how far it is.
 
-    The last `room` slots of the cache are a ring: a text that began later than the others goes on
-    where they began, and none is longer than the ring.
+    The last `cache_room` slots of the cache are a ring: a text that began later than the others
+    goes on where they began, and none is longer than the ring.
     """
     rows = token.shape[0]
     text = {
         "ids": token[:, None],
         "valid": jnp.ones((rows, 1), bool),
         "present": jnp.ones(rows, bool),
-        "place": reading.place[:, None],
-        **{key: value[:, None] for key, value in reading.where.items()},
+        "text_position": read_state.place[:, None],
+        **{key: value[:, None] for key, value in read_state.where.items()},
     }
 
     def extend(module: UnifiedModel) -> Any:
-        x, cache = module.extend(reading.cache, text, stream)
+        x, cache = module.extend(read_state.cache, text, view)
         return module.logits(x)[:, 0], cache
 
     logits, cache = _apply(model, params, extend)
-    length = jnp.where(cache.length < cache.slots, cache.length, cache.slots - room)
-    where = dict(reading.where)
+    length = jnp.where(cache.length < cache.slots, cache.length, cache.slots - cache_room)
+    where = dict(read_state.where)
     if "position" in where:
         where["position"] = where["position"] + 1
-    return logits, Reading(cache.replace(length=length), reading.place + 1, where)
+    return logits, ReadState(cache.replace(length=length), read_state.place + 1, where)
 
 
 def in_its_form(model: UnifiedModel, cache: Cache) -> Cache:
@@ -264,14 +268,14 @@ def after(prompt: Text) -> tuple[Int[Array, " B"], dict[str, Array]]:
     last = jnp.maximum(length - 1, 0)[:, None]
     where = {
         key: jnp.take_along_axis(prompt[key], last, axis=1)[:, 0]
-        for key in PLACEMENT
+        for key in POSITION_KEYS
         if key in prompt
     }
     if "position" in where:
         where["position"] = where["position"] + 1
-    if "place" not in prompt:
+    if "text_position" not in prompt:
         return length.astype(jnp.int32), where
-    return jnp.take_along_axis(prompt["place"], last, axis=1)[:, 0] + 1, where
+    return jnp.take_along_axis(prompt["text_position"], last, axis=1)[:, 0] + 1, where
 
 
 def _apply(model: UnifiedModel, params: Any, function: Any) -> Any:

@@ -24,7 +24,7 @@ from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.predictor import Predictor
 from unified_mm.inference.quantized_params import in_dtype, saved_shapes
 from unified_mm.inference.streaming import stream
-from unified_mm.nn.unstack import layers_apart, layers_stacked
+from unified_mm.nn.unstack import stack_layers, unstack_layers
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import shardings_of, without_names
 from unified_mm.runs.averages import keeps_average
@@ -60,13 +60,13 @@ class LoadedModel:
         self.step = step
         self.saved = config.as_dict() if saved is None else saved
         # A layer at a time: see `nn.unstack`.
-        apart = replace(task, model=task.model.with_options(apart=True))
-        self.predictor = Predictor(apart, layers_apart(params), mesh)
+        unstacked = replace(task, model=task.model.with_options(unstacked=True))
+        self.predictor = Predictor(unstacked, unstack_layers(params), mesh)
 
     @property
     def params(self) -> Any:
         """The parameter tree as training has it, its layers stacked anew."""
-        return layers_stacked(self.predictor.params)
+        return stack_layers(self.predictor.params)
 
     def embed_images(self, images: Iterable[Picture]) -> Float[np.ndarray, "B E"]:
         """Unit vectors, float32; an image is a path, a PIL image or uint8 [height, width, 3].

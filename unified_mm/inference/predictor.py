@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from unified_mm.inference.beams import beam_search
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
-from unified_mm.inference.generate import begin, generate
+from unified_mm.inference.generate import generate, start
 from unified_mm.inference.sampling import make_sampling, sampling_arrays
 from unified_mm.models.unified import UnifiedModel
-from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.attention.rules import View
 from unified_mm.objectives.captioning import Captioning, score_text
 from unified_mm.objectives.contrastive import Contrastive
 from unified_mm.parallel.processes import own_rows
@@ -41,7 +41,7 @@ class Predictor:
     """
 
     def __init__(self, task: Task, params: Any, mesh: Mesh) -> None:
-        self.task = replace(task, model=task.model.anywhere())
+        self.task = replace(task, model=task.model.for_inference())
         self.params = params
         self.mesh = mesh
         self._compiled: dict[str, Any] = {}
@@ -90,7 +90,7 @@ class Predictor:
         objective = self._objective(Captioning, "score captions")
 
         def score(model: UnifiedModel, batch: Any) -> jax.Array:
-            x = model.encode(batch, objective.streams())[objective.name].text
+            x = model.encode(batch, objective.views())[objective.name].text
             likelihood, _, scored = score_text(model.logits, x, batch["text"], objective.chunk)
             summed = jnp.where(scored, likelihood, 0.0).sum(1)
             return jnp.stack([summed, scored.sum(1).astype(jnp.float32)], axis=1)
@@ -128,8 +128,8 @@ class Predictor:
     def continue_text(
         self,
         batch: Batch,
-        most: Int[np.ndarray, " B"],
-        room: int,
+        max_tokens: Int[np.ndarray, " B"],
+        cache_room: int,
         decoding: Decoding = GREEDY,
         first: int = 0,
     ) -> list[list[Written]]:
@@ -145,17 +145,18 @@ class Predictor:
         Returns:
           `decoding.samples` texts for each example, the best first where beams were compared.
         """
-        tokenizer, stream = self.task.tokenizer, self.writing_stream
+        tokenizer, view = self.task.tokenizer, self.writing_view
         ends = decoding.stop_ids(tokenizer)
 
         def write(params: Any, inputs: Any) -> Any:
             return write_texts(
-                self.task.model, params, inputs, stream,
-                beams=decoding.beams, samples=decoding.samples, room=room, padding=tokenizer.pad_id,
+                self.task.model, params, inputs, view,
+                beams=decoding.beams, samples=decoding.samples,
+                cache_room=cache_room, padding=tokenizer.pad_id,
             )  # fmt: skip
 
-        name = f"write {room} {decoding.beams} {decoding.samples}"
-        inputs = self.to_device(inputs_of(decoding, batch, most, ends, first))
+        name = f"write {cache_room} {decoding.beams} {decoding.samples}"
+        inputs = self.to_device(inputs_of(decoding, batch, max_tokens, ends, first))
         written, gained = jax.device_get(self.call(name, write, inputs))
         texts = [
             Written.of_row(row, float(nats), ends, tokenizer)
@@ -167,10 +168,10 @@ class Predictor:
         ]
 
     @property
-    def writing_stream(self) -> Stream:
+    def writing_view(self) -> View:
         """The stream that the model learned to write by. Raises ValueError where it did not."""
-        stream: Stream = self._objective(Captioning, "write").stream
-        return stream
+        view: View = self._objective(Captioning, "write").view
+        return view
 
     def prompts(
         self, prompts: Sequence[str]
@@ -251,7 +252,7 @@ def _without_text(batch: Batch) -> dict[str, Any]:
 def inputs_of(
     decoding: Decoding,
     batch: Mapping[str, Any],
-    most: Int[np.ndarray, " B"],
+    max_tokens: Int[np.ndarray, " B"],
     ends: Sequence[int],
     first: int,
 ) -> dict[str, Any]:
@@ -264,15 +265,15 @@ def inputs_of(
       first: number of the first example, which has a say in what is drawn.
     """
     if decoding.tokens is not None:
-        most = np.minimum(most, decoding.tokens)
+        max_tokens = np.minimum(max_tokens, decoding.tokens)
     inputs: dict[str, Any] = {"batch": batch}
     if decoding.beams > 1:
-        inputs["length_penalty"] = np.full(len(most), decoding.length_penalty, np.float32)
+        inputs["length_penalty"] = np.full(len(max_tokens), decoding.length_penalty, np.float32)
     else:
-        inputs["sampling"] = sampling_arrays(decoding, len(most), first)
-        most = np.repeat(most, decoding.samples)
-    inputs["most"] = most.astype(np.int32)
-    inputs["stop"] = np.tile(np.array(ends, np.int32), (len(most), 1))
+        inputs["sampling"] = sampling_arrays(decoding, len(max_tokens), first)
+        max_tokens = np.repeat(max_tokens, decoding.samples)
+    inputs["max_tokens"] = max_tokens.astype(np.int32)
+    inputs["stop"] = np.tile(np.array(ends, np.int32), (len(max_tokens), 1))
     return inputs
 
 
@@ -280,11 +281,11 @@ def write_texts(
     model: UnifiedModel,
     params: Any,
     inputs: Mapping[str, Any],
-    stream: Stream,
+    view: View,
     *,
     beams: int,
     samples: int,
-    room: int,
+    cache_room: int,
     padding: int,
 ) -> tuple[Int[Array, "R W"], Float[Array, " R"]]:
     """`samples` texts of each example, R rows: padded tokens, and their log-likelihood in nats."""
@@ -293,14 +294,14 @@ def write_texts(
     if beams > 1:
         penalty = given.pop("length_penalty")[0]
         found = beam_search(
-            model, params, batch, stream, **given,
-            beams=beams, length_penalty=penalty, room=room, padding=padding,
+            model, params, batch, view, **given,
+            beams=beams, length_penalty=penalty, cache_room=cache_room, padding=padding,
         )  # fmt: skip
         written, likelihood = jax.tree.map(
             lambda x: x[:, :samples].reshape(-1, *x.shape[2:]), found
         )
         return written, likelihood
     given["sampling"] = make_sampling(**given["sampling"])
-    draft = begin(model, params, batch, stream, **given, room=room, padding=padding)
-    draft = generate(model, params, draft, stream, padding)
-    return draft.written, draft.likelihood
+    state = start(model, params, batch, view, **given, cache_room=cache_room, padding=padding)
+    state = generate(model, params, state, view, padding)
+    return state.written, state.likelihood

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import export
 from jaxtyping import Array
 
-from unified_mm.inference.generate import Reading, read, read_prompts
+from unified_mm.inference.generate import ReadState, read_prompts, read_token
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.models.unified import UnifiedModel
 from unified_mm.objectives.captioning import Captioning
@@ -46,7 +46,7 @@ class Program:
         return lower(params, dict(self.inputs), list(self.state))
 
 
-def programs(model: LoadedModel, prompt: int, room: int) -> dict[str, Program]:
+def programs(model: LoadedModel, prompt: int, cache_room: int) -> dict[str, Program]:
     """All that a model can be asked for, by name.
 
     `embed_images` and `embed_texts` give unit vectors [B, E]; `prefill` reads an image and a
@@ -67,7 +67,7 @@ def programs(model: LoadedModel, prompt: int, room: int) -> dict[str, Program]:
         if isinstance(objective, Contrastive):
             found |= portable.encoders(objective)
         elif isinstance(objective, Captioning):
-            found |= portable.writing(objective, prompt, room)
+            found |= portable.writing(objective, prompt, cache_room)
     if not found:
         raise ValueError("this model neither embeds nor writes: there is nothing to export")
     return found
@@ -93,26 +93,28 @@ class _Portable:
             return {"embed_texts": text}
         return {"embed_images": Program(embed_images, self._pixels()), "embed_texts": text}
 
-    def writing(self, objective: Captioning, prompt: int, room: int) -> dict[str, Program]:
-        stream = objective.stream
+    def writing(self, objective: Captioning, prompt: int, cache_room: int) -> dict[str, Program]:
+        view = objective.view
 
-        def start(params: Any, inputs: Any) -> tuple[Array, Reading]:
+        def start(params: Any, inputs: Any) -> tuple[Array, ReadState]:
             batch = {**self._context(inputs), "text": _text(inputs)}
-            return read_prompts(self.model, self._tree(params), batch, stream, room)
+            return read_prompts(self.model, self._tree(params), batch, view, cache_room)
 
         def prefill(params: Any, inputs: Any, state: Any) -> tuple[Array, list[Array]]:
-            logits, reading = start(params, inputs)
-            return logits, jax.tree.leaves(reading)
+            logits, read_state = start(params, inputs)
+            return logits, jax.tree.leaves(read_state)
 
         inputs = {**self._pixels(), **_text_shapes(prompt)}
         _, begun = jax.eval_shape(start, jax.tree.leaves(self.params), inputs)
         state, structure = jax.tree.flatten(begun)
 
         def decode(params: Any, inputs: Any, state: Any) -> tuple[Array, list[Array]]:
-            reading = jax.tree.unflatten(structure, state)
+            read_state = jax.tree.unflatten(structure, state)
             token = inputs["token"]
-            logits, reading = read(self.model, self._tree(params), reading, token, stream, room)
-            return logits, jax.tree.leaves(reading)
+            logits, read_state = read_token(
+                self.model, self._tree(params), read_state, token, view, cache_room
+            )
+            return logits, jax.tree.leaves(read_state)
 
         token = {"token": _shape((), jnp.int32)}
         return {

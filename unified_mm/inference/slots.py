@@ -16,7 +16,13 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from unified_mm.inference.decoding import Decoding
-from unified_mm.inference.generate import Draft, advance, first, in_its_form, read_beside
+from unified_mm.inference.generate import (
+    DecodeState,
+    decode_step,
+    first_token,
+    in_its_form,
+    read_beside,
+)
 from unified_mm.inference.predictor import Predictor
 from unified_mm.inference.sampling import make_sampling, sampling_arrays
 from unified_mm.nn.attention.cache import Cache
@@ -51,16 +57,16 @@ class Slots:
     def __init__(self, predictor: Predictor, count: int, images: int) -> None:
         self.predictor = predictor
         self.model = predictor.task.model
-        self.stream = predictor.writing_stream
+        self.view = predictor.writing_view
         self.length = predictor.task.modalities["text"].length
         self.padding = predictor.task.tokenizer.pad_id
-        self.room = self.length - 1
+        self.cache_room = self.length - 1
         cache: Cache = self._empty(self._read_images, self._views([], images))
         self.images = written(cache, cache.slots)
-        draft: Draft = self._empty(self._begin, self.images, self._arrays([], count))
-        cache = draft.reading.cache
-        reading = draft.reading.replace(cache=written(cache, cache.slots - self.room))  # type: ignore[attr-defined]
-        self.draft = draft.replace(reading=reading, done=jnp.ones(count, bool))  # type: ignore[attr-defined]
+        state: DecodeState = self._empty(self._begin, self.images, self._arrays([], count))
+        cache = state.read_state.cache
+        read_state = state.read_state.replace(cache=written(cache, cache.slots - self.cache_room))  # type: ignore[attr-defined]
+        self.state = state.replace(read_state=read_state, done=jnp.ones(count, bool))  # type: ignore[attr-defined]
 
     def read(self, views: Sequence[UInt8[np.ndarray, "S S 3"]], rows: Sequence[int]) -> None:
         """Reads images into the given rows, at most `ENTERING[-1]` of them."""
@@ -85,14 +91,14 @@ class Slots:
           ValueError: what `check` refuses.
         """
 
-        def enter(params: Any, draft: Draft, images: Cache, inputs: Any) -> Any:
+        def enter(params: Any, state: DecodeState, images: Cache, inputs: Any) -> Any:
             slots = inputs.pop("slots")
             begun = self._begin(params, images, inputs)
-            return draft.put(slots, begun), begun.token, begun.done
+            return state.put(slots, begun), begun.token, begun.done
 
         inputs = self._arrays(entries, entering(len(entries)))
-        self.draft, token, done = self._call(
-            "engine enters", enter, self.draft, self.images, inputs, donated=(1,)
+        self.state, token, done = self._call(
+            "engine enters", enter, self.state, self.images, inputs, donated=(1,)
         )
         token, done = jax.device_get((token, done))
         return token[: len(entries)], done[: len(entries)]
@@ -100,11 +106,11 @@ class Slots:
     def step(self) -> tuple[Int[np.ndarray, " slots"], Bool[np.ndarray, " slots"]]:
         """Writes one more token of each text that is not done: these tokens, and which are."""
 
-        def step(params: Any, draft: Draft) -> Any:
-            draft = advance(self.model, params, draft, self.stream, self.padding)
-            return draft, draft.token, draft.done
+        def step(params: Any, state: DecodeState) -> Any:
+            state = decode_step(self.model, params, state, self.view, self.padding)
+            return state, state.token, state.done
 
-        self.draft, token, done = self._call("engine steps", step, self.draft, donated=(1,))
+        self.state, token, done = self._call("engine steps", step, self.state, donated=(1,))
         return jax.device_get((token, done))
 
     def check(self, prompt: str, decoding: Decoding) -> None:
@@ -116,22 +122,27 @@ class Slots:
             raise ValueError(f"stop: {len(stops) - 1} tokens, at most {STOPS - 1} can be watched")
         self.predictor.prompts([prompt])
 
-    def _begin(self, params: Any, images: Cache, inputs: Any) -> Draft:
+    def _begin(self, params: Any, images: Cache, inputs: Any) -> DecodeState:
         """Drafts of one token beside images that were read before."""
         inputs = dict(inputs)
         inputs.pop("slots", None)
         prefix = images.select(inputs.pop("images"))
         prompt = inputs.pop("prompt")
         sampling = make_sampling(**inputs.pop("sampling"))
-        room = self.length + self.room  # for the longest prompt, then the ring
-        logits, reading = read_beside(self.model, params, prefix, prompt, self.stream, room)
-        return first(
-            logits, reading, sampling=sampling, room=self.room, padding=self.padding, **inputs
+        cache_room = self.length + self.cache_room  # for the longest prompt, then the ring
+        logits, read_state = read_beside(self.model, params, prefix, prompt, self.view, cache_room)
+        return first_token(
+            logits,
+            read_state,
+            sampling=sampling,
+            cache_room=self.cache_room,
+            padding=self.padding,
+            **inputs,
         )
 
     def _read_images(self, params: Any, inputs: Any) -> Cache:
         def read(model: Any) -> Cache:
-            return in_its_form(self.model, model.prefix(inputs, self.stream))
+            return in_its_form(self.model, model.prefix(inputs, self.view))
 
         cache: Any = self.model.apply({"params": params}, method=read)
         return cache
@@ -160,7 +171,7 @@ class Slots:
             "slots": np.array([entry.slot for entry in entries], np.int32),
             "images": np.array([entry.image for entry in entries], np.int32),
             "prompt": text,
-            "most": np.minimum(self.length - used, wanted).astype(np.int32),
+            "max_tokens": np.minimum(self.length - used, wanted).astype(np.int32),
             "stop": stop,
             "sampling": jax.tree.map(lambda *each: np.concatenate(each), *rows),
         }

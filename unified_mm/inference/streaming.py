@@ -9,7 +9,7 @@ import numpy as np
 
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.inference.decoding import GREEDY, Decoding
-from unified_mm.inference.generate import Draft, advance, begin
+from unified_mm.inference.generate import DecodeState, decode_step, start
 from unified_mm.inference.predictor import Batch, Predictor
 from unified_mm.inference.sampling import make_sampling, sampling_arrays
 
@@ -30,34 +30,34 @@ def stream(
     ends = decoding.stop_ids(tokenizer)
     inputs = {
         "batch": {**batch, "text": text},
-        "most": np.array([min(length - used[0], decoding.tokens or length)], np.int32),
+        "max_tokens": np.array([min(length - used[0], decoding.tokens or length)], np.int32),
         "stop": np.array([ends], np.int32),
         "sampling": sampling_arrays(decoding, 1),
     }
-    writing: dict[str, Any] = {"stream": predictor.writing_stream, "padding": tokenizer.pad_id}
+    writing: dict[str, Any] = {"view": predictor.writing_view, "padding": tokenizer.pad_id}
 
-    def start(params: Any, inputs: Any) -> Draft:
+    def begin(params: Any, inputs: Any) -> DecodeState:
         sampling = make_sampling(**inputs.pop("sampling"))
-        return begin(model, params, **inputs, **writing, sampling=sampling, room=length - 1)
+        return start(model, params, **inputs, **writing, sampling=sampling, cache_room=length - 1)
 
-    def go_on(params: Any, draft: Draft) -> Draft:
-        return advance(model, params, draft, **writing)
+    def go_on(params: Any, state: DecodeState) -> DecodeState:
+        return decode_step(model, params, state, **writing)
 
-    return _pieces(predictor, start, go_on, predictor.to_device(inputs), Spelling(tokenizer, ends))
+    return _pieces(predictor, begin, go_on, predictor.to_device(inputs), Spelling(tokenizer, ends))
 
 
 def _pieces(
-    predictor: Predictor, start: Any, go_on: Any, inputs: Any, spelling: Spelling
+    predictor: Predictor, begin: Any, go_on: Any, inputs: Any, spelling: Spelling
 ) -> Iterator[str]:
-    draft = predictor.call("stream", start, inputs)
+    state = predictor.call("stream", begin, inputs)
     while True:
-        done = bool(draft.done[0])
-        piece = spelling.add(int(draft.token[0]), last=done)
+        done = bool(state.done[0])
+        piece = spelling.add(int(state.token[0]), last=done)
         if piece:
             yield piece
         if done:
             return
-        draft = predictor.call("stream on", go_on, draft, donated=(1,))
+        state = predictor.call("stream on", go_on, state, donated=(1,))
 
 
 class Spelling:

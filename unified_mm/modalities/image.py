@@ -99,7 +99,7 @@ class ImageModality:
                 norm=bool(options["norm"]),
                 norm_epsilon=float(options["norm_epsilon"]),
                 mean=_channels(f"model.modalities.{name}.mean", options["mean"]),
-                deviation=_channels(f"model.modalities.{name}.deviation", options["deviation"]),
+                std=_channels(f"model.modalities.{name}.deviation", options["std"]),
             ),
         )
 
@@ -173,7 +173,7 @@ class ImageEmbedding:
     norm: bool = False
     norm_epsilon: float = 1e-6
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    deviation: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
 class ImageEmbedder(nn.Module):
@@ -189,8 +189,8 @@ class ImageEmbedder(nn.Module):
         """`pixels` uint8 or float [B, height, width, 3] in 0..255, `present` [B] -> Tokens."""
         e = self.embedding
         pixels = blank(batch["pixels"].astype(jnp.float32), batch["present"])
-        mean, deviation = (255.0 * jnp.array(value) for value in (e.mean, e.deviation))
-        patches = self._patches(((pixels - mean) / deviation).astype(self.dtype))
+        mean, std = (255.0 * jnp.array(value) for value in (e.mean, e.std))
+        patches = self._patches(((pixels - mean) / std).astype(self.dtype))
         rows, down, across, _ = patches.shape
         dense = Dense(
             (self.width,), (None,), ("embed",), use_bias=e.bias, dtype=self.dtype, name="patches"

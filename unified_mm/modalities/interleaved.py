@@ -70,7 +70,7 @@ class InterleavedText:
             "ids": _column([token.id for token in tokens], length),
             "valid": np.arange(length) < len(tokens),
             "scored": _column([token.scored for token in tokens], length).astype(bool),
-            "place": _column([token.place for token in tokens], length),
+            "text_position": _column([token.place for token in tokens], length),
             **_where(tokens, length),
             "prompted": np.array(False),
             "present": np.array(present),

@@ -63,7 +63,7 @@ class TextModality:
             attend_padding=bool(options["attend_padding"]),
             embedding=TextEmbedding(
                 used=used,
-                places=int(options["places"]) or length,
+                max_positions=int(options["max_positions"]) or length,
                 learned_positions=bool(options["learned_positions"]),
                 modality=bool(options["modality_embedding"]),
                 scaled=bool(options["scaled"]),
@@ -130,7 +130,7 @@ class TextEmbedding:
     """
 
     used: int
-    places: int
+    max_positions: int
     learned_positions: bool = True
     modality: bool = True
     scaled: bool = True
@@ -167,7 +167,7 @@ class TextEmbedder(nn.Module):
             self.positions = self.param(
                 "positions",
                 partitioned(nn.initializers.normal(0.1), None, "embed"),
-                (e.places, self.width),
+                (e.max_positions, self.width),
             )
         if e.modality:
             self.modality = self.param(
@@ -191,7 +191,7 @@ class TextEmbedder(nn.Module):
             # Unit variance in, like the patches; the table itself is small, for the tied head.
             x = x * self.width**0.5
         if e.learned_positions:
-            x = x + self.positions[batch.get("place", jnp.arange(ids.shape[1]))]
+            x = x + self.positions[batch.get("text_position", jnp.arange(ids.shape[1]))]
         if e.modality:
             x = x + self.modality
         if e.norm:

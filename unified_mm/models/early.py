@@ -17,8 +17,8 @@ from unified_mm.models.unified import (
 )
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.cache import Cache
-from unified_mm.nn.attention.rules import Stream, Visibility, plan_passes
-from unified_mm.nn.tokens import Tokens, concatenate, spans, take, together
+from unified_mm.nn.attention.rules import MaskTable, View, plan_passes
+from unified_mm.nn.tokens import Tokens, concatenate, spans, take, unfold_items
 
 
 class EarlyFusion(UnifiedModel):
@@ -32,17 +32,17 @@ class EarlyFusion(UnifiedModel):
         for name in self.context_names:
             tokens = self.embed_apart(name, batch[name])
             before = _length(parts)
-            parts.append(together(tokens.embeddings, tokens.metadata, batch[name], before))
+            parts.append(unfold_items(tokens.embeddings, tokens.metadata, batch[name], before))
         return parts
 
     def encode(
-        self, batch: Batch, streams: Sequence[Stream], *, deterministic: bool = True
+        self, batch: Batch, views: Sequence[View], *, deterministic: bool = True
     ) -> dict[str, Encoded]:
         encoded: dict[str, Encoded] = {}
-        for sharing in plan_passes(streams, self.context_names):
+        for sharing in plan_passes(views, self.context_names):
             context = self.embed_context(batch)
             after = _length(context)
-            texts = [self.embed_text(batch["text"], stream.name, after) for stream in sharing]
+            texts = [self.embed_text(batch["text"], view.name, after) for view in sharing]
             encoded |= self.encode_together(context, texts, sharing, deterministic=deterministic)
         return encoded
 
@@ -50,7 +50,7 @@ class EarlyFusion(UnifiedModel):
         self,
         context: Sequence[Tokens],
         texts: Sequence[Tokens],
-        streams: Sequence[Stream],
+        views: Sequence[View],
         *,
         keep: int | None = None,
         deterministic: bool = True,
@@ -63,7 +63,7 @@ class EarlyFusion(UnifiedModel):
         keep = _length(context) if keep is None else keep
         plan = plan_attention(
             self.options,
-            Visibility(tuple(streams)),
+            MaskTable(tuple(views)),
             tokens.metadata,
             tokens.metadata,
             keep=(0, keep),
@@ -76,50 +76,50 @@ class EarlyFusion(UnifiedModel):
         valid = valid_by_name(tokens.metadata)
         written = {part.metadata.groups[0].name for part in texts}
         return {
-            stream.name: Encoded(
-                text=x[:, where[stream.name]] if stream.name in written else None,
+            view.name: Encoded(
+                text=x[:, where[view.name]] if view.name in written else None,
                 context={name: x[:, where[name]] for name in names},
                 context_valid={name: valid[name] for name in names},
                 cache=cache,
-                rule=stream.resolved(),
+                rule=view.resolved(),
             )
-            for stream in streams
+            for view in views
         }
 
-    def read_context(self, batch: Batch, stream: Stream) -> Encoded:
-        return self.encode_together(self.embed_context(batch), (), (stream,))[stream.name]
+    def read_context(self, batch: Batch, view: View) -> Encoded:
+        return self.encode_together(self.embed_context(batch), (), (view,))[view.name]
 
-    def read_text(self, text: Mapping[str, Array], stream: Stream) -> Float[Array, "B T D"]:
-        tokens = self.embed_text(text, stream.name)
-        return self.encode_together((), (tokens,), (stream,))[stream.name].text
+    def read_text(self, text: Mapping[str, Array], view: View) -> Float[Array, "B T D"]:
+        tokens = self.embed_text(text, view.name)
+        return self.encode_together((), (tokens,), (view,))[view.name].text
 
-    def prefix(self, batch: Batch, stream: Stream) -> Cache:
-        cache = self.read_context(batch, stream).cache
+    def prefix(self, batch: Batch, view: View) -> Cache:
+        cache = self.read_context(batch, view).cache
         assert cache is not None
         return cache
 
     def prefill(
-        self, batch: Batch, stream: Stream, room: int
+        self, batch: Batch, view: View, cache_room: int
     ) -> tuple[Float[Array, "B T D"], Cache]:
         context = self.embed_context(batch)
-        text = self.embed_text(batch["text"], stream.name, _length(context))
+        text = self.embed_text(batch["text"], view.name, _length(context))
         keep = _length([*context, text])
-        encoded = self.encode_together(context, (text,), (stream,), keep=keep)[stream.name]
+        encoded = self.encode_together(context, (text,), (view,), keep=keep)[view.name]
         assert encoded.cache is not None
-        return encoded.text, encoded.cache.reserve(text_group(stream, room))
+        return encoded.text, encoded.cache.reserve(text_group(view, cache_room))
 
     def extend(
         self,
         cache: Cache,
         text: Mapping[str, Array],
-        stream: Stream,
+        view: View,
         *,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         groups = cache.metadata.groups
-        after = sum(group.length for group in groups if group.name != stream.name)
-        tokens = self.embed_text(text, stream.name, after)
-        return self.write_on(cache, tokens, stream, None, deterministic)
+        after = sum(group.length for group in groups if group.name != view.name)
+        tokens = self.embed_text(text, view.name, after)
+        return self.write_on(cache, tokens, view, None, deterministic)
 
 
 def _length(parts: Sequence[Tokens]) -> int:

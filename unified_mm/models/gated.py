@@ -22,7 +22,7 @@ from unified_mm.nn.attention.cross_attention import (
     Memory,
     plan_cross_attention,
 )
-from unified_mm.nn.attention.rules import Stream, Visibility
+from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import GateOptions
 from unified_mm.nn.resampler import PerceiverResampler, ResamplerOptions
 from unified_mm.nn.tokens import (
@@ -32,7 +32,7 @@ from unified_mm.nn.tokens import (
     single_document,
     spans,
     take,
-    together,
+    unfold_items,
 )
 from unified_mm.nn.transformer import CROSS
 
@@ -72,67 +72,64 @@ class GatedCrossAttention(WithTowers):
         return super().with_options(**changes).clone(resampler=resampler)
 
     def encode(
-        self, batch: Batch, streams: Sequence[Stream], *, deterministic: bool = True
+        self, batch: Batch, views: Sequence[View], *, deterministic: bool = True
     ) -> dict[str, Encoded]:
         looked = self._look_at_all(batch, deterministic)
         memory = self._memory(looked, batch)
-        texts = [self.embed_text(batch["text"], each.name, memory.length) for each in streams]
+        texts = [self.embed_text(batch["text"], each.name, memory.length) for each in views]
         tokens = concatenate(texts)
-        x, layers = self._read(tokens, memory, streams, deterministic)
+        x, layers = self._read(tokens, memory, views, deterministic)
         where = spans(tokens.metadata.groups)
-        return {
-            stream.name: _encoded(x[:, where[stream.name]], looked, batch, stream)
-            for stream in streams
-        }
+        return {view.name: _encoded(x[:, where[view.name]], looked, batch, view) for view in views}
 
-    def read_context(self, batch: Batch, stream: Stream) -> Encoded:
-        return _encoded(None, self._look_at_all(batch, True), batch, stream)
+    def read_context(self, batch: Batch, view: View) -> Encoded:
+        return _encoded(None, self._look_at_all(batch, True), batch, view)
 
-    def read_text(self, text: Mapping[str, Array], stream: Stream) -> Float[Array, "B T D"]:
-        tokens = self.embed_text(text, stream.name)
+    def read_text(self, text: Mapping[str, Array], view: View) -> Float[Array, "B T D"]:
+        tokens = self.embed_text(text, view.name)
         rows = tokens.embeddings.shape[0]
         features = jnp.zeros((rows, 0, self.tower.width), self.options.dtype)
         nothing = Memory(features, None, take(tokens.metadata, ()))
-        return self._read(tokens, nothing, (stream,), True)[0]
+        return self._read(tokens, nothing, (view,), True)[0]
 
-    def prefix(self, batch: Batch, stream: Stream) -> Cache:
+    def prefix(self, batch: Batch, view: View) -> Cache:
         memory = self._memory(self._look_at_all(batch, True), batch)
         # A token that is not there goes along: the layers' keys and values are made on its way.
         absent = jnp.zeros((memory.metadata.valid.shape[0], 1), bool)
         text = {"ids": absent.astype(jnp.int32), "valid": absent, "present": absent[:, 0]}
-        tokens = self.embed_text(text, stream.name, memory.length)
-        _, layers = self._read(tokens, memory, (stream,), True)
+        tokens = self.embed_text(text, view.name, memory.length)
+        _, layers = self._read(tokens, memory, (view,), True)
         return _beside(memory, layers, take(tokens.metadata, ()))
 
     def prefill(
-        self, batch: Batch, stream: Stream, room: int
+        self, batch: Batch, view: View, cache_room: int
     ) -> tuple[Float[Array, "B T D"], Cache]:
         memory = self._memory(self._look_at_all(batch, True), batch)
-        tokens = self.embed_text(batch["text"], stream.name, memory.length)
+        tokens = self.embed_text(batch["text"], view.name, memory.length)
         length = tokens.embeddings.shape[1]
-        x, layers = self._read(tokens, memory, (stream,), True, keep=(0, length))
+        x, layers = self._read(tokens, memory, (view,), True, keep=(0, length))
         cache = _beside(memory, layers, tokens.metadata)
-        return x, cache.reserve(text_group(stream, room))
+        return x, cache.reserve(text_group(view, cache_room))
 
     def extend(
         self,
         cache: Cache,
         text: Mapping[str, Array],
-        stream: Stream,
+        view: View,
         *,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         assert cache.memory is not None
-        tokens = self.embed_text(text, stream.name, cache.memory.length)
+        tokens = self.embed_text(text, view.name, cache.memory.length)
         cross = plan_cross_attention(
-            self.options, Visibility((stream,)), tokens.metadata, cache.memory
+            self.options, MaskTable((view,)), tokens.metadata, cache.memory
         )
         with_memory = cache.replace(layers=cache.layers | {CROSS: cache.memory.layers})  # type: ignore[attr-defined]
-        x, written = self.write_on(with_memory, tokens, stream, cross, deterministic)
+        x, written = self.write_on(with_memory, tokens, view, cross, deterministic)
         layers = {name: kept for name, kept in written.layers.items() if name != CROSS}
         return x, written.replace(layers=layers)  # type: ignore[attr-defined]
 
-    def readings(self, params: Any) -> dict[str, Array]:
+    def param_metrics(self, params: Any) -> dict[str, Array]:
         """How far each gate is open: the mean of |g(alpha)| by layer."""
         layers = params["transformer"]["layers"][CROSS]
         found = {}
@@ -159,7 +156,7 @@ class GatedCrossAttention(WithTowers):
                 valid = jnp.broadcast_to(present[:, None], x.shape[:2])
                 metadata = single_document(valid, group)
             before = sum(part.embeddings.shape[1] for part in parts)
-            parts.append(together(x, metadata, batch[name], before))
+            parts.append(unfold_items(x, metadata, batch[name], before))
         memory = concatenate(parts)
         return Memory(memory.embeddings, None, memory.metadata)
 
@@ -167,14 +164,14 @@ class GatedCrossAttention(WithTowers):
         self,
         tokens: Tokens,
         memory: Memory,
-        streams: Sequence[Stream],
+        views: Sequence[View],
         deterministic: bool,
         keep: tuple[int, int] = (0, 0),
     ) -> tuple[Float[Array, "B T D"], Any]:
-        visibility = Visibility(tuple(streams))
+        table = MaskTable(tuple(views))
         o = self.options
-        plan = plan_attention(o, visibility, tokens.metadata, tokens.metadata, keep=keep)
-        cross: CrossPlan = plan_cross_attention(o, visibility, tokens.metadata, memory)
+        plan = plan_attention(o, table, tokens.metadata, tokens.metadata, keep=keep)
+        cross: CrossPlan = plan_cross_attention(o, table, tokens.metadata, memory)
         return self.transformer(tokens.embeddings, plan, cross=cross, deterministic=deterministic)
 
 
@@ -186,11 +183,9 @@ def _beside(memory: Memory, layers: Any, metadata: TokenMetadata) -> Cache:
     return Cache(kept, metadata, length, seen)
 
 
-def _encoded(
-    text: Array | None, looked: Mapping[str, Tokens], batch: Batch, stream: Stream
-) -> Encoded:
+def _encoded(text: Array | None, looked: Mapping[str, Tokens], batch: Batch, view: View) -> Encoded:
     context = {
-        name: together(features.embeddings, features.metadata, batch[name], 0)
+        name: unfold_items(features.embeddings, features.metadata, batch[name], 0)
         for name, features in looked.items()
     }
     return Encoded(
@@ -198,5 +193,5 @@ def _encoded(
         context={name: tokens.embeddings for name, tokens in context.items()},
         context_valid={name: tokens.metadata.valid for name, tokens in context.items()},
         cache=None,
-        rule=stream.resolved(),
+        rule=view.resolved(),
     )

@@ -11,12 +11,12 @@ from jaxtyping import Array, Float
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.backends import KERNELS
-from unified_mm.nn.attention.rules import Stream, Visibility
+from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import TransformerOptions
-from unified_mm.nn.tokens import Tokens, concatenate, spans, together
+from unified_mm.nn.tokens import Tokens, concatenate, spans, unfold_items
 from unified_mm.nn.transformer import Transformer
 
-ALONE = Visibility((Stream("none", "separate"),))
+ALONE = MaskTable((View("none", "separate"),))
 
 
 class WithTowers(UnifiedModel):
@@ -44,7 +44,7 @@ class WithTowers(UnifiedModel):
     def with_options(self, **changes: Any) -> UnifiedModel:
         return super().with_options(**changes).clone(tower=replace(self.tower, **changes))
 
-    def anywhere(self) -> UnifiedModel:
+    def for_inference(self) -> UnifiedModel:
         kernel = KERNELS.keys() & {self.options.attention, self.tower.attention}
         return self.with_options(attention="auto") if kernel else self
 
@@ -62,41 +62,39 @@ class LateFusion(WithTowers):
     abilities: ClassVar[frozenset[str]] = frozenset({"contrastive"})
 
     def encode(
-        self, batch: Batch, streams: Sequence[Stream], *, deterministic: bool = True
+        self, batch: Batch, views: Sequence[View], *, deterministic: bool = True
     ) -> dict[str, Encoded]:
         context = self._look_at_all(batch, deterministic)
-        texts = [self.embed_text(batch["text"], stream.name) for stream in streams]
+        texts = [self.embed_text(batch["text"], view.name) for view in views]
         tokens = concatenate(texts)
-        visibility = Visibility(tuple(streams))
-        plan = plan_attention(self.options, visibility, tokens.metadata, tokens.metadata)
+        table = MaskTable(tuple(views))
+        plan = plan_attention(self.options, table, tokens.metadata, tokens.metadata)
         x, _ = self.transformer(tokens.embeddings, plan, deterministic=deterministic)
         where = spans(tokens.metadata.groups)
-        return {
-            stream.name: _encoded(x[:, where[stream.name]], context, stream) for stream in streams
-        }
+        return {view.name: _encoded(x[:, where[view.name]], context, view) for view in views}
 
-    def read_context(self, batch: Batch, stream: Stream) -> Encoded:
-        return _encoded(None, self._look_at_all(batch, True), stream)
+    def read_context(self, batch: Batch, view: View) -> Encoded:
+        return _encoded(None, self._look_at_all(batch, True), view)
 
-    def read_text(self, text: Mapping[str, Array], stream: Stream) -> Float[Array, "B T D"]:
-        tokens = self.embed_text(text, stream.name)
-        visibility = Visibility((stream,))
-        plan = plan_attention(self.options, visibility, tokens.metadata, tokens.metadata)
+    def read_text(self, text: Mapping[str, Array], view: View) -> Float[Array, "B T D"]:
+        tokens = self.embed_text(text, view.name)
+        table = MaskTable((view,))
+        plan = plan_attention(self.options, table, tokens.metadata, tokens.metadata)
         return self.transformer(tokens.embeddings, plan)[0]
 
     def _look_at_all(self, batch: Batch, deterministic: bool) -> dict[str, Tokens]:
         found = {}
         for name in self.context_names:
             features = self.look(name, batch, deterministic=deterministic)
-            found[name] = together(features.embeddings, features.metadata, batch[name], 0)
+            found[name] = unfold_items(features.embeddings, features.metadata, batch[name], 0)
         return found
 
 
-def _encoded(text: Array | None, context: Mapping[str, Tokens], stream: Stream) -> Encoded:
+def _encoded(text: Array | None, context: Mapping[str, Tokens], view: View) -> Encoded:
     return Encoded(
         text=text,
         context={name: tokens.embeddings for name, tokens in context.items()},
         context_valid={name: tokens.metadata.valid for name, tokens in context.items()},
         cache=None,
-        rule=stream.resolved(),
+        rule=view.resolved(),
     )

@@ -17,17 +17,17 @@ from jaxtyping import Array, Bool, Float
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.backends import KERNELS
 from unified_mm.nn.attention.cache import Cache
-from unified_mm.nn.attention.rules import AttentionRule, Stream, Visibility
+from unified_mm.nn.attention.rules import AttentionRule, MaskTable, View
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.pipeline import Pipeline
 from unified_mm.nn.tokens import (
     Group,
     TokenMetadata,
     Tokens,
-    apart,
-    place,
-    placed_by_data,
+    fold_items,
+    offset_positions,
     spans,
+    with_positions,
 )
 from unified_mm.nn.transformer import Transformer
 from unified_mm.registry import resolve
@@ -109,7 +109,7 @@ class UnifiedModel(nn.Module):
         return tuple(name for name in self.modalities if name != "text")
 
     def encode(
-        self, batch: Batch, streams: Sequence[Stream], *, deterministic: bool = True
+        self, batch: Batch, views: Sequence[View], *, deterministic: bool = True
     ) -> dict[str, Encoded]:
         """Read the batch's text once for each stream, the context once for all that can share it.
 
@@ -122,29 +122,29 @@ class UnifiedModel(nn.Module):
         """
         raise NotImplementedError
 
-    def read_context(self, batch: Batch, stream: Stream) -> Encoded:
-        """The context alone, as `stream` would read it."""
+    def read_context(self, batch: Batch, view: View) -> Encoded:
+        """The context alone, as `view` would read it."""
         raise NotImplementedError
 
-    def read_text(self, text: Mapping[str, Array], stream: Stream) -> Float[Array, "B T D"]:
-        """Text alone, as `stream` reads it where there is no context."""
+    def read_text(self, text: Mapping[str, Array], view: View) -> Float[Array, "B T D"]:
+        """Text alone, as `view` reads it where there is no context."""
         raise NotImplementedError
 
-    def prefix(self, batch: Batch, stream: Stream) -> Cache:
+    def prefix(self, batch: Batch, view: View) -> Cache:
         """A cache of the context alone, for any texts beside it; without room for them."""
         raise NotImplementedError
 
     def prefill(
-        self, batch: Batch, stream: Stream, room: int
+        self, batch: Batch, view: View, cache_room: int
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """The context and the beginning of a text, and a cache with room for `room` more tokens."""
+        """The context and the beginning of a text; the cache has room for so many more tokens."""
         raise NotImplementedError
 
     def extend(
         self,
         cache: Cache,
         text: Mapping[str, Array],
-        stream: Stream,
+        view: View,
         *,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], Cache]:
@@ -152,8 +152,8 @@ class UnifiedModel(nn.Module):
 
         Args:
           cache: with room for them.
-          text: `ids`, `valid` [B, T], `present` [B], and `place` [B, T] where they do not begin
-            the text; in documents their placement too.
+          text: `ids`, `valid` [B, T], `present` [B], and `text_position` [B, T] where they do not
+            begin the text; in documents their placement too.
 
         Returns:
           Contextual embeddings [B, T, D], and the cache with the tokens in it.
@@ -173,7 +173,7 @@ class UnifiedModel(nn.Module):
         # Nor is anything in a kernel, where products cannot be counted.
         return self.with_options(remat="none", attention="xla", pipeline=None)
 
-    def anywhere(self) -> UnifiedModel:
+    def for_inference(self) -> UnifiedModel:
         """The same model where no attention kernel is asked for by name: for inference.
 
         It may be asked on another device than it was trained on, and reads on beside a cache.
@@ -185,28 +185,28 @@ class UnifiedModel(nn.Module):
         """The same model, its transformers divided into stages."""
         return self.with_options(pipeline=pipeline)
 
-    def readings(self, params: Any) -> dict[str, Array]:
+    def param_metrics(self, params: Any) -> dict[str, Array]:
         """Numbers about the parameters that are worth a line in the metrics, each []."""
         return {}
 
     def embed_apart(self, name: str, arrays: Mapping[str, Array]) -> Tokens:
         """Tokens of a context modality before any layer, each picture in a row of its own."""
-        return self.embedders[name](apart(arrays))
+        return self.embedders[name](fold_items(arrays))
 
     def embed_text(self, text: Mapping[str, Array], name: str, after: int = 0) -> Tokens:
         """Tokens of `text` as the group `name`, `after` tokens later where the batch is silent."""
         tokens = self.embedders["text"](text)
         group = tokens.metadata.groups[0]._replace(name=name)
         metadata = tokens.metadata.replace(groups=(group,))  # type: ignore[attr-defined]
-        if "place" in text and "position" not in text:
-            metadata = placed_by_data(metadata, position=text["place"])
-        return tokens.replace(metadata=place(metadata, text, after))  # type: ignore[attr-defined]
+        if "text_position" in text and "position" not in text:
+            metadata = with_positions(metadata, position=text["text_position"])
+        return tokens.replace(metadata=offset_positions(metadata, text, after))  # type: ignore[attr-defined]
 
     def write_on(
         self,
         cache: Cache,
         tokens: Tokens,
-        stream: Stream,
+        view: View,
         cross: Any,
         deterministic: bool,
     ) -> tuple[Float[Array, "B T D"], Cache]:
@@ -214,7 +214,7 @@ class UnifiedModel(nn.Module):
         metadata = cache.write_metadata(tokens.metadata)
         plan = plan_attention(
             self.options,
-            Visibility((stream,)),
+            MaskTable((view,)),
             tokens.metadata,
             metadata,
             write_at=cache.length,
@@ -238,9 +238,9 @@ def fusion(name: str) -> type[UnifiedModel]:
     return found
 
 
-def text_group(stream: Stream, length: int) -> Group:
+def text_group(view: View, length: int) -> Group:
     """Where a cache keeps the text of a stream."""
-    return Group(stream.name, "text", length)
+    return Group(view.name, "text", length)
 
 
 def valid_by_name(metadata: TokenMetadata) -> dict[str, Bool[Array, "B N"]]:

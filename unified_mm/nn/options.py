@@ -104,7 +104,7 @@ class TransformerOptions:
     remat: str = "none"
     attention: str = "auto"
     unroll: int = 1
-    apart: bool = False
+    unstacked: bool = False
     dtype: Any = jnp.float32
     cache: str = "same"
     cross: GateOptions = GateOptions()
@@ -118,17 +118,17 @@ class TransformerOptions:
             raise ValueError(f"model.dropout={self.dropout}: must be in [0, 1)")
         if not self.head_width and self.width % self.heads:
             raise ValueError(f"model.width={self.width} is no multiple of heads={self.heads}")
-        if self.heads % self.of_keys:
+        if self.heads % self.num_kv_heads:
             raise ValueError(
-                f"model.heads={self.heads} is no multiple of key_value_heads={self.of_keys}"
+                f"model.heads={self.heads} is no multiple of key_value_heads={self.num_kv_heads}"
             )
         if self.cross.every and self.layers % self.cross.every:
             raise ValueError(
                 f"model.layers={self.layers} is no multiple of model.cross.every="
                 f"{self.cross.every}: every cross-attention layer comes before as many blocks"
             )
-        if self.rotary_base and self.of_head % 2:
-            raise ValueError(f"rotary positions need an even width of heads, not {self.of_head}")
+        if self.rotary_base and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even width of heads, not {self.head_dim}")
         _one_of("model.norm", self.norm, NORMS)
         _one_of("model.norm_place", self.norm_place, NORM_PLACES)
         _one_of("model.remat", self.remat, REMAT)
@@ -137,29 +137,29 @@ class TransformerOptions:
         _one_of("model.activation", self.activation, ACTIVATIONS)
 
     @property
-    def of_head(self) -> int:
+    def head_dim(self) -> int:
         """A, the width of a head."""
         return self.head_width or self.width // self.heads
 
     @property
-    def of_keys(self) -> int:
+    def num_kv_heads(self) -> int:
         """Heads of keys and of values."""
         return self.key_value_heads or self.heads
 
     @property
-    def blocks_a_period(self) -> int:
+    def blocks_per_period(self) -> int:
         """Blocks in each repeated part of the stack."""
         return self.cross.every or 1
 
     @property
     def periods(self) -> int:
         """How often that part is repeated."""
-        return self.layers // self.blocks_a_period
+        return self.layers // self.blocks_per_period
 
     @classmethod
     def config_fields(cls) -> tuple[str, ...]:
         """Those that `config.model` holds under the same names."""
-        elsewhere = ("apart", "cache", "cross", "pipeline")
+        elsewhere = ("unstacked", "cache", "cross", "pipeline")
         return tuple(field.name for field in fields(cls) if field.name not in elsewhere)
 
     @classmethod

@@ -104,12 +104,12 @@ def run_pipeline(
         x = constrain(x, "stages", "batch", "length", "activation")
         # A stage that has nothing to do yet, or no more, works on what is thrown away.
         numbers = jnp.clip(time - jnp.arange(stages), 0, count - 1)
-        x, kept = jax.vmap(stage, spmd_axis_name="stage")(params, cached, x, numbers)
-        return x, (x[-1], kept)
+        x, kv = jax.vmap(stage, spmd_axis_name="stage")(params, cached, x, numbers)
+        return x, (x[-1], kv)
 
     empty = jnp.zeros((stages, *inputs.shape[1:]), x.dtype)
-    _, (left, kept) = jax.lax.scan(tick, empty, jnp.arange(pipeline.ticks))
-    return from_parts(left[stages - 1 :]), jax.tree.map(lambda leaf: _in_order(leaf, count), kept)
+    _, (left, kv) = jax.lax.scan(tick, empty, jnp.arange(pipeline.ticks))
+    return from_parts(left[stages - 1 :]), jax.tree.map(lambda leaf: _in_order(leaf, count), kv)
 
 
 def _by_stage(x: Array, stages: int) -> Array:
@@ -117,9 +117,9 @@ def _by_stage(x: Array, stages: int) -> Array:
     return x.reshape(stages, x.shape[0] // stages, *x.shape[1:])
 
 
-def _in_order(kept: Array, count: int) -> Array:
+def _in_order(kv: Array, count: int) -> Array:
     """[ticks, S, periods / S, b, ...] -> [periods, B, ...]: stage s does part m at tick m + s."""
-    stages, each = kept.shape[1:3]
-    own = jnp.stack([kept[s : s + count, s] for s in range(stages)])  # [S, M, periods / S, b, ...]
-    by_period = own.swapaxes(1, 2).reshape(stages * each, count, *kept.shape[3:])
+    stages, each = kv.shape[1:3]
+    own = jnp.stack([kv[s : s + count, s] for s in range(stages)])  # [S, M, periods / S, b, ...]
+    by_period = own.swapaxes(1, 2).reshape(stages * each, count, *kv.shape[3:])
     return jax.vmap(from_parts)(by_period)

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from unified_mm.nn.attention.attention import into_heads, out_of_heads
-from unified_mm.nn.attention.backends import attend, look
+from unified_mm.nn.attention.backends import attend, prepare_block
 from unified_mm.nn.attention.cross_attention import head_norm
-from unified_mm.nn.attention.masks import Sight
+from unified_mm.nn.attention.masks import BlockMask
 from unified_mm.nn.attention.rules import BlockCall
 from unified_mm.nn.feed_forward import make_mlp
 from unified_mm.nn.layers import Norm, partitioned
 from unified_mm.nn.options import GateOptions, TransformerOptions
-from unified_mm.nn.sow import leave_weights
+from unified_mm.nn.sow import sow_attention
 from unified_mm.nn.tokens import Group, single_document
 
 
@@ -88,24 +88,26 @@ class PerceiverResampler(nn.Module):
             times = self.param("times", table, (o.frames, width))
             features = features + times[:frames, None].astype(features.dtype)
         features = features.reshape(rows, -1, width)
-        sight = look_at_all(b, valid.reshape(rows, -1), o.latents)
+        seen_by = look_at_all(b, valid.reshape(rows, -1), o.latents)
         start = partitioned(nn.initializers.normal(1.0), None, "embed")
         latents = self.param("latents", start, (o.latents, width)).astype(b.dtype)
         x = jnp.broadcast_to(latents, (rows, *latents.shape))
         for layer in range(b.layers):
             attention = ResamplerAttention(b, o.head_norm, name=f"attention_{layer}")
-            x = x + attention(x, features, sight)
+            x = x + attention(x, features, seen_by)
             norm = Norm("layer", b.norm_epsilon, b.dtype, name=f"feed_forward_norm_{layer}")
             x = x + make_mlp(b, name=f"feed_forward_{layer}")(norm(x))
         return Norm("layer", b.norm_epsilon, b.dtype, name="norm")(x)
 
 
-def look_at_all(options: TransformerOptions, valid: Bool[Array, "B K"], latents: int) -> Sight:
+def look_at_all(options: TransformerOptions, valid: Bool[Array, "B K"], latents: int) -> BlockMask:
     """Each of the latents sees every feature that is there, and all latents."""
     seen = jnp.pad(valid, ((0, 0), (0, latents)), constant_values=True)
     keys = single_document(seen, Group("features", "features", seen.shape[1]))
     queries = single_document(seen[:, -latents:], Group("latents", "features", latents))
-    return look(options, BlockCall((0, latents), ((0, seen.shape[1], "all"),)), queries, keys)
+    return prepare_block(
+        options, BlockCall((0, latents), ((0, seen.shape[1], "all"),)), queries, keys
+    )
 
 
 class ResamplerAttention(nn.Module):
@@ -119,7 +121,7 @@ class ResamplerAttention(nn.Module):
         self,
         latents: Float[Array, "B R D"],
         features: Float[Array, "B K D"],
-        sight: Sight,
+        seen_by: BlockMask,
     ) -> Float[Array, "B R D"]:
         o = self.options
         latents = Norm("layer", o.norm_epsilon, o.dtype, name="latents_norm")(latents)
@@ -133,5 +135,5 @@ class ResamplerAttention(nn.Module):
             key = head_norm("key_norm", o, self.head_norm)(key)
         latent = Group("latents", "features", latents.shape[1])
         groups = (latent,), (Group("features", "features", features.shape[1]), latent)
-        leave_weights(self, query, key, (sight.call,), (sight,), groups)
-        return out_of_heads(o.width, o, False, "output")(attend(query, key, value, sight))
+        sow_attention(self, query, key, (seen_by.call,), (seen_by,), groups)
+        return out_of_heads(o.width, o, False, "output")(attend(query, key, value, seen_by))

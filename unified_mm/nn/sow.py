@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from unified_mm.nn.attention.masks import Sight, pick, picked, widen
+from unified_mm.nn.attention.masks import BlockMask, picked, slice_keys, widen
 from unified_mm.nn.attention.rules import BlockCall, block_mask
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import Group
-from unified_mm.nn.unstack import LAYERS, layers_stacked
+from unified_mm.nn.unstack import LAYERS, stack_layers
 from unified_mm.parallel.sharding import path_of
 
 ATTENTION = "attention"  # the collection
@@ -39,12 +39,12 @@ class Weights:
     keys: tuple[Group, ...] = struct.field(pytree_node=False)
 
 
-def leave_weights(
+def sow_attention(
     module: nn.Module,
     query: Float[Array, "B Q H A"],
     key: Float[Array, "B K G A"],
     calls: Sequence[BlockCall],
-    sights: Sequence[Sight],
+    masks: Sequence[BlockMask],
     groups: tuple[tuple[Group, ...], tuple[Group, ...]],
 ) -> None:
     """Leaves the weights of an attention in its module's collection, where someone asked.
@@ -61,11 +61,11 @@ def leave_weights(
         return
     rows, heads = query.shape[0], query.shape[2]
     values = jnp.zeros((rows, heads, query.shape[1], key.shape[1]), jnp.float32)
-    for call, sight in zip(calls, sights, strict=True):
-        mask = sight.mask
+    for call, seen_by in zip(calls, masks, strict=True):
+        mask = seen_by.dense
         if mask is None:
-            mask = block_mask(sight.call, sight.queries, sight.keys)
-        part = softmax_weights(query[:, slice(*call.queries)], pick(key, call), mask)
+            mask = block_mask(seen_by.call, seen_by.queries, seen_by.keys)
+        part = softmax_weights(query[:, slice(*call.queries)], slice_keys(key, call), mask)
         done = 0
         for start, stop in picked(call):
             piece = part[..., done : done + stop - start]
@@ -76,7 +76,7 @@ def leave_weights(
 
 def by_path(left: Mapping[str, Any]) -> dict[str, Weights]:
     """What modules left in the collection, by their paths; values [L, B, H, Q, K]."""
-    leaves = jax.tree_util.tree_leaves_with_path(layers_stacked(left), is_leaf=_is_weights)
+    leaves = jax.tree_util.tree_leaves_with_path(stack_layers(left), is_leaf=_is_weights)
     # Flax keeps it under .../weights/0.
     found = {path_of(path[:-2]): weights for path, weights in leaves}
     return {
@@ -104,7 +104,7 @@ RESIDUAL = "residual"  # the collection
 EMBEDDED = "embedded"
 
 
-def leave_stream(module: nn.Module, name: str, x: Float[Array, "B N D"]) -> None:
+def sow_residual(module: nn.Module, name: str, x: Float[Array, "B N D"]) -> None:
     """Leaves the stream in a module's collection under a name, where someone asked."""
     if module.is_initializing() or not module.is_mutable_collection(RESIDUAL):
         return
@@ -121,8 +121,8 @@ def layer_names(options: TransformerOptions) -> list[str]:
     for period in range(options.periods):
         if options.cross.every:
             names.append(f"cross_{period}")
-        first = period * options.blocks_a_period
-        names += [f"layer_{first + number}" for number in range(options.blocks_a_period)]
+        first = period * options.blocks_per_period
+        names += [f"layer_{first + number}" for number in range(options.blocks_per_period)]
     return names
 
 
@@ -136,12 +136,12 @@ def streams_by_layer(
       stack: name of the stack in the parameter tree: 'transformer', 'towers_image'.
       options: of the stack.
     """
-    found = layers_stacked({stack: left[stack]})[stack]
+    found = stack_layers({stack: left[stack]})[stack]
     streams = [found[EMBEDDED][0]]
     for period in range(options.periods):
         # A scan stacks what its periods leave: each has its own row. Flax keeps it in a tuple.
         if options.cross.every:
             streams.append(found[LAYERS]["after_cross"][0][period])
-        for number in range(options.blocks_a_period):
+        for number in range(options.blocks_per_period):
             streams.append(found[LAYERS][f"after_block_{number}"][0][period])
     return dict(zip(layer_names(options), streams, strict=True))

@@ -65,7 +65,7 @@ def single_document(valid: Bool[Array, "B N"], group: Group) -> TokenMetadata:
     )
 
 
-def placed_by_data(metadata: TokenMetadata, **arrays: Array) -> TokenMetadata:
+def with_positions(metadata: TokenMetadata, **arrays: Array) -> TokenMetadata:
     """With other positions, segments or documents [B, N], which nobody knows beforehand."""
     groups = tuple(group._replace(start=None) for group in metadata.groups)
     return metadata.replace(groups=groups, **arrays)  # type: ignore[attr-defined]
@@ -80,19 +80,21 @@ def spans(groups: Sequence[Group]) -> dict[str, slice]:
     return result
 
 
-PLACEMENT = ("position", "segment", "document")  # keys of a batch that place what it holds
+POSITION_KEYS = ("position", "segment", "document")  # keys of a batch that place what it holds
 
 
-def place(metadata: TokenMetadata, arrays: Mapping[str, Array], offset: int) -> TokenMetadata:
+def offset_positions(
+    metadata: TokenMetadata, arrays: Mapping[str, Array], offset: int
+) -> TokenMetadata:
     """Tokens where their batch puts them in a document, or else `offset` positions later.
 
     Args:
       metadata: of tokens [B, N] of a document of their own.
-      arrays: of the batch; with `PLACEMENT` [B, N], these hold.
+      arrays: of the batch; with `POSITION_KEYS` [B, N], these hold.
       offset: how many tokens come before, where the batch is silent.
     """
     if "position" in arrays:
-        return placed_by_data(metadata, **{key: arrays[key] for key in PLACEMENT})
+        return with_positions(metadata, **{key: arrays[key] for key in POSITION_KEYS})
     groups = tuple(
         group._replace(start=None if group.start is None else group.start + offset)
         for group in metadata.groups
@@ -100,21 +102,21 @@ def place(metadata: TokenMetadata, arrays: Mapping[str, Array], offset: int) -> 
     return metadata.replace(position=metadata.position + offset, groups=groups)  # type: ignore[attr-defined]
 
 
-def apart(arrays: Mapping[str, Array]) -> dict[str, Array]:
+def fold_items(arrays: Mapping[str, Array]) -> dict[str, Array]:
     """The pictures (or clips) of a batch one by one: [B, S, ...] becomes [B * S, ...].
 
     A batch with one picture an example, whose `present` is [B], stays as it is.
     """
-    values = {key: value for key, value in arrays.items() if key not in PLACEMENT}
+    values = {key: value for key, value in arrays.items() if key not in POSITION_KEYS}
     if arrays["present"].ndim == 1:
         return values
     return {key: value.reshape(-1, *value.shape[2:]) for key, value in values.items()}
 
 
-def together(
+def unfold_items(
     x: Float[Array, "R N D"], metadata: TokenMetadata, arrays: Mapping[str, Array], offset: int
 ) -> Tokens:
-    """What `apart` took apart, as one group [B, S * N] of each example, placed as the batch says.
+    """What `fold_items` took apart, as one group [B, S * N] an example, placed as the batch says.
 
     Args:
       x, metadata: of R = B * S pictures of N tokens.
@@ -126,9 +128,11 @@ def together(
     slots = x.shape[0] // batch
     (group,) = metadata.groups
     group = group._replace(length=slots * tokens)
-    placement = {key: jnp.repeat(arrays[key], tokens, axis=1) for key in PLACEMENT if key in arrays}
+    placement = {
+        key: jnp.repeat(arrays[key], tokens, axis=1) for key in POSITION_KEYS if key in arrays
+    }
     joined = single_document(metadata.valid.reshape(batch, slots * tokens), group)
-    return Tokens(x.reshape(batch, slots * tokens, -1), place(joined, placement, offset))
+    return Tokens(x.reshape(batch, slots * tokens, -1), offset_positions(joined, placement, offset))
 
 
 def take(metadata: TokenMetadata, names: Sequence[str]) -> TokenMetadata:
@@ -170,7 +174,7 @@ def lengthen(metadata: TokenMetadata, more: TokenMetadata) -> TokenMetadata:
 
     What they are is data: they may be slots that something is written into.
     """
-    more = placed_by_data(more)
+    more = with_positions(more)
     (added,) = more.groups
     if not metadata.groups or metadata.groups[-1].name != added.name:
         return join_metadata([metadata, more])

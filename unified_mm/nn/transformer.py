@@ -10,18 +10,18 @@ import jax
 from jaxtyping import Array, Float
 
 from unified_mm.nn.attention.attention import Attention, AttentionPlan
-from unified_mm.nn.attention.cache import KeysValues
+from unified_mm.nn.attention.cache import LayerKV
 from unified_mm.nn.attention.cross_attention import CrossPlan, GatedCrossLayer
 from unified_mm.nn.feed_forward import FeedForward
 from unified_mm.nn.layers import Norm
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.pipeline import run_pipeline
-from unified_mm.nn.sow import ATTENTION, EMBEDDED, RESIDUAL, leave_stream
+from unified_mm.nn.sow import ATTENTION, EMBEDDED, RESIDUAL, sow_residual
 from unified_mm.nn.unstack import LAYERS
 from unified_mm.parallel.sharding import constrain
 
 # By name of each layer of a period, its keys and values; where layers are apart, a tuple of these.
-Kept = dict[str, Any]
+PeriodKV = dict[str, Any]
 CROSS = "cross"
 
 
@@ -36,8 +36,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], plan: AttentionPlan, cached: KeysValues | None
-    ) -> tuple[Float[Array, "B N D"], KeysValues]:
+        self, x: Float[Array, "B N D"], plan: AttentionPlan, cached: LayerKV | None
+    ) -> tuple[Float[Array, "B N D"], LayerKV]:
         o = self.options
         dropout = nn.Dropout(o.dropout, deterministic=self.deterministic)
         attention = Attention(o, name="attention")
@@ -45,14 +45,14 @@ class Block(nn.Module):
         attention_norm = make_norm(o, "attention_norm")
         feed_forward_norm = make_norm(o, "feed_forward_norm")
         if o.norm_place == "pre":
-            y, kept = attention(attention_norm(x), plan, cached)
+            y, kv = attention(attention_norm(x), plan, cached)
             x = x + dropout(y)
             x = x + dropout(feed_forward(feed_forward_norm(x), plan.groups))
         else:
-            y, kept = attention(x, plan, cached)
+            y, kv = attention(x, plan, cached)
             x = attention_norm(x + dropout(y))
             x = feed_forward_norm(x + dropout(feed_forward(x, plan.groups)))
-        return constrain(x, "batch", "length", "activation"), kept
+        return constrain(x, "batch", "length", "activation"), kv
 
 
 class Period(nn.Module):
@@ -67,19 +67,19 @@ class Period(nn.Module):
         x: Float[Array, "B N D"],
         plan: AttentionPlan,
         cross: CrossPlan | None,
-        cached: Kept,
-    ) -> tuple[Float[Array, "B N D"], Kept]:
-        kept: Kept = {}
+        cached: PeriodKV,
+    ) -> tuple[Float[Array, "B N D"], PeriodKV]:
+        kv: PeriodKV = {}
         if cross is not None:
             layer = GatedCrossLayer(self.options, name=CROSS)
-            x, kept[CROSS] = layer(x, cross, cached.get(CROSS))
-            leave_stream(self, f"after_{CROSS}", x)
-        for number in range(self.options.blocks_a_period):
+            x, kv[CROSS] = layer(x, cross, cached.get(CROSS))
+            sow_residual(self, f"after_{CROSS}", x)
+        for number in range(self.options.blocks_per_period):
             name = f"block_{number}"
             block = Block(self.options, self.deterministic, name=name)
-            x, kept[name] = block(x, plan, cached.get(name))
-            leave_stream(self, f"after_{name}", x)
-        return x, kept
+            x, kv[name] = block(x, plan, cached.get(name))
+            sow_residual(self, f"after_{name}", x)
+        return x, kv
 
 
 class Transformer(nn.Module):
@@ -95,32 +95,32 @@ class Transformer(nn.Module):
         self,
         x: Float[Array, "B N D"],
         plan: AttentionPlan,
-        cached: Kept | None = None,
+        cached: PeriodKV | None = None,
         *,
         cross: CrossPlan | None = None,
         deterministic: bool = True,
-    ) -> tuple[Float[Array, "B N D"], Kept]:
+    ) -> tuple[Float[Array, "B N D"], PeriodKV]:
         """Contextual embeddings [B, N, D]; keys and values, each [periods, B, H, K, A].
 
-        With `options.apart` they are a tuple by period, each [B, H, K, A].
+        With `options.unstacked` they are a tuple by period, each [B, H, K, A].
 
         `cached` holds those of earlier tokens; what comes back then has the new ones written in.
         Without it, the keys and values that `plan.keep` asks for come back.
         """
         o = self.options
         x = constrain(x, "batch", "length", "activation")
-        leave_stream(self, EMBEDDED, x)
-        if o.apart:
-            x, kept = self._one_by_one(x, plan, cross, cached or {}, deterministic)
+        sow_residual(self, EMBEDDED, x)
+        if o.unstacked:
+            x, kv = self._one_by_one(x, plan, cross, cached or {}, deterministic)
         elif o.pipeline is None or self.is_initializing():
-            x, kept = self._scanned(x, plan, cross, cached or {}, deterministic)
+            x, kv = self._scanned(x, plan, cross, cached or {}, deterministic)
         else:
-            x, kept = self._pipelined(x, plan, cross, cached or {}, deterministic)
-        return make_norm(o, "norm")(x) if o.final_norm else x, kept
+            x, kv = self._pipelined(x, plan, cross, cached or {}, deterministic)
+        return make_norm(o, "norm")(x) if o.final_norm else x, kv
 
     def _scanned(
-        self, x: Array, plan: AttentionPlan, cross: Any, cached: Kept, deterministic: bool
-    ) -> tuple[Array, Kept]:
+        self, x: Array, plan: AttentionPlan, cross: Any, cached: PeriodKV, deterministic: bool
+    ) -> tuple[Array, PeriodKV]:
         o = self.options
         layers = nn.scan(
             recomputed(Period, o.remat, nn.remat),
@@ -134,21 +134,21 @@ class Transformer(nn.Module):
         return layers(o, deterministic, name=LAYERS)(x, plan, cross, cached)
 
     def _one_by_one(
-        self, x: Array, plan: AttentionPlan, cross: Any, cached: Kept, deterministic: bool
-    ) -> tuple[Array, Kept]:
+        self, x: Array, plan: AttentionPlan, cross: Any, cached: PeriodKV, deterministic: bool
+    ) -> tuple[Array, PeriodKV]:
         """The same where nothing is stacked: keys and values are a tuple of [B, H, K, A]."""
-        kept: dict[str, list[Any]] = {}
+        kv: dict[str, list[Any]] = {}
         for number in range(self.options.periods):
             period = Period(self.options, deterministic, name=f"{LAYERS}_{number}")
             own = {name: each[number] for name, each in cached.items()}
             x, new = period(x, plan, cross, own)
             for name, pair in new.items():
-                kept.setdefault(name, []).append(pair)
-        return x, {name: tuple(each) for name, each in kept.items()}
+                kv.setdefault(name, []).append(pair)
+        return x, {name: tuple(each) for name, each in kv.items()}
 
     def _pipelined(
-        self, x: Array, plan: AttentionPlan, cross: Any, cached: Kept, deterministic: bool
-    ) -> tuple[Array, Kept]:
+        self, x: Array, plan: AttentionPlan, cross: Any, cached: PeriodKV, deterministic: bool
+    ) -> tuple[Array, PeriodKV]:
         """The same on the same parameters, by stages."""
         o = self.options
         assert o.pipeline is not None
@@ -157,8 +157,8 @@ class Transformer(nn.Module):
         keys = jax.random.split(self.make_rng("dropout"), o.periods) if dropping else None
 
         def period(
-            layer: Any, cached: Kept, x: Array, beside: Any, number: Array
-        ) -> tuple[Array, Kept]:
+            layer: Any, cached: PeriodKV, x: Array, beside: Any, number: Array
+        ) -> tuple[Array, PeriodKV]:
             params, key = layer
             rngs = {"dropout": jax.random.fold_in(key, number)} if dropping else {}
             plan, cross = beside

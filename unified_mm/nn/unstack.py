@@ -17,7 +17,7 @@ import jax.numpy as jnp
 LAYERS = "layers"
 
 
-def layers_apart(params: Mapping[str, Any]) -> dict[str, Any]:
+def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """The same parameters where each `layers` [L, ...] has become `layers_0`, `layers_1`, ..."""
     found: dict[str, Any] = {}
     for name, value in params.items():
@@ -26,19 +26,19 @@ def layers_apart(params: Mapping[str, Any]) -> dict[str, Any]:
             for number in range(count):
                 found[f"{LAYERS}_{number}"] = jax.tree.map(lambda x, i=number: x[i], value)
         else:
-            found[name] = layers_apart(value) if isinstance(value, Mapping) else value
+            found[name] = unstack_layers(value) if isinstance(value, Mapping) else value
     return found
 
 
-def layers_stacked(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `layers_apart`."""
+def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `unstack_layers`."""
     found: dict[str, Any] = {}
     layers: dict[int, Any] = {}
     for name, value in params.items():
         if number := re.fullmatch(rf"{LAYERS}_(\d+)", name):
             layers[int(number[1])] = value
         else:
-            found[name] = layers_stacked(value) if isinstance(value, Mapping) else value
+            found[name] = stack_layers(value) if isinstance(value, Mapping) else value
     if layers:
         in_order = [layers[number] for number in sorted(layers)]
         found[LAYERS] = jax.tree.map(lambda *each: jnp.stack(each), *in_order)

@@ -2,20 +2,20 @@
 
 from unified_mm.objectives.objective import (
     Embedded,
+    Metric,
     Objective,
-    Outcome,
-    Pair,
+    ObjectiveOutput,
     TextObjective,
-    masked_pair,
+    masked_metric,
     same_rank,
 )
 
 __all__ = [
     "Embedded",
     "Objective",
-    "Outcome",
-    "Pair",
+    "ObjectiveOutput",
+    "Metric",
     "TextObjective",
-    "masked_pair",
+    "masked_metric",
     "same_rank",
 ]

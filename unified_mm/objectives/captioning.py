@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
-from unified_mm.objectives.objective import Outcome, TextObjective, masked_pair, same_rank
+from unified_mm.objectives.objective import ObjectiveOutput, TextObjective, masked_metric, same_rank
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class Captioning(TextObjective):
         model: UnifiedModel,
         encoded: Mapping[str, Encoded],
         batch: Batch,
-        earlier: Mapping[str, Outcome],
+        earlier: Mapping[str, ObjectiveOutput],
         *,
         deterministic: bool,
-    ) -> Outcome:
+    ) -> ObjectiveOutput:
         log_likelihood, right, scored = score_text(
             model.logits, encoded[self.name].text, batch["text"], self.chunk
         )
-        return Outcome(
-            loss=masked_pair(-log_likelihood, scored),
-            metrics={"accuracy": masked_pair(right.astype(jnp.float32), scored)},
+        return ObjectiveOutput(
+            loss=masked_metric(-log_likelihood, scored),
+            metrics={"accuracy": masked_metric(right.astype(jnp.float32), scored)},
             extras={},
         )
 
@@ -86,8 +86,8 @@ def score_text(
 
     def split(values: Array) -> Array:
         """[B, P, ...] -> [parts, B, chunk, ...]."""
-        room = [(0, 0), (0, spare), *[(0, 0)] * (values.ndim - 2)]
-        padded = jnp.pad(values, room)
+        cache_room = [(0, 0), (0, spare), *[(0, 0)] * (values.ndim - 2)]
+        padded = jnp.pad(values, cache_room)
         return padded.reshape(padded.shape[0], parts, chunk, *values.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint

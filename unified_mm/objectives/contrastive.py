@@ -13,14 +13,14 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
-from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.attention.rules import View
 from unified_mm.nn.layers import Dense
 from unified_mm.nn.pooling import AttentionPool, pooled
 from unified_mm.objectives.objective import (
     Embedded,
-    Outcome,
+    ObjectiveOutput,
     TextObjective,
-    masked_pair,
+    masked_metric,
     same_rank,
 )
 from unified_mm.parallel.sharding import constrain
@@ -111,7 +111,7 @@ class Contrastive(TextObjective):
                 Pooling.from_config(f"objectives.{name}", options, "text_"),
             ),
         )
-        rule = built.stream.resolved()
+        rule = built.view.resolved()
         if rule.context_to_text != "none" or rule.text_to_context != "none":
             raise ValueError(
                 f"objectives.{name}.rule={built.rule!r} lets image and text see each other, and "
@@ -125,12 +125,12 @@ class Contrastive(TextObjective):
         return self.between == "text"
 
     @property
-    def again(self) -> Stream:
+    def again(self) -> View:
         """The second reading of the text, where it is held against itself."""
-        return Stream(f"{self.name}_again", self.rule)
+        return View(f"{self.name}_again", self.rule)
 
-    def streams(self) -> tuple[Stream, ...]:
-        return (self.stream, self.again) if self.of_text_alone else (self.stream,)
+    def views(self) -> tuple[View, ...]:
+        return (self.view, self.again) if self.of_text_alone else (self.view,)
 
     def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
         return () if self.of_text_alone else (self.between,)
@@ -147,10 +147,10 @@ class Contrastive(TextObjective):
         model: UnifiedModel,
         encoded: Mapping[str, Encoded],
         batch: Batch,
-        earlier: Mapping[str, Outcome],
+        earlier: Mapping[str, ObjectiveOutput],
         *,
         deterministic: bool,
-    ) -> Outcome:
+    ) -> ObjectiveOutput:
         head = model.head[self.name]
         pass_ = encoded[self.name]
         text = head("text", pass_.text, text_valid(batch))
@@ -164,19 +164,19 @@ class Contrastive(TextObjective):
 
     def embed_context(self, model: UnifiedModel, batch: Batch) -> Float[Array, "B E"]:
         """Unit vectors of the context that is held against text, read without any."""
-        encoded = model.read_context(batch, self.stream)
+        encoded = model.read_context(batch, self.view)
         seen = encoded.context_valid[self.between]
         vectors: Array = model.head[self.name](self.between, encoded.context[self.between], seen)
         return vectors
 
     def embed_text(self, model: UnifiedModel, batch: Batch) -> Float[Array, "B E"]:
         """Unit vectors of texts, read without any context."""
-        x = model.read_text(batch["text"], self.stream)
+        x = model.read_text(batch["text"], self.view)
         vectors: Array = model.head[self.name]("text", x, text_valid(batch))
         return vectors
 
     @same_rank
-    def compare(self, model: UnifiedModel, embedded: Embedded) -> Outcome:
+    def compare(self, model: UnifiedModel, embedded: Embedded) -> ObjectiveOutput:
         """The loss among all examples that are embedded."""
         context, text = embedded.vectors
         paired = embedded.counts
@@ -185,10 +185,10 @@ class Contrastive(TextObjective):
             context, text, scale, bias, paired, loss=self.loss, chunk=self.chunk
         )
         one = jnp.ones((), jnp.float32)
-        return Outcome(
-            loss=masked_pair(losses, paired),
+        return ObjectiveOutput(
+            loss=masked_metric(losses, paired),
             metrics={
-                "accuracy": masked_pair(right.astype(jnp.float32), paired),
+                "accuracy": masked_metric(right.astype(jnp.float32), paired),
                 "scale": (scale, one),
             },
             extras={

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel, text_group
-from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.attention.rules import View
 from unified_mm.nn.layers import Dense
-from unified_mm.objectives.objective import Outcome, TextObjective, masked_pair, same_rank
+from unified_mm.objectives.objective import ObjectiveOutput, TextObjective, masked_metric, same_rank
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Matching(TextObjective):
     def needs(self) -> tuple[str, ...]:
         return (self.mine_from,)
 
-    def streams(self) -> tuple[Stream, ...]:
+    def views(self) -> tuple[View, ...]:
         return ()
 
     def head(self) -> nn.Module | None:
@@ -56,10 +56,10 @@ class Matching(TextObjective):
         model: UnifiedModel,
         encoded: Mapping[str, Encoded],
         batch: Batch,
-        earlier: Mapping[str, Outcome],
+        earlier: Mapping[str, ObjectiveOutput],
         *,
         deterministic: bool,
-    ) -> Outcome:
+    ) -> ObjectiveOutput:
         similarity = jax.lax.stop_gradient(earlier[self.mine_from].extras["similarity"])
         paired = earlier[self.mine_from].extras["paired"]
         key = model.make_rng("mining")
@@ -74,9 +74,9 @@ class Matching(TextObjective):
         counted = jnp.concatenate([paired, minable[0], minable[1]])
         losses = -jax.nn.log_sigmoid(jnp.where(truth, logits, -logits))
         right = (logits > 0) == truth
-        return Outcome(
-            loss=masked_pair(losses, counted),
-            metrics={"accuracy": masked_pair(right.astype(jnp.float32), counted)},
+        return ObjectiveOutput(
+            loss=masked_metric(losses, counted),
+            metrics={"accuracy": masked_metric(right.astype(jnp.float32), counted)},
             extras={},
         )
 
@@ -93,18 +93,18 @@ class Matching(TextObjective):
         if self._can_reuse(encoded, len(model.context_names)):
             cache = encoded[self.mine_from].cache
             assert cache is not None
-            room = text_group(self.stream, text["ids"].shape[1])
-            cache = cache.select(image_rows).reserve(room)
-            return model.extend(cache, text, self.stream, deterministic=deterministic)[0]
+            cache_room = text_group(self.view, text["ids"].shape[1])
+            cache = cache.select(image_rows).reserve(cache_room)
+            return model.extend(cache, text, self.view, deterministic=deterministic)[0]
         context = {
             name: jax.tree.map(lambda values: values[image_rows], batch[name])
             for name in model.context_names
         }
         both = {**context, "text": text}
-        return model.encode(both, (self.stream,), deterministic=deterministic)[self.name].text
+        return model.encode(both, (self.view,), deterministic=deterministic)[self.name].text
 
     def _can_reuse(self, encoded: Mapping[str, Encoded], contexts: int) -> bool:
-        view = self.stream.resolved().context_view(contexts)
+        view = self.view.resolved().context_view(contexts)
         return view is not None and view == encoded[self.mine_from].rule.context_view(contexts)
 
 

@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
-from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.attention.rules import View
 from unified_mm.registry import resolve
 
 BUILT_IN = {
@@ -28,7 +28,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 # A metric as (sum, count), both float32 []: it adds up over devices, micro-batches and batches.
-Pair = tuple[Any, Any]
+Metric = tuple[Any, Any]
 
 
 def same_rank(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -60,7 +60,7 @@ class Embedded:
 
 
 @struct.dataclass
-class Outcome:
+class ObjectiveOutput:
     """What an objective makes of a batch.
 
     Attributes:
@@ -71,8 +71,8 @@ class Outcome:
       embedded: of an objective that compares examples with one another; else None.
     """
 
-    loss: Pair
-    metrics: dict[str, Pair]
+    loss: Metric
+    metrics: dict[str, Metric]
     extras: dict[str, Any]
     embedded: Embedded | None = None
 
@@ -99,7 +99,7 @@ class Objective(Protocol):
     def needs(self) -> tuple[str, ...]:
         """Names of the objectives that must come earlier."""
 
-    def streams(self) -> tuple[Stream, ...]:
+    def views(self) -> tuple[View, ...]:
         """The texts it wants read in the shared pass over the context."""
 
     def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
@@ -113,20 +113,20 @@ class Objective(Protocol):
         model: UnifiedModel,
         encoded: Mapping[str, Encoded],
         batch: Batch,
-        earlier: Mapping[str, Outcome],
+        earlier: Mapping[str, ObjectiveOutput],
         *,
         deterministic: bool,
-    ) -> Outcome:
+    ) -> ObjectiveOutput:
         """The loss, from the model bound to its parameters and the pass that it shared."""
 
 
 @runtime_checkable
-class Comparing(Protocol):
+class CrossExampleLoss(Protocol):
     """An objective whose loss is among all examples of a batch, and no sum over each of them."""
 
     name: str
 
-    def compare(self, model: UnifiedModel, embedded: Embedded) -> Outcome:
+    def compare(self, model: UnifiedModel, embedded: Embedded) -> ObjectiveOutput:
         """The loss among all that is embedded, which may come from several micro-batches."""
 
 
@@ -142,17 +142,17 @@ class TextObjective:
     autoregressive: ClassVar[bool] = False
 
     @property
-    def stream(self) -> Stream:
-        return Stream(self.name, self.rule, self.autoregressive)
+    def view(self) -> View:
+        return View(self.name, self.rule, self.autoregressive)
 
     def needs(self) -> tuple[str, ...]:
         return ()
 
-    def streams(self) -> tuple[Stream, ...]:
-        return (self.stream,)
+    def views(self) -> tuple[View, ...]:
+        return (self.view,)
 
     def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
-        return tuple(contexts) if self.stream.resolved().text_to_context != "none" else ()
+        return tuple(contexts) if self.view.resolved().text_to_context != "none" else ()
 
     def head(self) -> nn.Module | None:
         return None
@@ -225,11 +225,11 @@ def all_losses(
     objectives: Sequence[Objective],
     *,
     deterministic: bool,
-) -> dict[str, Outcome]:
+) -> dict[str, ObjectiveOutput]:
     """Every objective on one batch, the context encoded once for all that can share it."""
-    streams = [stream for objective in objectives for stream in objective.streams()]
-    encoded = model.encode(batch, streams, deterministic=deterministic) if streams else {}
-    outcomes: dict[str, Outcome] = {}
+    views = [view for objective in objectives for view in objective.views()]
+    encoded = model.encode(batch, views, deterministic=deterministic) if views else {}
+    outcomes: dict[str, ObjectiveOutput] = {}
     for objective in objectives:
         outcomes[objective.name] = objective(
             model, encoded, batch, outcomes, deterministic=deterministic
@@ -239,23 +239,23 @@ def all_losses(
 
 def compare_embedded(
     model: UnifiedModel, embedded: Mapping[str, Embedded], objectives: Sequence[Any]
-) -> dict[str, Outcome]:
+) -> dict[str, ObjectiveOutput]:
     """The objectives that compare examples, on what of these was embedded before."""
-    comparing = {each.name: each for each in objectives if isinstance(each, Comparing)}
+    comparing = {each.name: each for each in objectives if isinstance(each, CrossExampleLoss)}
     return {name: comparing[name].compare(model, kept) for name, kept in embedded.items()}
 
 
-def as_pairs(outcomes: Mapping[str, Outcome]) -> dict[str, Pair]:
+def as_metrics(outcomes: Mapping[str, ObjectiveOutput]) -> dict[str, Metric]:
     """Losses and metrics by name: `contrastive/loss`, `contrastive/accuracy`, ..."""
-    pairs = {}
+    metrics = {}
     for name, outcome in outcomes.items():
-        pairs[f"{name}/loss"] = outcome.loss
-        for key, pair in outcome.metrics.items():
-            pairs[f"{name}/{key}"] = pair
-    return pairs
+        metrics[f"{name}/loss"] = outcome.loss
+        for key, metric in outcome.metrics.items():
+            metrics[f"{name}/{key}"] = metric
+    return metrics
 
 
-def masked_pair(values: Float[Array, "..."], where: Bool[Array, "..."]) -> Pair:
+def masked_metric(values: Float[Array, "..."], where: Bool[Array, "..."]) -> Metric:
     """Returns the sum of `values` where they count, and how many those are.
 
     Raises:
@@ -269,6 +269,6 @@ def masked_pair(values: Float[Array, "..."], where: Bool[Array, "..."]) -> Pair:
     )
 
 
-def mean(pair: Pair) -> Any:
+def mean(metric: Metric) -> Any:
     """Of nothing it is 0, so an objective that a batch does not feed adds nothing."""
-    return pair[0] / jnp.maximum(pair[1], 1.0)
+    return metric[0] / jnp.maximum(metric[1], 1.0)

@@ -139,7 +139,7 @@ def _spread(axes: Sequence[Axis], place: int, size: int, mesh: Mesh) -> Axis:
 
 
 @dataclass(frozen=True)
-class Placement:
+class ParamShardings:
     """Where parameters lie on a mesh, and what training keeps beside each of them.
 
     Attributes:
@@ -154,7 +154,7 @@ class Placement:
     moments: Any
 
 
-def place(abstract: Any, mesh: Mesh, zero: int = 3) -> Placement:
+def param_shardings(abstract: Any, mesh: Mesh, zero: int = 3) -> ParamShardings:
     """Lays out a tree of boxed parameters by the table and a stage of ZeRO.
 
     Args:
@@ -171,7 +171,7 @@ def place(abstract: Any, mesh: Mesh, zero: int = 3) -> Placement:
     whole = shardings_of(abstract, mesh, RULES | {"embed": None})
     kinds = ("params", "gradients", "moments")
     trees = {kind: divided if kind in ZERO_STAGES[zero] else whole for kind in kinds}
-    return Placement(mesh, **trees)
+    return ParamShardings(mesh, **trees)
 
 
 def shardings_like(params: Any, shardings: Any, tree: Any, otherwise: NamedSharding) -> Any:

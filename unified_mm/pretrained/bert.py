@@ -53,7 +53,7 @@ def fields(source: Source) -> Fields:
             "modalities": {
                 "text": {
                     "length": min(known, longest),
-                    "places": known,
+                    "max_positions": known,
                     "vocabulary": c["vocab_size"],
                     "scaled": False,
                     "norm": True,

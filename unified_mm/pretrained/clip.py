@@ -112,7 +112,9 @@ def _two_towers(
                     **embedding,
                     **image,
                 },
-                "text": text_fields(length=length, places=length, vocabulary=text["vocab_size"]),
+                "text": text_fields(
+                    length=length, max_positions=length, vocabulary=text["vocab_size"]
+                ),
             },
         },
     }
@@ -122,7 +124,7 @@ def clip_fields(source: Source) -> Fields:
     """Text in order, pooled at its end token; images pooled at a class token."""
     text = source.config.section("text_config", CLIP_TEXT)
     vision = source.config.section("vision_config", CLIP_VISION)
-    usual = Preprocessing("crop_resized", mean=CLIP_MEAN, deviation=CLIP_DEVIATION)
+    usual = Preprocessing("crop_resized", mean=CLIP_MEAN, std=CLIP_DEVIATION)
     fields = _two_towers(
         source,
         text,
@@ -312,7 +314,7 @@ def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
             "model_type": "clip_text_model",
             **stack(m),
             "vocab_size": text["vocabulary"],
-            "max_position_embeddings": text["places"],
+            "max_position_embeddings": text["max_positions"],
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": tokenizer.eos_id,
             "pad_token_id": tokenizer.pad_id,

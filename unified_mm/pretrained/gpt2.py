@@ -59,7 +59,7 @@ def fields(source: Source) -> Fields:
             "modalities": {
                 "text": text_fields(
                     length=min(c["n_positions"], LONGEST),
-                    places=c["n_positions"],
+                    max_positions=c["n_positions"],
                     vocabulary=c["vocab_size"],
                     head="tied" if c["tie_word_embeddings"] else "own",
                 )
@@ -92,9 +92,9 @@ def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
 
 def _block(o: Any) -> list[Entry]:
     three = [OUR_ATTENTION[name] for name in ("query", "key", "value")]
-    kernel = reshaped((o.width, o.width), (o.width, o.heads, o.of_head))
-    bias = reshaped((o.width,), (o.heads, o.of_head))
-    out = reshaped((o.width, o.width), (o.heads, o.of_head, o.width))
+    kernel = reshaped((o.width, o.width), (o.width, o.heads, o.head_dim))
+    bias = reshaped((o.width,), (o.heads, o.head_dim))
+    out = reshaped((o.width, o.width), (o.heads, o.head_dim, o.width))
     feed_forward = "feed_forward/mlp/shared"
     return [
         *norm("ln_1", "attention_norm"),
@@ -120,7 +120,7 @@ def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "vocab_size": text["vocabulary"],
-        "n_positions": text["places"],
+        "n_positions": text["max_positions"],
         "n_embd": m["width"],
         "n_layer": m["layers"],
         "n_head": m["heads"],

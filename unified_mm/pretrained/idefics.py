@@ -97,7 +97,7 @@ def fields(source: Source) -> Fields:
             f"{c.where}: num_hidden_layers={c['num_hidden_layers']} is no multiple of "
             f"cross_layer_interval={c['cross_layer_interval']}, as it has to be here"
         )
-    usual = Preprocessing("squash", mean=CLIP_MEAN, deviation=CLIP_DEVIATION)
+    usual = Preprocessing("squash", mean=CLIP_MEAN, std=CLIP_DEVIATION)
     data, embedding = image_fields(source, vision["image_size"], usual)
     image = {
         "patch": vision["patch_size"],
@@ -110,7 +110,7 @@ def fields(source: Source) -> Fields:
     }
     text = text_fields(
         length=min(c["max_position_embeddings"], LONGEST),
-        places=c["max_position_embeddings"],
+        max_positions=c["max_position_embeddings"],
         learned_positions=False,
         vocabulary=c["vocab_size"] + c["additional_vocab_size"],
         head="tied" if c["tie_word_embeddings"] else "own",

@@ -82,17 +82,17 @@ def attention(
     found = []
     for name, heads in (
         ("query", options.heads),
-        ("key", options.of_keys),
-        ("value", options.of_keys),
+        ("key", options.num_kv_heads),
+        ("value", options.num_kv_heads),
     ):
-        width = options.of_head
+        width = options.head_dim
         found.append(
             line(f"{theirs[name]}.weight", f"{ours[name]}/kernel", into_heads(heads, width))
         )
         if options.query_bias:
             shape = reshaped((heads * width,), (heads, width))
             found.append(line(f"{theirs[name]}.bias", f"{ours[name]}/bias", shape))
-    turned = out_of_heads(options.heads, options.of_head)
+    turned = out_of_heads(options.heads, options.head_dim)
     found.append(line(f"{theirs['output']}.weight", f"{ours['output']}/kernel", turned))
     if options.output_bias:
         found.append(line(f"{theirs['output']}.bias", f"{ours['output']}/bias"))
@@ -120,7 +120,7 @@ def blocks(
         found += norm(names[place], place, options.norm)
     for place in ("up", "down", *(["gate"] if options.gated_feed_forward else [])):
         found += dense(names[place], f"feed_forward/mlp/shared/{place}", options.feed_forward_bias)
-    per_period = options.blocks_a_period
+    per_period = options.blocks_per_period
     return repeated(found, theirs, f"{ours}/layers/block_{{block}}", options.layers, per_period)
 
 

@@ -90,7 +90,7 @@ def _fields(source: Source, defaults: Mapping[str, Any], qkv_bias: bool | None) 
             "modalities": {
                 "text": text_fields(
                     length=min(c["max_position_embeddings"], LONGEST),
-                    places=c["max_position_embeddings"],
+                    max_positions=c["max_position_embeddings"],
                     learned_positions=False,
                     vocabulary=c["vocab_size"],
                     head="tied" if c["tie_word_embeddings"] else "own",
@@ -148,7 +148,7 @@ def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         "num_key_value_heads": m["key_value_heads"],
         "head_dim": m["head_width"],
         "hidden_act": theirs(m["activation"], "silu"),
-        "max_position_embeddings": text["places"],
+        "max_position_embeddings": text["max_positions"],
         "rms_norm_eps": m["norm_epsilon"],
         "rope_theta": m["rotary_base"],
         "attention_bias": m["query_bias"],

@@ -27,7 +27,7 @@ class Preprocessing:
     fit: str
     resampling: str = "bicubic"
     mean: tuple[float, float, float] = HALF
-    deviation: tuple[float, float, float] = HALF
+    std: tuple[float, float, float] = HALF
 
 
 def image_fields(source: Source, size: int, usual: Preprocessing) -> tuple[dict, dict]:
@@ -60,7 +60,7 @@ def image_fields(source: Source, size: int, usual: Preprocessing) -> tuple[dict,
     }
     embedding = {
         "mean": list(section.get("image_mean") or usual.mean),
-        "deviation": list(section.get("image_std") or usual.deviation),
+        "std": list(section.get("image_std") or usual.std),
     }
     return data, embedding
 
@@ -82,7 +82,7 @@ def written(config: Mapping[str, Any]) -> dict[str, Any]:
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(image["mean"]),
-        "image_std": list(image["deviation"]),
+        "image_std": list(image["std"]),
     }
 
 

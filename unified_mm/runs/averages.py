@@ -11,4 +11,4 @@ def keeps_average(train: Mapping[str, Any]) -> bool:
 
     These are then what is scored and used.
     """
-    return train["average_decay"] > 0 or train["optimizer"] == "schedule_free"
+    return train["ema_decay"] > 0 or train["optimizer"] == "schedule_free"

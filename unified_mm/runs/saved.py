@@ -14,7 +14,12 @@ from typing import Any
 from unified_mm.registry import moved
 
 # Fields: a pattern of the dotted name that was saved, and the last part of today's name.
-RENAMED_FIELDS: dict[str, str] = {}
+RENAMED_FIELDS = {
+    "model.modalities.*.deviation": "std",
+    "model.modalities.*.places": "max_positions",
+    "train.average_decay": "ema_decay",
+    "train.phases.*.train.average_decay": "ema_decay",
+}
 # Leaves of a state: a pattern of the path that it has now (a regular expression of the whole path),
 # and what it is called in older checkpoints.
 RENAMED_LEAVES: tuple[tuple[str, str], ...] = ()

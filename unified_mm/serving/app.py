@@ -17,7 +17,7 @@ from unified_mm.serving.gate import Gate, Traffic
 from unified_mm.serving.limits import BROKEN, Json, Refusal, answer
 from unified_mm.serving.metrics import Metrics
 from unified_mm.serving.routes import always, asking, path_of
-from unified_mm.serving.security import Doorkeeper
+from unified_mm.serving.security import Authenticator
 from unified_mm.serving.service import Service
 
 PAGES = {
@@ -62,7 +62,7 @@ def make_app(
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _failed)
     app.openapi = partial(_document, app, token is not None)  # type: ignore[method-assign]
-    return Gate(app, Doorkeeper(token, host), service.limits, traffic, metrics)
+    return Gate(app, Authenticator(token, host), service.limits, traffic, metrics)
 
 
 async def _refused(request: Request, refusal: Any) -> Response:

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unified_mm.serving.limits import Limits, Refusal, answer, busy
 from unified_mm.serving.metrics import Metrics
-from unified_mm.serving.security import HEADERS, Doorkeeper
+from unified_mm.serving.security import HEADERS, Authenticator
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Gate:
     def __init__(
         self,
         app: ASGIApp,
-        doorkeeper: Doorkeeper,
+        doorkeeper: Authenticator,
         limits: Limits,
         traffic: Traffic,
         metrics: Metrics,

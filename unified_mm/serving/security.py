@@ -71,7 +71,7 @@ def check_binding(host: str, token: str | None, anyone: bool) -> None:
         )
 
 
-class Doorkeeper:
+class Authenticator:
     """Looks at a request's headers before anything is read.
 
     token: that requests must bear, None for none.

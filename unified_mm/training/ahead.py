@@ -17,7 +17,7 @@ from unified_mm.costs.hlo import Program
 from unified_mm.costs.traffic import memory_traffic
 from unified_mm.data.records import Manifest, Record, Text
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import place, rule_items
+from unified_mm.parallel.sharding import param_shardings, rule_items
 from unified_mm.runs.averages import keeps_average
 from unified_mm.task import build_task
 from unified_mm.training.layout import in_training
@@ -59,7 +59,7 @@ class DoesNotFit(Exception):
         self.needed, self.there = (int(size) for size in (*sizes[:2], 0, 0)[:2])
 
 
-def plan(config: Config, devices: Sequence[Any]) -> tuple[Phase, ...]:
+def abstract_phases(config: Config, devices: Sequence[Any]) -> tuple[Phase, ...]:
     """The phases as training has them, without data, and without anything being allocated.
 
     The tokenizer is taken to be as large as `data.vocabulary_size` says.
@@ -69,7 +69,7 @@ def plan(config: Config, devices: Sequence[Any]) -> tuple[Phase, ...]:
     """
     task = build_task(config, stand_in_tokenizer(config.data.vocabulary_size))
     mesh = make_mesh(config.mesh, devices)
-    placement = place(task.abstract_params(), mesh, config.mesh.zero)
+    placement = param_shardings(task.abstract_params(), mesh, config.mesh.zero)
     _, abstract = initial_state(
         task.init,
         placement,
@@ -89,7 +89,7 @@ def stand_in_data(config: Config) -> Manifest:
     return Manifest("train", records, "none", "", "none")
 
 
-def lower_step(phase: Phase, average_decay: float) -> Any:
+def lower_step(phase: Phase, ema_decay: float) -> Any:
     """The step that training runs, as it goes to the compiler."""
     step: Any = make_train_step(
         phase.task,
@@ -97,13 +97,13 @@ def lower_step(phase: Phase, average_decay: float) -> Any:
         phase.placement,
         phase.abstract,
         micro_batches=phase.micro_batches,
-        average_decay=average_decay,
+        ema_decay=ema_decay,
     )
     with jax.set_mesh(phase.placement.mesh), nn.logical_axis_rules(rule_items()):
         return step.lower(phase.abstract, batch_shapes(phase.rows, phase.batch_size))
 
 
-def compile_step(phase: Phase, average_decay: float) -> tuple[Any, float]:
+def compile_step(phase: Phase, ema_decay: float) -> tuple[Any, float]:
     """The same compiled, and the seconds that took.
 
     Raises:
@@ -111,7 +111,7 @@ def compile_step(phase: Phase, average_decay: float) -> tuple[Any, float]:
     """
     began = time.perf_counter()
     try:
-        compiled = lower_step(phase, average_decay).compile()
+        compiled = lower_step(phase, ema_decay).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise DoesNotFit(str(error).splitlines()[0]) from error

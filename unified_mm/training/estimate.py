@@ -16,13 +16,13 @@ from unified_mm.training.phases import Phase
 Facts = dict[str, Any]
 
 
-def estimate(phase: Phase, chip: Chip | None, average_decay: float) -> Facts:
+def estimate(phase: Phase, chip: Chip | None, ema_decay: float) -> Facts:
     """The step of a phase, compiled; values that only a compiled step or a known chip has are None.
 
     Args:
       phase: on a mesh of the chips.
       chip: what each can do; without it there is no estimate of time, and everything fits.
-      average_decay: `train.average_decay`.
+      ema_decay: `train.ema_decay`.
 
     Returns:
       `parameters`, `flops`, `computed_flops` (with what is computed again): of all chips together.
@@ -32,7 +32,7 @@ def estimate(phase: Phase, chip: Chip | None, average_decay: float) -> Facts:
     """
     facts = asked(phase, chip)
     try:
-        facts |= taken(phase, chip, average_decay, facts)
+        facts |= taken(phase, chip, ema_decay, facts)
     except DoesNotFit as error:
         # The compiler tells of the temporaries alone, or of everything.
         facts |= {"fits": False, "peak_bytes": error.needed, "memory_bytes": error.there}
@@ -66,9 +66,9 @@ def asked(phase: Phase, chip: Chip | None) -> Facts:
     }
 
 
-def taken(phase: Phase, chip: Chip | None, average_decay: float, facts: Facts) -> Facts:
+def taken(phase: Phase, chip: Chip | None, ema_decay: float, facts: Facts) -> Facts:
     """What the compiled step says, and the estimate where the chip's peaks are known."""
-    compiled, seconds = compile_step(phase, average_decay)
+    compiled, seconds = compile_step(phase, ema_decay)
     found = footprint(compiled)
     told: Facts = {
         "temporary_bytes": found.temporary,

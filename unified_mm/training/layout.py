@@ -32,7 +32,7 @@ def in_training(config: Config, task: Task, mesh: Mesh) -> Task:
     return replace(task, model=task.model.pipelined(Pipeline(stages, asked or 4 * stages)))
 
 
-def inventory(mesh: Mesh, phases: Sequence[Phase]) -> str:
+def run_summary(mesh: Mesh, phases: Sequence[Phase]) -> str:
     """Devices, mesh, parameters by part, what of them a device holds, phases, attention.
 
     Raises:
@@ -76,7 +76,7 @@ def attention_line(phases: Sequence[Phase], mesh: Mesh) -> str:
     """Which backend computes attention, and for how many queries and keys a call."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
         found = (
-            chosen(partial(phase.task.pairs, deterministic=False), *examples(phase))
+            chosen(partial(phase.task.metrics, deterministic=False), *examples(phase))
             for phase in phases
         )
         return f"attention: {' | '.join(dict.fromkeys(found))}"

@@ -26,7 +26,7 @@ from unified_mm.training.progress import Progress
 from unified_mm.training.setup import Setup, check_saved
 from unified_mm.training.signals import StopRequest, stop_on_signals, stop_request
 from unified_mm.training.state import LATER_SLOTS, TrainState, evaluation_params
-from unified_mm.training.step import Measured, make_train_step
+from unified_mm.training.step import StepMetrics, make_train_step
 
 
 class Stopped(Exception):
@@ -124,8 +124,8 @@ class Run:
         """From step `start` to the phase's last."""
         options = self.setup.options
         step_function = phase_step(self.setup, phase)
-        since: list[Measured] = []
-        waiting: tuple[int, list[Measured]] | None = None
+        since: list[StepMetrics] = []
+        waiting: tuple[int, list[StepMetrics]] | None = None
         with closing(phase_batches(self.setup, phase, start)) as batches:  # type: ignore[type-var]
             for step in range(start + 1, phase.stop + 1):
                 rows = self.next_rows(batches, step - 1, state)
@@ -165,7 +165,7 @@ class Run:
             raise
 
     def record(
-        self, waiting: tuple[int, list[Measured]] | None, phase: Phase, progress: Progress
+        self, waiting: tuple[int, list[StepMetrics]] | None, phase: Phase, progress: Progress
     ) -> None:
         """Writes the mean metrics of an interval, and stops the run where one was not finite."""
         if waiting is None:
@@ -175,7 +175,7 @@ class Run:
         bad = int(host[-1].bad_step)
         if bad >= 0:
             self.not_finite(bad)
-        values = mean_metrics([measured.pairs for measured in host])
+        values = mean_metrics([measured.metrics for measured in host])
         values["learning_rate"] = float(host[-1].learning_rate)
         self.metrics.write(step, values | progress.update(step, values, phase.batch_size))
 
@@ -228,7 +228,7 @@ class Run:
 
 def phase_step(
     setup: Setup, phase: Phase
-) -> Callable[[TrainState, Any], tuple[TrainState, Measured]]:
+) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
     """The compiled step of a phase."""
     return make_train_step(
         phase.task,
@@ -236,7 +236,7 @@ def phase_step(
         phase.placement,
         phase.abstract,
         micro_batches=phase.micro_batches,
-        average_decay=setup.options.average_decay,
+        ema_decay=setup.options.ema_decay,
     )
 
 
@@ -277,7 +277,7 @@ def mean_metrics(steps: list[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]
     """Each metric's mean over several steps, weighted by what it counts."""
     means = {}
     for name in steps[0]:
-        total = np.sum([np.float64(pairs[name][0]) for pairs in steps])
-        count = np.sum([np.float64(pairs[name][1]) for pairs in steps])
+        total = np.sum([np.float64(metrics[name][0]) for metrics in steps])
+        count = np.sum([np.float64(metrics[name][1]) for metrics in steps])
         means[name] = float(total / count) if count else float("nan")
     return means

@@ -30,7 +30,7 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "weight_decay": (lambda x: 0 <= x < math.inf, "at least 0"),
     "clip_norm": (lambda x: x > 0, "above 0"),
     "scale_patience": (lambda x: x >= 1, "at least 1"),
-    "average_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "ema_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
 }
 
 
@@ -125,10 +125,10 @@ def scaling(
             f"train.moments_dtype={options.moments_dtype!r} is for train.optimizer='adamw'"
         )
     if name == "schedule_free":
-        if options.average_decay:
+        if options.ema_decay:
             raise ValueError(
                 "train.optimizer='schedule_free' keeps an average of its own: set "
-                "train.average_decay to 0"
+                "train.ema_decay to 0"
             )
         if not options.b1:
             raise ValueError("train.optimizer='schedule_free' needs train.b1 above 0")

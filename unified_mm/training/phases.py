@@ -16,7 +16,7 @@ from unified_mm.data.interleave import FewShotRows, Layout, packed_rows
 from unified_mm.data.records import Manifest
 from unified_mm.modalities.interleaved import interleaved_preparers
 from unified_mm.objectives.objective import weighted
-from unified_mm.parallel.sharding import Placement
+from unified_mm.parallel.sharding import ParamShardings
 from unified_mm.runs.averages import keeps_average
 from unified_mm.task import Task
 from unified_mm.training.optimizer import make_optimizer
@@ -55,7 +55,7 @@ class Phase:
     task: Task
     rows: Rows
     optimizer: Optimizer
-    placement: Placement
+    placement: ParamShardings
     abstract: TrainState
     enter: Callable[[TrainState], TrainState]
 
@@ -86,7 +86,7 @@ def phase_options(config: Config) -> dict[str, Any]:
 
 
 def build_phases(
-    config: Config, task: Task, train: Manifest, abstract: TrainState, placement: Placement
+    config: Config, task: Task, train: Manifest, abstract: TrainState, placement: ParamShardings
 ) -> tuple[Phase, ...]:
     """Everything that each phase needs.
 
@@ -136,9 +136,9 @@ def check_average(name: str, options: Config, whole: Config) -> None:
     """
     if keeps_average(options) != keeps_average(whole):
         raise ValueError(
-            f"train.phases.{name}.train: optimizer={options.optimizer!r} with average_decay="
-            f"{options.average_decay} keeps another average than the run: set train.optimizer and "
-            "train.average_decay themselves"
+            f"train.phases.{name}.train: optimizer={options.optimizer!r} with ema_decay="
+            f"{options.ema_decay} keeps another average than the run: set train.optimizer and "
+            "train.ema_decay themselves"
         )
 
 
@@ -193,7 +193,8 @@ def check_places(task: Task, length: int) -> None:
     if embedding.learned_positions and length > embedding.places:
         raise ValueError(
             f"data.documents.length={length} text tokens, but the model learns "
-            f"{embedding.places} positions: set model.modalities.text.places to at least {length}"
+            f"{embedding.max_positions} positions: set model.modalities.text.max_positions to at "
+            f"least {length}"
         )
 
 

@@ -20,15 +20,15 @@ from unified_mm.evaluation.splits import evaluated_splits, open_split
 from unified_mm.files import user_path
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.processes import connect, first_before_others, own_rows, refuse_unequal
-from unified_mm.parallel.sharding import place
+from unified_mm.parallel.sharding import param_shardings
 from unified_mm.runs.averages import keeps_average
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder
 from unified_mm.task import Task, build_task
-from unified_mm.training.layout import in_training, inventory
+from unified_mm.training.layout import in_training, run_summary
 from unified_mm.training.output import framed
 from unified_mm.training.phases import Phase, build_phases
-from unified_mm.training.start_from import overlay, weights_to_start_from
+from unified_mm.training.start_from import load_params, weights_to_start_from
 from unified_mm.training.state import TrainState, initial_state
 
 
@@ -37,7 +37,7 @@ class LoopOptions:
     """What the training loop goes by; read from the config before the first step."""
 
     steps: int
-    average_decay: float
+    ema_decay: float
     scale_patience: int
     log_every: int
     tensorboard: bool
@@ -57,7 +57,7 @@ class LoopOptions:
         """Raises ValueError where a number makes no sense."""
         options = cls(
             steps=config.train.steps,
-            average_decay=config.train.average_decay,
+            ema_decay=config.train.ema_decay,
             scale_patience=scale_patience(config),
             log_every=config.logging.every,
             tensorboard=config.logging.tensorboard,
@@ -163,7 +163,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     mesh = make_mesh(config.mesh)
     connect(mesh)
     check_evaluation_batch(options, mesh)
-    placement = place(task.abstract_params(), mesh, config.mesh.zero)
+    placement = param_shardings(task.abstract_params(), mesh, config.mesh.zero)
     make_state, abstract = initial_state(
         task.init,
         placement,
@@ -176,7 +176,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     def first_state() -> TrainState:
         """Weights of other runs in their places, where training starts from any."""
         state = make_state()
-        params = overlay(state.params, config, brought)
+        params = load_params(state.params, config, brought)
         average = state.average
         if average is not None:
             average = jax.tree.map(
@@ -185,7 +185,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
         return state.replace(params=params, average=average)  # type: ignore[attr-defined]
 
     phases = build_phases(config, in_training(config, task, mesh), train, abstract, placement)
-    say(inventory(mesh, phases))
+    say(run_summary(mesh, phases))
     setup = Setup(config, options, folder, source, train, splits, task, mesh, first_state, phases)
     scored = [split.manifest.fingerprint for split in splits.values()]
     refuse_unequal("the data", " ".join([setup.fingerprint, *scored]))

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from unified_mm.config import Config
 from unified_mm.costs.flops import matmul_flops
 from unified_mm.data.text_tokenizer import BOS, EOS, PAD, TextTokenizer
-from unified_mm.nn.tokens import PLACEMENT
+from unified_mm.nn.tokens import POSITION_KEYS
 from unified_mm.objectives.captioning import Captioning
 from unified_mm.parallel.sharding import without_names
 from unified_mm.task import Task, build_task, parameter_counts
@@ -73,7 +73,7 @@ def forward_flops(task: Task, params: Any) -> int:
     """Of all objectives on `ROWS` examples."""
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, task.example_batch(ROWS)))
     return matmul_flops(
-        lambda params, batch, key: task.pairs(params, batch, key, deterministic=True),
+        lambda params, batch, key: task.metrics(params, batch, key, deterministic=True),
         params,
         batch,
         jax.eval_shape(lambda: jax.random.key(0)),
@@ -85,21 +85,21 @@ def token_flops(task: Task, params: Any) -> int | None:
     writing = [each for each in task.objectives if isinstance(each, Captioning)]
     if not writing:
         return None
-    stream = writing[0].stream
+    view = writing[0].view
     length = task.modalities["text"].length
 
     def prefill(params: Any, batch: Any) -> Any:
-        return task.model.apply({"params": params}, batch, stream, length, method="prefill")
+        return task.model.apply({"params": params}, batch, view, length, method="prefill")
 
     def extend(params: Any, cache: Any, text: Any) -> Any:
         def one(model: Any) -> Any:
-            x, extended = model.extend(cache, text, stream)
+            x, extended = model.extend(cache, text, view)
             return model.logits(x), extended
 
         return task.model.apply({"params": params}, method=one)
 
     batch: Any = jax.tree.map(jnp.asarray, task.example_batch(1))
-    kept = ("ids", "valid", "present", "place", *PLACEMENT)
+    kept = ("ids", "valid", "present", "text_position", *POSITION_KEYS)
     first = {key: value for key, value in batch["text"].items() if key in kept}
     start = {key: value[:, :1] if value.ndim > 1 else value for key, value in first.items()}
     cache = jax.eval_shape(prefill, params, {**batch, "text": start})[1]

@@ -42,7 +42,7 @@ PREFIXES = {
 BLOCK = re.compile(r"(.*/layers)/block_(\d+)/(.*)")
 
 
-def adopt(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
+def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
     """The config with everything that the weights it starts from decide.
 
     Args:
@@ -98,7 +98,8 @@ def text_of(saved: Mapping[str, Any], run: str) -> dict[str, Any]:
     return {
         **{f"model.{name}": model[name] for name in STACK},
         **{f"model.modalities.text.{name}": value for name, value in text.items()},
-        "model.modalities.text.places": text["places"] or model["modalities"]["text"]["length"],
+        "model.modalities.text.max_positions": text["max_positions"]
+        or model["modalities"]["text"]["length"],
         "data.tokenizer": str(RunFolder(run).tokenizer.absolute()),
         "data.special_tokens": saved["data"]["special_tokens"],
         "objectives.contrastive.text_pool": contrastive["text_pool"],
@@ -128,7 +129,7 @@ def weights_to_start_from(config: Config) -> dict[str, Any]:
     return found
 
 
-def overlay(params: Any, config: Config, found: Mapping[str, Any]) -> Any:
+def load_params(params: Any, config: Config, found: Mapping[str, Any]) -> Any:
     """Parameters with those of `weights_to_start_from` in their places, laid out as they are.
 
     Raises:

@@ -11,7 +11,7 @@ from flax import struct
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from unified_mm.parallel.sharding import Placement, shardings_like, without_names
+from unified_mm.parallel.sharding import ParamShardings, shardings_like, without_names
 from unified_mm.training.update import Optimizer
 
 START = 2.0**15
@@ -84,7 +84,7 @@ class TrainState:
 
 def initial_state(
     init_params: Callable[[jax.Array], Any],
-    placement: Placement,
+    placement: ParamShardings,
     seed: int,
     *,
     averaged: bool,
@@ -132,7 +132,7 @@ def initial_state(
 
 
 def state_of_phase(
-    abstract: TrainState, optimizer: Optimizer, placement: Placement
+    abstract: TrainState, optimizer: Optimizer, placement: ParamShardings
 ) -> tuple[TrainState, Callable[[TrainState], TrainState]]:
     """What states look like while an optimizer is at work, and how such a stretch begins.
 

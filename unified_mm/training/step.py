@@ -13,20 +13,22 @@ from flax import struct
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from unified_mm.objectives.objective import Comparing, Objective, Pair, mean, same_rank
-from unified_mm.parallel.sharding import BATCH, Placement, from_parts, into_parts
+from unified_mm.objectives.objective import CrossExampleLoss, Metric, Objective, mean, same_rank
+from unified_mm.parallel.sharding import BATCH, ParamShardings, from_parts, into_parts
 from unified_mm.task import Task
 from unified_mm.training.state import TrainState
 from unified_mm.training.update import Optimizer
 
-Pairs = dict[str, Pair]
+Metrics = dict[str, Metric]
 
 
 @same_rank
-def weighted_total(objectives: Sequence[Objective], pairs: Pairs, counts: Mapping[str, Any]) -> Any:
+def weighted_total(
+    objectives: Sequence[Objective], metrics: Metrics, counts: Mapping[str, Any]
+) -> Any:
     """The weighted sum of mean losses, the counts being those of the whole batch."""
     return sum(
-        objective.weight * mean((pairs[f"{objective.name}/loss"][0], counts[objective.name]))
+        objective.weight * mean((metrics[f"{objective.name}/loss"][0], counts[objective.name]))
         for objective in objectives
     )
 
@@ -37,9 +39,9 @@ def inner(x: Any, pull: Any) -> Any:
     return (x * pull).sum()
 
 
-def counts_of(objectives: Sequence[Objective], pairs: Pairs) -> dict[str, Any]:
+def counts_of(objectives: Sequence[Objective], metrics: Metrics) -> dict[str, Any]:
     """How much each objective scored."""
-    return {each.name: pairs[f"{each.name}/loss"][1] for each in objectives}
+    return {each.name: metrics[f"{each.name}/loss"][1] for each in objectives}
 
 
 def gradients(
@@ -52,7 +54,7 @@ def gradients(
     *,
     scale: Any = 1.0,
     shardings: Any = None,
-) -> tuple[Any, Any, Pairs]:
+) -> tuple[Any, Any, Metrics]:
     """The total loss over the whole batch, its gradient by what is trained, and its pairs.
 
     Args:
@@ -72,17 +74,17 @@ def gradients(
 
     if micro_batches == 1:
 
-        def loss(part: Any) -> tuple[Any, tuple[Any, Pairs]]:
-            pairs = task.pairs(optimizer.whole(part, params), batch, key, deterministic=False)
-            total = weighted_total(task.objectives, pairs, counts_of(task.objectives, pairs))
-            return scale * total, (total, pairs)
+        def loss(part: Any) -> tuple[Any, tuple[Any, Metrics]]:
+            metrics = task.metrics(optimizer.whole(part, params), batch, key, deterministic=False)
+            total = weighted_total(task.objectives, metrics, counts_of(task.objectives, metrics))
+            return scale * total, (total, metrics)
 
-        gradient, (total, pairs) = jax.grad(loss, has_aux=True)(optimizer.part(params))
+        gradient, (total, metrics) = jax.grad(loss, has_aux=True)(optimizer.part(params))
         gradient = laid_out(gradient)
     else:
         accumulation = Accumulation(task, optimizer, params, scale, laid_out)
-        total, gradient, pairs = accumulation.run(batch, key, micro_batches)
-    return total, jax.tree.map(lambda g: g / scale, gradient), pairs
+        total, gradient, metrics = accumulation.run(batch, key, micro_batches)
+    return total, jax.tree.map(lambda g: g / scale, gradient), metrics
 
 
 class Accumulation:
@@ -105,79 +107,81 @@ class Accumulation:
         self.params = params
         self.scale = scale
         self.laid_out = laid_out
-        self.comparing: list[Any] = [x for x in task.objectives if isinstance(x, Comparing)]
+        self.comparing: list[Any] = [x for x in task.objectives if isinstance(x, CrossExampleLoss)]
         self.own: list[Any] = [x for x in task.objectives if x not in self.comparing]
 
-    def run(self, batch: Any, key: jax.Array, micro_batches: int) -> tuple[Any, Any, Pairs]:
+    def run(self, batch: Any, key: jax.Array, micro_batches: int) -> tuple[Any, Any, Metrics]:
         """Total loss, gradient of `scale` times it, and pairs."""
         keys = jax.random.split(key, micro_batches)
         into = partial(into_parts, parts=micro_batches)
         rows = jax.tree.map(into, batch)
         counted, kept = jax.lax.map(lambda part: self.look(*part), (rows, keys))
         counts = jax.tree.map(lambda x: x.sum(0), counted)
-        compared, gradient, pulls, compared_pairs = self.compare(jax.tree.map(from_parts, kept))
+        compared, gradient, pulls, compared_metrics = self.compare(jax.tree.map(from_parts, kept))
 
         def add(so_far: Any, part: Any) -> tuple[Any, None]:
-            total, gradient, pairs = so_far
-            loss, own, own_pairs = self.differentiate(part, counts)
+            total, gradient, metrics = so_far
+            loss, own, own_metrics = self.differentiate(part, counts)
             gradient = self.laid_out(jax.tree.map(jnp.add, gradient, own))
-            return (total + loss, gradient, jax.tree.map(jnp.add, pairs, own_pairs)), None
+            return (total + loss, gradient, jax.tree.map(jnp.add, metrics, own_metrics)), None
 
         parts: Any = (rows, keys, jax.tree.map(into, pulls))
         first = jax.tree.map(lambda x: x[0], parts)
         shapes = jax.eval_shape(lambda part: self.differentiate(part, counts)[2], first)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         start = (compared, self.laid_out(gradient), zeros)
-        (total, gradient, pairs), _ = jax.lax.scan(add, start, parts)
-        return total, gradient, pairs | compared_pairs
+        (total, gradient, metrics), _ = jax.lax.scan(add, start, parts)
+        return total, gradient, metrics | compared_metrics
 
     def look(self, rows: Any, key: jax.Array) -> tuple[dict[str, Any], Any]:
         """What a part will score, and its embeddings."""
-        pairs, embedded = self.task.pairs_and_embedded(self.params, rows, key, deterministic=False)
-        return counts_of(self.own, pairs), embedded
+        metrics, embedded = self.task.metrics_and_embedded(
+            self.params, rows, key, deterministic=False
+        )
+        return counts_of(self.own, metrics), embedded
 
-    def compare(self, embedded: Any) -> tuple[Any, Any, Any, Pairs]:
+    def compare(self, embedded: Any) -> tuple[Any, Any, Any, Metrics]:
         """The losses among all examples: total, gradient by parameters, by embeddings, pairs."""
 
-        def loss(part: Any, vectors: Any) -> tuple[Any, tuple[Any, Pairs]]:
+        def loss(part: Any, vectors: Any) -> tuple[Any, tuple[Any, Metrics]]:
             whole = {name: each.replace(vectors=vectors[name]) for name, each in embedded.items()}
-            pairs = self.task.compared(self.optimizer.whole(part, self.params), whole)
-            total = weighted_total(self.comparing, pairs, counts_of(self.comparing, pairs))
-            return self.scale * total, (jnp.asarray(total, jnp.float32), pairs)
+            metrics = self.task.compared(self.optimizer.whole(part, self.params), whole)
+            total = weighted_total(self.comparing, metrics, counts_of(self.comparing, metrics))
+            return self.scale * total, (jnp.asarray(total, jnp.float32), metrics)
 
         vectors = {name: each.vectors for name, each in embedded.items()}
-        (gradient, pulls), (total, pairs) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+        (gradient, pulls), (total, metrics) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
             self.optimizer.part(self.params), vectors
         )
-        return total, gradient, pulls, pairs
+        return total, gradient, pulls, metrics
 
-    def differentiate(self, part: Any, counts: Any) -> tuple[Any, Any, Pairs]:
+    def differentiate(self, part: Any, counts: Any) -> tuple[Any, Any, Metrics]:
         """A part's share of the examples' own losses; its gradient with that of its embeddings."""
         rows, key, pulls = part
 
-        def loss(part: Any) -> tuple[Any, tuple[Any, Pairs]]:
-            pairs, embedded = self.task.pairs_and_embedded(
+        def loss(part: Any) -> tuple[Any, tuple[Any, Metrics]]:
+            metrics, embedded = self.task.metrics_and_embedded(
                 self.optimizer.whole(part, self.params), rows, key, deterministic=False
             )
-            total = jnp.asarray(weighted_total(self.own, pairs, counts), jnp.float32)
+            total = jnp.asarray(weighted_total(self.own, metrics, counts), jnp.float32)
             vectors = {name: each.vectors for name, each in embedded.items()}
             pulled = jax.tree.map(inner, vectors, pulls)
             mine = {
                 name: pair
-                for name, pair in pairs.items()
+                for name, pair in metrics.items()
                 if not any(name.startswith(f"{each.name}/") for each in self.comparing)
             }
             return self.scale * total + sum(jax.tree.leaves(pulled)), (total, mine)
 
-        gradient, (total, pairs) = jax.grad(loss, has_aux=True)(self.optimizer.part(self.params))
-        return total, gradient, pairs
+        gradient, (total, metrics) = jax.grad(loss, has_aux=True)(self.optimizer.part(self.params))
+        return total, gradient, metrics
 
 
 @struct.dataclass
-class Measured:
+class StepMetrics:
     """What a step tells: metrics as (sum, count), the rate it used, and `TrainState.bad_step`."""
 
-    pairs: Any
+    metrics: Any
     learning_rate: Any
     bad_step: Any
 
@@ -185,12 +189,12 @@ class Measured:
 def make_train_step(
     task: Task,
     optimizer: Optimizer,
-    placement: Placement,
+    placement: ParamShardings,
     abstract: TrainState,
     *,
     micro_batches: int = 1,
-    average_decay: float = 0.0,
-) -> Callable[[TrainState, Any], tuple[TrainState, Measured]]:
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
     """The compiled step: state and batch -> next state (the old one is donated), and metrics.
 
     A step whose loss or gradient is not finite changes no parameter. Where the loss is scaled and
@@ -198,10 +202,10 @@ def make_train_step(
     """
     gradient_shardings = optimizer.part(placement.gradients)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Measured]:
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
         scaling = state.loss_scale
-        total, gradient, pairs = gradients(
+        total, gradient, metrics = gradients(
             task,
             optimizer,
             state.params,
@@ -216,7 +220,7 @@ def make_train_step(
         )
         average = state.average
         if average is not None:
-            average = optimizer.averaged(average, params, optimizer_state, average_decay)
+            average = optimizer.averaged(average, params, optimizer_state, ema_decay)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         learned = finite & (state.bad_step < 0)
@@ -232,10 +236,10 @@ def make_train_step(
         if scaling is not None:
             # What a skipped step would say is not finite, and is no part of a mean.
             counts = finite.astype(jnp.float32)
-            pairs = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), pairs)
+            metrics = jax.tree.map(lambda x: jnp.where(finite, x, 0.0), metrics)
             total, norm = (jnp.where(finite, x, 0.0) for x in (total, norm))
-            pairs |= {"loss_scale": (scaling.scale, one), "skipped": (1.0 - counts, one)}
-        pairs = {"loss": (total, counts), **pairs, "gradient_norm": (norm, counts)}
+            metrics |= {"loss_scale": (scaling.scale, one), "skipped": (1.0 - counts, one)}
+        metrics = {"loss": (total, counts), **metrics, "gradient_norm": (norm, counts)}
         new = TrainState(
             step=state.step + 1,
             params=params,
@@ -245,7 +249,7 @@ def make_train_step(
             bad_step=bad_step,
             loss_scale=None if scaling is None else scaling.after(finite),
         )
-        return new, Measured(pairs, optimizer.rate(state.step), bad_step)
+        return new, StepMetrics(metrics, optimizer.rate(state.step), bad_step)
 
     mesh = placement.mesh
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

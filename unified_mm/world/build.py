@@ -37,7 +37,7 @@ FOILED = ("val", "test_composition")
 
 
 @dataclass(frozen=True)
-class Told:
+class SceneText:
     """All that is written down of one scene besides its picture."""
 
     number: int
@@ -124,14 +124,16 @@ def _write_world(spec: WorldSpec, folder: Path, processes: int, progress: bool) 
     with tqdm(total=total, unit="scene", disable=None if progress else True) as bar:
         for split in SPLITS:
             (folder / "images" / split).mkdir(parents=True)
-            told: list[Told] = []
+            told: list[SceneText] = []
             for part in _rendered(spec, split, folder / "images" / split, processes):
                 told += part
                 bar.update(len(part))
             _write_annotations(spec, split, folder / "annotations", told)
 
 
-def _rendered(spec: WorldSpec, split: str, folder: Path, processes: int) -> Iterator[list[Told]]:
+def _rendered(
+    spec: WorldSpec, split: str, folder: Path, processes: int
+) -> Iterator[list[SceneText]]:
     """Scenes in order, chunk by chunk, each rendered into `folder`."""
     count = spec.count(split)
     work = [
@@ -146,7 +148,7 @@ def _rendered(spec: WorldSpec, split: str, folder: Path, processes: int) -> Iter
         yield from pool.imap(_render_chunk, work)
 
 
-def _render_chunk(work: tuple[WorldSpec, str, int, int, str]) -> list[Told]:
+def _render_chunk(work: tuple[WorldSpec, str, int, int, str]) -> list[SceneText]:
     spec, split, start, stop, folder = work
     told = []
     for number in range(start, stop):
@@ -157,7 +159,7 @@ def _render_chunk(work: tuple[WorldSpec, str, int, int, str]) -> list[Told]:
     return told
 
 
-def _tell(spec: WorldSpec, split: str, number: int, scene: Scene) -> Told:
+def _tell(spec: WorldSpec, split: str, number: int, scene: Scene) -> SceneText:
     rng = np.random.default_rng([spec.seed, SPLITS.index(split), number, 1])
     said = captions(scene, rng)
     foils: list[dict[str, str]] = []
@@ -175,7 +177,7 @@ def _tell(spec: WorldSpec, split: str, number: int, scene: Scene) -> Told:
                 break
     asked = questions(scene, rng, compose=split == "test_composition")
     chosen = rng.permutation(len(asked))[:QUESTIONS_A_SCENE]
-    return Told(
+    return SceneText(
         number=number,
         identity=scene.id,
         captions=tuple(caption.text() for caption in said),
@@ -205,7 +207,7 @@ def scene_graph(scene: Scene) -> dict[str, Any]:
     }
 
 
-def _write_annotations(spec: WorldSpec, split: str, folder: Path, told: list[Told]) -> None:
+def _write_annotations(spec: WorldSpec, split: str, folder: Path, told: list[SceneText]) -> None:
     info = {
         "description": "unified_mm embedded world",
         "directional": True,  # captions name sides: pictures must not be mirrored

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from unified_mm.inference.predictor import Predictor
 from unified_mm.models.unified import text_group
 from unified_mm.nn.attention import backends, chunked, cudnn, splash
-from unified_mm.nn.attention.backends import look
-from unified_mm.nn.attention.masks import among_its_own, known_mask, of_call, pick
+from unified_mm.nn.attention.backends import prepare_block
+from unified_mm.nn.attention.masks import of_call, rebase, slice_keys, static_mask
 from unified_mm.nn.attention.rules import (
     RULES,
-    Stream,
-    Visibility,
+    MaskTable,
+    View,
     block_calls,
     block_mask,
     reference_mask,
@@ -32,13 +32,13 @@ from unified_mm.nn.tokens import (
     TokenMetadata,
     join_metadata,
     lengthen,
-    place,
-    placed_by_data,
+    offset_positions,
     single_document,
+    with_positions,
 )
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import rule_items, without_names
-from unified_mm.training.layout import attention_line
+from unified_mm.training.layout import attention_line, chosen
 from unified_mm.training.phases import Phase, Rows
 
 WIDTH = 4  # of a head
@@ -106,20 +106,20 @@ def written_out(query, key, value, cotangent, mask):
     )
 
 
-def by_calls(name, visibility, queries, keys, attend=None):
+def by_calls(name, table, queries, keys, attend=None):
     """query, key, value -> what all block calls of a rule give, side by side."""
     attend = attend or ATTEND[name]
 
     def run(query, key, value):
         parts = []
-        for call in block_calls(visibility, queries.groups, keys.groups):
+        for call in block_calls(table, queries.groups, keys.groups):
             rows = query[:, slice(*call.queries)]
             if not call.keys:
                 parts.append(jnp.zeros_like(rows))
                 continue
             chosen = options(name, query.shape[2], key.shape[2], query.shape[3])
-            sight = look(chosen, call, queries, keys)
-            parts.append(attend(rows, pick(key, call), pick(value, call), sight))
+            seen_by = prepare_block(chosen, call, queries, keys)
+            parts.append(attend(rows, slice_keys(key, call), slice_keys(value, call), seen_by))
         return jnp.concatenate(parts, axis=1)
 
     return run
@@ -145,13 +145,13 @@ def agree(run, arrays, mask):
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ATTEND)
 def test_one_sequence_under_every_rule(name, rule):
-    visibility = Visibility((Stream("t", rule), Stream("u", rule)))
+    table = MaskTable((View("t", rule), View("u", rule)))
     metadata = filled(GROUPS, seed=1)
     metadata = metadata.replace(document=metadata.document.at[0, 2].set(7))  # sees itself at most
     metadata = metadata.replace(valid=metadata.valid.at[0, 2].set(False))
-    mask = reference_mask(visibility, metadata, metadata)
+    mask = reference_mask(table, metadata, metadata)
     assert not np.asarray(mask)[0, 2].any()
-    run = by_calls(name, visibility, metadata, metadata)
+    run = by_calls(name, table, metadata, metadata)
     agree(run, heads_of(metadata, metadata, 2), mask)
 
 
@@ -159,11 +159,11 @@ def test_one_sequence_under_every_rule(name, rule):
 @pytest.mark.parametrize("name", ATTEND)
 def test_text_that_looks_at_a_memory(name, rule):
     """Cross-attention: texts look at features of a sequence of their own, under rules of theirs."""
-    visibility = Visibility((Stream("t", rule), Stream("u", "separate")))
+    table = MaskTable((View("t", rule), View("u", "separate")))
     queries, keys = filled(GROUPS[2:], seed=3), filled(GROUPS[:2], seed=4)
-    mask = reference_mask(visibility, queries, keys)
+    mask = reference_mask(table, queries, keys)
     assert not np.asarray(mask)[:, 9:].any()
-    agree(by_calls(name, visibility, queries, keys), heads_of(queries, keys, 5), mask)
+    agree(by_calls(name, table, queries, keys), heads_of(queries, keys, 5), mask)
 
 
 @pytest.mark.parametrize("name", ATTEND)
@@ -171,12 +171,12 @@ def test_latents_that_look_at_what_is_there(name):
     """The resampler's: features with holes, and all latents."""
     latents, features = 5, 14
     valid = jnp.asarray(np.random.default_rng(6).random((2, features)) < 0.5).at[1].set(False)
-    sight = look_at_all(options(name, 2, 2), valid, latents)
+    seen_by = look_at_all(options(name, 2, 2), valid, latents)
     mask = np.pad(np.asarray(valid), ((0, 0), (0, latents)), constant_values=True)
     mask = np.broadcast_to(mask[:, None], (2, latents, features + latents))
     queries, keys = filled([Group("l", "l", latents)], 0), filled([Group("k", "k", 19)], 0)
     arrays = heads_of(queries, keys, 7, 2, 2)
-    agree(lambda q, k, v: ATTEND[name](q, k, v, sight), arrays, mask)
+    agree(lambda q, k, v: ATTEND[name](q, k, v, seen_by), arrays, mask)
 
 
 @settings(max_examples=6, deadline=None)
@@ -193,9 +193,9 @@ def test_blocks_of_any_size(rows, columns, heads, scores, predicate, seed):
     rule = {"all": "joint", "causal": "causal", "same_segment": "interleaved_latest"}
     queries = filled([Group("t", "text", rows)], seed)
     keys = filled([Group("image", "image", columns)], seed + 1)
-    visibility = Visibility((Stream("t", rule.get(predicate, "interleaved")),))
-    run = by_calls("chunked", visibility, queries, keys, partial(chunked.attend, scores=scores))
-    mask = reference_mask(visibility, queries, keys)
+    table = MaskTable((View("t", rule.get(predicate, "interleaved")),))
+    run = by_calls("chunked", table, queries, keys, partial(chunked.attend, scores=scores))
+    mask = reference_mask(table, queries, keys)
     agree(run, heads_of(queries, keys, seed, *heads), mask)
     blocks = chunked.block_count(rows, columns, scores)
     assert 1 <= blocks <= rows and (blocks == 1) == (scores >= rows * columns or rows == 1)
@@ -208,8 +208,8 @@ def compiled_gradient(name, length, rule="prefix"):
     metadata = jax.eval_shape(lambda: metadata.replace(groups=groups))
 
     def total(arrays, metadata):
-        visibility = Visibility((Stream("t", rule),))
-        return by_calls(name, visibility, metadata, metadata, backends.attend)(*arrays).sum()
+        table = MaskTable((View("t", rule),))
+        return by_calls(name, table, metadata, metadata, backends.attend)(*arrays).sum()
 
     arrays = [jax.ShapeDtypeStruct((1, length, 4, 32), jnp.float32)] * 3
     return jax.jit(jax.value_and_grad(total)).lower(arrays, metadata).compile()
@@ -259,8 +259,8 @@ def test_a_whole_model_is_the_same_in_blocks(fusion, monkeypatch):
         batch["image"]["present"] = jnp.array([True, False, True, True])
 
         def total(params):
-            pairs = task.pairs(params, batch, jax.random.key(3), deterministic=True)
-            return sum(pairs[f"{o.name}/loss"][0] for o in task.objectives)
+            metrics = task.metrics(params, batch, jax.random.key(3), deterministic=True)
+            return sum(metrics[f"{o.name}/loss"][0] for o in task.objectives)
 
         return jax.jit(jax.value_and_grad(total))(tiny.params(task))
 
@@ -277,20 +277,20 @@ def test_reading_on_beside_a_cache_in_blocks(fusion, monkeypatch):
     changes = {**FUSIONS[fusion], "model__fusion": fusion, "model__attention": "chunked"}
     task = tiny.task(**changes)
     params, batch = tiny.params(task), tiny.batch(task, 2)
-    stream = Stream("captioning", "prefix", autoregressive=True)
+    view = View("captioning", "prefix", autoregressive=True)
     text = {key: batch["text"][key] for key in ("ids", "valid", "present")}
     text["valid"] = jnp.ones_like(text["valid"])
 
     def part(start, stop):
         cut = {key: text[key][:, start:stop] for key in ("ids", "valid")}
         place = jnp.broadcast_to(jnp.arange(start, stop), cut["ids"].shape)
-        return {**cut, "present": text["present"], "place": place}
+        return {**cut, "present": text["present"], "text_position": place}
 
     def run(model):
-        whole = model.encode({**batch, "text": text}, (stream,))["captioning"].text
-        first, cache = model.prefill({**batch, "text": part(0, 5)}, stream, 7)
-        assert text_group(stream, 12) == cache.metadata.groups[-1]
-        second, _ = model.extend(cache, part(5, 12), stream)
+        whole = model.encode({**batch, "text": text}, (view,))["captioning"].text
+        first, cache = model.prefill({**batch, "text": part(0, 5)}, view, 7)
+        assert text_group(view, 12) == cache.metadata.groups[-1]
+        second, _ = model.extend(cache, part(5, 12), view)
         return whole, jnp.concatenate([first, second], axis=1)
 
     whole, parts = jax.jit(lambda p: task.model.apply({"params": p}, method=run))(params)
@@ -305,7 +305,7 @@ def in_order(lengths, batch=2, seed=0):
         valid = jnp.asarray(rng.random((batch, length)) < 0.7)
         modality = "text" if len(name) == 1 else name
         part = single_document(valid, Group(name, modality, length))
-        parts.append(place(part, {}, before))
+        parts.append(offset_positions(part, {}, before))
         before += length
     return join_metadata(parts)
 
@@ -325,27 +325,27 @@ def test_splash_as_a_tpu_would_run_it(rule, monkeypatch):
     monkeypatch.setattr(backends, "platform", lambda: "tpu")
     metadata = in_order({"image": 128, "t": 256})
     metadata = metadata.replace(valid=metadata.valid.at[0, :140].set(False))
-    visibility = Visibility((Stream("t", rule),))
-    mask = reference_mask(visibility, metadata, metadata)
+    table = MaskTable((View("t", rule),))
+    mask = reference_mask(table, metadata, metadata)
     assert not np.asarray(mask)[0].any(-1).all() or rule == "joint"
-    run = by_calls("splash", visibility, metadata, metadata, partial(splash.attend, interpret=True))
+    run = by_calls("splash", table, metadata, metadata, partial(splash.attend, interpret=True))
     agree(run, heads_of(metadata, metadata, 8, 4, 2, 64), mask)
 
 
 def test_splash_in_packed_documents_that_see_all(monkeypatch):
     monkeypatch.setattr(backends, "platform", lambda: "tpu")
     metadata = filled([Group("image", "image", 128), Group("t", "text", 128)], seed=2, documents=3)
-    visibility = Visibility((Stream("t", "joint"),))
-    run = by_calls("splash", visibility, metadata, metadata, partial(splash.attend, interpret=True))
-    mask = reference_mask(visibility, metadata, metadata)
+    table = MaskTable((View("t", "joint"),))
+    run = by_calls("splash", table, metadata, metadata, partial(splash.attend, interpret=True))
+    mask = reference_mask(table, metadata, metadata)
     agree(run, heads_of(metadata, metadata, 9, 2, 2, 64), mask)
 
 
 def test_splash_on_a_mesh_divides_examples_and_heads(monkeypatch):
     monkeypatch.setattr(backends, "platform", lambda: "tpu")
     metadata = in_order({"image": 128, "t": 128})
-    visibility = Visibility((Stream("t", "prefix"),))
-    run = by_calls("splash", visibility, metadata, metadata, partial(splash.attend, interpret=True))
+    table = MaskTable((View("t", "prefix"),))
+    run = by_calls("splash", table, metadata, metadata, partial(splash.attend, interpret=True))
     arrays = heads_of(metadata, metadata, 10, 4, 2, 64)[:3]
     alone = jax.jit(run)(*arrays)
     mesh = make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
@@ -358,8 +358,8 @@ def test_splash_on_a_mesh_divides_examples_and_heads(monkeypatch):
 def called(rule="prefix", query=1, **lengths):
     """A rule's block call, counted among its own queries and keys, and their metadata."""
     metadata = in_order(lengths or {"image": 128, "t": 128})
-    call = block_calls(Visibility((Stream("t", rule),)), metadata.groups, metadata.groups)[query]
-    return among_its_own(call), *of_call(call, metadata, metadata)
+    call = block_calls(MaskTable((View("t", rule),)), metadata.groups, metadata.groups)[query]
+    return rebase(call), *of_call(call, metadata, metadata)
 
 
 def test_what_splash_cannot_do_it_refuses():
@@ -375,18 +375,18 @@ def test_what_splash_cannot_do_it_refuses():
     assert "multiple of 64, not 4: set model.head_width" in why(options("splash"))
     assert "multiples of 128, not 100 queries" in why(call=called(image=128, t=100))
     assert "multiples of 128, not 228 keys" in why(call=called(image=100, t=128))
-    metadata = placed_by_data(in_order({"image": 128, "t": 128}))
-    call = block_calls(Visibility((Stream("t", "causal"),)), metadata.groups, metadata.groups)[0]
-    documents = (among_its_own(call), *of_call(call, metadata, metadata))
+    metadata = with_positions(in_order({"image": 128, "t": 128}))
+    call = block_calls(MaskTable((View("t", "causal"),)), metadata.groups, metadata.groups)[0]
+    documents = (rebase(call), *of_call(call, metadata, metadata))
     assert "in packed documents or beside a cache" in why(call=documents)
 
 
 def test_order_is_forgotten_where_it_becomes_data():
     """Static order is what fast kernels go by: a cache's slots and placed tokens have none."""
     text = single_document(jnp.ones((1, 4), bool), Group("t", "text", 4))
-    assert text.groups[0].start == 0 and place(text, {}, 3).groups[0].start == 3
+    assert text.groups[0].start == 0 and offset_positions(text, {}, 3).groups[0].start == 3
     arrays = {key: jnp.zeros((1, 4), jnp.int32) for key in ("position", "segment", "document")}
-    assert place(text, arrays, 3).groups[0].start is None
+    assert offset_positions(text, arrays, 3).groups[0].start is None
     assert [group.start for group in lengthen(text, text).groups] == [None]
     other = text.replace(groups=(Group("u", "text", 4, 0),))
     assert [group.start for group in lengthen(text, other).groups] == [0, None]
@@ -402,9 +402,9 @@ def test_order_is_forgotten_where_it_becomes_data():
 def test_a_mask_known_beforehand_is_the_mask_of_the_metadata(rule, image, text, seed):
     metadata = in_order({"image": image, "t": text}, seed=seed)
     metadata = metadata.replace(valid=jnp.ones_like(metadata.valid))
-    for call in block_calls(Visibility((Stream("t", rule),)), metadata.groups, metadata.groups):
+    for call in block_calls(MaskTable((View("t", rule),)), metadata.groups, metadata.groups):
         mask = np.asarray(block_mask(call, metadata, metadata))[0]
-        known = known_mask(among_its_own(call), *of_call(call, metadata, metadata))
+        known = static_mask(rebase(call), *of_call(call, metadata, metadata))
         np.testing.assert_array_equal(known, mask)
 
 
@@ -447,21 +447,23 @@ def test_what_cudnn_is_given_means_what_the_rule_says(rule, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
     metadata = in_order({"image": 8, "t": 6})
     metadata = metadata.replace(valid=metadata.valid.at[1, :8].set(False))
-    visibility = Visibility((Stream("t", rule),))
+    table = MaskTable((View("t", rule),))
     half = options("cudnn", **HALF)
 
     def run(query, key, value):
         parts = []
-        for call in block_calls(visibility, metadata.groups, metadata.groups):
-            sight = look(half, call, metadata, metadata)
+        for call in block_calls(table, metadata.groups, metadata.groups):
+            seen_by = prepare_block(half, call, metadata, metadata)
             rows = query[:, slice(*call.queries)]
-            parts.append(backends.attend(rows, pick(key, call), pick(value, call), sight))
+            parts.append(
+                backends.attend(rows, slice_keys(key, call), slice_keys(value, call), seen_by)
+            )
         return jnp.concatenate(parts, axis=1)
 
     agree(
         run,
         heads_of(metadata, metadata, 11, 4, 2, 64),
-        reference_mask(visibility, metadata, metadata),
+        reference_mask(table, metadata, metadata),
     )
     by_length, by_mask = ("cudnn", False, True), ("cudnn", True, False)
     assert set(asked) == ({by_length, by_mask} if rule == "prefix" else {by_length})
@@ -482,11 +484,11 @@ def test_auto_goes_by_device_shape_and_rule():
 def test_what_was_chosen_is_read_off_the_traced_program():
     metadata = in_order({"image": 8, "t": 6})
     run = by_calls(
-        "chunked", Visibility((Stream("t", "prefix"),)), metadata, metadata, backends.attend
+        "chunked", MaskTable((View("t", "prefix"),)), metadata, metadata, backends.attend
     )
     arrays = heads_of(metadata, metadata, 0)[:3]
     gradient = jax.grad(lambda *arrays: jax.jit(run)(*arrays).sum())
-    assert backends.chosen(gradient, *arrays) == "chunked for 6 x 14, 8 x 8"
+    assert chosen(gradient, *arrays) == "chunked for 6 x 14, 8 x 8"
 
 
 def test_an_unknown_backend_is_refused():

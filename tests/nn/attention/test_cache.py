@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from unified_mm.models.unified import text_group
 from unified_mm.nn.attention.cache import as_int8, as_slots, read_slots, write_slots
-from unified_mm.nn.attention.rules import Stream
+from unified_mm.nn.attention.rules import View
 
 FUSIONS = {
     "early": {},
@@ -65,7 +65,7 @@ BEGUN = np.array([2, 5, 1])  # tokens of each row that are read at once
 STEPS = 7  # of one token, which the longest has room for
 
 
-def decode(task, params, batch, stream, *, apart=False, int8=False):
+def decode(task, params, batch, view, *, apart=False, int8=False):
     """Ragged beginnings at once, then token by token: the scores after each, [B, 5 + 7, V].
 
     apart: the context is read before any text.
@@ -81,17 +81,19 @@ def decode(task, params, batch, stream, *, apart=False, int8=False):
         def one(cache, step):
             place = jnp.asarray(BEGUN)[:, None] + step
             token = {key: jnp.take_along_axis(batch["text"][key], place, 1) for key in begin}
-            x, cache = call("extend", cache, {**token, "present": present, "place": place}, stream)
+            x, cache = call(
+                "extend", cache, {**token, "present": present, "text_position": place}, view
+            )
             return cache, call("logits", x)[:, 0]
 
         text = {**begin, "present": present}
         if apart:
-            cache = call("prefix", {"image": batch["image"]}, stream)
+            cache = call("prefix", {"image": batch["image"]}, view)
             cache = cache.in_int8() if int8 else cache
-            room = text_group(stream, width + STEPS)
-            x, cache = call("extend", cache.reserve(room), text, stream)
+            cache_room = text_group(view, width + STEPS)
+            x, cache = call("extend", cache.reserve(cache_room), text, view)
         else:
-            x, cache = call("prefill", {**batch, "text": text}, stream, STEPS)
+            x, cache = call("prefill", {**batch, "text": text}, view, STEPS)
             cache = cache.in_int8() if int8 else cache
         cache, later = jax.lax.scan(one, cache, jnp.arange(STEPS))
         return jnp.concatenate([call("logits", x), later.swapaxes(0, 1)], axis=1), cache
@@ -107,15 +109,15 @@ def test_reading_on_beside_a_cache_gives_the_scores_of_one_full_pass(name, rule)
     task, params = built(name)
     batch = tiny.batch(task, 3, seed=5)  # ragged texts
     batch["image"]["present"] = batch["image"]["present"].at[1].set(False)
-    stream = Stream("captioning", rule, autoregressive=True)
+    view = View("captioning", rule, autoregressive=True)
 
     def whole(model):
-        return model.logits(model.encode(batch, (stream,))["captioning"].text)
+        return model.logits(model.encode(batch, (view,))["captioning"].text)
 
     run = jax.jit(lambda params: task.model.apply({"params": params}, method=whole))
     expected, valid = np.asarray(run(params)), np.asarray(batch["text"]["valid"])
     for apart in (False, True):
-        found = np.asarray(decode(task, params, batch, stream, apart=apart)[0])
+        found = np.asarray(decode(task, params, batch, view, apart=apart)[0])
         for row, begun in enumerate(BEGUN):
             scores = np.concatenate([found[row, :begun], found[row, BEGUN.max() :]])
             there = valid[row, : len(scores)]
@@ -130,26 +132,24 @@ def test_a_cache_in_eight_bits_is_smaller_and_says_nearly_the_same(name):
     task, params = built(name)
     batch = tiny.batch(task, 3, seed=5)
     batch["text"]["valid"] = jnp.ones_like(batch["text"]["valid"])
-    stream = Stream("captioning", "prefix", autoregressive=True)
-    exact, cache = decode(task, params, batch, stream, apart=True)
-    near, small = decode(task, params, batch, stream, apart=True, int8=True)
+    view = View("captioning", "prefix", autoregressive=True)
+    exact, cache = decode(task, params, batch, view, apart=True)
+    near, small = decode(task, params, batch, view, apart=True, int8=True)
     spread = float(jnp.std(exact))
     error = float(jnp.abs(near - exact)[:, BEGUN.max() :].mean())
     assert 0 < error < 0.02 * spread
     kept = [(c.layers, c.memory and c.memory.layers) for c in (cache, small)]
     assert {x.dtype for x in jax.tree.leaves(kept[1])} == {jnp.dtype("int8"), jnp.dtype("float32")}
     size = [sum(x.nbytes for x in jax.tree.leaves(each)) for each in kept]
-    width = task.model.options.of_head
+    width = task.model.options.head_dim
     assert size[1] == size[0] * (width + 4) // (4 * width)
 
 
 @pytest.mark.parametrize("name", BOTH)
 def test_rows_are_put_where_they_are_wanted(name):
     task, params = built(name)
-    stream = Stream("captioning", "prefix", autoregressive=True)
-    read = jax.jit(
-        lambda batch: task.model.apply({"params": params}, batch, stream, method="prefix")
-    )
+    view = View("captioning", "prefix", autoregressive=True)
+    read = jax.jit(lambda batch: task.model.apply({"params": params}, batch, view, method="prefix"))
     four, two = (read({"image": tiny.batch(task, rows, seed=rows)["image"]}) for rows in (4, 2))
     rows, others = jnp.array([3, 1]), jnp.array([0, 2])
     both = jax.jit(lambda old, new: old.put(rows, new))(four, two)

@@ -14,13 +14,13 @@ import pytest
 import tiny
 
 from unified_mm.costs.hlo import Program, array_bytes
-from unified_mm.inference.generate import read, read_prompts
+from unified_mm.inference.generate import read_prompts, read_token
 from unified_mm.nn.attention.attention import plan_attention
-from unified_mm.nn.attention.rules import Stream, Visibility
+from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import Group, single_document
 from unified_mm.nn.transformer import Block
-from unified_mm.nn.unstack import layers_apart
+from unified_mm.nn.unstack import unstack_layers
 from unified_mm.parallel.sharding import without_names
 
 ROWS, TOKENS, WIDTH = 2, 32, 64
@@ -32,7 +32,7 @@ ELEMENTWISE = set(
     "abs add and compare convert divide erf exponential log logistic maximum minimum multiply "
     "negate or power rsqrt select sqrt subtract tanh reduce broadcast".split()
 )
-STREAM = Stream("captioning", "prefix", autoregressive=True)
+STREAM = View("captioning", "prefix", autoregressive=True)
 
 
 def compiled(function, *args, donated=()):
@@ -68,7 +68,7 @@ def block(request):
     options = TransformerOptions(WIDTH, 1, 4, 4 * WIDTH, activation=request.param)
     x = jax.random.normal(jax.random.key(1), (ROWS, TOKENS, WIDTH))
     metadata = single_document(jnp.ones((ROWS, TOKENS), bool), Group("t", "text", TOKENS))
-    plan = plan_attention(options, Visibility((Stream("t", "joint"),)), metadata, metadata)
+    plan = plan_attention(options, MaskTable((View("t", "joint"),)), metadata, metadata)
     module = Block(options, True)
     params = without_names(module.init(jax.random.key(0), x, plan, None))
 
@@ -100,25 +100,27 @@ def test_a_norm_is_five_kernels_at_most(block):
         assert 1 <= sum(f"Block/{norm}/" in name for name in names) <= 5
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
-def test_a_step_of_writing(apart):
+@pytest.mark.parametrize("unstacked", [False, True], ids=["stacked", "unstacked"])
+def test_a_step_of_writing(unstacked):
     """Fused as well; and where layers are apart, no weights and no keys are copied."""
-    task = tiny.replace_model(tiny.task(model__width=64, model__feed_forward=256), apart=apart)
+    task = tiny.replace_model(
+        tiny.task(model__width=64, model__feed_forward=256), unstacked=unstacked
+    )
     params = tiny.params(tiny.task(model__width=64, model__feed_forward=256))
-    params = layers_apart(params) if apart else params
+    params = unstack_layers(params) if unstacked else params
     batch = tiny.batch(task, 1)
 
     def begin(params, batch):
         return read_prompts(task.model, params, batch, STREAM, 11)[1]
 
-    reading = jax.eval_shape(begin, params, batch)
+    read_state = jax.eval_shape(begin, params, batch)
     token = jax.ShapeDtypeStruct((1,), np.int32)
 
-    def step(params, reading, token):
-        return read(task.model, params, reading, token, STREAM, 11)
+    def step(params, read_state, token):
+        return read_token(task.model, params, read_state, token, STREAM, 11)
 
-    program = compiled(step, params, reading, token, donated=1)
+    program = compiled(step, params, read_state, token, donated=1)
     assert not alone(Program.parse(program.as_text()))
     held = program.memory_analysis().temp_size_in_bytes
     weights = 4 * 64 * 256  # bytes of one product's
-    assert (held < weights) == apart, held
+    assert (held < weights) == unstacked, held

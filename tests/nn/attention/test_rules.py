@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from unified_mm.nn.attention.rules import (
     RULES,
-    Stream,
-    Visibility,
+    MaskTable,
+    View,
     block_calls,
     block_mask,
     plan_passes,
     reference_mask,
 )
-from unified_mm.nn.tokens import Group, TokenMetadata, Tokens, concatenate, place
+from unified_mm.nn.tokens import Group, TokenMetadata, Tokens, concatenate, offset_positions
 
 rules = st.sampled_from(sorted(RULES))
 
@@ -24,11 +24,11 @@ rules = st.sampled_from(sorted(RULES))
 @st.composite
 def layouts(draw):
     """Texts under rules of their own beside up to two context modalities, and a seed."""
-    streams = tuple(Stream(f"t{i}", draw(rules)) for i in range(draw(st.integers(1, 3))))
+    views = tuple(View(f"t{i}", draw(rules)) for i in range(draw(st.integers(1, 3))))
     contexts = draw(st.sampled_from([(), ("image",), ("image", "sound")]))
     groups = [Group(name, name, draw(st.integers(1, 4))) for name in contexts]
-    groups += [Group(stream.name, "text", draw(st.integers(1, 4))) for stream in streams]
-    return streams, tuple(groups), draw(st.integers(0, 2**31))
+    groups += [Group(view.name, "text", draw(st.integers(1, 4))) for view in views]
+    return views, tuple(groups), draw(st.integers(0, 2**31))
 
 
 def filled(groups, seed):
@@ -44,11 +44,11 @@ def filled(groups, seed):
     )
 
 
-def by_blocks(visibility, queries, keys):
+def by_blocks(table, queries, keys):
     """The whole mask, put together from the block calls' parts."""
     mask = jnp.zeros((2, queries.valid.shape[1], keys.valid.shape[1]), bool)
     covered = np.zeros(queries.valid.shape[1], int)
-    for call in block_calls(visibility, queries.groups, keys.groups):
+    for call in block_calls(table, queries.groups, keys.groups):
         part = block_mask(call, queries, keys)
         covered[slice(*call.queries)] += 1
         start = 0
@@ -64,14 +64,14 @@ def by_blocks(visibility, queries, keys):
 @settings(max_examples=40, deadline=None)
 @given(layouts())
 def test_block_calls_and_the_reference_mask_are_the_rules_in_words(drawn):
-    streams, groups, seed = drawn
-    visibility, metadata = Visibility(streams), filled(groups, seed)
-    mask = np.asarray(reference_mask(visibility, metadata, metadata))
-    blocks = jax.jit(lambda metadata: by_blocks(visibility, metadata, metadata))
+    views, groups, seed = drawn
+    table, metadata = MaskTable(views), filled(groups, seed)
+    mask = np.asarray(reference_mask(table, metadata, metadata))
+    blocks = jax.jit(lambda metadata: by_blocks(table, metadata, metadata))
     np.testing.assert_array_equal(blocks(metadata), mask)
     owner = [group for group in metadata.groups for _ in range(group.length)]
-    rule_of = {stream.name: RULES[stream.rule] for stream in visibility.streams}
-    first = RULES[visibility.streams[0].rule]
+    rule_of = {view.name: RULES[view.rule] for view in table.views}
+    first = RULES[table.views[0].rule]
     names = ("position", "segment", "document", "valid")
     position, segment, document, valid = (np.asarray(getattr(metadata, f)) for f in names)
     for b in range(2):
@@ -102,17 +102,17 @@ def test_block_calls_and_the_reference_mask_are_the_rules_in_words(drawn):
 
 def test_neighbours_with_equal_rows_share_a_call():
     groups = (Group("image", "image", 4), Group("a", "text", 3), Group("b", "text", 3))
-    streams = (Stream("a", "prefix"), Stream("b", "prefix"))
-    calls = block_calls(Visibility(streams), groups, groups)
+    views = (View("a", "prefix"), View("b", "prefix"))
+    calls = block_calls(MaskTable(views), groups, groups)
     assert [call.queries for call in calls] == [(0, 4), (4, 7), (7, 10)]
     assert calls[2].keys == ((0, 4, "all"), (7, 10, "causal"))
-    joint = block_calls(Visibility((Stream("a", "joint"),)), groups[:2], groups[:2])
+    joint = block_calls(MaskTable((View("a", "joint"),)), groups[:2], groups[:2])
     assert len(joint) == 1 and joint[0].keys == ((0, 7, "all"),)
 
 
 def test_texts_share_a_pass_where_the_context_comes_out_alike():
-    contrast, caption = Stream("c", "separate"), Stream("w", "prefix", autoregressive=True)
-    causal, joint, joint2 = Stream("o", "causal"), Stream("j", "joint"), Stream("k", "joint")
+    contrast, caption = View("c", "separate"), View("w", "prefix", autoregressive=True)
+    causal, joint, joint2 = View("o", "causal"), View("j", "joint"), View("k", "joint")
     assert plan_passes([contrast, caption], ["image"]) == [(contrast, caption)]
     # With two contexts, one rule lets them see each other and the other does not.
     assert plan_passes([contrast, caption], ["image", "sound"]) == [(contrast,), (caption,)]
@@ -124,14 +124,14 @@ def test_texts_share_a_pass_where_the_context_comes_out_alike():
 
 def test_wrong_rules_and_groups_are_refused():
     with pytest.raises(ValueError, match="unknown attention rule 'suffix'; there are separate"):
-        Stream("t", "suffix").resolved()
+        View("t", "suffix").resolved()
     with pytest.raises(ValueError, match="t: rule 'joint' lets the context see the text"):
-        Stream("t", "joint", autoregressive=True).resolved()
-    assert Stream("t", "separate").resolved().text_to_text == "all"
-    assert Stream("t", "separate", autoregressive=True).resolved().text_to_text == "causal"
+        View("t", "joint", autoregressive=True).resolved()
+    assert View("t", "separate").resolved().text_to_text == "all"
+    assert View("t", "separate", autoregressive=True).resolved().text_to_text == "causal"
     zeros = jnp.zeros((1, 2), jnp.int32)
     metadata = TokenMetadata(zeros, zeros, zeros, zeros == 0, (Group("image", "image", 2),))
     part = Tokens(jnp.zeros((1, 2, 3)), metadata)
     with pytest.raises(ValueError, match="two token groups share a name"):
         concatenate([part, part])
-    assert (np.asarray(place(metadata, {}, 3).position) == 3).all()
+    assert (np.asarray(offset_positions(metadata, {}, 3).position) == 3).all()

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from unified_mm.nn.attention.backends import attend, look
-from unified_mm.nn.attention.cache import KeysValues, as_slots, read_slots, write_slots
-from unified_mm.nn.attention.masks import Sight, pick
-from unified_mm.nn.attention.rules import BlockCall, Visibility, block_calls
+from unified_mm.nn.attention.backends import attend, prepare_block
+from unified_mm.nn.attention.cache import LayerKV, as_slots, read_slots, write_slots
+from unified_mm.nn.attention.masks import BlockMask, slice_keys
+from unified_mm.nn.attention.rules import BlockCall, MaskTable, block_calls
 from unified_mm.nn.layers import Dense, PerModality
 from unified_mm.nn.options import TransformerOptions
-from unified_mm.nn.sow import leave_weights
+from unified_mm.nn.sow import sow_attention
 from unified_mm.nn.tokens import Group, TokenMetadata
 from unified_mm.parallel.sharding import constrain
 
@@ -34,7 +34,7 @@ class AttentionPlan:
       keep: slice of the keys to hand back when there is no cache yet; static.
     """
 
-    sights: tuple[Sight, ...]
+    masks: tuple[BlockMask, ...]
     positions: Any
     write_at: Any
     calls: tuple[BlockCall, ...] = struct.field(pytree_node=False)
@@ -45,7 +45,7 @@ class AttentionPlan:
 
 def plan_attention(
     options: TransformerOptions,
-    visibility: Visibility,
+    table: MaskTable,
     queries: TokenMetadata,
     keys: TokenMetadata,
     *,
@@ -57,9 +57,9 @@ def plan_attention(
     Raises:
       ValueError: `options.attention` names a backend that cannot do what the rules ask.
     """
-    calls = block_calls(visibility, queries.groups, keys.groups)
+    calls = block_calls(table, queries.groups, keys.groups)
     return AttentionPlan(
-        sights=tuple(look(options, call, queries, keys) for call in calls),
+        masks=tuple(prepare_block(options, call, queries, keys) for call in calls),
         positions=queries.position,
         write_at=write_at,
         calls=calls,
@@ -86,7 +86,7 @@ def into_heads(heads: int, options: TransformerOptions, use_bias: bool, name: st
     """A projection [..., D] -> [..., heads, A]; fewer heads than the queries' are not divided."""
     axis = "heads" if heads == options.heads else "key_value_heads"
     return Dense(
-        (heads, options.of_head),
+        (heads, options.head_dim),
         ("embed",),
         (axis, None),
         use_bias=use_bias,
@@ -120,40 +120,45 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], plan: AttentionPlan, cached: KeysValues | None
-    ) -> tuple[Float[Array, "B N D"], KeysValues]:
+        self, x: Float[Array, "B N D"], plan: AttentionPlan, cached: LayerKV | None
+    ) -> tuple[Float[Array, "B N D"], LayerKV]:
         o = self.options
 
         def project(make: Callable[..., nn.Module], name: str, inputs: Array) -> Array:
             return PerModality(make, o.separate_attention, name=name)(inputs, plan.groups)
 
         query = project(partial(into_heads, o.heads, o, o.query_bias), "query", x)
-        key = project(partial(into_heads, o.of_keys, o, o.query_bias), "key", x)
-        value = project(partial(into_heads, o.of_keys, o, o.query_bias), "value", x)
+        key = project(partial(into_heads, o.num_kv_heads, o, o.query_bias), "key", x)
+        value = project(partial(into_heads, o.num_kv_heads, o, o.query_bias), "value", x)
         if o.rotary_base:
             query = rotate(query, plan.positions, o.rotary_base)
             key = rotate(key, plan.positions, o.rotary_base)
         query, key, value = (whole_sequences(each, o.heads) for each in (query, key, value))
-        kept: KeysValues
+        kv: LayerKV
         if cached is None:
-            kept = (
+            kv = (
                 as_slots(key[:, slice(*plan.keep)]),
                 as_slots(value[:, slice(*plan.keep)]),
             )
         else:
-            kept = (
+            kv = (
                 write_slots(cached[0], key, plan.write_at),
                 write_slots(cached[1], value, plan.write_at),
             )
-            key, value = (read_slots(each, o.dtype) for each in kept)
+            key, value = (read_slots(each, o.dtype) for each in kv)
         seen = [
-            attend(query[:, slice(*call.queries)], pick(key, call), pick(value, call), sight)
-            for call, sight in zip(plan.calls, plan.sights, strict=True)
+            attend(
+                query[:, slice(*call.queries)],
+                slice_keys(key, call),
+                slice_keys(value, call),
+                seen_by,
+            )
+            for call, seen_by in zip(plan.calls, plan.masks, strict=True)
         ]
         groups = plan.groups, plan.key_groups
-        leave_weights(self, query, key, plan.calls, plan.sights, groups)
+        sow_attention(self, query, key, plan.calls, plan.masks, groups)
         output = partial(out_of_heads, x.shape[-1], o, o.output_bias)
-        return project(output, "output", divided_sequences(jnp.concatenate(seen, axis=1))), kept
+        return project(output, "output", divided_sequences(jnp.concatenate(seen, axis=1))), kv
 
 
 def share_of_heads(x: Float[Array, "B N G A"], heads: int) -> Float[Array, "B N G A"]:

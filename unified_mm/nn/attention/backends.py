@@ -19,12 +19,12 @@ from jaxtyping import Array, Float
 
 from unified_mm.nn.attention import chunked, cudnn, splash
 from unified_mm.nn.attention.masks import (
-    Sight,
-    among_its_own,
-    blind_to_zero,
+    BlockMask,
+    has_keys,
     masked_attention,
     of_call,
-    sighted,
+    rebase,
+    zero_unattended,
 )
 from unified_mm.nn.attention.rules import BlockCall, block_mask
 from unified_mm.nn.options import TransformerOptions
@@ -40,9 +40,9 @@ KERNEL_OF = {"gpu": "cudnn", "tpu": "splash"}
 SCOPE = re.compile(r"attention_([a-z]+)_(\d+)x(\d+)")
 
 
-def look(
+def prepare_block(
     options: TransformerOptions, call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
-) -> Sight:
+) -> BlockMask:
     """What a block call sees, as the backend wants it that `options` ask for.
 
     Args:
@@ -53,13 +53,13 @@ def look(
       ValueError: a backend asked for by name that cannot do this call.
     """
     queries, keys = of_call(call, queries, keys)
-    call = among_its_own(call)
+    call = rebase(call)
     name = choose(options, call, queries, keys, platform())
     if name == "xla":
         mask = block_mask(call, queries, keys)
-        return Sight(mask, None, None, mask.any(-1), call, name)
-    sees = sighted(call, queries, keys) if name in KERNELS else None
-    return Sight(None, queries, keys, sees, call, name)
+        return BlockMask(mask, None, None, mask.any(-1), call, name)
+    sees = has_keys(call, queries, keys) if name in KERNELS else None
+    return BlockMask(None, queries, keys, sees, call, name)
 
 
 def choose(
@@ -91,12 +91,12 @@ def attend(
     query: Float[Array, "B Q H A"],
     key: Float[Array, "B K G A"],
     value: Float[Array, "B K G A"],
-    sight: Sight,
+    seen_by: BlockMask,
 ) -> Float[Array, "B Q H A"]:
     """Attention of a block call's queries to the keys that it picks; blind ones get zero."""
-    with jax.named_scope(f"attention_{sight.backend}_{query.shape[1]}x{key.shape[1]}"):
-        if sight.backend == "chunked":
-            return chunked.attend(query, key, value, sight)
-        if sight.backend in KERNELS:
-            return KERNELS[sight.backend].attend(query, key, value, sight)
-        return blind_to_zero(masked_attention(query, key, value, sight.mask), sight.sighted)
+    with jax.named_scope(f"attention_{seen_by.backend}_{query.shape[1]}x{key.shape[1]}"):
+        if seen_by.backend == "chunked":
+            return chunked.attend(query, key, value, seen_by)
+        if seen_by.backend in KERNELS:
+            return KERNELS[seen_by.backend].attend(query, key, value, seen_by)
+        return zero_unattended(masked_attention(query, key, value, seen_by.dense), seen_by.has_keys)

@@ -13,7 +13,7 @@ from unified_mm.nn.tokens import Group, TokenMetadata, lengthen, single_document
 
 # Each [B, H, K, A]: an array, or the same in 8 bits. The heads come first, so that the products of
 # attention take the slots as they lie; else every written token would copy the whole cache.
-KeysValues = tuple[Any, Any]
+LayerKV = tuple[Any, Any]
 
 
 @struct.dataclass

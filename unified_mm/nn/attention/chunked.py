@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from unified_mm.nn.attention.masks import Sight, blind_to_zero, masked_attention
+from unified_mm.nn.attention.masks import BlockMask, masked_attention, zero_unattended
 from unified_mm.nn.attention.rules import BlockCall, block_mask
 from unified_mm.nn.tokens import TokenMetadata
 
@@ -25,7 +25,7 @@ def attend(
     query: Float[Array, "B Q H A"],
     key: Float[Array, "B K G A"],
     value: Float[Array, "B K G A"],
-    sight: Sight,
+    seen_by: BlockMask,
     scores: int | None = None,
 ) -> Float[Array, "B Q H A"]:
     """Attention of a block call; what sees nothing gets zero.
@@ -37,15 +37,15 @@ def attend(
 
     def block(part: tuple[Array, TokenMetadata]) -> Array:
         rows, queries = part
-        call = BlockCall((0, rows.shape[1]), sight.call.keys)
-        mask = block_mask(call, queries, sight.keys)
-        return blind_to_zero(masked_attention(rows, key, value, mask), mask.any(-1))
+        call = BlockCall((0, rows.shape[1]), seen_by.call.keys)
+        mask = block_mask(call, queries, seen_by.keys)
+        return zero_unattended(masked_attention(rows, key, value, mask), mask.any(-1))
 
     length = query.shape[1]
     blocks = block_count(length, key.shape[1], SCORES if scores is None else scores)
     if blocks == 1:
-        return block((query, sight.queries))
-    divided = jax.tree.map(lambda x: _divide(x, blocks), (query, sight.queries))
+        return block((query, seen_by.queries))
+    divided = jax.tree.map(lambda x: _divide(x, blocks), (query, seen_by.queries))
     # Under a loop nothing can be merged with the first computation.
     seen = jax.lax.map(jax.checkpoint(block, prevent_cse=False), divided)
     return jnp.moveaxis(seen, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])[:, :length]

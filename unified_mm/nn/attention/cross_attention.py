@@ -17,14 +17,14 @@ from unified_mm.nn.attention.attention import (
     share_of_heads,
     whole_sequences,
 )
-from unified_mm.nn.attention.backends import attend, look
-from unified_mm.nn.attention.cache import KeysValues, as_slots, put_rows, read_slots, take_rows
-from unified_mm.nn.attention.masks import Sight, pick
-from unified_mm.nn.attention.rules import BlockCall, Visibility, block_calls
+from unified_mm.nn.attention.backends import attend, prepare_block
+from unified_mm.nn.attention.cache import LayerKV, as_slots, put_rows, read_slots, take_rows
+from unified_mm.nn.attention.masks import BlockMask, slice_keys
+from unified_mm.nn.attention.rules import BlockCall, MaskTable, block_calls
 from unified_mm.nn.feed_forward import make_mlp
 from unified_mm.nn.layers import Norm, partitioned
 from unified_mm.nn.options import TransformerOptions
-from unified_mm.nn.sow import leave_weights
+from unified_mm.nn.sow import sow_attention
 from unified_mm.nn.tokens import Group, TokenMetadata
 
 GATE = {"tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid}
@@ -79,24 +79,24 @@ class CrossPlan:
     """
 
     features: Any
-    sights: tuple[Sight, ...]
+    masks: tuple[BlockMask, ...]
     calls: tuple[BlockCall, ...] = struct.field(pytree_node=False)
     groups: tuple[tuple[Group, ...], tuple[Group, ...]] = struct.field(pytree_node=False)
 
 
 def plan_cross_attention(
-    options: TransformerOptions, visibility: Visibility, queries: TokenMetadata, memory: Memory
+    options: TransformerOptions, table: MaskTable, queries: TokenMetadata, memory: Memory
 ) -> CrossPlan:
     """Who looks at the memory: by the same rules as within one sequence.
 
     Raises:
       ValueError: `options.attention` names a backend that cannot do what the rules ask.
     """
-    calls = block_calls(visibility, queries.groups, memory.metadata.groups)
+    calls = block_calls(table, queries.groups, memory.metadata.groups)
     calls = tuple(call for call in calls if call.keys)
-    sights = tuple(look(options, call, queries, memory.metadata) for call in calls)
+    masks = tuple(prepare_block(options, call, queries, memory.metadata) for call in calls)
     groups = queries.groups, memory.metadata.groups
-    return CrossPlan(memory.features, sights, calls, groups)
+    return CrossPlan(memory.features, masks, calls, groups)
 
 
 class GatedCrossLayer(nn.Module):
@@ -109,15 +109,15 @@ class GatedCrossLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B Q D"], plan: CrossPlan, cached: KeysValues | None
-    ) -> tuple[Float[Array, "B Q D"], KeysValues]:
+        self, x: Float[Array, "B Q D"], plan: CrossPlan, cached: LayerKV | None
+    ) -> tuple[Float[Array, "B Q D"], LayerKV]:
         o = self.options
         norm = Norm(o.norm, o.norm_epsilon, o.dtype, name="attention_norm")
-        y, kept = CrossAttention(o, name="attention")(norm(x), plan, cached)
+        y, kv = CrossAttention(o, name="attention")(norm(x), plan, cached)
         x = x + self._gate("attention_gate", x.shape[-1]) * y
         norm = Norm(o.norm, o.norm_epsilon, o.dtype, name="feed_forward_norm")
         y = make_mlp(o, name="feed_forward", use_bias=False)(norm(x))
-        return x + self._gate("feed_forward_gate", x.shape[-1]) * y, kept
+        return x + self._gate("feed_forward_gate", x.shape[-1]) * y, kv
 
     def _gate(self, name: str, width: int) -> Float[Array, "#D"]:
         cross = self.options.cross
@@ -134,13 +134,13 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B Q D"], plan: CrossPlan, cached: KeysValues | None
-    ) -> tuple[Float[Array, "B Q D"], KeysValues]:
+        self, x: Float[Array, "B Q D"], plan: CrossPlan, cached: LayerKV | None
+    ) -> tuple[Float[Array, "B Q D"], LayerKV]:
         o = self.options
         query = into_heads(o.heads, o, False, "query")(x)
         if cached is None:
-            key = into_heads(o.of_keys, o, False, "key")(plan.features)
-            value = into_heads(o.of_keys, o, False, "value")(plan.features)
+            key = into_heads(o.num_kv_heads, o, False, "key")(plan.features)
+            value = into_heads(o.num_kv_heads, o, False, "value")(plan.features)
             if o.cross.query_key_norm:
                 key = head_norm("key_norm", o)(key)
             cached = as_slots(key), as_slots(value)
@@ -151,11 +151,11 @@ class CrossAttention(nn.Module):
         query = whole_sequences(query, o.heads)
         key, value = (share_of_heads(each, o.heads) for each in (key, value))
         seen = jnp.zeros_like(query)
-        for call, sight in zip(plan.calls, plan.sights, strict=True):
+        for call, seen_by in zip(plan.calls, plan.masks, strict=True):
             rows = slice(*call.queries)
-            part = attend(query[:, rows], pick(key, call), pick(value, call), sight)
+            part = attend(query[:, rows], slice_keys(key, call), slice_keys(value, call), seen_by)
             seen = seen.at[:, rows].set(part)
-        leave_weights(self, query, key, plan.calls, plan.sights, plan.groups)
+        sow_attention(self, query, key, plan.calls, plan.masks, plan.groups)
         seen = divided_sequences(seen)
         return out_of_heads(x.shape[-1], o, False, "output")(seen), cached
 

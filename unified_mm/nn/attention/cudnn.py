@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from unified_mm.nn.attention.masks import Sight, blind_to_zero, known_mask, one_document, widen
+from unified_mm.nn.attention.masks import (
+    BlockMask,
+    one_document,
+    static_mask,
+    widen,
+    zero_unattended,
+)
 from unified_mm.nn.attention.rules import BlockCall, block_mask
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import TokenMetadata
@@ -28,10 +34,10 @@ def refusal(
     if dtype not in HALF:
         return f"computes in {' or '.join(HALF)}, not in {dtype}: set model.dtype='bfloat16'"
     most = widest_head()
-    if options.of_head % 8 or options.of_head > most:
+    if options.head_dim % 8 or options.head_dim > most:
         return (
             f"takes heads whose width is a multiple of 8 up to {most} here, not "
-            f"{options.of_head}: set model.head_width"
+            f"{options.head_dim}: set model.head_width"
         )
     rows, columns = queries.valid.shape[1], keys.valid.shape[1]
     if not by_length(call, queries, keys) and (rows % 2 or columns % 2):
@@ -50,7 +56,7 @@ def widest_head() -> int:
 
 def by_length(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) -> bool:
     """Whether all that a query does not see is what is not there, so that no mask is needed."""
-    mask = known_mask(call, queries, keys)
+    mask = static_mask(call, queries, keys)
     return mask is not None and bool(mask.all()) and one_document(queries, keys)
 
 
@@ -58,7 +64,7 @@ def attend(
     query: Float[Array, "B Q H A"],
     key: Float[Array, "B K G A"],
     value: Float[Array, "B K G A"],
-    sight: Sight,
+    seen_by: BlockMask,
 ) -> Float[Array, "B Q H A"]:
     """Attention of a block call; what sees nothing gets zero.
 
@@ -68,15 +74,15 @@ def attend(
     if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
         # The kernel is divided by heads only where all three have the same.
         key, value = widen(key, query.shape[2]), widen(value, query.shape[2])
-    if by_length(sight.call, sight.queries, sight.keys):
-        key, value, lengths = valid_first(key, value, sight.keys.valid)
+    if by_length(seen_by.call, seen_by.queries, seen_by.keys):
+        key, value, lengths = valid_first(key, value, seen_by.keys.valid)
         seen = jax.nn.dot_product_attention(
             query, key, value, key_value_seq_lengths=lengths, implementation="cudnn"
         )
     else:
-        mask = block_mask(sight.call, sight.queries, sight.keys)[:, None]
+        mask = block_mask(seen_by.call, seen_by.queries, seen_by.keys)[:, None]
         seen = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
-    return blind_to_zero(seen, sight.sighted)
+    return zero_unattended(seen, seen_by.has_keys)
 
 
 def valid_first(

@@ -17,26 +17,26 @@ from unified_mm.parallel.mesh import platform
 
 
 @struct.dataclass
-class Sight:
+class BlockMask:
     """One block call as a backend gets it; Q are its queries, K the keys that it picks.
 
     Attributes:
-      mask: bool [B, Q, K], where the backend takes it whole.
+      dense: bool [B, Q, K], where the backend takes it whole.
       queries, keys: metadata [B, Q] and [B, K], where the backend goes by these.
-      sighted: bool [B, Q], which queries see anything at all, where the backend is told.
+      has_keys: bool [B, Q], which queries see anything at all, where the backend is told.
       call: the block call, its slices counted among the Q and the K; static.
       backend: by name; static.
     """
 
-    mask: Any
+    dense: Any
     queries: Any
     keys: Any
-    sighted: Any
+    has_keys: Any
     call: BlockCall = struct.field(pytree_node=False)
     backend: str = struct.field(pytree_node=False)
 
 
-def pick(x: Float[Array, "B K *rest"], call: BlockCall) -> Float[Array, "B K2 *rest"]:
+def slice_keys(x: Float[Array, "B K *rest"], call: BlockCall) -> Float[Array, "B K2 *rest"]:
     """The slices of keys (or of what is known of them) that a block call sees."""
     parts = [x[:, start:stop] for start, stop in picked(call)]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
@@ -53,7 +53,7 @@ def picked(call: BlockCall) -> list[tuple[int, int]]:
     return merged
 
 
-def among_its_own(call: BlockCall) -> BlockCall:
+def rebase(call: BlockCall) -> BlockCall:
     """The call with its slices counted among its own queries and among the keys it picks."""
     keys = []
     count = 0
@@ -89,7 +89,7 @@ def _cut(metadata: TokenMetadata, bounds: list[tuple[int, int]]) -> TokenMetadat
     return jax.tree.map(cut, metadata).replace(groups=tuple(groups))
 
 
-def sighted(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) -> Bool[Array, "B Q"]:
+def has_keys(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) -> Bool[Array, "B Q"]:
     """Which queries of a call see any key; piece by piece, so that no mask need be held."""
     found = [
         block_mask(BlockCall(call.queries, (piece,)), queries, keys).any(-1) for piece in call.keys
@@ -106,7 +106,7 @@ def masked_attention(
     """Scaled dot-product attention (Vaswani et al. 2017, equation 1), softmax in float32.
 
     Where there are fewer heads of keys (G) than of queries (H), H / G of these share one. A query
-    that sees nothing gets the mean of all values: see `blind_to_zero`.
+    that sees nothing gets the mean of all values: see `zero_unattended`.
     """
     if query.dtype == jnp.float16 and platform() == "cpu":
         # No CPU has products of float16 that add up in float32.
@@ -115,14 +115,14 @@ def masked_attention(
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
 
-def blind_to_zero(
-    x: Float[Array, "B Q H A"], sighted: Bool[Array, "B Q"]
+def zero_unattended(
+    x: Float[Array, "B Q H A"], has_keys: Bool[Array, "B Q"]
 ) -> Float[Array, "B Q H A"]:
     """Zero where a query sees nothing (a softmax over nothing is uniform, and would leak)."""
-    return jnp.where(sighted[:, :, None, None], x, 0)
+    return jnp.where(has_keys[:, :, None, None], x, 0)
 
 
-def known_mask(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) -> np.ndarray | None:
+def static_mask(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) -> np.ndarray | None:
     """Who sees whom [Q, K] by rule and order where these are known beforehand, else None.
 
     Documents and validity are data and come on top. `call` counts among its own queries and keys.

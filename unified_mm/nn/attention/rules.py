@@ -150,7 +150,7 @@ RULES: dict[str, AttentionRule] = {
 
 
 @dataclass(frozen=True)
-class Stream:
+class View:
     """A text about the context, as one objective wants it read.
 
     Attributes:
@@ -185,31 +185,31 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Visibility:
+class MaskTable:
     """The table of one pass: (query group, key group) -> predicate; static and hashable."""
 
-    streams: tuple[Stream, ...]
+    views: tuple[View, ...]
 
     def predicate(self, query: Group, key: Group) -> Predicate:
-        by_name = {stream.name: stream for stream in self.streams}
+        by_name = {view.name: view for view in self.views}
         owners = [by_name[group.name] for group in (query, key) if group.name in by_name]
         if len(owners) == 2 and owners[0] != owners[1]:
             return "none"
-        owner = owners[0] if owners else self.streams[0]
+        owner = owners[0] if owners else self.views[0]
         return owner.resolved().predicate(query, key)
 
 
-def plan_passes(streams: Sequence[Stream], contexts: Sequence[str]) -> list[tuple[Stream, ...]]:
+def plan_passes(views: Sequence[View], contexts: Sequence[str]) -> list[tuple[View, ...]]:
     """Which texts share one pass over the context, so that it is encoded once.
 
     Texts share where the context does not see them and is treated alike by their rules; a text
     that the context sees gets a pass of its own.
     """
 
-    passes: dict[Any, list[Stream]] = {}
-    for stream in streams:
-        view = stream.resolved().context_view(len(contexts))
-        passes.setdefault(view or stream.name, []).append(stream)
+    passes: dict[Any, list[View]] = {}
+    for view in views:
+        seen = view.resolved().context_view(len(contexts))
+        passes.setdefault(seen or view.name, []).append(view)
     return [tuple(group) for group in passes.values()]
 
 
@@ -227,7 +227,7 @@ class BlockCall:
 
 
 def block_calls(
-    visibility: Visibility, queries: Sequence[Group], keys: Sequence[Group]
+    table: MaskTable, queries: Sequence[Group], keys: Sequence[Group]
 ) -> tuple[BlockCall, ...]:
     """A rule as a few attention calls: neighbours with equal rows share one.
 
@@ -239,7 +239,7 @@ def block_calls(
     for query in queries:
         row: list[tuple[int, int, Predicate]] = []
         for key in keys:
-            predicate = visibility.predicate(query, key)
+            predicate = table.predicate(query, key)
             if predicate == "none":
                 continue
             span = key_spans[key.name]
@@ -277,7 +277,7 @@ def block_mask(
 
 
 def reference_mask(
-    visibility: Visibility, queries: TokenMetadata, keys: TokenMetadata
+    table: MaskTable, queries: TokenMetadata, keys: TokenMetadata
 ) -> Bool[Array, "B Q K"]:
     """The whole mask at once: the definition that block calls are tested against."""
     mask = np.zeros((queries.valid.shape[0], queries.valid.shape[1], keys.valid.shape[1]), bool)
@@ -286,7 +286,7 @@ def reference_mask(
     segment = [np.asarray(each.segment) for each in (queries, keys)]
     for query in queries.groups:
         for key in keys.groups:
-            predicate = visibility.predicate(query, key)
+            predicate = table.predicate(query, key)
             rows, columns = query_spans[query.name], key_spans[key.name]
             earlier = position[1][:, None, columns] <= position[0][:, rows, None]
             alike = segment[1][:, None, columns] == segment[0][:, rows, None]

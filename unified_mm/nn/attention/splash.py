@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from unified_mm.nn.attention.masks import Sight, blind_to_zero, known_mask, widen
+from unified_mm.nn.attention.masks import BlockMask, static_mask, widen, zero_unattended
 from unified_mm.nn.attention.rules import BlockCall
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import TokenMetadata
@@ -31,9 +31,9 @@ def refusal(
     """Why Splash cannot do a block call, and what to set instead; '' where it can."""
     if platform != "tpu":
         return f"needs a TPU, and this runs on {platform}: set model.attention='auto'"
-    if options.of_head % 64:
+    if options.head_dim % 64:
         return (
-            f"takes heads whose width is a multiple of 64, not {options.of_head}: set "
+            f"takes heads whose width is a multiple of 64, not {options.head_dim}: set "
             "model.head_width"
         )
     lengths = {"queries": queries.valid.shape[1], "keys": keys.valid.shape[1]}
@@ -43,7 +43,7 @@ def refusal(
                 f"takes lengths that are multiples of {LANES}, not {length} {name}: change the "
                 "number of tokens, or set model.attention='auto'"
             )
-    mask = known_mask(call, queries, keys)
+    mask = static_mask(call, queries, keys)
     if mask is None:
         return (
             "has to know the tokens' order beforehand, and in packed documents or beside a cache "
@@ -58,7 +58,7 @@ def attend(
     query: Float[Array, "B Q H A"],
     key: Float[Array, "B K G A"],
     value: Float[Array, "B K G A"],
-    sight: Sight,
+    seen_by: BlockMask,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B Q H A"]:
@@ -68,11 +68,11 @@ def attend(
       sight: with metadata, and with who sees anything.
       interpret: run the kernel's program on whatever device there is.
     """
-    mask = known_mask(sight.call, sight.queries, sight.keys)
+    mask = static_mask(seen_by.call, seen_by.queries, seen_by.keys)
     assert mask is not None  # or `refusal` would have said so
     documents = (
-        sight.queries.document,
-        jnp.where(sight.keys.valid, sight.keys.document, NOWHERE),
+        seen_by.queries.document,
+        jnp.where(seen_by.keys.valid, seen_by.keys.document, NOWHERE),
     )
 
     def local(query: Array, key: Array, value: Array, *documents: Array) -> Array:
@@ -93,7 +93,7 @@ def attend(
             local, in_specs=(heads, heads, heads, P(*rows), P(*rows)), out_specs=heads,
             check_vma=False,
         )  # fmt: skip
-    return blind_to_zero(local(query, key, value, *documents), sight.sighted)
+    return zero_unattended(local(query, key, value, *documents), seen_by.has_keys)
 
 
 def spec(x: Float[Array, "B N H A"]) -> P:

@@ -7,12 +7,12 @@ import pytest
 import tiny
 
 from unified_mm.inference.decoding import GREEDY
-from unified_mm.inference.generate import begin, generate
+from unified_mm.inference.generate import generate, start
 from unified_mm.inference.sampling import make_sampling, sampling_arrays
-from unified_mm.nn.attention.rules import Stream
-from unified_mm.nn.unstack import layers_apart, layers_stacked
+from unified_mm.nn.attention.rules import View
+from unified_mm.nn.unstack import stack_layers, unstack_layers
 
-STREAM = Stream("captioning", "prefix", autoregressive=True)
+STREAM = View("captioning", "prefix", autoregressive=True)
 GATED = {
     "model__fusion": "gated_cross_attention",
     "model__layers": 4,
@@ -31,11 +31,11 @@ GATED = {
 )
 def test_the_same_text_and_embeddings(changes, cache):
     task = tiny.replace_model(tiny.task(**changes), cache=cache)
-    other = tiny.replace_model(task, apart=True)
+    other = tiny.replace_model(task, unstacked=True)
     params, batch = tiny.params(task), tiny.batch(task, 3)
 
     asked = {
-        "most": jnp.full(3, 6, jnp.int32),
+        "max_tokens": jnp.full(3, 6, jnp.int32),
         "stop": jnp.full((3, 1), -1, jnp.int32),
         "sampling": make_sampling(**jax.tree.map(jnp.asarray, sampling_arrays(GREEDY, 3, 0))),
     }
@@ -44,13 +44,13 @@ def test_the_same_text_and_embeddings(changes, cache):
         @jax.jit
         def run(params, batch):
             encoded = task.model.apply({"params": params}, batch, (STREAM,), method="encode")
-            draft = begin(task.model, params, batch, STREAM, **asked, room=6, padding=0)
-            draft = generate(task.model, params, draft, STREAM, 0)
-            return encoded[STREAM.name].text, draft.written, draft.likelihood
+            state = start(task.model, params, batch, STREAM, **asked, cache_room=6, padding=0)
+            state = generate(task.model, params, state, STREAM, 0)
+            return encoded[STREAM.name].text, state.written, state.likelihood
 
         return run
 
-    stacked, apart = ask(task)(params, batch), ask(other)(layers_apart(params), batch)
+    stacked, apart = ask(task)(params, batch), ask(other)(unstack_layers(params), batch)
     np.testing.assert_allclose(apart[0], stacked[0], atol=1e-5)
     np.testing.assert_array_equal(apart[1], stacked[1])
     np.testing.assert_allclose(apart[2], stacked[2], atol=1e-3)
@@ -64,9 +64,9 @@ def test_there_and_back(layers):
         "transformer": {"layers": {"block_0": {"kernel": stack}}, "norm": {"scale": alone}},
         "resamplers_image": {"attention_0": {"kernel": alone}},
     }
-    apart = layers_apart(params)
+    apart = unstack_layers(params)
     assert set(apart["transformer"]) == {"norm", *(f"layers_{n}" for n in range(layers))}
     # As transformations of trees give it back, by the alphabet.
-    again = layers_stacked(jax.tree.map(lambda x: x, apart))
+    again = stack_layers(jax.tree.map(lambda x: x, apart))
     assert jax.tree.structure(again) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, params, again)
