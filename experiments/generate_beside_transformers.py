@@ -1,12 +1,12 @@
-"""Greedy decoding of a GPT-2 shape, ours beside Hugging Face's `generate`, on one CPU.
+"""Greedy decoding of a GPT-2 model: this package against Hugging Face's `generate`, on one CPU.
 
     pip install '.[parity]'
     python -m experiments.generate_beside_transformers
 
 Both have the same random weights (width 512, 6 layers, 8 heads, 32,000 tokens, float32), read the
-same 16 tokens and write 64 more, which have to be the same ones. They take turns in one process, so
-that whatever else the machine does slows both; the median of the turns counts. Run it on idle
-cores: torch's threads wait for one another, and lose more where cores are shared.
+same 16 tokens and generate 64 more, which have to be the same ones. They take turns in one process,
+so that other load on the machine slows both; the median of the turns counts. Run it on idle cores:
+torch's threads wait for one another, and lose more where cores are shared.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def their_model() -> Any:
-    """GPT-2 with random weights, larger than at a training's start so that tokens differ."""
+    """Returns a GPT-2 with random weights, larger than usual so that the tokens differ."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(**SHAPE, bos_token_id=1, eos_token_id=2)
     config.initializer_range = 0.1
@@ -87,7 +87,7 @@ def their_model() -> Any:
 
 
 def as_run_of_ours(theirs: Any) -> LoadedModel:
-    """The same weights through `import_weights`, as anybody's would come here."""
+    """Returns the model with the same weights in this package, by way of `import_weights`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "gpt2"
         theirs.save_pretrained(path)
@@ -99,7 +99,11 @@ def as_run_of_ours(theirs: Any) -> LoadedModel:
 
 
 def compare(ours: LoadedModel, theirs: Any, batch: int, turns: int) -> dict[str, Any]:
-    """Both in turns on one batch of prompts; raises AssertionError where tokens differ."""
+    """Times both in turns on one batch of prompts, and returns the rates and their ratio.
+
+    Raises:
+      AssertionError: if the tokens differ.
+    """
     rng = np.random.default_rng(batch)
     prompts = rng.integers(3, SHAPE["vocab_size"], (batch, PROMPT)).astype(np.int32)
     asked: dict[str, Generate] = {"ours": our_generate(ours), "theirs": their_generate(theirs)}
@@ -126,7 +130,7 @@ def compare(ours: LoadedModel, theirs: Any, batch: int, turns: int) -> dict[str,
 
 
 def our_generate(model: LoadedModel) -> Generate:
-    """Prompts [B, P] -> what is written after them [B, W], in one compiled program."""
+    """Returns a compiled function from prompts [B, T] to the generated tokens [B, S]."""
     predictor = model.predictor
     stream = predictor.writing_view
 
@@ -158,7 +162,7 @@ def our_generate(model: LoadedModel) -> Generate:
 
 
 def their_generate(model: Any) -> Generate:
-    """The same by `generate`, greedily and on its cache."""
+    """Returns the same function by Hugging Face's `generate`, greedy and with its cache."""
 
     def write(prompts: np.ndarray) -> np.ndarray:
         ids = torch.from_numpy(prompts.astype(np.int64))

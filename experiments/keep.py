@@ -1,6 +1,6 @@
-"""Keeps what a run scored: `python -m experiments.keep runs/first first`.
+"""Stores the scores of a run: `python -m experiments.keep runs/first first`.
 
-Writes `experiments/results/NAME.json` (the run's `result.json`, and the scores along the way) and
+Writes `experiments/results/NAME.json` (the run's `result.json`, and the scores during training) and
 `NAME.svg`, the learning curve. An existing result is replaced only with `--replace`.
 """
 
@@ -36,7 +36,11 @@ def main() -> None:
 
 
 def keep(folder: RunFolder, name: str, *, replace: bool) -> None:
-    """Writes NAME.json and NAME.svg from a finished run."""
+    """Writes NAME.json and NAME.svg from a finished run.
+
+    Raises:
+      SystemExit: if the run is not finished, or the result exists and `replace` is false.
+    """
     target = RESULTS / f"{name}.json"
     if target.exists() and not replace:
         raise SystemExit(f"{target} exists; --replace overwrites it")
@@ -53,7 +57,7 @@ def keep(folder: RunFolder, name: str, *, replace: bool) -> None:
 
 
 def scored_along_the_way(folder: RunFolder, split: str) -> dict[str, list[list[float]]]:
-    """By label: [step, score] of each evaluation."""
+    """Returns, by label, [step, score] of each evaluation."""
     metrics = read_metrics(folder.metrics)
     curves = {}
     for label, score in CURVES.items():
@@ -64,7 +68,7 @@ def scored_along_the_way(folder: RunFolder, split: str) -> dict[str, list[list[f
 
 
 def draw(curves: dict[str, list[list[float]]]) -> str:
-    """The curves over steps, as SVG."""
+    """Draws the curves over training steps, as SVG."""
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(6, 3.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""What the load test asks: good requests with the model's own answers, and broken ones."""
+"""Requests of the load test: good ones with the model's own answers, and broken ones."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ CLOSE = 1e-4  # of cosines and vectors: batches of other sizes add up in another
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, and how its answer is judged.
+    """A request, and how its answer is checked.
 
     Attributes:
-      kind: for counting.
-      options: of `httpx.Client.request`.
-      check: what is wrong with an answer, '' for nothing.
-      weight: how often it is asked beside others.
+      kind: the kind of request, for counting.
+      path: the path of the URL.
+      check: a function that returns what is wrong with an answer, '' for nothing.
+      options: keyword arguments of `httpx.Client.request`.
+      method: the HTTP method.
+      weight: the relative frequency of the request.
     """
 
     kind: str
@@ -46,12 +48,12 @@ class Asked:
 
     @property
     def broken(self) -> bool:
-        """Whether it must be refused."""
+        """Returns whether the server must refuse the request."""
         return self.kind.startswith("broken")
 
 
 def good_requests(run: str, pictures: Path, index: Path) -> list[Asked]:
-    """Of every kind, with what the model says by itself as the right answer."""
+    """Returns good requests of every kind, with the model's own output as the right answer."""
     model, opened = unified_mm.load(run), SearchIndex.open(index)
     paths = [pictures / name for name in opened.rows.names]
     files = [path.read_bytes() for path in paths]
@@ -90,7 +92,7 @@ def good_requests(run: str, pictures: Path, index: Path) -> list[Asked]:
 
 
 def broken_requests() -> list[Asked]:
-    """Of every kind that must be refused."""
+    """Returns requests of every kind that the server must refuse."""
     whole = _jpeg()
 
     def file(kind: str, content: bytes) -> Asked:
@@ -126,7 +128,7 @@ def broken_requests() -> list[Asked]:
 
 
 def two_hundred_megapixels() -> bytes:
-    """A PNG of 20,000 x 10,000 black pixels in some 25 kB."""
+    """Returns a PNG of 20,000 x 10,000 black pixels in about 25 kB."""
     out = io.BytesIO()
     rows = zlib.compress(bytes((20_000 // 8 + 1) * 10_000), 9)
     header = struct.pack(">IIBBBBB", 20_000, 10_000, 1, 0, 0, 0, 0)
@@ -187,7 +189,7 @@ def _finds(index: SearchIndex, vector: np.ndarray) -> Callable[[httpx.Response],
 
 
 def _differs(response: httpx.Response, given: Callable[[Any], Any], right: Any) -> str:
-    """'' where the answer is right: texts to the letter, numbers closely."""
+    """Returns '' if the answer is right (numbers up to `CLOSE`), else a message."""
     if response.status_code != 200:
         return f"{response.status_code}: {response.text[:200]}"
     got = given(response.json())

@@ -1,10 +1,11 @@
-"""Many clients at once, some of them broken, against the serve command: nothing lost, all right.
+"""Tests the serve command with many clients at once, some with broken requests.
 
     python -m experiments.load_test --run runs/answers --images DIR
 
-Starts `python -m unified_mm.serve` on loopback, asks 2,000 mixed requests from 32 clients, one in
-twenty of them broken, and compares every good answer with what the model says by itself. Writes
-`experiments/results/load_test.json`; exit code 1 where anything was wrong, lost, or kept.
+Starts `python -m unified_mm.serve` on loopback, sends 2,000 mixed requests from 32 clients, one in
+twenty of them broken, and compares every good answer with that of the model itself. Writes
+`experiments/results/load_test.json`; the exit code is 1 if any answer was wrong or lost, or the
+server's memory grew.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace, good: list[Asked], index: Path) -> dict[str, Any]:
-    """The whole test against one server."""
+    """Runs the whole test against one server, and returns the results."""
     rng = random.Random(0)
     order = mixed(good, options.requests, rng)
     with serving(options.run, index) as (url, process):
@@ -107,7 +108,7 @@ def measure(options: argparse.Namespace, good: list[Asked], index: Path) -> dict
 
 
 def mixed(good: list[Asked], count: int, rng: random.Random) -> list[Asked]:
-    """So many requests in random order, one in twenty broken, every kind of these among them."""
+    """Returns `count` requests in random order, one in twenty of them broken, of all kinds."""
     bad = broken_requests()
     broken = round(BROKEN * count)
     chosen = [bad[i % len(bad)] for i in range(broken)]
@@ -118,7 +119,7 @@ def mixed(good: list[Asked], count: int, rng: random.Random) -> list[Asked]:
 
 @contextmanager
 def serving(run: str, index: Path) -> Iterator[tuple[str, subprocess.Popen]]:
-    """The command on a free port of loopback, and its address."""
+    """Starts the serve command on a free port of loopback, and yields its address and process."""
     command = ("-m", "unified_mm.serve", "--run", run, "--index", str(index), "--port", "0")
     with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -135,7 +136,7 @@ def serving(run: str, index: Path) -> Iterator[tuple[str, subprocess.Popen]]:
 
 
 def load(url: str, order: list[Asked], clients: int) -> list[dict[str, Any]]:
-    """Every request, asked by one of so many clients at a time; what came of each."""
+    """Sends every request, from `clients` clients at a time, and returns the outcomes."""
     left = iter(order)
     taking = threading.Lock()
     outcomes: list[dict[str, Any]] = []
@@ -158,7 +159,7 @@ def load(url: str, order: list[Asked], clients: int) -> list[dict[str, Any]]:
 
 
 def ask(session: httpx.Client, asked: Asked) -> dict[str, Any]:
-    """One request and what is wrong with its answer, ''; told to come back, it does."""
+    """Sends one request, again after each status 429, and returns its outcome."""
     again = 0
     while True:
         began = time.perf_counter()
@@ -182,7 +183,7 @@ def ask(session: httpx.Client, asked: Asked) -> dict[str, Any]:
 
 
 def memory(url: str) -> dict[str, int]:
-    """What the server holds, by its own metrics, when nothing is under way."""
+    """Returns the memory that the idle server holds, by its own metrics."""
     time.sleep(1)
     text = httpx.get(f"{url}/metrics").text
     found = {}
@@ -193,7 +194,7 @@ def memory(url: str) -> dict[str, int]:
 
 
 def latencies(outcomes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By kind of request: how many, and how long they took."""
+    """Returns the number and latency percentiles of requests by kind."""
     by_kind: dict[str, list[float]] = {}
     for each in outcomes:
         by_kind.setdefault(each["kind"], []).append(each["ms"])

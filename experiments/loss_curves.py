@@ -1,7 +1,8 @@
 """Training losses of several runs side by side: `python -m experiments.loss_curves NAME RUN ...`.
 
-Writes `experiments/results/NAME.json` (by run: [step, loss]; mean distance from the first run over
-the second half) and `NAME.svg`. An existing result is replaced only with `--replace`.
+Writes `experiments/results/NAME.json` (for each run: [step, loss], and the mean difference from the
+first run over the second half) and `NAME.svg`. An existing result is replaced only with
+`--replace`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,11 @@ def main() -> None:
 
 
 def losses(folder: RunFolder) -> Curve:
-    """[step, loss] of each logged interval of a finished run."""
+    """Returns [step, loss] of each logged interval of a finished run.
+
+    Raises:
+      SystemExit: if the run is not finished.
+    """
     if not folder.finished:
         raise SystemExit(f"{folder.path} is no finished run (it has no result.json)")
     steps, values = read_metrics(folder.metrics)["loss"]
@@ -57,19 +62,19 @@ def losses(folder: RunFolder) -> Curve:
 
 
 def distance(curve: Curve, other: Curve) -> float:
-    """Mean of curve - other over the second half of the steps that both have."""
+    """Returns the mean of curve - other over the second half of the steps that both have."""
     here, there = by_step(curve), by_step(other)
     both = sorted(here.keys() & there.keys())
     return float(np.mean([here[step] - there[step] for step in both[len(both) // 2 :]]))
 
 
 def by_step(curve: Curve) -> dict[int, float]:
-    """The loss of each step."""
+    """Returns the loss by step."""
     return {int(step): loss for step, loss in curve}
 
 
 def draw(curves: dict[str, Curve]) -> str:
-    """The losses, and their distance from the first run's, over steps; as SVG."""
+    """Draws the losses, and their differences from the first run's, over training steps, as SVG."""
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(8, 3.2), layout="constrained")

@@ -1,10 +1,11 @@
-"""The recipe of `configs/coco.py` in phases of as many FLOPs together as one of everything.
+"""The recipe `configs/coco.py` in phases, with the FLOPs of a single phase of all objectives.
 
     python -m unified_mm.main --config=experiments/phased.py:tiny,three --workdir=runs/three
 
-`two` learns contrast first, then captioning and contrast together; `three` text alone, contrast,
-and then both. A phase of one objective takes more steps for its share of the FLOPs. Each has a
-warm-up and a cosine of its own. The images withheld from text alone cost what images cost.
+`two` trains contrast first, then captioning and contrast together; `three` trains text alone,
+contrast, and then both. A phase of one objective takes more steps for its share of the FLOPs. Each
+has a warm-up and a cosine of its own. In the phase of text alone, the withheld images are computed
+and cost what they always cost.
 """
 
 from pathlib import Path
@@ -28,7 +29,7 @@ SHARES = {"two": (0.0, 0.3), "three": (0.2, 0.3)}
 
 
 def get_config(spec: str) -> ConfigDict:
-    """`SIZE,KIND`: tiny or base; two or three."""
+    """Returns the config for `SIZE,KIND`: tiny or base; two or three."""
     size, _, kind = spec.partition(",")
     if size not in STEPS or kind not in SHARES:
         raise ValueError(f"{spec!r}: give SIZE,KIND of {', '.join(STEPS)}; {', '.join(SHARES)}")
@@ -55,6 +56,6 @@ def get_config(spec: str) -> ConfigDict:
 
 
 def part(size: str, share: float, **changes: Any) -> dict:
-    """A phase of a share of the steps."""
+    """Returns a phase that takes a share of the steps."""
     steps = round(share * STEPS[size])
     return phase(steps, train={"warmup_steps": round(WARMUP[size] * steps)}, **changes)

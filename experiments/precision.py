@@ -1,11 +1,11 @@
-"""The same short training in each precision, for their loss curves.
+"""The same short training in each precision, to compare their loss curves.
 
     for p in float32 bfloat16 float16 bfloat16_moments; do
         python -m unified_mm.main --config=experiments/precision.py:$p --workdir=runs/precision/$p
     done
     python -m experiments.loss_curves precision runs/precision/*
 
-`float32` computes in float32; `bfloat16` and `float16` (whose loss is scaled) compute in these with
+`float32` computes in float32; `bfloat16` and `float16` (with loss scaling) compute in these with
 float32 parameters; `bfloat16_moments` computes in float32 and keeps Adam's moments in bfloat16.
 """
 
@@ -20,7 +20,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def get_config(precision: str) -> ConfigDict:
-    """One of `DTYPES`, or `bfloat16_moments`."""
+    """Returns the config for one of `DTYPES`, or `bfloat16_moments`."""
     config = coco.get_config("tiny")
     if precision in DTYPES:
         config.model.dtype = precision

@@ -1,8 +1,8 @@
-"""Tables in README.md, written from kept results: `python -m experiments.readme_tables`.
+"""Tables in README.md, written from stored results: `python -m experiments.readme_tables`.
 
 A table stands between `<!-- table: FILE[:SIZE] [NAME] -->` and `<!-- end of table -->`: FILE of
-experiments/ablations, and the name of its results under experiments/results where that is another
-one. With `--check` nothing is written, and a table that is stale is an error.
+experiments/ablations, and the name of its results under experiments/results if that is another
+one. With `--check` nothing is written, and a stale table is an error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def update(readme: Path, *, check: bool) -> int:
-    """Rewrites the tables, or says which are stale; 1 where any is, and nothing was written."""
+    """Rewrites the tables, or with `check` only prints which are stale and returns 1 if any is."""
     with naming(f"--readme={readme}"):
         before = readme.read_text(encoding="utf-8")
     after = rewritten(before)
@@ -52,11 +52,11 @@ def update(readme: Path, *, check: bool) -> int:
 
 
 def rewritten(text: str, results: Path = RESULTS) -> str:
-    """The text with every table as the kept results have it now.
+    """Returns the text with every table as the stored results have it now.
 
     Raises:
-      ValueError: a table that does not end, or a marker that is not quite one.
-      FileNotFoundError: an ablation, or kept results, that there are not.
+      ValueError: if a table does not end, or a marker is malformed.
+      FileNotFoundError: if an ablation, or its stored results, do not exist.
     """
     if len(re.findall(r"<!--\s*table\b", text)) != len(BLOCK.findall(text)):
         raise ValueError(
@@ -67,7 +67,12 @@ def rewritten(text: str, results: Path = RESULTS) -> str:
 
 
 def table_of(said: str, results: Path) -> str:
-    """The table that a marker names: FILE[:SIZE], and NAME where it is not the ablation's."""
+    """Returns the table that a marker names.
+
+    Args:
+      said: the marker's text, FILE[:SIZE], and NAME if it is not the ablation's.
+      results: the folder of all stored results.
+    """
     given, _, other = said.partition(" ")
     name, ablation = load_ablation(f"{ABLATIONS / given}")
     found = read_kept(results / (other or name), ablation)

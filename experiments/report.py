@@ -1,9 +1,9 @@
-"""What an ablation came to: `python -m experiments.report experiments/ablations/fusion.py`.
+"""Reports an ablation's results: `python -m experiments.report experiments/ablations/fusion.py`.
 
-Keeps the finished runs of runs/ablations/NAME as experiments/results/NAME/VARIANT-SEED.json, and
-writes beside them, from all that is kept there: table.md, table.csv, and the pictures curves.svg,
-bars.svg and flops.svg. With `--kept` the runs need not be there. `--name` and
-`--config.FIELD=VALUE` are those of the sweep.
+Stores the results of the finished runs of runs/ablations/NAME as
+experiments/results/NAME/VARIANT-SEED.json, and writes next to them, from all results stored there:
+table.md, table.csv, and the figures curves.svg, bars.svg and flops.svg. With `--kept` the runs need
+not be there. `--name` and `--config.FIELD=VALUE` are those of the sweep.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Keeps, summarises, draws."""
+    """Stores the results, writes tables and figures, and returns the exit code."""
     if args.kept and args.more:
         raise ValueError(f"{args.more[0]} is not read beside --kept")
     name, ablation = load_ablation(args.ablation)
@@ -52,12 +52,13 @@ def report(args: argparse.Namespace) -> int:
 
 
 def keep_all(ablation: Ablation, folder: Path, more: list[str], target: Path) -> None:
-    """Keeps every finished run, and says which are missing.
+    """Stores the result of every finished run, and prints which runs are missing.
 
-    Seeds are those that there are folders of: a sweep may have been given others.
+    The seeds are those that have folders: a sweep may have been given other seeds.
 
     Raises:
-      ValueError: a run that is not what the ablation asks.
+      FileNotFoundError: if there is no sweep in the folder.
+      ValueError: if a run differs from what the ablation asks.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no sweep in {folder}; carry it out, or give --kept")
@@ -73,7 +74,7 @@ def keep_all(ablation: Ablation, folder: Path, more: list[str], target: Path) ->
 
 
 def write_summary(ablation: Ablation, folder: Path) -> None:
-    """Tables and pictures of what is kept in the folder."""
+    """Writes tables and figures of the results that are stored in the folder."""
     results = read_kept(folder, ablation)
     lines = summarise(ablation, results)
     names = list(ablation.all_variants())
@@ -97,7 +98,7 @@ def write_summary(ablation: Ablation, folder: Path) -> None:
 
 
 def law_in_words(score: str, law: PowerLaw | None) -> str:
-    """The power law of a score; nothing where there is none."""
+    """Returns the power law of a score as text, '' if there is none."""
     if law is None:
         return ""
     fit = "" if law.lack_of_fit is None else f" Lack of fit: p = {law.lack_of_fit:.2g}."
@@ -108,7 +109,7 @@ def law_in_words(score: str, law: PowerLaw | None) -> str:
 
 
 def law_of(ablation: Ablation, results: list[Result]) -> PowerLaw | None:
-    """The power law that the ablation asks for; None for none, or while there are too few sizes."""
+    """Returns the ablation's power law, None if it asks for none or too few sizes have runs."""
     known = [r for r in results if ablation.power_law in r.scores]
     if len(known) < 4 or len({r.flops for r in known}) < 3:
         return None

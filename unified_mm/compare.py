@@ -1,10 +1,10 @@
-"""Holds runs against each other: config, parameters, FLOPs, scores and learning curves.
+"""Compares runs: config, parameters, FLOPs, scores and learning curves.
 
     python -m unified_mm.compare runs/first runs/second
     python -m unified_mm.compare runs/first runs/second --output=comparison.html
 
-The first run is what the others are held against. Runs may be of different kinds, unfinished,
-imported or quantised; what one does not have is shown as a dash.
+The first run is the baseline of the others. Runs may be of different kinds, unfinished, imported or
+quantised; what a run does not have is shown as a dash.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def work(options: argparse.Namespace) -> int:
-    """Says how the runs differ, and writes the page."""
+    """Prints how the runs differ, writes the HTML page and returns the exit code.
+
+    Raises:
+      FileNotFoundError: if a folder is no run.
+      ValueError: if a run is given twice, or the output file exists or cannot be written.
+    """
     from unified_mm.analysis.comparison import compare, short_names, summarise
     from unified_mm.analysis.comparison_page import as_html, as_text
 
@@ -55,7 +60,14 @@ def work(options: argparse.Namespace) -> int:
 
 
 def sizes_of(folder: RunFolder) -> dict[str, Any]:
-    """Parameters and FLOPs of a run's model, None where they cannot be counted, which is said."""
+    """Counts the parameters and FLOPs of a run's model.
+
+    Returns:
+      The counts by name, each None where they cannot be counted; the reason is then printed.
+
+    Raises:
+      FileNotFoundError: if the folder is no run.
+    """
     from unified_mm.config import Config
     from unified_mm.data.text_tokenizer import TextTokenizer
     from unified_mm.default_config import defaults

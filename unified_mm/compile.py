@@ -1,11 +1,11 @@
-"""Compiles the training step for hardware that is not there, and says what it would take.
+"""Compiles the training step for hardware that is not there, and estimates what it would take.
 
     python -m unified_mm.compile --config=configs/coco.py:large --topology=v5e:4x4
 
-Needs no data and no TPU, but a TPU's compiler (the extra 'tpu'). Everything is abstract: a model's
-size costs nothing. The times are the least that the chip's peaks allow (see `costs.roofline`),
-not measurements. One line of JSON comes last; its fields: `training.estimate.estimate`. The exit
-code is 1 where the step does not fit.
+Needs no data and no TPU, but a TPU's compiler (the extra 'tpu'). All arrays are abstract, so a
+model of any size can be compiled. The times are lower bounds from the chip's peaks (see
+`costs.roofline`), not measurements. The last line printed is JSON; for its fields see
+`training.estimate.estimate`. The exit code is 1 if the step does not fit into memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compiles and prints; 1 where the step does not fit."""
+    """Compiles the step, prints the estimate and returns the exit code, 1 if it does not fit."""
     devices, chip = target(options.topology)
     config = Config(resolve(options.recipe, say).to_dict())
     phase = choose(abstract_phases(config, devices), options.phase)
@@ -59,10 +59,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def choose(phases: Sequence[Phase], name: str) -> Phase:
-    """The phase of a name, or the first.
+    """Returns the phase called `name`, or the first phase for ''.
 
     Raises:
-      ValueError: with the names that there are.
+      ValueError: if there is no phase of that name; the message lists the names.
     """
     for phase in phases:
         if phase.name == name or not name:

@@ -1,4 +1,4 @@
-"""A run's config: read-only, and it knows which of its fields were read."""
+"""The config of a run: read-only, and it records which of its fields were read."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 
 
 class MissingField(AttributeError, KeyError):
-    """A config has no such field; the message names it."""
+    """Error for a field that a config does not have; the message names it."""
 
 
 class Config(Mapping[str, Any]):
-    """Nested options by attribute or by key; each leaf that is read is remembered.
+    """Nested options, read by attribute or by key; every field that is read is recorded.
 
     A field that a user sets and nothing reads would be a silent mistake: `unread` finds it.
     """
@@ -56,17 +56,23 @@ class Config(Mapping[str, Any]):
         return len(self._fields)
 
     def changed(self, changes: Mapping[str, Any]) -> Config:
-        """The same with other values of some fields; reads of either count for both."""
+        """Returns a copy with other values of some fields.
+
+        Reads of either config count for both.
+
+        Raises:
+          MissingField: if the config has no such field.
+        """
         for name in changes:
             self[name]  # an unknown one is an error
         return Config({**self.as_dict(), **changes}, self._path, self._reads)
 
     def unread(self, paths: Iterator[str] | list[str]) -> list[str]:
-        """Those of the dotted `paths` that nothing has read yet."""
+        """Returns those of the dotted `paths` that nothing has read yet."""
         return [path for path in paths if path not in self._reads]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain nested values, for JSON; reading them so does not count as a read."""
+        """Returns plain nested values, for JSON, without marking them as read."""
         return {
             name: value.as_dict() if isinstance(value, Config) else value
             for name, value in self._fields.items()
@@ -74,7 +80,7 @@ class Config(Mapping[str, Any]):
 
 
 def get_field(config: ConfigDict, field: str) -> Any:
-    """The value of a field by its dotted name."""
+    """Returns the value of a field by its dotted name."""
     node: Any = config
     for name in field.split("."):
         node = node[name]
@@ -82,7 +88,7 @@ def get_field(config: ConfigDict, field: str) -> Any:
 
 
 def set_field(config: ConfigDict, field: str, value: Any) -> None:
-    """Gives a field, by its dotted name, a value of whatever type."""
+    """Sets a field, by its dotted name, to a value of any type."""
     *parents, last = field.split(".")
     node = config
     for name in parents:

@@ -3,10 +3,10 @@
     python -m unified_mm.export --run runs/first --out DIR
     python -m unified_mm.export --run runs/first --out DIR --platforms cpu,cuda,tpu
 
-DIR gets the image encoder, the text encoder, the prefill and the decode step (those that the run
-can serve) as `jax.export` writes them, for any batch size; parameters.npz, tokenizer.json, a
-manifest.json with names, shapes and checksums of it all, and exported.py, which loads it and needs
-jax and numpy.
+DIR gets the image encoder, the text encoder, the prefill and the decode step (those that the run's
+model has) in the format of `jax.export`, for any batch size; parameters.npz; tokenizer.json; a
+manifest.json with names, shapes and checksums of all files; and exported.py, which loads them and
+needs only jax and numpy.
 """
 
 from __future__ import annotations
@@ -48,14 +48,15 @@ def export(
     """Writes a model's programs and parameters, and returns the manifest.
 
     Args:
+      model: the model.
       out: a new directory.
-      platforms: that the programs run on; none is the one of this machine.
-      prompt: tokens that a prompt may have; 0 is as many as the model reads.
-      room: tokens that may be written; 0 is as many.
+      platforms: the platforms to run on; empty for that of this machine.
+      prompt: the most tokens of a prompt; 0 for as many as the model reads.
+      room: the most tokens that are generated; 0 for as many as the model allows.
 
     Raises:
-      ValueError: `out` exists, an unknown platform, sizes that the model does not have, or a model
-        that can be asked nothing; or flatbuffers is not installed.
+      ValueError: if `out` exists, a platform is unknown, the model does not allow the sizes or has
+        nothing to export, or flatbuffers is not installed.
     """
     need_flatbuffers()
     chosen = tuple(platforms) or (jax.export.default_export_platform(),)
@@ -72,7 +73,7 @@ def export(
 
 
 def need_flatbuffers() -> None:
-    """Raises ValueError where it is missing: jax.export writes by it, and does not bring it."""
+    """Raises ValueError if flatbuffers is missing, which jax.export needs but does not install."""
     if importlib.util.find_spec("flatbuffers") is None:
         raise ValueError("jax writes programs by flatbuffers: pip install -e '.[export]'")
 
@@ -122,7 +123,7 @@ def _described(name: str, program: Program, outputs: Sequence[Any]) -> dict[str,
 
 
 def _shape(array: Any, **more: str) -> dict[str, Any]:
-    """Type and shape, where a symbolic size is its name."""
+    """Returns the dtype and shape of an array for JSON; a symbolic size is given by its name."""
     sizes = [size if isinstance(size, int) else str(size) for size in array.shape]
     return {**more, "dtype": array.dtype.name, "shape": sizes}
 
@@ -134,7 +135,10 @@ def _file(path: Path) -> dict[str, Any]:
 
 
 def _preprocessing(model: LoadedModel) -> Mapping[str, Any] | None:
-    """What has to be done to a picture; its pixels are normalised within the programs."""
+    """Returns how to preprocess an image, None for a model without images.
+
+    The programs themselves normalise the pixels.
+    """
     modality = model.task.modalities.get(IMAGE)
     if modality is None:
         return None
@@ -165,7 +169,7 @@ def _text(model: LoadedModel, prompt: int, room: int) -> dict[str, Any]:
 
 
 def _copy_loader(folder: Path) -> None:
-    """The loader, and the package by which jax reads programs and which it does not bring along."""
+    """Copies the loader, and the package flatbuffers, which jax needs to read programs."""
     shutil.copy(exported.__file__, folder / "exported.py")
     found = importlib.util.find_spec("flatbuffers")
     assert found is not None and found.origin is not None
@@ -190,7 +194,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Loads the run and writes it."""
+    """Loads the run and exports it."""
     from unified_mm.inference.loaded import load
 
     need_flatbuffers()

@@ -1,4 +1,4 @@
-"""Writes a run's weights as Hugging Face's libraries read them.
+"""Writes a run's weights in the format of the Hugging Face libraries.
 
     python -m unified_mm.export_weights --run runs/clip --out DIR
 
@@ -40,17 +40,17 @@ FREE = ("dropout", "remat", "attention", "unroll", "dtype")
 def export(
     config: Mapping[str, Any], params: Any, tokenizer: TextTokenizer, out: str | os.PathLike[str]
 ) -> Family:
-    """Writes a model of ours as one of the families, and returns which.
+    """Writes the weights of a run as those of one of the families, and returns the family.
 
     Args:
-      config: of the run, whole.
-      params: its parameters.
-      tokenizer: of the run.
+      config: the whole config of the run.
+      params: the parameters of the run.
+      tokenizer: the tokenizer of the run.
       out: a new directory.
 
     Raises:
-      ValueError: `out` exists, or the model is of no family that can be written; then it says by
-        which fields.
+      ValueError: if `out` exists, or the model fits none of the families that can be written; the
+        message names the fields that differ.
     """
     path = user_path(out, "--out").absolute()
     with new_folder(path) as half:
@@ -86,12 +86,12 @@ def _write(
 
 
 def family_that_fits(config: Mapping[str, Any], tokenizer: TextTokenizer, folder: Path) -> Family:
-    """The family whose config.json says all that the run's config says of the model.
+    """Returns the family whose config.json can express all that the run's config says of the model.
 
-    `folder` then holds that config.json; what it comes back as is compared with the run.
+    Writes that config.json into `folder`, reads it back and compares the result with the run.
 
     Raises:
-      ValueError: there is none.
+      ValueError: if there is no such family; the message names the fields that differ.
     """
     why = []
     for family in FAMILIES:
@@ -117,7 +117,7 @@ def family_that_fits(config: Mapping[str, Any], tokenizer: TextTokenizer, folder
 
 
 class _ConfigOnly(Source):
-    """A directory of which the weights are still to be written."""
+    """A directory without weights, which are still to be written."""
 
     def _open_all(self) -> dict[str, Any]:
         return {}
@@ -126,7 +126,7 @@ class _ConfigOnly(Source):
 def differing(
     one: Mapping[str, Any], other: Mapping[str, Any], prefixes: Sequence[str]
 ) -> list[str]:
-    """Dotted fields under the prefixes in which what two configs say of a model differs."""
+    """Returns the dotted fields under the prefixes in which two configs' models differ."""
     left, right = _flat(said_of_model(one)), _flat(said_of_model(other))
     return [
         name
@@ -137,7 +137,7 @@ def differing(
 
 
 def said_of_model(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config says of a model without gates, however it says it."""
+    """Returns what a config says of a model without gated layers, in one normal form."""
     m = config["model"]
     options = TransformerOptions.from_config(m)
     modalities = {name: dict(each) for name, each in m["modalities"].items()}
@@ -152,7 +152,7 @@ def said_of_model(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kind(options: TransformerOptions) -> dict[str, Any]:
-    """What makes up a stack; a number of heads or their width is said even where it is usual."""
+    """Returns the options that define a transformer, with KV heads and head width resolved."""
     names = [each.name for each in fields(options) if each.name not in (*FREE, "cross")]
     said = {name: getattr(options, name) for name in names}
     return said | {"key_value_heads": options.num_kv_heads, "head_width": options.head_dim}
@@ -179,7 +179,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Loads the run and writes it."""
+    """Loads the run and writes its weights."""
     from unified_mm.inference.loaded import load
     from unified_mm.inference.quantized_params import dequantized
 

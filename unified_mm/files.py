@@ -1,4 +1,4 @@
-"""Files and folders: errors that name them, writes that are whole, one holder at a time."""
+"""Files and folders: errors that name the path, atomic writes, and locks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ LOCK = ".lock"
 
 
 class FolderHeld(ValueError):
-    """Another process holds a folder."""
+    """Error for a folder that another process has locked."""
 
 
 @contextlib.contextmanager
 def naming(what: str | os.PathLike[str]) -> Iterator[None]:
-    """For work on a path that a user gave: what the system says of it becomes a ValueError.
+    """Turns an OSError of the system in the body into a ValueError that names a user's path.
 
-    `what` names field and path, such as data.cache_dir=/x. An error that says where it comes from
-    already (it has no number of the system's) passes.
+    An OSError without an errno already says where it comes from, and passes unchanged.
+
+    Args:
+      what: the field or flag with the path, such as data.cache_dir=/x.
+
+    Raises:
+      ValueError: if the body raises an OSError with an errno.
     """
     try:
         yield
@@ -34,15 +39,20 @@ def naming(what: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def system_says(error: OSError) -> str:
-    """The system's words and the file that they are about."""
+    """Returns the system's error message, with the file that it is about."""
     where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
     return f"{error.strerror or error}{where}"
 
 
 def user_path(path: str | os.PathLike[str], what: str) -> Path:
-    """The path with its `~` resolved; `what` names where it was given, such as data.dir.
+    """Returns the path with its `~` expanded.
 
-    Raises ValueError for the home of a user that there is not.
+    Args:
+      path: the path.
+      what: where the path was given, such as data.dir, for messages.
+
+    Raises:
+      ValueError: if the path names the home of a user that does not exist.
     """
     try:
         return Path(path).expanduser()
@@ -53,7 +63,9 @@ def user_path(path: str | os.PathLike[str], what: str) -> Path:
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Reads a JSON file.
 
-    Raises FileNotFoundError, and ValueError that names file, line and column of what is wrong.
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file cannot be read or is no JSON; the message names file, line and column.
     """
     with naming(path):
         try:
@@ -72,10 +84,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes `value` as JSON, atomically: a reader sees the old file or the new one, whole.
+    """Writes `value` as JSON, atomically: a reader sees the old file or the whole new one.
 
-    Raises ValueError or TypeError, with the file's name, where JSON cannot hold the value
-    (NaN and infinity among them).
+    Raises:
+      TypeError: if `value` has a type that JSON does not have; the message names the file.
+      ValueError: if `value` holds NaN or infinity, or refers to itself; the message names the file.
     """
     try:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -87,7 +100,10 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replaces the file at `path`, creating folders; on disk before it takes the name."""
+    """Replaces the file at `path` atomically, and creates its folders.
+
+    The content is synced to disk before it takes the name.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -105,14 +121,15 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Holds a folder, made where it is missing, for this process; it is free however that ends.
+    """Locks a folder for this process, and creates it where it is missing.
 
-    A POSIX record lock on its file `.lock`: workers that are forked do not keep it, and it does not
-    tell two holders within one process apart.
+    The lock is a POSIX record lock on the file `.lock` in the folder. It is released however the
+    process ends. Forked workers do not hold it, and it does not exclude a second holder within this
+    process.
 
     Raises:
-      FolderHeld: another process has it, which is named.
-      OSError: the folder cannot be made or written in.
+      FolderHeld: if another process holds the lock; the message names the process.
+      OSError: if the folder cannot be created or written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+") as file:
@@ -122,7 +139,7 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def _take(file: TextIO) -> str:
-    """Takes the lock of a file, opened as 'a+': '', else who has it."""
+    """Locks a file that is opened as 'a+', and returns '', or who holds the lock."""
     import fcntl
 
     try:
@@ -137,7 +154,10 @@ def _take(file: TextIO) -> str:
 
 
 def is_text(name: str) -> bool:
-    """Whether UTF-8 can say it: no part of a path that is made of other bytes."""
+    """Returns whether the string can be encoded as UTF-8.
+
+    A path whose bytes are not UTF-8 cannot.
+    """
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -152,7 +172,7 @@ def _umask() -> int:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raises ValueError where there is something, or where nothing can be made."""
+    """Raises ValueError if the path of `--out` exists, or cannot be created."""
     if os.path.lexists(path):
         raise ValueError(f"{path} exists and is not overwritten; name a new directory")
     above = next(folder for folder in path.absolute().parents if folder.exists())
@@ -162,13 +182,13 @@ def refuse_existing(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill beside `path`, which takes that name when the work on it is done.
+    """Yields a temporary folder next to `path`, and renames it to `path` when the body succeeds.
 
-    Where anything goes wrong, nothing is left; a killed process leaves a folder whose name begins
-    with a dot.
+    If the body fails, nothing is left. A killed process leaves a folder whose name begins with a
+    dot.
 
     Raises:
-      ValueError: `path`, which `--out` named, exists or cannot be made.
+      ValueError: if `path`, which `--out` named, exists or cannot be created.
     """
     refuse_existing(path)
     with naming(f"--out={path}"):

@@ -1,4 +1,4 @@
-"""Writes texts about images with a trained run: captions, or answers to a prompt.
+"""Generates texts about images with a trained run: captions, or answers to a prompt.
 
 python -m unified_mm.generate --run runs/first --image photo.jpg
 python -m unified_mm.generate --run runs/first --image photo.jpg --prompt "what colour is it?"
@@ -53,7 +53,11 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def generate(options: argparse.Namespace) -> int:
-    """Prints what the run writes about each image."""
+    """Generates texts for each image, prints them and returns the exit code.
+
+    Raises:
+      ValueError: if a flag is out of range, or flags do not go together.
+    """
     from unified_mm.inference.decoding import Decoding
     from unified_mm.inference.loaded import load
 

@@ -1,10 +1,10 @@
-"""Makes a run of weights that another project trained.
+"""Makes a run from weights that were trained elsewhere.
 
     python -m unified_mm.import_weights --from DIR --out runs/clip
 
 DIR is what Hugging Face's `save_pretrained` writes: config.json, model.safetensors (or shards with
-model.safetensors.index.json) and the tokenizer's files. `unified_mm.load("runs/clip")` reads what
-comes of it.
+model.safetensors.index.json) and the tokenizer's files. `unified_mm.load("runs/clip")` loads the
+new run.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ IMAGE_PARTS = ("embedders_image/", "towers_image/")
 
 @dataclass(frozen=True)
 class Imported:
-    """Weights as a run of ours has them.
+    """Weights converted to the parameters of a run.
 
     Attributes:
-      config: of the run, whole.
-      params: float32, a tree as `build_task(config, tokenizer).init` makes it, or its image part.
-      tokenizer: None where there is no text.
-      part: what of a model the weights are.
-      family: that they are of.
-      ignored: names of tensors that have no place here, by the reason.
+      config: the whole config of the run.
+      params: float32, a tree as `build_task(config, tokenizer).init` returns it, or its image part.
+      tokenizer: the tokenizer; None if there is no text.
+      part: which part of a model the weights are.
+      family: the family of the weights.
+      ignored: the names of tensors that are not used, by reason.
     """
 
     config: dict[str, Any]
@@ -61,12 +61,12 @@ class Imported:
 
 
 def import_directory(directory: str | os.PathLike[str]) -> Imported:
-    """Reads weights of a known family.
+    """Reads and converts weights of a known family.
 
     Raises:
-      FileNotFoundError: a file that is missing.
-      ValueError: an architecture, an option or a tensor that is not known here, or a damaged file;
-        naming it.
+      FileNotFoundError: if a file is missing.
+      ValueError: if an architecture, an option or a tensor is not known, or a file is damaged; the
+        message names it.
     """
     with Source(directory) as source:
         family = family_of(source)
@@ -80,7 +80,11 @@ def import_directory(directory: str | os.PathLike[str]) -> Imported:
 
 
 def run_config(family: Family, source: Source, tokenizer: TextTokenizer | None) -> dict[str, Any]:
-    """The default config with what the family says; plain values, as they come from JSON."""
+    """Returns the default config with the family's fields set, in plain values as JSON has them.
+
+    Raises:
+      ValueError: if the tokenizer has more tokens than there are embeddings.
+    """
     fields = family.fields(source)
     config = default_config().to_dict()
     usual = config["model"]["modalities"]
@@ -109,10 +113,15 @@ def run_config(family: Family, source: Source, tokenizer: TextTokenizer | None) 
 def parameter_shapes(
     config: Mapping[str, Any], tokenizer: TextTokenizer | None, part: Part
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter of a run, by path; of its image part where that is all.
+    """Returns the shape of each parameter of a run by path, or of its image part only.
+
+    Args:
+      config: the whole config of the run.
+      tokenizer: the tokenizer; None if there is no text.
+      part: 'image' for the image part only.
 
     Raises:
-      ValueError: a config that no model can be built from.
+      ValueError: if no model can be built from the config.
     """
     # An image tower stands beside a text model that is yet to be chosen: any will do here.
     task = build_task(Config(config), tokenizer or TextTokenizer.train([], 260))
@@ -127,10 +136,10 @@ def parameter_shapes(
 
 
 def write_run(imported: Imported, out: str | os.PathLike[str]) -> RunFolder:
-    """A run at step 0. Where anything goes wrong, nothing is left.
+    """Writes the imported weights as a run at step 0, and leaves nothing if that fails.
 
     Raises:
-      ValueError: `out` exists.
+      ValueError: if `out` exists.
     """
     folder = RunFolder(out)
     with new_folder(folder.path) as half:
@@ -175,7 +184,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Imports, writes, and says what there was."""
+    """Imports the weights, writes the run, prints a summary and returns the exit code."""
     refuse_existing(RunFolder(options.out).path)
     imported = import_directory(getattr(options, "from"))
     folder = write_run(imported, options.out)

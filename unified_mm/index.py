@@ -1,14 +1,14 @@
-"""Makes a search index of a folder of pictures or a COCO set, and searches in it.
+"""Builds a search index of a folder of images or a COCO set, and searches it.
 
     python -m unified_mm.index --run=RUN --images=DIR --out=INDEX
     python -m unified_mm.index --run=RUN --index=INDEX --query="a red cube" --top=10
     python -m unified_mm.index --run=RUN --index=INDEX --query_image=photo.jpg
     python -m unified_mm.index --run=RUN --index=INDEX --evaluate
 
---out and --index are two names of one option. Pictures are taken from DIR and all folders below;
-where DIR holds annotations/captions_*.json, pictures and captions of its splits. A command that was
-stopped goes on where it was; an index that is there is never changed. With --query and
---query_image both, their mean is looked for. --evaluate ends with one line of JSON.
+--out and --index are two names of one option. Images are taken from DIR and all folders below it;
+if DIR holds annotations/captions_*.json, images and captions of its splits are taken. A command
+that was stopped resumes; an existing index is never changed. With both --query and --query_image,
+the query is the weighted mean of their embeddings. With --evaluate the last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def work(options: argparse.Namespace) -> int:
-    """Makes, searches and scores, as far as that is asked for."""
+    """Builds, searches and evaluates the index, as the flags ask, and returns the exit code."""
     refuse_wrong(options)
     output = new_file(options.output)
     out = user_path(options.out or options.index, "--out").absolute()
@@ -102,7 +102,7 @@ def work(options: argparse.Namespace) -> int:
 
 
 def refuse_wrong(options: argparse.Namespace) -> None:
-    """Raises ValueError for flags that say nothing to do, or do not go together."""
+    """Raises ValueError if the flags ask for nothing, or do not go together."""
     actions = ("images", "query", "query_image", "evaluate")
     if not options.given & set(actions):
         raise ValueError(f"nothing to do: give {' or '.join(f'--{name}' for name in actions)}")
@@ -116,7 +116,7 @@ def refuse_wrong(options: argparse.Namespace) -> None:
 
 
 def listed(options: argparse.Namespace) -> Any:
-    """The pictures that `--images` and `--split` name."""
+    """Returns the images that `--images` and `--split` name, and prints how many there are."""
     from unified_mm.search.pictures import read_picture_set
 
     with naming(f"--images={options.images}"):
@@ -128,7 +128,7 @@ def listed(options: argparse.Namespace) -> Any:
 
 
 def written(model: LoadedModel, pictures: Any, out: Path, options: argparse.Namespace) -> bool:
-    """Makes the index, or finds it made; False where the disk is full, which is said."""
+    """Builds the index if it is missing, and returns False, with a message, if the disk is full."""
     from unified_mm.search.index_writer import progress, write_index
 
     sizes = {"shard": options.shard, "exact_up_to": options.exact_up_to}
@@ -147,7 +147,7 @@ def written(model: LoadedModel, pictures: Any, out: Path, options: argparse.Name
 
 
 def contents(index: SearchIndex) -> str:
-    """What there is in an index, and how it is searched."""
+    """Returns a line that says what an index holds and how it is searched."""
     kinds = {"image": "pictures", "text": "captions"}
     held = " and ".join(
         f"{len(nearest):,} {kinds[kind]} ({'all compared' if nearest.graph is None else 'a graph'})"
@@ -157,7 +157,7 @@ def contents(index: SearchIndex) -> str:
 
 
 def search(model: LoadedModel, index: SearchIndex, options: argparse.Namespace) -> None:
-    """Lists what fits the query best."""
+    """Prints the nearest neighbours of the query."""
     from unified_mm.search.pictures import shown
     from unified_mm.search.search_index import mixed
 
@@ -178,7 +178,7 @@ def search(model: LoadedModel, index: SearchIndex, options: argparse.Namespace) 
 
 
 def evaluate(index: SearchIndex, output: Path | None) -> None:
-    """Scores the index, as a table and one line of JSON."""
+    """Prints the scores of the index as a table and as JSON, and writes them to `output`."""
     from unified_mm.search.evaluation import search_scores
 
     found = search_scores(index)

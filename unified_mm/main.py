@@ -1,4 +1,4 @@
-"""The main command: train a run, evaluate it, caption with it, search with it.
+"""The main command: trains a run, evaluates it, captions with it, searches with it.
 
 python -m unified_mm.main --config=configs/coco.py --workdir=runs/first
 python -m unified_mm.main --mode=evaluate --run=runs/first --split=test_composition
@@ -80,7 +80,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def chosen_mode(arguments: Sequence[str]) -> int:
-    """Does what `--mode` asks for."""
+    """Runs the mode that `--mode` names, and returns its exit code."""
     modes = {"train": train, "evaluate": evaluate, "caption": caption, "search": search}
     options = options_of(arguments)
     refuse_ignored(options)
@@ -92,7 +92,7 @@ def chosen_mode(arguments: Sequence[str]) -> int:
 
 
 def refuse_ignored(options: argparse.Namespace) -> None:
-    """Raises ValueError for flags and fields that were given and that this mode does not read."""
+    """Raises ValueError if flags or fields were given that this mode does not read."""
     for name, modes in READ_BY.items():
         if name in options.given and options.mode not in modes:
             readers = " and ".join(f"--mode={each}" for each in modes)
@@ -110,12 +110,16 @@ def refuse_ignored(options: argparse.Namespace) -> None:
 
 
 def asked_fields(options: argparse.Namespace) -> list[str]:
-    """Dotted names of the config fields that the command line set."""
+    """Returns the dotted names of the config fields that the command line set."""
     return list(options.recipe.overrides) if options.recipe else []
 
 
 def run_folder(options: argparse.Namespace) -> str:
-    """The run's folder, which every mode needs."""
+    """Returns the run's folder, which every mode needs.
+
+    Raises:
+      ValueError: if the folder is given twice or not at all.
+    """
     if options.run and options.workdir:
         raise ValueError("--run and --workdir both name the run's folder: give one of them")
     if folder := options.run or options.workdir:
@@ -125,7 +129,10 @@ def run_folder(options: argparse.Namespace) -> str:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Trains, scores, reports; running it again resumes."""
+    """Trains and evaluates the run, writes its report and returns the exit code.
+
+    The same command resumes a run that was stopped.
+    """
     from unified_mm.analysis.run_report import write_report
     from unified_mm.runs.environment import unseen_accelerator
     from unified_mm.training.loop import NotFinite, Stopped
@@ -181,7 +188,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def refuse_int8(folder: RunFolder) -> None:
-    """Raises ValueError where the run's weights are int8, which no gradient can change."""
+    """Raises ValueError if the run's weights are int8, which cannot be trained."""
     made = folder.saved_config().get("quantized") if folder.exists else None
     if made:
         raise ValueError(
@@ -192,7 +199,10 @@ def refuse_int8(folder: RunFolder) -> None:
 
 
 def shared_fields(config: ConfigDict) -> str:
-    """What all processes of a run must be told alike: not how each gets at the data."""
+    """Returns, as JSON, the config fields that must be equal in all processes of a run.
+
+    Fields that say how a process reads the data may differ.
+    """
     fields = config.to_dict()
     own = ("dir", "cache_dir", "threads", "workers")
     data = {name: value for name, value in fields["data"].items() if name not in own}
@@ -200,7 +210,7 @@ def shared_fields(config: ConfigDict) -> str:
 
 
 def check_asked(config: Config, setup: Any) -> None:
-    """Raises ValueError where `setup` lacks questions, or images to score, that the config asks."""
+    """Raises ValueError if `setup` lacks questions or evaluation images that the config needs."""
     from unified_mm.data.sources import asking_field, refuse_no_questions
     from unified_mm.evaluation.evaluate import check_split
 
@@ -215,7 +225,7 @@ def check_asked(config: Config, setup: Any) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Scores a run on any data and split."""
+    """Evaluates a run on any data and split, prints the scores and returns the exit code."""
     from unified_mm.data.sources import open_source, refuse_no_questions
     from unified_mm.evaluation.evaluate import evaluate as score
     from unified_mm.evaluation.splits import evaluated_splits, open_split
@@ -253,7 +263,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def mesh_of_processes() -> Any:
-    """All devices, where several processes share the work; None where this one is alone."""
+    """Returns a mesh of all devices, None if there is only one process."""
     import jax
 
     from unified_mm.parallel.mesh import make_mesh
@@ -267,7 +277,7 @@ def mesh_of_processes() -> Any:
 
 
 def caption(options: argparse.Namespace) -> int:
-    """Writes a caption for each image, as `unified_mm.generate` does."""
+    """Generates a caption for each image, as `unified_mm.generate` does."""
     from unified_mm import generate
 
     if not options.image:
@@ -277,7 +287,7 @@ def caption(options: argparse.Namespace) -> int:
 
 
 def search(options: argparse.Namespace) -> int:
-    """Lists the images that fit the query best."""
+    """Prints the images that are closest to the query."""
     import numpy as np
 
     from unified_mm.data.manifest import problem_counts
@@ -298,7 +308,7 @@ def search(options: argparse.Namespace) -> int:
 
 
 def searched_images(saved: Config, options: argparse.Namespace) -> list[Any]:
-    """Images of `--images`, or of the evaluation split."""
+    """Returns the images of `--images`, or of the evaluation split."""
     if not options.images:
         from unified_mm.data.sources import open_source
         from unified_mm.evaluation.splits import evaluated_splits, open_split
@@ -316,7 +326,7 @@ def searched_images(saved: Config, options: argparse.Namespace) -> list[Any]:
 
 
 def run_config(saved: Config, options: argparse.Namespace) -> Config:
-    """A run's config with the data and evaluation fields that this command sets."""
+    """Returns the run's config with the data and evaluation fields that this command sets."""
     fields = saved.as_dict()
     asked = options.recipe.config.to_dict() if options.recipe else {}
     for path in asked_fields(options):
@@ -331,7 +341,7 @@ def run_config(saved: Config, options: argparse.Namespace) -> Config:
 
 
 def refuse_unread(config: Config, fields: list[str]) -> None:
-    """A field that the user set and nothing reads would be a silent mistake."""
+    """Raises ValueError if the user set a field that nothing reads: a mistake, else silent."""
     unread = config.unread(fields)
     if unread:
         raise ValueError(

@@ -3,8 +3,8 @@
     python -m unified_mm.prepare --config=configs/coco.py --config.data.dir=FOLDER --out=DIR
     python -m unified_mm.prepare ... --resize=256
 
-`--config.data.source=tfds --config.data.dir=DIR` trains on it: without `--resize` on the same
-batches as from the folder, byte for byte. The same command again goes on where it was stopped.
+`--config.data.source=tfds --config.data.dir=DIR` trains on it; without `--resize` the batches are
+those of the folder, byte for byte. The same command resumes where it was stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def prepare(flags: argparse.Namespace) -> int:
-    """Reads, checks and writes all splits; running it again goes on."""
+    """Reads, checks and writes all splits; running it again resumes."""
     from unified_mm.data.sources import AnnotatedFolder, open_source
     from unified_mm.data.tfds_examples import Options
     from unified_mm.data.tfds_writer import progress, write_dataset
@@ -76,7 +76,7 @@ def prepare(flags: argparse.Namespace) -> int:
 
 
 def refuse_ignored(flags: argparse.Namespace) -> None:
-    """Raises ValueError for what was given and is not read, and for a wrong --out."""
+    """Raises ValueError if a flag or field was given that is not read, or --out is wrong."""
     if not flags.out:
         raise ValueError("--out=DIR is needed: a new folder for the dataset")
     if "://" in flags.out:
@@ -91,7 +91,7 @@ def refuse_ignored(flags: argparse.Namespace) -> None:
 
 
 def report(out: Path) -> str:
-    """What there is, and how to train on it."""
+    """Returns how much was written, and the flags that train on it."""
     shards = list(out.glob("*.array_record-*"))
     size = sum(shard.stat().st_size for shard in shards)
     return (

@@ -1,4 +1,4 @@
-"""What can be read off each layer of a trained run by a linear map, and what images contribute.
+"""Linear probes of each layer of a trained run, and the contribution of images to its captions.
 
     python -m unified_mm.probe --run=runs/first
     python -m unified_mm.probe --run=runs/first --of=text
@@ -6,10 +6,10 @@
     python -m unified_mm.probe --run=runs/first --contribution
 
 Without --images the data is the run's own, which must be the embedded world: it knows the
-attributes of what its pictures show. Probes are fitted on the training split and asked about
-another. DIR holds one directory per class; every second image of each class is asked about, the
-others are learned from. --contribution drops, blanks and shuffles the images under a captioning
-model and says what that costs. One line of JSON comes last.
+attributes of the objects in its images. Probes are fitted on the training split and tested on
+another. DIR holds one directory per class; every second image of each class is for testing, the
+others for fitting. --contribution drops, blanks and shuffles the images of a captioning model and
+measures what the captions lose. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def work(options: argparse.Namespace) -> int:
-    """Probes the run, or takes its images away."""
+    """Probes the run, or measures what its images contribute, and returns the exit code."""
     from unified_mm.inference.loaded import load
 
     refuse_wrong(options)
@@ -77,7 +77,7 @@ def work(options: argparse.Namespace) -> int:
 
 
 def refuse_wrong(options: argparse.Namespace) -> None:
-    """Raises ValueError for options that do not go together or are no value."""
+    """Raises ValueError if options do not go together or are out of range."""
     if options.images:
         for name in ("contribution", "split", "data_dir"):
             if getattr(options, name):
@@ -92,7 +92,7 @@ def refuse_wrong(options: argparse.Namespace) -> None:
 
 
 def probed(model: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
-    """Accuracies by layer, as a table and for JSON."""
+    """Prints the accuracies of the probes by layer as a table, and returns them for JSON."""
     read = folder_of_classes if options.images else world
     learned, asked, data = read(model, options)
     found = probes.probe_layers(learned, asked)
@@ -110,7 +110,7 @@ def probed(model: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """A line for each layer and a column for each thing that is asked."""
+    """Returns a table with a line for each layer and a column for each target."""
     columns = list(next(iter(rows.values())))
     lines = [f"{'accuracy':<12}" + "".join(f"{name:>12}" for name in columns)]
     for name, row in rows.items():
@@ -121,7 +121,14 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
 def world(
     model: LoadedModel, options: argparse.Namespace
 ) -> tuple[Labelled, Labelled, dict[str, Any]]:
-    """Features and attributes of training scenes, those of other scenes, and which data that is."""
+    """Returns features and attributes of scenes of the embedded world.
+
+    Returns:
+      The examples to fit on, those to test on, and a description of the data.
+
+    Raises:
+      ValueError: if the split to test on is the training split.
+    """
     from unified_mm.analysis.examples import scored_records
     from unified_mm.analysis.layer_features import image_features, text_features
     from unified_mm.analysis.scenes import read_scenes, scene_targets
@@ -149,7 +156,7 @@ def world(
 
 
 def opened(model: LoadedModel, options: argparse.Namespace) -> tuple[Any, str]:
-    """The run's data source, and the split that is asked about."""
+    """Returns the run's data source and the split to test on."""
     from unified_mm.analysis.examples import open_data
     from unified_mm.training.output import framed
 
@@ -162,7 +169,15 @@ def opened(model: LoadedModel, options: argparse.Namespace) -> tuple[Any, str]:
 def folder_of_classes(
     model: LoadedModel, options: argparse.Namespace
 ) -> tuple[Labelled, Labelled, dict[str, Any]]:
-    """Features and classes of images to learn from, of the others, and which data that is."""
+    """Returns features and classes of the images of `--images`.
+
+    Returns:
+      The examples to fit on, those to test on, and a description of the data.
+
+    Raises:
+      ValueError: if a class has fewer than two readable images, or fewer than three images are left
+        to fit on.
+    """
     from unified_mm.analysis.layer_features import image_features
     from unified_mm.evaluation.zero_shot import read_class_folder
     from unified_mm.search.pictures import shown, view_or_fault
@@ -195,13 +210,13 @@ def folder_of_classes(
 
 
 def _spread(numbers: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of them, evenly spread."""
+    """Returns at most `most` of the numbers, evenly spread."""
     places = np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int)
     return numbers[places]
 
 
 def taken_away(model: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
-    """Loss and CIDEr-D without the image, as a table and for JSON."""
+    """Prints loss and CIDEr-D with and without the image as a table, and returns them for JSON."""
     from unified_mm.analysis.contribution import contribution
     from unified_mm.analysis.examples import scored_records
 

@@ -1,10 +1,10 @@
-"""Makes a run of int8 weights out of a trained one, and says what that costs in scores.
+"""Makes a run with int8 weights from a trained one, and measures what that costs in scores.
 
     python -m unified_mm.quantize --run runs/first --out runs/first_int8
     python -m unified_mm.quantize --run runs/first --out runs/first_w8a8 --activations=int8
 
-Both are scored on the same images of the same split. RUN is left as it is; what comes of it is a
-run that every command takes but training, which needs floats. One line of JSON comes last.
+Both runs are scored on the same images of the same split. RUN is not changed. Every command accepts
+the new run, except training, which needs floats. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def quantize(options: argparse.Namespace) -> int:
-    """Quantises, scores both, and writes the new run."""
+    """Quantises a run, scores both runs, writes the new one and returns the exit code."""
     from unified_mm.inference.loaded import load
     from unified_mm.inference.quantization import quantized
     from unified_mm.inference.quantized_params import need_qwix, weight_bytes
@@ -71,10 +71,10 @@ def quantize(options: argparse.Namespace) -> int:
 
 
 def scored(model: Any, small: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """The scores of both on one split, and of what they are.
+    """Returns the scores of both models on one split, and what they were measured on.
 
     Raises:
-      ValueError: a split or data that are not there.
+      ValueError: if the split or the data does not exist.
     """
     from unified_mm.evaluation.evaluate import evaluate
     from unified_mm.objectives.captioning import Captioning
@@ -102,7 +102,7 @@ def scored(model: Any, small: Any, options: argparse.Namespace) -> dict[str, Any
 
 
 def open_scored(config: Config, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The split that is scored, and where it is from."""
+    """Returns the split that is scored, and a description of its data."""
     from unified_mm.data.sources import open_source
     from unified_mm.evaluation.splits import evaluated_splits, open_split
     from unified_mm.training.output import framed
@@ -123,7 +123,7 @@ def open_scored(config: Config, options: argparse.Namespace) -> tuple[Any, dict[
 
 
 def where_and_when(config: Config) -> dict[str, Any]:
-    """Device, versions and revision, as every result has them."""
+    """Returns device, versions, revision and seed, which every result has."""
     from unified_mm.runs.environment import device_name, revision, versions
 
     return {
@@ -135,10 +135,10 @@ def where_and_when(config: Config) -> dict[str, Any]:
 
 
 def write_run(model: Any, source: RunFolder, out: Any, result: Mapping[str, Any]) -> None:
-    """A run of the model's weights at the step that they are of.
+    """Writes the model's weights as a run, at the step of the model.
 
     Raises:
-      ValueError: `out` exists or cannot be made.
+      ValueError: if `out` exists or cannot be created.
     """
     from unified_mm.runs.checkpoints import Checkpoints
 
@@ -154,7 +154,7 @@ def write_run(model: Any, source: RunFolder, out: Any, result: Mapping[str, Any]
 
 
 def comparison(result: Mapping[str, Any]) -> str:
-    """Scores before and after, one a line, then the bytes of the weights."""
+    """Returns a table of the scores before and after, with a last line on the weights' bytes."""
     lines = [f"{'score':<58}{'before':>9}{'after':>9}{'change':>9}"]
     for name, after in result["scores"].items():
         before = result["before"][name]

@@ -1,4 +1,7 @@
-"""Names in a config become classes: a built-in name, or `package.module:attribute` from outside."""
+"""The registry: names in a config become classes.
+
+A name is a built-in one, or `package.module:attribute` of a class outside this package.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +18,26 @@ MOVED = {
 
 
 def moved(path: str) -> str:
-    """Returns a path `package.module:attribute` with the name that the module has now."""
+    """Returns a path `package.module:attribute` with today's name of the module."""
     module, colon, attribute = path.partition(":")
     return f"{MOVED[module]}:{attribute}" if colon and module in MOVED else path
 
 
-def resolve(kind: str, name: str, built_in: Mapping[str, str]) -> Any:
-    """The object that `name` stands for.
+def resolve(kind: str, name: str, built_in: Mapping[str, Any]) -> Any:
+    """Returns the object that `name` stands for.
 
     Args:
       kind: what is looked up ("modality", "objective", ...), for messages.
       name: a key of `built_in`, or the path `package.module:attribute` of anything importable, so
-        that a new modality or objective is a file of the user's and no edit of this package.
-      built_in: the names this package brings, each with its path.
+        that users add a modality or an objective without a change of this package.
+      built_in: the built-in names, each with its path, or with the object itself.
 
     Raises:
-      ValueError: the name is unknown, or its path leads nowhere.
+      ValueError: if the name is unknown, or its path cannot be imported.
     """
     path = built_in.get(name, name)
+    if not isinstance(path, str):
+        return path
     if ":" not in path:
         near = difflib.get_close_matches(name, built_in, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

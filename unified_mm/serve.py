@@ -1,11 +1,11 @@
-"""Serves a trained run over HTTP, with a page to look at.
+"""Serves a trained run over HTTP, with a demo page.
 
     python -m unified_mm.serve --run runs/first
     python -m unified_mm.serve --run runs/first --index runs/first-index --port 8080
 
-Only this machine can reach it unless --host says otherwise, and then it asks for a token. On
-SIGTERM or Ctrl-C it takes no new requests, finishes those under way (at most --drain_seconds) and
-ends: exit code 0 where all were finished, 143 (or 130) where some were cut off.
+The server listens on this machine only, unless --host says otherwise; then it requires a token. On
+SIGTERM or Ctrl-C it accepts no new requests, finishes those in flight (for at most --drain_seconds)
+and ends: exit code 0 if all were finished, 143 (or 130) if some were cut off.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Loads the run, warms up, says where it listens, and serves until a signal."""
+    """Loads the run, warms up, prints the address and serves until a signal.
+
+    Raises:
+      ValueError: if a package is missing, or a flag has a wrong value.
+    """
     try:
         from unified_mm.serving.app import make_app
         from unified_mm.serving.server import DrainingServer, bind, url_of
@@ -93,7 +97,11 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def limits_of(options: argparse.Namespace) -> Any:
-    """The limits that the options ask for. Raises ValueError for one that lets nothing through."""
+    """Returns the limits that the options ask for.
+
+    Raises:
+      ValueError: if a limit is not above 0 and below 1e9.
+    """
     from unified_mm.serving.limits import Limits
 
     for name in ("upload_megabytes", "megapixels", "seconds", "drain_seconds", "slots", "queue"):

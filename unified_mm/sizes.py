@@ -1,10 +1,10 @@
-"""What each fusion costs: parameters and FLOPs, for comparisons at equal cost.
+"""Prints the parameters and FLOPs of each fusion, for comparisons at equal cost.
 
     python -m unified_mm.sizes --config=configs/coco.py
     python -m unified_mm.sizes --config=configs/coco.py --config.model.budget=1e9
 
-Each row is the config with that fusion and the objectives it can serve; with a budget, each is made
-as wide (or deep) as that allows. One line of JSON comes last.
+Each row is the config with that fusion and the objectives that it supports; with a budget, width
+(or depth) is chosen to match it. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def table(options: argparse.Namespace) -> int:
-    """Prints a row for each fusion."""
+    """Prints a row for each fusion and returns the exit code."""
     asked = resolve(options.recipe, say)
     rows = []
     head = ("fusion", "width", "layers", "parameters", "active", "FLOPs/example", "FLOPs/token")

@@ -1,9 +1,9 @@
-"""Classifies a folder of images by the names of their classes, with a trained run.
+"""Classifies a folder of images by the names of their classes (zero-shot), with a trained run.
 
     python -m unified_mm.zero_shot --run runs/first --images DIR
     python -m unified_mm.zero_shot --run runs/first --images DIR --template "a photo of a {}."
 
-DIR holds one directory per class, named like it. One line of JSON comes last.
+DIR holds one directory per class, with its name. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def classify(options: argparse.Namespace) -> int:
-    """Scores the run on the folder."""
+    """Scores the run on the folder, prints the scores and returns the exit code."""
     from unified_mm.evaluation.zero_shot import classify_folder, read_class_folder
     from unified_mm.inference.classes import TEMPLATES, filled
     from unified_mm.inference.loaded import load

@@ -20,7 +20,7 @@ BUDGET = {"tiny": 7.7e8, "base": 4.1e10}
 
 
 def get_ablation(size: str) -> Ablation:
-    """At a size, `tiny` or `base`."""
+    """Returns the ablation at a size, `tiny` or `base`."""
     return Ablation(
         config=f"configs/coco.py:{size}",
         common=common(size) | {"model.budget": BUDGET[size]},

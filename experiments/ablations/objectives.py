@@ -28,7 +28,7 @@ CHANGES = {
 
 
 def get_ablation(size: str) -> Ablation:
-    """At a size, `tiny` or `base`."""
+    """Returns the ablation at a size, `tiny` or `base`."""
     dearer = {
         name: changes | at_equal_flops(size, COST[size][name]) for name, changes in CHANGES.items()
     }

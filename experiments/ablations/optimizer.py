@@ -14,7 +14,7 @@ from experiments.sweeping.presets import common
 
 
 def get_ablation(size: str) -> Ablation:
-    """At a size, `tiny` or `base`."""
+    """Returns the ablation at a size, `tiny` or `base`."""
     return Ablation(
         config=f"configs/coco.py:{size}",
         common=common(size),

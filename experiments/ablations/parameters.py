@@ -21,7 +21,7 @@ NARROW = {
 
 
 def get_ablation(size: str) -> Ablation:
-    """At a size, `tiny` or `base`."""
+    """Returns the ablation at a size, `tiny` or `base`."""
     return Ablation(
         config=f"configs/coco.py:{size}",
         common=common(size),

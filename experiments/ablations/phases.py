@@ -19,7 +19,7 @@ RECIPE = "experiments/phased.py"
 
 
 def get_ablation(size: str) -> Ablation:
-    """At a size, `tiny` or `base`."""
+    """Returns the ablation at a size, `tiny` or `base`."""
     shared = common(size)
     steps = shared.pop("train.steps")  # of `one`; the recipe of the others has its own
     return Ablation(

@@ -17,7 +17,7 @@ FIELD = "model.modalities.image.positions"
 
 
 def get_ablation(size: str) -> Ablation:
-    """At a size, `tiny` or `base`."""
+    """Returns the ablation at a size, `tiny` or `base`."""
     return Ablation(
         config=f"configs/coco.py:{size}",
         common=common(size),

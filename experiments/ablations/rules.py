@@ -27,7 +27,7 @@ CAPTIONS = "objectives.captioning.rule"
 
 
 def get_ablation(size: str) -> Ablation:
-    """At a size, `tiny` or `base`."""
+    """Returns the ablation at a size, `tiny` or `base`."""
     steps = {name: at_equal_flops(size, cost) for name, cost in COST[size].items()}
     return Ablation(
         config=f"configs/coco.py:{size}",

@@ -16,7 +16,7 @@ HEAD = {"tiny": 32, "base": 64}
 
 
 def get_ablation(size: str) -> Ablation:
-    """At a size, `tiny` or `base`."""
+    """Returns the ablation at a size, `tiny` or `base`."""
     return Ablation(
         config=f"configs/coco.py:{size}",
         common=common(size),

@@ -1,1 +1,1 @@
-"""What the runs of an ablation came to: kept results, statistics, tables and pictures."""
+"""Results of an ablation: stored results, statistics, tables and figures."""

@@ -1,4 +1,4 @@
-"""Small results of single runs, as they are kept: VARIANT-SEED.json in a folder an ablation."""
+"""Small results of single runs, stored as VARIANT-SEED.json in one folder for each ablation."""
 
 from __future__ import annotations
 
@@ -24,16 +24,20 @@ MEND = "carry the sweep out and report again, or delete it"
 
 @dataclass(frozen=True)
 class Result:
-    """What one run scored.
+    """The result of one run.
 
     Attributes:
-      path: of the file.
-      config, fields: the recipe, and what was set in it, the places of data left out.
-      data: what its scores are of, by fingerprint.
-      flops: of the matrix products of the whole training.
-      parameters: of the model; None where the run did not say.
-      scores, chance: by name.
-      curves: metric -> [step, value] of means over equal stretches of training.
+      path: the path of the file.
+      variant: the variant of the ablation.
+      seed: the seed of the run.
+      config: the recipe.
+      fields: the fields that were set in it, without those that say where data is stored.
+      data: the fingerprint of the data that was scored.
+      flops: FLOPs of the matrix products of the whole training.
+      parameters: the number of parameters; None if the run did not record it.
+      scores: scores by name.
+      chance: the scores of guessing, by name.
+      curves: by metric, [step, value] of means over equal stretches of training.
     """
 
     path: Path
@@ -77,18 +81,19 @@ def keep(run: Run, scores: Sequence[str], folder: Path) -> Path:
 
 
 def fields_of(run: Run) -> list[str]:
-    """What the run sets, as FIELD=VALUE."""
+    """Returns the fields that the run sets, as FIELD=VALUE."""
     given = (each.removeprefix("--config.") for each in run.fields)
     return [each for each in given if not each.startswith(PLACES)]
 
 
 def read_kept(folder: Path, ablation: Ablation) -> list[Result]:
-    """All results of a folder, by name.
+    """Returns all results of a folder, by name.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: naming the file, where one lacks something, is of no variant of the ablation or of
-        another one than is asked now, or is of other data than the others.
+      FileNotFoundError: if there is none.
+      ValueError: if a result lacks a field, belongs to no variant of the ablation, was trained with
+        another config than the ablation has now, or was scored on other data than the others; the
+        message names the file.
     """
     paths = sorted(folder.glob("*-*.json"))
     if not paths:
@@ -110,7 +115,7 @@ def read_kept(folder: Path, ablation: Ablation) -> list[Result]:
 
 
 def check_same(result: Result, asked: Run, first: Result) -> None:
-    """Raises ValueError where a result answers another question, or one about other data."""
+    """Raises ValueError if a result has another config than asked, or other data than the first."""
     fields = tuple(fields_of(asked))
     if result.config != asked.config.removeprefix(f"{ROOT}/"):
         raise ValueError(f"{result.path} is of {result.config}, not of {asked.config}; {MEND}")
@@ -122,7 +127,11 @@ def check_same(result: Result, asked: Run, first: Result) -> None:
 
 
 def read_result(path: Path) -> Result:
-    """One kept file."""
+    """Reads one stored result.
+
+    Raises:
+      ValueError: if the file is no stored result.
+    """
     kept: Any = read_json(path)
     try:
         return Result(
@@ -145,7 +154,7 @@ def read_result(path: Path) -> Result:
 
 
 def curves_of(folder: RunFolder) -> dict[str, list[list[float]]]:
-    """Learning curves, thinned to `POINTS` means."""
+    """Returns the learning curves of a run, averaged down to at most `POINTS` points."""
     metrics = read_metrics(folder.metrics)
     found = {}
     for name, (steps, values) in metrics.items():

@@ -1,4 +1,4 @@
-"""Pictures of an ablation: learning curves, scores against FLOPs, bars with intervals."""
+"""Figures of an ablation: learning curves, scores against FLOPs, bars with intervals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from unified_mm.analysis.scaling import PowerLaw
 
 
 def learning_curves(results: Sequence[Result], names: Sequence[str]) -> str:
-    """What is learned over training, a panel an objective; the sum differs with what is in it."""
+    """Draws the losses over training, one panel for each objective, as SVG.
+
+    The total loss is drawn only if there is no other: its terms differ between variants.
+    """
     found = dict.fromkeys(name for r in results for name in r.curves if name != "loss")
     metrics = list(found) or ["loss"]
     figure, panels = drawing(len(metrics))
@@ -30,7 +33,7 @@ def learning_curves(results: Sequence[Result], names: Sequence[str]) -> str:
 def curves_of_metric(
     axes: Any, results: Sequence[Result], names: Sequence[str], metric: str
 ) -> None:
-    """A line a variant: the mean of its seeds, and their range."""
+    """Draws one line for each variant: the mean over its seeds, and their range."""
     for name in names:
         curves = [r.curves[metric] for r in results if r.variant == name and metric in r.curves]
         if not curves:
@@ -53,7 +56,7 @@ def curves_of_metric(
 
 
 def bars(results: Sequence[Result], lines: Sequence[Line], names: Sequence[str]) -> str:
-    """Scores of the variants that have them, a panel a score, with intervals and chance."""
+    """Draws the scores with intervals and chance, one panel for each score, as SVG."""
     scores = list(dict.fromkeys(line.score for line in lines))
     figure, panels = drawing(len(scores))
     for axes, score in zip(panels, scores, strict=True):
@@ -64,7 +67,7 @@ def bars(results: Sequence[Result], lines: Sequence[Line], names: Sequence[str])
 def bars_of_score(
     axes: Any, results: Sequence[Result], lines: Sequence[Line], names: Sequence[str]
 ) -> None:
-    """A bar a variant with its 95% interval; a dot a seed, and chance as a dashed line."""
+    """Draws a bar with its 95% interval for each variant, a dot for each seed, and chance."""
     shown = [(line, line.value) for line in lines if line.value is not None]
     for place, (line, value) in enumerate(shown):
         half = value.high - value.mean if value.known else None  # one seed has no interval
@@ -85,7 +88,10 @@ def against_flops(
     fitted: str,
     law: PowerLaw | None,
 ) -> str:
-    """Scores against the FLOPs of training, a panel a score; the law is through `fitted`."""
+    """Draws scores against the FLOPs of training, one panel for each score, as SVG.
+
+    The power law is drawn in the panel of the score `fitted`.
+    """
     figure, panels = drawing(len(scores))
     for axes, score in zip(panels, scores, strict=True):
         score_against_flops(axes, results, names, score, law if score == fitted else None)
@@ -98,7 +104,7 @@ def against_flops(
 def score_against_flops(
     axes: Any, results: Sequence[Result], names: Sequence[str], score: str, law: PowerLaw | None
 ) -> None:
-    """A point a variant with its 95% interval, and the law through them."""
+    """Draws a point with its 95% interval for each variant, and the power law through them."""
     from matplotlib import ticker
 
     cheapest, dearest = (limit(r.flops for r in results) for limit in (min, max))
@@ -132,17 +138,17 @@ def score_against_flops(
 
 
 def scores_of(results: Sequence[Result], variant: str, score: str) -> list[float]:
-    """A variant's score for each of its seeds that has it."""
+    """Returns a variant's score for each of its seeds that has it."""
     return [r.scores[score] for r in results if r.variant == variant and score in r.scores]
 
 
 def colour_of(name: str, names: Sequence[str]) -> str:
-    """A variant's colour, the same in all pictures, whichever variants have runs."""
+    """Returns a variant's colour, the same in all figures, whichever variants have runs."""
     return f"C{names.index(name) % 10}"
 
 
 def drawing(panels: int = 1) -> tuple[Any, list[Any]]:
-    """A figure and its panels, side by side."""
+    """Returns a figure and its panels, side by side."""
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(2 + 4 * panels, 3.4), layout="constrained")

@@ -1,4 +1,4 @@
-"""Results by variant: intervals, differences with the base, cost; as Markdown and CSV."""
+"""Results by variant as Markdown and CSV: intervals, differences from the base, and cost."""
 
 from __future__ import annotations
 
@@ -24,10 +24,15 @@ class Line:
     """A variant's score.
 
     Attributes:
-      value: over its seeds; None where the variant has no such score.
-      difference: with the base, over the seeds of both; None for the base itself.
-      parameters, flops: of a run; `parameter_ratio`, `flops_ratio`: over those of the
-        base, None for the base itself.
+      variant: the variant of the ablation.
+      score: the name of the score.
+      value: the mean over its seeds; None if the variant does not have the score.
+      difference: the paired difference from the base, over the seeds of both; None for the base.
+      chance: the score of guessing; None if it is not known.
+      parameters: the number of parameters of a run; None if it is not known.
+      flops: the training FLOPs of a run.
+      parameter_ratio: parameters over those of the base; None for the base.
+      flops_ratio: FLOPs over those of the base; None for the base.
     """
 
     variant: str
@@ -42,7 +47,7 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """What may be said of the difference."""
+        """The verdict on the difference, such as 'within the noise'; '' for the base."""
         if self.difference is None:
             return ""
         if not self.difference.known:
@@ -53,10 +58,10 @@ class Line:
 
 
 def summarise(ablation: Ablation, results: Sequence[Result]) -> list[Line]:
-    """A line for each variant that has runs and each score that any of them has, in order.
+    """Returns a line for each score and each variant that has runs, in the order of the ablation.
 
     Raises:
-      ValueError: no run has a score, but one that is called nearly so; or none of the scores.
+      ValueError: if no run has any of the scores, or the name of a score looks misspelt.
     """
     by_variant = {
         name: [r for r in results if r.variant == name] for name in ablation.all_variants()
@@ -81,7 +86,7 @@ def summarise(ablation: Ablation, results: Sequence[Result]) -> list[Line]:
 def line(
     variant: str, score: str, found: Sequence[Result], base: Sequence[Result], *, is_base: bool
 ) -> Line:
-    """One variant beside the base."""
+    """Returns the line of one variant, compared with the base."""
     values = {r.seed: r.scores[score] for r in found if score in r.scores}
     others = {r.seed: r.scores[score] for r in base if score in r.scores}
     chances = [r.chance[score] for r in found if score in r.chance]
@@ -102,7 +107,7 @@ def line(
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """None where any value is missing, or all are."""
+    """Returns the mean, None if any value is missing or there is none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
@@ -112,7 +117,7 @@ def ratio(value: float | None, base: float | None) -> float | None:
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    """A table for each score."""
+    """Returns a Markdown table for each score."""
     tables = []
     for score in dict.fromkeys(line.score for line in lines):
         chosen = [line for line in lines if line.score == score]
@@ -122,7 +127,7 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def markdown_row(line: Line) -> str:
-    """One variant."""
+    """Returns the table row of one variant."""
     cells = [
         line.variant,
         str(line.value.count) if line.value else "0",
@@ -136,7 +141,10 @@ def markdown_row(line: Line) -> str:
 
 
 def brief(lines: Sequence[Line]) -> str:
-    """All scores in one table, each beside its difference with the base: bold beyond the noise."""
+    """Returns one Markdown table with all scores and their differences from the base.
+
+    Differences are bold if their interval excludes 0.
+    """
     scores = list(dict.fromkeys(line.score for line in lines))
     heads = [f"`{short(score)}`" for score in scores]
     names = dict.fromkeys(line.variant for line in lines)
@@ -148,7 +156,7 @@ def brief(lines: Sequence[Line]) -> str:
 
 
 def brief_row(lines: Sequence[Line], usual: Sequence[float | None]) -> str:
-    """One variant: its line for each score, and the chance of the base where its own differs."""
+    """Returns the table row of one variant; `usual` is the chance of each score for the base."""
     first = lines[0]
     seeds = max(line.value.count if line.value else 0 for line in lines)
     cells = [brief_cell(line, chance) for line, chance in zip(lines, usual, strict=True)]
@@ -157,7 +165,7 @@ def brief_row(lines: Sequence[Line], usual: Sequence[float | None]) -> str:
 
 
 def brief_cell(line: Line, usual: float | None) -> str:
-    """A score and what may be said of it; its chance where that is not the base's."""
+    """Returns a score with its difference, and its chance if that is not the base's."""
     if line.value is None:
         return "cannot"
     if line.difference is None:
@@ -171,7 +179,7 @@ def brief_cell(line: Line, usual: float | None) -> str:
 
 
 def said(value: Mean, *, signed: bool = False) -> str:
-    """A mean with its interval."""
+    """Returns a mean with its interval, as text."""
     sign = "+" if signed else ""
     first = f"{value.mean:{sign}.3f}"
     if not value.known:
@@ -180,17 +188,17 @@ def said(value: Mean, *, signed: bool = False) -> str:
 
 
 def short(score: str) -> str:
-    """A score's name where there is little room: one caption an image is what is always asked."""
+    """Returns a short name of a score, without the prefix of one caption per image."""
     return score.removeprefix("single_caption/")
 
 
 def said_chance(chance: float | None) -> str:
-    """What the score would be by chance, where that is known."""
+    """Returns the chance of a score as text, '' if it is not known."""
     return "" if chance is None else f", chance {chance:.3f}"
 
 
 def cost(value: float | None, relative: float | None) -> str:
-    """A count beside that of the base: equal within `EQUAL`, else so many times."""
+    """Returns a count with its ratio to the base, which is called equal within `EQUAL`."""
     if value is None:
         return "not said"
     if relative is None:
@@ -199,7 +207,7 @@ def cost(value: float | None, relative: float | None) -> str:
 
 
 def count(value: float) -> str:
-    """1.23 M, 45.6 T and so on."""
+    """Formats a number with an SI prefix, such as 1.23 M or 45.6 T."""
     for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g} {letter}"
@@ -207,7 +215,7 @@ def count(value: float) -> str:
 
 
 def as_csv(lines: Sequence[Line]) -> str:
-    """The same numbers, unrounded, one line a variant and score."""
+    """Returns the unrounded numbers as CSV, with one line for each variant and score."""
     content = io.StringIO()
     writer = csv.writer(content, lineterminator="\n")
     fields = ("mean", "low", "high", "count")
@@ -224,7 +232,7 @@ def as_csv(lines: Sequence[Line]) -> str:
 
 
 def parts(value: Mean | None) -> list[Any]:
-    """Empty where there is nothing to say."""
+    """Returns mean, low, high and count for CSV, empty where they are not known."""
     if value is None:
         return [""] * 4
     ends = [value.low, value.high] if value.known else ["", ""]

@@ -1,1 +1,1 @@
-"""Ablations: what they ask, their runs, and what carries these out."""
+"""Sweeps of ablations: their definition, their runs, and the launchers of these."""

@@ -1,4 +1,4 @@
-"""An ablation: one question, asked as variants of a recipe over several seeds.
+"""Ablations: one question each, asked as variants of a recipe over several seeds.
 
 A file of `experiments/ablations/` states question and expected answer in its docstring and defines
 `get_ablation(size)`, as a recipe defines `get_config(size)`.
@@ -27,7 +27,13 @@ OWN = ("seed", "workdir")
 
 @dataclass(frozen=True)
 class Span:
-    """Numbers that a search may choose from: `low` to `high`, evenly or by their logarithm."""
+    """A range that a search draws from.
+
+    Attributes:
+      low: the lowest value.
+      high: the highest value.
+      log: whether values are drawn evenly in their logarithm.
+    """
 
     low: float
     high: float
@@ -40,14 +46,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Search:
-    """What a search of hyper-parameters varies and by what it judges.
+    """A search of hyper-parameters: its space and its objective.
 
     Attributes:
       space: config field -> a `Span`, or a sequence of values to choose from.
-      score: of `result.json`.
-      higher: whether more of it is better.
-      prune_by: the metric of `metrics.jsonl` that hopeless trials are stopped by, lower being
-        better; '' lets all run to their end.
+      score: the score in `result.json` to optimise.
+      higher: whether a higher score is better.
+      prune_by: the metric in `metrics.jsonl` by which hopeless trials are stopped, lower being
+        better; '' runs all trials to their end.
     """
 
     space: Mapping[str, Span | Sequence[Any]]
@@ -62,20 +68,23 @@ class Search:
 
 @dataclass(frozen=True)
 class Ablation:
-    """Variants of one recipe that differ in what is asked about, and in nothing else.
+    """Variants of one recipe that differ only in what the question is about.
 
     Attributes:
       config: the recipe with its size, such as configs/coco.py:tiny; the field `config` of a
         variant names another one.
-      common: config fields by dotted name that all variants set.
+      scores: the scores in `result.json` that answer the question, the most important one first.
+      seeds: the seeds, the same for all variants, so that differences are paired.
       variants: fields by name of the variant; the first is the base that the others are compared
         with.
-      grid: in place of `variants`: field -> values, of which each combination is a variant.
-      seeds: the same ones for all variants, so that differences are paired.
-      scores: of `result.json` that the answer is read from, the first above all.
-      power_law: the one of `scores` (the lower the better) that a power law of FLOPs is fitted to;
-        '' is none.
-      search: hyper-parameters to look for with `--trials`, None for none.
+      grid: in place of `variants`: field -> values; each combination is a variant.
+      common: config fields, by dotted name, that all variants set.
+      power_law: which of `scores` (lower being better) a power law of FLOPs is fitted to; '' for
+        none.
+      search: hyper-parameters to search with `--trials`, None for none.
+
+    Raises:
+      ValueError: if `power_law` is not in `scores`.
     """
 
     config: str
@@ -92,10 +101,11 @@ class Ablation:
             raise ValueError(f"power_law: {self.power_law} is none of the scores: add it there")
 
     def all_variants(self) -> dict[str, dict[str, Any]]:
-        """Every variant's fields, the common ones among them.
+        """Returns every variant's fields, with the common ones.
 
         Raises:
-          ValueError: no variants, a name that is none, or two variants that are one.
+          ValueError: if there are no variants, a name is invalid, a variant sets a field that the
+            sweep sets, or two variants are equal.
         """
         if bool(self.variants) == bool(self.grid):
             raise ValueError("an ablation has variants or a grid, one of the two")
@@ -132,12 +142,14 @@ def _combinations(grid: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]
 
 
 def load_ablation(given: str) -> tuple[str, Ablation]:
-    """The name and the ablation of FILE or FILE:SIZE; without a size it is the smallest, 'tiny'.
+    """Returns the name and the ablation of FILE or FILE:SIZE.
 
-    Another size than that is part of the name, for its results are others.
+    The default size is the smallest, 'tiny'. Any other size is part of the name, because its
+    results differ.
 
     Raises:
-      FileNotFoundError, ValueError: no such file, or what it defines is no ablation.
+      FileNotFoundError: if there is no such file.
+      ValueError: if what the file defines is no ablation.
     """
     path, _, size = given.partition(":")
     if not Path(path).is_file():
@@ -163,7 +175,11 @@ def load_ablation(given: str) -> tuple[str, Ablation]:
 
 @contextlib.contextmanager
 def faults_named(path: str) -> Iterator[None]:
-    """Whatever a file of the user's raises is said with the file and the line in it."""
+    """Turns an error of a user's file in the body into a ValueError that names file and line.
+
+    Raises:
+      ValueError: if the body raises an error.
+    """
     try:
         yield
     except Exception as error:
@@ -175,12 +191,12 @@ def faults_named(path: str) -> Iterator[None]:
 
 
 def question(given: str) -> str:
-    """What the ablation's file asks: its docstring."""
+    """Returns the question of an ablation's file: its docstring."""
     return str(load_recipe(given.partition(":")[0]).__doc__).strip()
 
 
 def check(ablation: Ablation, path: str) -> None:
-    """Raises ValueError, naming the file, for seeds, scores or variants that cannot be."""
+    """Raises ValueError, naming the file, if seeds, scores or variants are invalid."""
     with faults_named(path):
         if not ablation.seeds or len(set(ablation.seeds)) < len(ablation.seeds):
             raise ValueError(f"seeds={tuple(ablation.seeds)}: at least one, each once")

@@ -1,4 +1,4 @@
-"""Trainings that another ablation has done already: most of them share their base."""
+"""Runs that another ablation has finished already: most ablations share their base."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from unified_mm.runs.folder import RunFolder, RunFolderError, differences
 
 
 def link_what_is_done(rows: Sequence[Row], sweeps: Path) -> None:
-    """Puts links in place of runs that are finished, field by field the same, in another sweep.
+    """Links waiting runs to finished runs of other sweeps that have exactly the same config.
 
     Args:
-      rows: those that wait are looked for, and are finished where one is found.
+      rows: the runs; those that wait become finished if such a run is found.
       sweeps: the folder of all sweeps.
     """
     for row in rows:
@@ -39,7 +39,7 @@ def link_what_is_done(rows: Sequence[Row], sweeps: Path) -> None:
 
 
 def finished_runs(sweeps: Path) -> Iterator[tuple[RunFolder, dict[str, Any]]]:
-    """The finished runs of all sweeps with their configs, links and damaged ones apart."""
+    """Yields the finished runs of all sweeps with their configs, without links and damaged runs."""
     for path in sorted(sweeps.glob("*/*-*")):
         if path.is_symlink():
             continue
@@ -53,7 +53,7 @@ def finished_runs(sweeps: Path) -> Iterator[tuple[RunFolder, dict[str, Any]]]:
 
 
 def link(run: Run, folder: RunFolder) -> None:
-    """A relative link, so that all sweeps may be moved together."""
+    """Makes a link that is relative, so that all sweeps can be moved together."""
     place = run.folder.path
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(os.path.relpath(folder.path, place.parent), target_is_directory=True)
@@ -62,5 +62,5 @@ def link(run: Run, folder: RunFolder) -> None:
 
 
 def revision_of(folder: RunFolder) -> str:
-    """The code's revision that a finished run had."""
+    """Returns the git commit that a finished run was trained with."""
     return str(folder.read_result().get("revision"))[:10]

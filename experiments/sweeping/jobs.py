@@ -1,4 +1,4 @@
-"""What carries runs out: a job is a run at work, a launcher starts jobs."""
+"""Interfaces of jobs and launchers: a job is a run that is executing, a launcher starts jobs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class End:
     """How a job ended; its run's folder says whether the run is finished.
 
     Attributes:
-      code: 0 where nothing went wrong, 128 + n or -n after signal n.
-      last_lines: of what the process said.
-      again: it was no job of this sweep, which may start the run itself now.
+      code: 0 if nothing went wrong, 128 + n or -n after signal n.
+      last_lines: the last lines of the process's output.
+      again: whether the job was not of this sweep, which may now start the run itself.
     """
 
     code: int
@@ -35,39 +35,39 @@ class End:
 
 
 class Job(Protocol):
-    """A run at work."""
+    """A run that is executing."""
 
     run: Run
 
     def state(self) -> str:
-        """'running' or 'queued'; only of a job that has not ended."""
+        """Returns 'running' or 'queued', for a job that has not ended."""
 
     def ended(self) -> End | None:
-        """How it ended, None while it has not."""
+        """Returns how the job ended, None if it has not."""
 
     def stop(self) -> None:
-        """Asks it to save and end; returns at once."""
+        """Asks the job to save and end, and returns at once."""
 
 
 class Launcher(Protocol):
-    """Starts jobs; also finds those again that an earlier sweep left at work."""
+    """Starts jobs, and finds those that an earlier sweep left running."""
 
     def room(self, working: int) -> int:
-        """How many more jobs it takes beside so many."""
+        """Returns how many more jobs fit beside `working` jobs."""
 
     def start(self, runs: Sequence[Run]) -> Sequence[Job]:
-        """A job for each."""
+        """Starts a job for each run."""
 
     def found(self, run: Run) -> Job | None:
-        """A job that is at work on this run already."""
+        """Returns the job that already executes this run, None if there is none."""
 
     def leave(self) -> str:
-        """The sweep ends before its jobs do: what becomes of them, in words, once that is so."""
+        """Leaves the jobs before they end, and returns a message that says what becomes of them."""
 
 
 @dataclass
 class ElsewhereJob:
-    """A run that a process of another sweep, or of a person, is at work on."""
+    """A run that a process of another sweep, or of a person, executes."""
 
     run: Run
 
@@ -78,11 +78,11 @@ class ElsewhereJob:
         return None if held(self.run.folder) else End(0, again=True)
 
     def stop(self) -> None:
-        """It is not ours to stop."""
+        """Does nothing: the job is not of this sweep."""
 
 
 def held(folder: RunFolder) -> bool:
-    """Whether a process on this machine is at work on the run."""
+    """Returns whether a process on this machine executes the run."""
     if not folder.path.is_dir():
         return False
     try:
@@ -93,7 +93,7 @@ def held(folder: RunFolder) -> bool:
 
 
 def last_lines(path: Path) -> tuple[str, ...]:
-    """The end of a log: the last lines that say something."""
+    """Returns the last lines of a log that are not empty."""
     if not path.is_file():
         return ()
     # A progress bar rewrites its line: only what it said last counts.

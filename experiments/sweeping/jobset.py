@@ -1,4 +1,4 @@
-"""Kubernetes manifests: a JobSet for each run, on a slice of TPUs.
+"""Kubernetes manifests: a JobSet for each run, on a TPU slice.
 
 https://jobset.sigs.k8s.io and https://cloud.google.com/kubernetes-engine/docs/how-to/tpus: the
 nodes of a slice are chosen by accelerator and topology, each pod takes all chips of its host.
@@ -29,16 +29,16 @@ MOUNT = "/runs"
 
 
 def manifests(runs: Sequence[Run], *, image: str, tpu: str, claim: str) -> str:
-    """YAML documents for `kubectl apply -f`.
+    """Returns YAML documents for `kubectl apply -f`.
 
     Args:
-      runs: one JobSet each.
-      image: of the container, which has this checkout in its working directory.
+      runs: the runs, one JobSet each.
+      image: the container image, which has this checkout in its working directory.
       tpu: chip and topology, such as v5e:4x4.
-      claim: name of the volume claim that holds the run folders; all hosts write to it.
+      claim: the name of the volume claim that holds the run folders; all hosts write to it.
 
     Raises:
-      ValueError: a slice that there is not.
+      ValueError: if there is no such slice.
     """
     chip, _, topology = tpu.partition(":")
     if chip not in ACCELERATORS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", topology):
@@ -57,7 +57,7 @@ def manifests(runs: Sequence[Run], *, image: str, tpu: str, claim: str) -> str:
 
 
 def job_set(run: Run, pod: dict[str, Any], hosts: int) -> dict[str, Any]:
-    """A set of one job whose pods, one a host, are the processes of one run."""
+    """Returns a JobSet of one job, whose pods, one for each host, are the processes of one run."""
     job = {
         "parallelism": hosts,
         "completions": hosts,
@@ -82,7 +82,7 @@ def job_set(run: Run, pod: dict[str, Any], hosts: int) -> dict[str, Any]:
 
 
 def pod(run: Run, image: str, nodes: dict[str, str], chips: int, claim: str) -> dict[str, Any]:
-    """One host's process; --distributed=auto finds the others."""
+    """Returns the pod of one host's process, which finds the others by --distributed=auto."""
     folder = run.folder.path
     command = run.elsewhere(f"{MOUNT}/{folder.parent.name}/{folder.name}")
     container = {
@@ -106,7 +106,10 @@ def pod(run: Run, image: str, nodes: dict[str, str], chips: int, claim: str) -> 
 
 
 def label(text: str) -> str:
-    """A name that Kubernetes takes: small letters, digits and dashes, 45 at most, for pods get
-    longer ones of it; its end tells apart what else reads alike."""
+    """Returns a name that Kubernetes accepts: lower-case letters, digits and dashes, at most 45.
+
+    Pods get longer names that begin with it. It ends in a hash, so that different texts have
+    different names.
+    """
     plain = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     return f"{plain[:36].strip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -1,4 +1,4 @@
-"""Runs as processes of this machine, some at a time."""
+"""A launcher that starts runs as processes of this machine, some at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 @dataclass
 class LocalJob:
-    """A process of its own; what it says is in `log`."""
+    """A run as a process of this machine, whose output is in `log`."""
 
     run: Run
     process: subprocess.Popen
@@ -41,11 +41,14 @@ class LocalJob:
 
 @dataclass(frozen=True)
 class Local:
-    """At most `jobs` processes, each with its share of the machine; their words go into `logs`.
+    """A launcher of processes of this machine, each with its share of the cores and GPUs.
 
     Attributes:
-      jobs: how many places there are, one for each process.
-      logs: a folder.
+      jobs: how many processes run at a time.
+      logs: the folder of their logs.
+
+    Raises:
+      ValueError: if `jobs` is below 1.
     """
 
     jobs: int
@@ -67,7 +70,7 @@ class Local:
         return ElsewhereJob(run) if held(run.folder) else None
 
     def leave(self) -> str:
-        """They save and end, for nobody would start the next ones after them."""
+        """Stops the runs, waits until they have saved and ended, and returns a message."""
         for job in self._taken.values():
             job.stop()
         for job in self._taken.values():
@@ -102,14 +105,14 @@ class Local:
 
 
 def share_of(things: Sequence[Any], place: int, places: int) -> list[Any]:
-    """What one of `places` has of them; where there are fewer, some have the same one."""
+    """Returns the share of one of `places`; with fewer things than places, some share one."""
     return list(things[place % len(things) :: places])
 
 
 def share_of_gpus(
     variables: Mapping[str, str], gpus: Sequence[str], place: int, places: int
 ) -> dict[str, str]:
-    """Variables that give one of `places` its GPUs; where several have the same, its part of it."""
+    """Returns environment variables that give one of `places` its GPUs, or its part of one."""
     if not gpus or places == 1:
         return {}
     chosen = {GPUS: ",".join(share_of(gpus, place, places))}
@@ -119,7 +122,7 @@ def share_of_gpus(
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that `CUDA_VISIBLE_DEVICES` lists, or those that this machine has."""
+    """Returns the GPUs that `CUDA_VISIBLE_DEVICES` lists, else all of this machine."""
     listed = os.environ.get(GPUS)
     if listed is not None:
         return [each for each in listed.split(",") if each]

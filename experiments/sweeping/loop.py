@@ -1,4 +1,4 @@
-"""Carries a sweep out: starts what is missing, watches what is at work, stops cleanly."""
+"""The loop of a sweep: starts missing runs, watches running ones, stops cleanly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from experiments.sweeping.table import Row, Table
 
 
 class SweepStopped(Exception):
-    """A signal asked the sweep to stop."""
+    """Error for a signal that asked the sweep to stop."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -25,7 +25,7 @@ class SweepStopped(Exception):
 
 
 def first_rows(runs: Sequence[Run]) -> list[Row]:
-    """Each run as its folder shows it: finished, waiting, or another run in its place."""
+    """Returns a row for each run: finished, waiting, or another run in its folder."""
     rows = []
     for run in runs:
         try:
@@ -36,15 +36,17 @@ def first_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def carry_out(rows: list[Row], launcher: Launcher, table: Table, interval: float) -> None:
-    """Runs what waits, until every row is finished, failed or differs.
+    """Executes the waiting runs, until every row is finished, failed or differs.
 
     Args:
-      rows: of `first_rows`; they are kept up to date.
+      rows: the rows of `first_rows`; they are kept up to date.
       launcher: starts the runs.
-      table: is shown whenever `interval` seconds are over.
+      table: is shown every `interval` seconds.
+      interval: seconds between two looks at the jobs.
 
     Raises:
-      Told: SIGTERM or Ctrl-C. Whatever is raised, the launcher has seen to its jobs.
+      SweepStopped: if SIGTERM or Ctrl-C arrives. Whatever is raised, the launcher has left its
+        jobs.
     """
     jobs: dict[str, Job] = {}
     with signals_told() as signals:
@@ -64,7 +66,7 @@ def carry_out(rows: list[Row], launcher: Launcher, table: Table, interval: float
 
 
 def begin(rows: Sequence[Row], launcher: Launcher, jobs: dict[str, Job]) -> None:
-    """Takes up what is at work already, then starts as much as there is room for."""
+    """Takes up jobs that are already running, then starts as many as there is room for."""
     waiting = []
     for row in rows:
         if row.state != "waiting":
@@ -89,7 +91,7 @@ def begin(rows: Sequence[Row], launcher: Launcher, jobs: dict[str, Job]) -> None
 
 
 def look(row: Row, job: Job, jobs: dict[str, Job]) -> None:
-    """What has become of a job."""
+    """Updates a row with the state of its job."""
     end = job.ended()
     row.progress = progress_of(row.run.folder)
     if end is None:
@@ -100,7 +102,10 @@ def look(row: Row, job: Job, jobs: dict[str, Job]) -> None:
 
 
 def settle(row: Row, end: End) -> None:
-    """A job has ended: its run is finished, failed, or (given up by another) waits again."""
+    """Updates the row of a job that has ended: finished, failed, or waiting again.
+
+    It waits again if another process has given the run up.
+    """
     try:
         done = finished(row.run)
     except (ValueError, RuntimeError) as error:
@@ -117,7 +122,7 @@ def settle(row: Row, end: End) -> None:
 
 
 class Signals:
-    """Raises `SweepStopped` at the first signal, at once or when it is held no longer."""
+    """A signal handler that raises `SweepStopped`, at once or at the end of `held`."""
 
     def __init__(self) -> None:
         self._held = False
@@ -130,7 +135,11 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """What is within is not cut off."""
+        """Delays `SweepStopped` until the end of the body.
+
+        Raises:
+          SweepStopped: if a signal arrived.
+        """
         self._held = True
         try:
             yield
@@ -142,7 +151,7 @@ class Signals:
 
 @contextlib.contextmanager
 def signals_told() -> Iterator[Signals]:
-    """SIGTERM and Ctrl-C raise `SweepStopped` once; a second one does what it did before."""
+    """Makes SIGTERM or Ctrl-C raise `SweepStopped` once; a second signal acts as before."""
     told = Signals()
     before: dict[int, Any] = {}
 

@@ -1,4 +1,4 @@
-"""What all ablations of one size have in common, so that their runs can be laid side by side."""
+"""Config fields that all ablations of one size share, so that their runs can be compared."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ SIZES = {"tiny": TINY, "base": BASE}
 
 
 def common(size: str) -> dict[str, Any]:
-    """The fields of a size.
+    """Returns the fields of a size.
 
     Raises:
-      ValueError: another size.
+      ValueError: if there is no such size.
     """
     if size not in SIZES:
         raise ValueError(f"no size {size!r}; there are {', '.join(SIZES)}")
@@ -42,13 +42,11 @@ def common(size: str) -> dict[str, Any]:
 
 
 def at_equal_flops(size: str, cost: float) -> dict[str, int]:
-    """Steps of as many FLOPs as the size's own, where a step costs `cost` times the recipe's.
-
-    The warm-up keeps its share of them.
+    """Returns the numbers of steps and warm-up steps that cost the FLOPs of the size's own steps.
 
     Args:
       size: 'tiny' or 'base'.
-      cost: as the FLOPs of `result.json` have it; before any run `python -m unified_mm.sizes`,
-        with as many words in `data.vocabulary_size` as the tokenizer finds.
+      cost: FLOPs of a step over those of the recipe's, by `result.json`, or before any run by
+        `python -m unified_mm.sizes`, with `data.vocabulary_size` as large as the tokenizer becomes.
     """
     return {name: round(SIZES[size][name] / cost) for name in ("train.steps", "train.warmup_steps")}

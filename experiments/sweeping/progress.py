@@ -1,4 +1,4 @@
-"""How far a run is, read from its metrics while it trains."""
+"""The progress of a run, read from its metrics while it trains."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ TAIL = 65536  # bytes that hold the newest lines
 
 @dataclass(frozen=True)
 class Progress:
-    """Of a run that is at work; None where nothing is known yet.
+    """The progress of a run; None where nothing is known yet.
 
     Attributes:
-      step, steps: done, and in all.
-      loss: of the last logged interval.
-      rate: steps a second there.
+      step: steps that are done.
+      steps: steps in all.
+      loss: the loss of the last logged interval.
+      rate: steps a second in that interval.
     """
 
     step: int = 0
@@ -31,14 +32,14 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """Until training ends; scoring comes on top."""
+        """Seconds until training ends, without the evaluation after it."""
         if not self.rate or self.steps is None:
             return None
         return max(0, self.steps - self.step) / self.rate
 
 
 def progress_of(folder: RunFolder) -> Progress:
-    """What config and metrics say; a run that has neither has done nothing."""
+    """Returns the progress of a run, by its config and metrics."""
     if not folder.exists:
         return Progress()
     steps = folder.read_config(defaults())["train"]["steps"]
@@ -50,7 +51,7 @@ def progress_of(folder: RunFolder) -> Progress:
 
 
 def newest_records(path: Path) -> list[dict[str, Any]]:
-    """The last lines of a metrics file; what is torn or odd is passed over."""
+    """Returns the last records of a metrics file, without damaged ones."""
     if not path.is_file():
         return []
     with open(path, "rb") as file:
@@ -68,7 +69,7 @@ def newest_records(path: Path) -> list[dict[str, Any]]:
 
 
 def is_record(record: Any) -> bool:
-    """Whether a line is what training writes: numbers by name, the step among them."""
+    """Returns whether a line is what training writes: numbers by name, with the step."""
     return (
         isinstance(record, dict)
         and "step" in record
@@ -77,7 +78,7 @@ def is_record(record: Any) -> bool:
 
 
 def duration(seconds: float | None) -> str:
-    """1h05, 3m20 or 45s; '' where it is not known."""
+    """Formats seconds as 1h05, 3m20 or 45s; '' if they are not known."""
     if seconds is None or not math.isfinite(seconds):
         return ""
     whole = round(seconds)

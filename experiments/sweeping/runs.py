@@ -1,4 +1,4 @@
-"""The runs of an ablation: their commands, and how far each has come."""
+"""The runs of an ablation: their commands, and whether they are finished."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ class Run:
     """One training of one variant with one seed.
 
     Attributes:
-      fields: `--config.FIELD=VALUE` for each that is set, the seed apart.
+      variant: the variant of the ablation.
+      seed: the seed.
+      config: the path of the recipe, with its size.
+      fields: `--config.FIELD=VALUE` for each field that is set, except the seed.
+      folder: the folder of the run.
     """
 
     variant: str
@@ -42,23 +46,23 @@ class Run:
         return f"{self.variant}-{self.seed}"
 
     def config_arguments(self) -> list[str]:
-        """What says which config the run has."""
+        """Returns the arguments that set the run's config."""
         return [f"--config={self.config}", *self.fields, f"--config.seed={self.seed}"]
 
     def arguments(self) -> list[str]:
-        """What follows `python`."""
+        """Returns the arguments of `python`."""
         workdir = f"--workdir={self.folder.path}"
         return ["-m", "unified_mm.main", *self.config_arguments(), workdir]
 
     def elsewhere(self, workdir: str) -> list[str]:
-        """The command in any checkout's own folder, its run in `workdir`."""
+        """Returns the command to run inside any checkout, with the run in `workdir`."""
         config = [
             each.replace(f"--config={ROOT}/", "--config=") for each in self.config_arguments()
         ]
         return ["python", "-m", "unified_mm.main", *config, f"--workdir={workdir}"]
 
     def shell_line(self) -> str:
-        """The command, to be pasted."""
+        """Returns the command as a line for a shell."""
         return shlex.join(self.elsewhere(str(self.folder.path)))
 
 
@@ -70,18 +74,17 @@ def runs_of(
     only: Sequence[str] = (),
     more: Sequence[str] = (),
 ) -> list[Run]:
-    """The runs, seed by seed, so that each seed's comparison is there as early as can be.
+    """Returns the runs, ordered by seed, so that each seed's comparison is complete early.
 
     Args:
-      ablation: whose runs.
-      folder: of the sweep.
-      seeds: in place of the ablation's.
-      only: variants to take; () takes all.
+      ablation: the ablation.
+      folder: the folder of the sweep.
+      seeds: seeds in place of the ablation's.
+      only: the variants to take; () takes all.
       more: further `--config.FIELD=VALUE`, for all runs.
 
     Raises:
-      ValueError: a variant or a seed that there is not, or fields or values that the recipe
-        refuses.
+      ValueError: if a variant or a seed does not exist, or the recipe refuses fields or values.
     """
     check_seeds(seeds or ablation.seeds)
     for each in more:
@@ -103,7 +106,7 @@ def runs_of(
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raises ValueError for seeds that are none, or that come twice."""
+    """Raises ValueError if a seed is invalid or comes twice."""
     for seed in seeds:
         check_seed(seed)
     if len(set(seeds)) < len(seeds):
@@ -118,7 +121,7 @@ def make_run(
     folder: Path,
     more: Sequence[str] = (),
 ) -> Run:
-    """A run in its folder under that of the sweep; `more` is set after `fields`."""
+    """Returns a run in its folder below that of the sweep; `more` is set after `fields`."""
     changes = dict(fields)
     recipe = changes.pop("config", config)
     given = tuple(f"--config.{name}={as_flag(value)}" for name, value in changes.items())
@@ -127,12 +130,12 @@ def make_run(
 
 
 def as_flag(value: Any) -> str:
-    """A value as the command line takes it."""
+    """Returns a value as the command line takes it."""
     return str(tuple(value)) if isinstance(value, list | tuple) else str(value)
 
 
 def check_run(run: Run) -> None:
-    """Raises ValueError, naming the variant, for fields and values that its recipe refuses."""
+    """Raises ValueError, naming the variant, if its recipe refuses fields or values."""
     try:
         recipe_of(run)
     except (OSError, ValueError) as error:
@@ -140,7 +143,7 @@ def check_run(run: Run) -> None:
 
 
 def recipe_of(run: Run) -> Recipe:
-    """The recipe with the run's fields, as the main command reads it."""
+    """Returns the recipe with the run's fields, as the main command reads it."""
     found = read_recipe(run.config, run.config_arguments()[1:])
     assert found is not None
     return found
@@ -148,24 +151,24 @@ def recipe_of(run: Run) -> Recipe:
 
 @cache
 def resolved(path: str, fields: tuple[str, ...]) -> str:
-    """The config, as JSON, that the main command makes of a recipe and fields."""
+    """Returns, as JSON, the config that the main command makes of a recipe and fields."""
     recipe = read_recipe(path, fields)
     assert recipe is not None
     return json.dumps(resolve(recipe, lambda _: None).to_dict())
 
 
 def asked_config(run: Run) -> dict[str, Any]:
-    """The config that the run would begin with."""
+    """Returns the config that the run would start with."""
     asked: dict[str, Any] = json.loads(resolved(run.config, run.fields))
     return {**asked, "seed": run.seed}
 
 
 def finished(run: Run) -> bool:
-    """Whether the run is done, and is what the sweep asks.
+    """Returns whether the run is finished, and checks that it has the config of the sweep.
 
     Raises:
-      ValueError: there is another run in its folder, finished or not; with the fields.
-      RunFolderError: its config or its result is damaged.
+      ValueError: if its folder holds a run with another config; the message names the fields.
+      RunFolderError: if its config or its result is damaged.
     """
     if not run.folder.exists:
         return False
@@ -182,11 +185,11 @@ def finished(run: Run) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """What the runs' processes see: this one's, with this checkout to import from."""
+    """Returns the environment of the runs: this process's, with this checkout on PYTHONPATH."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def python_command(run: Run) -> list[str]:
-    """The command with this process's own interpreter."""
+    """Returns the command of a run with this process's own interpreter."""
     return [sys.executable, *run.arguments()]

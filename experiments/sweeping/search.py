@@ -1,7 +1,7 @@
 """A search of hyper-parameters: Optuna's trials (the extra 'sweep') as runs of the base variant.
 
-The study lies in the sweep's folder, in a journal that a kill cannot tear, so that a search that
-is started again goes on with the trials that were at work.
+The study is stored in the sweep's folder, in a journal that a kill cannot damage. A search that is
+started again resumes the trials that were running.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WARMUP = 0.25  # share of its steps before which none is pruned
 
 @dataclass
 class Trial:
-    """A trial at work."""
+    """A trial that is running."""
 
     asked: Any
     run: Run
@@ -44,11 +44,14 @@ def search(
     more: Sequence[str] = (),
     interval: float = 2.0,
 ) -> int:
-    """Runs trials until the study has so many, says the best ones; 0 where any was finished.
+    """Runs trials until the study has `trials` of them, and prints the best.
+
+    Returns:
+      The exit code: 0 if any trial was finished.
 
     Raises:
-      ValueError: the ablation has no search, Optuna is not there, or the folder holds a search for
-        something else.
+      ValueError: if the ablation has no search, Optuna is not installed, or the folder holds
+        another search.
     """
     if ablation.search is None:
         raise ValueError("this ablation has no search section: see experiments.sweeping.ablation")
@@ -84,7 +87,11 @@ def search(
 
 
 def open_study(search: Search, folder: Path, warmup: int) -> Any:
-    """The study in its journal, new or gone on with; none is pruned before step `warmup`."""
+    """Creates or resumes the study in its journal; no trial is pruned before step `warmup`.
+
+    Raises:
+      ValueError: if Optuna is not installed.
+    """
     try:
         import optuna
         from optuna.storages import JournalStorage
@@ -114,7 +121,7 @@ def begin(
     folder: Path,
     more: Sequence[str],
 ) -> None:
-    """Starts trials while there is room: first those that were cut off."""
+    """Starts trials while there is room, interrupted ones first."""
     while launcher.room(len(work)):
         at_work = {trial.asked.number for trial in work}
         asked = cut_off(study, at_work) or (study.ask() if len(study.trials) < trials else None)
@@ -128,7 +135,11 @@ def begin(
 
 
 def check_question(study: Any, asked: dict[str, Any], folder: Path) -> None:
-    """Writes down what a new study asks; an old one must have asked the same."""
+    """Stores what a new study searches, and checks that a resumed one searches the same.
+
+    Raises:
+      ValueError: if the study searches something else.
+    """
     before = study.user_attrs.get(ASKED)
     if before is None:
         study.set_user_attr(ASKED, asked)
@@ -145,12 +156,12 @@ def check_question(study: Any, asked: dict[str, Any], folder: Path) -> None:
 
 
 def values_of(trial: Any) -> str:
-    """What a trial chose."""
+    """Returns the values that a trial chose, as text."""
     return " ".join(f"{name}={value}" for name, value in trial.params.items())
 
 
 def cut_off(study: Any, at_work: set[int]) -> Any:
-    """A trial that an earlier search left unfinished, None where there is none."""
+    """Returns a trial that an earlier search left unfinished, None if there is none."""
     import optuna
 
     left = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
@@ -161,7 +172,7 @@ def cut_off(study: Any, at_work: set[int]) -> Any:
 
 
 def run_of(asked: Any, ablation: Ablation, folder: Path, more: Sequence[str]) -> Run:
-    """The base variant with what the trial suggests (a trial of before suggests the same)."""
+    """Returns the base variant with the trial's values, which are the same if it is resumed."""
     assert ablation.search is not None
     fields = ablation.all_variants()[ablation.base]
     for name, choice in ablation.search.space.items():
@@ -174,7 +185,7 @@ def run_of(asked: Any, ablation: Ablation, folder: Path, more: Sequence[str]) ->
 
 
 def suggest(asked: Any, name: str, choice: Span | Sequence[Any]) -> Any:
-    """A value for a field."""
+    """Returns the trial's value for a field."""
     if not isinstance(choice, Span):
         return asked.suggest_categorical(name, list(choice))
     if isinstance(choice.low, int) and isinstance(choice.high, int):
@@ -183,7 +194,7 @@ def suggest(asked: Any, name: str, choice: Span | Sequence[Any]) -> Any:
 
 
 def report(study: Any, trial: Trial, search: Search) -> None:
-    """Tells the study how the trial does; one without hope is stopped, saved."""
+    """Reports the trial's metric to the study, and stops the trial if it should be pruned."""
     if not search.prune_by or trial.pruned:
         return
     for record in newest_records(trial.run.folder.metrics):
@@ -200,7 +211,11 @@ def report(study: Any, trial: Trial, search: Search) -> None:
 
 
 def tell(study: Any, trial: Trial, end: End, score: str) -> None:
-    """What became of a trial."""
+    """Tells the study how a trial ended: with its score, pruned or failed.
+
+    Raises:
+      ValueError: if the run does not have the score.
+    """
     from optuna.trial import TrialState
 
     number = trial.asked.number
@@ -220,7 +235,7 @@ def tell(study: Any, trial: Trial, end: End, score: str) -> None:
 
 
 def summary(study: Any) -> int:
-    """The trials by their score, and how many were pruned or failed."""
+    """Prints the finished trials by their score, and returns the exit code."""
     from optuna.trial import TrialState
 
     scored = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]

@@ -1,8 +1,8 @@
-"""Runs as array jobs of a Slurm cluster, by submitit (the extra 'sweep').
+"""A launcher that starts runs as array jobs of a Slurm cluster, by submitit (the extra 'sweep').
 
-A job that Slurm preempts or whose time is over gets a signal some seconds before; it saves, is
-put into the queue again and goes on from its checkpoint. Which job a run has is kept beside the
-jobs, so that a sweep that is started again watches them and submits nothing twice.
+A job that Slurm preempts, or whose time is over, gets a signal some seconds before; it saves, is
+requeued and resumes from its checkpoint. The job of each run is stored in the folder of the jobs,
+so that a sweep that is started again watches them and submits nothing twice.
 """
 
 from __future__ import annotations
@@ -33,13 +33,17 @@ TIMEOUTS = 1000  # times that a job may be taken up again after its time was ove
 
 
 class Training:
-    """What a job does; submitit pickles it, and calls `checkpoint` where the job must end."""
+    """The function of a job; submitit pickles it, and calls `checkpoint` when the job must end."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
 
     def __call__(self, command: list[str], folder: str, variables: dict[str, str]) -> int:
-        """Runs the command. Raises RuntimeError where it fails, so that the job fails too."""
+        """Runs the command.
+
+        Raises:
+          RuntimeError: if the command fails, so that the job fails too.
+        """
         self._process = subprocess.Popen(
             command,
             cwd=folder,
@@ -54,7 +58,7 @@ class Training:
         return code
 
     def checkpoint(self, command: list[str], folder: str, variables: dict[str, str]) -> Any:
-        """The run saves and ends; the same command goes on in the next job."""
+        """Makes the run save and end, and returns the same command for the next job."""
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None:
@@ -67,7 +71,7 @@ class Training:
 
 @dataclass
 class SlurmJob:
-    """A task of an array job."""
+    """A run as a task of an array job."""
 
     run: Run
     handle: Any
@@ -92,17 +96,17 @@ class SlurmJob:
 
 @dataclass
 class Watcher:
-    """Asks Slurm for the states of jobs, for all at once and seldom.
+    """The states of jobs, for which Slurm is asked seldom, and for all jobs at once.
 
     Attributes:
-      info: submitit's, which keeps what accounting (sacct) said.
+      info: submitit's watcher, which stores what accounting (sacct) said.
     """
 
     info: Any
     _doubted: dict[str, float] = field(default_factory=dict)
 
     def state(self, job_id: str) -> str:
-        """In capitals; `FORGOTTEN` where Slurm knows no such job any more."""
+        """Returns the state in capitals, `FORGOTTEN` if Slurm does not know the job any more."""
         state = self._told(job_id)
         if state not in UNSURE:
             self._doubted.pop(job_id, None)
@@ -113,7 +117,7 @@ class Watcher:
         return self.state_now(job_id)
 
     def state_now(self, job_id: str) -> str:
-        """The same, whatever was asked before."""
+        """Returns the state without the cache."""
         self.info.clear()
         state = self._told(job_id)
         return FORGOTTEN if state == "UNKNOWN" and not may_be_queued(job_id) else state
@@ -124,7 +128,7 @@ class Watcher:
 
 
 def may_be_queued(job_id: str) -> bool:
-    """Whether Slurm's queue holds the job, as far as it can be asked."""
+    """Returns whether Slurm's queue holds the job, True if that cannot be asked."""
     asked = subprocess.run(
         ["squeue", "-h", "-o", "%T", "-j", job_id], capture_output=True, text=True
     )
@@ -135,13 +139,18 @@ def may_be_queued(job_id: str) -> bool:
 
 @dataclass
 class Slurm:
-    """Submits all that is missing as one array.
+    """A launcher that submits all missing runs as one array job.
 
     Attributes:
-      folder: for scripts, logs and the list of jobs; on a disk that all nodes share.
-      parallel: tasks of the array at a time; 0 is as many as the cluster gives.
-      minutes: after which a job is requeued.
-      gpus, cpus: of each job, on one node.
+      folder: the folder of scripts, logs and the list of jobs, on a disk that all nodes share.
+      parallel: tasks of the array at a time; 0 for no limit.
+      partition: the partition; '' for the cluster's default.
+      minutes: the time limit, after which a job is requeued.
+      gpus: GPUs of each job, on one node.
+      cpus: cores of each job, on one node.
+
+    Raises:
+      ValueError: if submitit or Slurm is missing, or a number is out of range.
     """
 
     folder: Path
@@ -203,7 +212,7 @@ class Slurm:
         return None
 
     def leave(self) -> str:
-        """They are the cluster's now."""
+        """Leaves the jobs in the queue of the cluster, and returns a message."""
         return "the jobs stay in Slurm's queue; the same command watches them again"
 
     def _executor(self, count: int) -> Any:

@@ -16,7 +16,14 @@ STATES = ("finished", "running", "queued", "waiting", "failed", "differs")
 
 @dataclass
 class Row:
-    """One run: its state, one of `STATES`, how far it is, and what there is to say of it."""
+    """One run in the table of a sweep.
+
+    Attributes:
+      run: the run.
+      state: one of `STATES`.
+      progress: the progress of its training.
+      said: a message, such as why the run failed.
+    """
 
     run: Run
     state: str = "waiting"
@@ -24,7 +31,7 @@ class Row:
     said: str = ""
 
     def cells(self) -> tuple[str, str, str, str, str]:
-        """Name, state, steps, loss and time left."""
+        """Returns name, state, steps, loss and time left."""
         p = self.progress
         steps = "" if p.steps is None else f"{p.step}/{p.steps}"
         if self.state != "running":
@@ -35,7 +42,12 @@ class Row:
 
 @dataclass
 class Table:
-    """Shows rows on `stream`; `width` is that of the longest name."""
+    """A table of rows that is shown on a stream.
+
+    Attributes:
+      width: the width of the longest name.
+      stream: where the table is written to.
+    """
 
     width: int
     stream: TextIO = field(default_factory=lambda: sys.stdout)
@@ -43,7 +55,7 @@ class Table:
     _told: dict[str, tuple[str, int]] = field(default_factory=dict)
 
     def show(self, rows: Sequence[Row]) -> None:
-        """The rows as they stand."""
+        """Shows the rows in their present state."""
         if self.stream.isatty():
             self._redraw(rows)
         else:
@@ -86,7 +98,7 @@ class Table:
 
 
 def final_table(rows: Sequence[Row], scores: Sequence[str]) -> str:
-    """What the sweep came to: every run with its scores, the same whichever way it got there."""
+    """Returns the table of every run with its scores, independent of how the sweep was executed."""
     width = max(len("run"), *(len(row.run.name) for row in rows))
     heads = [score.removeprefix("single_caption/") for score in scores]
     lines = [f"{'run':<{width}}  {'state':<9}" + "".join(f"  {head}" for head in heads)]

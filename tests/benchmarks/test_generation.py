@@ -9,7 +9,7 @@ import tiny
 from PIL import Image
 
 from unified_mm.benchmarks import generation, requests
-from unified_mm.benchmarks.generation import Way, costs, decode_step, lengthened, ways, writer
+from unified_mm.benchmarks.generation import Way, costs, lengthened, step_bytes, ways, writer
 from unified_mm.data.records import Record, Text
 from unified_mm.inference.decoding import Decoding
 
@@ -81,7 +81,7 @@ def test_longer_texts_than_the_model_reads_can_be_timed(models, fusion):
         predictor = longer.predictor
         inputs = predictor.to_device(generation._inputs(predictor, 2, 32))
         with predictor.on_mesh():
-            row = decode_step(replace(way, model=longer), inputs, 32)
+            row = step_bytes(replace(way, model=longer), inputs, 32)
     options, stack = model.task.model.options, model.predictor.params["transformer"]
     slots = 1 + 32 + (4 if fusion == "early" else 0)
     kept = 2 * 2 * options.layers * slots * options.width * 4

@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from unified_mm.models.unified import text_group
-from unified_mm.nn.attention.rules import View, plan_passes
-from unified_mm.nn.tokens import TokenMetadata
+from unified_mm.nn.attention.rules import PREDICATES, View, plan_passes
+from unified_mm.nn.tokens import Group, TokenMetadata
 
 OTHER_PATH = {"model__remat": "full", "model__separate_attention": True, "model__unroll": 2}
 
@@ -81,17 +81,15 @@ STREAMS = {
 }
 
 
+NAMES = {predicate: name for name, predicate in PREDICATES.items()}
+
+
 def expected(rule, query, key, q, k):
     """BlockMask by the rule's definition in words, for one example; text 12 tokens, image 4."""
-    if rule.text_to_text == "causal" and query == key == "text":
-        return k <= q
-    if query == key == "image":
-        return k <= q if rule.context_to_context == "causal" else True
-    if query == key == "text":
-        return True
-    if query == "text":
-        return rule.text_to_context != "none"
-    return rule.context_to_text != "none"
+    groups = [Group(name, name, 1) for name in (query, key)]
+    predicate = rule.predicate(*groups, (query == "text", key == "text"))
+    before = k <= q if query == key else query == "text"  # the image comes first
+    return {"none": False, "all": True, "causal": before}[NAMES[predicate]]
 
 
 @pytest.mark.parametrize("name", STREAMS)

@@ -11,7 +11,7 @@ import tiny
 from unified_mm.modalities.image import patchify, resize_positions
 from unified_mm.models.unified import text_group
 from unified_mm.nn.attention.attention import Attention, plan_attention
-from unified_mm.nn.attention.rules import RULES, MaskTable, View
+from unified_mm.nn.attention.rules import CAUSAL, RULES, TEXT, MaskTable, View
 from unified_mm.nn.feed_forward import Mlp
 from unified_mm.nn.layers import Norm
 from unified_mm.nn.options import TransformerOptions
@@ -47,7 +47,7 @@ def test_joint_is_the_only_rule_that_cannot_write():
     for name in RULES:
         view = View("t", name, autoregressive=True)
         if name in WRITING:
-            assert view.resolved().text_to_text == "causal"
+            assert view.resolved().predicate(TEXT, TEXT, (True, True)) == CAUSAL
         else:
             with pytest.raises(ValueError, match="would see the one it must predict"):
                 view.resolved()

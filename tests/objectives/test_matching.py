@@ -98,7 +98,7 @@ def test_the_saved_pass_gives_what_encoding_anew_gives_and_the_loss_is_written_o
     def run(model):
         encoded = model.encode(batch, [s for o in task.objectives for s in o.views()])
         text = {name: values[text_rows] for name, values in batch["text"].items()}
-        assert matching._can_reuse(encoded, 1)
+        assert matching._can_reuse(encoded, ("image",))
         saved = matching._read(model, encoded, batch, text, image_rows, True)
         both = {"image": {k: v[image_rows] for k, v in batch["image"].items()}, "text": text}
         anew = model.encode(both, (matching.view,))["matching"].text

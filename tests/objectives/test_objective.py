@@ -125,7 +125,8 @@ def test_pairs_add_up_and_nothing_has_mean_zero():
 
 def test_one_context_comes_out_alike_under_rules_that_differ_between_contexts():
     separate, prefix = RULES["separate"], RULES["prefix"]
-    assert separate.context_view(1) == prefix.context_view(1)
-    assert separate.context_view(2) != prefix.context_view(2)
-    assert RULES["causal"].context_view(1) != prefix.context_view(1)
-    assert RULES["joint"].context_view(1) is None  # it sees the text
+    one, two = ("image",), ("image", "sound")
+    assert separate.context_view(one) == prefix.context_view(one)
+    assert separate.context_view(two) != prefix.context_view(two)
+    assert RULES["causal"].context_view(one) != prefix.context_view(one)
+    assert RULES["joint"].context_view(one) is None  # it sees the text

@@ -1,1 +1,1 @@
-"""What a person looks at: reports, pictures and tables of runs."""
+"""Reports, figures and tables of runs, for a person to look at."""

@@ -1,8 +1,6 @@
-"""Attention between modalities, by layer and head, and how it adds up over layers.
+"""Attention between modalities, by layer and head, and its rollout over layers.
 
 Attention is no explanation of what a model does: see `unified_mm.analysis.attention_maps`.
-
-Letters: ``B`` batch, ``L`` layers, ``H`` heads, ``Q`` query tokens, ``K`` key tokens, ``N`` tokens.
 """
 
 from __future__ import annotations
@@ -22,17 +20,18 @@ from unified_mm.nn.tokens import spans
 def shares(
     weights: Weights, query: str, key: str, counted: Bool[np.ndarray, "B T"] | None = None
 ) -> Float[np.ndarray, "L H"]:
-    """Which share of their attention tokens of one group give those of another.
+    """Returns the share of their attention that tokens of one group give to those of another.
 
-    The mean over the batch and over the group's tokens that see anything.
+    It is the mean over the batch and over the group's tokens that see anything.
 
     Args:
-      weights: of one path, values [L, B, H, Q, K].
+      weights: the weights of one path, with values [L, B, H, Q, K].
       query, key: names of token groups.
-      counted: which of the query group's tokens count, such as those that are no padding; all.
+      counted: which tokens of the query group count, such as those that are not padding; None
+        for all.
 
     Raises:
-      ValueError: a group that these weights are not between.
+      ValueError: a group is not among the queries or keys of the weights.
     """
     rows = _where(weights, query, "queries")
     columns = _where(weights, key, "keys")
@@ -54,12 +53,12 @@ def _where(weights: Weights, name: str, side: str) -> slice:
 def stack_layers(
     weights: Mapping[str, Weights], stack: str = "transformer"
 ) -> Float[np.ndarray, "L B H N N"]:
-    """The self-attention of a stack in the order of its layers.
+    """Returns the self-attention weights of a stack, in the order of its layers.
 
-    Layer l is block l % n of period l // n; gated cross layers, which look elsewhere, are left out.
+    Layer l is block l % n of period l // n; gated cross-attention layers are left out.
 
     Raises:
-      ValueError: no such stack.
+      ValueError: there is no such stack.
     """
     pattern = re.compile(rf"{re.escape(stack)}/layers/block_(\d+)/attention")
     blocks = {int(m[1]): weights[m[0]] for path in weights if (m := pattern.fullmatch(path))}
@@ -70,7 +69,7 @@ def stack_layers(
 
 
 def rollout(layers: Float[np.ndarray, "L B H N N"]) -> Float[np.ndarray, "B N N"]:
-    """How much of each input token is in each output token, were attention all that mixes them.
+    """Returns how much of each input token is in each output token, if only attention mixed them.
 
     Abnar & Zuidema 2020, "Quantifying attention flow in transformers", section 3: heads are
     averaged, half of each token stays where it is (the residual connection), and the layers are
@@ -90,9 +89,13 @@ def between_modalities(
     counted: Mapping[str, Bool[np.ndarray, "B T"]],
     stack: str = "transformer",
 ) -> dict[str, Float[np.ndarray, "L H"]]:
-    """`shares` of every pair of groups within a stack's self-attention, as 'QUERY to KEY'.
+    """Returns `shares` of every pair of groups in a stack's self-attention, as 'QUERY to KEY'.
 
-    `counted` is by the query's group.
+    Args:
+      weights: the weights of all attention layers, by path.
+      groups: names of token groups.
+      counted: for each query group, which of its tokens count; all where it is missing.
+      stack: name of the stack.
     """
     layers = stack_layers(weights, stack)
     of_one = weights[f"{stack}/layers/block_0/attention"]
@@ -107,14 +110,15 @@ def between_modalities(
 def rollout_over_picture(
     model: LoadedModel, flow: Float[np.ndarray, "N N"], valid: Bool[np.ndarray, " T"]
 ) -> tuple[list[str], Float[np.ndarray, "3 rows cols"]]:
-    """What of each patch the first, the middle and the last text token have, by `rollout`.
+    """Returns how much of each image patch is in the first, middle and last text token.
 
     Args:
-      flow: of one example of early fusion, its text last and its image before that.
-      valid: which of the text's tokens are no padding.
+      model: an early-fusion model.
+      flow: the `rollout` of one example, its text last and its image before that.
+      valid: which text tokens are not padding.
 
     Returns:
-      The tokens' names, and a map for each over the image's patches from its upper left.
+      The names of the tokens, and for each a map over the image's patches from its upper left.
     """
     down, across = patch_grid(model)
     places = np.flatnonzero(valid)

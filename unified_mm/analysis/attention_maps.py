@@ -1,8 +1,7 @@
-"""Where attention lies: weights of every layer and head, and a map for each word on its image.
+"""Attention weights of every layer and head, and a map over the image for each word.
 
 Attention is no explanation of what a model does (Jain & Wallace 2019, "Attention is not
-explanation"): it says where values were taken from, not what became of them. A map of it is
-something to look at.
+explanation"): it says where values were taken from, not what became of them.
 """
 
 from __future__ import annotations
@@ -26,15 +25,17 @@ IMAGE = "image"
 
 
 def attention_weights(model: LoadedModel, batch: Batch, view: View) -> dict[str, Weights]:
-    """The weights of every attention of one pass, by layer and head.
+    """Returns the weights of every attention layer in one forward pass.
 
     Args:
+      model: the model.
       batch: arrays by modality, as the data pipeline makes them.
-      stream: how the text is read.
+      view: how the text is read.
 
     Returns:
-      By path of each attention in the parameter tree ('transformer/layers/block_0/attention'),
-      values [L, B, H, Q, K] for the L layers of that path (1 outside a stack).
+      By path of each attention layer in the parameter tree
+      ('transformer/layers/block_0/attention'), values [L, B, H, Q, K] for the L layers of that
+      path (1 outside a stack).
     """
     predictor = model.predictor
 
@@ -51,26 +52,27 @@ def attention_weights(model: LoadedModel, batch: Batch, view: View) -> dict[str,
 
 def attention_over_patches(
     model: LoadedModel, image: Any, prompt: str, text: str
-) -> tuple[list[str], Float[np.ndarray, "W rows cols"]]:
-    """How the attention that wrote each word lies over the image's patches.
+) -> tuple[list[str], Float[np.ndarray, "words rows cols"]]:
+    """Returns how the attention that wrote each word lies over the image's patches.
 
     A token is written by the one before it, so a word's map is the mean over those that wrote its
     tokens; it is averaged over heads and layers too and sums to 1. In gated cross-attention text
-    looks at latents and these at patches: the map is the product of both, each averaged over its
-    heads and layers. It is no explanation: see the module's docstring.
+    attends to latents and these to patches: the map is the product of both, each averaged over
+    its heads and layers. It is no explanation: see the module's docstring.
 
     Args:
+      model: the model.
       image: as for `LoadedModel.view`.
       prompt: what the text was written after; '' for a caption.
       text: what the model wrote, or any other text.
 
     Returns:
-      The W words of `text` (those that the model reads: it is cut as for training), and a map for
-      each, float32, the image's patches from its upper left.
+      The words of `text` (those that the model reads: it is cut as for training), and for each a
+      float32 map over the image's patches from its upper left.
 
     Raises:
-      ValueError: a model in which written text sees no patches, or what `view` and the tokenizer
-        refuse.
+      ValueError: written text sees no patches in this model, or `LoadedModel.view` or the
+        tokenizer refuses the input.
     """
     task = model.predictor.task
     view = _writing(model)
@@ -91,9 +93,10 @@ def attention_over_patches(
 def text_over_image(
     weights: Mapping[str, Weights], text: str, image: str = IMAGE
 ) -> Float[np.ndarray, "B T N"]:
-    """How each token of the group `text` looks at those of `image`, over all heads and layers.
+    """Returns the attention of each token of group `text` to those of group `image`.
 
-    Where resampled features stand between, each row sums to what the text takes from these.
+    It is the mean over all layers and heads. With a resampler in between, the attention to its
+    latents is passed on to the features that these attend to, and each row keeps its sum.
     """
     kind = CROSS if any(f"/{CROSS}/" in path for path in weights) else "transformer/"
     looks = mean_between([each for path, each in weights.items() if kind in path], text, image)
@@ -106,7 +109,7 @@ def text_over_image(
 
 
 def mean_between(layers: list[Weights], query: str, key: str) -> Float[np.ndarray, "B Q K"]:
-    """What tokens of one group take from those of another, the mean of all layers and heads."""
+    """Returns the attention of one group's tokens to another's, averaged over layers and heads."""
     parts = []
     for each in layers:
         rows, columns = spans(each.queries)[query], spans(each.keys)[key]
@@ -115,7 +118,11 @@ def mean_between(layers: list[Weights], query: str, key: str) -> Float[np.ndarra
 
 
 def _writing(model: LoadedModel) -> View:
-    """The stream that the model writes by. Raises ValueError where it sees no patches."""
+    """Returns the view by which the model writes text.
+
+    Raises:
+      ValueError: written text sees no patches in this model.
+    """
     task = model.predictor.task
     found = [each.view for each in task.objectives if isinstance(each, Captioning)]
     if not found or IMAGE not in task.model.context_names:
@@ -129,7 +136,7 @@ def _writing(model: LoadedModel) -> View:
 def _written(
     model: LoadedModel, prompt: str, text: str
 ) -> tuple[list[str], list[Int[np.ndarray, " tokens"]]]:
-    """The words of a text, and by word the places of the tokens that wrote it."""
+    """Returns the words of a text, and for each the positions of the tokens that wrote it."""
     tokenizer = model.predictor.task.tokenizer
     start = len(tokenizer.encode_prompt(prompt))
     if not start:
@@ -144,7 +151,7 @@ def _written(
 
 
 def patch_grid(model: LoadedModel) -> tuple[int, int]:
-    """How many patches an image has from top to bottom, and from left to right."""
+    """Returns the number of an image's patches from top to bottom, and from left to right."""
     modality = model.predictor.task.modalities[IMAGE]
     side = modality.size // modality.embedding.patch
     return side, side

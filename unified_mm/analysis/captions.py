@@ -1,4 +1,4 @@
-"""Captions looked at one by one: the best and the worst, and how they fare by attribute."""
+"""Captions one by one: the best and the worst, and scores by attribute."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from unified_mm.evaluation.caption_scores import cider_d_per_image, tokenize
 
 @dataclass(frozen=True)
 class Judged:
-    """A caption, its CIDEr-D in [0, 10], and its image's place among those that were scored."""
+    """A caption with its score.
+
+    Attributes:
+      place: index of its image among those that were scored.
+      caption: the caption.
+      references: the reference captions of its image.
+      cider_d: CIDEr-D, in [0, 10].
+    """
 
     place: int
     caption: str
@@ -23,12 +30,12 @@ class Judged:
 
 
 def judge(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Judged]:
-    """Each caption with its own CIDEr-D, in order.
+    """Returns each caption with its own CIDEr-D, in order.
 
     The score of one depends on the others: words that many references hold count for less.
 
     Raises:
-      ValueError: no caption, lengths that differ, or an image without a reference.
+      ValueError: there is no caption, lengths differ, or an image has no reference.
     """
     found = cider_d_per_image(
         [tokenize(text) for text in captions],
@@ -43,22 +50,26 @@ def judge(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
 
 
 def best_and_worst(judged: Sequence[Judged], count: int) -> tuple[list[Judged], list[Judged]]:
-    """The `count` best, best first, and the `count` worst, worst first; equal ones in order."""
+    """Returns the `count` best captions, best first, and the `count` worst, worst first.
+
+    Ties keep their order.
+    """
     best = sorted(judged, key=lambda each: -each.cider_d)[:count]
     worst = sorted(judged, key=lambda each: each.cider_d)[:count]
     return best, worst
 
 
-def scores(judged: Sequence[Judged]) -> Float[np.ndarray, " I"]:
-    """The CIDEr-D of each."""
+def scores(judged: Sequence[Judged]) -> Float[np.ndarray, " images"]:
+    """Returns the CIDEr-D of each caption."""
     return np.array([each.cider_d for each in judged])
 
 
 def by_group(
-    scores: Float[np.ndarray, " I"], groups: Mapping[str, Bool[np.ndarray, " I"]]
+    scores: Float[np.ndarray, " images"], groups: Mapping[str, Bool[np.ndarray, " images"]]
 ) -> dict[str, Mean]:
-    """The mean score with its 95% interval of the images of each group; empty groups left out.
+    """Returns the mean score of each group's images, with its 95% interval.
 
-    Groups may overlap: an image with a red and a blue object is of both.
+    Empty groups are left out. Groups may overlap: an image with a red and a blue object is in
+    both.
     """
     return {name: mean_interval(scores[own]) for name, own in groups.items() if own.any()}

@@ -1,7 +1,7 @@
-"""Runs side by side: what differs in their configs, what they cost, and what they score.
+"""Comparison of runs: what differs in their configs, what they cost, and what they score.
 
-The first run is the one that the others are held against. What a run does not have (an unfinished
-one its scores, an imported one its learning curves) is missing in its column and nowhere made up.
+The other runs are compared with the first. What a run does not have (an unfinished one its
+scores, an imported one its learning curves) is missing in its column.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ MISSING = "\u2013"
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What is known of one run.
+    """A summary of one run.
 
     Attributes:
-      name: of its folder, or its path where names are alike.
+      name: name of its folder, or its path where names are alike.
       state: how far it came, in words.
       config: the contents of config.json.
-      cost: numbers by name, None for what is not known.
-      scores, chance: by their fixed names; empty where it has not been scored.
-      curves: of each metric the steps and values.
-      data: of result.json: which data the scores are of.
+      cost: numbers by name, None where unknown.
+      scores: scores by their fixed names; empty where the run has not been scored.
+      chance: chance levels, by the same names.
+      curves: steps and values of each metric.
+      data: the data of the scores, from result.json.
     """
 
     name: str
@@ -46,7 +47,7 @@ class RunSummary:
 
     @property
     def kind(self) -> str:
-        """Its fusion, and whether its weights are imported or quantised."""
+        """The fusion, and whether the weights are imported or quantised."""
         parts = [str(self.config.get("model", {}).get("fusion", "?"))]
         if "imported" in self.config:
             parts.append(f"imported {self.config['imported'].get('family', '')}".strip())
@@ -58,7 +59,7 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: a name, and one cell for each run."""
+    """A row of a table: a name, and one cell for each run."""
 
     name: str
     cells: tuple[str, ...]
@@ -66,11 +67,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The tables and charts that show several runs.
+    """The tables and charts of several runs.
 
     Attributes:
-      names: of the runs, in order.
-      notes: what nobody may overlook, such as scores that do not compare.
+      names: names of the runs, in order.
+      notes: warnings, such as that scores are not comparable.
       facts, config, cost, scores: the tables.
       charts: learning curves.
     """
@@ -85,14 +86,16 @@ class Comparison:
 
 
 def summarise(folder: RunFolder, name: str, sizes: Mapping[str, int | None]) -> RunSummary:
-    """What a run's folder says.
+    """Reads the summary of a run from its folder.
 
     Args:
+      folder: the run's folder.
+      name: what the run is called.
       sizes: parameters and FLOPs of its model, by name; see `unified_mm.training.sizes`.
 
     Raises:
-      FileNotFoundError: no run there.
-      RunFolderError, ValueError: a damaged config, result or record of metrics.
+      FileNotFoundError: there is no run.
+      RunFolderError, ValueError: the config, the result or the metrics are damaged.
     """
     if not folder.exists:
         raise FileNotFoundError(f"{folder.path} is no run (it has no config.json)")
@@ -127,7 +130,7 @@ def _state(config: Mapping[str, Any], result: Mapping[str, Any], curves: Mapping
 
 
 def short_names(folders: Sequence[RunFolder]) -> tuple[str, ...]:
-    """The name of each run's folder, or its whole path where two names are alike."""
+    """Returns the name of each run's folder, or its whole path where two names are alike."""
     names = [folder.path.name for folder in folders]
     return tuple(
         name if names.count(name) == 1 else str(folder.path)
@@ -136,10 +139,10 @@ def short_names(folders: Sequence[RunFolder]) -> tuple[str, ...]:
 
 
 def compare(runs: Sequence[RunSummary]) -> Comparison:
-    """Tables of runs, the first being what the others are held against.
+    """Returns the tables and charts of runs, which are compared with the first.
 
     Raises:
-      ValueError: fewer than two runs, or two of one name.
+      ValueError: there are fewer than two runs, or two of one name.
     """
     names = tuple(run.name for run in runs)
     if len(runs) < 2:
@@ -162,7 +165,7 @@ def compare(runs: Sequence[RunSummary]) -> Comparison:
 
 
 def notes(runs: Sequence[RunSummary]) -> tuple[str, ...]:
-    """What nobody may overlook: banners, and why scores may not be held against each other."""
+    """Returns warnings: the banners of the data, and why scores may not be comparable."""
     banners = (run.data.get("notice") for run in runs)
     found = list(dict.fromkeys(str(banner) for banner in banners if banner))
     bare = [run.name for run in runs if not run.scores]
@@ -180,7 +183,7 @@ def notes(runs: Sequence[RunSummary]) -> tuple[str, ...]:
 
 
 def config_rows(runs: Sequence[RunSummary]) -> tuple[Row, ...]:
-    """The fields in which not all configs agree, by dotted name."""
+    """Returns the fields in which the configs differ, by dotted name."""
     first = runs[0].config
     found = [_by_field(differences(first, run.config, free=())) for run in runs[1:]]
     rows = []
@@ -196,7 +199,7 @@ def _by_field(found: Sequence[Difference]) -> dict[str, Difference]:
 
 
 def cost_rows(runs: Sequence[RunSummary]) -> tuple[Row, ...]:
-    """Parameters, FLOPs and time, each beside its ratio to the first run's."""
+    """Returns parameters, FLOPs and time, each beside its ratio to the first run's."""
     rows = []
     for name in _in_order([run.cost for run in runs]):
         first = runs[0].cost.get(name)
@@ -210,7 +213,7 @@ def cost_rows(runs: Sequence[RunSummary]) -> tuple[Row, ...]:
 
 
 def score_rows(runs: Sequence[RunSummary]) -> tuple[Row, ...]:
-    """Scores, each beside its difference from the first run's."""
+    """Returns the scores, each beside its difference from the first run's."""
     rows = []
     for name in _in_order([run.scores for run in runs]):
         first = runs[0].scores.get(name)
@@ -226,7 +229,7 @@ def score_rows(runs: Sequence[RunSummary]) -> tuple[Row, ...]:
 
 
 def curve_charts(runs: Sequence[RunSummary]) -> tuple[Chart, ...]:
-    """A chart for each loss and score over training, with a line for each run that has it."""
+    """Returns a chart for each loss and score over training, a line for each run that has it."""
     drawn = [
         name
         for name in _in_order([run.curves for run in runs])
@@ -247,7 +250,7 @@ def curve_charts(runs: Sequence[RunSummary]) -> tuple[Chart, ...]:
 
 
 def _in_order(columns: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of all columns, in the order in which they first come."""
+    """Returns the names of all columns, in the order of their first occurrence."""
     return list(dict.fromkeys(name for column in columns for name in column))
 
 

@@ -1,4 +1,4 @@
-"""How a comparison of runs is shown: tables for a terminal, and one HTML page."""
+"""Output of a comparison of runs: tables for a terminal, and one HTML page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from unified_mm.analysis.pages import render_page, words
 
 
 def as_text(found: Comparison) -> str:
-    """The tables for a terminal."""
+    """Returns the tables as text for a terminal."""
     sections = (
         ("run", found.facts),
         ("cost", found.cost),
@@ -39,7 +39,7 @@ def _cut(text: str, width: int) -> str:
 
 
 def as_html(found: Comparison) -> str:
-    """The same as one self-contained page, with learning curves."""
+    """Returns the tables and learning curves as one self-contained HTML page."""
     return render_page(
         "comparison.html.jinja",
         title=" / ".join(found.names),

@@ -1,10 +1,10 @@
-"""What a modality contributes: it is taken away from a trained model, and the loss is looked at.
+"""Contribution of a modality: what a trained model loses when the modality is taken away.
 
-Three ways to take it away. `dropped`: it is absent, as where the data has none; `blanked`: it is
-there and says nothing (a black picture); `shuffled`: it is another example's, so that the input
-is as usual and only the pairing is wrong (permutation importance: Breiman 2001, section 10).
-The first two may look like nothing that the model was trained on, and then they cost more than
-what the modality tells; shuffling asks what its content tells.
+There are three ways to take it away. `dropped`: it is absent, as where the data has none;
+`blanked`: it is present and says nothing (a black picture); `shuffled`: it is another example's,
+so that the input is as usual and only the pairing is wrong (permutation importance: Breiman 2001,
+section 10). The first two may be unlike anything that the model was trained on, and then they
+cost more than the information in the modality; shuffling measures that information.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Blanked:
-    """A modality that is there where it was, and is zero: a black picture."""
+    """A modality that is present where it was, but zero: a black picture."""
 
     preparer: Preparer
 
@@ -57,10 +57,11 @@ class Blanked:
 
 @dataclass(frozen=True)
 class Shuffled:
-    """Each example with the modality of another.
+    """A modality that each example takes from another.
 
     Attributes:
-      others: by id of a record, the one whose modality it gets.
+      preparer: prepares the modality.
+      others: for each record's id, the record whose modality it gets.
     """
 
     preparer: Preparer
@@ -75,12 +76,13 @@ class Shuffled:
 
 @dataclass(frozen=True)
 class Contribution:
-    """How a model does with a modality taken away in one way.
+    """The scores of a model with a modality taken away in one way.
 
     Attributes:
-      nats: negative log-likelihood of the captions, nats a token, the mean over captions.
-      cider_d: of the greedy captions, in [0, 10], the mean over images.
-      nats_lost, cider_d_lost: what is worse than with everything there, pair by pair.
+      nats: negative log-likelihood of the captions in nats per token, mean over captions.
+      cider_d: CIDEr-D of the greedy captions in [0, 10], mean over images.
+      nats_lost, cider_d_lost: paired differences from the scores with every modality; positive is
+        worse.
     """
 
     nats: Mean
@@ -92,18 +94,20 @@ class Contribution:
 def contribution(
     predictor: Predictor, records: Sequence[Record], modality: str, *, batch_size: int
 ) -> dict[str, Contribution]:
-    """A model's captions with everything there ('whole') and with a modality taken away.
+    """Scores a model's captions with every modality, and with one taken away.
 
     Args:
-      records: that have captions; the first one of each is what is scored.
-      modality: the name of a context modality, 'image'.
+      predictor: the model.
+      records: records with captions; the likelihood is that of the first caption of each.
+      modality: name of a context modality, such as 'image'.
+      batch_size: examples in a batch.
 
     Returns:
-      By way: 'whole', 'dropped', 'blanked', 'shuffled'.
+      By way: 'whole' (nothing is taken away), 'dropped', 'blanked', 'shuffled'.
 
     Raises:
-      ValueError: a model that writes nothing or does not read the modality, or fewer than two
-        records.
+      ValueError: the model writes no text or does not read the modality, or there are fewer than
+        two records.
     """
     task = predictor.task
     if not predictor.can(Captioning):
@@ -141,9 +145,9 @@ def contribution(
 def taken_away(
     preparers: Mapping[str, Preparer], modality: str, records: Sequence[Record]
 ) -> dict[str, dict[str, Preparer]]:
-    """The preparers as they are, and with each way of taking a modality away.
+    """Returns the preparers as they are, and with each way of taking a modality away.
 
-    Shuffled, each record has that of the one half the list further on.
+    When shuffled, each record gets the modality of the record half the list further on.
     """
     half = max(1, len(records) // 2)
     moved = [*records[half:], *records[:half]]
@@ -163,8 +167,8 @@ def _nats(
     rows: Sequence[Record],
     preparers: Mapping[str, Preparer],
     batch_size: int,
-) -> Float[np.ndarray, " I"]:
-    """Nats a token of each caption."""
+) -> Float[np.ndarray, " images"]:
+    """Returns the negative log-likelihood of each caption, in nats per token."""
     parts = [predictor.log_likelihood(b) for b in _batches(predictor, rows, preparers, batch_size)]
     scored = np.concatenate(parts)[: len(rows)].astype(np.float64)
     return -scored[:, 0] / scored[:, 1]
@@ -176,8 +180,8 @@ def _cider_d(
     preparers: Mapping[str, Preparer],
     batch_size: int,
     references: Sequence[Sequence[str]],
-) -> Float[np.ndarray, " I"]:
-    """CIDEr-D of what is written about each image."""
+) -> Float[np.ndarray, " images"]:
+    """Returns the CIDEr-D of what is written about each image."""
     written: list[str] = []
     for batch in _batches(predictor, rows, preparers, batch_size):
         written += predictor.write(batch, [""] * batch_size)

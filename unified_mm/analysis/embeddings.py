@@ -1,6 +1,6 @@
 """The shared space of images and texts: gap, alignment, uniformity, neighbours, a projection.
 
-Letters: ``I`` images, ``C`` texts, ``E`` width of the space. Embeddings are unit vectors.
+Embeddings are unit vectors.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-Vectors = Float[np.ndarray, "_ E"]
+Vectors = Float[np.ndarray, "_ Z"]
 
 
-def modality_gap(images: Float[np.ndarray, "I E"], texts: Float[np.ndarray, "C E"]) -> float:
-    """The distance between the two modalities' mean embeddings, in [0, 2].
+def modality_gap(
+    images: Float[np.ndarray, "images Z"], texts: Float[np.ndarray, "texts Z"]
+) -> float:
+    """Returns the distance between the two modalities' mean embeddings, in [0, 2].
 
     Liang et al. 2022, "Mind the gap: understanding the modality gap in multi-modal contrastive
     representation learning", section 4.2.
@@ -20,14 +22,14 @@ def modality_gap(images: Float[np.ndarray, "I E"], texts: Float[np.ndarray, "C E
     return float(np.linalg.norm(_mean(images) - _mean(texts)))
 
 
-def alignment(images: Float[np.ndarray, "I E"], texts: Float[np.ndarray, "_ E"]) -> float:
-    """The mean squared distance of pairs, in [0, 4]; 0 where each pair is one point.
+def alignment(images: Float[np.ndarray, "images Z"], texts: Float[np.ndarray, "_ Z"]) -> float:
+    """Returns the mean squared distance of pairs, in [0, 4]; 0 where both of each pair are equal.
 
     Wang & Isola 2020, "Understanding contrastive representation learning through alignment and
     uniformity on the hypersphere", equation 4 with alpha = 2.
 
     Raises:
-      ValueError: not as many images as texts.
+      ValueError: the numbers of images and texts differ.
     """
     if images.shape != texts.shape:
         raise ValueError(f"{len(images)} images and {len(texts)} texts are no pairs: give as many")
@@ -36,12 +38,12 @@ def alignment(images: Float[np.ndarray, "I E"], texts: Float[np.ndarray, "_ E"])
 
 
 def uniformity(vectors: Vectors) -> float:
-    """The logarithm of the mean Gaussian potential of all pairs; the lower, the more evenly spread.
+    """Returns the logarithm of the mean Gaussian potential of all pairs; lower is more uniform.
 
-    Wang & Isola 2020, equation 5 with t = 2: at most 0, where all are one point.
+    Wang & Isola 2020, equation 5 with t = 2: at most 0, where all vectors are equal.
 
     Raises:
-      ValueError: fewer than two vectors.
+      ValueError: there are fewer than two vectors.
     """
     count = len(vectors)
     if count < 2:
@@ -54,13 +56,13 @@ def uniformity(vectors: Vectors) -> float:
 
 
 def nearest(
-    queries: Float[np.ndarray, "C E"], vectors: Float[np.ndarray, "I E"], count: int
-) -> tuple[Int[np.ndarray, "C _"], Float[np.ndarray, "C _"]]:
-    """For each query the places of the vectors with the largest inner products, best first.
+    queries: Float[np.ndarray, "queries Z"], vectors: Float[np.ndarray, "vectors Z"], count: int
+) -> tuple[Int[np.ndarray, "queries _"], Float[np.ndarray, "queries _"]]:
+    """Returns for each query the vectors with the largest inner products, best first.
 
     Returns:
-      Places and inner products, [C, count] (fewer where there are fewer vectors). Of equal ones
-      the earlier comes first.
+      Indices and inner products [queries, count] (fewer where there are fewer vectors). Ties keep
+      the order of the vectors.
     """
     products = queries @ vectors.T
     places = np.argsort(-products, axis=1, kind="stable")[:, :count]
@@ -68,10 +70,10 @@ def nearest(
 
 
 def principal_plane(*parts: Vectors) -> tuple[list[Float[np.ndarray, "_ 2"]], float]:
-    """All vectors on the two directions in which they vary most (Pearson 1901).
+    """Projects all vectors onto the two directions in which they vary most (PCA; Pearson 1901).
 
     Returns:
-      Of each part its coordinates [n, 2], and the share of the variance that these hold.
+      The coordinates [n, 2] of each part, and the share of the variance that they explain.
     """
     everything = np.concatenate(parts).astype(np.float64)
     mean = everything.mean(0)
@@ -81,5 +83,5 @@ def principal_plane(*parts: Vectors) -> tuple[list[Float[np.ndarray, "_ 2"]], fl
     return [(part - mean) @ vt[:2].T for part in parts], share
 
 
-def _mean(vectors: Vectors) -> Float[np.ndarray, " E"]:
+def _mean(vectors: Vectors) -> Float[np.ndarray, " Z"]:
     return vectors.astype(np.float64).mean(0)

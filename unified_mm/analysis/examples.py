@@ -1,4 +1,4 @@
-"""Examples of the data that a run is scored on, for whoever looks at its model."""
+"""Examples of the data that a run is scored on, for a person to look at."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from unified_mm.inference.loaded import LoadedModel
 
 
 def open_data(config: Config, split: str = "", data_dir: str = "") -> tuple[Source, str]:
-    """A run's data source and the split that it is scored on.
+    """Opens a run's data and returns its source and the split on which the run is scored.
 
     Args:
-      config: of the run.
-      split: another one.
+      config: the run's config.
+      split: another split, if not ''.
       data_dir: where the data lies now, if elsewhere.
 
     Raises:
-      FileNotFoundError, ValueError: data or a split that are not there.
+      FileNotFoundError, ValueError: the data or the split does not exist.
     """
     fields = config.as_dict()
     if split:
@@ -37,12 +37,12 @@ def open_data(config: Config, split: str = "", data_dir: str = "") -> tuple[Sour
 
 
 def scored_records(source: Source, split: str, count: int) -> list[Record]:
-    """The first records of a split that have both an image and a caption."""
+    """Returns the first `count` records of a split that have both an image and a caption."""
     return [record for record in source.manifest(split).records if is_scored(record)][:count]
 
 
 def batch_of(model: LoadedModel, records: list[Record]) -> dict[str, dict[str, Any]]:
-    """Records as one batch, each beside its first caption."""
+    """Returns records as one batch, each with its first caption."""
     names = model.task.model.context_names
     absent = {name: model.task.modalities[name].absent() for name in names}
     rows = [

@@ -1,4 +1,4 @@
-"""What pictures of results have in common."""
+"""SVG drawings of matplotlib figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Drawing:
-    """SVG that a notebook shows."""
+    """An SVG drawing that a notebook shows."""
 
     svg: str
 
@@ -18,7 +18,7 @@ class Drawing:
 
 
 def as_svg(figure: Any) -> str:
-    """A matplotlib figure as SVG: the same drawing gives the same bytes, whenever it is drawn."""
+    """Returns a matplotlib figure as SVG; the same figure always gives the same bytes."""
     import matplotlib
 
     content = io.StringIO()

@@ -1,4 +1,4 @@
-"""Means and their 95% intervals, and differences of pairs."""
+"""Means with their 95% confidence intervals, and paired differences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean and the interval around it; the interval is not a number for one value alone."""
+    """A mean with its confidence interval, which is NaN for a single value."""
 
     mean: float
     low: float
@@ -22,23 +22,25 @@ class Mean:
 
     @property
     def known(self) -> bool:
-        """Whether there is an interval."""
+        """Returns whether there is an interval."""
         return math.isfinite(self.low)
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of 0: more than the noise."""
+        """Returns whether the interval lies on one side of 0."""
         return self.known and (self.low > 0 or self.high < 0)
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def mean_interval(values: Float[np.ndarray, " I"], level: float = 0.95) -> Mean:
-    """The mean of independent values with Student's t-interval (1908, "The probable error").
+def mean_interval(values: Float[np.ndarray, " values"], level: float = 0.95) -> Mean:
+    """Returns the mean of independent values with its t-interval.
+
+    Student 1908, "The probable error of a mean".
 
     Raises:
-      ValueError: no value.
+      ValueError: there is no value.
     """
     from scipy import stats
 
@@ -54,13 +56,13 @@ def mean_interval(values: Float[np.ndarray, " I"], level: float = 0.95) -> Mean:
 
 
 def paired_difference(values: Mapping[Any, float], base: Mapping[Any, float]) -> Mean | None:
-    """The mean of values less base, pair by pair.
+    """Returns the mean of `values` less `base`, pair by pair.
 
     Args:
-      values, base: by what makes a pair of two of them, such as a seed.
+      values, base: values by the key that pairs them, such as a seed.
 
     Returns:
-      None where no two make a pair.
+      The mean with its interval, or None where there is no pair.
     """
     both = sorted(values.keys() & base.keys(), key=str)
     if not both:

@@ -21,21 +21,22 @@ from unified_mm.objectives.objective import TextObjective
 IMAGE = "image"
 MAIN, TOWER = "transformer", f"towers_{IMAGE}"
 OUTPUT = "output"  # after the last norm
-Features = dict[str, Float[np.ndarray, "I D"]]  # by layer, the input first
+Features = dict[str, Float[np.ndarray, "rows D"]]  # by layer, the input first
 
 
 def image_features(model: LoadedModel, images: Iterable[Picture]) -> Features:
-    """Of each image, the mean of its tokens after every layer that reads it, text unread.
+    """Returns the mean of each image's tokens after every layer that reads it, without text.
 
     Args:
+      model: the model.
       images: as for `LoadedModel.view`.
 
     Returns:
-      float32 [I, D] by layer: 'embedded' (the patches before any layer), 'layer_0', ..., 'output'
-      (after the stack's last norm).
+      float32 [images, D] by layer: 'embedded' (the patches before any layer), 'layer_0', ...,
+      'output' (after the stack's last norm).
 
     Raises:
-      ValueError: no image, a model that reads none, or what `view` refuses.
+      ValueError: there is no image, the model reads none, or `LoadedModel.view` refuses one.
     """
     task = model.predictor.task
     if IMAGE not in task.model.context_names:
@@ -67,10 +68,10 @@ def image_features(model: LoadedModel, images: Iterable[Picture]) -> Features:
 
 
 def text_features(model: LoadedModel, texts: Sequence[str]) -> Features:
-    """Of each text, the mean of its tokens after every layer, no image beside it.
+    """Returns the mean of each text's tokens after every layer, without an image.
 
-    Layers and errors are as in `image_features`; a gated cross layer before the blocks of period p
-    is 'cross_p'.
+    Layers and errors are as in `image_features`; a gated cross-attention layer before the blocks
+    of period p is 'cross_p'.
     """
     task = model.predictor.task
     view = reading_stream(model)
@@ -90,7 +91,13 @@ def text_features(model: LoadedModel, texts: Sequence[str]) -> Features:
 
 
 def reading_stream(model: LoadedModel) -> View:
-    """How a modality is read alone: as contrast reads it, else as the first objective does."""
+    """Returns the view by which a modality is read alone.
+
+    It is that of the contrastive objective, else that of the first objective that reads text.
+
+    Raises:
+      ValueError: no objective reads text.
+    """
     objectives = [each for each in model.task.objectives if isinstance(each, TextObjective)]
     if not objectives:
         raise ValueError("this model was trained on no objective that reads text")
@@ -104,7 +111,7 @@ def _gather(
     rows: Iterator[dict[str, Any]],
     layers: list[str],
 ) -> Features:
-    """What `read` says of all rows, batch by batch, the last batch filled up."""
+    """Returns the outputs of `read` for all rows, batch by batch; the last batch is padded."""
     parts: list[dict[str, np.ndarray]] = []
     while some := list(islice(rows, BATCH)):
         full = some + some[:1] * (BATCH - len(some))

@@ -1,6 +1,6 @@
-"""What the HTML pages of this package share: templates, number formats, line charts.
+"""Shared parts of the HTML pages: templates, number formats, line charts.
 
-A page needs nothing beside itself, and all text in it is escaped.
+A page is self-contained, and all text in it is escaped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _INK = "#010203"  # stands for the page's own text colour until the drawing is d
 
 @dataclass(frozen=True)
 class Chart:
-    """An inline SVG drawing, and for each line of it the colour and the name."""
+    """An inline SVG drawing, with the colour and the name of each line."""
 
     title: str
     svg: str
@@ -40,7 +40,7 @@ class Chart:
 
 
 def render_page(template: str, **shown: Any) -> str:
-    """A template that lies beside this file, filled in; a name that it lacks is an error."""
+    """Renders a template that lies beside this file; a missing variable is an error."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -60,14 +60,14 @@ def _read_template(name: str) -> str:
 
 
 def line_chart(title: str, lines: Mapping[str, Curve]) -> Chart:
-    """One line for each curve, by name; a legend where there are several."""
+    """Returns a chart with a line for each curve, and a legend where there are several."""
     colours = [LINE_COLOURS[i % len(LINE_COLOURS)] for i in range(len(lines))]
     legend = tuple(zip(colours, lines, strict=True)) if len(lines) > 1 else ()
     return Chart(words(title), draw_lines(list(lines.values()), colours), legend)
 
 
 def draw_lines(lines: Sequence[Curve], colours: Sequence[str]) -> str:
-    """Inline SVG of lines over steps; its only text is the numbers at the axes."""
+    """Returns lines over steps as inline SVG; its only text is the numbers at the axes."""
     import markupsafe
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -107,7 +107,7 @@ def draw_lines(lines: Sequence[Curve], colours: Sequence[str]) -> str:
 
 
 def _png_url(image: Picture) -> str:
-    """A picture as a data URL that an ``img`` can show."""
+    """Returns a picture as a data URL that an HTML `img` can show."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -116,13 +116,16 @@ def _png_url(image: Picture) -> str:
 
 
 def words(name: str) -> str:
-    """A metric's name as a person reads it."""
+    """Returns a metric's name as a person reads it."""
     parts = (_NAMES.get(part, part.replace("_", " ")) for part in name.split("/"))
     return " \u203a ".join(parts)
 
 
 def format_score(value: float | None) -> str:
-    """Three decimals below ten, one above; whole numbers without; a dash for nothing."""
+    """Formats a score: three decimals below ten, one above.
+
+    Whole numbers above 1 get no decimals; None becomes a dash.
+    """
     if value is None or not math.isfinite(value):
         return "\u2013" if value is None else str(value)
     if value > 1 and value == int(value):

@@ -1,4 +1,4 @@
-"""Drawings for notebooks: each takes plain arrays by name and gives one `Drawing`."""
+"""Drawings for notebooks: each function takes named arrays and returns one `Drawing`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unified_mm.analysis.scaling import PowerLaw
 
 
 def by_layer(values: Mapping[str, Float[np.ndarray, " L"]], what: str) -> Drawing:
-    """A line for each parameter over the layers of its stack; one number alone is a dot."""
+    """Draws a line for each parameter over the layers of its stack; a single value is a dot."""
     from matplotlib import colormaps
 
     figure, axes = _axes(8, 4)
@@ -29,8 +29,11 @@ def by_layer(values: Mapping[str, Float[np.ndarray, " L"]], what: str) -> Drawin
     return Drawing(as_svg(figure))
 
 
-def spectra(values: Mapping[str, Float[np.ndarray, "L R"]]) -> Drawing:
-    """Singular values over the largest: a panel for each parameter, a line for each layer."""
+def spectra(values: Mapping[str, Float[np.ndarray, "L rank"]]) -> Drawing:
+    """Draws singular values relative to the largest.
+
+    There is a panel for each parameter, and a line for each layer.
+    """
     figure, panels = _grid(len(values), 3)
     for axes, (name, own) in zip(panels, values.items()):
         for layer, each in enumerate(own):
@@ -41,7 +44,7 @@ def spectra(values: Mapping[str, Float[np.ndarray, "L R"]]) -> Drawing:
 
 
 def heads(values: Mapping[str, Float[np.ndarray, "L H"]]) -> Drawing:
-    """A panel for each name: shares in [0, 1], layers from top to bottom, heads side by side."""
+    """Draws shares in [0, 1]: a panel for each name, with layers as rows and heads as columns."""
     figure, panels = _grid(len(values), 3)
     for axes, (name, own) in zip(panels, values.items()):
         shown = axes.imshow(own, vmin=0, vmax=1, cmap="viridis", aspect="auto")
@@ -52,9 +55,9 @@ def heads(values: Mapping[str, Float[np.ndarray, "L H"]]) -> Drawing:
 
 
 def maps_over(
-    picture: Picture, names: Sequence[str], maps: Float[np.ndarray, "W rows cols"]
+    picture: Picture, names: Sequence[str], maps: Float[np.ndarray, "maps rows cols"]
 ) -> Drawing:
-    """A picture, and beside it the picture under each map; every map has a scale of its own."""
+    """Draws a picture, and beside it the picture under each map, each on its own scale."""
     figure, panels = _grid(len(names) + 1, 6)
     height, width = picture.shape[:2]
     panels[0].imshow(picture)
@@ -68,7 +71,7 @@ def maps_over(
 
 
 def pictures(views: Sequence[Picture], titles: Sequence[str], columns: int = 4) -> Drawing:
-    """Pictures in rows, each under its words."""
+    """Draws pictures in rows, each under its title."""
     figure, panels = _grid(len(views), columns)
     for axes, view, title in zip(panels, views, titles):
         axes.imshow(view)
@@ -79,7 +82,7 @@ def pictures(views: Sequence[Picture], titles: Sequence[str], columns: int = 4) 
 
 
 def plane(parts: Mapping[str, Float[np.ndarray, "n 2"]]) -> Drawing:
-    """Points of several kinds on a plane, and a line between points of the same number."""
+    """Draws points of several kinds on a plane, and a line between points of the same index."""
     figure, axes = _axes(6, 5)
     kinds = list(parts.values())
     for pair in zip(*kinds):
@@ -92,7 +95,7 @@ def plane(parts: Mapping[str, Float[np.ndarray, "n 2"]]) -> Drawing:
 
 
 def bars(values: Mapping[str, Mean], what: str) -> Drawing:
-    """Means with their 95% intervals."""
+    """Draws means with their 95% intervals."""
     figure, axes = _axes(7, 0.25 * len(values) + 1)
     for place, each in enumerate(values.values()):
         # A value alone has no interval.
@@ -109,7 +112,7 @@ def bars(values: Mapping[str, Mean], what: str) -> Drawing:
 def law(
     fitted: PowerLaw, cost: Float[np.ndarray, " n"], loss: Float[np.ndarray, " n"], what: str
 ) -> Drawing:
-    """Losses over cost, and the law through them; both axes logarithmic."""
+    """Draws losses over cost, and the law fitted to them; both axes are logarithmic."""
     figure, axes = _axes(6, 4)
     smooth = np.geomspace(cost.min(), cost.max(), 100)
     axes.loglog(smooth, fitted(smooth), color=LINE_COLOURS[0])
@@ -128,7 +131,7 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _grid(count: int, columns: int) -> tuple[Any, list[Any]]:
-    """As many panels, in rows of `columns` at most."""
+    """Returns a figure with `count` panels, in rows of at most `columns`."""
     from matplotlib.figure import Figure
 
     columns = min(columns, count)

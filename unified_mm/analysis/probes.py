@@ -1,4 +1,4 @@
-"""Linear probes: how well a linear map of one layer's features tells a label.
+"""Linear probes: how well a linear map of one layer's features predicts a label.
 
 Alain & Bengio 2017, "Understanding intermediate layers using linear classifier probes". A probe
 says what can be read off a layer, not what the model does with it (Belinkov 2022, "Probing
@@ -6,10 +6,8 @@ classifiers", section 4).
 
 A probe is ridge regression on indicators of the classes (Hastie et al. 2009, "The elements of
 statistical learning", section 4.2), which has a closed form: one singular value decomposition of a
-layer's features serves all its labels and penalties, and gives the errors of leaving each example
-out exactly (the same book, section 7.10.1), by which the penalty is chosen.
-
-Letters: ``I`` examples, ``D`` features, ``C`` classes.
+layer's features serves all its labels and penalties, and gives the exact leave-one-out errors (the
+same book, section 7.10.1), by which the penalty is chosen.
 """
 
 from __future__ import annotations
@@ -20,22 +18,33 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-# Of the mean eigenvalue of the features' covariance, which is 1 where none is constant.
+# Relative to the mean eigenvalue of the features' covariance: 1 where no feature is constant.
 PENALTIES = tuple(10.0**power for power in range(-5, 3))
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a probe has to tell: of each example [I] a class by number."""
+    """A label that a probe has to predict.
+
+    Attributes:
+      name: name of the label.
+      classes: names of its classes.
+      labels: index of each example's class [examples].
+    """
 
     name: str
     classes: tuple[str, ...]
-    labels: Int[np.ndarray, " I"]
+    labels: Int[np.ndarray, " examples"]
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Features of the same examples by layer, each [I, D], and what is known of the examples."""
+    """Features and labels of the same examples.
+
+    Attributes:
+      features: by layer, [examples, features].
+      targets: the labels.
+    """
 
     features: Mapping[str, Float[np.ndarray, "_ _"]]
     targets: Sequence[Target]
@@ -46,21 +55,29 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Standardised:
-    """Features less their mean, over their deviation, and how that is done to others."""
+    """Features less their mean, over their standard deviation.
 
-    values: Float[np.ndarray, "I D"]
-    mean: Float[np.ndarray, " D"]
-    deviation: Float[np.ndarray, " D"]
+    Attributes:
+      values: the standardised features [examples, features].
+      mean, deviation: what standardises other examples alike; infinite deviation where a feature
+        is constant.
+    """
+
+    values: Float[np.ndarray, "examples features"]
+    mean: Float[np.ndarray, " features"]
+    deviation: Float[np.ndarray, " features"]
 
     @classmethod
-    def of(cls, x: Float[np.ndarray, "I D"]) -> Standardised:
-        """A feature that is the same everywhere becomes 0."""
+    def of(cls, x: Float[np.ndarray, "examples features"]) -> Standardised:
+        """Standardises features; one that is the same in all examples becomes 0."""
         x = x.astype(np.float64)
         mean, deviation = x.mean(0), x.std(0)
         deviation = np.where(deviation > 1e-9 * (1 + np.abs(mean)), deviation, np.inf)
         return cls((x - mean) / deviation, mean, deviation)
 
-    def other(self, x: Float[np.ndarray, "J D"]) -> Float[np.ndarray, "J D"]:
+    def other(
+        self, x: Float[np.ndarray, "others features"]
+    ) -> Float[np.ndarray, "others features"]:
         return (x - self.mean) / self.deviation
 
 
@@ -69,25 +86,27 @@ class Probe:
     """A linear map to scores of classes: x @ weights + bias.
 
     Attributes:
-      penalty: that was chosen, times the number of examples what ridge regression adds.
+      weights: [features, C].
+      bias: [C].
+      penalty: the chosen penalty; ridge regression adds it times the number of examples.
     """
 
-    weights: Float[np.ndarray, "D C"]
+    weights: Float[np.ndarray, "features C"]
     bias: Float[np.ndarray, " C"]
     penalty: float
 
 
 def ridge_probes(
-    x: Float[np.ndarray, "I D"], indicators: Sequence[Float[np.ndarray, "I _"]]
+    x: Float[np.ndarray, "examples features"], indicators: Sequence[Float[np.ndarray, "examples _"]]
 ) -> list[Probe]:
-    """A probe for each matrix of indicators, its penalty the best when each example is left out.
+    """Fits a probe to each matrix of indicators, with the penalty of the least leave-one-out error.
 
     Args:
       x: features whose means are 0.
-      indicators: of each target, 1 where an example is of a class and 0 elsewhere.
+      indicators: for each target [examples, C], 1 where an example is of a class and 0 elsewhere.
 
     Raises:
-      ValueError: fewer than three examples, or features that are not finite.
+      ValueError: there are fewer than three examples, or features are not finite.
     """
     count = len(x)
     if count < 3:
@@ -96,13 +115,13 @@ def ridge_probes(
         raise ValueError("features are not finite: the model's parameters are broken")
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     penalties = np.array(PENALTIES) * count
-    shrink = s**2 / (s**2 + penalties[:, None])  # [P, R]
-    # The diagonal of the map from labels to fitted labels, the mean's share in it.
-    leverage = 1 / count + shrink @ (u**2).T  # [P, I]
+    shrink = s**2 / (s**2 + penalties[:, None])  # [penalties, rank]
+    # The diagonal of the hat matrix (labels to fitted labels), including the mean's share.
+    leverage = 1 / count + shrink @ (u**2).T  # [penalties, examples]
     probes = []
     for y in indicators:
         bias = y.mean(0)
-        turned = u.T @ (y - bias)  # [R, C]
+        turned = u.T @ (y - bias)  # [rank, C]
         errors = []
         for share, own in zip(shrink, leverage, strict=True):
             left = (y - bias - u @ (share[:, None] * turned)) / np.maximum(1 - own, 1e-9)[:, None]
@@ -115,15 +134,15 @@ def ridge_probes(
 
 
 def probe_layer(
-    train: Float[np.ndarray, "I D"],
-    test: Float[np.ndarray, "J D"],
+    train: Float[np.ndarray, "train_examples features"],
+    test: Float[np.ndarray, "test_examples features"],
     targets: Sequence[Target],
     test_targets: Sequence[Target],
 ) -> dict[str, float]:
-    """By name of each target, the share of test examples whose class the probe tells.
+    """Returns the share of test examples whose class the probe predicts, by name of each target.
 
     Raises:
-      ValueError: as `ridge_probes` does, or targets that are not those of the examples.
+      ValueError: `ridge_probes` refuses the features, or a target lacks one label per example.
     """
     check(train, targets)
     check(test, test_targets)
@@ -137,8 +156,8 @@ def probe_layer(
     }
 
 
-def check(x: Float[np.ndarray, "I D"], targets: Sequence[Target]) -> None:
-    """Raises ValueError where a target has not one label for each example."""
+def check(x: Float[np.ndarray, "examples features"], targets: Sequence[Target]) -> None:
+    """Raises ValueError where a target does not have one label for each example."""
     for target in targets:
         if len(target.labels) != len(x):
             raise ValueError(
@@ -147,7 +166,7 @@ def check(x: Float[np.ndarray, "I D"], targets: Sequence[Target]) -> None:
 
 
 def probe_layers(learned: Labelled, asked: Labelled) -> dict[str, dict[str, float]]:
-    """By layer, accuracies by target (see `probe_layer`)."""
+    """Returns the accuracies of `probe_layer`, by layer and target."""
     return {
         layer: probe_layer(features, asked.features[layer], learned.targets, asked.targets)
         for layer, features in learned.features.items()
@@ -155,12 +174,12 @@ def probe_layers(learned: Labelled, asked: Labelled) -> dict[str, dict[str, floa
 
 
 def chance(learned: Labelled) -> dict[str, float]:
-    """What guessing among the classes scores, by target."""
+    """Returns the accuracy of guessing among the classes, by target."""
     return {target.name: 1 / len(target.classes) for target in learned.targets}
 
 
 def majority(learned: Labelled, asked: Labelled) -> dict[str, float]:
-    """What always naming the class that is the most frequent in training scores, by target."""
+    """Returns the accuracy of always predicting the most frequent training class, by target."""
     scores = {}
     for target, other in zip(learned.targets, asked.targets, strict=True):
         usual = np.bincount(target.labels, minlength=len(target.classes)).argmax()
@@ -169,13 +188,13 @@ def majority(learned: Labelled, asked: Labelled) -> dict[str, float]:
 
 
 def grouped(scores: Mapping[str, float]) -> dict[str, float]:
-    """Means over targets that share the part of their name before the slash."""
+    """Returns means over targets that share the part of their name before the slash."""
     groups: dict[str, list[float]] = {}
     for name, value in scores.items():
         groups.setdefault(name.partition("/")[0], []).append(value)
     return {name: float(np.mean(values)) for name, values in groups.items()}
 
 
-def yes_or_no(name: str, holds: Bool[np.ndarray, " I"]) -> Target:
-    """Whether something holds of each example."""
+def yes_or_no(name: str, holds: Bool[np.ndarray, " examples"]) -> Target:
+    """Returns a target of two classes: whether something holds for each example."""
     return Target(name, ("no", "yes"), holds.astype(np.int64))

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that needs nothing beside itself.
+"""The report of a run as one self-contained HTML page.
 
 `ReportData` is everything the page shows; `render_report` is a pure function of it.
 """
@@ -27,7 +27,13 @@ from unified_mm.analysis.pages import (
 
 @dataclass(frozen=True)
 class RetrievalExample:
-    """A query and the pictures found for it, best first; ``correct`` marks the right ones."""
+    """A query and the pictures found for it.
+
+    Attributes:
+      query: the text that was searched for.
+      images: the pictures that were found, best first.
+      correct: for each picture, whether it is right.
+    """
 
     query: str
     images: Sequence[Picture]
@@ -36,7 +42,13 @@ class RetrievalExample:
 
 @dataclass(frozen=True)
 class CaptionExample:
-    """A picture [h, w, 3] with what people wrote about it and what the model wrote."""
+    """A picture with the captions of people and of the model.
+
+    Attributes:
+      image: the picture [height, width, 3].
+      references: what people wrote.
+      generated: what the model wrote.
+    """
 
     image: Picture
     references: tuple[str, ...]
@@ -45,7 +57,12 @@ class CaptionExample:
 
 @dataclass(frozen=True)
 class RuleTable:
-    """An attention rule over named tokens: row n may see column k where ``visible[n, k]``."""
+    """An attention rule over named tokens.
+
+    Attributes:
+      labels: names of the tokens.
+      visible: `visible[n, k]` says whether token n may see token k.
+    """
 
     labels: Sequence[str]
     visible: Bool[np.ndarray, "N N"]
@@ -53,12 +70,12 @@ class RuleTable:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything a report shows.
+    """Everything that a report shows.
 
     Attributes:
       title: name of the run.
-      banner: what nobody may overlook, such as data that is not the user's own; or None.
-      result: the contents of result.json; ``scores`` is required.
+      banner: a warning, such as that the data is not the user's own; or None.
+      result: the contents of result.json; `scores` is required.
       config: the contents of config.json.
       curves: for each metric its steps and values; None or NaN leaves a gap.
       retrieval: example searches.
@@ -77,11 +94,11 @@ class ReportData:
 
 
 def render_report(data: ReportData) -> str:
-    """The report as one self-contained HTML page; all text in it is escaped.
+    """Returns the report as one self-contained HTML page; all text in it is escaped.
 
     Raises:
-      KeyError: the result holds no ``scores``.
-      ValueError: an example or a rule whose parts differ in length.
+      KeyError: the result has no `scores`.
+      ValueError: the parts of an example or of a rule differ in length.
     """
     _check(data)
     return render_page(
@@ -110,7 +127,7 @@ def _check(data: ReportData) -> None:
 
 
 def _score_groups(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of the score table by the part of the name before the first slash."""
+    """Returns the rows of the score table, by the part of the name before the first slash."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for name, value in result["scores"].items():
         group, _, short = name.partition("/") if "/" in name else ("", "", name)
@@ -124,7 +141,7 @@ def _score_groups(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _facts(result: Mapping[str, Any]) -> dict[str, str]:
-    """What was run, on what and with which data: the rest of result.json, a line each."""
+    """Returns the rest of result.json, a line each: what was run, on what and with which data."""
     facts = {}
     for name, value in result.items():
         if name == "data":
@@ -145,7 +162,7 @@ def _one_line(value: Any) -> str:
 
 
 def _charts(curves: Mapping[str, Curve]) -> list[Chart]:
-    """One chart for each quantity, holding a line for each metric that measures it."""
+    """Returns one chart for each quantity, with a line for each metric that measures it."""
     by_quantity: defaultdict[str, dict[str, Curve]] = defaultdict(dict)
     for name in sorted(curves, key=_chart_order):
         by_quantity[_quantity(name)][name] = curves[name]
@@ -156,12 +173,12 @@ def _charts(curves: Mapping[str, Curve]) -> list[Chart]:
 
 
 def _quantity(name: str) -> str:
-    """What a metric measures: ``a/loss`` and ``loss`` are losses, recalls belong together."""
+    """Returns what a metric measures: `a/loss` and `loss` are losses, recalls belong together."""
     return re.sub(r"(_at)?_\d+$", "", name.rpartition("/")[2])
 
 
 def _chart_order(name: str) -> tuple[int, str]:
-    """Losses first, then scores, the learning rate, the rest, and the clock last."""
+    """Returns a sort key: losses, then scores, the learning rate, the rest, and times last."""
     order = ("loss", "accuracy", "recall", "rank", "learning_rate")
     if name.startswith("time/"):
         return len(order) + 1, name

@@ -1,4 +1,4 @@
-"""What a run's report shows, gathered from its folder and its scores."""
+"""The contents of a run's report, gathered from its folder and its scores."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_report(
     found: Scores,
     banner: str | None,
 ) -> None:
-    """Writes `report.html`: everything a person looks at first, in one file."""
+    """Writes `report.html`, which shows a run's scores, curves and examples in one file."""
     recorded = read_metrics(folder.metrics) if folder.metrics.is_file() else {}
     curves = {name: curve for name, curve in recorded.items() if len(curve[0]) > 1}
     data = ReportData(
@@ -50,7 +50,7 @@ def write_report(
 
 
 def retrieval_examples(found: Scores, count: int = 8, shown: int = 6) -> tuple:
-    """The first queries of evenly spread images, each with the pictures found for it."""
+    """Returns the first captions of evenly spread images, each with the pictures found for it."""
     if found.image_embeddings is None:
         return ()
     first = np.flatnonzero(np.diff(found.image_of_text, prepend=-1))
@@ -69,7 +69,7 @@ def retrieval_examples(found: Scores, count: int = 8, shown: int = 6) -> tuple:
 
 
 def caption_examples(found: Scores, count: int = 12) -> tuple:
-    """Evenly spread images with what people and what the model wrote."""
+    """Returns evenly spread images with what people and what the model wrote."""
     if not found.captions:
         return ()
     chosen = _spread(len(found.images), count).tolist()
@@ -82,12 +82,12 @@ def caption_examples(found: Scores, count: int = 12) -> tuple:
 
 
 def _spread(total: int, count: int) -> np.ndarray:
-    """`count` places (or all) evenly spread over `total`."""
+    """Returns `count` indices (or all) spread evenly over `total`."""
     return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
 def picture(found: Scores, image: int) -> np.ndarray:
-    """A scored image [h, w, 3], uint8, no larger than the page shows it."""
+    """Returns a scored image [height, width, 3], uint8, no larger than the page shows it."""
     path = found.images[image].image
     assert path is not None  # `evaluate` scores images that are there
     pixels = images.decode(path, at_least=SHOWN_PIXELS)
@@ -96,7 +96,7 @@ def picture(found: Scores, image: int) -> np.ndarray:
 
 
 def rule_table(name: str) -> RuleTable:
-    """The mask of a rule over a small picture and a short text."""
+    """Returns the mask of a rule over a small picture and a short text."""
     groups = (Group("image", "image", 4), Group("text", "text", 5))
     start, parts = 0, []
     for group in groups:

@@ -1,4 +1,4 @@
-"""A power law through losses at several scales: loss = a * C^-b + c, with intervals.
+"""Power laws of losses at several scales: loss = a * cost^-b + c, with intervals.
 
 Kaplan et al. 2020, "Scaling laws for neural language models", equation 1.3, with the irreducible
 part c of Hoffmann et al. 2022, "Training compute-optimal large language models", equation 2.
@@ -21,7 +21,7 @@ FLOORS = 500  # values of c that are tried
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and its 95% interval; one that touches the edge of what was tried is open there."""
+    """A value with its 95% interval; a bound at the edge of what was tried is open."""
 
     value: float
     low: float
@@ -33,16 +33,18 @@ class Interval:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """loss = scale * (C / unit)^-exponent + floor.
+    """A fitted law: loss = scale * (cost / unit)^-exponent + floor.
 
     Attributes:
-      unit: the geometric mean of the C that were fitted: a is `scale` at C = unit, so that it does
-        not hang on b.
-      exponent, floor: b and c.
+      unit: the geometric mean of the costs that were fitted.
+      scale: a at cost = unit, so that it does not depend on b.
+      exponent: b.
+      floor: c.
       deviation: standard deviation of the losses around the law.
-      lack_of_fit: how often losses as far from the law would come by chance if it held, judged by
-        how losses at one C differ (the F test of Draper & Smith 1998, "Applied regression
-        analysis", section 2.1); None without repeats, or with three C only.
+      lack_of_fit: the p-value of the F test for lack of fit (Draper & Smith 1998, "Applied
+        regression analysis", section 2.1): how often losses this far from the law would come by
+        chance if it held, judged by how losses at equal cost differ; None without repeats, or
+        with only three costs.
     """
 
     unit: float
@@ -53,26 +55,27 @@ class PowerLaw:
     lack_of_fit: float | None
 
     def __call__(self, cost: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """The loss that the law gives for each C."""
+        """Returns the loss that the law gives for each cost."""
         cost = np.asarray(cost, np.float64)
         return self.scale.value * (cost / self.unit) ** -self.exponent.value + self.floor.value
 
 
 def fit_power_law(cost: Float[np.ndarray, " n"], loss: Float[np.ndarray, " _"]) -> PowerLaw:
-    """Least squares over a > 0, b in [0.001, 4] and c in [0, the smallest loss].
+    """Fits least squares over a > 0, b in [0.001, 4] and c in [0, the smallest loss].
 
-    The intervals are profile likelihood's (Bates & Watts 1988, "Nonlinear regression analysis and
-    its applications", section 6.1): all values at which, the others chosen best, the squares sum
-    to at most 1 + F(0.95; 1, n - 3) / (n - 3) times their least sum; for a, its best values with
-    these b and c. With few points they are wide and often reach the edge, for b and c are then
-    hardly told apart.
+    The intervals are those of the profile likelihood (Bates & Watts 1988, "Nonlinear regression
+    analysis and its applications", section 6.1): all values for which, with the others at their
+    best, the sum of squares is at most 1 + F(0.95; 1, n - 3) / (n - 3) times its minimum; for a,
+    its best values with these b and c. With few points they are wide and often reach the edge,
+    because b and c are then hard to tell apart.
 
     Args:
-      cost: C > 0, such as FLOPs or parameters; three different ones at least.
-      loss: the losses at these.
+      cost: positive costs, such as FLOPs or parameters; at least three different ones.
+      loss: the losses at these costs.
 
     Raises:
-      ValueError: fewer than four points, three different costs, or what is not positive or finite.
+      ValueError: there are fewer than four points or three different costs, or a value is not
+        positive and finite.
     """
     from scipy import stats
 
@@ -106,10 +109,10 @@ def fit_power_law(cost: Float[np.ndarray, " n"], loss: Float[np.ndarray, " _"]) 
 def cost_and_loss(
     runs: Sequence[str | os.PathLike[str]], score: str = "caption/nats"
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """FLOPs of training and a score of each finished run.
+    """Returns the training FLOPs and a score of each finished run.
 
     Raises:
-      ValueError: a run that is not finished or has no such score.
+      ValueError: a run is not finished or has no such score.
     """
     cost, loss = [], []
     for run in runs:
@@ -154,7 +157,7 @@ def _lack_of_fit(
 def _squares(
     shape: Float[np.ndarray, "b n"], loss: Float[np.ndarray, " n"], floors: Float[np.ndarray, " c"]
 ) -> tuple[Float[np.ndarray, "b c"], Float[np.ndarray, "b c"]]:
-    """Sums of squares with the best scale for each exponent and floor, and these scales."""
+    """Returns sums of squares with the best scale for each exponent and floor, and these scales."""
     above = loss - floors[:, None]  # [c, n]
     products = shape @ above.T
     lengths = np.square(shape).sum(1, keepdims=True)
@@ -170,7 +173,7 @@ def _best_scale(shape: Float[np.ndarray, " n"], above: Float[np.ndarray, " n"]) 
 def _refined(
     ratio: Float[np.ndarray, " n"], loss: Float[np.ndarray, " n"], exponent: float, floor: float
 ) -> tuple[float, float, float]:
-    """Exponent and floor that are best near those of the grid, and their sum of squares."""
+    """Returns the best exponent and floor near those of the grid, and their sum of squares."""
     from scipy import optimize
 
     def away(x: Float[np.ndarray, " 2"]) -> Float[np.ndarray, " n"]:

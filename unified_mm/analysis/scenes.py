@@ -1,4 +1,4 @@
-"""What the embedded world says of its pictures: attributes of the objects, as labels."""
+"""Labels of the rendered world's pictures: the attributes of the objects in them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Scene = Mapping[str, Any]  # 'objects', each with its attributes; see `world.bui
 
 
 def read_scenes(folder: str | os.PathLike[str], split: str) -> dict[int | str, Scene]:
-    """The scenes of a split of the world, by image id.
+    """Reads the scenes of a split of the rendered world, by image id.
 
     Raises:
-      FileNotFoundError: a folder that has none, because it is no world.
-      ValueError: a malformed file.
+      FileNotFoundError: the folder has no scenes, because it is not the rendered world.
+      ValueError: the file is malformed.
     """
     path = Path(folder) / "annotations" / f"scenes_{split}.json"
     if not path.is_file():
@@ -39,10 +39,10 @@ def read_scenes(folder: str | os.PathLike[str], split: str) -> dict[int | str, S
 
 
 def scene_targets(scenes: Sequence[Scene]) -> list[Target]:
-    """What probes are asked about each scene.
+    """Returns the labels of each scene that probes have to predict.
 
-    'objects/count' is how many there are; 'colour/red' and the like whether any object has that
-    value, for each attribute of the world.
+    'objects/count' is the number of objects; 'colour/red' and the like say whether any object has
+    that value, for each attribute of the world.
     """
     counts = np.array([len(scene["objects"]) for scene in scenes])
     most = max(4, int(counts.max()))
@@ -56,12 +56,12 @@ def scene_targets(scenes: Sequence[Scene]) -> list[Target]:
 
 
 def attribute_values(scene: Scene, attribute: str) -> set[str]:
-    """The values of an attribute that the objects of a scene have."""
+    """Returns the values of an attribute that the objects of a scene have."""
     return {str(thing[attribute]) for thing in scene["objects"]}
 
 
-def scene_groups(scenes: Sequence[Scene]) -> dict[str, Bool[np.ndarray, " I"]]:
-    """Which scenes have each value of each attribute, and each number of objects."""
+def scene_groups(scenes: Sequence[Scene]) -> dict[str, Bool[np.ndarray, " scenes"]]:
+    """Returns which scenes have each value of each attribute, and each number of objects."""
     groups = {}
     for target in scene_targets(scenes):
         if target.name == COUNT:

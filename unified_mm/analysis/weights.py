@@ -1,7 +1,4 @@
-"""What a checkpoint's parameters look like: norms, spectra, and what moved between two of them.
-
-Letters: ``L`` layers of a stack (1 outside one), ``R`` the smaller side of a matrix.
-"""
+"""Parameters of a checkpoint: norms, spectra, and the changes between two checkpoints."""
 
 from __future__ import annotations
 
@@ -23,16 +20,16 @@ ByPath = dict[str, Float[np.ndarray, "_ ..."]]  # the first axis is L
 
 
 def kept_steps(run: str) -> tuple[int, ...]:
-    """The steps whose checkpoints a run still keeps, oldest first; for `unified_mm.load`."""
+    """Returns the steps whose checkpoints a run keeps, oldest first, for `unified_mm.load`."""
     with Checkpoints(RunFolder(run).checkpoints, read_only=True) as checkpoints:
         return checkpoints.steps()
 
 
 def arrays_by_path(params: Any) -> ByPath:
-    """Every parameter as float64 [L, ...], int8 ones as the numbers that they stand for.
+    """Returns every parameter as float64 [L, ...], int8 ones dequantized.
 
-    The paths are those of the parameter tree. What lies in a stack has its layers first; an array
-    outside one has L = 1.
+    The paths are those of the parameter tree. A parameter of a stack has the L layers first; one
+    outside a stack has L = 1.
     """
     found = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(dequantized(params)):
@@ -43,20 +40,20 @@ def arrays_by_path(params: Any) -> ByPath:
 
 
 def in_stack(path: str) -> bool:
-    """Whether a parameter's first axis is the layers of a stack."""
+    """Returns whether a parameter's first axis is the layers of a stack."""
     return LAYERS in path.split("/")
 
 
 def norms(arrays: ByPath) -> dict[str, Float[np.ndarray, " _"]]:
-    """Euclidean (of a matrix: Frobenius) norms, by path and layer."""
+    """Returns Euclidean norms (of a matrix: Frobenius norms), by path and layer."""
     return {path: _norm(array) for path, array in arrays.items()}
 
 
 def matrices(model: LoadedModel) -> dict[str, Float[np.ndarray, "_ _ _"]]:
-    """Every dense map and table of embeddings as matrices, by path and layer.
+    """Returns every dense kernel and embedding table as matrices, by path and layer.
 
-    Axes that a product contracts come first: a map into heads [D, H, A] is [D, H * A], one out of
-    them [H * A, D], and a table [V, D] is [D, V], as for the scores of the next token.
+    Axes that a product contracts come first: a projection into heads [D, H, A] is [D, H * A], one
+    out of them [H * A, D], and a table [V, D] is [D, V], as for the scores of the next token.
 
     Returns:
       float64 [L, rows, columns] by path.
@@ -73,7 +70,7 @@ def matrices(model: LoadedModel) -> dict[str, Float[np.ndarray, "_ _ _"]]:
 def as_matrices(
     array: Float[np.ndarray, "L ..."], contracted: tuple[int, ...]
 ) -> Float[np.ndarray, "L rows columns"]:
-    """Arrays [L, ...] as matrices; `contracted` axes, counted from the last, become the first."""
+    """Returns arrays [L, ...] as matrices whose rows are the `contracted` (negative) axes."""
     inner = [axis % array.ndim for axis in contracted]
     outer = [axis for axis in range(1, array.ndim) if axis not in inner]
     size = int(np.prod([array.shape[axis] for axis in inner]))
@@ -83,12 +80,12 @@ def as_matrices(
 def spectra(
     matrices: Mapping[str, Float[np.ndarray, "_ _ _"]],
 ) -> dict[str, Float[np.ndarray, "_ _"]]:
-    """Singular values [L, R] of each matrix, largest first, by path and layer."""
+    """Returns the singular values [L, rank] of each matrix, largest first, by path and layer."""
     return {path: np.linalg.svd(each, compute_uv=False) for path, each in matrices.items()}
 
 
-def stable_rank(singular_values: Float[np.ndarray, "L R"]) -> Float[np.ndarray, " L"]:
-    """The squared Frobenius norm over the squared largest singular value.
+def stable_rank(singular_values: Float[np.ndarray, "L rank"]) -> Float[np.ndarray, " L"]:
+    """Returns the squared Frobenius norm over the squared largest singular value.
 
     Rudelson & Vershynin 2007, "Sampling from large matrices", section 1. It is at most the rank,
     and 0 where the matrix is 0.
@@ -98,12 +95,12 @@ def stable_rank(singular_values: Float[np.ndarray, "L R"]) -> Float[np.ndarray, 
 
 
 def moved(before: ByPath, after: ByPath) -> dict[str, Float[np.ndarray, " _"]]:
-    """How far each parameter went from one checkpoint to another, over its norm before.
+    """Returns how far each parameter moved between two checkpoints, relative to its norm before.
 
-    Where it was 0 before, infinite, or 0 if it still is.
+    Where it was 0 before, this is infinite, or 0 if it still is.
 
     Raises:
-      ValueError: parameters of two different models.
+      ValueError: the parameters are of two different models.
     """
     if before.keys() != after.keys():
         other = sorted(before.keys() ^ after.keys())

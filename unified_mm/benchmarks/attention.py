@@ -1,4 +1,4 @@
-"""What attention costs over length by backend, and compiling over depth: `bench --sweep`."""
+"""Cost of attention by backend and length, and of compilation by depth: `bench --sweep`."""
 
 from __future__ import annotations
 
@@ -39,18 +39,19 @@ def sweep(
     lengths: Sequence[int] = LENGTHS,
     depths: Sequence[int] = DEPTHS,
 ) -> dict[str, Any]:
-    """All that the sweep measures of one shape of stack on this device.
+    """Measures a transformer stack of one shape on this device.
 
     Args:
-      options: shape and type of the layers; one example at a time goes through them.
-      say: takes a line of progress.
-      lengths: tokens, a quarter of them context.
-      depths: layers.
+      options: shape and dtype of the layers; the batch is one example.
+      say: called with each line of progress.
+      lengths: numbers of tokens, a quarter of them context.
+      depths: numbers of layers.
 
     Returns:
-      `attention`, a row by backend and length with seconds and bytes of a layer's forward and
-      backward pass (seconds are the best of several); `left_out`, why a backend has no rows;
-      `compile`, a row by depth with the seconds that a scanned and an unrolled stack take.
+      `attention`, a row for each backend and length with the seconds (the best of several) and
+      bytes of one layer's forward and backward pass; `left_out`, why a backend could not be
+      measured; `compile`, a row for each depth with the seconds to compile a scanned and an
+      unrolled stack; and the settings and versions of the measurement.
     """
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
@@ -91,7 +92,7 @@ def sweep(
 
 
 def sequence(length: int) -> TokenMetadata:
-    """One example of context, a quarter, and text, none of it missing."""
+    """Returns one example, a quarter context and the rest text, without padding."""
     sizes = {"image": length // 4, "text": length - length // 4}
     parts = [
         single_document(jnp.ones((1, size), bool), Group(name, name, size))
@@ -102,10 +103,10 @@ def sequence(length: int) -> TokenMetadata:
 
 
 def layer_costs(options: TransformerOptions, length: int) -> dict[str, Any]:
-    """Seconds and bytes (temporary, all at once) of one attention layer and its gradients.
+    """Measures the seconds and the temporary bytes of one attention layer and its gradients.
 
     Raises:
-      ValueError: the backend cannot do this.
+      ValueError: the backend does not support this layer or length.
     """
     layer = Attention(options)
     metadata = sequence(length)
@@ -132,7 +133,7 @@ def layer_costs(options: TransformerOptions, length: int) -> dict[str, Any]:
 
 
 def compile_costs(options: TransformerOptions, length: int = 64) -> dict[str, Any]:
-    """Seconds to compile a stack's forward and backward pass, scanned and unrolled."""
+    """Measures the seconds to compile a stack's forward and backward pass, scanned and unrolled."""
     metadata = sequence(length)
     x = jax.ShapeDtypeStruct((1, length, options.width), options.dtype)
 
@@ -157,7 +158,7 @@ def compile_costs(options: TransformerOptions, length: int = 64) -> dict[str, An
 
 @contextmanager
 def without_compile_cache() -> Iterator[None]:
-    """Programs are compiled, not read from where an earlier process left them."""
+    """Turns off JAX's persistent compilation cache inside the `with` block."""
     before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -167,7 +168,7 @@ def without_compile_cache() -> Iterator[None]:
 
 
 def draw(result: dict[str, Any]) -> str:
-    """Time and memory over length by backend, compiling over depth, as SVG."""
+    """Returns plots of time and memory over length, and of compile time over depth, as SVG."""
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(10, 3.2), layout="constrained")
@@ -195,6 +196,6 @@ def draw(result: dict[str, Any]) -> str:
 
 
 def _ticks(axes: Any, values: Sequence[int]) -> None:
-    """A tick at each value that was measured, and no other."""
+    """Sets a tick at each measured value and no other."""
     axes.set_xticks(values, [str(value) for value in values], minor=False)
     axes.set_xticks([], minor=True)

@@ -1,4 +1,4 @@
-"""What each way of writing text costs, and what it does to its quality: `bench --inference`."""
+"""Cost of each way to generate text, and its effect on quality: `bench --inference`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,13 @@ QUALITY_BATCH = 50
 
 @dataclass(frozen=True)
 class Way:
-    """One way of writing: a model, and whether it keeps what it has read."""
+    """One way to generate text.
+
+    Attributes:
+      name: its name in the table.
+      model: the model that writes.
+      cached: whether keys and values of earlier tokens are cached.
+    """
 
     name: str
     model: LoadedModel
@@ -45,7 +51,10 @@ class Way:
 
 
 def ways(model: LoadedModel) -> Iterator[Way]:
-    """From the plainest to all that saves something, each made when it is asked for."""
+    """Yields the ways to generate text, from the plainest to all optimizations together.
+
+    Each is made only when it is asked for.
+    """
     fused = fused_attention()
     plain = model.with_options(dtype=jnp.float32, attention="xla", cache="same")
     half = plain.with_options(dtype=jnp.bfloat16)
@@ -68,10 +77,10 @@ def recompute(
     *,
     cache_room: int,
     padding: int,
-) -> tuple[Int[Array, "B W"], Array]:
-    """Greedy writing that keeps nothing: context and text are read anew for each token.
+) -> tuple[Int[Array, "B S"], Array]:
+    """Decodes greedily without a cache: context and text are read anew for each token.
 
-    Takes and returns what `write_texts` does.
+    Takes and returns the same as `write_texts`.
     """
     batch, max_tokens, stop = (inputs[name] for name in ("batch", "max_tokens", "stop"))
     prompt = batch["text"]
@@ -111,7 +120,7 @@ def recompute(
 
 
 def writer(way: Way, cache_room: int) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """What a way compiles: (parameters, inputs) -> written tokens and their log-likelihood."""
+    """Returns a way's function to compile: (params, inputs) -> tokens and their log-likelihood."""
     task = way.model.predictor.task
     common = {"cache_room": cache_room, "padding": task.tokenizer.pad_id}
     view = way.model.predictor.writing_view
@@ -134,15 +143,19 @@ def generation_table(
     bandwidth: float,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """A row for each way of writing and each batch.
+    """Measures every way to generate text at every batch size.
 
     Args:
+      model: the model to measure.
       records: images whose captions are scored, the same for every way.
-      tokens: that each timed text has, whatever it says.
-      batches: images at once.
-      repeats: timed runs of each row.
-      bandwidth: bytes a second that the device's memory gives, for the floor of cached writing.
-      say: takes a line for each row.
+      tokens: length of each timed text; no token ends it earlier.
+      batches: batch sizes.
+      repeats: number of timed runs for each row.
+      bandwidth: memory bandwidth of the device in bytes a second, which bounds cached decoding.
+      say: called with a line for each row.
+
+    Returns:
+      A row for each way and batch size.
     """
     rows: list[dict[str, Any]] = []
     for way in ways(model):
@@ -161,7 +174,7 @@ def generation_table(
 
 
 def costs(way: Way, batch: int, tokens: int, repeats: int) -> dict[str, Any]:
-    """Speed, latency and memory of writing `tokens` tokens about each of `batch` images."""
+    """Measures speed, latency and memory of writing `tokens` tokens for each of `batch` images."""
     longer = lengthened(way.model, tokens + 1)
     timed = replace(way, model=longer)
     predictor = longer.predictor
@@ -181,7 +194,7 @@ def costs(way: Way, batch: int, tokens: int, repeats: int) -> dict[str, Any]:
 
 
 def step_bytes(way: Way, inputs: Any, tokens: int) -> dict[str, int]:
-    """Bytes of one more token's compiled step, and what it cannot but read."""
+    """Returns the bytes that one compiled decoding step holds, and those that it has to read."""
     model, view = way.model.predictor.task.model, way.model.predictor.writing_view
     padding = way.model.task.tokenizer.pad_id
 
@@ -211,15 +224,16 @@ def step_bytes(way: Way, inputs: Any, tokens: int) -> dict[str, int]:
 
 
 def text_side(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that every written token reads: no embedder, tower or resampler of a context.
+    """Returns the parameters that are read for every generated token.
 
-    The table of tokens counts: it scores the next one.
+    The embedders, towers and resamplers of context modalities are not among them; the token
+    table is, because it scores the next token.
     """
     return {name: params[name] for name in ("transformer", "embedders_text")}
 
 
 def caption_quality(way: Way, records: Sequence[Record]) -> float:
-    """CIDEr-D of the captions that a way writes, with the model's own room."""
+    """Returns the CIDEr-D of the captions that a way writes, up to the model's own length."""
     predictor = way.model.predictor
     cache_room = way.model.task.modalities["text"].length - 1
     tokenizer = way.model.task.tokenizer
@@ -244,7 +258,7 @@ def caption_quality(way: Way, records: Sequence[Record]) -> float:
 def _inputs(
     predictor: Predictor, batch: int, cache_room: int, views: Any = None, end: int = NEVER
 ) -> dict[str, Any]:
-    """Images (without any, grey ones) that captions are written about."""
+    """Returns the inputs for captioning `batch` images, grey ones where none are given."""
     arrays = predictor.task.example_batch(batch)
     del arrays["text"]
     if views is None:
@@ -256,14 +270,14 @@ def _inputs(
 
 
 def lengthened(model: LoadedModel, length: int) -> LoadedModel:
-    """The same model with room for texts of `length` tokens: what lies beyond repeats positions.
+    """Returns the same model with room for texts of `length` tokens, for timing alone.
 
-    For timing alone: what it writes there means nothing.
+    Learned positions beyond the model's own are repeated, so what it writes there means nothing.
     """
     text = model.task.modalities["text"]
     if text.length >= length:
         return model
-    embedding = replace(text.embedding, places=max(text.embedding.places, length))
+    embedding = replace(text.embedding, max_positions=max(text.embedding.max_positions, length))
     modalities = dict(model.task.modalities)
     modalities["text"] = replace(text, length=length, embedding=embedding)
     unified = model.task.model.clone(modalities=modalities)
@@ -271,7 +285,7 @@ def lengthened(model: LoadedModel, length: int) -> LoadedModel:
     if text.embedding.learned_positions:
         embedder = dict(params["embedders_text"])
         positions = embedder["positions"]
-        embedder["positions"] = jnp.resize(positions, (embedding.places, positions.shape[1]))
+        embedder["positions"] = jnp.resize(positions, (embedding.max_positions, positions.shape[1]))
         params["embedders_text"] = embedder
     task = replace(model.task, modalities=modalities, model=unified)
     return LoadedModel(task, params, model.predictor.mesh, model.config, model.step)

@@ -1,4 +1,4 @@
-"""The tables of `bench --inference`: writing, training, and many clients, with one trained run."""
+"""The tables of `bench --inference`: generation, training and many clients, for one trained run."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def measure_inference(
     steps: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """All three tables, with where they come from.
+    """Returns the tables of generation, training and requests, with what was measured and where.
 
     Args:
       run: the folder of a trained run that writes captions; its data must be at hand.
-      tokens: of each timed text.
-      batch: the larger of two; the other is 1.
-      images: of the run's split, the first ones, whose captions are scored.
-      repeats: timed runs of each row of writing.
-      steps: of training, in each row.
-      say: takes lines of progress.
+      tokens: length of each timed text.
+      batch: the larger of two batch sizes; the other is 1.
+      images: number of images of the run's split, from the first, whose captions are scored.
+      repeats: number of timed runs for each row of generation.
+      steps: number of training steps for each row of training.
+      say: called with each line of progress.
 
     Raises:
-      ValueError: a run that writes no captions.
+      ValueError: the run writes no captions.
     """
     model = load(run)
     model.predictor.writing_view  # noqa: B018  (refuses what does not write)

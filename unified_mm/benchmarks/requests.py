@@ -1,4 +1,4 @@
-"""Many clients at once: one text at a time, batches that wait for their slowest, or continuous."""
+"""Speed with many clients: one text at a time, static batches, or continuous batching."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ Ask = Callable[["Asked"], str]
 
 @dataclass(frozen=True)
 class Asked:
-    """A request: an image as the model sees it, and how many tokens its text has."""
+    """A request for a caption.
+
+    Attributes:
+      view: the image as the model sees it.
+      decoding: how the text is decoded, and how many tokens it has.
+    """
 
     view: Any
     decoding: Decoding
@@ -31,9 +36,9 @@ class Asked:
 def make_requests(
     model: LoadedModel, views: Sequence[Any], count: int, seed: int = 0
 ) -> list[Asked]:
-    """Requests of different lengths about images, some of which are asked about again.
+    """Returns requests about randomly drawn images, with texts of different lengths.
 
-    Lengths are drawn: a quarter of what the model may write, or all of it, and all in between.
+    Lengths are uniform between a quarter of what the model may write and all of it.
     """
     rng = np.random.default_rng(seed)
     most = model.task.modalities["text"].length - 1
@@ -54,13 +59,19 @@ def request_table(
     slots: int,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Requests a second and their latency, for `clients` that each ask again when answered.
+    """Measures requests a second and their latency, for clients that each ask again when answered.
 
     Args:
+      model: the model that answers.
       views: images that are asked about.
-      count: requests in all.
-      slots: texts that are written at once.
-      say: takes a line for each row.
+      count: number of requests.
+      clients: number of clients.
+      slots: number of texts that are written at once.
+      say: called with a line for each row.
+
+    Returns:
+      A row for each way to serve; `equal_texts` counts the texts that are the same as one at a
+      time.
     """
     requests = make_requests(model, views, count)
     rows: list[dict[str, Any]] = []
@@ -95,13 +106,13 @@ def request_table(
 
 
 def warm_up(ask: Ask, requests: Sequence[Asked], slots: int) -> None:
-    """Everything is compiled: requests alone, and as many at once as there are slots."""
+    """Compiles everything: sends one request, `slots` at once, and twice as many at once."""
     for together in (1, slots, 2 * slots):
         load(ask, requests[:together], together)
 
 
 def load(ask: Ask, requests: Sequence[Asked], clients: int) -> tuple[list[float], list[str]]:
-    """Seconds and text of each request, asked by so many clients."""
+    """Returns the seconds and the text of each request, sent by `clients` threads."""
     seconds, texts = [0.0] * len(requests), [""] * len(requests)
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(requests)):
@@ -141,7 +152,7 @@ def _one_at_a_time(model: LoadedModel) -> AbstractContextManager[Ask]:
 
 
 class _StaticBatches:
-    """Whatever waits, up to `size`, is written together, and answered when all of it has ended."""
+    """A server that writes up to `size` waiting texts as one batch and then answers them all."""
 
     def __init__(self, model: LoadedModel, size: int) -> None:
         self._model = model

@@ -1,4 +1,4 @@
-"""Seconds, bytes and rates that every benchmark measures alike."""
+"""Measurements that the benchmarks share: seconds, bytes and rates."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from unified_mm.runs.environment import device_name, revision, versions
 
 
 def fused_attention() -> str:
-    """The attention backend that holds no scores, on this device."""
+    """Returns the attention backend that never stores all scores on this device."""
     return KERNEL_OF.get(platform(), "chunked")
 
 
 def times_of(function: Callable[[], Any], count: int) -> list[float]:
-    """Seconds of each of `count` calls, whose results are waited for."""
+    """Returns the seconds that each of `count` calls takes until its results are ready."""
     times = []
     for _ in range(count):
         began = time.perf_counter()
@@ -31,32 +31,32 @@ def times_of(function: Callable[[], Any], count: int) -> list[float]:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """`p50_ms` and `p95_ms` of times."""
+    """Returns the 50th and 95th percentiles of times in milliseconds, as `p50_ms` and `p95_ms`."""
     return {
         f"p{share}_ms": round(1e3 * float(np.percentile(seconds, share)), 3) for share in (50, 95)
     }
 
 
 def held_bytes(compiled: Any) -> int:
-    """What a compiled program holds while it runs: arguments, results and what is in between."""
+    """Returns the bytes that a compiled program holds: arguments, results and temporaries."""
     memory = compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return int(total + memory.output_size_in_bytes - memory.alias_size_in_bytes)
 
 
 def allocated_bytes() -> dict[str, int]:
-    """The most that the device's allocator had given out, where it says so."""
+    """Returns the peak bytes of the device's allocator; empty where it does not report them."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return {"allocator_peak_bytes": stats["peak_bytes_in_use"]} if stats else {}
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree, or of their shapes."""
+    """Returns the bytes of all arrays (or shapes of arrays) in a tree."""
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def matmul_peak(dtype: Any, size: int = 2048) -> float:
-    """Operations a second of one large matrix product on one device, the best of several."""
+    """Measures the FLOP/s of one large matrix product on one device, the best of several."""
     size = size if jax.default_backend() == "cpu" else 4 * size
     x = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a, b: a @ b)
@@ -64,9 +64,10 @@ def matmul_peak(dtype: Any, size: int = 2048) -> float:
 
 
 def memory_bandwidth() -> float:
-    """Bytes a second that one device reads and writes, copying a large array, the best of several.
+    """Measures the bytes a second that one device reads and writes in copying a large array.
 
-    Decoding at batch 1 reads every weight for each token, so this bounds it.
+    The best of several copies counts. Decoding at batch 1 reads every weight for each token, so
+    this bounds its speed.
     """
     count = 2**26 if jax.default_backend() == "cpu" else 2**30
     x = jnp.zeros(count, jnp.float32)
@@ -75,7 +76,7 @@ def memory_bandwidth() -> float:
 
 
 def provenance() -> dict[str, Any]:
-    """What was measured on what, and when."""
+    """Returns the device, versions, revision and date of a measurement."""
     return {
         "device": device_name(),
         "versions": versions(),

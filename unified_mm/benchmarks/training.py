@@ -1,4 +1,4 @@
-"""How fast a recipe trains, what it holds, and what each way of saving memory changes."""
+"""Speed and memory of training a recipe, and the effect of each way to save memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from unified_mm.training.setup import Setup, prepare
 
 
 def measure(setup: Setup, steps: int) -> dict[str, Any]:
-    """Speeds of one config on this device; rates are a second, sizes bytes."""
+    """Measures training one config on this device; rates are per second, sizes in bytes."""
     batch_size = setup.phases[0].batch_size
     peak = matmul_peak(setup.task.model.options.dtype)
     loader = loader_rate(setup, steps)
@@ -52,7 +52,7 @@ def measure(setup: Setup, steps: int) -> dict[str, Any]:
 
 
 def loader_rate(setup: Setup, steps: int) -> float:
-    """Images a second that the data pipeline delivers by itself."""
+    """Measures the images a second that the data pipeline delivers by itself."""
     batches = phase_batches(setup, setup.phases[0], 0)
 
     def read() -> None:
@@ -70,8 +70,8 @@ class Step:
     """The compiled training step of a run's first phase, with batches at hand.
 
     Attributes:
-      bytes: what the step holds while it runs.
-      weight_bytes: of the parameters.
+      bytes: bytes that the step holds while it runs.
+      weight_bytes: bytes of the parameters.
     """
 
     def __init__(self, setup: Setup, batches: int = 2) -> None:
@@ -88,12 +88,12 @@ class Step:
         self.weight_bytes = tree_bytes(self._state.params)
 
     def seconds(self, steps: int) -> list[float]:
-        """Of each of so many steps, after two that warm up."""
+        """Returns the seconds of each of `steps` steps, after two that warm up."""
         with _on(self._setup):
             return times_of(self._one, steps + 2)[2:]
 
     def loss(self) -> float:
-        """Of one more step."""
+        """Returns the loss of one more step."""
         with _on(self._setup):
             total, count = jax.device_get(self._one().metrics["loss"])
         return float(total / count)
@@ -112,15 +112,18 @@ def _on(setup: Setup) -> Iterator[None]:
 def training_table(
     fields: Mapping[str, Any], steps: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """A row for each way of training a run's config: speed, memory, and the loss after some steps.
+    """Measures each way to train a run's config: speed, memory, and the loss after some steps.
 
-    Every row trains afresh on the same batches; the last one's batch is the largest multiple (2, 4
-    or 8) that the memory of the first row allows.
+    Every row trains from the start on the same batches; the last row's batch is the largest
+    multiple (2, 4 or 8) that fits into the memory of the first row.
 
     Args:
-      fields: of a run's config.
-      steps: that each row takes.
-      say: takes a line for each row.
+      fields: the fields of a run's config.
+      steps: number of training steps for each row, after two that warm up.
+      say: called with a line for each row.
+
+    Returns:
+      A row for each way.
     """
     fused = fused_attention()
     rows: list[dict[str, Any]] = []
@@ -158,7 +161,7 @@ def training_table(
 
 
 def step_bytes(setup: Setup) -> int:
-    """What the compiled step would hold; nothing is allocated."""
+    """Returns the bytes that the compiled step would hold; allocates nothing."""
     phase = setup.phases[0]
     batch = jax.eval_shape(
         lambda: jax.tree.map(jax.numpy.asarray, phase.task.example_batch(phase.batch_size))

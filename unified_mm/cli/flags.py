@@ -1,7 +1,7 @@
-"""The flags of all commands: one name, one meaning, one line of help.
+"""The flags of all commands: each has one name, one meaning and one line of help.
 
-A command names those that it reads; what it does not name is refused, with the nearest that it has.
-`--config=FILE` and `--config.FIELD=VALUE` go to `ml_collections`, see `cli.recipes`.
+A command lists the flags that it reads; any other flag is refused, with the closest match as a
+hint. `--config=FILE` and `--config.FIELD=VALUE` go to `ml_collections`, see `cli.recipes`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def at_least(
     kind: type, least: float | int, most: float | int = float("inf")
 ) -> Callable[[str], Any]:
-    """Returns what reads a number from a flag, and refuses it outside its range."""
+    """Returns a function that parses a number from a flag and refuses it outside its range."""
 
     def number(text: str) -> Any:
         try:
@@ -165,7 +165,7 @@ CLUSTER = (
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours: one line, said by `messages.end_with`."""
+    """A parser that raises its errors as ValueError, printed in one line by `messages.end_with`."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message.removeprefix("argument "))
@@ -182,24 +182,24 @@ def parse(
     recipe: str | None = None,
     **changes: Mapping[str, Any],
 ) -> argparse.Namespace:
-    """Returns the values of a command's flags.
+    """Parses a command's flags.
 
     Args:
-      command: of `python -m unified_mm.COMMAND`.
+      command: the name in `python -m unified_mm.COMMAND`.
       doc: the command's help.
-      arguments: as typed, without the program.
+      arguments: the arguments as typed, without the program.
       needs: flags that must be given.
-      takes: flags that may be given. With `config` among either, `recipe` of what is returned is
-        the `Recipe`.
-      names: what is given without a flag, one or more, where there is any: "runs".
+      takes: flags that may be given. With `config` in either, the result has the `Recipe` as
+        `recipe`.
+      names: the name of positional arguments, one or more, if there are any: "runs".
       recipe: the default of --config.
-      changes: to what the vocabulary says of a flag, where a command means it a little otherwise.
+      changes: options of single flags that replace those of `FLAGS`.
 
     Returns:
       The values by name, and `given`: the names that were given.
 
     Raises:
-      ValueError: in one line, an unknown flag, a wrong value or one that is missing.
+      ValueError: if a flag is unknown or missing, or has a wrong value; in one line.
     """
     parser = Parser(
         prog=f"python -m unified_mm.{command}",
@@ -233,7 +233,7 @@ def parse(
 
 
 def _unknown(rest: Sequence[str], fields: bool) -> str | None:
-    """Returns the first of what argparse left that is no field of a config, nor a field's value."""
+    """Returns the first argument that is neither a config field nor its value, or None."""
     before = ""
     for each in rest:
         value = fields and before.startswith("--config.") and "=" not in before
@@ -244,17 +244,17 @@ def _unknown(rest: Sequence[str], fields: bool) -> str | None:
 
 
 def refuse_unread(options: argparse.Namespace, read_with: Mapping[str, Collection[str]]) -> None:
-    """Raises ValueError for a flag that was given without any of those that it is read beside."""
+    """Raises ValueError if a flag was given without any of the flags that it is read with."""
     for name, others in read_with.items():
         if name in options.given and not options.given & set(others):
             raise ValueError(f"--{name} is read beside --{' or --'.join(others)} alone")
 
 
 def cluster_of(options: argparse.Namespace) -> Cluster | None:
-    """Returns which of several processes this is; None where it is alone.
+    """Returns how to connect the processes of a run, None if no flag asks for several.
 
     Raises:
-      ValueError: flags that do not go together.
+      ValueError: if flags do not go together.
     """
     if not options.given & set(CLUSTER):
         return None

@@ -1,4 +1,4 @@
-"""What the commands share: lines for the terminal, the table of scores, errors in one line."""
+"""Output of the commands: progress lines, the table of scores, one-line errors, exit codes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ USER_ERRORS = (
 
 
 def say(text: str) -> None:
-    """A line of progress for the person at the terminal; ends where nobody reads on (`| head`)."""
+    """Prints a line of progress; ends the process if the reader has closed the pipe (`| head`)."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -40,7 +40,10 @@ def say(text: str) -> None:
 
 
 def exit_code(work: Callable[[], int], *, interrupted: str = "interrupted") -> int:
-    """What `work` returns; a user's error is said in one line and gives 1, Ctrl-C gives 130."""
+    """Returns the exit code of `work()`.
+
+    A user's error is printed in one line and gives 1; Ctrl-C prints `interrupted` and gives 130.
+    """
     try:
         return work()
     except USER_ERRORS as error:
@@ -61,9 +64,10 @@ def end_with(work: Callable[[], int], *, interrupted: str = "interrupted") -> No
 
 
 def new_file(output: str) -> Path | None:
-    """The file that `--output` names, None for ''.
+    """Returns the file that `--output` names, None for ''.
 
-    Raises ValueError where it exists, or its folder does not or cannot be written to.
+    Raises:
+      ValueError: if the file exists, or its folder does not exist or cannot be written to.
     """
     if not output:
         return None
@@ -78,7 +82,7 @@ def new_file(output: str) -> Path | None:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error, or one behind it, is that nothing more can be written."""
+    """Returns whether an error, or one of its causes, says that the disk is full."""
     seen: set[int] = set()
     behind: list[BaseException | None] = [error]
     while behind:
@@ -95,13 +99,13 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Whether a log's record says more than `disk_full` will; for the log's filters."""
+    """Returns whether a log record says more than `disk_full` will; a filter for the log."""
     error = record.exc_info[1] if record.exc_info else None
     return error is None or not disk_is_full(error)
 
 
 def disk_full(folder: RunFolder) -> str:
-    """For a run that could not be written: how far it came."""
+    """Returns the message for a run that could not be written, with its last whole checkpoint."""
     names = [path.name for path in folder.checkpoints.glob("*") if is_sealed(path)]
     steps = [int(name) for name in names if name.isdecimal()]
     last = f"the last whole checkpoint is step {max(steps)}" if steps else "no checkpoint is whole"
@@ -112,7 +116,7 @@ def disk_full(folder: RunFolder) -> str:
 
 
 def score_table(result: dict) -> str:
-    """Scores beside chance and ceiling, one a line."""
+    """Returns a table of scores with chance and ceiling, one score a line."""
     lines = [f"{'score':<58}{'value':>9}{'chance':>9}{'ceiling':>9}"]
     for name, value in result["scores"].items():
         cells = [value, result["chance"].get(name), result["ceiling"].get(name)]

@@ -1,4 +1,4 @@
-"""From the command line's config flags to one resolved config."""
+"""Turns the command line's config flags into one resolved config."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Recipe:
     """A recipe as a command line names it.
 
     Attributes:
-      path: of its file, with its size where one was given: configs/coco.py:base.
-      config: with the fields that the command line set.
-      overrides: dotted names of these fields.
+      path: the path of its file, with the size where one was given: configs/coco.py:base.
+      config: the config, with the fields that the command line set.
+      overrides: the dotted names of these fields.
     """
 
     path: str
@@ -53,14 +53,15 @@ class Recipe:
 
 
 def read_recipe(path: str | None, fields: Sequence[str]) -> Recipe | None:
-    """Returns the recipe of a command line, None without any.
+    """Returns the recipe of a command line, None if there is none.
 
     Args:
-      path: of its file.
+      path: the path of its file.
       fields: --config.FIELD=VALUE, or --config.FIELD VALUE, each.
 
     Raises:
-      FileNotFoundError, ValueError: a wrong recipe, size, field or value.
+      FileNotFoundError: if there is no such file.
+      ValueError: if the recipe, its size, a field or a value is wrong.
     """
     names = [each.partition("=")[0] for each in fields if each.startswith("--config.")]
     if path is None:
@@ -88,10 +89,11 @@ def read_recipe(path: str | None, fields: Sequence[str]) -> Recipe | None:
 
 
 def recipe_config(given: str) -> ConfigDict:
-    """The config of a recipe, such as configs/coco.py:tiny.
+    """Returns the config of a recipe, such as configs/coco.py:tiny.
 
     Raises:
-      FileNotFoundError, ValueError: no such file, one that is no recipe, or no such size.
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is no recipe, or the recipe has no such size.
     """
     path, _, size = given.partition(":")
     check_is_recipe(path, f"--config={given}")
@@ -112,7 +114,12 @@ def recipe_config(given: str) -> ConfigDict:
 
 
 def check_is_recipe(path: str, flag: str) -> None:
-    """Refuses, without running it, a file that is no Python or has no get_config."""
+    """Checks, without running it, that a file is Python and defines get_config.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is no recipe.
+    """
     if not os.path.isfile(path):
         what = "is a folder" if os.path.isdir(path) else "does not exist: there is no such file"
         raise FileNotFoundError(f"{flag}: {path!r} {what}")
@@ -130,11 +137,14 @@ def check_is_recipe(path: str, flag: str) -> None:
 
 
 def resolve(recipe: Recipe, tell: Callable[[str], None]) -> ConfigDict:
-    """The config with everything decided that the recipe leaves open.
+    """Returns the config with everything decided that the recipe leaves open.
 
     Args:
-      recipe: as the command line names it.
-      tell: takes a line about what was decided.
+      recipe: the recipe as the command line names it.
+      tell: a function that takes a line about each decision.
+
+    Raises:
+      ValueError: if a field is unknown, or a value cannot be used.
     """
     chosen = resolve_auto(recipe)
     try:
@@ -151,12 +161,12 @@ def resolve(recipe: Recipe, tell: Callable[[str], None]) -> ConfigDict:
 
 
 def settled_fields(config: ConfigDict) -> list[str]:
-    """Fields that `resolve` itself acts on, so that nothing later in a run reads them."""
+    """Returns the fields that only `resolve` reads, and nothing later in a run."""
     return ["model.budget", "model.budget_by"] if config.model.budget else []
 
 
 def check_seed(seed: int) -> None:
-    """Raises ValueError for a seed of more than the 32 bits that jax makes keys of."""
+    """Raises ValueError if the seed does not fit into the 32 bits that jax makes keys of."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed}: must be a whole number from 0 to {2**32 - 1}")
 
@@ -164,14 +174,14 @@ def check_seed(seed: int) -> None:
 def serve_what_can_be(
     config: ConfigDict, asked: Collection[str], tell: Callable[[str], None]
 ) -> ConfigDict:
-    """Without the recipe's objectives that its fusion cannot serve.
+    """Returns the config without the recipe's objectives that its fusion does not support.
 
-    Those that the command line asks for stay, and are refused when the model is built.
+    Objectives that the command line asks for stay, and are refused when the model is built.
 
     Args:
-      config: with a fusion that may not be the one its objectives were chosen for.
-      asked: fields that the command line set.
-      tell: takes a line for each objective that is switched off.
+      config: a config whose fusion may not support all its objectives.
+      asked: the fields that the command line set.
+      tell: a function that takes a line for each objective that is switched off.
     """
     chosen = ConfigDict(config.to_dict())
     able = fusion(chosen.model.fusion).abilities
@@ -187,10 +197,10 @@ def serve_what_can_be(
 
 
 def resolve_auto(recipe: Recipe) -> ConfigDict:
-    """The recipe's preset for the devices at hand, where the command asked for none.
+    """Returns the recipe's config, with its preset chosen by the devices if `size` is 'auto'.
 
-    Fields that the command line set keep what it said. A config whose `size` is 'auto' leaves the
-    preset open.
+    The preset is 'tiny' on a CPU and 'base' otherwise. Fields that the command line set keep their
+    values.
     """
     if recipe.config.get("size") != "auto":
         return recipe.config
@@ -202,7 +212,7 @@ def resolve_auto(recipe: Recipe) -> ConfigDict:
 
 
 def outside(fields: Sequence[str], groups: Sequence[str]) -> list[str]:
-    """Those of dotted `fields` that are neither among `groups` nor within one of them."""
+    """Returns those of the dotted `fields` that are neither in `groups` nor below one of them."""
     return [
         field
         for field in fields
@@ -211,7 +221,7 @@ def outside(fields: Sequence[str], groups: Sequence[str]) -> list[str]:
 
 
 def load_recipe(path: str | Path) -> Any:
-    """The module of a recipe's file."""
+    """Returns the module of a recipe's file."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

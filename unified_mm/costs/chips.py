@@ -1,6 +1,6 @@
-"""Accelerators that need not be there: what they can do, and devices to compile for.
+"""Accelerators that this machine need not have: their peaks, and devices to compile for.
 
-A TPU's compiler runs on any machine that has `libtpu`; it wants a topology, not a chip.
+A TPU's compiler runs on any machine that has `libtpu`; it needs a topology, not a chip.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from jax.experimental import topologies
 
 @dataclass(frozen=True)
 class Chip:
-    """What one chip can do at most.
+    """The peaks of one chip.
 
     Attributes:
-      memory: bytes.
-      flops: bfloat16 operations a second of its matrix units.
-      memory_bandwidth: bytes a second from and to its memory.
-      link_bandwidth: bytes a second that it sends over all its links to other chips together.
-      dimensions: of the torus that these make.
-      largest: chips of the largest slice.
+      memory: bytes of its memory.
+      flops: bfloat16 operations per second of its matrix units.
+      memory_bandwidth: bytes per second from and to its memory.
+      link_bandwidth: bytes per second that it sends over all its links to other chips together.
+      dimensions: dimensions of the torus that the chips form.
+      largest: number of chips in the largest slice.
     """
 
     memory: int
@@ -60,15 +60,15 @@ ALONE = {
 
 
 def target(topology: str) -> tuple[list[Any], Chip | None]:
-    """Devices to compile for, and what each can do (None where that is not known).
+    """Returns devices to compile for, and the peaks of each (None where they are not known).
 
-    To be called before jax has looked for devices: it will see this machine's CPU alone.
+    To be called before jax has looked for devices; from then on jax sees only this machine's CPU.
 
     Args:
-      topology: 'v5e:4x4', or 'cpu:8' for this machine's CPU as so many devices.
+      topology: name and sizes such as 'v5e:4x4', or 'cpu:8' for 8 devices of this machine's CPU.
 
     Raises:
-      ValueError: no such topology, or no libtpu.
+      ValueError: if there is no such topology, or libtpu is not installed.
     """
     name, _, sizes = topology.partition(":")
     if name == "cpu" and sizes.isdecimal():
@@ -98,10 +98,10 @@ def target(topology: str) -> tuple[list[Any], Chip | None]:
 
 
 def cpu_devices(count: int) -> list[Any]:
-    """So many devices of this machine's CPU.
+    """Returns `count` devices of this machine's CPU.
 
     Raises:
-      ValueError: none, or jax has made fewer already.
+      ValueError: if `count` is below 1, or jax has already made fewer devices.
     """
     if count < 1:
         raise ValueError(f"--topology=cpu:{count}: at least one device is needed")

@@ -1,9 +1,9 @@
-"""What devices say to each other in a compiled step, read from its optimised HLO.
+"""The communication between devices in a compiled step, read from its optimised HLO.
 
     compiled = step.lower(state, batch).compile()
     collectives_of(compiled.as_text())
 
-A program is that of one device, so all bytes are of one.
+The program is that of one device, so all bytes are per device.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of a program.
+    """One collective operation of a program.
 
     Attributes:
       kind: one of `KINDS`.
-      bytes: of the whole array on one device, each time it runs: what comes out of an all-gather,
-        what goes into any other.
+      bytes: bytes of the whole array on one device, each time it runs: the output of an all-gather,
+        the input of any other.
       count: how often a step runs it.
-      group_size: devices that take part together.
-      source: where in the traced program it comes from, as the compiler tells it.
+      group_size: number of devices that take part together.
+      source: the operation of the traced program that it comes from, as the compiler names it.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Collective:
 
     @property
     def sent(self) -> int:
-        """Bytes that each device sends in a step, by the usual ring algorithms.
+        """The bytes that each device sends in a step, by the usual ring algorithms.
 
         For n devices an all-gather, a reduce-scatter or an all-to-all sends (n - 1) / n of the
         array, an all-reduce twice that, anything else all of it (Thakur et al. 2005, section 4).
@@ -64,29 +64,29 @@ class Collective:
 
 
 def collectives_of(compiled_text: str) -> list[Collective]:
-    """The collectives of a compiled program, each instruction once, in the program's order.
+    """Returns the collectives of a compiled program, each instruction once, in program order.
 
-    How often those in loops are counted: see `costs.hlo.Program.runs`.
+    `costs.hlo.Program.runs` says how often those in loops are counted.
 
     Args:
-      compiled_text: `compiled.as_text()`, after the optimisation passes.
+      compiled_text: text of `compiled.as_text()`, after the optimisation passes.
 
     Raises:
-      ValueError: a text that is no HLO module.
+      ValueError: if the text is not an HLO module.
     """
     return collectives_in(Program.parse(compiled_text))
 
 
 def collectives_in(program: Program) -> list[Collective]:
-    """The same of a program that is parsed already."""
+    """Returns the collectives of a parsed program, as `collectives_of` does."""
     return [_collective(run, program) for run in collective_runs(program)]
 
 
 def collective_runs(program: Program) -> Iterator[Run]:
-    """The instructions that begin a collective.
+    """Yields the instructions that begin a collective.
 
-    A TPU's compiler spreads one collective over several fusions, between which (and in loops
-    between which) others run; it bears the same channel in each. The first one begins it.
+    A TPU's compiler spreads one collective over several fusions with the same channel, and runs
+    other instructions and loops between them. The first of these fusions begins the collective.
     """
     begun = set()
     for run in program.runs():
@@ -101,15 +101,15 @@ def collective_runs(program: Program) -> Iterator[Run]:
 
 
 def kind_of(line: Instruction) -> str | None:
-    """Of the collective that begins with an instruction, if any does."""
+    """Returns the kind of the collective that an instruction begins, or None."""
     name = line.opcode.removesuffix("-start")
     return name if name in KINDS else None
 
 
 def totals_by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, int]]:
-    """By kind: how many run in a step, the bytes of their arrays, and the bytes that are sent.
+    """Returns for each kind how many run in a step, the bytes of their arrays, and those sent.
 
-    All three are of one device.
+    All three are per device.
     """
     totals: dict[str, dict[str, int]] = {}
     for each in collectives:
@@ -134,7 +134,7 @@ def _collective(run: Run, program: Program) -> Collective:
 
 
 def _group_size(line: Instruction, devices: int) -> int:
-    """Devices of the first group, in any of the ways that groups are written."""
+    """Returns the number of devices of the first group, in any notation of groups."""
     if pairs := line.attribute(r"source_target_pairs=\{(\{.*?\})\}"):
         return _ring(pairs)
     if listed := line.attribute(r"replica_groups=\{\{([\d,]+)\}"):
@@ -150,7 +150,7 @@ def _group_size(line: Instruction, devices: int) -> int:
 
 
 def _ring(pairs: str) -> int:
-    """How many devices the chain joins that the first pair of `{0,1},{1,2}` is part of."""
+    """Returns the number of devices in the chain that the first of pairs `{0,1},{1,2}` is in."""
     found = re.findall(r"\{(\d+),(\d+)\}", pairs)
     following = dict(found)
     before = {target: source for source, target in found}

@@ -1,4 +1,4 @@
-"""Model FLOPs, counted on the traced program: every matrix product, loops included."""
+"""Model FLOPs, counted on the traced program: every matrix product, including those in loops."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
-    """Operations (2 a multiply-add) of all matrix products in `function(*args)`.
+    """Returns the operations (2 per multiply-add) of all matrix products in `function(*args)`.
 
-    The compiler's own count takes the body of a loop once; here a scan counts as often as it runs.
-    `args` may be shapes. A `while` of unknown length counts once.
+    `args` may be shapes. The body of a scan counts as often as it runs; the compiler's own count
+    takes it once. The body of a `while`, whose length is unknown, counts once.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def equations(jaxpr: Jaxpr) -> Iterator[Any]:
-    """Every equation of a traced program, those of the programs within it included."""
+    """Yields every equation of a traced program, including those of the programs within it."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in _inner_programs(equation.params):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 NAME = r"%([\w.\-]+)"
-# Opcode -> the attribute that names what it runs. What a reduction applies to numbers is left out.
+# Opcode -> the attribute that names what it runs. The functions of reductions are left out.
 CALLS = {
     "fusion": r"\bcalls={name}",
     "call": r"\bto_apply={name}",
@@ -20,7 +20,7 @@ CALLS = {
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: `%name = type opcode(%operands), attributes`."""
+    """One instruction, a line of the text: `%name = type opcode(%operands), attributes`."""
 
     name: str
     type: str
@@ -31,7 +31,7 @@ class Instruction:
 
     @classmethod
     def parse(cls, line: str) -> Instruction | None:
-        """None for a line that holds none."""
+        """Returns the instruction of a line, or None where the line holds none."""
         found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(", line)
         if not found:
             return None
@@ -42,13 +42,13 @@ class Instruction:
         return cls(name, type_, opcode, names, rest, bool(root))
 
     def attribute(self, pattern: str) -> str:
-        """What the group of a pattern matches in the attributes, '' where it does not."""
+        """Returns the first group of a pattern's match in the attributes, or '' without one."""
         found = re.search(pattern, self.attributes)
         return found.group(1) if found else ""
 
     @property
     def calls(self) -> list[str]:
-        """Computations that it runs."""
+        """The names of the computations that it runs."""
         if self.opcode not in CALLS:
             return []
         branches = self.attribute(r"\bbranch_computations=\{([^}]*)\}")
@@ -59,11 +59,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Run:
-    """An instruction as a step runs it.
+    """An instruction, with how often a step runs it.
 
     Attributes:
       line: the instruction.
-      computation: that it stands in.
+      computation: name of the computation that it is in.
       times: how often a step runs it.
       fused: whether it is part of a fusion, which is one kernel.
     """
@@ -79,9 +79,9 @@ class Program:
     """An HLO module.
 
     Attributes:
-      computations: by name, the instructions by name, in order.
-      entry: the computation that runs first.
-      devices: that it runs on.
+      computations: the instructions of each computation, by the names of both, in order.
+      entry: name of the computation that runs first.
+      devices: number of devices that it runs on.
     """
 
     computations: Mapping[str, Mapping[str, Instruction]]
@@ -90,10 +90,10 @@ class Program:
 
     @classmethod
     def parse(cls, text: str) -> Program:
-        """From `compiled.as_text()`.
+        """Parses the text of `compiled.as_text()`.
 
         Raises:
-          ValueError: a text that is no HLO module.
+          ValueError: if the text is not an HLO module.
         """
         computations: dict[str, dict[str, Instruction]] = {}
         entry = current = ""
@@ -111,11 +111,11 @@ class Program:
         return cls(computations, entry, math.prod(map(int, counts)))
 
     def runs(self) -> Iterator[Run]:
-        """Everything that a step runs.
+        """Yields every instruction that a step runs, with how often.
 
-        What stands in the body of a loop runs as often as the loop does, where that is known: told
-        by the compiler, or a bound that the loop counts up to from 0. Otherwise it counts once, and
-        so do both sides of a condition.
+        An instruction in the body of a loop runs as often as the loop does, where that is known:
+        the compiler says it, or the loop counts from 0 up to a constant. Otherwise it counts once,
+        and so do both branches of a conditional.
         """
 
         def walk(name: str, times: int, fused: bool) -> Iterator[Run]:
@@ -128,7 +128,7 @@ class Program:
         yield from walk(self.entry, 1, False)
 
     def _trips(self, line: Instruction) -> int:
-        """How often a loop runs; 1 where nobody knows."""
+        """Returns how often a loop runs, or 1 where that is not known."""
         if told := line.attribute(r'known_trip_count":\{"n":"(\d+)"'):
             return int(told)
         lines = self.computations[line.attribute(rf"condition={NAME}")].values()
@@ -143,7 +143,7 @@ class Program:
 
 
 def array_bytes(type_: str) -> int:
-    """Of an array `bf16[8,64]{1,0}`, or of all arrays of a tuple."""
+    """Returns the bytes of an array type `bf16[8,64]{1,0}`, or of all arrays of a tuple type."""
     arrays = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", type_)
     return sum(
         _bits(name) * math.prod(int(size) for size in shape.split(",") if size) // 8
@@ -152,13 +152,13 @@ def array_bytes(type_: str) -> int:
 
 
 def _bits(name: str) -> int:
-    """Of a number of a type: `bf16`, `pred`, `f8e4m3fn`, `u32`."""
+    """Returns the bits of a number of a type such as `bf16`, `pred`, `f8e4m3fn` or `u32`."""
     found = re.match(r"[a-z]+(\d+)", name)
     return int(found.group(1)) if found else 8 * (name == "pred")
 
 
 def _parenthesis(text: str) -> tuple[str, str]:
-    """A parenthesis that text begins with, and what follows it."""
+    """Splits a text into the parenthesis that it begins with and what follows it."""
     depth = 0
     for end, letter in enumerate(text, 1):
         depth += (letter == "(") - (letter == ")")

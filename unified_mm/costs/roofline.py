@@ -1,4 +1,4 @@
-"""The least time that a step can take on a chip (Williams et al. 2009), by what each part needs."""
+"""The least time that a step can take on a chip, by the roofline model (Williams et al. 2009)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from unified_mm.costs.chips import Chip
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds that each part of a chip needs for its share of a step, at its peak.
-
-        compute     = FLOPs of the chip / its bfloat16 FLOP/s
-        memory      = bytes read and written / bandwidth of its memory
-        collectives = bytes sent / bandwidth of all its links
+    """The seconds that each part of a chip needs for its share of a step, at its peak.
 
     Attributes:
-      compute, memory, collectives: as above.
+      compute: FLOPs of the chip / its bfloat16 FLOP/s.
+      memory: bytes read and written / bandwidth of its memory.
+      collectives: bytes sent / bandwidth of all its links.
     """
 
     compute: float
@@ -25,25 +23,26 @@ class Roofline:
 
     @property
     def step(self) -> float:
-        """Where all three overlap: the largest one."""
+        """The least seconds of a step where all three overlap: the largest one."""
         return max(self.compute, self.memory, self.collectives)
 
     @property
     def serial(self) -> float:
-        """Where compute and memory overlap, as they do in a kernel, and collectives wait."""
+        """The least seconds where only compute and memory overlap, as they do in a kernel."""
         return max(self.compute, self.memory) + self.collectives
 
     @property
     def bound(self) -> str:
-        """The part that takes longest."""
+        """The name of the part that takes longest."""
         parts = {name: getattr(self, name) for name in ("compute", "memory", "collectives")}
         return max(parts, key=parts.__getitem__)
 
     @property
     def scaling_efficiency(self) -> float:
-        """The speed of a chip beside that of one that did the same share without collectives.
+        """The speed of a chip relative to one that does the same share without collectives.
 
-        Where they overlap with the rest; where they wait it is `serial_scaling_efficiency`.
+        It is for collectives that overlap with the rest; `serial_scaling_efficiency` is for those
+        that do not.
         """
         return max(self.compute, self.memory) / self.step
 
@@ -53,13 +52,13 @@ class Roofline:
 
 
 def roofline(chip: Chip, flops: float, traffic: int, sent: int) -> Roofline:
-    """Of a step, by what one chip has to do.
+    """Returns the roofline of a step, from what one chip has to do.
 
     Args:
-      chip: that does it.
-      flops: operations, what is computed again included.
-      traffic: bytes from and to its memory.
-      sent: bytes to other chips.
+      chip: the chip.
+      flops: operations of the chip, including recomputation.
+      traffic: bytes read from and written to its memory.
+      sent: bytes sent to other chips.
     """
     return Roofline(
         compute=flops / chip.flops,
@@ -69,11 +68,12 @@ def roofline(chip: Chip, flops: float, traffic: int, sent: int) -> Roofline:
 
 
 def utilisation(chip: Chip, chips: int, flops: int, seconds: float) -> float:
-    """MFU: what share of all chips' peak the model's own operations are (Chowdhery et al. 2022).
+    """Returns the MFU, the share of all chips' peak that model FLOPs use (Chowdhery et al. 2022).
 
     Args:
-      chip, chips: the kind, and how many.
-      flops: of a step on all of them, nothing that is computed again.
-      seconds: that the step takes.
+      chip: kind of the chips.
+      chips: number of chips.
+      flops: operations of a step on all chips, without recomputation.
+      seconds: seconds that the step takes.
     """
     return flops / (chips * chip.flops * seconds)

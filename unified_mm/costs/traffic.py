@@ -1,4 +1,4 @@
-"""Bytes that a compiled step moves between a chip's memory and the units that compute."""
+"""Bytes that a compiled step moves between a chip's memory and its compute units."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SLICES = ("dynamic-slice", "slice", "gather")
 
 
 def memory_traffic(program: Program) -> int:
-    """Bytes that one device reads from its memory and writes to it in a step, by the program.
+    """Returns the bytes that one device reads from and writes to its memory in a step.
 
-    Every kernel reads its operands and writes its results once; of what it only takes a slice of,
-    or only changes a slice of, the slice counts. Arrays that the compiler keeps in another memory
-    space (on a TPU, that beside the units that compute) cost nothing. Loops count as often as they
-    run: see `costs.hlo.Program.runs`.
+    Every kernel counts as reading its operands and writing its results once; where it reads or
+    changes only a slice of an array, only the slice counts. Arrays that the compiler keeps in
+    another memory space (on a TPU, the one beside the compute units) cost nothing. Loops count as
+    often as they run: see `costs.hlo.Program.runs`.
     """
     plain = sum(
         run.times * _traffic(run, program)
@@ -51,7 +51,7 @@ def _traffic(run: Run, program: Program) -> int:
 
 
 def _own_traffic(run: Run, program: Program) -> int:
-    """Of an instruction by itself: what it reads and what it writes."""
+    """Returns the bytes that an instruction reads and writes by itself."""
     written = _near(run.line.type)
     if run.line.type.startswith("(") and run.line.opcode.endswith("-start"):
         return written  # its tuple holds what it reads, too
@@ -60,7 +60,7 @@ def _own_traffic(run: Run, program: Program) -> int:
 
 
 def _fusion_traffic(lines: Mapping[str, Instruction]) -> int:
-    """Of a kernel: its parameters, or the slices it takes of them, and its results."""
+    """Returns the bytes of a kernel: its parameters, or the slices it reads, and its results."""
     users: dict[str, list[Instruction]] = {}
     for line in lines.values():
         for name in line.operands:
@@ -96,8 +96,10 @@ def _fusion_traffic(lines: Mapping[str, Instruction]) -> int:
 
 
 def _passes(line: Instruction) -> bool:
-    """Whether a kernel hands something on without touching it: a collective under way counts as
-    a collective."""
+    """Returns whether an instruction within a kernel only passes its operands on.
+
+    Collectives in progress are among these: `memory_traffic` counts their bytes as collectives.
+    """
     return (
         kind_of(line) is not None
         or line.opcode == "tuple"
@@ -106,5 +108,5 @@ def _passes(line: Instruction) -> bool:
 
 
 def _near(type_: str) -> int:
-    """Bytes of the arrays of a type that lie in the chip's memory, and in no other space."""
+    """Returns the bytes of a type's arrays that are in the chip's memory, and no other space."""
     return array_bytes(re.sub(r"\w+\[[\d,]*\]\{[^}]*S\([^}]*\}", "", type_))

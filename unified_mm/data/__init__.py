@@ -1,4 +1,4 @@
-"""What is trained on: sources, manifests of records, the pipeline that makes batches of them."""
+"""Data for training: sources, manifests of records, and the pipeline that makes batches of them."""
 
 from unified_mm.data.records import Manifest, Problem, Record, StoredImage, Text
 

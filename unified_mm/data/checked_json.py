@@ -1,4 +1,4 @@
-"""JSON from users' files, with errors that say which file and which place in it."""
+"""JSON from users' files, with errors that give the file and the place in it."""
 
 import codecs
 import json
@@ -13,7 +13,7 @@ _NAMES: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A value in a JSON file. Every method raises ValueError with file and JSON path."""
+    """A value in a JSON file, with methods whose ValueErrors give the file and the JSON path."""
 
     file: Path
     where: str  # '' for the whole file, else such as annotations[17]
@@ -29,7 +29,7 @@ class Node:
         return ValueError(f"{self.file}: {where} {message}")
 
     def has(self, key: str) -> bool:
-        """Whether this object has the key, with a value other than null and ''."""
+        """Returns whether this object has the key, with a value other than null and ''."""
         return self._object().get(key) not in (None, "")
 
     def get(self, key: str) -> Any:
@@ -48,7 +48,7 @@ class Node:
         return self._text(value, key) if isinstance(value, str) else value
 
     def items(self, key: str = "") -> list["Node"]:
-        """The members of the list under `key`, or of this list itself."""
+        """Returns the members of the list under `key`, or of this list itself."""
         values = self._checked(self.get(key) if key else self.value, list, key)
         where = f"{self.where}.{key}".strip(".")
         return [Node(self.file, f"{where}[{i}]", value) for i, value in enumerate(values)]
@@ -70,7 +70,12 @@ class Node:
 
 
 def read(path: Path) -> Node:
-    """The whole file. Raises FileNotFoundError, ValueError with line and column, or byte."""
+    """Reads a whole JSON file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file cannot be read, is not JSON (with line and column), or `parse` fails.
+    """
     with naming(path):
         try:
             content = path.read_bytes()
@@ -84,9 +89,15 @@ def read(path: Path) -> Node:
 
 
 def parse(content: bytes, place: str) -> Any:
-    """The value that JSON in UTF-8 holds; `place` is what errors begin with.
+    """Returns the value that JSON in UTF-8 holds.
 
-    Raises ValueError, of which JSONDecodeError (not JSON) is left to the caller to place.
+    Args:
+      content: the bytes of the JSON.
+      place: what error messages begin with.
+
+    Raises:
+      json.JSONDecodeError: the content is not JSON; the caller adds `place` to the message.
+      ValueError: the content is not UTF-8, is nested too deeply, or has a number that is too long.
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"{place}: is UTF-16: save it as UTF-8")

@@ -1,4 +1,4 @@
-"""The one reader of images and captions on disk: MS-COCO's layout.
+"""Reader of images, captions, questions and foils on disk, in the layout of MS-COCO.
 
 Chen et al. 2015 (arXiv:1504.00325) for captions; Goyal et al. 2017 (arXiv:1612.00837), VQA v2,
 for questions. Layouts that are read (see `find_splits`):
@@ -31,7 +31,14 @@ _VQA_FILES = ("v2_OpenEnded_mscoco_{}_questions.json", "v2_mscoco_{}_annotations
 
 @dataclass(frozen=True)
 class Entry:
-    """An image as the annotations list it: `file` is its name in them, `path` where it lies."""
+    """An image that the annotations list, with its captions.
+
+    Attributes:
+      id: the image id.
+      file: the file name in the annotations; None for an example without image.
+      path: the file on disk; None for an example without image.
+      captions: the captions, in the order of the file.
+    """
 
     id: Key
     file: str | None
@@ -41,10 +48,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Captions:
-    """A captions file. `directional`: its texts name sides throughout, so never mirror.
+    """The content of a captions file.
 
-    `listed` holds the different image ids and `annotations` counts the captions, those that were
-    left out included; `hint` says what may be behind captions of images that are not listed.
+    Attributes:
+      path: the captions file.
+      entries: the images that are kept, with their captions.
+      listed: the distinct image ids, those that were left out included.
+      annotations: the number of captions, those that were left out included.
+      directional: whether the captions name left and right throughout, so that no image may be
+        flipped.
+      image_problems: what is wrong with the list of images.
+      caption_problems: what is wrong with the captions.
+      hint: a likely cause of captions of unlisted images, for error messages; '' for none.
     """
 
     path: Path
@@ -63,7 +78,11 @@ class Captions:
 
 @dataclass(frozen=True)
 class Question:
-    """A question of VQA v2 with its answers: `answer` is the most frequent of `answers`."""
+    """A question of VQA v2 with its answers.
+
+    Attributes:
+      answer: the most frequent of `answers`.
+    """
 
     id: Key
     image_id: Key
@@ -80,7 +99,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Foil:
-    """A caption and the same caption made wrong in one way, which `kind` names."""
+    """A caption and the same caption made false in one way.
+
+    Attributes:
+      kind: what was changed.
+    """
 
     image_id: Key
     caption: str
@@ -89,11 +112,15 @@ class Foil:
 
 
 def find_splits(folder: str | Path) -> dict[str, Path]:
-    """The splits of a data folder: name -> captions file, by name.
+    """Returns the captions file of each split in a data folder, by the split's name.
 
     A split is named by what follows `captions_`, without a trailing year; two years of one
-    split keep theirs (`train2014`, `train2017`). Raises FileNotFoundError that says what was
-    looked for and what is there.
+    split keep theirs (`train2014`, `train2017`).
+
+    Raises:
+      FileNotFoundError: there is no such folder, or no captions file in it; the message says what
+        was looked for and what is there.
+      ValueError: the folder cannot be read, or is a TFDS dataset.
     """
     folder = Path(folder)
     if not os.path.isdir(folder):
@@ -117,13 +144,16 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
 
 
 def read_captions(folder: str | Path, split: str) -> Captions:
-    """The images and captions of a split, in the order of the file, nothing decoded yet.
+    """Reads the images and captions of a split in the order of the file, without decoding images.
 
-    Kept: an image without captions, and an entry whose file_name is null or empty (an example
-    without image). Left out and counted: empty captions, captions of unlisted images, repeated
-    annotations, ids that name two different files. Raises FileNotFoundError or ValueError for
-    an unknown split or no image folder, ValueError with file and position for a malformed file,
-    for one without images, and for a file name that leads out of the folder.
+    Images without captions are kept, and so are entries whose file_name is null or empty (examples
+    without image). Empty captions, captions of unlisted images, repeated annotations, and ids that
+    name two different files are left out and counted.
+
+    Raises:
+      FileNotFoundError: there is no data folder, or no image folder in it.
+      ValueError: the split is unknown, the file is malformed (with file and position) or lists no
+        image, or a file name leads out of the folder.
     """
     folder = Path(folder)
     path = _captions_file(folder, split)
@@ -152,7 +182,15 @@ def read_captions(folder: str | Path, split: str) -> Captions:
 
 
 def id_hint(listed: Iterable[Key], used: Iterable[Key]) -> str:
-    """What may be behind ids that are used and not among those listed; '' for nothing."""
+    """Returns a hint that a used id and a listed id differ only in type, number or string.
+
+    Args:
+      listed: the image ids of the captions file.
+      used: the image ids of annotations.
+
+    Returns:
+      The hint, to be appended to an error message; '' if all such ids agree.
+    """
     numbers = {str(key): key for key in listed}
     for key in used:
         other = numbers.get(str(key), key)
@@ -165,18 +203,18 @@ def id_hint(listed: Iterable[Key], used: Iterable[Key]) -> str:
 
 
 def has_questions(folder: str | Path, split: str) -> bool:
-    """Whether a split has questions and answers beside its captions."""
+    """Returns whether a split has questions and answers beside its captions."""
     return _question_files(folder, split) is not None
 
 
 def questions_serve_others(folder: str | Path, split: str) -> bool:
-    """Whether a split's questions are VQA v2's own files, which hold images of other years too."""
+    """Returns whether a split's questions are VQA v2's own files, which cover several years."""
     files = _question_files(folder, split)
     return files is not None and files[0].name.startswith(_VQA_FILES[0].partition("{}")[0])
 
 
 def no_questions(folder: str | Path, split: str) -> str:
-    """For an error: that there are none, and what was looked for."""
+    """Returns an error message: the split has no questions, and what was looked for."""
     return (
         f"{folder} has no questions with answers for the split {split!r}: looked for "
         f"annotations/questions_{split}.json with answers_{split}.json, and for VQA v2's "
@@ -186,20 +224,23 @@ def no_questions(folder: str | Path, split: str) -> str:
 
 
 def read_questions(folder: str | Path, split: str) -> tuple[Question, ...]:
-    """A split's questions with their answers, in VQA v2's layout.
+    """Reads a split's questions with their answers, in VQA v2's layout.
 
-    Read is the first whole pair of files of:
+    The first complete pair of files is read, of:
 
     1. `annotations/questions_{name}.json` and `answers_{name}.json`, each by the name of the
        captions file or else of the split;
     2. `v2_OpenEnded_mscoco_{name}_questions.json` and `v2_mscoco_{name}_annotations.json`, in
        `annotations/` or else in the folder itself, by the name of the captions file;
-    3. the same by names that differ in the year alone, in alphabetical order: an image has one
+    3. the same by names that differ only in the year, in alphabetical order: an image has one
        id in all years of MS-COCO, so `train2014` serves `captions_train2017.json`.
 
-    A file may hold questions on images that are not in the split. Raises FileNotFoundError,
-    ValueError with file and position for a malformed file, and ValueError for a question without
-    words or without an answer.
+    A file may hold questions on images that are not in the split.
+
+    Raises:
+      FileNotFoundError: there is no such pair.
+      ValueError: a file is malformed (with file and position), or a question has no words or no
+        answer.
     """
     files = _question_files(folder, split)
     if files is None:
@@ -217,14 +258,16 @@ def read_questions(folder: str | Path, split: str) -> tuple[Question, ...]:
 
 
 def has_foils(folder: str | Path, split: str) -> bool:
-    """Whether a split has foils beside its captions."""
+    """Returns whether a split has foils beside its captions."""
     return _beside(folder, split, "foils").is_file()
 
 
 def read_foils(folder: str | Path, split: str) -> tuple[Foil, ...]:
-    """`annotations/foils_{split}.json`: a list of {image_id, caption, foil, kind}.
+    """Reads `annotations/foils_{split}.json`, a list of {image_id, caption, foil, kind}.
 
-    Raises FileNotFoundError, and ValueError with file and position for a malformed file.
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is malformed; the message gives file and position.
     """
     foils = checked_json.read(_beside(folder, split, "foils")).items()
     texts = ("caption", "foil", "kind")
@@ -262,7 +305,10 @@ def _directional(data: Node) -> bool:
 
 
 def _image_files(images: list[Node]) -> tuple[dict[Key, list[str | None]], list[Problem]]:
-    """Image id -> its different file names (None: an example without image)."""
+    """Returns the distinct file names of each image id, and the problems found.
+
+    A file name of None is an example without image.
+    """
     files: dict[Key, list[str | None]] = {}
     owners: dict[str, Key] = {}
     problems = []
@@ -281,7 +327,11 @@ def _image_files(images: list[Node]) -> tuple[dict[Key, list[str | None]], list[
 
 
 def _file_name(node: Node) -> str | None:
-    """The name of an image's file, which lies in the data folder; None: without image."""
+    """Returns the name of an image's file, or None for an example without image.
+
+    Raises:
+      ValueError: the name leads out of the data folder.
+    """
     if not node.has("file_name"):
         return None
     name = node.string("file_name")
@@ -295,7 +345,7 @@ def _file_name(node: Node) -> str | None:
 def _captions(
     annotations: list[Node], images: set[Key]
 ) -> tuple[dict[Key, list[str]], list[Problem], list[Key]]:
-    """Image id -> its captions in order, what was wrong with annotations, ids of no image."""
+    """Returns the captions of each image id in order, the problems, and the ids not listed."""
     captions: dict[Key, list[str]] = {}
     by_id: dict[Key, tuple[Key, str]] = {}
     problems = []
@@ -319,7 +369,14 @@ def _captions(
 def _caption_fault(
     image: Key, caption: str, earlier: tuple[Key, str] | None, images: set[Key]
 ) -> tuple[str, str] | None:
-    """What is wrong with an annotation, and what is done; `earlier` has the same id."""
+    """Returns what is wrong with an annotation and what is done about it, or None for a good one.
+
+    Args:
+      image: the image id of the annotation.
+      caption: its caption.
+      earlier: the image id and caption of an earlier annotation with the same id, if any.
+      images: the ids of the listed images.
+    """
     if image not in images:
         return "caption of an image that is not listed", "left out"
     if not caption:
@@ -342,9 +399,10 @@ def _captions_file(folder: Path, split: str) -> Path:
 
 
 def files_beside(folder: str | Path, split: str) -> dict[str, Path]:
-    """A split's questions, answers and foils as far as there are any.
+    """Returns the existing files of a split's questions, answers and foils, by file name.
 
-    By the names that they are found under beside a split whose captions lie elsewhere.
+    The names are those under which the files are found beside a split whose captions lie
+    elsewhere, as in TFDS shards.
     """
     files = {}
     if has_foils(folder, split):
@@ -357,9 +415,10 @@ def files_beside(folder: str | Path, split: str) -> dict[str, Path]:
 
 
 def _named_after(folder: str | Path, split: str) -> str:
-    """What a split's files are named after: its captions file, or itself where there is none.
+    """Returns what a split's files are named after: its captions file, or else the split.
 
-    Captions may lie elsewhere, as in shards; then there is no captions file of any split.
+    The split's own name is used where the folder has no captions file, as captions may lie
+    elsewhere, such as in TFDS shards.
     """
     annotations = Path(folder) / "annotations"
     if not any(annotations.glob(f"{_PREFIX}*.json")):
@@ -368,7 +427,7 @@ def _named_after(folder: str | Path, split: str) -> str:
 
 
 def _beside(folder: str | Path, split: str, kind: str) -> Path:
-    """The file of another kind for a split, named like its captions file or like the split."""
+    """Returns a split's file of another kind, named like its captions file or like the split."""
     annotations = Path(folder) / "annotations"
     suffixes = (_named_after(folder, split), split)
     names = [annotations / f"{kind}_{suffix}.json" for suffix in suffixes]
@@ -376,7 +435,7 @@ def _beside(folder: str | Path, split: str, kind: str) -> Path:
 
 
 def _question_files(folder: str | Path, split: str) -> tuple[Path, Path] | None:
-    """The questions and the answers of a split, in the order that `read_questions` tells."""
+    """Returns a split's questions file and answers file, in the order of `read_questions`."""
     suffix = _named_after(folder, split)
     pairs = [(_beside(folder, split, "questions"), _beside(folder, split, "answers"))]
     places = (Path(folder) / "annotations", Path(folder))
@@ -387,7 +446,7 @@ def _question_files(folder: str | Path, split: str) -> tuple[Path, Path] | None:
 
 
 def _other_years(places: tuple[Path, ...], suffix: str) -> list[str]:
-    """What VQA v2's files of the same split in another year, or in none, are named after."""
+    """Returns the names of the same split in VQA v2's files of another year, or of none."""
     before, after = _VQA_FILES[0].split("{}")
     found = {
         path.name.removeprefix(before).removesuffix(after)
@@ -399,7 +458,13 @@ def _other_years(places: tuple[Path, ...], suffix: str) -> list[str]:
 
 
 def _image_folder(folder: Path, suffix: str, files: list[str]) -> Path | None:
-    """Where the images of a split lie: the first known place that holds one of them."""
+    """Returns the folder of a split's images: the first known place that holds one of them.
+
+    A split without image files has none.
+
+    Raises:
+      FileNotFoundError: none of the places exists.
+    """
     if not files:
         return None
     places = (folder / suffix, folder / "images" / suffix, folder / "images")

@@ -1,4 +1,4 @@
-"""Interleaved documents: pictures and texts in one order, read from JSON lines.
+"""Interleaved documents: images and texts in one order, read from JSON lines.
 
 One document a line, in one of three forms, which may be mixed (the form is known by its key):
 
@@ -39,7 +39,7 @@ Part = Picture | Text
 
 @dataclass(frozen=True)
 class Document:
-    """Pictures and texts in the order that they are to be read in."""
+    """Images and texts in reading order."""
 
     id: int | str
     parts: tuple[Part, ...]
@@ -55,10 +55,11 @@ class Document:
 
 @dataclass(frozen=True)
 class DocumentSet:
-    """The validated documents of a file, in its order, with the faults that were found.
+    """The validated documents of a file, in its order, with the problems that were found.
 
-    `fingerprint` is a SHA-256 over what training sees: ids, texts, and the images' sizes in
-    bytes in their places among the texts.
+    Attributes:
+      fingerprint: SHA-256 over what training sees: ids, texts, and the images' sizes in bytes in
+        their places among the texts.
     """
 
     documents: tuple[Document, ...]
@@ -74,16 +75,23 @@ def read_documents(
     threads: int | None = None,
     progress: bool = True,
 ) -> DocumentSet:
-    """The documents of a JSON-lines file, every image decoded wholly once.
+    """Reads the documents of a JSON-lines file and decodes every image completely once.
 
-    An image's path is relative to the file's folder, or else to `images/` in it. Outer spaces
-    of texts are cut off, texts that are then empty dropped, and neighbouring ones kept apart;
-    a document without "id" has the number of its line. Left out and counted: documents of
-    which an image is missing or unreadable, and documents without text. Blank lines are
-    skipped.
+    An image's path is relative to the file's folder, or else to `images/` in it. Texts are
+    stripped of outer spaces, empty ones are dropped, and neighbouring ones stay separate. A
+    document without "id" gets the number of its line. Documents of which an image is missing or
+    unreadable, and documents without text, are left out and counted. Blank lines are skipped.
 
-    Raises FileNotFoundError; ValueError with file and line for a malformed line, and where
-    more than `max_bad_share` of the documents are left out or none remains.
+    Args:
+      path: the JSON-lines file.
+      max_bad_share: the largest share of documents that may be left out.
+      threads: threads that decode images; as many as the machine has cores by default.
+      progress: whether to show a progress bar on a terminal.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: a line is malformed (with file and line), the file holds no document, more than
+        `max_bad_share` of the documents are left out, or none remains.
     """
     path = user_path(path, "data.documents.file").absolute()
     listed = list(_lines(path))
@@ -109,7 +117,7 @@ def read_documents(
 
 
 def summary(documents: DocumentSet) -> str:
-    """One paragraph for people: what there is, and every kind of problem with its places."""
+    """Returns one paragraph for people: counts, and every kind of problem with its places."""
     members = documents.documents
     pictures = sum(len(document.pictures) for document in members)
     texts = sum(len(document.texts) for document in members)
@@ -123,7 +131,14 @@ def summary(documents: DocumentSet) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Document]]:
-    """Where each document stands, such as pages.jsonl:7, and its images as they are named."""
+    """Yields the place of each document, such as pages.jsonl:7, and the document.
+
+    Its images have the names that the file gives them.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: a line is malformed.
+    """
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"no documents at {path}: give a file of JSON lines, one document a line"
@@ -136,7 +151,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Document]]:
 
 
 def _node(place: str, line: bytes) -> Node:
-    """The value on a line; `place` is its file and number, which errors begin with."""
+    """Returns the value on a line; errors begin with `place`, the file and the line number."""
     try:
         value = checked_json.parse(line.rstrip(), place)
         json.dumps(value, ensure_ascii=False).encode()
@@ -203,7 +218,7 @@ def _text(target: str) -> Text:
 
 
 def _plain(item: Node) -> Text:
-    """A text in which no image lies."""
+    """Returns a text that must not contain an image marker."""
     text = _string(item.value, item)
     if MARKER in text:
         raise item.error(f"holds {MARKER}, but a text has no image of its own in this form")
@@ -240,14 +255,14 @@ def _locate(folder: Path, name: str) -> Path:
 def _image_faults(
     files: dict[str, Path], stats: Stats, threads: int | None, progress: bool
 ) -> dict[str, Problem]:
-    """What is wrong with images, by their names; nothing for those that are good."""
+    """Returns the problems of images, by the images' names; good images have no entry."""
     entries = [coco.Entry(name, name, file, ()) for name, file in files.items()]
     faults = zip(files, image_faults(entries, stats, threads, progress), strict=True)
     return {name: fault for name, fault in faults if fault}
 
 
 def _fault(place: str, document: Document, faults: dict[str, Problem]) -> Problem | None:
-    """Why a document is left out: its first fault."""
+    """Returns the first problem for which a document is left out, or None for one that is kept."""
     if not document.texts:
         return Problem(place, "no text", "left out")
     for picture in document.pictures:

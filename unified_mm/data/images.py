@@ -33,7 +33,12 @@ _SUFFIXES = {
 
 
 class ImageError(ValueError):
-    """A picture that cannot be decoded: `name` says which, `what` is the fault alone."""
+    """An error for an image that cannot be decoded.
+
+    Attributes:
+      name: the image.
+      what: what is wrong with it.
+    """
 
     def __init__(self, name: str, what: str):
         super().__init__(name, what)  # both as args, so that it survives pickling
@@ -44,10 +49,13 @@ class ImageError(ValueError):
 
 
 def resolve_backend(name: str) -> str:
-    """'auto' becomes 'opencv' where it is installed, else 'pillow'.
+    """Returns the image backend for a name: 'auto' is 'opencv' if that is installed, else 'pillow'.
 
     The two give slightly different pixels, so a run records what this returned.
-    Raises ValueError for an unknown name, ImportError for an OpenCV that is not installed.
+
+    Raises:
+      ValueError: the name is unknown.
+      ImportError: 'opencv' is asked for and not installed.
     """
     installed = importlib.util.find_spec("cv2") is not None
     if name == "auto":
@@ -62,12 +70,19 @@ def resolve_backend(name: str) -> str:
 def decode(
     source: Source, at_least: int | None = None, *, backend: str = "pillow"
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The whole picture as RGB, upright, 8 bits a channel, transparency over white.
+    """Decodes an image to upright RGB, 8 bits a channel, with transparency over white.
 
-    Where `at_least` is given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long
-    as its short side keeps that many pixels. 'opencv' decodes plain JPEGs; everything else
-    goes through Pillow under either name, so that a conversion has one definition.
-    Raises OSError for a file that cannot be read, ImageError naming one that cannot be decoded.
+    Args:
+      source: a path, the bytes of a file, or a stored image.
+      at_least: if given, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its short
+        side keeps that many pixels.
+      backend: 'pillow' or 'opencv'. The latter decodes plain JPEGs; everything else goes through
+        Pillow under either name, so that a conversion has one definition.
+
+    Raises:
+      OSError: the file cannot be read.
+      ImageError: the image cannot be decoded; the message names it.
+      ValueError: the backend is unknown.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown image backend {backend!r}: resolve_backend gives one")
@@ -82,7 +97,11 @@ def decode(
 
 
 def from_pil(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    """An opened picture as `decode` gives it. Raises ImageError for one that cannot be decoded."""
+    """Returns an opened Pillow image as `decode` gives it.
+
+    Raises:
+      ImageError: the image cannot be decoded.
+    """
     try:
         return _to_rgb(image, None)
     except Exception as error:  # decoders raise whatever their parsers meet
@@ -90,10 +109,17 @@ def from_pil(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
 
 
 def check(source: Source, named: str | None = None) -> str | None:
-    """Decodes a picture wholly; says what `decode` has to convert in it, or None for nothing.
+    """Decodes an image completely and returns what `decode` has to convert in it, or None.
 
-    `named` is the file name of what is no file, None where it has none. A JPEG is decoded at
-    an eighth of its size: every coded byte is read all the same. Raises as `decode` does.
+    A JPEG is decoded at an eighth of its size: every coded byte is read all the same.
+
+    Args:
+      source: a path, the bytes of a file, or a stored image.
+      named: the file name of a source that is not a path; None if it has none.
+
+    Raises:
+      OSError: the file cannot be read.
+      ImageError: the image cannot be decoded; the message names it.
     """
     data, name = _read(source)
     if isinstance(source, (str, os.PathLike)):
@@ -108,7 +134,7 @@ def check(source: Source, named: str | None = None) -> str | None:
 
 
 def least_side(size: int, scale: tuple[float, float]) -> int:
-    """The `at_least` of `decode` that keeps training views of `size` from being enlarged."""
+    """Returns the `at_least` of `decode` that keeps training views of `size` from enlargement."""
     return math.ceil(size / math.sqrt(scale[0]))
 
 
@@ -122,10 +148,19 @@ def training_view(
     mirror: bool = False,
     resampling: str = "bicubic",
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """A random crop of `scale` of the area and `ratio` of width to height, brought to `size`.
+    """Returns a random crop, resized to a square.
 
-    The inception crop (Szegedy et al. 2015, arXiv:1409.4842, section 6), its sides cut to the
-    picture rather than drawn again. With `mirror`, half of the views are flipped left-right.
+    This is the Inception crop (Szegedy et al. 2015, arXiv:1409.4842, section 6), except that sides
+    longer than the image are cut to it rather than drawn again.
+
+    Args:
+      image: the decoded image.
+      size: the side of the view in pixels.
+      rng: draws the crop.
+      scale: the range of the crop's share of the image's area.
+      ratio: the range of the crop's width to its height, drawn log-uniformly.
+      mirror: whether to flip half of the views left-right.
+      resampling: 'bilinear' or 'bicubic'.
     """
     height, width = image.shape[:2]
     area = height * width * rng.uniform(*scale)
@@ -148,12 +183,15 @@ def evaluation_view(
     resampling: str = "bicubic",
     fit: str = "crop",
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """The picture as a square of `size`.
+    """Returns the image as a square, without randomness.
 
-    fit: 'crop', the central square, as large as the short side; 'crop_resized', the same as it
-        comes out where the short side is brought to `size` first and whole pixels are cut off then
-        (which is how the preprocessors of many published weights go about it); 'squash', all of
-        the picture.
+    Args:
+      image: the decoded image.
+      size: the side of the view in pixels.
+      resampling: 'bilinear' or 'bicubic'.
+      fit: 'crop', the central square, as large as the short side; 'crop_resized', the same with the
+        short side resized to `size` first and whole pixels cut off then, as the preprocessors of
+        many published weights do; 'squash', the whole image.
     """
     height, width = image.shape[:2]
     side = min(height, width)
@@ -169,7 +207,10 @@ def evaluation_view(
 
 
 def _whole_pixels(length: int, shortest: int, size: int) -> tuple[float, float]:
-    """Where the middle `size` pixels of a side begin and end, once `shortest` is resized to it."""
+    """Returns where the middle `size` pixels of a side begin and end in the original image.
+
+    The image is thought of as resized such that its short side, `shortest`, becomes `size`.
+    """
     resized = int(size * length / shortest)
     start = (resized - size) // 2
     return start * length / resized, (start + size) * length / resized

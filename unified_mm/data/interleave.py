@@ -1,8 +1,8 @@
-"""Interleaved documents as rows of arrays: packing, layout, and few-shot documents.
+"""Interleaved documents as rows of a batch: packing, layout, and few-shot documents.
 
-Images and texts lie in the sequence by group, all image slots and then all text, as everywhere;
+In a sequence all image slots come first and then all text tokens, as everywhere in this package;
 the order in the documents is in `position` and `segment` (Alayrac et al. 2022, arXiv:2204.14198,
-section 2.3, for text that reads the latest image before it).
+section 2.3, for text that attends to the latest image before it).
 """
 
 import zlib
@@ -28,8 +28,10 @@ _TIMES = 5  # few-shot rows a record, each with other examples before it
 class Row:
     """One or more documents that share a row of a batch.
 
-    `directional` says that mirroring its images could make a text false although none says left
-    or right (`Manifest`s know it of whole data sets).
+    Attributes:
+      documents: the documents, in order.
+      directional: whether flipping the images could make a text false although none says left or
+        right, as `Record.mirrorable` tells.
     """
 
     documents: tuple[Document, ...]
@@ -37,13 +39,20 @@ class Row:
 
     @cached_property
     def mirrorable(self) -> bool:
-        """Whether its images may be flipped: not where any of its texts names a side."""
+        """Returns whether the images may be flipped: not if any text names a side."""
         named = any(names_sides(document.texts) for document in self.documents)
         return not self.directional and not named
 
 
 class PlacedImage(NamedTuple):
-    """An image in its slot."""
+    """An image in its slot.
+
+    Attributes:
+      path: the image's file, or where it is stored.
+      position: how many text tokens and images come before it in its document.
+      segment: its number among the images of its document, from 1.
+      document: the number of its document in the row, from 0.
+    """
 
     path: Image
     position: int
@@ -52,7 +61,16 @@ class PlacedImage(NamedTuple):
 
 
 class PlacedToken(NamedTuple):
-    """A text token in the row."""
+    """A text token in the row.
+
+    Attributes:
+      id: the token id.
+      scored: whether the token is one that a model is asked to predict.
+      place: how many text tokens come before it in its document.
+      position: how many text tokens and images come before it in its document.
+      segment: how many images come before it in its document.
+      document: the number of its document in the row, from 0.
+    """
 
     id: int
     scored: bool
@@ -64,12 +82,14 @@ class PlacedToken(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows of `slots` images (S) and `length` text tokens (T). Raises ValueError below 1.
+    """The sizes of a row, which turn documents into placed images and tokens.
 
-    In a document, `position` counts text tokens and images in their order, an image as one;
-    `place` counts its text tokens alone; the `segment` of the n-th image is n (from 1), that of
-    a text token the number of images before it; `document` is the number of the document in
-    its row. All but `segment` count from 0.
+    Attributes:
+      slots: images in a row.
+      length: text tokens in a row.
+
+    Raises:
+      ValueError: one of them is below 1.
     """
 
     slots: int
@@ -85,12 +105,12 @@ class Layout:
     def fill(
         self, row: Row, tokenizer: TextTokenizer
     ) -> tuple[list[PlacedImage], list[PlacedToken]]:
-        """The images and the text tokens of a row, in their order; at most S and T of them.
+        """Returns the images and the text tokens of a row, at most `slots` and `length`, in order.
 
-        What does not fit is cut: a text at the end of the row (it has no `<eos>` then), an
-        image beyond the slots, and in either case everything that follows in the same document,
-        so that no text speaks of an image that is not there. Later documents of the row get
-        what room is left.
+        What does not fit is cut: a text at the end of the row (it has no `<eos>` then), an image
+        beyond the slots, and in either case everything that follows in the same document, so that
+        no text speaks of an image that is not there. Later documents of the row get the remaining
+        room.
         """
         images: list[PlacedImage] = []
         tokens: list[PlacedToken] = []
@@ -120,14 +140,14 @@ class Layout:
 
 
 def measure(document: Document, tokenizer: TextTokenizer) -> tuple[int, int]:
-    """How many images and how many text tokens a document has, `<bos>` and `<eos>` included."""
+    """Returns the numbers of images and text tokens of a document, `<bos>` and `<eos>` included."""
     tokens = sum(len(_encoded(text, tokenizer)) for text in document.texts)
     return len(document.pictures), tokens
 
 
 @dataclass
 class _Begun:
-    """A row that is being packed, with the images and tokens that still fit."""
+    """A row that is being packed, with the numbers of images and tokens that still fit."""
 
     members: list[int]
     images: int
@@ -137,11 +157,19 @@ class _Begun:
 def pack(
     lengths: Sequence[tuple[int, int]], slots: int, length: int, seed: int
 ) -> list[tuple[int, ...]]:
-    """Which documents share a row: every one once, as a function of the arguments alone.
+    """Assigns every document to one row, as a function of the arguments alone.
 
-    `lengths` are the images and the tokens of each document. First fit, in an order drawn by
-    `seed`; only the 64 rows begun last are tried, so the time grows as the number of documents.
+    This is first fit over the 64 rows begun last, so the time is linear in the number of documents.
     A document that is too large for any row gets one of its own, where it is cut.
+
+    Args:
+      lengths: the numbers of images and tokens of each document.
+      slots: images in a row.
+      length: text tokens in a row.
+      seed: draws the order in which documents are packed.
+
+    Returns:
+      The indices of the documents of each row.
     """
     rows: list[_Begun] = []
     tried: deque[_Begun] = deque(maxlen=_TRIED)  # beyond that, the earliest falls out
@@ -161,19 +189,27 @@ def pack(
 def packed_rows(
     documents: Sequence[Document], tokenizer: TextTokenizer, layout: Layout, seed: int
 ) -> list[Row]:
-    """The documents as rows, put together by `pack`."""
+    """Returns the documents as rows, put together by `pack`."""
     lengths = [measure(document, tokenizer) for document in documents]
     packed = pack(lengths, layout.slots, layout.length, seed)
     return [Row(tuple(documents[i] for i in members)) for members in packed]
 
 
 class FewShotRows(Sequence[Row]):
-    """Records as few-shot documents: `shots` other images with their texts, then one's own.
+    """Records as few-shot documents: other images with their texts, then the record's own.
 
-    Usable are records with an image and a caption; with `questions`, with a question (a text
-    that has a prompt), and then those are the texts. Row j of 5n ends with the usable record
-    j % n; the other records (without replacement) and which text of each are drawn by Philox
-    from (seed, j) alone. Raises ValueError where fewer than `shots` + 1 records are usable.
+    A record is usable if it has an image and a text of the kind that `questions` asks for. From n
+    usable records there are 5n rows, and row j ends with record j % n. The other records (without
+    replacement) and which text of each record are drawn by Philox from (seed, j) alone.
+
+    Args:
+      records: the records of a split.
+      shots: how many other images come before a record's own.
+      seed: seed of the draws.
+      questions: whether the texts are questions (texts with a prompt) rather than captions.
+
+    Raises:
+      ValueError: `shots` is negative, or fewer than `shots` + 1 records are usable.
     """
 
     def __init__(
@@ -225,7 +261,7 @@ def _example(record: Record, questions: bool) -> _Example | None:
 
 
 def _encoded(text: Text, tokenizer: TextTokenizer) -> list[tuple[int, bool]]:
-    """`<bos> prompt target <eos>`, uncut: each token and whether it is scored."""
+    """Returns the tokens of `<bos> prompt target <eos>`, uncut, and whether each is scored."""
     prompt = tokenizer.encode_prompt(text.prompt)
     target = [*tokenizer.ids(text.target), tokenizer.eos_id]
     return [(id, False) for id in prompt] + [(id, True) for id in target]

@@ -1,4 +1,4 @@
-"""The validated manifest of a split: every file decoded once, the bad ones named."""
+"""The validated manifest of a split: every image decoded once, the bad ones named."""
 
 import dataclasses
 import hashlib
@@ -32,13 +32,23 @@ def build_manifest(
     progress: bool = True,
     sidecars: Sequence["Sidecar"] = (),
 ) -> Manifest:
-    """Reads a split, decodes every image wholly, leaves out and names what is bad.
+    """Reads a split, decodes every image completely, and leaves out and names what is bad.
 
-    With `cache`, the result is kept in `cache/manifests/` under a hash of the annotations and
-    of each image's name, size and time of change, so unchanged data is decoded once. Raises
-    as `coco.read_captions` does, and ValueError where more than `max_bad_share` of the listed
-    images are left out, or of the captions, or of what lies `sidecars` them, or none remains; and
-    where the cache cannot be written.
+    Args:
+      folder: the data folder, in the layout of MS-COCO.
+      split: the name of the split.
+      source: the name of the data source, for the manifest.
+      cache: if given, the manifest is kept in `cache/manifests/` under a hash of the annotations
+        and of each image's name, size and time of change, so unchanged data is decoded once.
+      max_bad_share: the largest share of images, and of captions, that may be left out.
+      threads: threads that decode images; as many as the machine has cores by default.
+      progress: whether to show a progress bar on a terminal.
+      sidecars: the foils and questions beside the captions.
+
+    Raises:
+      FileNotFoundError: `coco.read_captions` finds no data.
+      ValueError: `coco.read_captions` refuses the data; too many images, captions or members of
+        `sidecars` are left out, or none remains; or the cache is damaged or cannot be written.
     """
     folder = Path(folder).resolve()
     captions = coco.read_captions(folder, split)
@@ -65,10 +75,16 @@ def cached(
     make: Callable[[], Manifest],
     shelf: ByteStore | None = None,
 ) -> Manifest:
-    """The manifest that `cache/manifests/` holds under a hash, else the one made now and kept.
+    """Returns the manifest that `cache/manifests/` holds under a key, or makes and keeps it.
 
-    `shelf` holds the images that are in no files of their own. Raises ValueError for a damaged
-    cache, and for one that cannot be written.
+    Args:
+      cache: the cache's folder; None makes the manifest without keeping it.
+      key: a hash of all that the manifest depends on.
+      make: makes the manifest.
+      shelf: where the images lie that are not files of their own.
+
+    Raises:
+      ValueError: the cached manifest is damaged, or the cache cannot be written.
     """
     if cache is None:
         return make()
@@ -83,10 +99,14 @@ def cached(
 
 @dataclasses.dataclass(frozen=True)
 class Sidecar:
-    """What lies beside a split's captions, each with the id of its image.
+    """The foils or the questions beside a split's captions, by the ids of their images.
 
-    `what` is "foil" or "question". Those on images that are not listed are counted; over
-    `max_bad_share` of them, or all, are refused.
+    Those on images that are not listed are counted as problems.
+
+    Attributes:
+      what: "foil" or "question".
+      image_ids: the image id of each.
+      max_bad_share: the largest share of them that may be on images that are not listed.
     """
 
     what: str
@@ -94,7 +114,11 @@ class Sidecar:
     max_bad_share: float
 
     def orphans(self, listed: Set[coco.Key], where: object) -> list[Problem]:
-        """One for each that names no image listed in `where`. Raises ValueError for too many."""
+        """Returns a problem for each foil or question on an image that is not listed in `where`.
+
+        Raises:
+          ValueError: more than `max_bad_share` of them are on such images, or all.
+        """
         fault = f"{self.what} on an image that is not listed"
         found = [
             Problem(f"{self.what} {number}", fault, "left out")
@@ -112,13 +136,13 @@ class Sidecar:
 def with_orphans(
     manifest: Manifest, sidecars: Iterable[Sidecar], listed: Set[coco.Key], where: object
 ) -> Manifest:
-    """The manifest, with what lies beside images that are not listed among its problems."""
+    """Returns the manifest with the sidecars' members on unlisted images added to its problems."""
     orphans = [each for members in sidecars for each in members.orphans(listed, where)]
     return dataclasses.replace(manifest, problems=(*manifest.problems, *orphans))
 
 
 def with_questions(manifest: Manifest, questions: Iterable[coco.Question]) -> Manifest:
-    """The manifest with every question of its images as a further text of their records.
+    """Returns the manifest with the questions of its images added to the texts of their records.
 
     A question that names sides makes its record not mirrorable. The fingerprint changes.
     """
@@ -134,7 +158,7 @@ def with_questions(manifest: Manifest, questions: Iterable[coco.Question]) -> Ma
 
 
 def summary(manifest: Manifest) -> str:
-    """One paragraph for people: what there is, and every kind of problem with its files."""
+    """Returns one paragraph for people: counts, and every kind of problem with its files."""
     records = manifest.records
     texts = sum(len(r.texts) for r in records)
     parts = [
@@ -151,7 +175,7 @@ def summary(manifest: Manifest) -> str:
 
 
 def problem_counts(problems: Iterable[Problem]) -> list[str]:
-    """A phrase for each kind of problem: how many there are, and the first of their files."""
+    """Returns a phrase for each kind of problem: their number, and the first of their files."""
     kinds: dict[tuple[str, str], list[str]] = {}
     for problem in problems:
         kinds.setdefault((problem.action, problem.what), []).append(problem.file)
@@ -163,20 +187,21 @@ def problem_counts(problems: Iterable[Problem]) -> list[str]:
 
 
 def to_json(manifest: Manifest) -> str:
-    """The manifest as JSON text; `from_json` gives an equal one back."""
+    """Returns the manifest as JSON text; `from_json` gives an equal one back."""
     return json.dumps(manifest, default=_members)  # ASCII: paths need not be UTF-8
 
 
 def _members(value: Any) -> dict[str, Any]:
-    """What JSON keeps of a dataclass: its fields, without the shelf that an image lies on."""
+    """Returns the fields of a dataclass that JSON keeps: all but the `shelf` of a stored image."""
     names = [field.name for field in dataclasses.fields(value) if field.name != "shelf"]
     return {name: getattr(value, name) for name in names}
 
 
 def from_json(text: str, shelf: ByteStore | None = None) -> Manifest:
-    """The manifest that `to_json` wrote, its stored images on `shelf`.
+    """Returns the manifest that `to_json` wrote, its stored images on `shelf`.
 
-    Raises ValueError, KeyError or TypeError for other text.
+    Raises:
+      ValueError, KeyError, TypeError: the text is not such a manifest.
     """
     data = json.loads(text)
 
@@ -197,7 +222,7 @@ def _with_texts(record: Record, texts: list[Text]) -> Record:
 
 
 def names_sides(texts: Iterable[Text]) -> bool:
-    """Whether a text says left or right, so that mirroring its image could make it false."""
+    """Returns whether a text says left or right, so that flipping its image could make it false."""
     return any(_SIDES.search(t.prompt) or _SIDES.search(t.target) for t in texts)
 
 
@@ -205,7 +230,7 @@ Stats = dict[Path, os.stat_result]
 
 
 def _stat(captions: coco.Captions) -> Stats:
-    """The files that are there, so that a missing one is one without an entry."""
+    """Returns the file status of each image that exists; a missing one has no entry."""
     found = {}
     for entry in captions.entries:
         if entry.path is not None and os.path.isfile(entry.path):
@@ -231,7 +256,7 @@ def _check(
 def image_faults(
     entries: Sequence[coco.Entry], stats: Stats, threads: int | None, progress: bool
 ) -> list[Problem | None]:
-    """What is wrong with the image of each entry; what is not in `stats` is missing."""
+    """Returns the problem of each entry's image or None; an image that `stats` lacks is missing."""
     from tqdm import tqdm
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
@@ -250,7 +275,13 @@ def _image_fault(entry: coco.Entry, stats: Stats) -> Problem | None:
 
 
 def image_fault(name: str, source: images.Source, named: str | None = None) -> Problem | None:
-    """What is wrong with an image that messages call `name`; `named` is as `images.check`'s."""
+    """Checks an image and returns its problem, or None for a good one.
+
+    Args:
+      name: the image's name in messages.
+      source: a path, the bytes of a file, or a stored image.
+      named: the file name of a source that is not a path, as in `images.check`.
+    """
     try:
         conversion = images.check(source, named)
     except images.ImageError as error:
@@ -267,7 +298,7 @@ def _record(entry: coco.Entry, directional: bool) -> Record:
 
 
 def fingerprint(records: Iterable[Record], sizes: Mapping[Image, int]) -> str:
-    """SHA-256 over what training sees of records; `sizes` are the images' in bytes."""
+    """Returns the SHA-256 over what training sees of records; `sizes` are the images' in bytes."""
     digest = hashlib.sha256()
     for record in records:
         texts = [[text.prompt, text.target] for text in record.texts]
@@ -284,10 +315,18 @@ def refuse_bad(
     max_bad_share: float,
     hint: str = "",
 ) -> None:
-    """Raises ValueError where too many of what a file lists are bad, or none is left.
+    """Raises ValueError if too many of what a file lists are bad, or none is left.
 
-    `listed_as` names them, such as "images of 'train' in /data"; the first bad ones are those
-    of the `problems` that come first; `hint` says what may be behind them.
+    Args:
+      listed_as: the plural noun for messages, such as "images of 'train' in /data".
+      listed: how many the file lists.
+      kept: how many of them are kept.
+      problems: the problems found; the message names the first that were left out.
+      max_bad_share: the largest share that may be bad.
+      hint: a likely cause, appended to the message.
+
+    Raises:
+      ValueError: the share of bad ones is above `max_bad_share`, or `kept` is 0.
     """
     bad = listed - kept
     share = bad / max(listed, 1)

@@ -1,6 +1,6 @@
 """Files of a network folder, copied once into the cache and read there.
 
-Any place that `etils.epath` reads will do: `gs://` (pip install gcsfs), `s3://` (s3fs), ...
+Every URL that `etils.epath` reads works: `gs://` (pip install gcsfs), `s3://` (s3fs), ...
 """
 
 from __future__ import annotations
@@ -19,25 +19,28 @@ from unified_mm.files import naming
 
 
 def is_remote(place: str) -> bool:
-    """Whether it is a URL and no path of this machine."""
+    """Returns whether a place is a URL rather than a path of this machine."""
     return "://" in place
 
 
 @dataclass(frozen=True)
 class Mirror:
-    """A network folder and its copy. Methods raise ValueError naming the place and the reason."""
+    """A network folder and its copy; errors of its methods are ValueErrors that name the folder."""
 
     url: str
     cache: Path
 
     @property
     def folder(self) -> Path:
-        """Where the copies lie."""
+        """The folder of the copies."""
         name = hashlib.sha256(self.url.rstrip("/").encode()).hexdigest()[:16]
         return self.cache / "mirrors" / name
 
     def names(self, below: str = "") -> list[str]:
-        """The files in the folder, or in the folder `below` it; nothing where there is none."""
+        """Returns the files in the folder, or in its subfolder `below` (which ends in a slash).
+
+        There are none where there is no such folder.
+        """
         with self._told():
             place = self._place(below)
             if not place.is_dir():
@@ -45,7 +48,7 @@ class Mirror:
             return sorted(f"{below}{each.name}" for each in place.iterdir() if not each.is_dir())
 
     def fetch(self, names: Collection[str]) -> None:
-        """Copies files that are not there yet, or are of another size or time by now."""
+        """Copies files that are missing, or whose size or time of change differs."""
         from tqdm import tqdm
 
         with self._told():

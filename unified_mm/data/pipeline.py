@@ -1,4 +1,4 @@
-"""Records to batches of arrays. The global batch is a function of seed and step alone."""
+"""Records to batches of arrays, where the global batch depends on seed and step alone."""
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,24 +14,29 @@ Rows = Sequence[int] | np.ndarray  # of a batch
 
 @runtime_checkable
 class Preparer(Protocol):
-    """How one modality makes arrays of a record; equal keys, shapes and dtypes for each."""
+    """A modality's conversion of records to arrays, with equal keys, shapes and dtypes for each."""
 
     def prepare(self, record: Any, rng: np.random.Generator | None) -> Arrays:
-        """The arrays of one example. `rng` None asks for the evaluation view."""
+        """Returns the arrays of one example, in the evaluation view if `rng` is None."""
         ...
 
     def absent(self) -> Arrays:
-        """The arrays of an example that lacks the modality: `present` is False."""
+        """Returns the arrays of an example that lacks the modality: `present` is False."""
         ...
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Which row of which global batch a reader's element is.
+    """The rows of the global batches that one process reads, by the element numbers of its reader.
 
-    This process reads the rows `own` of each global batch. Grain gives worker w of W the elements
-    w, w + W, ... and takes whole batches from the workers in turn, so the elements are numbered
-    such that worker w makes batches w, w + W, ...
+    Grain gives worker w of W the elements w, w + W, ... and takes whole batches from the workers in
+    turn, so the elements are numbered such that worker w makes batches w, w + W, ...
+
+    Attributes:
+      batch_size: rows of a global batch.
+      start_step: the step of the first batch.
+      own: the rows of each global batch that this process reads.
+      workers: worker processes, 0 for none.
     """
 
     batch_size: int
@@ -51,7 +56,7 @@ class _Rows:
         return len(self.own)
 
     def sample(self, element: int) -> int:
-        """The number of the sample since step 0, over all processes."""
+        """Returns the number of the sample since step 0, over all processes."""
         workers = max(self.workers, 1)
         position, worker = divmod(element, workers)
         batch, row = divmod(position, self.rows)
@@ -126,14 +131,27 @@ def training_batches(
     workers: int = 0,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """The endless training batches from `start_step` on; call `.close()` when done.
+    """Returns the endless training batches from `start_step` on; call `.close()` when done.
 
-    Every epoch is a permutation of the records that depends on (seed, epoch); the generator
-    that a modality prepares sample i with depends on (seed, i, the modality's name). So
-    neither threads, workers, processes, a restart nor a further modality changes any array.
-    `batch_size` counts the rows over all processes; `rows` are those that this one gets, all of
-    them by default. `prefetch` is in batches. Raises ValueError for no records, no preparers, or
-    rows that no batch has; iterating raises what a preparer raises.
+    Every epoch is a permutation of the records that depends on (seed, epoch); the generator with
+    which a modality prepares sample i depends on (seed, i, the modality's name). So neither
+    threads, workers, processes, a restart nor a further modality changes any array. Iterating
+    raises what a preparer raises.
+
+    Args:
+      records: the examples.
+      preparers: by modality.
+      seed: in [0, 2**64).
+      batch_size: rows of a batch over all processes.
+      start_step: the step of the first batch.
+      rows: those of each batch that this process gets, all by default.
+      threads: threads that prepare examples.
+      workers: processes that prepare examples; 0 for none beside this one.
+      prefetch: batches that are prepared ahead.
+
+    Raises:
+      ValueError: there are no records or no preparers, no batch has such `rows`, or the seed is
+        out of range.
     """
     _require(records, preparers)
     read = _Rows.of(batch_size, start_step, rows, workers)
@@ -150,10 +168,10 @@ def evaluation_batches(
     threads: int = 2,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """Every record once, in order, in evaluation views; call `.close()` when done.
+    """Returns batches of every record once, in order, in evaluation views.
 
-    The last batch is filled up with rows in which every modality is absent. `rows` and errors are
-    as in `training_batches`.
+    Call `.close()` when done. The last batch is filled up with rows in which every modality is
+    absent. Arguments and errors are as in `training_batches`.
     """
     _require(records, preparers)
     read = _Rows.of(batch_size, 0, rows, 0)

@@ -1,4 +1,4 @@
-"""What every data source hands on: records (one image and its texts) in a validated manifest."""
+"""Records (an image with its texts) in a validated manifest, which every data source gives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any, Protocol, runtime_checkable
 
 @dataclass(frozen=True)
 class Text:
-    """One text of a record. A caption has the prompt ''; an answer has its question as prompt."""
+    """One text of a record.
+
+    Attributes:
+      prompt: the question of an answer, '' for a caption.
+      target: the caption or the answer.
+    """
 
     prompt: str
     target: str
@@ -17,16 +22,20 @@ class Text:
 
 @runtime_checkable
 class ByteStore(Protocol):
-    """Undecoded images in larger files, by number; it pickles, and threads share it."""
+    """A store of undecoded images in larger files, by number; it pickles, and threads share it."""
 
     def __getitem__(self, number: int, /) -> bytes: ...
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image that lies in a larger file beside others; `str` of it names it in messages.
+    """An image that lies in a larger file beside others; its `str` names it in messages.
 
-    `name` is its file name as far as known, `size` is in bytes.
+    Attributes:
+      shelf: the store that holds it.
+      number: its number in the store.
+      name: its file name as far as known.
+      size: in bytes.
     """
 
     shelf: ByteStore
@@ -35,7 +44,11 @@ class StoredImage:
     size: int
 
     def read(self) -> bytes:
-        """The undecoded bytes. Raises ValueError naming what cannot be read."""
+        """Returns the undecoded bytes.
+
+        Raises:
+          ValueError: the store cannot be read; the message names the file.
+        """
         return self.shelf[self.number]
 
     def __str__(self) -> str:
@@ -49,9 +62,12 @@ Image = str | StoredImage  # a file's absolute path, or what lies in a larger fi
 class Record:
     """One example: an image, its texts, and what further modalities need.
 
-    `image` is None where the example has no image; `texts` may be empty;
-    `mirrorable` is False where flipping left and right would make a text false; `fields` holds,
-    by name, plain JSON values for modalities other than image and text.
+    Attributes:
+      id: the example's id.
+      image: None where the example has no image.
+      texts: may be empty.
+      mirrorable: False where flipping left and right would make a text false.
+      fields: plain JSON values by name, for modalities other than image and text.
     """
 
     id: int | str
@@ -63,9 +79,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something found while reading: `file` says where, `what` says which fault.
+    """A fault found while reading.
 
-    `action` is 'converted' where the example is used all the same, else 'left out'.
+    Attributes:
+      file: where it is.
+      what: the kind of fault.
+      action: 'converted' where the example is used all the same, else 'left out'.
     """
 
     file: str
@@ -75,11 +94,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The validated examples of one split, in a fixed order, with the faults that were found.
+    """The validated examples of one split, in a fixed order, with the problems that were found.
 
-    `source` is 'coco', 'world' or another data source's name. `fingerprint` is a SHA-256 over
-    what training sees: ids, texts and the images' sizes in bytes; two manifests with equal
-    fingerprints train alike.
+    Attributes:
+      split: the name of the split.
+      records: the examples.
+      source: the name of the data source, such as 'coco' or 'world'.
+      folder: the data folder.
+      fingerprint: SHA-256 over what training sees: ids, texts and the images' sizes in bytes.
+        Manifests with equal fingerprints train alike.
+      problems: the faults that were found.
     """
 
     split: str

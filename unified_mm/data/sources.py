@@ -1,4 +1,4 @@
-"""Where examples come from: a folder of the user's, or else the embedded world, plainly said."""
+"""Sources of examples: a folder of the user's, or else the embedded world, with a notice."""
 
 from __future__ import annotations
 
@@ -32,29 +32,35 @@ WORLD_BANNER = (
 
 @runtime_checkable
 class Source(Protocol):
-    """A named origin of examples, split by split."""
+    """A named origin of examples, split by split.
+
+    Attributes:
+      name: the name of the source, such as 'coco'.
+      folder: where the data lie.
+      banner: a notice to show wherever this data is used, or None.
+    """
 
     name: str
     folder: str
     banner: str | None  # what nobody may overlook about this data
 
     def splits(self) -> Sequence[str]:
-        """The splits that are there."""
+        """Returns the names of the splits."""
 
     def manifest(self, split: str) -> Manifest:
-        """The validated examples of a split."""
+        """Returns the validated examples of a split."""
 
     def foils(self, split: str) -> Sequence[coco.Foil]:
-        """Captions made false by one word; empty where there are none."""
+        """Returns captions made false by one word; empty if there are none."""
 
     def questions(self, split: str) -> Sequence[coco.Question]:
-        """Questions with answers; empty where there are none."""
+        """Returns questions with answers; empty if there are none."""
 
 
 class AnnotatedFolder:
     """Images with captions, and in `annotations/` files of questions and foils on them.
 
-    What the captions lie in is a subclass's to know.
+    Subclasses read the captions.
     """
 
     def __init__(
@@ -65,7 +71,7 @@ class AnnotatedFolder:
         self.banner = banner
         self._cache = cache_folder(data)
         self._max_bad_share = float(data.max_bad_share)
-        self._max_orphans = self._max_bad_share  # beside images that are not listed
+        self._max_orphans = self._max_bad_share  # share that may be on unlisted images
         self._asking = asking_field(data)
         self._questions: dict[str, Sequence[coco.Question]] = {}  # those that were read
         self._splits = tuple(splits)
@@ -74,7 +80,7 @@ class AnnotatedFolder:
         return self._splits
 
     def manifest(self, split: str) -> Manifest:
-        """The validated examples of a split, with the questions that training asks for.
+        """Returns the validated examples of a split, with the questions that training asks for.
 
         Foils, and questions that were read, are checked with it: those on images that are not
         listed are among its problems.
@@ -86,7 +92,10 @@ class AnnotatedFolder:
         return with_questions(manifest, questions) if self._asking else manifest
 
     def captioned(self, split: str) -> Manifest:
-        """The validated examples of a split with their captions alone; the rest is checked too."""
+        """Returns the validated examples of a split with captions alone.
+
+        Foils and questions are checked too.
+        """
         return self._build(split, self._beside_all(split, self.questions(split)))
 
     def _build(self, split: str, sidecars: Sequence[Sidecar]) -> Manifest:
@@ -103,7 +112,7 @@ class AnnotatedFolder:
         return self._questions[split]
 
     def no_questions(self, split: str) -> str:
-        """For an error: that there are none, and what was looked for."""
+        """Returns an error message: the split has no questions, and what was looked for."""
         return coco.no_questions(self.folder, split)
 
     def _beside_all(self, split: str, questions: Sequence[coco.Question]) -> tuple[Sidecar, ...]:
@@ -118,7 +127,7 @@ class AnnotatedFolder:
         return Sidecar(what, [member.image_id for member in members], share)
 
     def _share_of_questions(self, split: str) -> float:
-        """How many questions may be on other images: VQA v2's files serve several years."""
+        """Returns the share of questions allowed on unlisted images: 1 for VQA v2's own files."""
         return 1.0 if coco.questions_serve_others(self.folder, split) else self._max_orphans
 
 
@@ -143,25 +152,25 @@ class CocoFolder(AnnotatedFolder):
 
 
 def asking_field(data: Any) -> str:
-    """The field of `data` that asks for questions to train on; '' where none does."""
+    """Returns the field of `data` that asks for questions to train on, '' if none does."""
     if float(data.question_share) > 0:
         return f"data.question_share={data.question_share}"
     return "data.documents.questions" if data.documents.questions else ""
 
 
 def refuse_no_questions(source: Source, split: str, field: str) -> NoReturn:
-    """Raises ValueError: `field` asks for questions, and a split has none."""
+    """Raises ValueError, as `field` asks for questions and a split has none."""
     own = getattr(source, "no_questions", None)
     said = own(split) if own else f"{source.name} has none for the split {split!r}"
     raise ValueError(f"{field} asks for questions: {said}")
 
 
 def open_source(data: Any) -> Source:
-    """The source that `config.data` asks for.
+    """Returns the source that `config.data` asks for.
 
     Raises:
-      FileNotFoundError, ValueError: a folder that was given and is wrong, never a fallback; or what
-        is no source.
+      FileNotFoundError, ValueError: a given folder is wrong (there is no fallback then), or
+        `data.source` does not make a source.
     """
     make = resolve("data source", data.source, BUILT_IN)
     if not _takes_options(make):
@@ -178,7 +187,7 @@ def open_source(data: Any) -> Source:
 
 
 def _takes_options(make: Any) -> bool:
-    """Whether it can be called with one argument, as far as it says."""
+    """Returns whether `make` can be called with one argument, as far as its signature tells."""
     try:
         inspect.signature(make).bind(None)
     except TypeError:
@@ -189,7 +198,7 @@ def _takes_options(make: Any) -> bool:
 
 
 def find_source(data: Any) -> Source:
-    """The folder given, else a documented place, else the embedded world."""
+    """Returns the folder given, else a documented place, else the embedded world."""
     if data.dir:
         return given_folder(data)
     for place in PLACES:
@@ -200,14 +209,19 @@ def find_source(data: Any) -> Source:
 
 
 def given_folder(data: Any) -> Source:
-    """`data.dir`, which must be there."""
+    """Returns the folder `data.dir` as a source.
+
+    Raises:
+      FileNotFoundError: there is no such folder, or no captions file in it.
+      ValueError: no folder is given, or it is a TFDS dataset or cannot be read.
+    """
     if not data.dir:
         raise ValueError("data.source='coco' needs data.dir, a folder in COCO captions layout")
     return CocoFolder(user_path(data.dir, "data.dir"), data)
 
 
 def embedded_world(data: Any) -> Source:
-    """The world that this package renders, made on first use and kept in the cache."""
+    """Returns the world that this package renders, made on first use and kept in the cache."""
     from unified_mm.world.build import ensure_world
     from unified_mm.world.scenes import WorldSpec
 
@@ -222,7 +236,7 @@ def embedded_world(data: Any) -> Source:
 
 
 def cache_folder(data: Any) -> Path:
-    """`data.cache_dir`, else $UNIFIED_MM_CACHE, else the user's cache."""
+    """Returns `data.cache_dir`, else $UNIFIED_MM_CACHE, else the user's cache."""
     if data.cache_dir:
         return user_path(data.cache_dir, "data.cache_dir")
     if os.environ.get("UNIFIED_MM_CACHE"):

@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE, so that every script has tokens.
+"""Text to token ids and back, by byte-level BPE, so that every script has tokens.
 
 Sennrich et al. 2016 (arXiv:1508.07909) for BPE, Radford et al. 2019 (GPT-2) for its bytes.
 """
@@ -23,14 +23,18 @@ SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte must have a token
 class TextTokenizer:
     """A `tokenizers.Tokenizer` with the layout `<bos> prompt target <eos>` on top.
 
-    Reads any tokenizer that knows its special tokens; ours has `<pad>`, `<bos>` and `<eos>` as
-    ids 0, 1 and 2. Special tokens that are written out in a text are ordinary text here.
+    Any tokenizer works that knows its special tokens; ours has `<pad>`, `<bos>` and `<eos>` as ids
+    0, 1 and 2. Special tokens that are written out in a text are ordinary text here.
 
-    tokenizer: of the library.
-    pad, bos, eos: what its special tokens are called; two may be the same. With '' as `bos`
-        nothing stands before a text.
-    eos_when_cut: whether a text that is too long ends in `<eos>` all the same, as encoders that
-        pool there need it.
+    Args:
+      tokenizer: the library's tokenizer.
+      pad, bos, eos: names of its special tokens; two may be the same. With '' as `bos`, nothing
+        stands before a text.
+      eos_when_cut: whether a text that is too long still ends in `<eos>`, as encoders that pool
+        there need it.
+
+    Raises:
+      ValueError: the tokenizer lacks a special token.
     """
 
     def __init__(
@@ -65,10 +69,13 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary_size: int) -> "TextTokenizer":
-        """Learns the merges of `texts`: lower case, NFC, at most `vocabulary_size` tokens.
+        """Learns BPE merges from texts: lower case, NFC, at most `vocabulary_size` tokens.
 
-        Equal texts give equal tokenizers. Fewer tokens come out where the texts have no more
-        pairs to merge. Raises ValueError for a vocabulary below 260 (256 bytes, 4 special).
+        Equal texts give equal tokenizers. There are fewer tokens where the texts have no more pairs
+        to merge.
+
+        Raises:
+          ValueError: the vocabulary is below 260 (256 bytes, 4 special tokens).
         """
         if vocabulary_size < SMALLEST_VOCABULARY:
             raise ValueError(
@@ -94,7 +101,9 @@ class TextTokenizer:
     def load(cls, path: str | os.PathLike, **special_tokens: Any) -> "TextTokenizer":
         """Reads a tokenizer.json whose special tokens are named as the constructor's arguments.
 
-        Raises FileNotFoundError, or ValueError naming the file.
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: the file is not a usable tokenizer; the message names it.
         """
         path = Path(path)
         if not path.is_file():
@@ -109,7 +118,7 @@ class TextTokenizer:
         write_atomically(path, self.as_json().encode())
 
     def as_json(self) -> str:
-        """What tokenizer.json holds."""
+        """Returns the content of tokenizer.json."""
         return str(self._tokenizer.to_str())
 
     @property
@@ -117,13 +126,17 @@ class TextTokenizer:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, prompt: str, target: str, length: int) -> dict[str, np.ndarray]:
-        """`<bos> prompt target <eos>`, padded or cut to `length` tokens.
+        """Encodes `<bos> prompt target <eos>`, padded or cut to `length` tokens.
 
-        Returns `ids` int32 [N], `valid` bool [N] (not padding) and `scored` bool [N] (the
-        tokens of the target and the `<eos>`: what a model is asked to predict). A text that
-        is too long is cut and then has no `<eos>`, so that no model learns to stop there
-        (but see `eos_when_cut`).
-        Raises ValueError where the prompt leaves no room for one token of the target.
+        A text that is too long is cut and then has no `<eos>`, so that no model learns to stop
+        there (but see `eos_when_cut`).
+
+        Returns:
+          `ids` int32 [T], `valid` bool [T] (not padding) and `scored` bool [T] (the tokens of the
+          target and the `<eos>`: what a model is asked to predict), where T is `length`.
+
+        Raises:
+          ValueError: the prompt leaves no room for one token of the target.
         """
         prompt_ids = self.encode_prompt(prompt)
         if len(prompt_ids) >= length:
@@ -141,22 +154,22 @@ class TextTokenizer:
         return {"ids": ids, "valid": valid, "scored": valid & (position >= len(prompt_ids))}
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """`<bos> prompt`: where generation starts."""
+        """Returns the ids of `<bos> prompt`, where generation starts."""
         begin = [] if self.bos_id is None else [self.bos_id]
         return begin + self.ids(prompt)
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a text alone."""
+        """Returns the token ids of a text alone."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
 
     def spellings(self, text: str) -> list[int]:
-        """The tokens that are just this text, at the start of a word or within one."""
+        """Returns the tokens that are just this text, at the start of a word or within one."""
         found = [] if len(ids := self.ids(text)) != 1 else ids
         within = self._tokenizer.token_to_id(text)
         return list(dict.fromkeys(found + ([] if within is None else [within])))
 
     def words(self, text: str) -> tuple[list[str], list[int]]:
-        """The words of a text, which white space parts, and to which each of `ids` belongs."""
+        """Returns the words of a text, split at white space, and the word index of each token."""
         found = list(re.finditer(r"\S+", text))
         ends = np.array([word.end() for word in found])
         offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets if found else []
@@ -165,7 +178,7 @@ class TextTokenizer:
         return [word[0] for word in found], [min(owner, len(found) - 1) for owner in owners]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text before the first `<eos>`, without special tokens and outer spaces."""
+        """Returns the text before the first `<eos>`, without special tokens and outer spaces."""
         row = [int(i) for i in ids]
         end = row.index(self.eos_id) if self.eos_id in row else len(row)
         return self._tokenizer.decode(row[:end], skip_special_tokens=True).strip()

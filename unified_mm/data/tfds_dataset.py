@@ -1,7 +1,7 @@
 """A TFDS dataset on disk: its description, its shards, and examples by their number.
 
-No TensorFlow: examples are read through `builder.as_data_source` as bytes, and of them only the
-features that are needed are deserialized. TFDS is imported where a dataset is opened.
+No TensorFlow: examples are read as bytes through `builder.as_data_source`, and only the features
+that are needed are deserialized. TFDS is imported when a dataset is opened.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Shard(NamedTuple):
     records: int
 
     def check(self) -> None:
-        """Raises ValueError where it holds another number of them."""
+        """Raises ValueError if the file holds another number of examples."""
         from array_record.python import array_record_module
 
         reader = array_record_module.ArrayRecordReader(os.fspath(self.path))
@@ -45,6 +45,11 @@ class Split:
     """The undecoded images of a split, by number: a `records.ByteStore`.
 
     Every process opens the files for itself, when it first reads.
+
+    Attributes:
+      folder: the folder of the dataset.
+      split: the name of the split.
+      image: the name of the image feature.
     """
 
     folder: str
@@ -62,9 +67,10 @@ class Split:
         return Split, (self.folder, self.split, self.image)
 
     def example(self, number: int, features: Any) -> Mapping[str, Any]:
-        """The members of an example that `features` holds, the image undecoded.
+        """Returns the members of an example that `features` holds, the image undecoded.
 
-        Raises ValueError naming the shard that cannot be read.
+        Raises:
+          ValueError: a shard cannot be read; the message names it.
         """
         opened = self._opened
         try:
@@ -91,9 +97,13 @@ class Split:
 
 
 class _Opened(NamedTuple):
-    """The serialized examples of a split, how images lie in them, and TFDS' word on the split.
+    """A split that is open for reading.
 
-    `skip` says that images stay undecoded.
+    Attributes:
+      raw: the serialized examples.
+      image: the feature dict of the image alone.
+      skip: the decoders that leave images undecoded.
+      info: TFDS' description of the split.
     """
 
     raw: Sequence[bytes]
@@ -102,7 +112,7 @@ class _Opened(NamedTuple):
     info: Any
 
     def place(self, number: int) -> tuple[str, int]:
-        """The shard of an example, and its number there."""
+        """Returns the shard of an example, and the example's number in it."""
         ends = list(itertools.accumulate(self.info.shard_lengths))
         shard = next(i for i, end in enumerate(ends) if number < end)
         start = ends[shard] - self.info.shard_lengths[shard]
@@ -110,14 +120,23 @@ class _Opened(NamedTuple):
 
 
 def feature_dict(members: Mapping[str, Any]) -> Any:
-    """These features alone, so that no others are deserialized."""
+    """Returns a TFDS feature dict of these features alone, so that no others are deserialized."""
     import tensorflow_datasets as tfds
 
     return tfds.features.FeaturesDict(dict(members))
 
 
 def open_builder(folder: Path, given: str) -> Any:
-    """TFDS' reader of a dataset that it or we prepared; `given` is what data.dir says."""
+    """Returns TFDS' reader of a dataset that TFDS or this package prepared.
+
+    Args:
+      folder: the folder of the dataset.
+      given: `data.dir`, for messages.
+
+    Raises:
+      FileNotFoundError: the folder is not a dataset.
+      ValueError: the dataset is damaged, or not in `array_record` format.
+    """
     import tensorflow_datasets as tfds
 
     for name in (INFO, FEATURES):
@@ -144,7 +163,7 @@ def open_builder(folder: Path, given: str) -> Any:
 
 
 def _no_dataset(folder: Path) -> str:
-    """What to do about a folder that is no dataset: the datasets below it, if any."""
+    """Returns the end of an error on a folder without a dataset: the datasets below it, if any."""
     below = sorted(
         os.fspath(path.parent)
         for depth in (1, 2, 3)

@@ -18,12 +18,12 @@ from unified_mm.data.records import Manifest, Record, StoredImage
 
 @dataclass(frozen=True)
 class Options:
-    """How a dataset is written.
+    """Options for writing a dataset.
 
     Attributes:
       resize: pixels that the shorter side of an image has at most; 0 keeps every file's bytes.
       quality: of the JPEG that a resized image becomes (Pillow's scale, chroma halved).
-      shard_bytes: of image files, as they were, that a shard takes at most.
+      shard_bytes: bytes of original image files that a shard has at most.
     """
 
     resize: int = 0
@@ -32,7 +32,7 @@ class Options:
 
 
 def to_example(record: Record, manifest: Manifest, options: Options) -> dict[str, Any]:
-    """A record as TFDS' features have it; without image, the image is empty."""
+    """Returns a record as a TFDS example; without an image, the image is empty."""
     data, name = b"", ""
     if record.image is not None:
         data, name = _picture(record.image), _name(record.image, manifest.folder)
@@ -52,13 +52,13 @@ def _picture(image: str | StoredImage) -> bytes:
 
 
 def _name(image: str | StoredImage, folder: str) -> str:
-    """An image's name in its folder, for messages: bytes that are no UTF-8 are spelled out."""
+    """Returns an image's name in its folder for messages, bytes that are not UTF-8 escaped."""
     name = image.name if isinstance(image, StoredImage) else os.path.relpath(image, folder)
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def _resized(data: bytes, options: Options) -> bytes | None:
-    """A JPEG with the shorter side of `options.resize`; None for an image that is no larger."""
+    """Returns a JPEG with shorter side `options.resize`; None for an image that is no larger."""
     if not options.resize:
         return None
     with Image.open(io.BytesIO(data)) as opened:
@@ -75,9 +75,10 @@ def _resized(data: bytes, options: Options) -> bytes | None:
 
 
 def common_features(manifests: Mapping[str, Manifest]) -> Any:
-    """The features that hold all records, named as in TFDS' `coco_captions`.
+    """Returns the features that hold all records, named as in TFDS' `coco_captions`.
 
-    Raises ValueError for ids that no one feature holds.
+    Raises:
+      ValueError: no single feature type holds all ids.
     """
     import tensorflow_datasets as tfds
 
@@ -102,7 +103,10 @@ def common_features(manifests: Mapping[str, Manifest]) -> Any:
 
 
 def serializer(features: Any) -> Callable[[dict[str, Any]], bytes]:
-    """As `features.serialize_example`, but equal examples give equal bytes in every process."""
+    """Returns a deterministic `features.serialize_example`.
+
+    Equal examples give equal bytes in every process.
+    """
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
     plain = ExampleSerializer(features.get_serialized_info())

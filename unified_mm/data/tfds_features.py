@@ -1,4 +1,4 @@
-"""Which features of a TFDS dataset are the image, the captions, and what else there may be."""
+"""The choice of the features of a TFDS dataset that are images, captions and the like."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ USUAL = {
     "name": ("image/filename", "image/file_name", "filename", "file_name"),
     "mirrorable": ("mirrorable",),
 }
-TEXTS = ("text", "caption", "raw")  # in groups of captions
+TEXTS = ("text", "caption", "raw")  # names of the text in a group of captions
 NEEDED = ("image", "captions")
 
 
 class Roles(NamedTuple):
-    """Names of features; '' for what a dataset does not tell.
+    """The names of a dataset's features; '' for what the dataset lacks.
 
-    `text` is that of the text where `captions` is a sequence of groups.
+    Attributes:
+      text: the name of the text, where `captions` is a sequence of groups.
     """
 
     image: str
@@ -34,12 +35,16 @@ class Roles(NamedTuple):
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The features that are read."""
+        """The names of the features that are read."""
         names = (self.image, self.captions, self.id, self.name, self.mirrorable)
         return tuple(name for name in names if name)
 
     def captions_of(self, example: Mapping[str, Any], place: str) -> list[str]:
-        """Raises ValueError, with the place, for a caption that is no UTF-8."""
+        """Returns the captions of an example.
+
+        Raises:
+          ValueError: a caption is not UTF-8; the message begins with `place`.
+        """
         texts = example[self.captions]
         if self.text:
             texts = texts[self.text]
@@ -49,26 +54,32 @@ class Roles(NamedTuple):
             raise ValueError(f"{place}: {self.captions} is no UTF-8: prepare it again") from error
 
     def id_of(self, example: Mapping[str, Any], number: int) -> int | str:
-        """The image's id; the example's number in its split where there is none."""
+        """Returns the image's id, or the example's number in its split if it has none."""
         if not self.id:
             return number
         value = example[self.id]
         return _string(value) if isinstance(value, (bytes, str)) else int(value)
 
     def name_of(self, example: Mapping[str, Any]) -> str | None:
-        """The image's file name."""
+        """Returns the image's file name, None if the dataset has none."""
         return _string(example[self.name], "backslashreplace") if self.name else None
 
     def mirrorable_of(self, example: Mapping[str, Any]) -> bool:
-        """Whether flipping the image makes no caption false, as far as the dataset tells."""
+        """Returns whether flipping the image keeps all captions true; True if not recorded."""
         return bool(example[self.mirrorable]) if self.mirrorable else True
 
 
 def choose_roles(features: Mapping[str, Any], asked: Mapping[str, str], where: str) -> Roles:
-    """The features that `data.tfds` names, else those that are called as usual.
+    """Returns the features that `data.tfds` names, or else those with usual names.
 
-    `where` is the dataset, for messages. Raises ValueError that lists the features, for a name
-    that there is not, none that is usual, or a feature of another kind.
+    Args:
+      features: the dataset's features by name.
+      asked: `data.tfds`, a name for each role; '' for the usual one.
+      where: the dataset, for messages.
+
+    Raises:
+      ValueError: a name is unknown, no usual name is there, or a feature is of the wrong kind; the
+        message lists the features.
     """
     chosen = {role: _choice(role, features, asked, where) for role in USUAL}
     captions, _, text = chosen.pop("captions").partition(".")
@@ -92,7 +103,7 @@ def choose_roles(features: Mapping[str, Any], asked: Mapping[str, str], where: s
 
 
 def _choice(role: str, features: Mapping[str, Any], asked: Mapping[str, str], where: str) -> str:
-    """The name of a role's feature, as `data.tfds` says it; '' where there need be none."""
+    """Returns the name of a role's feature as in `data.tfds`; '' if an optional one is absent."""
     name = asked[role]
     if name:
         if name in features or (role == "captions" and name.partition(".")[0] in features):
@@ -120,7 +131,7 @@ def _said(feature: Any) -> str:
 
 
 def _members(feature: Any) -> dict[str, Any]:
-    """The features in a group; nothing in another feature."""
+    """Returns the features in a group; none for another feature."""
     import tensorflow_datasets as tfds
 
     return dict(feature.items()) if isinstance(feature, tfds.features.FeaturesDict) else {}

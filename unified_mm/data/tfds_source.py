@@ -1,10 +1,10 @@
 """A TFDS dataset in `array_record` format as a data source, without TensorFlow.
 
-It is one that `python -m unified_mm.prepare` wrote, or one that TFDS prepared with
+It reads datasets that `python -m unified_mm.prepare` wrote, or that TFDS prepared with
 `file_format='array_record'`, such as TFDS' `coco_captions`: an image feature, and captions as a
 text, a sequence of texts, or a sequence of groups with a text in each. `data.tfds` names the
-features where they are not called as usual. Files of questions and foils may lie beside it as they
-do beside a COCO folder, in `annotations/`.
+features that have unusual names. Files of questions and foils may lie in `annotations/`, as they do
+in a COCO folder.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ _EMPTY = "empty caption"
 
 
 def open_dataset(data: Any) -> TfdsSource:
-    """The dataset in `data.dir`, a folder of this machine or of the network.
+    """Returns the dataset in `data.dir`, a folder of this machine or of the network.
 
-    Raises FileNotFoundError or ValueError for what is no dataset in that format, or one without
-    the features that `data.tfds` names.
+    Raises:
+      FileNotFoundError: there is no dataset.
+      ValueError: the dataset is not in that format, or lacks the features that `data.tfds` names.
     """
     if not data.dir:
         raise ValueError(
@@ -121,7 +122,7 @@ class TfdsSource(AnnotatedFolder):
         return shards
 
     def _key(self, split: str, shards: Sequence[Shard]) -> str:
-        """A hash of all that the manifest of a split comes of."""
+        """Returns a hash of all that the manifest of a split depends on."""
         stats = [(shard.path.name, shard.path.stat()) for shard in shards]
         files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         setting = ["tfds", FORMAT, PIL.__version__, self.folder, split, list(self._roles), files]
@@ -131,7 +132,7 @@ class TfdsSource(AnnotatedFolder):
         return digest.hexdigest()
 
     def _read(self, shelf: Split, shards: Sequence[Shard]) -> Manifest:
-        """Reads every example once and decodes its image wholly."""
+        """Reads every example once and decodes its image completely."""
         from tqdm import tqdm
 
         for shard in shards:
@@ -158,7 +159,7 @@ class TfdsSource(AnnotatedFolder):
         return Manifest(shelf.split, kept, self.name, self.folder, sealed, tuple(problems))
 
     def _checked(self, shelf: Split, features: Any, number: int) -> tuple[Record, list[Problem]]:
-        """An example as a record, with what is wrong with its image and its captions."""
+        """Returns an example as a record, with what is wrong with its image and its captions."""
         example, roles = shelf.example(number, features), self._roles
         place = f"{shelf.split}[{number}]"
         data, name = example[roles.image], roles.name_of(example)

@@ -1,8 +1,8 @@
 """Writes images with captions as a TFDS dataset in `array_record` format, without TensorFlow.
 
-Shards are written one by one into `.NAME.preparing` beside the folder that is wanted, each under
-a temporary name until it is whole, and the folder takes its own name last. So what is there under
-its name is whole, and a command that was killed goes on with the first shard that is missing.
+Shards are written one by one into `.NAME.preparing` beside the target folder, each under a
+temporary name until it is complete, and the folder is renamed last. So the target folder is
+always complete, and a command that was killed resumes with the first shard that is missing.
 """
 
 from __future__ import annotations
@@ -39,14 +39,20 @@ NOTICE = (
 def write_dataset(
     source: AnnotatedFolder, out: Path, options: Options, say: Callable[[str], None]
 ) -> None:
-    """All splits of a source, with the questions and foils beside them; goes on where it can.
+    """Writes all splits of a source, with questions and foils; resumes an unfinished dataset.
 
     Records keep their order, and what training leaves out is left out.
 
+    Args:
+      source: the data.
+      out: the folder to be made.
+      options: how images and shards are written.
+      say: gets messages for the user.
+
     Raises:
-      FileNotFoundError, ValueError: data that training refuses too; `out` holds something else, or
-        a beginning of it was made of other data or with other options; a file that cannot be
-        written; another process is at work on it.
+      FileNotFoundError, ValueError: training refuses the data too; `out` holds something else, or
+        was begun with other data or options; a file cannot be written; another process is writing
+        the same dataset.
     """
     manifests = {split: source.captioned(split) for split in source.splits()}
     for manifest in manifests.values():
@@ -70,7 +76,7 @@ def write_dataset(
 
 
 def progress(out: Path) -> str:
-    """For a dataset that could not be finished: how far it came."""
+    """Returns a message that says how far an unfinished dataset came."""
     work = out.with_name(f".{out.name}.preparing")
     plan = read_json(work / PREPARED) if (work / PREPARED).is_file() else {"splits": {}}
     shards = sum(len(split["shards"]) for split in plan["splits"].values())
@@ -81,7 +87,7 @@ def progress(out: Path) -> str:
 def _plan(
     source: AnnotatedFolder, manifests: Mapping[str, Manifest], options: Options
 ) -> dict[str, Any]:
-    """All that decides the bytes, as plain JSON."""
+    """Returns all that determines the written bytes, as plain JSON values."""
     for split, manifest in manifests.items():
         if not split.isidentifier():
             raise ValueError(
@@ -112,7 +118,7 @@ def _plan(
 
 
 def _refuse_more(manifest: Manifest) -> None:
-    """Raises ValueError for records of more than an image with captions."""
+    """Raises ValueError for records with more than an image with captions."""
     for record in manifest.records:
         if record.fields or any(text.prompt for text in record.texts):
             raise ValueError(
@@ -130,7 +136,7 @@ def _refuse_other(folder: Path, plan: Mapping[str, Any], otherwise: str) -> None
 
 
 def _shard_lengths(records: Sequence[Record], shard_bytes: int) -> list[int]:
-    """How many records each shard takes, in their order."""
+    """Returns how many records each shard takes, in their order."""
     lengths, filled = [0], 0
     for record in records:
         size = _size(record)
@@ -153,7 +159,7 @@ def _size(record: Record) -> int:
 def _write_shards(
     work: Path, manifests: Mapping[str, Manifest], plan: Mapping[str, Any], options: Options
 ) -> None:
-    """Those that are not there yet, in order."""
+    """Writes the shards that are missing, in order."""
     from tqdm import tqdm
 
     serialized = serializer(common_features(manifests))
@@ -177,7 +183,7 @@ def _write_shards(
 
 
 def _write_shard(path: Path, examples: Iterable[bytes], count: int) -> None:
-    """A shard takes its name when it is on disk and holds all that it should."""
+    """Writes a shard, which gets its name once it is on disk and holds all its examples."""
     from array_record.python import array_record_module
 
     temporary = path.with_name(f".{path.name}.tmp")
@@ -200,7 +206,7 @@ def _write_shard(path: Path, examples: Iterable[bytes], count: int) -> None:
 
 @contextlib.contextmanager
 def _said_by_writer(path: Path) -> Iterator[None]:
-    """What the writer of shards raises, as a ValueError that names the file."""
+    """Turns an error of the library that writes shards into a ValueError that names the file."""
     try:
         yield
     except RuntimeError as error:
@@ -208,14 +214,14 @@ def _said_by_writer(path: Path) -> Iterator[None]:
 
 
 def _write_beside(work: Path, source: AnnotatedFolder) -> None:
-    """Copies of the files of questions and foils."""
+    """Copies the files of questions and foils."""
     for split in source.splits():
         for name, file in coco.files_beside(source.folder, split).items():
             write_atomically(work / "annotations" / name, file.read_bytes())
 
 
 def _write_metadata(work: Path, manifests: Mapping[str, Manifest], plan: Mapping[str, Any]) -> None:
-    """What TFDS knows a dataset by; its files are written anew where they are there."""
+    """Writes the metadata of the dataset for TFDS, over any that are there."""
     import tensorflow_datasets as tfds
 
     infos = []
@@ -237,7 +243,7 @@ def _write_metadata(work: Path, manifests: Mapping[str, Manifest], plan: Mapping
 
 
 def _template(work: Path, name: str, split: str) -> Any:
-    """How TFDS names the shards of a split."""
+    """Returns TFDS' template for the names of a split's shards."""
     import tensorflow_datasets as tfds
 
     return tfds.core.ShardedFileTemplate(

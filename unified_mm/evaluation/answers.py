@@ -1,6 +1,6 @@
-"""Accuracy of open-ended answers, as VQA v2 defines it, and what the question alone would give.
+"""VQA v2 accuracy of open-ended answers, and of a baseline that sees the question alone.
 
-Sources: Antol et al. 2015, section 3 (accuracy by consensus of ten people); Goyal et al. 2017
+See Antol et al. 2015, section 3 (accuracy by consensus of ten people), and Goyal et al. 2017
 (VQA v2), with the answer normalisation published beside its evaluation server.
 """
 
@@ -38,7 +38,7 @@ _CONTRACTIONS = """
 
 
 def _without_some_apostrophes(contraction: str) -> Iterable[str]:
-    """Every spelling of a contraction with at least one apostrophe left out."""
+    """Yields every spelling of a contraction with at least one apostrophe left out."""
     first, *rest = contraction.split("'")
     for marks in itertools.product(("", "'"), repeat=len(rest)):
         if "" in marks:
@@ -59,9 +59,13 @@ _PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
 
 @dataclass(frozen=True)
 class Question:
-    """A question with the answers people gave and its type ("how many", "what colour", ...).
+    """A question with its type and the answers that people gave.
 
-    `answer_type` is VQA v2's 'yes/no', 'number' or 'other'; '' is not known.
+    Attributes:
+      text: the question.
+      answers: the answers that people gave.
+      type: the type of the question, such as "how many" or "what colour".
+      answer_type: 'yes/no', 'number' or 'other', as in VQA v2; '' where it is not known.
     """
 
     text: str
@@ -71,11 +75,12 @@ class Question:
 
 
 def normalize_answer(answer: str) -> str:
-    """An answer as VQA v2 compares it.
+    """Returns an answer in the form in which VQA v2 compares answers.
 
-    Lower case; full stops dropped except before a digit; commas between digits dropped; other
-    punctuation except apostrophe and colon turned into spaces; number words up to ten as digits
-    ("none" is 0); articles dropped; apostrophes of contractions put back; single spaces.
+    It is in lower case; full stops are dropped except before a digit; commas between digits are
+    dropped; other punctuation except apostrophe and colon becomes spaces; number words up to ten
+    become digits ("none" is 0); articles are dropped; apostrophes of contractions are put back;
+    words are separated by single spaces.
     """
     answer = answer.lower().translate(_CURLY_APOSTROPHES)
     answer = _FULL_STOP.sub("", _THOUSANDS_COMMA.sub("", answer))
@@ -85,14 +90,14 @@ def normalize_answer(answer: str) -> str:
 
 
 def answer_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQA accuracy of one prediction, in [0, 1].
+    """Returns the VQA accuracy of one prediction, in [0, 1].
 
-    Mean over the people of ``min(m / 3, 1)``, where ``m`` others gave the predicted answer. Data
-    with fewer than four answers asks for all the others instead of three; with a single answer
-    it is an exact match. Both sides are normalized first.
+    It is the mean over the people of `min(m / 3, 1)`, where m of the other people gave the
+    predicted answer. With fewer than four answers all the others are needed instead of three; a
+    single answer has to match exactly. Both sides are normalized first.
 
     Raises:
-      ValueError: no answer given.
+      ValueError: there is no answer.
     """
     if not answers:
         raise ValueError("a question without an answer cannot be scored: leave it out.")
@@ -111,14 +116,15 @@ def answer_scores(
     types: Sequence[str],
     answer_types: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """Mean accuracy over all questions and over the questions of each type, in [0, 1].
+    """Returns the mean accuracy over all questions and over those of each type, in [0, 1].
 
     Returns:
-      ``answer/accuracy`` and, in alphabetic order, ``answer/accuracy/<type>`` for each type of
-      question and ``answer/accuracy/answer_type/<type>`` for each known ('' is not) type of answer.
+      `answer/accuracy` and, in alphabetic order, `answer/accuracy/<type>` for each type of
+      question and `answer/accuracy/answer_type/<type>` for each known type of answer ('' is
+      unknown).
 
     Raises:
-      ValueError: no question, lengths that differ, or a question without an answer.
+      ValueError: there is no question, lengths differ, or a question has no answer.
     """
     if answer_types is None:
         answer_types = [""] * len(predictions)
@@ -151,14 +157,16 @@ def answer_scores(
 def question_prior(
     train_questions: Sequence[Question], questions: Sequence[Question]
 ) -> dict[str, float]:
-    """Scores of a model that never looks: what the language of the questions gives away.
+    """Returns the scores of a baseline that sees the questions but no images.
 
-    Each question is answered with the most common training answer to the same words, else to
-    questions of its type, else to any question; of equally common answers the alphabetically
-    first. Returns the names of `answer_scores`.
+    It gives each question the most common training answer to the same words, else to questions
+    of its type, else to any question; of equally common answers the alphabetically first.
+
+    Returns:
+      The scores of `answer_scores`, under the same names.
 
     Raises:
-      ValueError: no training question with an answer, or what `answer_scores` refuses.
+      ValueError: no training question has an answer, or `answer_scores` refuses the questions.
     """
     by_text: defaultdict[str, Counter[str]] = defaultdict(Counter)
     by_type: defaultdict[str, Counter[str]] = defaultdict(Counter)

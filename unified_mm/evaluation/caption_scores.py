@@ -2,7 +2,7 @@
 
 The three scorers take token lists, one candidate and any number of references for each image,
 and agree with coco-caption (Chen et al. 2015) on the same tokens. `caption_scores` tokenizes
-plain sentences and runs all three. Letter: ``I`` images.
+plain sentences and runs all three.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Tokens = Sequence[str]
 Ngram = tuple[str, ...]
 
 TOKENIZATION = "ptb-lite"
-"""Name of what `tokenize` does; scores of different tokenizations do not compare."""
+"""Name of the tokenization of `tokenize`; scores of different tokenizations do not compare."""
 
 MAX_NGRAM = 4
 _CIDER_SIGMA = 6.0  # width in tokens of the length penalty; Vedantam et al. 2015, section 6
@@ -32,17 +32,17 @@ _BLEU_MATCH_GUARD, _BLEU_COUNT_GUARD = 1e-15, 1e-9
 def caption_scores(
     candidates: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """Corpus scores of one generated caption per image against its reference captions.
+    """Returns the corpus scores of one generated caption per image against its references.
 
     Args:
-      candidates: generated captions [I]; an empty one scores 0.
+      candidates: generated captions, one for each image; an empty one scores 0.
       references: for each image at least one reference caption.
 
     Returns:
-      ``cider_d`` in [0, 10] and ``bleu_1`` .. ``bleu_4``, ``rouge_l`` in [0, 1].
+      `cider_d` in [0, 10]; `bleu_1` to `bleu_4` and `rouge_l` in [0, 1].
 
     Raises:
-      ValueError: no image, lengths that differ, or an image without a reference.
+      ValueError: there is no image, lengths differ, or an image has no reference.
     """
     candidate_tokens = [tokenize(text) for text in candidates]
     reference_tokens = [[tokenize(text) for text in texts] for texts in references]
@@ -57,22 +57,23 @@ def caption_scores(
 
 
 def cider_d(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
-    """CIDEr-D of a corpus in [0, 10]: the mean of `cider_d_per_image`."""
+    """Returns the CIDEr-D of a corpus in [0, 10]: the mean of `cider_d_per_image`."""
     return float(np.mean(cider_d_per_image(candidates, references)))
 
 
 def cider_d_per_image(
     candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
-) -> Float[np.ndarray, " I"]:
-    """CIDEr-D of each image in [0, 10] (Vedantam et al. 2015, equations 2 to 4 and section 6).
+) -> Float[np.ndarray, " images"]:
+    """Returns the CIDEr-D of each image, in [0, 10].
 
-    Cosine similarity of tf-idf vectors of 1- to 4-grams, with the candidate's weights clipped to
-    the reference's and a Gaussian penalty on the difference of lengths, averaged over n and over
-    references. Document frequencies come from the references given, one document an image: the
-    score of an image depends on its corpus, and a corpus of one image scores 0.
+    Vedantam et al. 2015, equations 2 to 4 and section 6: cosine similarity of tf-idf vectors of
+    1- to 4-grams, with the candidate's weights clipped to the reference's and a Gaussian penalty
+    on the difference of lengths, averaged over n and over references. Document frequencies come
+    from the given references, one document per image: the score of an image depends on its
+    corpus, and a corpus of one image scores 0.
 
     Raises:
-      ValueError: no image, lengths that differ, or an image without a reference.
+      ValueError: there is no image, lengths differ, or an image has no reference.
     """
     _check_corpus(candidates, references)
     candidate_counts = [_ngrams(tokens) for tokens in candidates]
@@ -102,7 +103,10 @@ def _clipped_cosine(
     candidate: tuple[dict[Ngram, float], list[float]],
     reference: tuple[dict[Ngram, float], list[float]],
 ) -> float:
-    """Mean over n of min(g(c), g(s)) . g(s) / (|g(c)| |g(s)|), 0 where a vector is 0."""
+    """Returns the mean over n of min(g(c), g(s)) . g(s) / (|g(c)| |g(s)|).
+
+    It is 0 for each n where a vector is 0.
+    """
     (weights, norms), (reference_weights, reference_norms) = candidate, reference
     products = [0.0] * MAX_NGRAM
     # In the order of the text: a set's order, and so the sum's last bit, differs between processes.
@@ -117,13 +121,13 @@ def _clipped_cosine(
 
 
 def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """Corpus BLEU-1 to BLEU-4 in [0, 1] (Papineni et al. 2002, section 2.3).
+    """Returns corpus BLEU-1 to BLEU-4 in [0, 1] (Papineni et al. 2002, section 2.3).
 
-    Clipped n-gram matches and lengths are added up over the corpus; the brevity penalty uses the
+    Clipped n-gram matches and lengths are summed over the corpus; the brevity penalty uses the
     reference closest in length, the shorter of two equally close.
 
     Raises:
-      ValueError: no image, lengths that differ, or an image without a reference.
+      ValueError: there is no image, lengths differ, or an image has no reference.
     """
     _check_corpus(candidates, references)
     matches, totals = [0] * MAX_NGRAM, [0] * MAX_NGRAM
@@ -150,12 +154,13 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
 
 
 def rouge_l(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
-    """Mean ROUGE-L in [0, 1] (Lin 2004, section 3.1), with recall weighted by beta = 1.2.
+    """Returns the mean ROUGE-L in [0, 1] (Lin 2004, section 3.1), with beta = 1.2.
 
-    Precision and recall of the longest common subsequence, each the best over the references.
+    Precision and recall are those of the longest common subsequence, each the best over the
+    references; beta weights recall.
 
     Raises:
-      ValueError: no image, lengths that differ, or an image without a reference.
+      ValueError: there is no image, lengths differ, or an image has no reference.
     """
     _check_corpus(candidates, references)
     pairs = zip(candidates, references, strict=True)
@@ -175,7 +180,10 @@ def _rouge_l_of_image(candidate: Tokens, references: Sequence[Tokens]) -> float:
 
 
 def _common_subsequence(a: Tokens, b: Tokens) -> int:
-    """Length of the longest common subsequence, a row of the table per integer (Hyyro 2004)."""
+    """Returns the length of the longest common subsequence.
+
+    Each row of the dynamic program is held in the bits of one integer (Hyyro 2004).
+    """
     places: dict[str, int] = {}
     for i, token in enumerate(a):
         places[token] = places.get(token, 0) | 1 << i
@@ -187,7 +195,7 @@ def _common_subsequence(a: Tokens, b: Tokens) -> int:
 
 
 def _ngrams(tokens: Tokens) -> Counter[Ngram]:
-    """How often each 1- to 4-gram occurs."""
+    """Returns how often each 1- to 4-gram occurs."""
     return Counter(_each_ngram(tokens))
 
 
@@ -233,12 +241,12 @@ _SPLIT = {
 
 
 def tokenize(text: str) -> list[str]:
-    """Lower-cased Penn-Treebank tokens of a plain sentence, without punctuation.
+    """Returns the lower-cased Penn-Treebank tokens of a plain sentence, without punctuation.
 
-    Does without Java what coco-caption's PTBTokenizer does for captions: "isn't" becomes is, n't;
-    "man's" becomes man, 's; hyphens and slashes inside a word stay; punctuation is dropped, "3.5"
-    and "u.s." keep theirs. Differs by intent in dropping brackets (coco-caption means to, and
-    leaves "-lrb-"), and does not know web addresses or mark-up.
+    It does without Java what coco-caption's PTBTokenizer does for captions: "isn't" becomes is,
+    n't; "man's" becomes man, 's; hyphens and slashes inside a word stay; punctuation is dropped,
+    but "3.5" and "u.s." keep theirs. It differs on purpose in dropping brackets (coco-caption
+    means to, and leaves "-lrb-"), and does not handle web addresses or mark-up.
     """
     tokens: list[str] = []
     for token in _TOKEN.findall(text.lower().translate(_STRAIGHT_QUOTES)):

@@ -24,7 +24,15 @@ SINGLE = "single_caption/"  # names of scores with one caption an image
 
 @dataclass(frozen=True)
 class Split:
-    """What is scored: a manifest, and what lies beside it."""
+    """A split of the data with everything that is scored on it.
+
+    Attributes:
+      manifest: the images with their captions.
+      foils: captions, and the same captions made false in one word.
+      questions: questions about the images.
+      train_questions: questions of the training split, for a baseline that sees no images.
+      few_shot: the settings of few-shot scoring.
+    """
 
     manifest: Manifest
     foils: Sequence[Foil] = ()
@@ -33,7 +41,7 @@ class Split:
     few_shot: FewShot = FewShot()
 
     def first(self, count: int) -> Split:
-        """The first `count` images and what belongs to them."""
+        """Returns the split cut to its first `count` images and what belongs to them."""
         records = self.manifest.records[:count]
         kept = {record.id for record in records}
         return Split(
@@ -47,13 +55,18 @@ class Split:
 
 @dataclass
 class Scores:
-    """Scores by their fixed names, with what guessing and what a perfect model would reach.
+    """The scores of a model by their fixed names, with their chance levels and upper bounds.
 
     Attributes:
+      scores: what the model reaches.
+      chance: what guessing reaches.
+      ceiling: what a perfect model would reach.
       images: the records that were scored, in order.
-      captions: what the model wrote, one an image.
-      image_embeddings, text_embeddings: [I, E] and [C, E], the texts by record and caption.
-      text_of: for each text its string; `image_of_text`: its image's place in `images`.
+      captions: what the model wrote, one for each image.
+      image_embeddings: [images, Z].
+      text_embeddings: [texts, Z], by record and caption.
+      texts: the captions that were embedded, in the same order.
+      image_of_text: for each text, the index of its image in `images`.
     """
 
     scores: dict[str, float] = field(default_factory=dict)
@@ -73,7 +86,11 @@ class Scores:
 
 
 def check_split(split: Split, task: Task) -> None:
-    """Raises ValueError where a split cannot be scored: to be asked before a run is trained."""
+    """Checks that a split can be scored, before a run is trained.
+
+    Raises:
+      ValueError: no image has a caption, or only one has and the model writes captions.
+    """
     images = sum(1 for record in split.manifest.records if is_scored(record))
     where = f"split {split.manifest.split!r} in {split.manifest.folder}"
     if not images:
@@ -87,15 +104,17 @@ def check_split(split: Split, task: Task) -> None:
 
 
 def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
-    """Every score that the model and the split allow.
+    """Returns every score that the model and the split allow.
 
     Args:
       predictor: the model.
-      split: images that have captions, and perhaps foils and questions.
-      batch_size: rows a batch; one size throughout, so that equal inputs give equal outputs.
+      split: images with captions, and perhaps foils and questions.
+      batch_size: examples in a batch; the same throughout, so that equal inputs give equal
+        outputs.
 
     Raises:
-      ValueError: what `check_split` refuses, no whole batch, or embeddings that are not finite.
+      ValueError: `check_split` refuses the split, `batch_size` is below 1, or embeddings are not
+        finite.
     """
     if batch_size < 1:
         raise ValueError(f"evaluation.batch_size={batch_size}: must be at least 1")
@@ -120,17 +139,17 @@ def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
 
 
 def is_scored(record: Record) -> bool:
-    """Whether it has both an image and a caption."""
+    """Returns whether a record has both an image and a caption."""
     return bool(record.image and captions_of(record))
 
 
 def captions_of(record: Record) -> list[str]:
-    """The texts that describe: those without a prompt."""
+    """Returns the captions of a record: its texts without a prompt."""
     return [text.target for text in record.texts if not text.prompt]
 
 
 def score_retrieval(predictor: Predictor, found: Scores, batch_size: int) -> None:
-    """Image to text and text to image, with all captions and with the first of each image."""
+    """Adds image-text retrieval scores, with all captions and with each image's first one."""
     texts = [captions_of(record) for record in found.images]
     found.texts = [text for several in texts for text in several]
     found.image_of_text = np.repeat(np.arange(len(texts)), [len(several) for several in texts])
@@ -155,7 +174,10 @@ def score_retrieval(predictor: Predictor, found: Scores, batch_size: int) -> Non
 
 
 def score_captions(predictor: Predictor, found: Scores, batch_size: int) -> None:
-    """Greedy captions against the references, and against those of other images."""
+    """Adds the scores of greedy captions against their references.
+
+    Chance is the score of the captions against the references of other images.
+    """
     written: list[str] = []
     for batch in _batches(predictor, found.images, batch_size):
         written += predictor.write(batch, [""] * batch_size)
@@ -171,10 +193,10 @@ def score_captions(predictor: Predictor, found: Scores, batch_size: int) -> None
 
 
 def score_image_gain(predictor: Predictor, found: Scores, batch_size: int) -> None:
-    """How much likelier a caption is beside its own image than beside another, in nats a token.
+    """Adds how much likelier a caption is beside its own image than beside another one.
 
-    The first caption of each image, the other images being all moved on by half; the gain's 95%
-    interval is that of a mean over captions.
+    The gain is in nats per token, over the first caption of each image; the other images are all
+    shifted by half of the list. Its 95% interval is that of a mean over captions.
     """
     rows = [replace(r, texts=(Text("", captions_of(r)[0]),)) for r in found.images]
     half = len(rows) // 2
@@ -201,9 +223,9 @@ def score_image_gain(predictor: Predictor, found: Scores, batch_size: int) -> No
 
 
 def score_foils(predictor: Predictor, split: Split, found: Scores, batch_size: int) -> None:
-    """How often a caption is likelier beside its image than the same with one word made false.
+    """Adds how often a caption is likelier than the same caption with one word made false.
 
-    Foils on images that the split does not have are passed over; there may be no others.
+    Foils on images that the split lacks are skipped; if no others are left, nothing is added.
     """
     by_id = {record.id: record for record in split.manifest.records if record.image}
     foils = [foil for foil in split.foils if foil.image_id in by_id]
@@ -227,9 +249,9 @@ def score_foils(predictor: Predictor, split: Split, found: Scores, batch_size: i
 
 
 def score_answers(predictor: Predictor, split: Split, found: Scores, batch_size: int) -> None:
-    """VQA accuracy of greedy answers, beside what the question alone gives away.
+    """Adds the VQA accuracy of greedy answers, with that of `question_prior` as chance.
 
-    Questions on images that the split does not have are passed over; there may be no others.
+    Questions on images that the split lacks are skipped; if no others are left, nothing is added.
     """
     by_id = {record.id: record for record in split.manifest.records}
     asked = [question for question in split.questions if question.image_id in by_id]

@@ -1,4 +1,4 @@
-"""Few-shot scores: examples from the training data stand before what is asked.
+"""Few-shot scores: examples from the training data precede the image that the model writes about.
 
 Alayrac et al. 2022 (Flamingo), section 3.4 and appendix A.2: a document of k images with their
 texts, then one more image, whose text the model writes.
@@ -28,14 +28,14 @@ _TOKENS_TOGETHER = 32  # rows are as long as a multiple of this, so that few sha
 
 @dataclass(frozen=True)
 class FewShot:
-    """What few-shot scores are taken with.
+    """The settings of few-shot scoring.
 
     Attributes:
-      shots: how many examples come before, each number scored by itself.
-      support: training records that they are drawn from.
-      images: how many images of the split are scored, the first ones.
-      questions: and how many questions on them.
-      seed: of the draws.
+      shots: numbers of examples, each scored on its own.
+      support: training records from which the examples are drawn.
+      images: number of images of the split that are scored, from the first.
+      questions: number of questions about these images that are scored, from the first.
+      seed: seed of the draws.
     """
 
     shots: tuple[int, ...] = ()
@@ -52,10 +52,13 @@ def few_shot_scores(
     options: FewShot,
     batch_size: int,
 ) -> dict[str, float]:
-    """`few_shot/<k>/caption/...`, and `few_shot/<k>/answer/...` where there are questions.
+    """Returns the scores of captions and answers for each number of shots.
+
+    Returns:
+      `few_shot/<shots>/caption/...`, and `few_shot/<shots>/answer/...` where there are questions.
 
     Raises:
-      ValueError: fewer training records with a text of the kind than shots.
+      ValueError: there are fewer training images with a caption, or with a question, than shots.
     """
     chosen = [record for record in records if record.image][: options.images]
     by_id = {record.id: record for record in chosen}
@@ -85,9 +88,9 @@ def write_after_shots(
     options: FewShot,
     batch_size: int,
 ) -> list[str]:
-    """What the model writes about each image after its prompt, `shots` examples standing before.
+    """Returns what the model writes about each image after its prompt, given `shots` examples.
 
-    The examples have a prompt where the one that is asked has.
+    The examples are questions with answers where the prompt is a question, else captions.
     """
     draw = examples_by_kind(options.support)
     rows = [
@@ -104,7 +107,7 @@ def write_after_shots(
         most = np.full(len(beginning["text"]["valid"]), room)
         if text.embedding.learned_positions:
             used = beginning["text"]["valid"].sum(1)
-            most = np.minimum(most, text.embedding.places - used)
+            most = np.minimum(most, text.embedding.max_positions - used)
         written += [texts[0].text for texts in predictor.continue_text(beginning, most, room)]
     return written[: len(rows)]
 
@@ -112,7 +115,11 @@ def write_after_shots(
 def examples_by_kind(
     support: Sequence[Record],
 ) -> Callable[[bool], list[tuple[Picture, tuple[Text, ...]]]]:
-    """Images with their captions, or with their questions and answers."""
+    """Returns a function that looks up training images with texts of one kind.
+
+    Its argument says whether the texts have a prompt: False gives images with captions, True
+    images with questions and answers.
+    """
 
     def of_kind(prompted: bool) -> list[tuple[Picture, tuple[Text, ...]]]:
         found = []
@@ -134,7 +141,11 @@ def prompt_row(
     shots: int,
     seed: int,
 ) -> Row:
-    """A document of examples drawn by (seed, number), then the image and its prompt."""
+    """Returns a document of examples drawn by (seed, number), then the image and its prompt.
+
+    Raises:
+      ValueError: there are fewer examples than shots.
+    """
     if len(examples) < shots:
         kind = "question" if prompt else "caption"
         raise ValueError(
@@ -151,7 +162,7 @@ def prompt_row(
 
 
 def without_answer(text: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The text up to its last token that is not scored: there the answer begins."""
+    """Returns the text cut after its last token that is not scored, where the answer begins."""
     given = text["valid"] & ~text["scored"]
     places = np.arange(given.shape[1])
     last = np.where(given, places, 0).max(1)

@@ -1,6 +1,5 @@
 """Image-text retrieval: ranks, recalls, chance level and the ceiling of duplicate captions.
 
-Letters: ``I`` images, ``C`` captions (five an image in MS-COCO), ``D`` embedding width.
 Ranks start at 1. All captions count: the five-caption protocol of MS-COCO retrieval
 (Karpathy and Fei-Fei 2015, section 4.2).
 """
@@ -22,37 +21,39 @@ _TIE = 1e-10
 
 
 class Ranks(NamedTuple):
-    """1-based ranks of the right answers.
+    """The ranks of the right answers, from 1.
 
-    ``text_to_image[c]`` belongs to caption ``c``; ``image_to_text`` holds one rank for each image
-    that has a caption, in the order of the images.
+    Attributes:
+      text_to_image: for each caption, the rank of its image.
+      image_to_text: for each image that has a caption, the rank of its best caption.
     """
 
-    text_to_image: Int[np.ndarray, " C"]
-    image_to_text: Int[np.ndarray, " I"]
+    text_to_image: Int[np.ndarray, " captions"]
+    image_to_text: Int[np.ndarray, " captioned_images"]
 
 
 def ranks(
-    images: Float[np.ndarray, "I D"],
-    texts: Float[np.ndarray, "C D"],
-    image_of_text: Int[np.ndarray, " C"],
+    images: Float[np.ndarray, "images Z"],
+    texts: Float[np.ndarray, "captions Z"],
+    image_of_text: Int[np.ndarray, " captions"],
     *,
     block_size: int = 256,
 ) -> Ranks:
-    """Rank of every caption's image and of every image's best caption, by inner product.
+    """Returns the rank of every caption's image and of every image's best caption.
 
-    A rank is one more than the number of wrong candidates that score at least as high as the
-    right one, so ties count against the model. Other captions of the same image are no
-    competitors. An image without a caption is a wrong candidate for every text and no query.
+    Candidates are ranked by inner product. A rank is one more than the number of wrong candidates
+    that score at least as high as the right one, so ties count against the model. Other captions
+    of the same image do not compete. An image without a caption is a wrong candidate for every
+    text and no query.
 
     Args:
-      images: image embeddings [I, D].
-      texts: caption embeddings [C, D].
-      image_of_text: index of each caption's image [C].
-      block_size: images compared at a time; memory is ``block_size * C`` float64.
+      images: image embeddings [images, Z].
+      texts: caption embeddings [captions, Z].
+      image_of_text: index of each caption's image [captions].
+      block_size: images compared at a time; memory is `block_size * captions` float64.
 
     Raises:
-      ValueError: embeddings that are not finite, no captions, or indices out of range.
+      ValueError: embeddings are not finite, there are no captions, or an index is out of range.
     """
     _check_embeddings(images, texts, image_of_text)
     images, texts = images.astype(np.float64), texts.astype(np.float64)
@@ -72,28 +73,30 @@ def ranks(
 
 
 def retrieval_scores(
-    images: Float[np.ndarray, "I D"],
-    texts: Float[np.ndarray, "C D"],
-    image_of_text: Int[np.ndarray, " C"],
+    images: Float[np.ndarray, "images Z"],
+    texts: Float[np.ndarray, "captions Z"],
+    image_of_text: Int[np.ndarray, " captions"],
 ) -> dict[str, float]:
-    """Recall at 1, 5, 10 and median rank of both directions; arguments and errors of `ranks`.
+    """Returns recall at 1, 5, 10 and median rank in both directions.
+
+    Arguments and errors are those of `ranks`.
 
     Returns:
-      ``{text_to_image,image_to_text}/{recall_at_1,recall_at_5,recall_at_10,median_rank}``:
+      `{text_to_image,image_to_text}/{recall_at_1,recall_at_5,recall_at_10,median_rank}`:
       recalls are fractions, median ranks start at 1.
     """
     return _summary(ranks(images, texts, image_of_text))
 
 
-def chance(image_of_text: Int[np.ndarray, " C"], image_count: int) -> dict[str, float]:
-    """What a uniformly random ranking scores on average, under the names of `retrieval_scores`.
+def chance(image_of_text: Int[np.ndarray, " captions"], image_count: int) -> dict[str, float]:
+    """Returns the mean scores of a uniformly random ranking, named as in `retrieval_scores`.
 
-    An image with ``c`` of ``C`` captions misses the first k places with the hypergeometric
-    probability ``binom(C - c, k) / binom(C, k)``; images with different ``c`` are averaged. The
-    median rank is that of the resulting distribution.
+    An image with c of all n captions misses the first k places with the hypergeometric
+    probability `binom(n - c, k) / binom(n, k)`, which is averaged over the images. The median
+    rank is that of the resulting distribution.
 
     Raises:
-      ValueError: no captions, or an index out of range.
+      ValueError: there are no captions, or an index is out of range.
     """
     _check_index(image_of_text, image_count)
     captions_of_image = np.bincount(image_of_text, minlength=image_count)
@@ -111,9 +114,9 @@ def chance(image_of_text: Int[np.ndarray, " C"], image_count: int) -> dict[str, 
 
 
 def duplicate_caption_ceiling(
-    texts: Sequence[str], image_of_text: Int[np.ndarray, " C"]
+    texts: Sequence[str], image_of_text: Int[np.ndarray, " captions"]
 ) -> dict[str, float]:
-    """Upper bound that identical captions of several images set, names as `retrieval_scores`.
+    """Returns the upper bound that identical captions of several images set.
 
     Text to image: equal strings get equal rankings, so the best any model can do is to put the
     images that own a string first, the most frequent owner foremost; where each of m images owns
@@ -121,11 +124,14 @@ def duplicate_caption_ceiling(
     against the model, so an image is best served by its caption with the fewest copies elsewhere.
 
     Args:
-      texts: the captions [C] as the model reads them (lower-cased, if its tokenizer does that).
-      image_of_text: index of each caption's image [C].
+      texts: the captions as the model reads them (lower-cased, if its tokenizer does that).
+      image_of_text: index of each caption's image [captions].
+
+    Returns:
+      The bounds, named as in `retrieval_scores`.
 
     Raises:
-      ValueError: no captions, lengths that differ or a negative index.
+      ValueError: there are no captions, lengths differ, or an index is negative.
     """
     if len(texts) != len(image_of_text):
         raise ValueError(
@@ -163,9 +169,12 @@ def _summary(found: Ranks) -> dict[str, float]:
 
 
 def _miss_probability(
-    total: int, right: Int[np.ndarray, " I"]
+    total: int, right: Int[np.ndarray, " queries"]
 ) -> Float[np.ndarray, " total_plus_1"]:
-    """P(no right answer among the first k of a random order), k = 0..total, mean over queries."""
+    """Returns P(no right answer among the first k of a random order) for k = 0 to `total`.
+
+    It is the mean over queries with `right` right answers each.
+    """
     sizes, weights = np.unique(right, return_counts=True)
     k = np.arange(total)
     still_wrong = np.clip((total - sizes[:, None] - k) / (total - k), 0, 1)
@@ -174,21 +183,21 @@ def _miss_probability(
 
 
 def _median_of_distribution(miss: Float[np.ndarray, " ranks"]) -> float:
-    """Median rank where ``miss[k] = P(rank > k)``: midway between lower and upper median."""
+    """Returns the median rank where `miss[k] = P(rank > k)`: midway between lower and upper one."""
     rounding = 1e-12
     lower = np.argmax(miss <= 0.5 + rounding)
     upper = np.argmax(miss < 0.5 - rounding)
     return float(lower + upper) / 2
 
 
-def _largest_norm(embeddings: Float[np.ndarray, "R D"]) -> float:
+def _largest_norm(embeddings: Float[np.ndarray, "rows Z"]) -> float:
     return float(np.sqrt(np.max(np.einsum("RD,RD->R", embeddings, embeddings))))
 
 
 def _check_embeddings(
-    images: Float[np.ndarray, "I D"],
-    texts: Float[np.ndarray, "C D"],
-    image_of_text: Int[np.ndarray, " C"],
+    images: Float[np.ndarray, "images Z"],
+    texts: Float[np.ndarray, "captions Z"],
+    image_of_text: Int[np.ndarray, " captions"],
 ) -> None:
     for name, embeddings in (("image", images), ("text", texts)):
         bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
@@ -200,7 +209,7 @@ def _check_embeddings(
     _check_index(image_of_text, len(images))
 
 
-def _check_index(image_of_text: Int[np.ndarray, " C"], image_count: int) -> None:
+def _check_index(image_of_text: Int[np.ndarray, " captions"], image_count: int) -> None:
     if not len(image_of_text):
         raise ValueError("no captions: retrieval needs at least one image with a caption.")
     low, high = int(image_of_text.min()), int(image_of_text.max())

@@ -1,4 +1,4 @@
-"""What is scored of a run's data, as its config says."""
+"""The parts of a run's data that are scored, as its config says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from unified_mm.evaluation.few_shot import FewShot
 
 
 def evaluated_splits(config: Config, source: Source) -> list[str]:
-    """The split that is scored, and those of `evaluation.also` that the data has."""
+    """Returns the split to score, then those of `evaluation.also` that the data has.
+
+    Raises:
+      ValueError: the data has no split of the name `evaluation.split`.
+    """
     there = source.splits()
     wanted = config.evaluation.split
     if wanted not in there:
@@ -21,7 +25,7 @@ def evaluated_splits(config: Config, source: Source) -> list[str]:
 
 
 def open_split(config: Config, source: Source, name: str) -> Split:
-    """What is scored of a split, up to `evaluation.max_images`."""
+    """Returns what is scored of a split, up to `evaluation.max_images` images."""
     options = config.evaluation
     answering = config.data.question_share > 0 or config.data.documents.questions
     asked = answering or options.questions
@@ -37,10 +41,10 @@ def open_split(config: Config, source: Source, name: str) -> Split:
 
 
 def few_shot(config: Config, source: Source) -> FewShot:
-    """What stands before the images of a split.
+    """Returns the settings of few-shot scoring.
 
     Raises:
-      ValueError: text is not read as in documents.
+      ValueError: the captioning rule is not an interleaved one.
     """
     rule = config.objectives.captioning.rule
     if not rule.startswith("interleaved"):

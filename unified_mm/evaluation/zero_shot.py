@@ -4,8 +4,6 @@ Radford et al. 2021 (CLIP), section 3.1. A folder of classes:
 
     golden_retriever/*.jpg   the class "golden retriever"; images may lie at any depth
     tabby-cat/part/*.png     the class "tabby cat"
-
-Letters: ``I`` images, ``C`` classes, ``E`` width of the embeddings.
 """
 
 from __future__ import annotations
@@ -41,9 +39,11 @@ class ClassFolder:
     """Images by class, in the order of their names.
 
     Attributes:
-      classes: what the classes are called in words.
-      files: images, class by class; `class_of_file` holds each one's place in `classes`.
-      others: how many files are no images by their suffix, or lie outside the classes.
+      path: the folder.
+      classes: names of the classes in words.
+      files: images, class by class.
+      class_of_file: for each file, the index of its class in `classes`.
+      others: number of files that are not images by their suffix, or lie outside the classes.
     """
 
     path: Path
@@ -55,12 +55,15 @@ class ClassFolder:
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Scores and chance by their fixed names.
+    """The scores of zero-shot classification.
 
     Attributes:
-      images: how many were scored; `problems` names those left out.
-      texts, texts_cut: how many sentences stood for the classes, and how many of them were longer
-        than the model reads.
+      scores: what the model reaches, by fixed names.
+      chance: what guessing reaches, by the same names.
+      images: number of images that were scored.
+      problems: the images that were left out, and why.
+      texts: number of sentences that stand for the classes.
+      texts_cut: number of these sentences that are longer than the model reads.
     """
 
     scores: dict[str, float]
@@ -72,15 +75,15 @@ class ZeroShot:
 
 
 def read_class_folder(folder: str | os.PathLike[str]) -> ClassFolder:
-    """The images below the folder's directories, each of which is a class; nothing is decoded.
+    """Lists the images in the folder's directories, each of which is a class; decodes nothing.
 
-    Underscores and hyphens of a directory's name become spaces. Whatever begins with a dot is
-    passed over.
+    Underscores and hyphens of a directory's name become spaces. Names that begin with a dot are
+    skipped.
 
     Raises:
-      FileNotFoundError: no such folder, no directory in it, or one without an image.
-      ValueError: one class alone, names that come to the same words or to none, or that are not
-        UTF-8.
+      FileNotFoundError: there is no such folder, no directory in it, or one without an image.
+      ValueError: there is only one class, or a name has no words, is not UTF-8, or is the same as
+        another.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -113,7 +116,11 @@ def read_class_folder(folder: str | os.PathLike[str]) -> ClassFolder:
 
 
 def class_names(directories: Sequence[Path]) -> tuple[str, ...]:
-    """What each directory's class is called. Raises ValueError for names that cannot be told."""
+    """Returns the name in words of each directory's class.
+
+    Raises:
+      ValueError: a name has no words or is not UTF-8, or two names differ at most in case.
+    """
     known: dict[str, Path] = {}
     names = []
     for directory in directories:
@@ -138,13 +145,13 @@ def classify_folder(
     templates: Sequence[str] = TEMPLATES,
     max_bad_share: float = 0.05,
 ) -> ZeroShot:
-    """Accuracies of a model that knows the classes by name alone.
+    """Returns the accuracies of a model that knows the classes only by name.
 
     Images are read and embedded a batch at a time; those that cannot be read are left out.
 
     Raises:
-      ValueError: a model without contrast of image and text, a wrong template, embeddings that
-        are not finite, more than `max_bad_share` of the images unreadable, or a whole class.
+      ValueError: the model has no contrast of image and text, a template is wrong, embeddings are
+        not finite, or more than `max_bad_share` of the images or a whole class cannot be read.
     """
     refuse_without_contrast(model, "classify images", "classification")
     if not 0 <= max_bad_share <= 1:
@@ -181,37 +188,37 @@ def classify_folder(
 
 
 def zero_shot_scores(
-    images: Float[np.ndarray, "I E"],
-    classes: Float[np.ndarray, "C E"],
-    class_of_image: Int[np.ndarray, " I"],
+    images: Float[np.ndarray, "images Z"],
+    classes: Float[np.ndarray, "C Z"],
+    class_of_image: Int[np.ndarray, " images"],
     names: Sequence[str],
 ) -> dict[str, float]:
-    """Shares of images whose class is among the nearest, by inner product.
+    """Returns the shares of images whose class is among the nearest, by inner product.
 
     A class that scores as high as the right one counts as nearer (see `retrieval.ranks`).
 
     Args:
-      images: image embeddings [I, E].
-      classes: class embeddings [C, E].
-      class_of_image: index of each image's class [I]; every class has an image.
-      names: of the classes.
+      images: image embeddings [images, Z].
+      classes: class embeddings [C, Z].
+      class_of_image: index of each image's class [images]; every class has an image.
+      names: names of the classes.
 
     Returns:
-      ``zero_shot/accuracy_at_1``, ``zero_shot/accuracy_at_5`` where there are over 5 classes,
-      ``zero_shot/mean_per_class`` (every class counts alike, however many images it has) and for
-      each class ``zero_shot/accuracy/<class>``.
+      `zero_shot/accuracy_at_1`, `zero_shot/accuracy_at_5` where there are over 5 classes,
+      `zero_shot/mean_per_class` (every class counts alike, however many images it has) and for
+      each class `zero_shot/accuracy/<class>`.
 
     Raises:
-      ValueError: embeddings that are not finite, no image, or an index out of range.
+      ValueError: embeddings are not finite, there is no image, or an index is out of range.
     """
-    # Of the class for the image: what retrieval calls the image of a text.
+    # The rank of the class for each image: in retrieval, of the image for each text.
     rank = retrieval.ranks(classes, images, class_of_image).text_to_image
     by_class = [float(np.mean(rank[class_of_image == i] <= 1)) for i in range(len(names))]
     return _named({k: float(np.mean(rank <= k)) for k in _places(names)}, by_class, names)
 
 
 def chance(names: Sequence[str]) -> dict[str, float]:
-    """What guessing scores on average, under the names of `zero_shot_scores`."""
+    """Returns the mean scores of random guessing, named as in `zero_shot_scores`."""
     count = len(names)
     return _named({k: k / count for k in _places(names)}, [1 / count] * count, names)
 
@@ -231,7 +238,7 @@ def _named(
 
 
 def _is_cut(model: LoadedModel, text: str) -> bool:
-    """Whether a text and the token that ends it are longer than the model reads."""
+    """Returns whether a text with its end token is longer than the model reads."""
     return len(model.task.tokenizer.encode_prompt(text)) >= model.task.modalities["text"].length
 
 
@@ -247,7 +254,7 @@ def _refuse_bad(problems: list[Problem], folder: ClassFolder, max_bad_share: flo
     )
 
 
-def _refuse_empty(labels: Int[np.ndarray, " I"], folder: ClassFolder) -> None:
+def _refuse_empty(labels: Int[np.ndarray, " images"], folder: ClassFolder) -> None:
     empty = sorted(set(range(len(folder.classes))) - set(labels.tolist()))
     if empty:
         names = ", ".join(folder.classes[i] for i in empty[:_NAMED])

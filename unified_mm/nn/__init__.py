@@ -3,6 +3,7 @@
 What embedders and heads from outside the package want is exported here.
 """
 
+from unified_mm.nn.attention.rules import AttentionRule, Predicate, ScoreTerm
 from unified_mm.nn.layers import Dense, Norm, PerModality, partitioned
 from unified_mm.nn.tokens import (
     Group,
@@ -14,10 +15,13 @@ from unified_mm.nn.tokens import (
 )
 
 __all__ = [
+    "AttentionRule",
     "Dense",
     "Group",
     "Norm",
     "PerModality",
+    "Predicate",
+    "ScoreTerm",
     "TokenMetadata",
     "Tokens",
     "blank",

@@ -18,7 +18,7 @@ from unified_mm.nn.attention.attention import into_heads, out_of_heads
 from unified_mm.nn.attention.backends import attend, prepare_block
 from unified_mm.nn.attention.cross_attention import head_norm
 from unified_mm.nn.attention.masks import BlockMask
-from unified_mm.nn.attention.rules import BlockCall
+from unified_mm.nn.attention.rules import ALL, BlockCall, KeySlice
 from unified_mm.nn.feed_forward import make_mlp
 from unified_mm.nn.layers import Norm, partitioned
 from unified_mm.nn.options import GateOptions, TransformerOptions
@@ -106,7 +106,7 @@ def look_at_all(options: TransformerOptions, valid: Bool[Array, "B K"], latents:
     keys = single_document(seen, Group("features", "features", seen.shape[1]))
     queries = single_document(seen[:, -latents:], Group("latents", "features", latents))
     return prepare_block(
-        options, BlockCall((0, latents), ((0, seen.shape[1], "all"),)), queries, keys
+        options, BlockCall((0, latents), (KeySlice(0, seen.shape[1], ALL),)), queries, keys
     )
 
 

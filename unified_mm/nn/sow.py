@@ -16,7 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from unified_mm.nn.attention.masks import BlockMask, picked, slice_keys, widen
-from unified_mm.nn.attention.rules import BlockCall, block_mask
+from unified_mm.nn.attention.rules import BlockCall, block_bias, block_mask
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import Group
 from unified_mm.nn.unstack import LAYERS, stack_layers
@@ -62,10 +62,11 @@ def sow_attention(
     rows, heads = query.shape[0], query.shape[2]
     values = jnp.zeros((rows, heads, query.shape[1], key.shape[1]), jnp.float32)
     for call, seen_by in zip(calls, masks, strict=True):
-        mask = seen_by.dense
+        mask, bias = seen_by.dense, seen_by.bias
         if mask is None:
             mask = block_mask(seen_by.call, seen_by.queries, seen_by.keys)
-        part = softmax_weights(query[:, slice(*call.queries)], slice_keys(key, call), mask)
+            bias = block_bias(seen_by.call, seen_by.queries, seen_by.keys)
+        part = softmax_weights(query[:, slice(*call.queries)], slice_keys(key, call), mask, bias)
         done = 0
         for start, stop in picked(call):
             piece = part[..., done : done + stop - start]
@@ -90,13 +91,19 @@ def _is_weights(leaf: Any) -> bool:
 
 
 def softmax_weights(
-    query: Float[Array, "B Q H A"], key: Float[Array, "B K G A"], mask: Bool[Array, "B Q K"]
+    query: Float[Array, "B Q H A"],
+    key: Float[Array, "B K G A"],
+    mask: Bool[Array, "B Q K"],
+    bias: Float[Array, "B Q K"] | None = None,
 ) -> Float[Array, "B H Q K"]:
-    """softmax(q k / sqrt(A)) (Vaswani et al. 2017, equation 1); zero for what sees nothing."""
+    """Returns softmax(q k / sqrt(A) + bias) (Vaswani et al. 2017, eq. 1); zero for the unseen."""
     query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     scores = jnp.einsum("BQHA,BKHA->BHQK", query, widen(key, query.shape[2]))
+    scores = scores * query.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias[:, None]
     seen = mask[:, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores * query.shape[-1] ** -0.5, -jnp.inf), axis=-1)
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
     return jnp.where(seen, weights, 0.0)
 
 

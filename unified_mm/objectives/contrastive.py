@@ -13,7 +13,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
-from unified_mm.nn.attention.rules import View
+from unified_mm.nn.attention.rules import NONE, View
 from unified_mm.nn.layers import Dense
 from unified_mm.nn.pooling import AttentionPool, pooled
 from unified_mm.objectives.objective import (
@@ -112,7 +112,9 @@ class Contrastive(TextObjective):
             ),
         )
         rule = built.view.resolved()
-        if rule.context_to_text != "none" or rule.text_to_context != "none":
+        seen = [rule.to_context(each) for each in rule.modalities()]
+        seen += [rule.from_context(each) for each in rule.modalities()]
+        if any(each != NONE for each in seen):
             raise ValueError(
                 f"objectives.{name}.rule={built.rule!r} lets image and text see each other, and "
                 "contrast would be trivial; use 'separate'"
@@ -127,7 +129,7 @@ class Contrastive(TextObjective):
     @property
     def again(self) -> View:
         """The second reading of the text, where it is held against itself."""
-        return View(f"{self.name}_again", self.rule)
+        return View(f"{self.name}_again", self.rule, alone=True)
 
     def views(self) -> tuple[View, ...]:
         return (self.view, self.again) if self.of_text_alone else (self.view,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -90,7 +90,7 @@ class Matching(TextObjective):
         deterministic: bool,
     ) -> Float[Array, "C T D"]:
         """Text read beside the image of its row, from the saved pass where the rule allows it."""
-        if self._can_reuse(encoded, len(model.context_names)):
+        if self._can_reuse(encoded, model.context_names):
             cache = encoded[self.mine_from].cache
             assert cache is not None
             cache_room = text_group(self.view, text["ids"].shape[1])
@@ -103,7 +103,7 @@ class Matching(TextObjective):
         both = {**context, "text": text}
         return model.encode(both, (self.view,), deterministic=deterministic)[self.name].text
 
-    def _can_reuse(self, encoded: Mapping[str, Encoded], contexts: int) -> bool:
+    def _can_reuse(self, encoded: Mapping[str, Encoded], contexts: Sequence[str]) -> bool:
         view = self.view.resolved().context_view(contexts)
         return view is not None and view == encoded[self.mine_from].rule.context_view(contexts)
 

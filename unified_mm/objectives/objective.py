@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
-from unified_mm.nn.attention.rules import View
+from unified_mm.nn.attention.rules import NONE, View, share_readings
 from unified_mm.registry import resolve
 
 BUILT_IN = {
@@ -152,7 +152,8 @@ class TextObjective:
         return (self.view,)
 
     def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
-        return tuple(contexts) if self.view.resolved().text_to_context != "none" else ()
+        rule = self.view.resolved()
+        return tuple(name for name in contexts if rule.to_context(name) != NONE)
 
     def head(self) -> nn.Module | None:
         return None
@@ -226,9 +227,16 @@ def all_losses(
     *,
     deterministic: bool,
 ) -> dict[str, ObjectiveOutput]:
-    """Every objective on one batch, the context encoded once for all that can share it."""
+    """Every objective on one batch.
+
+    The context is encoded once for all that can share it, and a text is read once for all that
+    read it alike.
+    """
     views = [view for objective in objectives for view in objective.views()]
-    encoded = model.encode(batch, views, deterministic=deterministic) if views else {}
+    read_as = share_readings(views, model.context_names)
+    read = list(dict.fromkeys(read_as.values()))
+    once = model.encode(batch, read, deterministic=deterministic) if read else {}
+    encoded = {name: once[view.name] for name, view in read_as.items()}
     outcomes: dict[str, ObjectiveOutput] = {}
     for objective in objectives:
         outcomes[objective.name] = objective(

@@ -1,4 +1,4 @@
-"""The device mesh, by config alone."""
+"""The device mesh, which the config alone determines."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with all of `AXES`.
+    """Builds a mesh with all of `AXES`.
 
     Args:
-      sizes: of each axis, 1 where it is not named; one of them may be -1 and takes what devices are
-        left.
-      devices: all of this run's by default.
+      sizes: size of each axis, 1 where it is not named; one size may be -1, which takes the devices
+        that are left.
+      devices: devices of the mesh, by default all of this run's.
 
     Raises:
-      ValueError: sizes that do not multiply to the number of devices.
+      ValueError: if a size is not allowed, or they do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = [int(sizes[axis]) if axis in sizes else 1 for axis in AXES]
@@ -42,15 +42,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"{asked} asks for {given} devices{' or a multiple' if open_axes else ''}; "
             f"this run has {len(devices)}"
         )
-    # Unlike `jax.make_mesh` for most TPUs, along parts of the torus' axes too.
+    # Unlike `jax.make_mesh` for most TPUs, this may split a physical axis of the torus.
     arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def platform() -> str:
-    """Where programs that are traced now will run: 'cpu', 'gpu' or 'tpu'.
+    """Returns the platform on which programs traced now will run: 'cpu', 'gpu' or 'tpu'.
 
-    On the mesh that is set, which may be of devices that this machine has not got.
+    It is the platform of the current mesh, whose devices this machine need not have, or else jax's
+    default.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()

@@ -1,10 +1,10 @@
 """Several processes as one run: how they start, wait for one another, agree, and end.
 
-`jax.distributed` is what connects them. A process that dies is noticed by it: the others end with
-an error, at once where they wait for the dead one's numbers over TCP (CPU devices) or where process
-0 died, else when it has sent no heartbeat for `heartbeat_timeout` seconds.
+`jax.distributed` connects them, and notices a process that dies: the others end with an error, at
+once where they wait for its data over TCP (CPU devices) or where process 0 died, otherwise when it
+has sent no heartbeat for `heartbeat_timeout` seconds.
 
-In a run of one process everything here is immediate.
+In a run of one process nothing here waits.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ _JAX_LATER = 30  # seconds; jax gives up later than we do, for it ends the proce
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where the processes of a run find each other.
+    """The settings by which the processes of a run find each other.
 
     Attributes:
-      coordinator: host:port at which process 0 can be reached by all.
-      processes, process: how many there are, and which of them this is, from 0.
-      method: '' where the three above say it all; 'auto' asks whatever runs this process (Slurm,
-        Open MPI, Kubernetes, the TPU's own metadata), or one of these by jax's name for it.
-      start_timeout: seconds until all must have met.
-      heartbeat_timeout: seconds after which a silent process counts as dead.
+      coordinator: host:port at which all processes can reach process 0.
+      processes: number of processes.
+      process: number of this process, from 0.
+      method: '' where the three above are given; 'auto' asks the system that runs this process
+        (Slurm, Open MPI, Kubernetes, the TPU's metadata); or jax's name for one of these.
+      start_timeout: seconds within which all processes must have connected.
+      heartbeat_timeout: seconds without a heartbeat after which a process counts as dead.
 
     Raises:
-      ValueError: what cannot be, named by its flag.
+      ValueError: if a setting is missing or not possible; the message names its flag.
     """
 
     coordinator: str = ""
@@ -95,14 +96,14 @@ class Cluster:
 def start(cluster: Cluster) -> None:
     """Connects this process with the others; to be called before any device is used.
 
-    Ends the process with an error that says what to check where they have not all met within
-    `start_timeout` seconds.
+    Where not all have connected within `start_timeout` seconds, the process ends with an error that
+    says what to check.
 
     Raises:
-      ValueError: the place is taken, or nothing says where the others are.
+      ValueError: if the coordinator cannot be used, or nothing says where the others are.
     """
-    # Its sync point is never reached in a run that goes on from a step: `training.signals` agrees
-    # on stopping in its stead.
+    # Its sync point is never reached in a run that is resumed: the processes agree on stopping in
+    # `training.signals` instead.
     jax.config.update("jax_enable_preemption_service", False)
     named = cluster.method not in ("", "auto")
     with _giving_up_after(cluster.start_timeout, _why_not_met(cluster)):
@@ -146,7 +147,10 @@ def _why_not_met(cluster: Cluster) -> str:
 
 @contextmanager
 def _giving_up_after(seconds: float, message: str) -> Iterator[None]:
-    """Ends this process, which hangs in a call that cannot be interrupted, with a message."""
+    """Ends this process with a message if the block takes longer than `seconds`.
+
+    It is meant for calls that cannot be interrupted.
+    """
 
     def give_up() -> None:
         print(message, file=sys.stderr, flush=True)
@@ -162,15 +166,15 @@ def _giving_up_after(seconds: float, message: str) -> Iterator[None]:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what is to be written once."""
+    """Returns whether this is process 0, which writes what only one process may write."""
     return jax.process_index() == 0
 
 
 def wait_for_all(what: str, seconds: int = _SLOWEST_WORK) -> None:
-    """Returns once every process is here; `what` names the place.
+    """Waits until every process has come to this barrier, which `what` names.
 
     Raises:
-      RuntimeError: some are not, after `seconds`; or one has died.
+      RuntimeError: if some have not come after `seconds`, or one has died.
     """
     if jax.process_count() == 1:
         return
@@ -181,9 +185,9 @@ def wait_for_all(what: str, seconds: int = _SLOWEST_WORK) -> None:
 
 @contextmanager
 def first_before_others(what: str) -> Iterator[None]:
-    """Process 0 does what is within, then the others do, who find what it left in a cache.
+    """Runs the block on process 0, then on the others, which find what it left in a cache.
 
-    Where it fails the others have their turn all the same, and fail likewise.
+    Where process 0 fails, the others run the block all the same, and fail likewise.
     """
     if not is_first():
         wait_for_all(what)
@@ -195,7 +199,10 @@ def first_before_others(what: str) -> Iterator[None]:
 
 
 def first_decides(value: bool) -> bool:
-    """What process 0 says, on all; for what they would read from a disk at different times."""
+    """Returns the value of process 0 on all processes.
+
+    It is meant for what they would otherwise read from a disk at different times.
+    """
     if jax.process_count() == 1:
         return value
     wait_for_all("decision")
@@ -205,8 +212,9 @@ def first_decides(value: bool) -> bool:
 def connect(mesh: Mesh) -> None:
     """Opens the connections that programs on this mesh use between CPU devices.
 
-    They are made where a group of devices first meets, and a device that meets nobody within 30
-    seconds fails: no process may still be compiling then. Other devices need no such care.
+    Otherwise they are made where a group of devices first communicates, and a device that waits
+    longer than 30 seconds for the others fails: no process may still be compiling then. Devices
+    other than CPUs need no such care.
     """
     if jax.process_count() == 1 or jax.default_backend() != "cpu":
         return
@@ -244,10 +252,10 @@ def refuse_unequal(what: str, text: str) -> None:
 
 
 def together(work: Callable[[], int]) -> int:
-    """The exit code of `work`, returned once every process has done its own.
+    """Runs `work` and returns its exit code once every process has finished.
 
-    Where one fails, the others cannot go on: what failed is printed and, unless all end within 10
-    seconds, this process ends at once, so that they notice.
+    Where this process fails, the others cannot go on: it prints the error and, unless all end
+    within 10 seconds, ends without waiting further, so that the others notice.
     """
     try:
         code = work()
@@ -277,14 +285,14 @@ def _end_with_others(code: int) -> None:
     jax.distributed.shutdown()
 
 
-def own_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " b"]:
-    """The rows of a global batch that this process reads, in ascending order.
+def own_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
+    """Returns the rows of a global batch that this process reads, in ascending order.
 
-    They are what `to_global` takes. Processes whose devices hold the same rows (a tensor axis that
-    spans them, say) all read them; otherwise every row is read by one process.
+    `to_global` takes these rows. Processes whose devices hold the same rows (where a tensor axis
+    spans them, for example) all read them; otherwise one process reads each row.
 
     Raises:
-      ValueError: as `rows_by_process` does.
+      ValueError: if the batch cannot be split, as in `rows_by_process`.
     """
     axes = BATCH[0]
     cut = [mesh.axis_names.index(axis) for axis in axes]
@@ -295,18 +303,18 @@ def own_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " b"]:
 
 
 def rows_by_process(
-    owners: Int[np.ndarray, "S R"], batch_size: int
-) -> dict[int, Int[np.ndarray, " b"]]:
-    """The rows that each process holds.
+    owners: Int[np.ndarray, "shards replicas"], batch_size: int
+) -> dict[int, Int[np.ndarray, " rows"]]:
+    """Returns the rows that each process holds.
 
     Args:
-      owners: the process of each device; the batch is cut into S equal shards in their order, each
-        of which R devices hold.
+      owners: process of each device, [shards, replicas]; the batch is cut into equal shards in this
+        order, and each shard is held by all devices of its row.
       batch_size: rows of the global batch.
 
     Raises:
-      ValueError: a batch that S does not divide, or processes that share some of their rows and
-        not all: then no process could read its rows alone.
+      ValueError: if the number of shards does not divide the batch, or processes share some of
+        their rows but not all: then no process could read its rows alone.
     """
     shards = len(owners)
     if batch_size < 1 or batch_size % shards:

@@ -38,20 +38,22 @@ ZERO_STAGES = {1: ("moments",), 2: ("moments", "gradients"), 3: ("moments", "gra
 
 
 def rule_items() -> list[tuple[str, Any]]:
-    """The table as Flax wants it, for training."""
+    """Returns the table in Flax's form, for training."""
     return list(RULES.items())
 
 
 def serving_rules() -> list[tuple[str, Any]]:
-    """The same for inference: its sequences grow token by token and are not divided."""
+    """Returns the table for inference, where sequences grow by tokens and are not divided."""
     return list((RULES | {"length": None}).items())
 
 
 def constrain(x: Any, *names: str | None) -> Any:
-    """x, laid out by the logical names of its axes where a mesh and a table are set.
+    """Constrains the sharding of x by the logical names of its axes; returns x.
+
+    Nothing is constrained where no mesh or no table is set.
 
     Raises:
-      ValueError: an axis that the mesh does not divide (GSPMD would pad it in silence).
+      ValueError: if the mesh does not divide an axis (GSPMD would pad it silently).
     """
     mesh = jax.sharding.get_abstract_mesh()
     table = dict(nn.get_logical_axis_rules())
@@ -64,10 +66,11 @@ def constrain(x: Any, *names: str | None) -> Any:
 def check_divided(
     where: str, name: str | None, size: int, mesh: Any, table: Mapping[str, Axis]
 ) -> Axis:
-    """The mesh axis or axes that a logical axis is divided along.
+    """Returns the mesh axis or axes that a logical axis is divided along.
 
     Raises:
-      ValueError: no rule covers it, or the mesh does not divide it; both name `where`.
+      ValueError: if no rule covers the axis, or the mesh does not divide it; the message names
+        `where`.
     """
     if name is None:
         return None
@@ -85,22 +88,22 @@ def check_divided(
 
 
 def path_of(key_path: Any) -> str:
-    """`('params', 'text', 'tokens')` as `params/text/tokens`."""
+    """Returns a key path such as `('params', 'text', 'tokens')` as `params/text/tokens`."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in key_path)
 
 
 def shardings_of(abstract: Any, mesh: Mesh, table: Mapping[str, Axis] = RULES) -> Any:
-    """A sharding for each leaf of a tree whose arrays carry logical axis names.
+    """Returns a sharding for each leaf of a tree whose arrays carry logical axis names.
 
     Args:
-      abstract: from `jax.eval_shape`; matrices and vectors are boxed by
+      abstract: tree from `jax.eval_shape`; matrices and vectors are boxed by
         `nn.with_logical_partitioning`, scalars and keys need no box.
-      mesh: with the axes of `parallel.mesh`.
-      table: of logical axes.
+      mesh: mesh with the axes of `parallel.mesh`.
+      table: mesh axes of each logical axis.
 
     Raises:
-      ValueError: a parameter without axis names, an axis that no rule covers, or one that the mesh
-        does not divide; each names the leaf.
+      ValueError: if a parameter has no axis names, no rule covers an axis, or the mesh does not
+        divide it; the message names the leaf.
     """
 
     def one(path: Any, leaf: Any) -> NamedSharding:
@@ -124,10 +127,11 @@ def shardings_of(abstract: Any, mesh: Mesh, table: Mapping[str, Axis] = RULES) -
 
 
 def _spread(axes: Sequence[Axis], place: int, size: int, mesh: Mesh) -> Axis:
-    """Where the width of a parameter outside the stacks lies: along what else there is, too.
+    """Returns the mesh axes that divide the width of a parameter outside the stacks.
 
-    Stages and tensor parallelism divide the stacks; what stands before and after them would lie
-    whole on every device. It is gathered where it is read, as `fsdp` has it.
+    Stages and tensor parallelism divide the stacks, but would keep a whole copy of what comes
+    before and after them. So its width is divided along these axes too, where they divide it, and
+    gathered where it is read, as with `fsdp`.
     """
     used = {axis for each in axes for axis in _as_tuple(each)}
     found = list(_as_tuple(axes[place]))
@@ -140,12 +144,13 @@ def _spread(axes: Sequence[Axis], place: int, size: int, mesh: Mesh) -> Axis:
 
 @dataclass(frozen=True)
 class ParamShardings:
-    """Where parameters lie on a mesh, and what training keeps beside each of them.
+    """The shardings of parameters, and of what training keeps beside each of them.
 
     Attributes:
-      mesh: of all of them.
-      params, gradients, moments: a tree of shardings each, in the shape of the parameters; the
-        optimizer's copies and the moving average lie as `moments`.
+      mesh: mesh of all shardings.
+      params: shardings of the parameters, a tree of the same structure.
+      gradients: shardings of the gradients, such a tree too.
+      moments: shardings of the optimizer's copies and the moving average, such a tree too.
     """
 
     mesh: Mesh
@@ -155,15 +160,16 @@ class ParamShardings:
 
 
 def param_shardings(abstract: Any, mesh: Mesh, zero: int = 3) -> ParamShardings:
-    """Lays out a tree of boxed parameters by the table and a stage of ZeRO.
+    """Returns the shardings of a tree of boxed parameters, by the table and a stage of ZeRO.
 
     Args:
-      abstract: as for `shardings_of`.
-      mesh: to lay it out on.
-      zero: 1 divides optimizer state along `fsdp`, 2 gradients too, 3 parameters too.
+      abstract: tree of parameters, as for `shardings_of`.
+      mesh: mesh that they are divided over.
+      zero: stage of ZeRO: 1 divides optimizer state along `fsdp`, 2 gradients too, 3 parameters
+        too.
 
     Raises:
-      ValueError: as `shardings_of`, or another stage.
+      ValueError: if there is no such stage, or `shardings_of` raises it.
     """
     if zero not in ZERO_STAGES:
         raise ValueError(f"mesh.zero={zero}: must be one of {', '.join(map(str, ZERO_STAGES))}")
@@ -175,10 +181,11 @@ def param_shardings(abstract: Any, mesh: Mesh, zero: int = 3) -> ParamShardings:
 
 
 def shardings_like(params: Any, shardings: Any, tree: Any, otherwise: NamedSharding) -> Any:
-    """A sharding for each leaf of `tree`, which holds copies of `params` among other things.
+    """Returns a sharding for each leaf of `tree`, which holds copies of `params` among others.
 
-    A leaf is such a copy (a moment of the optimizer, say) where its path ends in the path of a
-    parameter of the same shape; anything else gets `otherwise`.
+    A leaf is such a copy (a moment of the optimizer, for example) where its path ends in the path
+    of a parameter of the same shape; it gets that parameter's of `shardings`. Any other leaf gets
+    `otherwise`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     known = {
@@ -194,7 +201,7 @@ def shardings_like(params: Any, shardings: Any, tree: Any, otherwise: NamedShard
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes of one device's share of abstract arrays that have shardings."""
+    """Returns the bytes of one device's share of abstract arrays that have shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -202,7 +209,7 @@ def shard_bytes(tree: Any) -> int:
 
 
 def without_names(tree: Any) -> Any:
-    """The same tree with bare arrays (or shapes) instead of boxes that bear axis names."""
+    """Returns the tree with bare arrays (or shapes) instead of boxes with axis names."""
     return jax.tree.map(lambda leaf: leaf.value if _is_box(leaf) else leaf, tree, is_leaf=_is_box)
 
 
@@ -217,18 +224,18 @@ def _as_tuple(axis: Axis) -> tuple[str, ...]:
 
 
 def into_parts(x: Any, parts: int) -> Any:
-    """[B, ...] -> [parts, B / parts, ...]; every device keeps rows of its own in each part."""
+    """Splits [B, ...] into [parts, B / parts, ...]; each part has rows of every device."""
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
 def from_parts(x: Any) -> Any:
-    """The inverse of `into_parts`."""
+    """Inverts `into_parts`."""
     parts, rows = x.shape[:2]
     return x.swapaxes(0, 1).reshape(parts * rows, *x.shape[2:])
 
 
 def to_global(batch: Any, mesh: Mesh) -> Any:
-    """Host arrays of this process's rows [b, ...] as device arrays of the global batch [B, ...]."""
+    """Returns device arrays of the global batch [B, ...], from this process's rows [rows, ...]."""
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(
         lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch

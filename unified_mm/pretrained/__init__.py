@@ -1,1 +1,1 @@
-"""Weights of other projects: a table for each family, and a driver that walks it both ways."""
+"""Weights of other projects, converted to ours and back by a table for each family."""

@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2019) and sentence encoders of its make, such as MiniLM."""
+"""BERT (Devlin et al. 2019) and sentence encoders of the same architecture, such as MiniLM."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ POOLINGS = {"mean": "mean", "mean_tokens": "mean", "cls": "first", "cls_token": 
 
 
 def fields(source: Source) -> Fields:
-    """Text alone, its tokens' mean compared with another text's."""
+    """Returns the fields of a text encoder whose pooled embeddings are compared with each other."""
     c = Section(source.config.where, source.config, DEFAULTS)
     c.refuse_unless("position_embedding_type", "absolute", None, why="positions are learned here")
     c.refuse_unless("is_decoder", False, why="all text is seen at once here")
@@ -76,10 +76,10 @@ def fields(source: Source) -> Fields:
 
 
 def pooling(source: Source) -> str:
-    """What a sentence encoder says of its pooling; the mean where nothing is said.
+    """Returns the pooling that a sentence encoder's files name, or 'mean' where they name none.
 
     Raises:
-      ValueError: another pooling than ours, or layers after it.
+      ValueError: if the pooling is not one of `POOLINGS`, or a dense layer follows it.
     """
     modules = source.json("modules.json", list) or []
     if further := [m["type"] for m in modules if m["type"].rsplit(".")[-1] == "Dense"]:
@@ -99,7 +99,10 @@ def pooling(source: Source) -> str:
 
 
 def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
-    """The first of the token types is that of a text alone: it is our modality's embedding."""
+    """Returns the table of BERT's weights.
+
+    The embedding of token type 0, that of a single text, becomes our modality embedding.
+    """
     model = config["model"]
     text = model["modalities"]["text"]
     before = prefix(names, "bert.", probe="embeddings.word_embeddings.weight")

@@ -82,7 +82,7 @@ CONTRAST = "heads_contrastive"
 
 
 def stack_fields(c: Section) -> Fields:
-    """Size and kind of a stack from one of the two configs."""
+    """Returns the size and kind of a stack from its section of config.json."""
     return {
         "width": c["hidden_size"],
         "layers": c["num_hidden_layers"],
@@ -121,7 +121,10 @@ def _two_towers(
 
 
 def clip_fields(source: Source) -> Fields:
-    """Text in order, pooled at its end token; images pooled at a class token."""
+    """Returns the fields of CLIP's two towers.
+
+    Text is causal and pooled at its end token; images are pooled at a class token.
+    """
     text = source.config.section("text_config", CLIP_TEXT)
     vision = source.config.section("vision_config", CLIP_VISION)
     usual = Preprocessing("crop_resized", mean=CLIP_MEAN, std=CLIP_DEVIATION)
@@ -149,7 +152,7 @@ def clip_fields(source: Source) -> Fields:
 
 
 def clip_table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
-    """Two stacks of the same make, and what stands before and after them."""
+    """Returns the table of CLIP's weights: two towers, their embeddings and projections."""
     entries = [
         *_text(config, "text_model.final_layer_norm"),
         *class_token_patches("vision_model", config),
@@ -181,7 +184,7 @@ def _text(config: Mapping[str, Any], final_norm: str) -> list[Entry]:
 
 
 def class_token_patches(theirs: str, config: Mapping[str, Any]) -> list[Entry]:
-    """Embeddings of pictures as CLIP makes them."""
+    """Returns the entries of CLIP's image embeddings: class token, patches and positions."""
     image = config["model"]["modalities"]["image"]
     side = config["data"]["image_size"] // image["patch"]
     before = f"{theirs}.embeddings"
@@ -206,7 +209,11 @@ def _vision_stack(config: Mapping[str, Any], theirs: str) -> list[Entry]:
 
 
 def siglip_fields(source: Source) -> Fields:
-    """All text at once, pooled at the last place, padding or not; images pooled by attention."""
+    """Returns the fields of SigLIP's two towers.
+
+    Text is bidirectional and pooled at its last position, padding or not; images are pooled by
+    attention.
+    """
     text = source.config.section("text_config", SIGLIP_TEXT)
     vision = source.config.section("vision_config", SIGLIP_VISION)
     vision.refuse_unless("vision_use_head", True, why="pictures are pooled by attention here")
@@ -236,7 +243,7 @@ def siglip_fields(source: Source) -> Fields:
 
 
 def siglip_table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
-    """As CLIP's, without a class token, and with a pooling that has parameters."""
+    """Returns the table of SigLIP's weights: no class token, and a pooling with parameters."""
     image = config["model"]["modalities"]["image"]
     side = config["data"]["image_size"] // image["patch"]
     before = "vision_model.embeddings"
@@ -260,7 +267,10 @@ def siglip_table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
 
 
 def _pooling(config: Mapping[str, Any]) -> list[Entry]:
-    """torch's attention has queries, keys and values one below the other."""
+    """Returns the entries of the attention pooling.
+
+    In torch's attention one tensor holds queries, keys and values, stacked along its first axis.
+    """
     heads = config["objectives"]["contrastive"]["pool_heads"]
     width = tower_options(config["model"]).width
     theirs, ours = "vision_model.head", f"{CONTRAST}/attend_image"
@@ -286,7 +296,7 @@ def _pooling(config: Mapping[str, Any]) -> list[Entry]:
 
 
 def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """config.json of a CLIP run."""
+    """Returns the contents of config.json for a CLIP run."""
     m = config["model"]
     image, text = m["modalities"]["image"], m["modalities"]["text"]
     width = config["objectives"]["contrastive"]["width"]

@@ -1,4 +1,4 @@
-"""The families whose weights are known, and which of them a directory holds."""
+"""The known families of pretrained weights, and the lookup of a directory's family."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ OTHERS = {"siglip2": "it takes pictures of any shape (naflex); other SigLIP 2 we
 
 
 def family_of(source: Source) -> Family:
-    """The one that a directory's config.json names.
+    """Returns the family that a directory's config.json names.
 
     Raises:
-      ValueError: an architecture that is not known, with a list of what is.
+      ValueError: if the architecture is not known; the message lists those that are.
     """
     found = source.config.get("model_type")
     for family in FAMILIES:

@@ -1,4 +1,4 @@
-"""What a family of weights is."""
+"""The definition of a family of pretrained weights."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ Fields = dict[str, Any]  # of a run's config, nested
 
 @dataclass(frozen=True)
 class Export:
-    """How a family is written back.
+    """The functions that write a run in a family's format.
 
     Attributes:
-      config: a run's config and tokenizer -> their config.json.
-      compared: the fields of a run that their config.json must give again; dotted prefixes.
-      files: further files by name, from the run's config.
+      config: returns the contents of config.json for a run's config and tokenizer.
+      compared: dotted prefixes of the run's fields that must be the same once this config.json is
+        read back.
+      files: returns the contents of further JSON files, by name, for a run's config.
     """
 
     config: Callable[[Mapping[str, Any], TextTokenizer], dict[str, Any]]
@@ -32,16 +33,17 @@ class Export:
 
 @dataclass(frozen=True)
 class Family:
-    """Models of one architecture.
+    """An architecture of pretrained weights, and how its models are read and written.
 
     Attributes:
-      name: of the family; as `model_type` in config.json has it, in `types`.
-      part: of a model that the weights are.
-      fields: what a run's config has other than the defaults. Only the modalities and the
-        objectives that are named in it are switched on.
-      table: where the tensors go, for a run's config and the names that there are.
-      tokens: what stands around a text; None without text.
-      export: the way back, where there is one.
+      name: name of the family, for messages.
+      types: values of `model_type` in config.json that belong to the family.
+      part: the part of a model that the weights are.
+      fields: returns the fields of a run's config that differ from the defaults. Only the
+        modalities and objectives that are named in it are switched on.
+      table: returns the table of the weights, for a run's config and the names of the tensors.
+      tokens: layout of the special tokens; None for a family without text.
+      export: how a run is written in this format; None where it cannot be.
     """
 
     name: str
@@ -54,10 +56,10 @@ class Family:
 
 
 def prefix(names: frozenset[str], usual: str, *, probe: str) -> str:
-    """`usual`, or '' where the tensor `probe` is there without it, as older files have it."""
+    """Returns `usual`, or '' where the tensor `probe` has no prefix, as in older files."""
     return "" if probe in names else usual
 
 
 def text_fields(**more: Any) -> Fields:
-    """Text as most models embed it: neither scaled nor with an embedding of its modality."""
+    """Returns `more` with the usual text fields: neither scaling nor a modality embedding."""
     return {"modality_embedding": False, "scaled": False, **more}

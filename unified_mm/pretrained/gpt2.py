@@ -42,7 +42,7 @@ DEFAULTS = {
 
 
 def fields(source: Source) -> Fields:
-    """A language model of learned positions and layer norms."""
+    """Returns the fields of a language model with learned positions and layer norms."""
     c = Section(source.config.where, source.config, DEFAULTS)
     c.refuse_unless("scale_attn_weights", True, why="attention is scaled here")
     c.refuse_unless("scale_attn_by_inverse_layer_idx", False, why="all layers scale alike here")
@@ -70,7 +70,10 @@ def fields(source: Source) -> Fields:
 
 
 def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
-    """Dense maps lie (in, out) there, and queries, keys and values side by side."""
+    """Returns the table of GPT-2's weights.
+
+    Kernels are (in, out) there, and one tensor holds queries, keys and values side by side.
+    """
     model = config["model"]
     o, text = main_options(model), model["modalities"]["text"]
     before = prefix(names, "transformer.", probe="wte.weight")
@@ -113,7 +116,7 @@ def _block(o: Any) -> list[Entry]:
 
 
 def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """config.json of a run."""
+    """Returns the contents of config.json for a run."""
     m = config["model"]
     text = m["modalities"]["text"]
     return {
@@ -135,7 +138,7 @@ def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 
 def theirs(activation: str, usual: str) -> str:
-    """Their name for an activation of ours: `usual` where it is one of several."""
+    """Returns their name for our activation, `usual` where it is one of several."""
     if ACTIVATIONS[usual] == activation:
         return usual
     return next(name for name, ours in ACTIVATIONS.items() if ours == activation)

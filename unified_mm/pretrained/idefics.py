@@ -1,4 +1,4 @@
-"""IDEFICS (Laurençon et al. 2023, "OBELICS"), the first: an open Flamingo on Llama and CLIP."""
+"""IDEFICS 1 (Laurençon et al. 2023, "OBELICS"): an open Flamingo built on Llama and CLIP."""
 
 from __future__ import annotations
 
@@ -86,7 +86,10 @@ CROSS_MODULES = {
 
 
 def fields(source: Source) -> Fields:
-    """A Llama with gated cross layers, an image tower of CLIP's make, perhaps a resampler."""
+    """Returns the fields of a Llama with gated cross-attention and CLIP's image tower.
+
+    A Perceiver resampler is between the two where config.json has one.
+    """
     c = Section(source.config.where, source.config, DEFAULTS)
     vision = c.section("vision_config", VISION)
     refuse_windows(c)
@@ -187,7 +190,10 @@ def _resampler_fields(c: Section, width: int) -> Fields:
 
 
 def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
-    """The embeddings that were added to Llama's are rows below them here."""
+    """Returns the table of IDEFICS's weights.
+
+    The token embeddings that it adds to Llama's become rows below them.
+    """
     model = config["model"]
     tables, added = ["model.embed_tokens.weight"], "model.embed_tokens.additional_embedding.weight"
     scores, added_scores = ["lm_head.weight"], "lm_head.additional_fc.weight"
@@ -225,7 +231,7 @@ def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
 
 
 def _cross(model: Mapping[str, Any]) -> list[Entry]:
-    """The gated layers: no projection has a bias."""
+    """Returns the entries of the gated cross-attention layers, whose projections have no bias."""
     o = main_options(model)
     channel = o.cross.shape == "channel"
     gate = reshaped((1, 1, o.width), (o.width,)) if channel else reshaped((1,), (1,))
@@ -249,7 +255,7 @@ def _cross(model: Mapping[str, Any]) -> list[Entry]:
 
 
 def _resampler(fields: Mapping[str, Any]) -> list[Entry]:
-    """Blocks of attention and feed-forward, which are not stacked here."""
+    """Returns the entries of the resampler, whose blocks each have parameters of their own."""
     if not fields["latents"]:
         return []
     theirs, ours = "model.perceiver_resampler", "resamplers_image"

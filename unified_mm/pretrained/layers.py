@@ -1,4 +1,4 @@
-"""Table lines for what families have in common: dense maps, norms, transformer blocks."""
+"""Table entries that families share: linear layers, norms, attention, transformer blocks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ ACTIVATIONS = {
 
 
 def activation(section: Any, key: str) -> str:
-    """Ours for the name at `key`. Raises ValueError naming it."""
+    """Returns our name for the activation at `key`.
+
+    Raises:
+      ValueError: if the activation is none of `ACTIVATIONS`; the message names it.
+    """
     name = section[key]
     if name not in ACTIVATIONS:
         raise ValueError(
@@ -41,7 +45,10 @@ def activation(section: Any, key: str) -> str:
 
 
 def main_options(model: Mapping[str, Any]) -> TransformerOptions:
-    """The main stack of `config.model`, with its cross layers where the fusion has them."""
+    """Returns the options of the main stack of `config.model`.
+
+    They include the gated cross-attention layers where the fusion has them.
+    """
     options = TransformerOptions.from_config(model)
     if model["fusion"] != "gated_cross_attention":
         return options
@@ -49,23 +56,23 @@ def main_options(model: Mapping[str, Any]) -> TransformerOptions:
 
 
 def tower_options(model: Mapping[str, Any]) -> TransformerOptions:
-    """The context's stack of `config.model`."""
+    """Returns the options of the towers of `config.model`, which encode the context."""
     return TransformerOptions.from_config(model).changed(model["tower"])
 
 
 def line(theirs: str, ours: str, transform: Transform = SAME) -> Entry:
-    """One tensor, one parameter."""
+    """Returns the entry of one tensor that becomes one parameter."""
     return Entry((theirs,), (ours,), transform)
 
 
 def dense(theirs: str, ours: str, bias: bool) -> list[Entry]:
-    """A dense map without heads."""
+    """Returns the entries of a linear layer without heads."""
     found = [line(f"{theirs}.weight", f"{ours}/kernel", TRANSPOSED)]
     return found + [line(f"{theirs}.bias", f"{ours}/bias")] * bias
 
 
 def norm(theirs: str, ours: str, kind: str = "layer") -> list[Entry]:
-    """A layer norm, or an RMS norm without a bias."""
+    """Returns the entries of a layer norm, or of an RMS norm, which has no bias."""
     found = [line(f"{theirs}.weight", f"{ours}/scale")]
     return found + [line(f"{theirs}.bias", f"{ours}/bias")] * (kind == "layer")
 
@@ -73,11 +80,12 @@ def norm(theirs: str, ours: str, kind: str = "layer") -> list[Entry]:
 def attention(
     theirs: Mapping[str, str], ours: Mapping[str, str], options: TransformerOptions
 ) -> list[Entry]:
-    """Four projections.
+    """Returns the entries of the four projections of attention.
 
     Args:
-      theirs, ours: modules by 'query', 'key', 'value' and 'output'.
-      options: heads, their width, and which projections have a bias.
+      theirs: names of their modules, by 'query', 'key', 'value' and 'output'.
+      ours: paths of our modules, by the same keys.
+      options: options of the stack: heads, their width, and which projections have a bias.
     """
     found = []
     for name, heads in (
@@ -106,14 +114,14 @@ OUR_ATTENTION = {name: f"attention/{name}/shared" for name in PROJECTIONS}
 def blocks(
     theirs: str, ours: str, names: Mapping[str, str], options: TransformerOptions
 ) -> list[Entry]:
-    """A whole stack of blocks.
+    """Returns the entries of a whole stack of blocks.
 
     Args:
-      theirs: prefix of a layer, with `{layer}`.
-      ours: prefix of the stack.
+      theirs: prefix of one of their layers, with `{layer}` for its number.
+      ours: prefix of our stack.
       names: their module for each of 'query', 'key', 'value', 'output', 'attention_norm',
         'feed_forward_norm', 'up', 'down', and 'gate' where the feed-forward has one.
-      options: of the stack.
+      options: options of the stack.
     """
     found = attention(names, OUR_ATTENTION, options)
     for place in ("attention_norm", "feed_forward_norm"):

@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023) and models of its make: SmolLM, Qwen 2."""
+"""Llama (Touvron et al. 2023) and models of the same architecture: SmolLM, Qwen 2."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ QWEN2_DEFAULTS = LLAMA_DEFAULTS | {
 
 
 def rotary_base(c: Section) -> float:
-    """The base of rotary positions, in either of the places that it is said.
+    """Returns the base of the rotary positions, from either of the two keys that may hold it.
 
     Raises:
-      ValueError: positions that are scaled, or turn a part of a head alone.
+      ValueError: if positions are scaled, or only a part of each head is rotated.
     """
     c.refuse_unless("rope_scaling", None, why="rotary positions are not scaled here")
     c.refuse_unless("partial_rotary_factor", None, 1.0, why="whole heads are turned here")
@@ -59,7 +59,11 @@ def rotary_base(c: Section) -> float:
 
 
 def refuse_windows(c: Section) -> None:
-    """Attention to all that came before, and no less. Raises ValueError."""
+    """Checks that every layer attends to all earlier tokens.
+
+    Raises:
+      ValueError: if attention has a sliding window, or layers of another type.
+    """
     if c.get("use_sliding_window", c.get("sliding_window") is not None):
         c.refuse_unless("sliding_window", None, why="there is no sliding window here")
     if set(c.get("layer_types") or ()) - {"full_attention"}:
@@ -102,17 +106,20 @@ def _fields(source: Source, defaults: Mapping[str, Any], qkv_bias: bool | None) 
 
 
 def llama_fields(source: Source) -> Fields:
-    """RMS norms, rotary positions, gated feed-forward, perhaps fewer heads of keys."""
+    """Returns the fields of Llama: RMS norms, rotary positions and a gated feed-forward.
+
+    Keys and values may have fewer heads than queries.
+    """
     return _fields(source, LLAMA_DEFAULTS, None)
 
 
 def qwen2_fields(source: Source) -> Fields:
-    """The same with a bias of queries, keys and values."""
+    """Returns the fields of Qwen 2: Llama's, with a bias of queries, keys and values."""
     return _fields(source, QWEN2_DEFAULTS, True)
 
 
 def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
-    """All dense maps lie (out, in)."""
+    """Returns the table of Llama's weights, whose kernels are all (out, in)."""
     model = config["model"]
     o, text = main_options(model), model["modalities"]["text"]
     before = prefix(names, "model.", probe="embed_tokens.weight")
@@ -134,7 +141,7 @@ ROTARY_BUFFERS = {r".*rotary_emb\.inv_freq": "rates of rotary positions, not lea
 
 
 def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """config.json of a run."""
+    """Returns the contents of config.json for a run."""
     m = config["model"]
     text = m["modalities"]["text"]
     return {

@@ -1,4 +1,4 @@
-"""What was done to the pixels that weights were trained on."""
+"""The image preprocessing that pretrained weights were trained with."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ FILES = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """A family's, where no file says more.
+    """The usual preprocessing of a family, for what no file says.
 
     Attributes:
-      fit: what becomes of a picture that is no square (`data.images.evaluation_view`).
-      resampling, mean, deviation: as `data.resampling` and `model.modalities.image` have them.
+      fit: how an image that is not square becomes one (`data.images.evaluation_view`).
+      resampling: filter that resizes images, as in `config.data.resampling`.
+      mean: mean of each colour, as in `config.model.modalities.image`.
+      std: standard deviation of each colour, as in `config.model.modalities.image`.
     """
 
     fit: str
@@ -31,16 +33,16 @@ class Preprocessing:
 
 
 def image_fields(source: Source, size: int, usual: Preprocessing) -> tuple[dict, dict]:
-    """Fields of `config.data` and of `config.model.modalities.image`.
+    """Returns the fields of `config.data` and of `config.model.modalities.image`.
 
     Args:
-      source: with a preprocessor_config.json, or a processor_config.json that holds one; without
-        either the family's usual values hold.
-      size: of the pictures that the model takes, in pixels.
-      usual: of the family.
+      source: directory that may hold a preprocessor_config.json, or a processor_config.json with
+        the same inside; without either, `usual` holds.
+      size: side of the images that the model takes, in pixels.
+      usual: the usual preprocessing of the family.
 
     Raises:
-      ValueError: what we cannot do, naming file and key.
+      ValueError: if the preprocessing is not supported; the message names file and key.
     """
     section = _section(source)
     if section is None:
@@ -66,7 +68,7 @@ def image_fields(source: Source, size: int, usual: Preprocessing) -> tuple[dict,
 
 
 def written(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A preprocessor_config.json for a config of ours."""
+    """Returns the contents of preprocessor_config.json for a run's config."""
     size = config["data"]["image_size"]
     image = config["model"]["modalities"]["image"]
     crop = config["data"]["fit"] != "squash"
@@ -96,7 +98,11 @@ def _section(source: Source) -> Section | None:
 
 
 def _fit(section: Section, size: int, usual: str) -> str:
-    """How a picture becomes a square of `size`; whatever the file says must come to that."""
+    """Returns the value of `config.data.fit` that makes an image a square as the file says.
+
+    Raises:
+      ValueError: if the file does not give a square of `size` pixels on a side.
+    """
     asked = section.get("size", section.get("image_size"))
     if asked is None:
         return usual

@@ -1,4 +1,4 @@
-"""A directory as Hugging Face's libraries write it: config.json, safetensors, tokenizer files."""
+"""Directories that Hugging Face's libraries write: config.json, safetensors, tokenizer files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 class Section(Mapping[str, Any]):
-    """One object of a JSON file: what it lacks is as its library's default says.
+    """One object of a JSON file, with its library's defaults for the keys that it lacks.
 
     Attributes:
-      where: file and key, for messages.
+      where: file and key, for error messages.
     """
 
     def __init__(self, where: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -40,7 +40,7 @@ class Section(Mapping[str, Any]):
         return key in self._values
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value, or `default` where neither the file nor its library has one."""
+        """Returns the value, or `default` where neither the file nor its library has one."""
         return self._values.get(key, default)
 
     def __iter__(self) -> Iterator[str]:
@@ -50,27 +50,27 @@ class Section(Mapping[str, Any]):
         return len(self._values)
 
     def section(self, key: str, defaults: Mapping[str, Any]) -> Section:
-        """The object at `key`; one that is not there has the defaults alone."""
+        """Returns the object at `key`, with only the defaults where it is not there."""
         return Section(f"{self.where}: {key}", self._values.get(key) or {}, defaults)
 
     def refuse_unless(self, key: str, *allowed: Any, why: str) -> None:
-        """Raises ValueError naming the key, where its value is none of `allowed` nor missing."""
+        """Raises ValueError, naming the key, where it has a value that is none of `allowed`."""
         if key in self._values and self._values[key] not in allowed:
             value = self._values[key]
             raise ValueError(f"{self.where}: {key}={value!r} cannot be read here: {why}")
 
 
 class Source:
-    """An opened directory; a context manager.
+    """An opened directory of weights; a context manager.
 
     Attributes:
-      path: of the directory.
-      config: config.json, without any defaults.
-      names: of the tensors.
+      path: path of the directory.
+      config: contents of config.json, without any defaults.
+      names: names of the tensors.
 
     Raises:
-      FileNotFoundError: no such directory, config.json, weights or shard.
-      ValueError: a file that is damaged, naming it.
+      FileNotFoundError: if the directory, config.json, the weights or a shard is missing.
+      ValueError: if a file is damaged; the message names it.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -99,11 +99,15 @@ class Source:
 
     @property
     def names(self) -> frozenset[str]:
-        """Of all tensors."""
+        """The names of all tensors."""
         return frozenset(self._files)
 
     def json(self, name: str, kind: type = dict) -> Any:
-        """The object (or list) in a file; None where there is no such file."""
+        """Returns the object (or list) in a JSON file, or None where there is no such file.
+
+        Raises:
+          ValueError: if the file is not JSON, or holds something else than a `kind`.
+        """
         path = self.path / name
         if not path.is_file():
             return None
@@ -116,7 +120,11 @@ class Source:
         return found
 
     def tensor(self, name: str) -> Float[np.ndarray, "..."]:
-        """As float32; 16-bit numbers become the same numbers."""
+        """Returns a tensor in float32, which holds 16-bit numbers exactly.
+
+        Raises:
+          ValueError: if the tensor is of a type not in `FLOATS`, or cannot be read.
+        """
         path, file = self._files[name]
         kind = file.get_slice(name).get_dtype()
         if kind not in FLOATS:
@@ -129,7 +137,7 @@ class Source:
             raise ValueError(f"{path}: {name} cannot be read: {error}") from error
 
     def _open_all(self) -> dict[str, tuple[Path, Any]]:
-        """By tensor, the file that holds it."""
+        """Returns for each tensor the path of the file that holds it, and the opened file."""
         index = self.json(INDEX)
         if index is None:
             if not (self.path / WEIGHTS).is_file():

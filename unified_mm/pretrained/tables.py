@@ -1,7 +1,8 @@
-"""Tables from another project's tensors to our parameters, and the driver that walks them.
+"""Tables from another project's tensors to our parameters, and the conversion by such a table.
 
-A table says for each tensor of theirs which parameter of ours it is and how the numbers are laid
-out there. The same table goes both ways.
+"Theirs" are the tensors of the other project, "ours" the parameters of our model. A table says
+which parameter each tensor becomes, and how its layout changes. The same table serves both
+directions.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ Arrays = tuple[Array, ...]
 
 @dataclass(frozen=True)
 class Transform:
-    """How their arrays become ours and back: as many in as `Entry` names, as many out."""
+    """A conversion of the arrays that an `Entry` names.
+
+    Attributes:
+      to_ours: maps their tensors to our parameters, both in the order of the entry.
+      to_theirs: maps our parameters back to their tensors; None where that is not possible.
+    """
 
     to_ours: Callable[..., Arrays]
     to_theirs: Callable[..., Arrays] | None
@@ -26,15 +32,16 @@ class Transform:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a table.
+    """One entry of a table: some of their tensors, and our parameters that they become.
 
     Attributes:
       theirs: names of their tensors; `{layer}` stands for a number.
-      ours: paths of our parameters, of one layer; `{block}` and `{layer}` stand for numbers.
-      transform: between the two.
-      layers: how many layers the line is repeated for; 0 is once.
-      blocks: of a period, where our layers are stacked: layer l is block `l % blocks` of period
-        `l // blocks`; 0 where each layer has parameters of its own.
+      ours: paths of our parameters; `{block}` and `{layer}` stand for numbers.
+      transform: conversion between the two, for one layer.
+      layers: number of layers that the entry is repeated for; 0 for an entry outside the layers.
+      blocks: blocks in a period, the part of our stack that is repeated, where our layers are
+        stacked: layer l is block `l % blocks` of period `l // blocks`; 0 where each layer has
+        parameters of its own.
     """
 
     theirs: tuple[str, ...]
@@ -44,7 +51,7 @@ class Entry:
     blocks: int = 0
 
     def lines(self) -> Iterator[tuple[list[str], list[str], int | None]]:
-        """For each layer: their names, our paths, and the period it is of."""
+        """Yields for each layer their names, our paths and its period, None if not stacked."""
         if not self.layers:
             yield list(self.theirs), list(self.ours), None
         for layer in range(self.layers):
@@ -58,13 +65,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """All lines of a model.
+    """The table of a whole model.
 
     Attributes:
-      entries: the lines.
-      ignored: pattern of their names -> why these have no place.
-      copies: a name of theirs -> the one that it must equal, where it is there at all.
-      starts: path of ours -> the number that it starts from, as theirs has no such thing.
+      entries: the entries of the table.
+      ignored: pattern of their names -> the reason why these tensors are ignored.
+      copies: name of a tensor of theirs -> the tensor that it must equal, if it is there at all.
+      starts: path of a parameter that they do not have -> the number that it starts from.
     """
 
     entries: Sequence[Entry]
@@ -76,7 +83,7 @@ class Table:
 def repeated(
     entries: Sequence[Entry], theirs: str, ours: str, layers: int, blocks: int = 1
 ) -> list[Entry]:
-    """Lines of one layer under the prefixes of each layer."""
+    """Returns the entries of one layer, repeated under the prefixes of all layers."""
     return [
         replace(
             entry,
@@ -96,20 +103,20 @@ def to_ours(
     places: Mapping[str, tuple[int, ...]],
     where: str,
 ) -> tuple[dict[str, Array], dict[str, tuple[str, ...]]]:
-    """Their tensors at our places.
+    """Converts their tensors to our parameters.
 
     Args:
-      table: of their model.
-      names: of all tensors that there are.
-      read: one of them.
-      places: the shape of each of our parameters, by path.
-      where: the tensors are from, for messages.
+      table: table of the model.
+      names: names of all their tensors.
+      read: returns the tensor of a name.
+      places: shape of each of our parameters, by path.
+      where: where the tensors are from, for error messages.
 
     Returns:
-      Parameters float32 by path, and the names passed over by reason.
+      Our parameters in float32 by path, and the names of the tensors left out by reason.
 
     Raises:
-      ValueError: a tensor without a place, a place without a tensor, or one that does not fit.
+      ValueError: if a tensor has no parameter, a parameter has no tensor, or shapes do not fit.
     """
     found: dict[str, Array] = {}
     used: set[str] = set()
@@ -133,10 +140,10 @@ def to_ours(
 
 
 def to_theirs(table: Table, ours: Mapping[str, Array]) -> dict[str, Array]:
-    """Our parameters as their tensors.
+    """Converts our parameters to their tensors.
 
     Raises:
-      ValueError: a parameter that has no place among theirs.
+      ValueError: if a parameter is missing, or cannot be written as a tensor of theirs.
     """
     found: dict[str, Array] = {}
     used: set[str] = set()
@@ -225,11 +232,11 @@ def _some(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-# Transforms. Their dense maps are (out, in) as torch keeps them; ours are [in, out].
+# Transforms. Their kernels are (out, in) as torch keeps them; ours are [in, out].
 
 
 def reshaped(theirs: Sequence[int], ours: Sequence[int]) -> Transform:
-    """The same numbers in the same order."""
+    """Returns the transform from shape `theirs` to shape `ours`, numbers in the same order."""
     return Transform(lambda x: (_exactly(x, theirs).reshape(ours),), lambda x: (x.reshape(theirs),))
 
 
@@ -245,7 +252,7 @@ SCALAR = reshaped((1,), ())
 
 
 def into_heads(heads: int, width: int) -> Transform:
-    """(H A, D) -> [D, H, A]."""
+    """Returns the transform (H A, D) -> [D, H, A]."""
     return Transform(
         lambda x: (x.T.reshape(-1, heads, width),),
         lambda x: (x.reshape(-1, heads * width).T,),
@@ -253,7 +260,7 @@ def into_heads(heads: int, width: int) -> Transform:
 
 
 def out_of_heads(heads: int, width: int) -> Transform:
-    """(D, H A) -> [H, A, D]."""
+    """Returns the transform (D, H A) -> [H, A, D]."""
     return Transform(
         lambda x: (x.T.reshape(heads, width, -1),),
         lambda x: (x.reshape(heads * width, -1).T,),
@@ -261,7 +268,10 @@ def out_of_heads(heads: int, width: int) -> Transform:
 
 
 def packed(parts: int, axis: int, each: Transform) -> Transform:
-    """Several arrays side by side on an axis of theirs, each transformed by itself."""
+    """Returns the transform of one tensor into `parts` parameters, each transformed by `each`.
+
+    In their tensor these are equal parts side by side along `axis`.
+    """
 
     def apart(x: Array) -> Arrays:
         return tuple(each.to_ours(part)[0] for part in np.split(x, parts, axis))
@@ -274,7 +284,10 @@ def packed(parts: int, axis: int, each: Transform) -> Transform:
 
 
 def patches(size: int, channels: int = 3) -> Transform:
-    """A convolution (D, C, p, p) -> [p p C, D], as our patches are cut: rows, columns, channels."""
+    """Returns the transform (D, channels, size, size) -> [size size channels, D].
+
+    It makes a convolution the kernel of our patches: pixels by row, column and channel.
+    """
     return Transform(
         lambda x: (x.transpose(2, 3, 1, 0).reshape(size * size * channels, -1),),
         lambda x: (x.reshape(size, size, channels, -1).transpose(3, 2, 0, 1),),
@@ -282,14 +295,17 @@ def patches(size: int, channels: int = 3) -> Transform:
 
 
 def grid(side: int) -> Transform:
-    """Positions (N, D) of patches, row by row -> [side, side, D]."""
+    """Returns the transform (P, D) -> [side, side, D] of positions of patches, row by row."""
     return Transform(
         lambda x: (x.reshape(side, side, x.shape[-1]),), lambda x: (x.reshape(-1, x.shape[-1]),)
     )
 
 
 def first_and_grid(side: int, leading: tuple[int, ...] = ()) -> Transform:
-    """Positions (*leading, 1 + N, D) of the class token and the patches -> [D], [side, side, D]."""
+    """Returns the transform (*leading, 1 + P, D) -> [D], [side, side, D].
+
+    The positions are those of the class token and of the patches, row by row.
+    """
 
     def apart(x: Array) -> Arrays:
         width = x.shape[-1]
@@ -304,9 +320,10 @@ def first_and_grid(side: int, leading: tuple[int, ...] = ()) -> Transform:
 
 
 def padded_rows(total: int, *, multiple: int) -> Transform:
-    """Tables of `total` rows (rows, D) one below the other, then zeros up to a multiple of rows.
+    """Returns the transform of embeddings (rows, D) into one table padded with rows of zeros.
 
-    Back it goes as one table.
+    Their tables, of `total` rows together, are put one below the other; ours has as many rows as
+    the next multiple of `multiple`. The way back gives one table without padding.
     """
 
     def join(*tables: Array) -> Arrays:
@@ -318,7 +335,7 @@ def padded_rows(total: int, *, multiple: int) -> Transform:
 
 
 def row(number: int) -> Transform:
-    """One row of a table, whose others are left behind."""
+    """Returns the transform that takes one row of a table; there is no way back."""
 
     def pick(table: Array) -> Arrays:
         return (table[number],)

@@ -37,7 +37,7 @@ BLOCK = {
 
 
 def fields(source: Source) -> Fields:
-    """Two towers, of which the image's is given; pooled at the class token."""
+    """Returns the fields of two towers, of which ViT is the image's, pooled at its class token."""
     c = Section(source.config.where, source.config, DEFAULTS)
     c.refuse_unless("num_channels", 3, why="pictures have three colours here")
     usual = Preprocessing("squash", resampling="bilinear")
@@ -60,7 +60,7 @@ def fields(source: Source) -> Fields:
 
 
 def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
-    """The tower alone: what a classifier adds is passed over."""
+    """Returns the table of ViT's weights without a classifier."""
     model = config["model"]
     o, patch = tower_options(model), model["modalities"]["image"]["patch"]
     side = config["data"]["image_size"] // patch

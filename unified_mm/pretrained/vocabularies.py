@@ -1,4 +1,4 @@
-"""Tokenizers of other projects, as ours."""
+"""Tokenizers of other projects, read as ours."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from unified_mm.pretrained.source import Source
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """What a family puts around a text.
+    """The special tokens that a family puts around a text, and its older tokenizer files.
 
     Attributes:
-      build: makes a tokenizer of the family's older files, where there is no tokenizer.json;
-        None where these are not there.
-      begins: whether anything stands before a text.
-      bos, eos: keys of tokenizer_config.json that name the tokens.
-      defaults: the family's names for 'bos', 'eos' and 'pad', where no file says them.
-      eos_when_cut: whether a text that is too long ends in `eos` all the same.
+      build: makes a tokenizer from the family's older files, where there is no tokenizer.json;
+        returns None where they are missing.
+      begins: whether a begin token may stand before a text.
+      bos: key of tokenizer_config.json that names the begin token.
+      eos: key of tokenizer_config.json that names the end token.
+      defaults: the family's names for 'bos', 'eos' and 'pad', where no file names them.
+      eos_when_cut: whether a text that is cut because it is too long still ends in `eos`.
     """
 
     build: Callable[[Source], tokenizers.Tokenizer | None]
@@ -39,11 +40,11 @@ NAMING = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 def read_tokenizer(source: Source, layout: TokenLayout) -> TextTokenizer:
-    """The tokenizer of a directory, with the special tokens of its family.
+    """Reads the tokenizer of a directory, with the special tokens of its family.
 
     Raises:
-      FileNotFoundError: no file that holds one.
-      ValueError: a file that holds none, or one that lacks special tokens.
+      FileNotFoundError: if there are no tokenizer files.
+      ValueError: if a file holds no tokenizer, or the tokenizer lacks special tokens.
     """
     path = source.path / "tokenizer.json"
     if path.is_file():
@@ -68,7 +69,14 @@ def read_tokenizer(source: Source, layout: TokenLayout) -> TextTokenizer:
 def special_tokens(
     source: Source, tokenizer: tokenizers.Tokenizer, layout: TokenLayout
 ) -> dict[str, Any]:
-    """Their names, as the first of `NAMING` says, or config.json's numbers."""
+    """Returns the names of the special tokens, as keyword arguments of `TextTokenizer`.
+
+    A name is from the first file of `NAMING` that has it, else from the defaults of the layout,
+    else from the id in config.json.
+
+    Raises:
+      ValueError: if no end token is named.
+    """
     files = [source.json(name) or {} for name in NAMING]
     defaults = layout.defaults or {}
 
@@ -99,11 +107,14 @@ def _content(token: Any) -> str:
 
 
 def only_json(source: Source) -> None:
-    """For families that have no older files."""
+    """Returns None, for families that have no older tokenizer files."""
 
 
 def gpt2_files(source: Source) -> tokenizers.Tokenizer | None:
-    """vocab.json and merges.txt of GPT-2: byte-level BPE (Radford et al. 2019, section 2.2)."""
+    """Builds GPT-2's tokenizer from vocab.json and merges.txt, or None where they are missing.
+
+    It is a byte-level BPE (Radford et al. 2019, section 2.2).
+    """
     model = _bpe(source, unk_token="<|endoftext|>")
     if model is None:
         return None
@@ -119,7 +130,10 @@ CLIP_SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
 
 
 def clip_files(source: Source) -> tokenizers.Tokenizer | None:
-    """vocab.json and merges.txt of CLIP: lower case, words that end in `</w>`."""
+    """Builds CLIP's tokenizer from vocab.json and merges.txt, or None where they are missing.
+
+    It is a BPE of lower-case text, whose words end in `</w>`.
+    """
     model = _bpe(source, unk_token="<|endoftext|>", end_of_word_suffix="</w>")
     if model is None:
         return None
@@ -148,7 +162,10 @@ BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def bert_files(source: Source) -> tokenizers.Tokenizer | None:
-    """vocab.txt of BERT: WordPiece (Devlin et al. 2019, section 3)."""
+    """Builds BERT's tokenizer from vocab.txt, or None where it is missing.
+
+    It is a WordPiece tokenizer (Devlin et al. 2019, section 3).
+    """
     path = source.path / "vocab.txt"
     if not path.is_file():
         return None

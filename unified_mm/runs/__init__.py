@@ -1,1 +1,1 @@
-"""A run is a folder: its files, its checkpoints with checksums, its metrics."""
+"""The folder of a run: its files, its checkpoints with checksums, its metrics."""

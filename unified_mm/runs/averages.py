@@ -1,4 +1,4 @@
-"""Which of its parameters a run is scored and used with."""
+"""The parameters that a run is scored and used with: the newest, or averaged over steps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 
 def keeps_average(train: Mapping[str, Any]) -> bool:
-    """Whether checkpoints of a run with this `config.train` hold averaged parameters.
+    """Returns whether checkpoints of a run with this `config.train` hold averaged parameters.
 
-    These are then what is scored and used.
+    The averages are then what is scored and used.
     """
     return train["ema_decay"] > 0 or train["optimizer"] == "schedule_free"

@@ -1,4 +1,4 @@
-"""Checkpoints that are known to be whole: Orbax's manager, with checksums and a way back.
+"""Checkpoints that are verified before use: Orbax's manager, with checksums and a way back.
 
 A step's folder holds the items `state`, `metadata` (the caller's, JSON), `checksums` (JSON: the
 checksum, shape and dtype of each leaf, and a digest of those and the metadata) and a seal.
@@ -11,10 +11,10 @@ Several processes save and restore one checkpoint together: each its own shards,
 checksums, the commit and the seal.
 
 A process killed before 2 leaves a temporary folder, which the next save removes, and after 2 a
-whole checkpoint; between 2 and 3 it has no seal, and is judged by its checksums alone.
+complete checkpoint; between 2 and 3 it has no seal, and is judged by its checksums alone.
 
-`restore` trusts nothing: the seal, then the checksums of the arrays as they lie on the mesh.
-A step that fails is named in a warning, and the next older one is tried.
+`restore` verifies the seal, then the checksums of the arrays as they lie on the mesh. A step that
+fails is named in a warning, and the next older one is tried.
 
 Cost, beyond Orbax's: a save waits for the step that computes the state (to read 8 bytes a leaf),
 and its files are read once in the background; a restore reads them once more, about a second a
@@ -49,15 +49,15 @@ _UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax names the folder of a save un
 
 
 class CheckpointError(RuntimeError):
-    """No checkpoint could be restored, or this one not into the state asked for."""
+    """The error that no checkpoint could be used, or one holds another state than asked for."""
 
 
 class DamagedCheckpointWarning(UserWarning):
-    """A checkpoint failed its checks and was passed over."""
+    """The warning that a checkpoint failed its checks and was passed over."""
 
 
 class _Damaged(Exception):
-    """Why one step is not whole."""
+    """The reason why the checkpoint of one step is damaged."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,16 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one folder.
 
-    folder: made where it is missing.
-    keep: how many of the newest steps stay.
-    asynchronous: write in the background; `save` returns once the state is copied.
-    read_only: for looking at a run that may be training: nothing is made or moved, `save` refuses.
-
     Nothing that is damaged is deleted. Since training goes on from an older step and reaches the
     damaged one's number again, the first save after a restore that passed over damaged steps
     renames them to `<step>.damaged`.
+
+    Args:
+      folder: made where it is missing.
+      keep: how many of the newest steps stay.
+      asynchronous: write in the background; `save` returns once the state is copied.
+      read_only: for looking at a run that may be training: nothing is made or moved, and `save`
+        raises ValueError.
     """
 
     def __init__(
@@ -109,15 +111,17 @@ class Checkpoints:
         self._sealing: _Sealing | None = None
 
     def steps(self) -> tuple[int, ...]:
-        """Steps saved, oldest first; one still being written and damaged ones among them."""
+        """Returns the steps saved, oldest first, with damaged ones and one still being written."""
         return tuple(sorted(self._manager.all_steps()))
 
     def save(self, step: int, state: PyTree[Any], metadata: Mapping[str, Any]) -> None:
         """Saves the state and the caller's JSON metadata; waits for the save before it.
 
-        The state may be donated as soon as this returns. Raises ValueError where the step is not
-        newer than all others, or the state holds what cannot be saved; and whatever the save
-        before it failed with.
+        The state may be donated as soon as this returns.
+
+        Raises:
+          ValueError: the step is not newer than all others, or the state cannot be saved.
+          Exception: what the save before it failed with.
         """
         self._refuse_unsavable(step, state)
         self._wait_and_seal()
@@ -142,19 +146,23 @@ class Checkpoints:
         partial: bool = False,
         later: Mapping[str, Callable[[int], PyTree[jax.Array]]] | None = None,
     ) -> Restored:
-        """Restores the newest whole checkpoint, or just `step`, onto the shardings asked for.
-
-        abstract_state: shape, dtype and sharding of each leaf, or a function that says so of a
-            step; where none has a sharding, all go to the first device.
-        partial: `abstract_state` holds some of the saved leaves (a model without its optimizer),
-            and these alone are read and checked.
-        later: parts of the state, by name, that checkpoints of earlier versions do not have, each
-            with what makes its first value at a step.
+        """Restores the newest undamaged checkpoint, or just `step`, onto the shardings asked for.
 
         Leaves that were called otherwise (`saved.RENAMED_LEAVES`) are found by their old names.
-        Warns with `DamagedCheckpointWarning` for each step passed over. Raises `CheckpointError`
-        that lists the steps tried where none is whole, and at once where a whole one holds a
-        state of other leaves, shapes or dtypes: nothing is ever cast.
+        Warns with `DamagedCheckpointWarning` for each step passed over. Nothing is ever cast.
+
+        Args:
+          abstract_state: shape, dtype and sharding of each leaf, or a function of the step that
+            returns them; where no leaf has a sharding, all go to the first device.
+          step: the only one to try; None for all, newest first.
+          partial: `abstract_state` holds some of the saved leaves (a model without its optimizer),
+            and these alone are read and checked.
+          later: parts of the state, by name, that checkpoints of earlier versions do not have, each
+            with a function of the step that returns its first value.
+
+        Raises:
+          CheckpointError: every step tried is damaged (the message lists them), or an undamaged one
+            holds other leaves, shapes or dtypes, which ends the search at once.
         """
         self._wait_and_seal()
         refuse_unequal(f"the list of checkpoints in {self.folder}", str(self.steps()))
@@ -176,7 +184,11 @@ class Checkpoints:
         )
 
     def metadata(self) -> dict[str, Any]:
-        """What was saved beside the newest step. Raises CheckpointError where it is unreadable."""
+        """Returns the metadata of the newest step.
+
+        Raises:
+          CheckpointError: there is no step, or its metadata cannot be read.
+        """
         if not self.steps():
             raise CheckpointError(f"no checkpoint in {self.folder}")
         try:
@@ -185,18 +197,26 @@ class Checkpoints:
             raise CheckpointError(f"step {self.steps()[-1]} in {self.folder}: {damage}") from damage
 
     def readable_metadata(self) -> dict[str, Any]:
-        """What was saved beside the newest step where it can be read; {} where there is none."""
+        """Returns the newest metadata that can be read; {} where there is none."""
         for step in reversed(self.steps()):
             with contextlib.suppress(_Damaged):
                 return self._read_json_items(step)[1]
         return {}
 
     def wait(self) -> None:
-        """Returns once all that was saved is written and sealed. Raises what writing raised."""
+        """Waits until all that was saved is written and sealed.
+
+        Raises:
+          Exception: what writing raised.
+        """
         self._wait_and_seal()
 
     def close(self) -> None:
-        """Waits, then frees what Orbax holds. Raises what writing raised."""
+        """Waits as `wait` does, then frees what Orbax holds.
+
+        Raises:
+          Exception: what writing raised.
+        """
         try:
             self._wait_and_seal()
         finally:
@@ -328,7 +348,7 @@ class Checkpoints:
 
 
 class _Sealing:
-    """Seals a checkpoint as soon as it is committed, while training goes on."""
+    """A thread that seals a checkpoint as soon as it is committed, while training goes on."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -344,7 +364,13 @@ class _Sealing:
         write_seal(self._folder)
 
     def finish(self) -> None:
-        """To be called when Orbax is done with the step, well or not. Raises what sealing did."""
+        """Ends the thread, and seals a committed checkpoint that has no seal.
+
+        To be called when Orbax is done with the step, whether it succeeded or not.
+
+        Raises:
+          OSError: the seal cannot be written.
+        """
         self._written.set()
         self._thread.join()
         if self._folder.exists() and not is_sealed(self._folder):

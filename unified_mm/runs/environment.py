@@ -1,4 +1,4 @@
-"""What a run ran on: devices, versions, revision; and the accelerator that it missed."""
+"""The environment of a run: devices, versions, revision; and an accelerator that jax misses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 
 
 def device_name() -> str:
-    """How many devices of which kind."""
+    """Returns how many devices there are, and of which kind."""
     devices = jax.devices()
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
@@ -25,7 +25,7 @@ def cpu_count() -> int:
 
 
 def unseen_accelerator() -> str | None:
-    """A warning where the machine has an accelerator that jax does not see."""
+    """Returns a warning where the machine has an accelerator that jax does not see, else None."""
     if jax.default_backend() != "cpu":
         return None
     if Path("/proc/driver/nvidia/version").exists():
@@ -36,14 +36,14 @@ def unseen_accelerator() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
+    """Returns the versions of Python and of the packages that decide the numbers."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
     found = {name: metadata.version(name) for name in names}
     return {"python": platform.python_version(), **found}
 
 
 def revision() -> str:
-    """The git commit of this checkout, with `+` where it was changed; '' outside one."""
+    """Returns the git commit of this checkout, with `+` where it was changed; '' outside one."""
     here = Path(__file__).parent
     try:
         run = subprocess.run(

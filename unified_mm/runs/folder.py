@@ -1,4 +1,4 @@
-"""The run folder: where everything lies, its config, and the lock that keeps a run to one process.
+"""The run folder: its files, its config, and the lock that keeps a run to one process.
 
 Its files: config.json, tokenizer.json, checkpoints/, best/, metrics.jsonl, tensorboard/,
 result.json (written last: the run is finished) and report.html.
@@ -53,20 +53,26 @@ RESCORE = "delete it, and the same command scores the run again"
 
 
 class RunFolderError(RuntimeError):
-    """The folder cannot be used as a run."""
+    """The error that a folder cannot be used as a run."""
 
 
 class RunLocked(RunFolderError):
-    """Another process holds the run."""
+    """The error that another process holds the run."""
 
 
 class ConfigDifference(ValueError):
-    """The run in the folder was started with another config than the one asked for."""
+    """The error that the folder's run was started with another config than the one asked for."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One config field by its dotted name, as text: what the run has and what is asked."""
+    """A config field that differs.
+
+    Attributes:
+      field: its dotted name.
+      run: the run's value, as text.
+      asked: the value asked for, as text.
+    """
 
     field: str
     run: str
@@ -77,9 +83,11 @@ class Difference:
 
 
 class RunFolder:
-    """Paths of a run and the few operations on the folder as a whole. Nothing is created here.
+    """The paths of a run, and operations on its folder as a whole; making one creates no files.
 
-    Raises ValueError or RunFolderError for a path that can be none.
+    Raises:
+      ValueError: the path names the home of a user that there is not.
+      RunFolderError: the path is no UTF-8.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -102,21 +110,29 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a run was started here. Raises `RunFolderError` where nobody can tell."""
+        """Returns whether a run was started here.
+
+        Raises:
+          RunFolderError: the folder cannot be read.
+        """
         with _refusing(self.path):
             return self.config.is_file()
 
     @property
     def finished(self) -> bool:
-        """Whether the run is finished: `result.json` is written last."""
+        """Returns whether the run is finished: `result.json` is written last."""
         return self.result.is_file()
 
     def saved_config(self) -> dict[str, Any]:
-        """The run's config as it was saved. Raises `RunFolderError` where the file holds none."""
+        """Returns the run's config as it was saved.
+
+        Raises:
+          RunFolderError: the file holds none.
+        """
         return _object(self.config, OWN_CONFIG)
 
     def read_config(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """The run's config with today's fields, those that it lacks by their defaults.
+        """Returns the run's config with today's fields, those that it lacks by their defaults.
 
         Args:
           defaults: of all fields (`default_config.defaults`).
@@ -140,7 +156,11 @@ class RunFolder:
             raise RunFolderError(f"{self.config} is damaged: {error}; {OWN_CONFIG}") from error
 
     def read_result(self) -> dict[str, Any]:
-        """A finished run's result. Raises `RunFolderError` where it is none, naming what."""
+        """Returns a finished run's result.
+
+        Raises:
+          RunFolderError: the file holds none; the message names what is wrong.
+        """
         found = _object(self.result, RESCORE)
         scores = found.get("scores")
         if not isinstance(scores, dict) or not all(
@@ -155,27 +175,37 @@ class RunFolder:
         return found
 
     def finished_steps(self) -> int:
-        """The steps that the result was taken at. Raises `RunFolderError` where it says none."""
+        """Returns the number of steps after which the result was taken.
+
+        Raises:
+          RunFolderError: the result has no such number.
+        """
         steps = _object(self.result, RESCORE).get("steps")
         if isinstance(steps, bool) or not isinstance(steps, int):
             raise RunFolderError(f"{self.result} is damaged: it says no number of steps; {RESCORE}")
         return steps
 
     def set_result_aside(self) -> None:
-        """A run that is taken on is not finished: its result becomes `result_<steps>.json`."""
+        """Renames the result of a run that is continued to `result_<steps>.json`.
+
+        The run then counts as not finished.
+        """
         if self.finished:
             os.replace(self.result, self.path / f"result_{self.finished_steps()}.json")
 
     def tokenizer_digest(self) -> str | None:
-        """SHA-256 of the tokenizer's file, None where there is none."""
+        """Returns the SHA-256 of the tokenizer's file, None where there is none."""
         if not self.tokenizer.is_file():
             return None
         return hashlib.sha256(self.tokenizer.read_bytes()).hexdigest()
 
     def check_tokenizer(self, metadata: Mapping[str, Any]) -> None:
-        """Raises `RunFolderError` unless the tokenizer is the one that a checkpoint tells of.
+        """Checks that the tokenizer is the one that a checkpoint's metadata names.
 
-        Checkpoints that tell of none (imported weights) are taken as they are.
+        Checkpoints that name none (imported weights) are taken as they are.
+
+        Raises:
+          RunFolderError: it is another one, or missing.
         """
         known = metadata.get("tokenizer")
         if known is not None and known != self.tokenizer_digest():
@@ -188,10 +218,18 @@ class RunFolder:
     def create_or_check(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
         """Starts the run with `config`, or checks that the run here may go on with it.
 
-        Fields that are free to change (`FREE_FIELDS`) are taken over into `config.json`.
-        Returns whether the run is new. Raises `ConfigDifference` that lists every other
-        difference (of very many, the first), `RunFolderError` where the folder holds something
-        else; neither writes.
+        Fields that are free to change (`FREE_FIELDS`) are taken over into `config.json`. An
+        error leaves the folder as it was.
+
+        Args:
+          defaults: of all fields (`default_config.defaults`).
+
+        Returns:
+          Whether the run is new.
+
+        Raises:
+          ConfigDifference: other fields differ; the message lists them (of very many, the first).
+          RunFolderError: the folder holds something else.
         """
         new = self.check(config, defaults)
         if new or read_json(self.config) != _as_json(config):
@@ -200,7 +238,7 @@ class RunFolder:
         return new
 
     def check(self, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
-        """As `create_or_check`, and writes nothing."""
+        """Checks as `create_or_check` does, and writes nothing."""
         self._refuse_foreign_folder()
         if not self.exists:
             return True
@@ -214,7 +252,8 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Holds the run for this process (see `files.hold`).
 
-        Raises `RunLocked`, naming the process that has it.
+        Raises:
+          RunLocked: another process has it; the message names the process.
         """
         self._refuse_foreign_folder()
         with contextlib.ExitStack() as stack:
@@ -255,7 +294,7 @@ class RunFolder:
 
 @contextlib.contextmanager
 def _refusing(run: Path) -> Iterator[None]:
-    """As `naming`, for the run's folder."""
+    """Raises an OSError within the context as a RunFolderError that names the run's folder."""
     try:
         yield
     except OSError as error:
@@ -265,7 +304,14 @@ def _refusing(run: Path) -> Iterator[None]:
 
 
 def _object(path: Path, advice: str) -> dict[str, Any]:
-    """The JSON object in one of a run's own files."""
+    """Reads the JSON object in one of a run's own files.
+
+    Args:
+      advice: ends the message of the error.
+
+    Raises:
+      RunFolderError: the file holds none.
+    """
     try:
         value = read_json(path)
     except ValueError as error:
@@ -278,9 +324,10 @@ def _object(path: Path, advice: str) -> dict[str, Any]:
 def differences(
     run: Mapping[str, Any], asked: Mapping[str, Any], free: tuple[str, ...] = FREE_FIELDS
 ) -> tuple[Difference, ...]:
-    """Fields in which two nested configs differ, sorted by dotted name.
+    """Returns the fields in which two nested configs differ, sorted by dotted name.
 
-    `free` holds patterns of names that are passed over, as `fnmatch` reads them ('mesh.*').
+    Args:
+      free: patterns of names that are passed over, as `fnmatch` reads them ('mesh.*').
     """
     left, right = _flat(_as_json(run)), _flat(_as_json(asked))
     return tuple(
@@ -296,7 +343,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _as_json(value: Any) -> Any:
-    """The value as it comes back from a file: tuples are lists, keys are text."""
+    """Returns the value as it comes back from a file: tuples are lists, keys are text."""
     return json.loads(json.dumps(value))
 
 

@@ -1,6 +1,6 @@
 """Metrics of a run: `metrics.jsonl` is the record, TensorBoard a copy of it to look at.
 
-One line of JSON for each write: {"step": 10, "train/loss": 2.5}. By convention, values that
+Each write is one line of JSON: {"step": 10, "train/loss": 2.5}. By convention, values that
 depend on the clock have names that begin with `time/`; all others are equal, bit by bit, between
 two runs of one config and seed on one kind of machine.
 """
@@ -23,12 +23,13 @@ from unified_mm.files import write_atomically
 
 
 class MetricsWriter:
-    """Writes metrics line by line, so that a kill loses none and a resumed run repeats none.
+    """A writer of metrics, line by line, so that a kill loses none and a resumed run repeats none.
 
-    path: the JSON lines file.
-    tensorboard: folder for TensorBoard's files, or None for none.
-    resume_step: the step the run goes on from: what is recorded of later steps is dropped, for
-        the run is about to write it again. None: the run starts, all that was recorded goes.
+    Args:
+      path: the JSON lines file.
+      tensorboard: folder for TensorBoard's files, or None for none.
+      resume_step: the step the run goes on from: what is recorded of later steps is dropped, for
+        the run is about to write it again. None: the run starts, all that was recorded is dropped.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class MetricsWriter:
         self._tensorboard = _open_tensorboard(tensorboard, resume_step)
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Appends one line. What is not finite stands as null, for JSON has no NaN."""
+        """Appends one line; values that are not finite become null, for JSON has no NaN."""
         numbers = {name: float(value) for name, value in values.items()}
         self._append(step, {name: _json_number(value) for name, value in numbers.items()})
         if self._tensorboard is not None:
@@ -55,7 +56,7 @@ class MetricsWriter:
             self._tensorboard.flush()
 
     def write_new(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """The same, unless all of these are recorded for this step already."""
+        """Appends the line as `write` does, unless the step has all these metrics already."""
         known = read_metrics(self._path)
         if any(name not in known or step not in known[name][0] for name in values):
             self.write(step, values)
@@ -92,11 +93,13 @@ class MetricsWriter:
 
 def read_metrics(
     path: str | os.PathLike[str],
-) -> dict[str, tuple[Int64[np.ndarray, " T"], Float64[np.ndarray, " T"]]]:
-    """Each metric's (steps, values) in the order written; null is NaN, texts are left out.
+) -> dict[str, tuple[Int64[np.ndarray, " records"], Float64[np.ndarray, " records"]]]:
+    """Returns each metric's (steps, values) in the order written; null is NaN, texts are left out.
 
-    A torn last line, as a kill leaves it, is passed over. Raises ValueError that names file and
-    line where another line cannot be read.
+    A torn last line, as a kill leaves it, is passed over.
+
+    Raises:
+      ValueError: another line cannot be read; the message names file and line.
     """
     columns: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
     for record in _records(Path(path)):
@@ -124,7 +127,11 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _checked(record: Any) -> dict[str, Any]:
-    """The record, unless it is none: a whole number as `step`, else numbers, texts and null."""
+    """Returns a line's record: a whole number as `step`, and numbers, texts and null.
+
+    Raises:
+      ValueError: it is anything else.
+    """
     if not isinstance(record, dict):
         raise ValueError("it holds no object")
     if type(record.get("step")) is not int:

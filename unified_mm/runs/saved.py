@@ -1,4 +1,4 @@
-"""What earlier versions saved, as this version would have saved it: configs and checkpoints' names.
+"""Conversion of what earlier versions saved: the fields of configs and the names in checkpoints.
 
 The default of a field means what the code did before there was the field, so a config that lacks it
 is completed with the default. What was renamed has a line in one of the tables below.
@@ -36,7 +36,7 @@ OPEN_GROUPS = {"data": "source", "model": "fusion"}
 
 
 class UnknownField(ValueError):
-    """A config holds what this version does not know; the message names the field."""
+    """The error that a config holds a field this version does not know; the message names it."""
 
 
 def todays_config(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,10 +59,11 @@ def todays_config(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
 
 
 def refuse_unknown(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raises for fields of a new run's config that nothing could read, or that have another name.
+    """Checks that a new run's config has no field that nothing reads or that has another name now.
 
     Raises:
-      UnknownField: with the field.
+      UnknownField: it has one, which the message names.
+      ValueError: it has none of a group that every config has.
     """
     for path in field_paths(config):
         if (new := new_field(path)) != path:
@@ -71,7 +72,7 @@ def refuse_unknown(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
 
 
 def saved_name(path: str, saved: Collection[str]) -> str | None:
-    """Returns what a leaf of a state is called in a checkpoint, None where it has no such leaf."""
+    """Returns the name of a state's leaf in a checkpoint, None where it has no such leaf."""
     if path in saved:
         return path
     for pattern, before in RENAMED_LEAVES:
@@ -115,7 +116,7 @@ def _todays_names(fields: Mapping[str, Any], group: str = "") -> dict[str, Any]:
 def _completed(
     fields: Mapping[str, Any], defaults: Mapping[str, Any], group: str = ""
 ) -> dict[str, Any]:
-    """Returns a group's fields and, where there is none, the defaults."""
+    """Returns a group's fields, those that it lacks by their defaults."""
     if group in NAMED_GROUPS:
         return _completed_members(fields, defaults, group)
     open_to_others = ":" in str(fields.get(OPEN_GROUPS.get(group, ""), ""))

@@ -21,7 +21,7 @@ SEAL = "SHA256SUMS"
 
 
 def write_seal(folder: Path) -> None:
-    """Seals the folder as it is. Atomic; reads every byte once."""
+    """Seals the folder as it is. The write is atomic; every byte is read once."""
     write_atomically(folder / SEAL, _seal_text(folder).encode())
 
 
@@ -30,7 +30,7 @@ def is_sealed(folder: Path) -> bool:
 
 
 def broken_files(folder: Path) -> tuple[str, ...]:
-    """Names, within the folder, of the files that are not as sealed; () where all is whole.
+    """Returns the names, within the folder, of the files that are not as sealed; () for none.
 
     A file that changed, that is missing or that was added is named, and the seal itself where it
     is the damaged one. Reads every byte once.
@@ -66,7 +66,7 @@ _SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 
 def tree_checksums(tree: PyTree[Any]) -> PyTree[UInt32[np.ndarray, " 2"]]:
-    """A checksum for each leaf: of its bits and their positions, not of its name.
+    """Returns a checksum for each leaf: of its bits and their positions, not of its name.
 
     Leaves may be of any shape (also [] and [0]) and of float, complex, integer, bool or PRNG key
     dtype. Two leaves of different dtype or shape may share a checksum: compare those as well.
@@ -80,7 +80,7 @@ def tree_checksums(tree: PyTree[Any]) -> PyTree[UInt32[np.ndarray, " 2"]]:
 
 @jax.jit
 def array_checksum(array: Shaped[Array, " ..."]) -> UInt32[Array, " 2"]:
-    """The checksum of one array; see the module's docstring."""
+    """Returns the checksum of one array, as `tree_checksums` describes it."""
     words = _words(array)
     position = _positions(words.shape)
     return jnp.stack(
@@ -92,7 +92,7 @@ def array_checksum(array: Shaped[Array, " ..."]) -> UInt32[Array, " 2"]:
 
 
 def _words(array: Shaped[Array, " ..."]) -> UInt32[Array, " ..."]:
-    """The bits of an array as words; each element owns its words, so that sharding is kept."""
+    """Returns an array's bits as words; each element owns its words, so that sharding is kept."""
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     if array.dtype == jnp.bool_:
@@ -109,7 +109,10 @@ def _words(array: Shaped[Array, " ..."]) -> UInt32[Array, " ..."]:
 
 
 def _positions(shape: tuple[int, ...]) -> UInt32[Array, " ..."]:
-    """Row-major position of every word, modulo 2**32, without a reshape of anything sharded."""
+    """Returns the row-major position of every word, modulo 2**32.
+
+    It reshapes nothing that is sharded.
+    """
     position, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
         along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)

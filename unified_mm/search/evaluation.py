@@ -1,7 +1,4 @@
-"""How well a search index finds: what its graph misses, and mean average precision.
-
-Letters: ``Q`` queries, ``K`` places that are looked at, ``R`` vectors searched.
-"""
+"""How well a search index finds: the recall of its graph, and mean average precision."""
 
 from __future__ import annotations
 
@@ -20,18 +17,17 @@ _TIE = 1e-6  # of scores: far below what float32 embeddings of different things 
 
 
 class SearchScores(NamedTuple):
-    """Scores, and what guessing scores on average, by their fixed names."""
+    """Scores by name, and what random guesses score on average, by the same names."""
 
     scores: dict[str, float]
     chance: dict[str, float]
 
 
 def search_scores(index: SearchIndex) -> SearchScores:
-    """What an index finds with its own vectors as queries.
+    """Returns the scores of an index with its own vectors as queries.
 
-    Returns:
-      `index/A_to_B/recall_at_10`, the share of the exact ten nearest that the index finds, and,
-      where it has texts, `text_to_image/map_at_10` and `image_to_text/map_at_10` of what it finds.
+    They are `index/A_to_B/recall_at_10`, the share of the exact ten nearest that the index finds,
+    and, where it has texts, `text_to_image/map_at_10` and `image_to_text/map_at_10`.
     """
     nearest = index.nearest
     pairs = [("image", "image")]
@@ -48,8 +44,8 @@ def search_scores(index: SearchIndex) -> SearchScores:
     return SearchScores(scores, chances)
 
 
-def recall_of_exact(nearest: Nearest, queries: Float[np.ndarray, "Q E"], k: int) -> float:
-    """Share of the k nearest that `nearest` finds.
+def recall_of_exact(nearest: Nearest, queries: Float[np.ndarray, "queries Z"], k: int) -> float:
+    """Returns the share of the k nearest that `nearest` finds.
 
     Whatever scores as high as the k-th nearest counts as one of them, for equals are as good.
     """
@@ -59,17 +55,17 @@ def recall_of_exact(nearest: Nearest, queries: Float[np.ndarray, "Q E"], k: int)
 
 
 def average_precision(
-    right: Bool[np.ndarray, "Q K"], total: Int[np.ndarray, " Q"], k: int
-) -> Float[np.ndarray, " Q"]:
-    """Average precision at k of each query: the precisions at the right places, averaged.
+    right: Bool[np.ndarray, "queries found"], total: Int[np.ndarray, " queries"], k: int
+) -> Float[np.ndarray, " queries"]:
+    """Returns the average precision at k of each query.
 
-    The sum over right places among the first k of the precision there, divided by the number of
-    right answers or k, whichever is less, so that 1 can be reached (Manning et al. 2008,
-    Introduction to Information Retrieval, section 8.4, cut at k).
+    This is the sum, over the right results among the first k, of the precision there, divided by
+    the number of right answers or k, whichever is less, so that 1 can be reached (Manning et al.
+    2008, Introduction to Information Retrieval, section 8.4, cut at k).
 
     Args:
-      right: whether what was found is right, best first.
-      total: right answers that there are, 1 or more.
+      right: whether each result is right, best first.
+      total: right answers that there are for each query, 1 or more.
     """
     right = right[:, :k]
     precision = np.cumsum(right, axis=1) / np.arange(1, right.shape[1] + 1)
@@ -77,12 +73,12 @@ def average_precision(
 
 
 def chance_average_precision(
-    total: Int[np.ndarray, " Q"], count: int, k: int
-) -> Float[np.ndarray, " Q"]:
-    """What `average_precision` is on average where `count` candidates stand in random order.
+    total: Int[np.ndarray, " queries"], count: int, k: int
+) -> Float[np.ndarray, " queries"]:
+    """Returns the mean of `average_precision` over random orders of `count` candidates.
 
-    Place i is right with probability R / N; the i - 1 before it then hold (i - 1)(R - 1) / (N - 1)
-    right ones on average.
+    With R right answers (`total`) among N candidates (`count`), result i is right with probability
+    R / N; the i - 1 before it then hold (i - 1)(R - 1) / (N - 1) right ones on average.
     """
     place = np.arange(1, min(k, count) + 1)
     before = (place - 1) * (total[:, None] - 1) / max(1, count - 1)
@@ -91,9 +87,13 @@ def chance_average_precision(
 
 
 def _precisions(
-    nearest: Mapping[str, Nearest], owners: Int[np.ndarray, " T"]
+    nearest: Mapping[str, Nearest], owners: Int[np.ndarray, " texts"]
 ) -> dict[str, tuple[float, float]]:
-    """Mean average precision of both directions, and by chance; T texts, `owners` their images."""
+    """Returns the mean average precision of both directions by name, each with that of chance.
+
+    Args:
+      owners: the number of each text's image.
+    """
     images, texts = nearest["image"], nearest["text"]
     captions = np.bincount(owners, minlength=len(images))
     asking = np.flatnonzero(captions)
@@ -114,8 +114,8 @@ def _precisions(
     }
 
 
-def _drawn(vectors: Float[np.ndarray, "R E"]) -> Float[np.ndarray, "Q E"]:
-    """At most `QUERIES` of the vectors, without repetition, in their order."""
+def _drawn(vectors: Float[np.ndarray, "vectors Z"]) -> Float[np.ndarray, "queries Z"]:
+    """Returns at most `QUERIES` of the vectors, without repetition, in their order."""
     if len(vectors) <= QUERIES:
         return np.asarray(vectors)
     chosen = np.random.default_rng(0).choice(len(vectors), QUERIES, replace=False)

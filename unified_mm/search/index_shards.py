@@ -24,9 +24,9 @@ class Shard:
     """Some pictures of a set with their captions, embedded.
 
     Attributes:
-      images: float32 [n, E], of the pictures that can be read; `kept` holds their numbers [n] in
-        the set.
-      texts: float32 [m, E], of their captions, picture by picture.
+      images: float32 [kept, Z], of the pictures that can be read.
+      kept: int64 [kept], their numbers in the set.
+      texts: float32 [texts, Z], of their captions, picture by picture.
       problems: one for each picture that was left out.
     """
 
@@ -42,7 +42,7 @@ def views_of(
     parts: Sequence[range],
     pool: ThreadPoolExecutor,
 ) -> Iterator[list[Any]]:
-    """What the model sees of the pictures of each part; the next part is read meanwhile."""
+    """Yields the views or faults of each part's pictures; the next part is read meanwhile."""
 
     def view(number: int) -> Any:
         if pictures.stats[number] is None:
@@ -59,7 +59,11 @@ def views_of(
 def embed_shard(
     model: LoadedModel, pictures: PictureSet, numbers: range, views: Sequence[Any]
 ) -> Shard:
-    """Vectors of the pictures with these numbers, whose views or faults are given."""
+    """Returns the shard of the pictures with these numbers.
+
+    Args:
+      views: for each picture, what the model sees of it, or a text that says what is wrong.
+    """
     good = [i for i, view in enumerate(views) if not isinstance(view, str)]
     kept = [numbers[i] for i in good]
     names = [shown(pictures.names[number]) for number in numbers]
@@ -90,7 +94,7 @@ def write_shard(path: Path, shard: Shard) -> None:
 
 
 def read_shard(path: Path) -> Shard | None:
-    """A shard, checked by the file's own CRC-32 of each part; None for a damaged one."""
+    """Reads a shard, checked by the CRC-32 of each of its parts; returns None for a damaged one."""
     content = path.read_bytes()
     try:
         with np.load(io.BytesIO(content)) as parts:

@@ -1,9 +1,9 @@
-"""Makes a search index of a folder of pictures or a COCO set: see `search_index` for what it is.
+"""Makes a search index of a folder of pictures or a COCO set: see `search_index` for its files.
 
-Beside the folder that is wanted lies `.NAME.indexing` while it is made: plan.json, and a shard for
+While it is made, `.NAME.indexing` lies beside the folder that is wanted: plan.json, and a shard for
 each so many pictures, with their vectors, those of their captions, and what was wrong. A shard
-takes its name when it is on disk, and the index takes its own name last: what is there under its
-name is whole, and a command that was killed goes on with the first shard that is missing.
+takes its name when it is on disk, and the index takes its own name last: what has its name is
+complete, and a command that was killed goes on with the first shard that is missing.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def write_index(
 ) -> None:
     """Embeds all pictures with their captions and writes the index; goes on where it can.
 
-    Pictures that cannot be read are left out, with their captions, and told of.
+    Pictures that cannot be read are left out, with their captions, and reported.
 
     Args:
-      out: takes the index's name; nothing that is there is changed.
+      out: the index's folder; nothing that is there is changed.
       say: takes a line about what was done.
       shard: pictures embedded between two writes.
       exact_up_to: vectors of a kind; more get a graph (see `nearest`).
@@ -95,7 +95,7 @@ def write_index(
 
 
 def progress(out: Path) -> str:
-    """For an index that could not be finished: how far it came."""
+    """Returns how many shards of an unfinished index are complete, as a sentence for the user."""
     work = work_folder(out)
     return f"{sum(1 for _ in work.glob('shard-*.npz'))} shards are whole in {work}"
 
@@ -119,7 +119,7 @@ def _begin_or_go_on(work: Path, plan: dict[str, Any]) -> None:
 def _embed_missing(
     model: LoadedModel, pictures: PictureSet, work: Path, shard: int, say: Callable[[str], None]
 ) -> None:
-    """Writes the shards that are not there or damaged, in order."""
+    """Writes the shards that are missing or damaged, in order."""
     from tqdm import tqdm
 
     numbers = range(len(pictures.names))
@@ -153,7 +153,7 @@ def _finish(
     plan: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
-    """One index of all shards, under its own name once it is whole."""
+    """Joins all shards into one index, which takes its own name once it is complete."""
     whole = work / "index"
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()

@@ -1,10 +1,8 @@
-"""The nearest of many unit vectors: all are compared where they are few, else a graph is asked.
+"""Search for the nearest of many unit vectors: exact where they are few, else with a graph.
 
 The graph is a hierarchical navigable small world (Malkov and Yashunin 2016, arXiv:1603.09320), made
 and searched by usearch over vectors rounded to bfloat16. What it proposes is scored again with the
 float32 vectors: scores are exact either way, and the graph can but miss a neighbour.
-
-Letters: ``R`` vectors, ``E`` their width, ``Q`` queries, ``K`` found for each.
 """
 
 from __future__ import annotations
@@ -32,8 +30,8 @@ _SCORES_AT_ONCE = 2**26
 class Found(NamedTuple):
     """The nearest vectors of each query, best first: their numbers and inner products."""
 
-    numbers: Int[np.ndarray, "Q K"]
-    scores: Float[np.ndarray, "Q K"]
+    numbers: Int[np.ndarray, "queries found"]
+    scores: Float[np.ndarray, "queries found"]
 
 
 class Nearest:
@@ -41,17 +39,17 @@ class Nearest:
 
     Attributes:
       vectors: float32, unit norm.
-      graph: of usearch; None where all are compared.
+      graph: of usearch; None where all vectors are compared.
     """
 
-    def __init__(self, vectors: Float[np.ndarray, "R E"], graph: Any = None) -> None:
+    def __init__(self, vectors: Float[np.ndarray, "vectors Z"], graph: Any = None) -> None:
         self.vectors = vectors
         self.graph = graph
         self._asking = threading.Lock()  # a graph's searches share their scratch memory
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Nearest:
-        """What `write_vectors` wrote; read into memory where all are compared, else mapped."""
+        """Opens what `write_vectors` wrote: vectors with a graph are memory-mapped, others read."""
         vectors, graph = folder / f"{name}.npy", folder / f"{name}.usearch"
         if not graph.exists():
             return cls(np.load(vectors))
@@ -63,15 +61,15 @@ class Nearest:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def search(self, queries: Float[np.ndarray, "Q E"], count: int) -> Found:
-        """The `count` nearest of each query, or all where there are fewer."""
+    def search(self, queries: Float[np.ndarray, "queries Z"], count: int) -> Found:
+        """Returns the `count` nearest of each query, or all where there are fewer."""
         if self.graph is None:
             return self.exact(queries, count)
         found = [self._ask(query, min(count, len(self))) for query in queries]
         return Found(*(np.stack(parts) for parts in zip(*found, strict=True)))
 
-    def exact(self, queries: Float[np.ndarray, "Q E"], count: int) -> Found:
-        """The same with all vectors compared."""
+    def exact(self, queries: Float[np.ndarray, "queries Z"], count: int) -> Found:
+        """Returns what `search` does, with all vectors compared."""
         count = min(count, len(self))
         step = max(1, _SCORES_AT_ONCE // len(self))
         parts = []
@@ -81,7 +79,7 @@ class Nearest:
             parts.append(_sorted(best, np.take_along_axis(scores, best, axis=1)))
         return Found(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
-    def _ask(self, query: Float[np.ndarray, " E"], count: int) -> tuple[np.ndarray, np.ndarray]:
+    def _ask(self, query: Float[np.ndarray, " Z"], count: int) -> tuple[np.ndarray, np.ndarray]:
         with self._asking:
             proposed = self.graph.search(query, min(_OVERSAMPLE * count, len(self)), threads=1)
         numbers = proposed.keys.astype(np.int64)
@@ -95,7 +93,7 @@ class Nearest:
 def write_vectors(
     folder: Path,
     name: str,
-    parts: Iterable[Float[np.ndarray, "_ E"]],
+    parts: Iterable[Float[np.ndarray, "_ Z"]],
     shape: tuple[int, int],
     *,
     exact_up_to: int = EXACT_UP_TO,
@@ -127,8 +125,11 @@ def write_vectors(
             raise ValueError(f"{name}.usearch: {error}; is there room on the disk?") from error
 
 
-def _build_graph(vectors: Float[np.ndarray, "R E"]) -> Any:
-    """A graph over the vectors by their numbers. The order of threads decides its edges."""
+def _build_graph(vectors: Float[np.ndarray, "vectors Z"]) -> Any:
+    """Builds a graph over the vectors by their numbers.
+
+    Its edges depend on the order in which the threads run.
+    """
     from tqdm import tqdm
 
     graph = _usearch().Index(
@@ -147,8 +148,10 @@ def _build_graph(vectors: Float[np.ndarray, "R E"]) -> Any:
     return graph
 
 
-def _sorted(numbers: Int[np.ndarray, "Q K"], scores: Float[np.ndarray, "Q K"]) -> Found:
-    """Best first; of equal scores the lower number."""
+def _sorted(
+    numbers: Int[np.ndarray, "queries found"], scores: Float[np.ndarray, "queries found"]
+) -> Found:
+    """Returns the results sorted: best first, and of equal scores the lower number."""
     order = np.lexsort((numbers, -scores), axis=1)
     return Found(
         np.take_along_axis(numbers, order, axis=1), np.take_along_axis(scores, order, axis=1)

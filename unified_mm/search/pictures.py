@@ -1,4 +1,4 @@
-"""Picture files for a model: found below a folder or in a COCO set, and the bad ones told apart."""
+"""Picture files for a model: found below a folder or in a COCO set, with faults reported."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PictureSet:
     problems: tuple[Problem, ...]
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, sizes, times of change and captions."""
+        """Returns the SHA-256 over names, sizes, times of change and captions."""
         digest = hashlib.sha256()
         for picture in zip(self.names, self.stats, self.captions, strict=True):
             digest.update(json.dumps(picture).encode())
@@ -53,7 +53,7 @@ class PictureSet:
 
 
 def read_picture_set(folder: str | os.PathLike[str], splits: Sequence[str] = ()) -> PictureSet:
-    """The pictures of a COCO set (`unified_mm.data.coco`), else all below a folder.
+    """Returns the pictures of a COCO set (`unified_mm.data.coco`), else all below a folder.
 
     Args:
       folder: a COCO set where it holds annotations/captions_*.json.
@@ -61,7 +61,7 @@ def read_picture_set(folder: str | os.PathLike[str], splits: Sequence[str] = ())
 
     Raises:
       FileNotFoundError: no such folder, or no picture in it.
-      ValueError: splits of what is no COCO set or has not these, malformed annotations.
+      ValueError: splits of a folder that is no COCO set or lacks them, or malformed annotations.
     """
     folder = Path(folder).absolute()
     if not folder.is_dir():
@@ -107,7 +107,7 @@ def _with_stats(
 
 
 def file_stat(file: Path) -> tuple[int, int] | None:
-    """A file's size in bytes and time of change in nanoseconds; None for no file."""
+    """Returns a file's size in bytes and time of change in nanoseconds; None for no file."""
     if not os.path.isfile(file):
         return None
     stat = file.stat()
@@ -115,7 +115,9 @@ def file_stat(file: Path) -> tuple[int, int] | None:
 
 
 def files_below(directory: Path) -> Iterator[Path]:
-    """Every file below, by name, without hidden ones; links to directories are not followed.
+    """Yields every file below a directory, by name, without hidden ones.
+
+    Links to directories are not followed.
 
     Raises:
       OSError: a directory that cannot be listed.
@@ -130,17 +132,17 @@ def files_below(directory: Path) -> Iterator[Path]:
 
 
 def is_picture(file: Path) -> bool:
-    """Whether a file is taken for a picture, by its suffix."""
+    """Returns whether a file is taken for a picture, by its suffix."""
     return file.suffix.lower() in SUFFIXES
 
 
 def shown(path: str | Path) -> str:
-    """A path as text that can be printed, whatever bytes its name has."""
+    """Returns a path as text that can be printed, whatever bytes its name has."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def view_or_fault(model: LoadedModel, file: Path) -> UInt8[ndarray, "size size 3"] | str:
-    """What the model sees of a file, or what is wrong with it."""
+    """Returns what the model sees of a file, or a text that says what is wrong with it."""
     try:
         return model.view(file)
     except ImageError as error:
@@ -150,7 +152,15 @@ def view_or_fault(model: LoadedModel, file: Path) -> UInt8[ndarray, "size size 3
 
 
 def refuse_without_contrast(model: LoadedModel, what: str, noun: str) -> None:
-    """Raises ValueError, that it cannot do `what`, unless images and texts have one space."""
+    """Checks that the model embeds images and texts in one space.
+
+    Args:
+      what: what it is wanted for, as a verb in the message.
+      noun: the same as a noun.
+
+    Raises:
+      ValueError: it does not.
+    """
     objectives = model.task.objectives
     contrasts = [each for each in objectives if isinstance(each, Contrastive)]
     # The first one is what `Predictor` embeds with.

@@ -6,7 +6,7 @@
     text.npy        vectors of the texts, if there are any; with text.usearch likewise
     SHA256SUMS      of all files, written last
 
-`unified_mm.search.index_writer` makes one. Letters: ``E`` width, ``Q`` queries.
+`unified_mm.search.index_writer` makes one.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _AGAIN = "make it again with python -m unified_mm.index --run=RUN --images=DIR -
 
 @dataclass(frozen=True)
 class Rows:
-    """What the vectors are of, in their order.
+    """The pictures and texts that the vectors are of, in the order of the vectors.
 
     Attributes:
-      names: of the pictures' files within the folder.
-      sizes: of these in bytes.
-      texts: captions.
+      names: the pictures' files within the folder.
+      sizes: the sizes of these files in bytes.
+      texts: the captions.
       owners: the number of each text's picture.
     """
 
@@ -53,12 +53,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Hit:
-    """Something found.
+    """A picture or text that was found.
 
     Attributes:
-      number: of the picture or text in the index; it tells nothing of where things lie.
-      score: cosine with the query.
-      name: of the picture's file within its folder, or the text.
+      number: of the picture or text in the index; it does not reveal where the files lie.
+      score: cosine similarity with the query.
+      name: the picture's file within its folder, or the text.
       picture: number of the picture that this is, or that the text is of.
     """
 
@@ -97,7 +97,7 @@ class SearchIndex:
     def open(
         cls, path: str | os.PathLike[str], *, pictures: str | os.PathLike[str] | None = None
     ) -> SearchIndex:
-        """Checks every byte (about a second a gigabyte) and opens.
+        """Opens an index, and checks every byte (about a second a gigabyte).
 
         Args:
           path: the index's folder.
@@ -105,7 +105,7 @@ class SearchIndex:
 
         Raises:
           FileNotFoundError: no index there.
-          ValueError: a damaged one, naming the files, or one of another format.
+          ValueError: a damaged one (the message names the files), or one of another format.
         """
         folder = user_path(path, "the index")
         if not (folder / _HEADER).is_file() and not is_sealed(folder):
@@ -140,9 +140,9 @@ class SearchIndex:
             )
 
     def search(
-        self, vector: Float[np.ndarray, " E"], count: int, kind: Kind = "image"
+        self, vector: Float[np.ndarray, " Z"], count: int, kind: Kind = "image"
     ) -> list[Hit]:
-        """What fits a vector best, best first; `count` of these, or all where there are fewer.
+        """Returns the `count` nearest to a vector, best first, or all where there are fewer.
 
         Args:
           vector: of a picture, a text or `mixed`; its length does not matter.
@@ -165,16 +165,21 @@ class SearchIndex:
             for number, score in zip(found.numbers[0], found.scores[0], strict=True)
         ]
 
-    def vector(self, number: int, kind: Kind = "image") -> Float[np.ndarray, " E"]:
-        """The vector of a picture or text. Raises IndexError for a number that there is not."""
+    def vector(self, number: int, kind: Kind = "image") -> Float[np.ndarray, " Z"]:
+        """Returns the vector of a picture or text.
+
+        Raises:
+          IndexError: there is no such number.
+          ValueError: there are no texts in the index.
+        """
         vectors = self._of(kind).vectors
         return np.array(vectors[_within(number, len(vectors), kind)])
 
     def read_picture(self, number: Any) -> bytes:
-        """The file of a picture, undecoded: a way to show it that neither takes nor tells a path.
+        """Returns the bytes of a picture's file, which shows it without taking or revealing a path.
 
         Raises:
-          IndexError: a number that there is not, or no number.
+          IndexError: there is no such number, or it is no number.
           FileNotFoundError: its file is gone, or has another size than when it was embedded.
         """
         number = _within(number, len(self.rows.names), "image")
@@ -202,13 +207,15 @@ class SearchIndex:
         return Hit(number, score, self.rows.texts[number], self.rows.owners[number])
 
 
-def mixed(vectors: Float[np.ndarray, "Q E"], weights: Sequence[float]) -> Float[np.ndarray, " E"]:
-    """One query of several: the weighted mean of unit vectors, renormalised.
+def mixed(
+    vectors: Float[np.ndarray, "vectors Z"], weights: Sequence[float]
+) -> Float[np.ndarray, " Z"]:
+    """Returns one query from several: the weighted mean of unit vectors, renormalised.
 
     A weight below 0 leads away from its vector.
 
     Raises:
-      ValueError: not one weight a vector, or what cancels out.
+      ValueError: the numbers of weights and vectors differ, or the vectors cancel out.
     """
     if len(vectors) != len(weights):
         raise ValueError(f"{len(vectors)} vectors and {len(weights)} weights: give as many")
@@ -216,19 +223,19 @@ def mixed(vectors: Float[np.ndarray, "Q E"], weights: Sequence[float]) -> Float[
 
 
 def work_folder(index: Path) -> Path:
-    """Where an index lies that is being made; its path is absolute."""
+    """Returns where an index lies while it is being made; `index` is absolute."""
     return index.with_name(f".{index.name}.indexing")
 
 
 def write_metadata(folder: Path, header: Mapping[str, Any], rows: Rows) -> None:
-    """Writes all but the vectors of an index, which must be there, and the seal last."""
+    """Writes all of an index but its vectors, which must be there, and the seal last."""
     write_json(folder / _ROWS, vars(rows))
     write_json(folder / _HEADER, {"format": FORMAT, **header})
     write_seal(folder)
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """What index.json holds; empty where there is none, or none that can be read."""
+    """Returns what index.json holds; {} where there is none, or none that can be read."""
     try:
         header = read_json(folder / _HEADER)
     except (FileNotFoundError, ValueError):
@@ -247,8 +254,12 @@ def _within(number: Any, count: int, kind: str) -> int:
     return int(number)
 
 
-def _unit(vector: Float[np.ndarray, " E"]) -> Float[np.ndarray, " E"]:
-    """Raises ValueError for a vector without direction."""
+def _unit(vector: Float[np.ndarray, " Z"]) -> Float[np.ndarray, " Z"]:
+    """Returns a vector scaled to length 1.
+
+    Raises:
+      ValueError: the vector has no direction.
+    """
     length = np.linalg.norm(vector)
     if not np.isfinite(length) or length < 1e-6:
         raise ValueError("the query has no direction: its vectors cancel out, or are not finite")
@@ -256,7 +267,7 @@ def _unit(vector: Float[np.ndarray, " E"]) -> Float[np.ndarray, " E"]:
 
 
 def model_identity(model: LoadedModel) -> dict[str, Any]:
-    """What makes a model's vectors comparable: its checkpoint's parameters, and how it reads.
+    """Returns what makes a model's vectors comparable: its parameters, and how it reads inputs.
 
     Where the run lies does not matter.
     """

@@ -1,4 +1,4 @@
-"""What is answered: the fields of each answer, as its OpenAPI document shows them."""
+"""The fields of each answer, as the OpenAPI document shows them."""
 
 from __future__ import annotations
 
@@ -97,7 +97,11 @@ _ALWAYS = {
 
 
 def refusals(*, body: bool) -> dict[int | str, dict[str, Any]]:
-    """The answers that say why not, for a route's document."""
+    """Returns the error responses of a route by status, for its OpenAPI document.
+
+    Args:
+      body: whether the route reads a body.
+    """
     said = {**_ALWAYS, **(_REFUSALS if body else {})}
     return {
         status: {"model": Problem, "description": what} for status, what in sorted(said.items())

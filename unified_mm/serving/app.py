@@ -33,12 +33,12 @@ PAGES = {
 def make_app(
     service: Service, *, traffic: Traffic, token: str | None = None, host: str = "127.0.0.1"
 ) -> ASGIApp:
-    """The whole application: gate, routes and page.
+    """Builds the whole application: gate, routes and page.
 
     Args:
-      traffic: says to whoever stops the server what is still under way.
-      token: that requests must bear.
-      host: that it will listen at.
+      traffic: shared with whoever stops the server: the requests under way, and whether it drains.
+      token: the bearer token that requests must carry; None for none.
+      host: the address that the server will listen at.
     """
     app = FastAPI(
         title="unified_mm",
@@ -70,7 +70,7 @@ async def _refused(request: Request, refusal: Any) -> Response:
 
 
 async def _not_found(request: Request, error: Any) -> Response:
-    """What the router refuses: no such path, or not by this method."""
+    """Answers a request whose path does not exist, or does not take its method."""
     missing = request.app.state.service.missing
     path = request.url.path
     if error.status_code == 405:
@@ -83,7 +83,7 @@ async def _not_found(request: Request, error: Any) -> Response:
 
 
 async def _invalid(request: Request, error: Any) -> Response:
-    """What FastAPI refuses: a number in a path that is none."""
+    """Answers a request whose path parameters FastAPI refuses, such as `/pictures/x`."""
     return answer(Refusal(422, "wrong_fields", "; ".join(each["msg"] for each in error.errors())))
 
 
@@ -96,7 +96,7 @@ async def _page(content: bytes, kind: str) -> Response:
 
 
 def _document(app: FastAPI, with_token: bool) -> dict[str, Any]:
-    """FastAPI's document, with the token where one is asked for."""
+    """Returns FastAPI's OpenAPI document, with the bearer token where one is required."""
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes

@@ -20,10 +20,11 @@ FORM, JSON = "multipart/form-data", "application/json"
 
 
 def body_of(asked: type[Asked]) -> Callable[[Request], Awaitable[Asked]]:
-    """A dependency that reads a request's body as these fields.
+    """Returns a FastAPI dependency that reads a request's body as these fields.
 
-    It raises Refusal: 415 neither form nor JSON, 400 not well formed, 422 wrong fields or over a
-    limit.
+    Raises:
+      Refusal: by the dependency: 415 neither form nor JSON, 400 not well formed, 422 wrong fields
+        or over a limit.
     """
 
     async def read(request: Request) -> Asked:
@@ -67,7 +68,7 @@ def check_limits(fields: Fields, limits: Limits) -> None:
 
 
 async def _form(request: Request, asked: type[Fields], limits: Limits) -> dict[str, Any]:
-    """The form's fields by name; those that are lists may come several times."""
+    """Returns the form's fields by name; those that are lists may come several times."""
     await _check_ends(request)
     try:
         form = await request.form(
@@ -98,7 +99,7 @@ async def _form(request: Request, asked: type[Fields], limits: Limits) -> dict[s
 
 
 async def _check_ends(request: Request) -> None:
-    """Raises Refusal for a form that breaks off: its parser takes what there is."""
+    """Raises Refusal for a form that ends too early, which its parser would accept."""
     _, options = parse_options_header(request.headers["content-type"])
     boundary = options.get(b"boundary")
     if boundary and b"--" + boundary + b"--" not in await request.body():
@@ -124,7 +125,7 @@ def _no_constant(name: str) -> Any:
 
 
 def _said(error: ValidationError) -> str:
-    """Each wrong field with its place; what was given is not repeated."""
+    """Returns each wrong field with its error; the values that were given are not repeated."""
     lines = []
     for each in error.errors(include_url=False, include_input=False, include_context=False)[:10]:
         place = ".".join(str(part)[:60] for part in each["loc"]) or "the body"

@@ -1,4 +1,4 @@
-"""What may be asked: the fields of each request, as a form with files or as JSON."""
+"""The fields of each request, as a form with files or as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 
 def _from_base64(value: Any) -> Any:
-    """A picture's bytes: those of a form's file as they are, in JSON base64."""
+    """Decodes the base64 of a picture in JSON; the bytes of a form's file pass unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -45,13 +45,13 @@ Said = Annotated[str, Field(min_length=1), AfterValidator(_is_text)]
 
 
 class Fields(BaseModel):
-    """No request may have fields that nothing reads."""
+    """The fields of a request; a field that nothing reads is an error."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Writing(Fields):
-    """How text is chosen; without any of these, greedily."""
+    """A picture to write a text about, and how tokens are chosen: by default greedily."""
 
     image: Picture
     tokens: int | None = Field(None, ge=1, le=4096, description="Written at most.")
@@ -111,7 +111,7 @@ class Attention(Fields):
 
 
 def documented(asked: type[Fields]) -> dict[str, Any]:
-    """The request body of a route, for its OpenAPI document."""
+    """Returns the request body of a route for its OpenAPI document."""
     as_json = asked.model_json_schema()
     as_form = {**as_json, "properties": {}}
     for name, schema in as_json["properties"].items():
@@ -124,7 +124,10 @@ def documented(asked: type[Fields]) -> dict[str, Any]:
 
 
 def _in_form(schema: dict[str, Any]) -> dict[str, Any]:
-    """A form leaves out what JSON may call null; pictures are files."""
+    """Returns the schema that a JSON field has in a form.
+
+    A form leaves out what JSON may call null, and its pictures are files.
+    """
     if "anyOf" in schema:
         options = [each for each in schema["anyOf"] if each != {"type": "null"}]
         rest = {key: value for key, value in schema.items() if key not in ("anyOf", "default")}

@@ -1,4 +1,4 @@
-"""What every request passes on its way in and out: tokens, limits, time, counting, headers."""
+"""The gate around the routes: tokens, limits, deadlines, counts and headers of every request."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ GRACE = 2.0  # seconds for the end of an answer
 
 @dataclass
 class Traffic:
-    """What is going on.
+    """The requests under way, and whether the server is stopping.
 
     Attributes:
-      under_way: requests that are being answered, those of `LIGHT` not counted.
-      draining: whether new ones are sent away.
+      under_way: requests that are being answered, without those for the paths in `LIGHT`.
+      draining: whether new requests are refused.
     """
 
     under_way: int = 0
@@ -38,7 +38,7 @@ class Traffic:
 
 
 class Gate:
-    """An ASGI application around the routes."""
+    """An ASGI application around the routes that admits, limits and counts requests."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Gate:
             self._metrics.answered(route, exchange.status, seconds)
 
     def _admit(self, scope: Scope, path: str) -> None:
-        """Raises Refusal by what is known before the body is read."""
+        """Raises Refusal where path, headers or load forbid a request, before its body is read."""
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
@@ -100,13 +100,14 @@ class Gate:
 
 
 class Exchange:
-    """One request and its answer: the body is counted and timed, the answer's headers are ours.
+    """One request and its answer: the body is counted and timed, the answer gets our headers.
+
+    Args:
+      private: whether no cache may keep the answer.
 
     Attributes:
-      status: of the answer, 0 where its reader had gone.
-      hurries: whether there is no time left to be patient with the sender.
-
-    private: whether what is answered may be kept by no cache.
+      status: the answer's HTTP status; 0 where the client disconnected before it.
+      hurries: whether an error is sent without reading the rest of the body first.
     """
 
     def __init__(self, receive: Receive, send: Send, limits: Limits, *, private: bool) -> None:
@@ -117,14 +118,15 @@ class Exchange:
         self._private = private
         self._read = 0
         self._upload_ends = time.monotonic() + limits.upload_seconds
-        self._whole = asyncio.Event()  # the body is here
-        self._gone = asyncio.Event()  # who asked is not
+        self._whole = asyncio.Event()  # set once the whole body is here
+        self._gone = asyncio.Event()  # set once the client has disconnected
         self._deadline: asyncio.Timeout | None = None
 
     async def run(self, app: ASGIApp, scope: Scope) -> None:
-        """The answer of `app`; given up when it takes too long or nobody waits for it.
+        """Runs `app`; cancels it when it takes too long or the client disconnects.
 
-        Raises Refusal where nothing has been answered yet and time is up.
+        Raises:
+          Refusal: 504 no answer in time.
         """
         task = asyncio.create_task(_of(app(scope, self.receive, self.send)))
         watch = asyncio.create_task(self._watch(task))
@@ -146,7 +148,11 @@ class Exchange:
             await asyncio.gather(task, watch, return_exceptions=True)
 
     async def receive(self) -> Message:
-        """The body's next part. Raises Refusal: 413 too large, 408 too slow."""
+        """Returns the next part of the body.
+
+        Raises:
+          Refusal: 413 too large, 408 too slow.
+        """
         if self._whole.is_set():
             await self._gone.wait()
             return {"type": "http.disconnect"}
@@ -170,9 +176,10 @@ class Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """A part of the answer; its head with our headers.
+        """Sends a part of the answer; adds our headers to its first.
 
-        A stream keeps its own time; one that nobody reads ends somewhat later.
+        A stream keeps its own deadline (`Service.pieces`); this one is `GRACE` longer, and ends a
+        stream that nobody reads.
         """
         if message["type"] == "http.response.start":
             self.status = message["status"]
@@ -185,7 +192,7 @@ class Exchange:
         await self._send(message)
 
     async def refuse(self, refusal: Refusal, scope: Scope) -> None:
-        """Says why, unless an answer has begun."""
+        """Answers with the refusal, unless an answer has begun or the client has gone."""
         if self.status or self._gone.is_set():
             return
         await answer(refusal)(scope, self.receive, self.send)
@@ -195,7 +202,7 @@ class Exchange:
             self._deadline.reschedule(asyncio.get_running_loop().time() + seconds)
 
     async def _throw_away(self) -> None:
-        """Reads some of what is still sent: a sender that is cut off sees no answer."""
+        """Reads some of what is still sent: a client that is cut off sees no answer."""
         left = REST
         try:
             async with asyncio.timeout(REST_SECONDS):
@@ -208,7 +215,7 @@ class Exchange:
             return
 
     async def _watch(self, task: asyncio.Task) -> None:
-        """Ends the work when the one who asked has gone."""
+        """Cancels the work when the client disconnects."""
         await self._whole.wait()
         while (await self._receive())["type"] != "http.disconnect":
             pass

@@ -1,4 +1,4 @@
-"""How much of anything a request may ask for, and how one that asks for too much is answered."""
+"""The limits of requests, and the answer to a request that is not served."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from starlette.responses import Response
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request, and all of them together, may take.
+    """The limits of one request, and of all requests together.
 
     Attributes:
-      upload_bytes: of a whole body, counted as it is read.
-      pixels: of one picture, read from its header before it is decoded.
-      characters: of one text.
-      texts, pictures: in one request.
-      sentences: that the classes and templates of one request make together.
-      results: that a search returns.
-      requests: under way at a time; more are told to come back.
-      waiting: embeddings that wait for the model at a time.
-      upload_seconds: until the body must be there.
-      seconds: until the answer must be there, from the whole body on.
+      upload_bytes: bytes of a whole body, counted as it is read.
+      pixels: pixels of one picture, read from its header before it is decoded.
+      characters: characters of one text.
+      texts: texts in one request.
+      pictures: pictures in one request.
+      sentences: sentences that the classes and templates of one request make together.
+      results: results that a search returns.
+      requests: requests under way at a time; more are answered with 429.
+      waiting: embedding jobs that wait for the model at a time.
+      upload_seconds: seconds until the whole body must be there.
+      seconds: seconds from the whole body to the answer.
     """
 
     upload_bytes: int = 16 * 1024 * 1024
@@ -45,13 +46,13 @@ class Limits:
 
 
 class Refusal(Exception):
-    """A request that is not served.
+    """An error answer, raised where a request is not served.
 
     Attributes:
-      status: HTTP's.
+      status: the HTTP status.
       error: one word for programs, such as 'too_many_pixels'.
       message: for people: what was wrong and what to do.
-      headers: of the answer.
+      headers: added to the answer's.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Refusal(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """What the answer says."""
+        """The fields of the answer's JSON."""
         return {"status": self.status, "error": self.error, "message": self.message}
 
 
@@ -71,7 +72,7 @@ BROKEN = Refusal(500, "failed", "the server failed at this; its log says how")
 
 
 class Json(Response):
-    """JSON in ASCII: whatever a request held, its answer can be written."""
+    """A response of JSON in ASCII, which can hold any text that a request held."""
 
     media_type = "application/json"
 
@@ -80,11 +81,11 @@ class Json(Response):
 
 
 def answer(refusal: Refusal) -> Json:
-    """The response that says why."""
+    """Returns the response to a request that is not served."""
     return Json(refusal.body, refusal.status, refusal.headers)
 
 
 def busy(what: str, seconds: int = 1) -> Refusal:
-    """For a queue that is full: come back."""
+    """Returns the refusal (429) for a full queue, which asks the client to try again."""
     message = f"{what}; try again in {seconds} s"
     return Refusal(429, "busy", message, {"Retry-After": str(seconds)})

@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics."""
+"""The server's metrics, which Prometheus reads at /metrics."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ class Metrics:
         self.watch("unified_mm_array_bytes", "In arrays that the process holds.", array_bytes)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        """A request's end."""
+        """Counts a request that has ended, and its time."""
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def watch(self, name: str, what: str, value: Callable[[], float]) -> None:
-        """A gauge that is asked when it is read."""
+        """Adds a gauge whose value is computed when it is read."""
         Gauge(name, what, registry=self._registry).set_function(value)
 
     def text(self) -> bytes:
-        """All of it, in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 def array_bytes() -> float:
-    """Bytes of all arrays that live on this process's devices."""
+    """Returns the bytes of all arrays that live on this process's devices."""
     return float(sum(array.nbytes for array in jax.live_arrays() if not array.is_deleted()))

@@ -1,4 +1,4 @@
-"""Pictures that strangers send: looked at before they are decoded; those shown, made anew."""
+"""Uploaded pictures, checked before they are decoded, and pictures shown, which are re-encoded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN = 512  # pixels on the longer side of a picture that is shown
 def view_of(
     model: LoadedModel, data: bytes, limits: Limits, place: str
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """What the model sees of an uploaded picture.
+    """Returns an uploaded picture as the model sees it (`LoadedModel.view`).
 
     Args:
       data: the file's bytes.
@@ -39,7 +39,7 @@ def view_of(
 
 
 def check_header(data: bytes, limits: Limits, place: str) -> None:
-    """Raises Refusal for what is no picture, or has too many pixels; decodes nothing."""
+    """Raises Refusal for what is no picture or has too many pixels; decodes none of them."""
     known = ", ".join(FORMATS)
     if not data:
         raise Refusal(422, "no_picture", f"{place}: the file is empty; send one of {known}")
@@ -59,9 +59,12 @@ def check_header(data: bytes, limits: Limits, place: str) -> None:
 
 
 def shown(data: bytes) -> bytes:
-    """A picture of the index as a small JPEG, made from its pixels: nothing else of it is given.
+    """Returns a picture of the index as a small JPEG.
 
-    Raises ImageError where it cannot be decoded.
+    It is made from the pixels alone: nothing else of the file, such as its metadata, is passed on.
+
+    Raises:
+      ImageError: the picture cannot be decoded.
     """
     picture = Image.fromarray(images.decode(data, at_least=SHOWN))
     picture.thumbnail((SHOWN, SHOWN))

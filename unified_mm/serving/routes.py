@@ -1,4 +1,4 @@
-"""The routes: what is asked over HTTP, and what is answered."""
+"""The HTTP routes: what each reads and what it answers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ written = partial(
 
 
 def path_of(route: Any) -> str:
-    """Of a route, as `Service.missing` names it."""
+    """Returns a route's path, as `Service.missing` names it."""
     return str(route.path)
 
 
@@ -113,7 +113,7 @@ async def classify(
 async def attention(
     service: Asked, body: Annotated[fields.Attention, Depends(body_of(fields.Attention))]
 ) -> Response:
-    """Maps of attention over a picture's patches, one for each word of a text about it."""
+    """Returns maps of attention over a picture's patches, one for each word of a text about it."""
     view = await service.view(body.image, "image")
     words, maps = await service.attention(view, body.prompt, body.text)
     fit = service.model.task.modalities["image"].fit
@@ -133,13 +133,13 @@ async def attention(
 async def picture(
     service: Asked, number: Annotated[str, Path(pattern="^[0-9]{1,12}$")]
 ) -> Response:
-    """A picture of the index, by the number that `/search` gives."""
+    """Returns a picture of the index, by the number that `/search` gives."""
     return Response(await service.picture(int(number)), media_type="image/jpeg")
 
 
 @always.get("/healthz", response_model=answers.Health, responses={503: {"model": answers.Health}})
 async def health(request: Request, service: Asked) -> Response:
-    """Whether the server takes requests (200) or not (503), and what it can do."""
+    """Says whether the server takes requests (200) or not (503), and what it can do."""
     status = "draining" if request.app.state.traffic.draining else "ok"
     status = "failed" if service.failed else status
     paths = [path_of(route) for route in asking.routes]
@@ -161,7 +161,7 @@ async def health(request: Request, service: Asked) -> Response:
     responses={200: {"content": {"text/plain": {}}}, **answers.refusals(body=False)},
 )
 async def metrics(request: Request) -> Response:
-    """Counts and times, for Prometheus."""
+    """Returns counts and times, for Prometheus."""
     return Response(request.app.state.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
 
@@ -186,7 +186,7 @@ async def _written(service: Service, body: fields.Writing, prompt: str) -> Respo
 
 
 async def _events(pieces: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """Server-sent events: pieces of text, then `done` with all of it, or `failed` with why."""
+    """Yields server-sent events: pieces of text, then `done` with all of it, or `failed`."""
     text = ""
     async with aclosing(pieces):
         try:

@@ -1,4 +1,4 @@
-"""Who may ask: tokens, hosts, and what a browser may do with the answers."""
+"""Access control: tokens, hosts, and the headers that restrict what a browser does with answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEADERS = {
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens there."""
+    """Returns whether only this machine can reach what listens at an address."""
     if host == "localhost":
         return True
     try:
@@ -38,9 +38,13 @@ def is_loopback(host: str) -> bool:
 
 
 def read_token(path: str, environment: Mapping[str, str]) -> str | None:
-    """The token of a file, or of the variable `UNIFIED_MM_TOKEN`; None where neither is given.
+    """Returns the token of a file or of the variable `UNIFIED_MM_TOKEN`; None without either.
 
-    Raises ValueError for one that is too short, not plain ASCII, or given twice.
+    Args:
+      path: the file; '' for none.
+
+    Raises:
+      ValueError: the file is missing, or the token is too short, not plain ASCII, or given twice.
     """
     given = environment.get(VARIABLE)
     if path and given is not None:
@@ -72,11 +76,13 @@ def check_binding(host: str, token: str | None, anyone: bool) -> None:
 
 
 class Authenticator:
-    """Looks at a request's headers before anything is read.
+    """The check of a request's headers before its body is read.
 
-    token: that requests must bear, None for none.
-    host: that the server listens at. Without a token, a request on loopback must name it so: a page
-        of another site whose name was made to point here (DNS rebinding) does not.
+    Args:
+      token: the bearer token that requests must carry; None for none.
+      host: the address that the server listens at. Without a token, a request on loopback must name
+        it in its Host header: a page of another site whose name was made to point here (DNS
+        rebinding) does not.
     """
 
     def __init__(self, token: str | None, host: str) -> None:
@@ -85,10 +91,14 @@ class Authenticator:
         self._loopback = is_loopback(host)
 
     def check(self, headers: Mapping[str, str], *, public: bool) -> None:
-        """Raises Refusal: 403 another site's page asks, 401 no or a wrong token.
+        """Checks the headers of a request.
 
-        headers: of the request, names in lower case.
-        public: whether the path is open to those without a token.
+        Args:
+          headers: the request's, with names in lower case.
+          public: whether the path is open to those without a token.
+
+        Raises:
+          Refusal: 401 no token or a wrong one, 403 a page of another site asks.
         """
         if self._token is not None:
             if not public:
@@ -114,7 +124,7 @@ class Authenticator:
 
 
 def _name(host: str) -> str:
-    """The name in a Host header, without its port."""
+    """Returns the name in a Host header, without its port."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -122,7 +132,7 @@ def _name(host: str) -> str:
 
 
 def _place(origin: str) -> str:
-    """Host and port of an Origin header."""
+    """Returns the host and port of an Origin header."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:

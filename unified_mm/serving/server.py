@@ -1,4 +1,4 @@
-"""uvicorn, ended so that nothing is lost: what is under way is finished first."""
+"""A uvicorn server that finishes the requests under way before it stops."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from starlette.types import ASGIApp
 
 from unified_mm.serving.gate import Traffic
 
-LAST_SECONDS = 1  # for those who are told that they were cut off
+LAST_SECONDS = 1  # for requests that are cut off to be told so
 
 
 class DrainingServer(uvicorn.Server):
-    """On SIGTERM or Ctrl-C new requests are refused (503), those under way finished, then it ends.
+    """A server that finishes the requests under way before it stops.
 
-    A second signal ends it at once.
+    On SIGTERM or Ctrl-C it refuses new requests (503), finishes those under way, then ends. A
+    second signal ends it at once.
 
-    traffic: what the gate counts.
-    seconds: that those under way are given.
+    Args:
+      traffic: the requests under way, as the gate counts them.
+      seconds: the time that they are given to finish.
     """
 
     def __init__(self, app: ASGIApp, traffic: Traffic, seconds: float) -> None:
@@ -44,11 +46,11 @@ class DrainingServer(uvicorn.Server):
 
     @property
     def exit_code(self) -> int:
-        """0 where everything was finished; else 128 + the signal's number, as shells have it."""
+        """The exit code: 0 if everything was finished, else 128 + the signal's number."""
         return 128 + self._signal if self._cut else 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Of the first signal: drain. Of the second: end."""
+        """Starts to drain on the first signal; ends the server on the second."""
         if self._traffic.draining:
             self._cut = self._traffic.under_way
             self.should_exit = self.force_exit = True
@@ -57,7 +59,7 @@ class DrainingServer(uvicorn.Server):
         self._traffic.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Asked ten times a second whether to end."""
+        """Returns whether to end; uvicorn asks ten times a second."""
         ends = await super().on_tick(counter)
         if ends or not self._traffic.draining:
             return ends
@@ -68,7 +70,11 @@ class DrainingServer(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to an address; port 0 takes a free one. Raises ValueError where it cannot."""
+    """Returns a socket bound to an address; port 0 takes a free one.
+
+    Raises:
+      ValueError: a port out of range, or an address that cannot be bound.
+    """
     host = host.strip("[]")
     if not 0 <= port < 2**16:
         raise ValueError(f"--port={port}: must be from 0 (a free one) to {2**16 - 1}")
@@ -88,6 +94,6 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url_of(bound: socket.socket) -> str:
-    """Where a bound socket is found."""
+    """Returns the URL of a bound socket."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

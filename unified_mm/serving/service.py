@@ -1,4 +1,4 @@
-"""What the routes ask of a model, without ever blocking the event loop."""
+"""The service behind the routes, which asks the model without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ View = UInt8[np.ndarray, "size size 3"]
 
 @runtime_checkable
 class Writer(Protocol):
-    """What writes text: `unified_mm.inference.engine.Engine`."""
+    """An engine that writes texts: `unified_mm.inference.engine.Engine`."""
 
     def submit(self, view: np.ndarray, prompt: str, decoding: Decoding) -> Any: ...
 
@@ -42,18 +42,19 @@ class Writer(Protocol):
 
 
 class Service:
-    """A model with its index, asked by many at a time.
+    """A model with its index, used by many requests at a time.
+
+    Args:
+      engine: what writes texts; None where the model cannot.
+      worker: the thread for embeddings and attention maps.
 
     Attributes:
-      model: of the run.
-      index: `SearchIndex`, or None.
+      model: the run's.
+      index: the `SearchIndex`, or None.
       limits: of each request.
-      attend: (model, view, prompt, text) -> words and their maps, [W, rows, cols].
-      missing: by route, why it cannot be had here.
+      attend: (model, view, prompt, text) -> words and their maps, [words, rows, cols]; or None.
+      missing: by route, why it cannot be served here.
       failed: whether the engine is broken for good.
-
-    engine: what writes; None where the model cannot.
-    worker: the thread for embeddings and attention maps.
     """
 
     def __init__(
@@ -76,18 +77,23 @@ class Service:
         self._decoders = ThreadPoolExecutor(2, "pictures")
 
     def close(self) -> None:
-        """Ends the threads once what they do is done."""
+        """Ends the threads once their work is done."""
         self._readers.shutdown()
         self._decoders.shutdown()
 
     async def view(self, data: bytes, place: str) -> View:
-        """What the model sees of an uploaded picture. Raises Refusal as `view_of` does."""
+        """Returns an uploaded picture as the model sees it.
+
+        Raises:
+          Refusal: as `view_of` does.
+        """
         return await self._decode(view_of, self.model, data, self.limits, place)
 
     def begin(self, view: View, prompt: str, decoding: Decoding) -> Any:
-        """A text in the engine's queue.
+        """Queues a text to be written, and returns what `Engine.submit` does.
 
-        Raises Refusal: 429 a full queue, 422 a wrong prompt, 503 a broken engine.
+        Raises:
+          Refusal: 429 a full queue, 422 a wrong prompt, 503 a broken engine.
         """
         assert self._engine is not None
         try:
@@ -103,7 +109,7 @@ class Service:
             raise Refusal(503, "engine_failed", message) from error
 
     def watch(self, metrics: Metrics) -> None:
-        """Adds what waits for the model to the metrics."""
+        """Adds gauges of the jobs and texts that wait for the model to the metrics."""
         metrics.watch("unified_mm_embeddings_waiting", "Jobs.", lambda: self._worker.waiting)
         if (engine := self._engine) is not None:
             for name in ("waiting", "running", "tokens", "images_read", "images_shared"):
@@ -111,7 +117,11 @@ class Service:
                 metrics.watch(f"unified_mm_texts_{name}", "As `Engine.counts` has it.", value)
 
     async def pieces(self, writing: Any) -> AsyncGenerator[str, None]:
-        """What is written, as it comes. Raises Refusal 504; the writing ends with the iterator."""
+        """Yields the pieces of a text as they are written; a text that is left early is cancelled.
+
+        Raises:
+          Refusal: 504 not written in time.
+        """
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
 
@@ -144,18 +154,22 @@ class Service:
             if not reading.done():
                 writing.cancel()
 
-    async def embed_views(self, views: Sequence[View]) -> Float[np.ndarray, "B E"]:
-        """Unit vectors of pictures."""
+    async def embed_views(self, views: Sequence[View]) -> Float[np.ndarray, "B Z"]:
+        """Returns the unit vectors of pictures."""
         return np.asarray(await self._work(self.model.embed_images, views))
 
-    async def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "B E"]:
-        """Unit vectors of texts."""
+    async def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "B Z"]:
+        """Returns the unit vectors of texts."""
         return np.asarray(await self._work(self.model.embed_texts, texts))
 
     async def similarities(
         self, view: View, classes: Sequence[str], templates: Sequence[str] | None
     ) -> Float[np.ndarray, " C"]:
-        """A picture's cosine with each class. Raises Refusal 422: wrong or too many sentences."""
+        """Returns a picture's cosine similarity with each class.
+
+        Raises:
+          Refusal: 422 wrong or too many sentences, 429 a full queue.
+        """
         sentences = TEMPLATES if templates is None else templates
         try:
             texts = filled(sentences, classes)
@@ -170,9 +184,10 @@ class Service:
     async def search(
         self, view: View | None, text: str | None, count: int, kind: Literal["image", "text"]
     ) -> list[Hit]:
-        """What is nearest to a text, a picture, or the mean of both; the best first.
+        """Returns what is nearest to a text, a picture, or the mean of both; the best first.
 
-        Raises Refusal 422 where the index holds no texts, or text and picture cancel out.
+        Raises:
+          Refusal: 422 the index holds no texts, or text and picture cancel out; 429 a full queue.
         """
         parts = []
         if text is not None:
@@ -193,7 +208,11 @@ class Service:
             raise Refusal(422, "no_direction", str(error)) from error
 
     async def picture(self, number: int) -> bytes:
-        """A picture of the index as a small JPEG. Raises Refusal 404 where there is none."""
+        """Returns a picture of the index as a small JPEG.
+
+        Raises:
+          Refusal: 404 there is none.
+        """
 
         def make() -> bytes:
             assert self.index is not None
@@ -209,8 +228,12 @@ class Service:
 
     async def attention(
         self, view: View, prompt: str, text: str
-    ) -> tuple[list[str], Float[np.ndarray, "W rows cols"]]:
-        """Maps over the patches for each word. Raises Refusal 422 for a text without any."""
+    ) -> tuple[list[str], Float[np.ndarray, "words rows cols"]]:
+        """Returns the words of a text, and a map over the patches for each.
+
+        Raises:
+          Refusal: 422 a text without words, 429 a full queue.
+        """
         try:
             return (await self._work(self._attention, [(view, prompt, text)]))[0]
         except ValueError as error:
@@ -237,7 +260,7 @@ def _count(engine: Writer, name: str) -> float:
 
 
 def missing(model: LoadedModel, index: SearchIndex | None) -> dict[str, str]:
-    """By route, why this model or server has it not."""
+    """Returns, by route, why this model or server cannot serve it."""
     task = model.task
     trained = ", ".join(objective.name for objective in task.objectives)
     without: dict[str, str] = {}

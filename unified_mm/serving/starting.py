@@ -1,4 +1,4 @@
-"""From a loaded model to a service with its threads, and back."""
+"""Starting and stopping a service with its threads, and warming it up."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from unified_mm.serving.worker import Worker
 
 
 def open_index(path: str, model: LoadedModel) -> SearchIndex | None:
-    """The search index of a folder, None for ''.
+    """Opens the search index in a folder; returns None for ''.
 
     Raises:
-      FileNotFoundError, ValueError: none there, a damaged one, or one that another model made.
+      FileNotFoundError: no index there.
+      ValueError: a damaged index, or one that another model made.
     """
     if not path:
         return None
@@ -42,7 +43,7 @@ def running_service(
     slots: int = 8,
     queue: int = 64,
 ) -> Iterator[Service]:
-    """A service whose threads run within the context.
+    """Yields a service whose threads run within the context.
 
     Args:
       attend: as for `Service`.
@@ -58,7 +59,7 @@ def running_service(
 
 
 def warm_up(service: Service) -> float:
-    """Compiles what requests need, so that the first ones need not wait; seconds that it took."""
+    """Compiles what requests need, so that the first need not wait; returns the seconds taken."""
     began = time.perf_counter()
     model, without = service.model, service.missing
     for size in BATCHES:
@@ -79,7 +80,10 @@ def warm_up(service: Service) -> float:
 
 
 def prompts_of_each_width(model: LoadedModel) -> list[str]:
-    """Prompts that are read by a program each: those of about as many tokens share one."""
+    """Returns one prompt for each compiled program that reads prompts.
+
+    Prompts of about as many tokens share a program.
+    """
     found: dict[int, str] = {}
     for words in range(model.task.modalities["text"].length):
         prompt = " ".join(["a"] * words)
@@ -92,7 +96,7 @@ def prompts_of_each_width(model: LoadedModel) -> list[str]:
 
 
 def _noise(model: LoadedModel) -> np.ndarray:
-    """A picture that nobody has asked about."""
+    """Returns a picture of random pixels, which the engine has not seen before."""
     size = model.task.modalities["image"].size
     return np.random.default_rng().integers(0, 256, (size, size, 3), np.uint8)
 

@@ -1,4 +1,4 @@
-"""One thread that asks the model for embeddings and maps; what waits together goes together."""
+"""One thread that asks the model for embeddings and maps; jobs that wait share a call."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ class _Job:
 
 
 class Worker:
-    """Runs jobs in the order they came in; jobs of the same work that wait are run in one call.
+    """A thread that runs jobs in the order they came; waiting jobs of the same work share a call.
 
-    A context manager: leaving it ends the thread when all that waits is done.
+    It is a context manager: leaving it ends the thread when all that waits is done.
 
-    waiting: jobs in the queue at most.
-    together: items of one call at most, unless one job alone has more.
+    Args:
+      waiting: jobs in the queue at most.
+      together: items of one call at most, unless one job alone has more.
     """
 
     def __init__(self, waiting: int = 64, together: int = 32) -> None:
@@ -50,11 +51,15 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """Jobs in the queue."""
+        """The number of jobs in the queue."""
         return len(self._jobs)
 
     def submit(self, work: Work, items: Sequence[Any]) -> Future:
-        """The future results of `work(items)`. Raises queue.Full."""
+        """Queues a job and returns the future results of `work(items)`.
+
+        Raises:
+          queue.Full: too many jobs wait.
+        """
         job = _Job(work, items)
         with self._changed:
             if len(self._jobs) >= self._limit:
@@ -68,7 +73,7 @@ class Worker:
             _run_together([each for each in jobs if each.result.set_running_or_notify_cancel()])
 
     def _next(self) -> list[_Job]:
-        """The first job and those right behind it that can go with it; none at the end."""
+        """Returns the first job and those right behind it that share its call; [] at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._closing)
             taken: list[_Job] = []
@@ -83,7 +88,7 @@ class Worker:
 
 
 def _run_together(jobs: list[_Job]) -> None:
-    """One call for all; where that fails, each alone, so that a bad one harms no other."""
+    """Runs all jobs in one call; where it fails, each alone, so that a bad one harms no other."""
     if not jobs:
         return
     try:

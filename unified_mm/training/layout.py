@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from unified_mm.config import Config
 from unified_mm.costs.flops import equations
 from unified_mm.nn.attention.backends import SCOPE
+from unified_mm.nn.attention.rules import View, plan_passes, share_readings
 from unified_mm.nn.pipeline import Pipeline
 from unified_mm.parallel.sharding import rule_items, shard_bytes
 from unified_mm.runs.environment import device_name
@@ -52,7 +53,12 @@ def run_summary(mesh: Mesh, phases: Sequence[Phase]) -> str:
         f"devices: {device_name()}, of {processes} process{'es' * (processes > 1)} | mesh: {axes}\n"
         f"parameters: {sum(counts.values()):,} ({parts})\n"
         f"on a device: parameters {megabytes(params)}, optimizer {megabytes(state.optimizer)}\n"
-        + "\n".join([*(phase_line(phase) for phase in phases), attention_line(phases, mesh)])
+        + "\n".join(
+            [
+                *(f"{phase_line(phase)}; {passes_of(phase.task)}" for phase in phases),
+                attention_line(phases, mesh),
+            ]
+        )
     )
 
 
@@ -70,6 +76,22 @@ def phase_line(phase: Phase) -> str:
         f"examples in {phase.micro_batches} part(s), {len(phase.rows.examples):,} in all; learns "
         f"{objectives}, trains {sum(trained.values()):,} parameters ({', '.join(trained)})"
     )
+
+
+def passes_of(task: Task) -> str:
+    """Returns which texts are read in which pass over the context, and which are read as one."""
+    contexts = task.model.context_names
+    read_as = share_readings(
+        [view for objective in task.objectives for view in objective.views()], contexts
+    )
+    alike: dict[View, list[str]] = {}
+    for name, view in read_as.items():
+        alike.setdefault(view, []).append(name)
+    passes = [
+        ", ".join(" = ".join(alike[view]) for view in sharing)
+        for sharing in plan_passes(list(alike), contexts)
+    ]
+    return f"reads [{'] ['.join(passes)}]" if passes else "reads no text"
 
 
 def attention_line(phases: Sequence[Phase], mesh: Mesh) -> str:

@@ -190,7 +190,7 @@ def phase_rows(config: Config, task: Task, train: Manifest, kind: str, name: str
 def check_places(task: Task, length: int) -> None:
     """A document's text may be as long as its row."""
     embedding = task.modalities["text"].embedding
-    if embedding.learned_positions and length > embedding.places:
+    if embedding.learned_positions and length > embedding.max_positions:
         raise ValueError(
             f"data.documents.length={length} text tokens, but the model learns "
             f"{embedding.max_positions} positions: set model.modalities.text.max_positions to at "

@@ -38,7 +38,16 @@ FOILED = ("val", "test_composition")
 
 @dataclass(frozen=True)
 class SceneText:
-    """All that is written down of one scene besides its picture."""
+    """All that is written about one scene besides its image.
+
+    Attributes:
+      number: the scene's index in its split.
+      identity: its image id.
+      captions: true captions.
+      foils: captions with a foil and its kind, each as JSON values.
+      questions: with answers.
+      scene: the scene graph.
+    """
 
     number: int
     identity: int
@@ -51,20 +60,20 @@ class SceneText:
 def ensure_world(
     spec: WorldSpec, cache: Path, *, processes: int | None = None, progress: bool = True
 ) -> Path:
-    """The folder of this world, rendered first if the cache does not hold it.
+    """Returns the folder of a world, rendered first if the cache does not hold it.
 
     Args:
       spec: decides every byte.
       cache: the folder that worlds are kept in.
-      processes: that render; one a core by default.
-      progress: show a bar on a terminal.
+      processes: processes that render; one for each core by default.
+      progress: whether to show a progress bar on a terminal.
 
     Returns:
-      A folder in COCO captions layout. It takes its name when it is whole, so one that is there is
-      whole, whatever was killed before.
+      A folder in the layout of COCO captions. It gets its name when it is complete, so one that
+      exists is complete, whatever was killed before.
 
     Raises:
-      FileNotFoundError: a folder that has lost its annotations.
+      FileNotFoundError: the folder has lost its annotations.
     """
     folder = cache / f"world-{_digest(spec)}"
     if folder.is_dir():
@@ -134,7 +143,7 @@ def _write_world(spec: WorldSpec, folder: Path, processes: int, progress: bool) 
 def _rendered(
     spec: WorldSpec, split: str, folder: Path, processes: int
 ) -> Iterator[list[SceneText]]:
-    """Scenes in order, chunk by chunk, each rendered into `folder`."""
+    """Yields the texts of scenes in order, chunk by chunk, each scene rendered into `folder`."""
     count = spec.count(split)
     work = [
         (spec, split, start, min(start + CHUNK, count), str(folder))
@@ -188,7 +197,7 @@ def _tell(spec: WorldSpec, split: str, number: int, scene: Scene) -> SceneText:
 
 
 def scene_graph(scene: Scene) -> dict[str, Any]:
-    """Objects, where they are seen, how they relate, camera and light; plain JSON values."""
+    """Returns a scene as plain JSON values: objects, places in the image, order, camera, light."""
     places = scene.places()
     return {
         "image_id": scene.id,
@@ -244,7 +253,7 @@ def _write_annotations(spec: WorldSpec, split: str, folder: Path, told: list[Sce
 def _write_questions(
     folder: Path, split: str, info: dict[str, Any], asked: list[tuple[int, Question]]
 ) -> None:
-    """Questions and answers in VQA v2's layout; all ten people give the one right answer."""
+    """Writes questions and answers in VQA v2's layout; all ten annotators give the right answer."""
     head = {"info": info, "license": {}, "data_type": "unified_mm", "data_subtype": split}
     _write(
         folder / f"questions_{split}.json",

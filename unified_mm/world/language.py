@@ -1,7 +1,8 @@
-"""What is said of a scene: captions, captions made false by one word, questions with answers.
+"""Captions of a scene, captions made false by one word (foils), and questions with answers.
 
-A caption is a structure first: things described by some of their words, and relations between them.
-So a foil is a change of the structure, and `holds` decides whether a structure is true of a scene.
+A caption is a structure first: objects, each described by some of its attributes, and relations
+between them. A foil is a change of the structure, and `holds` decides whether a structure is true
+of a scene.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ OPPOSITE = {
 
 @dataclass(frozen=True)
 class Caption:
-    """Things in the order they are named, and the relation of each to the next.
+    """Objects in the order they are named, and the relation of each to the next.
 
     Attributes:
-      things: what is said of each.
+      things: the attributes that are named of each object.
       relations: between neighbours, `len(things) - 1` of them, as keys of `OPPOSITE`.
-      opening: words before the first thing.
-      spoken: how each relation is worded; equal to `relations` where it is said outright, commas
-        and the like where the opening has said it for all.
+      opening: the words before the first object.
+      spoken: the words for each relation: those of `relations` where it is stated, else commas and
+        the like, where the opening states it for all.
     """
 
     things: tuple[Words, ...]
@@ -47,7 +48,7 @@ class Caption:
     spoken: tuple[str, ...]
 
     def text(self) -> str:
-        """The caption in words, lower case."""
+        """Returns the caption in words, in lower case."""
         parts = [with_article(self.things[0])]
         for word, thing in zip(self.spoken, self.things[1:], strict=True):
             joint = word if word.startswith(",") else f" {word}"
@@ -56,19 +57,19 @@ class Caption:
 
 
 def describe(words: Words) -> str:
-    """`large matte red cube`; a shape that is not said is an object."""
+    """Returns a description such as `large matte red cube`; without a shape, it says `object`."""
     said = [words[name] for name in FULL[:-1] if name in words]
     return " ".join([*said, words.get("shape", "object")])
 
 
 def with_article(words: Words) -> str:
-    """`a large matte red cube`, `an orange cube`."""
+    """Returns a description with its article: `a large matte red cube`, `an orange cube`."""
     said = describe(words)
     return f"an {said}" if said[0] in "aeiou" else f"a {said}"
 
 
 def captions(scene: Scene, rng: np.random.Generator) -> tuple[Caption, ...]:
-    """Five different captions, in random order, so that the first is of no special kind."""
+    """Returns five different captions in random order, so that the first is of no special kind."""
     styles = _single(scene) if len(scene.objects) == 1 else _several(scene, rng)
     chosen = rng.permutation(len(styles))[:5]
     return tuple(styles[i] for i in chosen)
@@ -114,7 +115,7 @@ def _several(scene: Scene, rng: np.random.Generator) -> list[Caption]:
 
 
 def _pair(things: Sequence[Words], rng: np.random.Generator) -> Caption:
-    """Two of more things, given from left to right, and on which side one is of the other."""
+    """Returns a caption that relates two of the objects, which are given from left to right."""
     first, second = np.sort(rng.permutation(len(things))[:2])
     if rng.random() < 0.5:
         return Caption((things[first], things[second]), ("left of",), "", ("left of",))
@@ -126,7 +127,7 @@ def _said(thing: Object, names: Sequence[str]) -> Words:
 
 
 def holds(caption: Caption, scene: Scene) -> bool:
-    """Whether different objects of the scene can be found that fit all that is said."""
+    """Returns whether distinct objects of the scene match all that the caption says."""
     places = scene.places()
 
     def related(word: str, a: int, b: int) -> bool:
@@ -152,10 +153,16 @@ def holds(caption: Caption, scene: Scene) -> bool:
 
 
 def foil(scene: Scene, caption: Caption, kind: str, rng: np.random.Generator) -> Caption | None:
-    """The caption with one word made false; None where this caption has no such word.
+    """Returns the caption with one word made false, or None if it has no such word.
 
-    `kind` is an attribute, or 'side': `left of` for `right of` or the reverse. Its words alone do
-    not betray a foil: it says nothing that no true caption of training could say.
+    A foil cannot be recognized by its words alone: it says nothing that no true caption of training
+    could say.
+
+    Args:
+      scene: the scene of which the caption is true.
+      caption: the true caption.
+      kind: the attribute to change, or 'side': `left of` for `right of` or the reverse.
+      rng: draws the word.
     """
     changed = _other_side(caption) if kind == "side" else _other_word(caption, kind, rng)
     return changed if changed is not None and not holds(changed, scene) else None
@@ -193,7 +200,11 @@ def _other_side(caption: Caption) -> Caption | None:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one scene; `type` is how it begins, as VQA v2 groups them."""
+    """A question about one scene.
+
+    Attributes:
+      type: how the question begins, as VQA v2 groups them.
+    """
 
     text: str
     answer: str
@@ -201,11 +212,15 @@ class Question:
 
 
 def questions(scene: Scene, rng: np.random.Generator, *, compose: bool) -> list[Question]:
-    """One question of each type that the scene allows.
+    """Returns one question of each type that the scene allows.
 
-    Drawn such that no answer is likelier for its words where that can be done for one scene; for
-    the rest there is `balanced`. `compose`: pairs of colour and shape that training never shows
-    may be asked for.
+    They are drawn such that the words of a question make no answer likelier, where that can be done
+    for one scene; for the rest there is `balanced`.
+
+    Args:
+      scene: the scene.
+      rng: draws the questions.
+      compose: whether pairs of colour and shape that training never shows may be asked for.
     """
     asked = [
         _is_there(scene, rng, compose),
@@ -266,7 +281,7 @@ def _which_is_left(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def balanced(asked: Iterable[tuple[int, Question]]) -> list[tuple[int, Question]]:
-    """Scenes' questions less those that make one answer to a text likelier than all others.
+    """Returns questions without those that make one answer to a text likelier than all others.
 
     Of the types whose answers are not equally likely from the start, no answer to a text is kept
     more often than the second most frequent one.

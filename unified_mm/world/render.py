@@ -1,8 +1,9 @@
-"""Pictures of scenes by analytic ray intersection, in float32, all rays of an object at once.
+"""Images of scenes by analytic ray intersection, in float32, all rays of an object at once.
 
-Vectors are component first, `[3, ...]`, so that each component is contiguous. Every body is convex:
-a ray is inside it over one interval `(near, far)`, which serves first hits and shadows alike
-(Kay and Kajiya 1986, "Ray tracing complex scenes", the slab method, for the interval of a box).
+Vectors are component first, `[3, ...]`, so that each component is contiguous. Every object is
+convex: a ray is inside it over one interval `(near, far)`, which serves first hits and shadows
+alike (Kay and Kajiya 1986, "Ray tracing complex scenes", the slab method, for the interval of a
+box).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Box = tuple[slice, slice]
 
 
 def render(scene: Scene, size: int, supersample: int = 2) -> UInt8[np.ndarray, "size size 3"]:
-    """The scene as an sRGB picture, `supersample` x `supersample` rays a pixel."""
+    """Returns the scene as an sRGB image, with `supersample` x `supersample` rays a pixel."""
     wide = size * supersample
     eye, rays = _rays(scene, wide)
     distance, ids = _first_hits(scene, eye, rays)
@@ -50,14 +51,14 @@ def render(scene: Scene, size: int, supersample: int = 2) -> UInt8[np.ndarray, "
 
 
 def render_ids(scene: Scene, size: int) -> Int[np.ndarray, "size size"]:
-    """Which object each pixel's centre shows: a position in `scene.objects`, or -1: ground."""
+    """Returns the index in `scene.objects` that each pixel's centre shows, -1 for the ground."""
     return _first_hits(scene, *_rays(scene, size))[1]
 
 
 def interval(thing: Object, origin: Vectors, direction: Vectors) -> tuple[Scalars, Scalars]:
-    """Where rays `origin + t * direction` are inside an object: near and far t; near > far: never.
+    """Returns the near and far t between which rays `origin + t * direction` are inside an object.
 
-    `origin` broadcasts against `direction`.
+    Rays with near > far miss it. `origin` broadcasts against `direction`.
     """
     cos, sin = np.float32(math.cos(thing.rotation)), np.float32(math.sin(thing.rotation))
     start = [origin[i] - np.float32(thing.centre[i]) for i in range(3)]
@@ -80,7 +81,7 @@ def interval(thing: Object, origin: Vectors, direction: Vectors) -> tuple[Scalar
 
 
 def _inside_ball(start: list, step: list, radius: float) -> tuple[Scalars, Scalars]:
-    """The interval within a sphere (three components) or an endless upright cylinder (two)."""
+    """Returns the interval in a sphere (three components) or an endless upright cylinder (two)."""
     a = np.maximum(sum(d * d for d in step), np.float32(1e-12))
     b = sum(o * d for o, d in zip(start, step, strict=True))
     c = sum(o * o for o in start) - np.float32(radius * radius)
@@ -97,7 +98,7 @@ def _inside_slab(start: Scalars, step: Scalars, half: float) -> tuple[Scalars, S
 
 
 def _rays(scene: Scene, wide: int) -> tuple[Float[np.ndarray, " 3"], Vectors]:
-    """The eye and unit directions `[3, wide, wide]` through the pixels' centres."""
+    """Returns the camera's position and unit directions `[3, wide, wide]` through pixel centres."""
     right, up, forward = scene.camera.axes().astype(np.float32)
     steps = ((np.arange(wide, dtype=np.float32) + 0.5) * 2 / wide - 1) / np.float32(
         scene.camera.focal
@@ -114,7 +115,7 @@ def _rays(scene: Scene, wide: int) -> tuple[Float[np.ndarray, " 3"], Vectors]:
 def _first_hits(
     scene: Scene, eye: Float[np.ndarray, " 3"], rays: Vectors
 ) -> tuple[Scalars, Int[np.ndarray, "wide wide"]]:
-    """Distance and object (-1: the ground) of each ray's first hit."""
+    """Returns the distance and the object (-1: the ground) of each ray's first hit."""
     wide = rays.shape[1]
     distance = -eye[2] / rays[2]  # the camera looks down: every ray meets the ground
     ids = np.full((wide, wide), -1)
@@ -127,8 +128,8 @@ def _first_hits(
     return distance, ids
 
 
-def _pixels(scene: Scene, points: Float[np.ndarray, "P 3"], wide: int) -> Box:
-    """The rows and columns that can show anything of the points' convex hull."""
+def _pixels(scene: Scene, points: Float[np.ndarray, "points 3"], wide: int) -> Box:
+    """Returns the rows and columns that can show anything of the points' convex hull."""
     seen = scene.camera.project(points)[:, :2] * wide
     low = np.clip(np.floor(seen.min(axis=0) - 2), 0, wide).astype(int)
     high = np.clip(np.ceil(seen.max(axis=0) + 2), 0, wide).astype(int)
@@ -144,7 +145,9 @@ def _normals(scene: Scene, points: Vectors, ids: Int[np.ndarray, "wide wide"]) -
     return normals
 
 
-def _surface_normal(thing: Object, points: Float[np.ndarray, "3 P"]) -> Float[np.ndarray, "3 P"]:
+def _surface_normal(
+    thing: Object, points: Float[np.ndarray, "3 points"]
+) -> Float[np.ndarray, "3 points"]:
     offset = points - np.array(thing.centre, np.float32)[:, None]
     if thing.shape == "sphere":
         return offset / np.float32(thing.radius)
@@ -161,12 +164,14 @@ def _surface_normal(thing: Object, points: Float[np.ndarray, "3 P"]) -> Float[np
     return axes[face].T * sign
 
 
-def _upright(offset: Float[np.ndarray, "3 P"]) -> Float[np.ndarray, "3 P"]:
+def _upright(offset: Float[np.ndarray, "3 points"]) -> Float[np.ndarray, "3 points"]:
     return np.sign(offset) * np.array([[0], [0], [1]], np.float32)
 
 
-def _lit(scene: Scene, points: Vectors, light: Float[np.ndarray, " 3"]) -> Float[np.ndarray, "W W"]:
-    """1 where the light is seen from a point, 0 in shadow."""
+def _lit(
+    scene: Scene, points: Vectors, light: Float[np.ndarray, " 3"]
+) -> Float[np.ndarray, "wide wide"]:
+    """Returns 1 where the light is visible from a point, 0 in shadow."""
     lit = np.ones(points.shape[1:], np.float32)
     for thing in scene.objects:
         body = outline(thing)
@@ -182,12 +187,14 @@ def _shade(
     rays: Vectors,
     points: Vectors,
     normals: Vectors,
-    ids: Int[np.ndarray, "W W"],
-    lit: Float[np.ndarray, "W W"],
+    ids: Int[np.ndarray, "wide wide"],
+    lit: Float[np.ndarray, "wide wide"],
     light: Float[np.ndarray, " 3"],
 ) -> Vectors:
-    """Linear colour: Lambert under a sky that is brighter above, and a mirror's share on top of it
-    for shiny objects (Blinn 1977 for the highlight)."""
+    """Returns linear colours: Lambert shading, and a mirror's share on top of it for shiny objects.
+
+    The ambient light is brighter from above. The highlight is that of Blinn 1977.
+    """
     facing = np.maximum(np.tensordot(light, normals, 1), 0)
     brightness = AMBIENT * (0.75 + 0.25 * normals[2]) + DIFFUSE * facing * lit
     palette = np.array([ALBEDO[o.colour] for o in scene.objects] + [(GROUND,) * 3], np.float32)
@@ -200,14 +207,16 @@ def _shade(
 
 
 def _gloss(
-    rays: Float[np.ndarray, "3 P"],
-    points: Float[np.ndarray, "3 P"],
-    normals: Float[np.ndarray, "3 P"],
-    lit: Float[np.ndarray, " P"],
+    rays: Float[np.ndarray, "3 points"],
+    points: Float[np.ndarray, "3 points"],
+    normals: Float[np.ndarray, "3 points"],
+    lit: Float[np.ndarray, " points"],
     light: Float[np.ndarray, " 3"],
-) -> Float[np.ndarray, " P"]:
-    """What a polished surface adds: the light's highlight, and lamps above and the ground below
-    mirrored, so that flat faces show it too."""
+) -> Float[np.ndarray, " points"]:
+    """Returns what a polished surface adds: the light's highlight and mirrored surroundings.
+
+    The surroundings are lamps above and the ground below, so that flat faces show gloss too.
+    """
     half = light[:, None] - rays
     half /= np.linalg.norm(half, axis=0)
     highlight = HIGHLIGHT * np.maximum((half * normals).sum(0), 0) ** SHARPNESS * lit

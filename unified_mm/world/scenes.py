@@ -1,6 +1,6 @@
-"""What the embedded world holds: objects on a plane, a camera, a light, and where each one is seen.
+"""The embedded world: objects on a plane, a camera, a light, and where each object is seen.
 
-World coordinates: x and y on the ground, z up. The scale is such that a picture is about 2 units
+World coordinates: x and y on the ground, z up. The scale is such that an image is about 2 units
 wide where the camera looks. Image coordinates: x to the right and y down, both in [0, 1].
 """
 
@@ -31,12 +31,17 @@ PROPORTIONS = {"sphere": (1.0, 1.0), "cube": (0.8, 0.8), "cylinder": (0.8, 0.95)
 
 @dataclass(frozen=True)
 class WorldSpec:
-    """Everything that decides the bytes of a world.
+    """The options of a world, which determine all its bytes.
 
-    `train`, `val`, `test_composition`: number of scenes of each split. `object_weights`: how often
-    a scene has 1, 2, ... objects. `spans`: the width of a large object as a share of the picture's,
-    by the number of objects; a small one is `small_ratio` of it. `version` changes with this
-    package's drawing or wording.
+    Attributes:
+      image_size: the side of an image in pixels.
+      train, val, test_composition: the number of scenes of each split.
+      seed: seed of all draws.
+      object_weights: how often a scene has 1, 2, ... objects.
+      spans: the width of a large object as a share of the image's, by the number of objects.
+      small_ratio: the width of a small object as a share of a large one's.
+      supersample: rays a pixel along each side.
+      version: changes with this package's drawing or wording.
     """
 
     image_size: int = 64
@@ -66,13 +71,20 @@ class WorldSpec:
                 raise ValueError(f"WorldSpec: {split} is {self.count(split)}; it must not be < 0")
 
     def count(self, split: str) -> int:
-        """The number of scenes of a split."""
+        """Returns the number of scenes of a split."""
         return int(getattr(self, split))
 
 
 @dataclass(frozen=True)
 class Object:
-    """One thing on the ground: its four words, its place, its turn about z and its radius."""
+    """One object on the ground.
+
+    Attributes:
+      shape, colour, size, material: its attributes in words.
+      x, y: its place on the ground.
+      rotation: about z, in radians.
+      radius: in world units.
+    """
 
     shape: str
     colour: str
@@ -98,7 +110,14 @@ class Object:
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole camera that looks at `(0, 0, height)`; angles in radians, focal in half widths."""
+    """A pinhole camera that looks at `(0, 0, height)`.
+
+    Attributes:
+      azimuth, elevation: angles in radians.
+      distance: from the point that it looks at.
+      focal: the focal length in half widths of the image.
+      height: of the point that it looks at.
+    """
 
     azimuth: float
     elevation: float
@@ -107,7 +126,7 @@ class Camera:
     height: float
 
     def axes(self) -> Float[np.ndarray, "3 3"]:
-        """Rows: the unit vectors right, up and forward of the picture."""
+        """Returns the unit vectors right, up and forward of the image, as rows."""
         ca, sa = math.cos(self.azimuth), math.sin(self.azimuth)
         ce, se = math.cos(self.elevation), math.sin(self.elevation)
         return np.array([[ca, sa, 0.0], [-sa * se, ca * se, ce], [-sa * ce, ca * ce, -se]])
@@ -116,7 +135,7 @@ class Camera:
         return np.array([0.0, 0.0, self.height]) - self.distance * self.axes()[2]
 
     def project(self, points: Float[np.ndarray, "*batch 3"]) -> Float[np.ndarray, "*batch 3"]:
-        """World points to (image x, image y, depth along the view)."""
+        """Projects world points to (image x, image y, depth along the view)."""
         right, up, depth = np.moveaxis((points - self.position()) @ self.axes().T, -1, 0)
         scale = 0.5 * self.focal / depth
         return np.stack([0.5 + right * scale, 0.5 - up * scale, depth], axis=-1)
@@ -124,20 +143,27 @@ class Camera:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects from left to right as seen, the camera, and the unit vector towards the light."""
+    """Objects on the ground, seen by a camera under a light.
+
+    Attributes:
+      id: the image id.
+      objects: from left to right in the image.
+      camera: the camera.
+      light: the unit vector towards the light.
+    """
 
     id: int
     objects: tuple[Object, ...]
     camera: Camera
     light: tuple[float, float, float]
 
-    def places(self) -> Float[np.ndarray, "N 3"]:
-        """Image x, image y and depth of each object's centre."""
+    def places(self) -> Float[np.ndarray, "objects 3"]:
+        """Returns image x, image y and depth of each object's centre."""
         return self.camera.project(np.array([thing.centre for thing in self.objects]))
 
 
-def _unit_hull(shape: str) -> Float[np.ndarray, "P 3"]:
-    """Points whose convex hull is a body of radius 1 about its centre, `rotation` 0."""
+def _unit_hull(shape: str) -> Float[np.ndarray, "points 3"]:
+    """Returns points whose convex hull is an object of radius 1 about its centre, `rotation` 0."""
     width, height = PROPORTIONS[shape]
     if shape == "cube":
         turn = math.pi / 4 + math.pi / 2 * np.arange(4)
@@ -157,13 +183,13 @@ def _unit_hull(shape: str) -> Float[np.ndarray, "P 3"]:
 HULLS = {shape: _unit_hull(shape) for shape in SHAPES}
 
 
-def outline(thing: Object) -> Float[np.ndarray, "P 3"]:
-    """Points whose convex hull is the object (for a sphere, up to 2 % of its radius)."""
+def outline(thing: Object) -> Float[np.ndarray, "points 3"]:
+    """Returns points whose convex hull is the object (for a sphere, up to 2 % of its radius)."""
     return _outlines(thing.shape, thing.x, thing.y, thing.rotation, thing.radius)
 
 
 def _outlines(shape: str, x: Places, y: Places, rotation: Places, radius: Places) -> np.ndarray:
-    """`outline` of many objects of one shape: `[..., P, 3]` for numbers of shape `[...]`."""
+    """Returns `outline` of objects of one shape: [..., points, 3] for arguments of shape [...]."""
     x, y, rotation, radius = (np.asarray(number)[..., None] for number in (x, y, rotation, radius))
     along, across, up = HULLS[shape].T
     cos, sin = radius * np.cos(rotation), radius * np.sin(rotation)
@@ -184,12 +210,13 @@ MAX_DRAWS = 64000  # a handful of scenes in a million need more than a few thous
 
 
 def sample_scene(spec: WorldSpec, split: str, index: int) -> Scene:
-    """The scene of a split at an index: a function of `(spec, split, index)` alone.
+    """Returns the scene of a split at an index: a function of `(spec, split, index)` alone.
 
     Attributes, camera and light are drawn first; places are drawn again until every object lies
-    wholly in the picture, hardly covered, with clear sides.
+    completely in the image, hardly covered, with clear sides.
 
-    Raises ValueError for an unknown split or where the spec's objects do not fit in a picture.
+    Raises:
+      ValueError: the split is unknown, or the spec's objects do not fit in an image.
     """
     if split not in SPLITS:
         raise ValueError(f"world: no split {split!r}; there are {', '.join(SPLITS)}")
@@ -213,7 +240,7 @@ def sample_scene(spec: WorldSpec, split: str, index: int) -> Scene:
 
 
 def _sample_view(rng: np.random.Generator) -> tuple[Camera, tuple[float, float, float]]:
-    """A camera that looks down by 30 to 38 degrees, and a light from its side of the scene."""
+    """Returns a camera that looks down by 30 to 38 degrees, and a light from its side."""
     azimuth = rng.uniform(-0.35, 0.35)
     elevation = math.radians(rng.uniform(30, 38))
     focal = rng.uniform(2.6, 3.2)
@@ -226,7 +253,10 @@ def _sample_view(rng: np.random.Generator) -> tuple[Camera, tuple[float, float, 
 
 
 def _sample_words(rng: np.random.Generator, count: int, compose: bool) -> list[dict[str, str]]:
-    """Four words an object, no two objects alike; with `compose`, one object of a held-out pair."""
+    """Returns four attributes for each object, no two objects alike.
+
+    With `compose`, one object has a held-out pair of colour and shape; without, none has.
+    """
     words: list[dict[str, str]] = []
     while len(words) < count:
         word = {name: values[rng.integers(len(values))] for name, values in ATTRIBUTES.items()}
@@ -238,8 +268,8 @@ def _sample_words(rng: np.random.Generator, count: int, compose: bool) -> list[d
 
 def _draw_places(
     rng: np.random.Generator, spec: WorldSpec, camera: Camera, words: list[dict[str, str]]
-) -> Float[np.ndarray, "4 draws N"]:
-    """x, y, rotation and radius: columns across the picture in random order, any depth."""
+) -> Float[np.ndarray, "4 draws objects"]:
+    """Returns x, y, rotation and radius: columns across the image in random order, at any depth."""
     count = len(words)
     shape = (DRAWS, count)
     right, forward = camera.axes()[0], camera.axes()[2] / math.cos(camera.elevation)
@@ -256,9 +286,9 @@ def _draw_places(
 
 
 def _framed(
-    camera: Camera, words: list[dict[str, str]], drawn: Float[np.ndarray, "4 draws N"]
+    camera: Camera, words: list[dict[str, str]], drawn: Float[np.ndarray, "4 draws objects"]
 ) -> Bool[np.ndarray, " draws"]:
-    """Which draws show every object wholly, hardly covered, and with clear sides."""
+    """Returns which draws show every object completely, hardly covered, and with clear sides."""
     x, y, _, radius = drawn
     shapes = [word["shape"] for word in words]
     heights = radius * [PROPORTIONS[shape][1] for shape in shapes]
@@ -278,11 +308,11 @@ def _framed(
 
 def _touching(
     shapes: list[str],
-    x: Float[np.ndarray, "draws N"],
-    y: Float[np.ndarray, "draws N"],
-    radius: Float[np.ndarray, "draws N"],
+    x: Float[np.ndarray, "draws objects"],
+    y: Float[np.ndarray, "draws objects"],
+    radius: Float[np.ndarray, "draws objects"],
 ) -> Bool[np.ndarray, " draws"]:
-    """Whether the ground circles of two objects meet."""
+    """Returns whether the ground circles of two objects meet, for each draw."""
     corner = {"sphere": 1.0, "cube": math.sqrt(2), "cylinder": 1.0}
     reach = radius * [PROPORTIONS[shape][0] * corner[shape] for shape in shapes]
     first, second = np.triu_indices(len(shapes), 1)
@@ -290,16 +320,18 @@ def _touching(
     return (apart < reach[:, first] + reach[:, second]).any(axis=1)
 
 
-def _boxes(camera: Camera, points: Float[np.ndarray, "draws P 3"]) -> Float[np.ndarray, "draws 4"]:
-    """The boxes around objects in the picture: left, top, right, bottom in image coordinates."""
+def _boxes(
+    camera: Camera, points: Float[np.ndarray, "draws points 3"]
+) -> Float[np.ndarray, "draws 4"]:
+    """Returns boxes around objects in the image: left, top, right, bottom in image coordinates."""
     seen = camera.project(points)[..., :2]
     return np.concatenate([seen.min(axis=1), seen.max(axis=1)], axis=1)
 
 
 def _covered(
-    boxes: Float[np.ndarray, "draws N 4"], depths: Float[np.ndarray, "draws N"]
-) -> Float[np.ndarray, "draws N"]:
-    """The share of each object's box that lies under the boxes of nearer ones, at most."""
+    boxes: Float[np.ndarray, "draws objects 4"], depths: Float[np.ndarray, "draws objects"]
+) -> Float[np.ndarray, "draws objects"]:
+    """Returns the share of each object's box under the boxes of nearer ones, as an upper bound."""
     low, high = boxes[..., :2], boxes[..., 2:]
     shared_low = np.maximum(low[:, :, None], low[:, None])
     shared_high = np.minimum(high[:, :, None], high[:, None])
@@ -310,7 +342,7 @@ def _covered(
 
 
 def _left_to_right(
-    camera: Camera, words: list[dict[str, str]], place: Float[np.ndarray, "4 N"]
+    camera: Camera, words: list[dict[str, str]], place: Float[np.ndarray, "4 objects"]
 ) -> tuple[Object, ...]:
     objects = [
         Object(**word, x=x, y=y, rotation=rotation, radius=radius)

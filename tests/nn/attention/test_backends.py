@@ -83,13 +83,13 @@ def heads_of(queries, keys, seed, heads=4, key_value_heads=2, width=WIDTH):
     return [rng.normal(size=each).astype(np.float32) for each in shape]
 
 
-def written_out(query, key, value, cotangent, mask):
+def written_out(query, key, value, cotangent, mask, bias=0.0):
     """Attention and its gradients by formula; a query that sees nothing gives zero."""
     query, key, value, cotangent = (np.float64(x) for x in (query, key, value, cotangent))
     shared = query.shape[2] // key.shape[2]
     wide = [np.repeat(x, shared, axis=2) for x in (key, value)]
     scale = query.shape[-1] ** -0.5
-    scores = np.einsum("bqha,bkha->bhqk", query, wide[0]) * scale
+    scores = np.einsum("bqha,bkha->bhqk", query, wide[0]) * scale + bias
     weights = np.where(mask[:, None], np.exp(scores - scores.max(-1, keepdims=True)), 0)
     total = weights.sum(-1, keepdims=True)
     weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
@@ -125,10 +125,10 @@ def by_calls(name, table, queries, keys, attend=None):
     return run
 
 
-def agree(run, arrays, mask):
+def agree(run, arrays, mask, bias=0.0):
     """Values and gradients of `run` are those written out."""
     *inputs, cotangent = arrays
-    expected, expected_gradients = written_out(*arrays, np.asarray(mask))
+    expected, expected_gradients = written_out(*arrays, np.asarray(mask), bias)
 
     @jax.jit
     def both(inputs, cotangent):
@@ -140,6 +140,62 @@ def agree(run, arrays, mask):
     assert (np.asarray(found)[~np.asarray(mask).any(-1)] == 0).all()
     for each, other in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(each, other, **CLOSE_GRADIENTS)
+
+
+def outsiders_in_words(rule, metadata):
+    """Mask and bias [B, Q, K] of `toy_rules`, token by token."""
+    owner = [group for group in metadata.groups for _ in range(group.length)]
+    fields = ("position", "document", "valid")
+    position, document, valid = (np.asarray(getattr(metadata, name)) for name in fields)
+    mask = np.zeros((2, len(owner), len(owner)), bool)
+    bias = np.zeros(mask.shape)
+    for b, q, k in np.ndindex(*mask.shape):
+        query, key = owner[q], owner[k]
+        far = abs(int(position[b, q]) - int(position[b, k]))
+        text, other = query.modality == "text", key.modality == "text"
+        if rule == "windowed":
+            seen = far < (3 if text and not other else 2)
+        else:
+            seen = position[b, k] <= position[b, q] if other else True
+            bias[b, q, k] = -0.5 * far if text else 0.0
+        allowed = key.name == query.name if other or not text else True
+        mask[b, q, k] = seen and allowed and valid[b, k] and document[b, q] == document[b, k]
+    return mask, bias
+
+
+@pytest.mark.parametrize("rule", ["windowed", "faded"])
+@pytest.mark.parametrize("name", ATTEND)
+def test_predicates_and_score_terms_from_outside(name, rule):
+    views = tuple(View(each, f"toy_rules:{rule.upper()}") for each in ("t", "u"))
+    metadata = filled(GROUPS, seed=1)
+    mask, bias = outsiders_in_words(rule, metadata)
+    run = by_calls(name, MaskTable(views), metadata, metadata)
+    agree(run, heads_of(metadata, metadata, 2), mask, bias[:, None])
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("WINDOWED", "does not know the predicate Window.size=3.: set model.attention='auto'"),
+        ("FADED", "adds nothing to scores, and a rule adds Fading.slope=0.5.: set"),
+    ],
+)
+def test_kernels_refuse_what_they_do_not_know(monkeypatch, rule, message):
+    monkeypatch.setattr(cudnn, "widest_head", lambda: 128)
+    metadata = in_order({"image": 128, "t": 128})
+    table, groups = MaskTable((View("t", f"toy_rules:{rule}"),)), metadata.groups
+    whole = block_calls(table, groups, groups)[-1]
+    call, (queries, keys) = rebase(whole), of_call(whole, metadata, metadata)
+    for name, platform, dtype in (("cudnn", "gpu", "bfloat16"), ("splash", "tpu", "float32")):
+        asked = options(name, width=64, dtype=jnp.dtype(dtype))
+        with pytest.raises(ValueError, match=message):
+            backends.choose(asked, call, queries, keys, platform)
+        auto = options("auto", width=64, dtype=jnp.dtype(dtype))
+        assert backends.choose(auto, call, queries, keys, platform) in ("xla", "chunked")
+        # What the package brings is known to both.
+        plain = block_calls(MaskTable((View("t", "prefix"),)), groups, groups)[-1]
+        parts = of_call(plain, metadata, metadata)
+        assert backends.choose(auto, rebase(plain), *parts, platform) == name
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -4,21 +4,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy_rules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unified_mm.nn.attention.rules import (
+    ALL,
+    CAUSAL,
+    NONE,
+    PREDICATES,
     RULES,
+    TEXT,
+    AttentionRule,
     MaskTable,
     View,
     block_calls,
     block_mask,
     plan_passes,
     reference_mask,
+    share_readings,
 )
 from unified_mm.nn.tokens import Group, TokenMetadata, Tokens, concatenate, offset_positions
 
 rules = st.sampled_from(sorted(RULES))
+# Each rule in words: what text sees of text and of context; what context sees of text, of its own
+# modality, and of another one.
+WORDS = {
+    "separate": ("all", "none", "none", "all", "none"),
+    "separate_causal": ("causal", "none", "none", "all", "none"),
+    "prefix": ("causal", "all", "none", "all", "all"),
+    "prefix_separate": ("causal", "all", "none", "all", "none"),
+    "joint": ("all", "all", "all", "all", "all"),
+    "causal": ("causal", "causal", "none", "causal", "causal"),
+    "interleaved": ("causal", "causal", "causal", "block_causal", "causal"),
+    "interleaved_latest": ("causal", "same_segment", "causal", "block_causal", "causal"),
+}
 
 
 @st.composite
@@ -52,7 +72,7 @@ def by_blocks(table, queries, keys):
         part = block_mask(call, queries, keys)
         covered[slice(*call.queries)] += 1
         start = 0
-        for low, high, _ in call.keys:
+        for low, high, *_ in call.keys:
             seen = part[:, :, start : start + high - low]
             mask = mask.at[:, slice(*call.queries), low:high].max(seen)
             start += high - low
@@ -70,23 +90,23 @@ def test_block_calls_and_the_reference_mask_are_the_rules_in_words(drawn):
     blocks = jax.jit(lambda metadata: by_blocks(table, metadata, metadata))
     np.testing.assert_array_equal(blocks(metadata), mask)
     owner = [group for group in metadata.groups for _ in range(group.length)]
-    rule_of = {view.name: RULES[view.rule] for view in table.views}
-    first = RULES[table.views[0].rule]
+    rule_of = {view.name: WORDS[view.rule] for view in table.views}
+    first = WORDS[table.views[0].rule]
     names = ("position", "segment", "document", "valid")
     position, segment, document, valid = (np.asarray(getattr(metadata, f)) for f in names)
     for b in range(2):
         for q, query in enumerate(owner):
             for k, key in enumerate(owner):
                 if query.modality == key.modality == "text":
-                    rule = rule_of[query.name].text_to_text if query.name == key.name else "none"
+                    rule = rule_of[query.name][0] if query.name == key.name else "none"
                 elif query.modality == "text":
-                    rule = rule_of[query.name].text_to_context
+                    rule = rule_of[query.name][1]
                 elif key.modality == "text":
-                    rule = rule_of[key.name].context_to_text
+                    rule = rule_of[key.name][2]
                 elif query.modality == key.modality:
-                    rule = first.context_to_context
+                    rule = first[3]
                 else:
-                    rule = first.across_contexts
+                    rule = first[4]
                 before = position[b, k] <= position[b, q]
                 same = segment[b, k] == segment[b, q]
                 seen = {
@@ -105,9 +125,9 @@ def test_neighbours_with_equal_rows_share_a_call():
     views = (View("a", "prefix"), View("b", "prefix"))
     calls = block_calls(MaskTable(views), groups, groups)
     assert [call.queries for call in calls] == [(0, 4), (4, 7), (7, 10)]
-    assert calls[2].keys == ((0, 4, "all"), (7, 10, "causal"))
+    assert calls[2].keys == ((0, 4, ALL, None), (7, 10, CAUSAL, None))
     joint = block_calls(MaskTable((View("a", "joint"),)), groups[:2], groups[:2])
-    assert len(joint) == 1 and joint[0].keys == ((0, 7, "all"),)
+    assert len(joint) == 1 and joint[0].keys == ((0, 7, ALL, None),)
 
 
 def test_texts_share_a_pass_where_the_context_comes_out_alike():
@@ -122,13 +142,77 @@ def test_texts_share_a_pass_where_the_context_comes_out_alike():
     assert plan_passes([], ["image"]) == []
 
 
+def in_text(rule):
+    """What text sees of itself."""
+    return rule.predicate(TEXT, TEXT, (True, True))
+
+
+def test_contexts_that_are_read_apart_share_the_pass_of_contrast():
+    contrast = View("c", "separate")
+    caption = View("w", "prefix_separate", autoregressive=True)
+    assert plan_passes([contrast, caption], ["image", "sound"]) == [(contrast, caption)]
+
+
+def test_texts_that_read_alike_are_read_once():
+    contexts = ["image", "sound"]
+    a, b = View("a", "separate"), View("b", "separate")
+    order, written = View("o", "separate_causal"), View("w", "separate", autoregressive=True)
+    again = View("again", "separate", alone=True)
+    found = share_readings([a, b, order, written, again], contexts)
+    assert found == {"a": a, "b": a, "o": order, "w": order, "again": again}
+    # With one context alone these two rules differ in nothing.
+    apart = View("p", "prefix_separate", autoregressive=True)
+    prefix = View("q", "prefix", autoregressive=True)
+    assert share_readings([apart, prefix], ["image"])["q"] == apart
+    assert share_readings([apart, prefix], contexts)["q"] == prefix
+
+
+def test_the_first_pattern_that_fits_holds():
+    rule = AttentionRule.of(
+        "mine",
+        {
+            ("text", "sound"): "none",
+            ("written", "read"): "all",
+            ("sound", "same"): "causal",
+            ("*", "same"): "all",
+            ("read", "*"): "same_segment",
+        },
+    )
+    image, sound, text = (Group(name, name, 2) for name in ("image", "sound", "text"))
+    said = {
+        (text, sound, (True, False)): NONE,
+        (text, image, (True, False)): ALL,
+        (text, text, (True, True)): ALL,
+        (sound, sound, (False, False)): CAUSAL,
+        (image, image, (False, False)): ALL,
+        (image, sound, (False, False)): PREDICATES["same_segment"],
+        (image, text, (False, True)): PREDICATES["same_segment"],
+        (text, image, (False, False)): PREDICATES["same_segment"],
+    }
+    for (query, key, written), expected in said.items():
+        assert rule.predicate(query, key, written) == expected, (query, key, written)
+
+
+def test_a_rule_from_outside_is_resolved_and_hides_the_future():
+    rule = View("t", "toy_rules:WINDOWED", autoregressive=True).resolved()
+    # Its window is not known to hide the future, so that text is made causal.
+    assert in_text(View("t", "toy_rules:WINDOWED").resolved()) == toy_rules.Window(2)
+    assert in_text(rule) == CAUSAL and rule.to_context("image") == toy_rules.Window(3)
+    with pytest.raises(ValueError, match="would see the one it must predict"):
+        View("t", "toy_rules:LEAKY", autoregressive=True).resolved()
+    with pytest.raises(ValueError, match="'toy_rules:Window' is a type"):
+        View("t", "toy_rules:Window").resolved()
+    with pytest.raises(ValueError, match="unknown attention predicate 'cuasal'"):
+        AttentionRule.of("t", {("*", "*"): "cuasal"})
+
+
 def test_wrong_rules_and_groups_are_refused():
-    with pytest.raises(ValueError, match="unknown attention rule 'suffix'; there are separate"):
+    with pytest.raises(ValueError, match="unknown attention rule .suffix.. Built in: causal"):
         View("t", "suffix").resolved()
     with pytest.raises(ValueError, match="t: rule 'joint' lets the context see the text"):
         View("t", "joint", autoregressive=True).resolved()
-    assert View("t", "separate").resolved().text_to_text == "all"
-    assert View("t", "separate", autoregressive=True).resolved().text_to_text == "causal"
+    assert in_text(View("t", "separate").resolved()) == ALL
+    assert in_text(View("t", "separate", autoregressive=True).resolved()) == CAUSAL
     zeros = jnp.zeros((1, 2), jnp.int32)
     metadata = TokenMetadata(zeros, zeros, zeros, zeros == 0, (Group("image", "image", 2),))
     part = Tokens(jnp.zeros((1, 2, 3)), metadata)

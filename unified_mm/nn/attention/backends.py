@@ -26,7 +26,7 @@ from unified_mm.nn.attention.masks import (
     rebase,
     zero_unattended,
 )
-from unified_mm.nn.attention.rules import BlockCall, block_mask
+from unified_mm.nn.attention.rules import BlockCall, block_bias, block_mask
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import TokenMetadata
 from unified_mm.parallel.mesh import platform
@@ -57,9 +57,10 @@ def prepare_block(
     name = choose(options, call, queries, keys, platform())
     if name == "xla":
         mask = block_mask(call, queries, keys)
-        return BlockMask(mask, None, None, mask.any(-1), call, name)
+        bias = block_bias(call, queries, keys)
+        return BlockMask(mask, None, None, mask.any(-1), bias, call, name)
     sees = has_keys(call, queries, keys) if name in KERNELS else None
-    return BlockMask(None, queries, keys, sees, call, name)
+    return BlockMask(None, queries, keys, sees, None, call, name)
 
 
 def choose(
@@ -99,4 +100,5 @@ def attend(
             return chunked.attend(query, key, value, seen_by)
         if seen_by.backend in KERNELS:
             return KERNELS[seen_by.backend].attend(query, key, value, seen_by)
-        return zero_unattended(masked_attention(query, key, value, seen_by.dense), seen_by.has_keys)
+        seen = masked_attention(query, key, value, seen_by.dense, seen_by.bias)
+        return zero_unattended(seen, seen_by.has_keys)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from unified_mm.nn.attention.masks import BlockMask, masked_attention, zero_unattended
-from unified_mm.nn.attention.rules import BlockCall, block_mask
+from unified_mm.nn.attention.rules import BlockCall, block_bias, block_mask
 from unified_mm.nn.tokens import TokenMetadata
 
 # Scores of one block, for each example and head: large enough for fast matrix products.
@@ -39,7 +39,8 @@ def attend(
         rows, queries = part
         call = BlockCall((0, rows.shape[1]), seen_by.call.keys)
         mask = block_mask(call, queries, seen_by.keys)
-        return zero_unattended(masked_attention(rows, key, value, mask), mask.any(-1))
+        bias = block_bias(call, queries, seen_by.keys)
+        return zero_unattended(masked_attention(rows, key, value, mask, bias), mask.any(-1))
 
     length = query.shape[1]
     blocks = block_count(length, key.shape[1], SCORES if scores is None else scores)

@@ -10,6 +10,7 @@ from unified_mm.nn.attention.masks import (
     BlockMask,
     one_document,
     static_mask,
+    unknown_to_kernels,
     widen,
     zero_unattended,
 )
@@ -30,6 +31,8 @@ def refusal(
     """Why cuDNN cannot do a block call, and what to set instead; '' where it can."""
     if platform != "gpu":
         return f"needs an NVIDIA GPU, and this runs on {platform}: set model.attention='auto'"
+    if why := unknown_to_kernels(call):
+        return why
     dtype = jnp.dtype(options.dtype).name
     if dtype not in HALF:
         return f"computes in {' or '.join(HALF)}, not in {dtype}: set model.dtype='bfloat16'"

@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from unified_mm.nn.attention.rules import BlockCall, block_mask
+from unified_mm.nn.attention.rules import ALL, BlockCall, Predicate, block_mask
 from unified_mm.nn.tokens import Group, TokenMetadata
 from unified_mm.parallel.mesh import platform
 
@@ -22,6 +22,7 @@ class BlockMask:
 
     Attributes:
       dense: bool [B, Q, K], where the backend takes it whole.
+      bias: float32 [B, Q, K], what is added to scores, likewise; None where nothing is.
       queries, keys: metadata [B, Q] and [B, K], where the backend goes by these.
       has_keys: bool [B, Q], which queries see anything at all, where the backend is told.
       call: the block call, its slices counted among the Q and the K; static.
@@ -32,6 +33,7 @@ class BlockMask:
     queries: Any
     keys: Any
     has_keys: Any
+    bias: Any
     call: BlockCall = struct.field(pytree_node=False)
     backend: str = struct.field(pytree_node=False)
 
@@ -45,7 +47,7 @@ def slice_keys(x: Float[Array, "B K *rest"], call: BlockCall) -> Float[Array, "B
 def picked(call: BlockCall) -> list[tuple[int, int]]:
     """Bounds of these slices; neighbouring ones are one."""
     merged: list[tuple[int, int]] = []
-    for start, stop, _ in call.keys:
+    for start, stop, *_ in call.keys:
         if merged and merged[-1][1] == start:
             merged[-1] = (merged[-1][0], stop)
         else:
@@ -57,9 +59,10 @@ def rebase(call: BlockCall) -> BlockCall:
     """The call with its slices counted among its own queries and among the keys it picks."""
     keys = []
     count = 0
-    for start, stop, predicate in call.keys:
-        keys.append((count, count + stop - start, predicate))
-        count += stop - start
+    for each in call.keys:
+        stop = count + each.stop - each.start
+        keys.append(each._replace(start=count, stop=stop))
+        count = stop
     return BlockCall((0, call.queries[1] - call.queries[0]), tuple(keys))
 
 
@@ -102,6 +105,7 @@ def masked_attention(
     key: Float[Array, "B K G A"],
     value: Float[Array, "B K G A"],
     mask: Bool[Array, "B Q K"],
+    bias: Float[Array, "B Q K"] | None = None,
 ) -> Float[Array, "B Q H A"]:
     """Scaled dot-product attention (Vaswani et al. 2017, equation 1), softmax in float32.
 
@@ -111,8 +115,9 @@ def masked_attention(
     if query.dtype == jnp.float16 and platform() == "cpu":
         # No CPU has products of float16 that add up in float32.
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-        return masked_attention(query, key, value, mask).astype(jnp.float16)
-    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+        return masked_attention(query, key, value, mask, bias).astype(jnp.float16)
+    added = None if bias is None else bias[:, None].astype(query.dtype)
+    return jax.nn.dot_product_attention(query, key, value, added, mask[:, None])
 
 
 def zero_unattended(
@@ -126,20 +131,32 @@ def static_mask(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) ->
     """Who sees whom [Q, K] by rule and order where these are known beforehand, else None.
 
     Documents and validity are data and come on top. `call` counts among its own queries and keys.
+    Where order is known there is one segment. A predicate that positions do not settle has none.
     """
     rows = _positions(queries.groups, (0, call.queries[1]))
     parts = []
-    for start, stop, predicate in call.keys:
-        seen = np.ones((call.queries[1], stop - start), bool)
-        if predicate != "all":
-            columns = _positions(keys.groups, (start, stop))
-            if rows is None or columns is None:
-                return None
-            # Where order is known there is one segment: the others see all.
-            if predicate == "causal":
-                seen = columns[None] <= rows[:, None]
+    for each in call.keys:
+        if each.predicate == ALL:
+            parts.append(np.ones((call.queries[1], each.stop - each.start), bool))
+            continue
+        columns = _positions(keys.groups, (each.start, each.stop))
+        if rows is None or columns is None:
+            return None
+        seen = each.predicate.in_order(rows[:, None], columns[None])
+        if seen is None:
+            return None
         parts.append(seen)
     return np.concatenate(parts, axis=1)
+
+
+def unknown_to_kernels(call: BlockCall) -> str:
+    """Returns what a kernel cannot compute of a call, and what to set instead; '' for nothing."""
+    for each in call.keys:
+        if each.term is not None:
+            return f"adds nothing to scores, and a rule adds {each.term}: set model.attention='xla'"
+        if type(each.predicate).in_order is Predicate.in_order:
+            return f"does not know the predicate {each.predicate}: set model.attention='auto'"
+    return ""
 
 
 def _positions(groups: Sequence[Group], bounds: tuple[int, int]) -> np.ndarray | None:

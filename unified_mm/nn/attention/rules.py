@@ -1,151 +1,286 @@
-"""Attention rules: who may attend to whom, as small static tables.
+"""Attention rules: who may attend to whom, as small static tables that anyone may add to.
 
-A rule says, for a query token and a key token, which of them sees which, by modality alone: text
-(what is written) or context (everything else: what is looked at). A predicate refines it by
-metadata. A pass over one sequence may hold several texts about the same context, each under a rule
-of its own; texts never see one another.
+A rule is an ordered table of patterns over pairs of token groups, (query, key) -> predicate; the
+first pattern that fits holds. A pattern is a modality's name, a role (`written`: the text that an
+objective has read or written; `read`: all that it is about), `same` (of a key: the modality of the
+query), or `*`. A predicate refines by metadata which tokens of two groups see each other; a score
+term adds to their scores. A pass over one sequence may hold several texts about the same context,
+each under a rule of its own; these never see one another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from unified_mm.nn.tokens import Group, TokenMetadata, spans
+from unified_mm.registry import resolve
 
+# What predicates and score terms go by, each broadcastable to [B, Q, K].
 Fields = Mapping[str, Array]
-
-Predicate = Literal["none", "all", "causal", "same_segment", "block_causal"]
-
-
-def _causal(query: Fields, key: Fields) -> Array:
-    return key["position"] <= query["position"]
+FIELDS = ("position", "segment", "document")
 
 
-def _same_segment(query: Fields, key: Fields) -> Array:
-    return key["segment"] == query["segment"]
+@dataclass(frozen=True)
+class Predicate:
+    """Whether a query may attend to a key, by what is known of both; its fields are parameters.
+
+    A predicate from outside the package is a frozen dataclass like those below. It is refused by
+    attention kernels unless it says `in_order`, and by rules that hide the future unless it is
+    `causal`.
+    """
+
+    # Whether it lets no token see a later one of its document.
+    causal: ClassVar[bool] = False
+
+    def __call__(self, query: Fields, key: Fields) -> Array:
+        """Returns bool [B, Q, K] (or what broadcasts to it), for query [B, Q, 1], key [B, 1, K]."""
+        raise NotImplementedError
+
+    def in_order(self, query: np.ndarray, key: np.ndarray) -> np.ndarray | None:
+        """Returns the same by positions alone, or None where these do not settle it.
+
+        Args:
+          query, key: positions [Q, 1] and [1, K] in one segment of one document.
+
+        Returns:
+          bool [Q, K]. Kernels that must know the mask beforehand refuse a predicate without.
+        """
+        return None
 
 
-# Each predicate on metadata: (query [B, Q, 1], key [B, 1, K]) -> bool [B, Q, K]. A text token's
-# segment is that of the latest image before it, so for it 'same_segment' is that image.
-PREDICATES: dict[str, Callable[[Fields, Fields], Array]] = {
-    "none": lambda query, key: jnp.zeros((1, 1, 1), bool),
-    "all": lambda query, key: jnp.ones((1, 1, 1), bool),
-    "causal": _causal,
-    "same_segment": _same_segment,
-    # Whole segments in order: all of its own, and all that came before.
-    "block_causal": lambda query, key: _causal(query, key) | _same_segment(query, key),
+@dataclass(frozen=True)
+class Nothing(Predicate):
+    """No token of these groups sees one of those."""
+
+    causal: ClassVar[bool] = True
+
+    def __call__(self, query: Fields, key: Fields) -> Array:
+        return jnp.zeros((1, 1, 1), bool)
+
+
+@dataclass(frozen=True)
+class Everything(Predicate):
+    """Every token sees every token."""
+
+    def __call__(self, query: Fields, key: Fields) -> Array:
+        return jnp.ones((1, 1, 1), bool)
+
+    def in_order(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+        return np.ones((query.shape[0], key.shape[1]), bool)
+
+
+@dataclass(frozen=True)
+class Causal(Predicate):
+    """A token sees those that are not later."""
+
+    causal: ClassVar[bool] = True
+
+    def __call__(self, query: Fields, key: Fields) -> Array:
+        return key["position"] <= query["position"]
+
+    def in_order(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+        return key <= query
+
+
+@dataclass(frozen=True)
+class SameSegment(Predicate):
+    """A token sees its own segment; a text token's is that of the latest image before it."""
+
+    def __call__(self, query: Fields, key: Fields) -> Array:
+        return key["segment"] == query["segment"]
+
+    def in_order(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+        return np.ones((query.shape[0], key.shape[1]), bool)
+
+
+@dataclass(frozen=True)
+class BlockCausal(Predicate):
+    """Whole segments in order: a token sees all of its own, and all that came before."""
+
+    def __call__(self, query: Fields, key: Fields) -> Array:
+        earlier = key["position"] <= query["position"]
+        return earlier | (key["segment"] == query["segment"])
+
+    def in_order(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+        return np.ones((query.shape[0], key.shape[1]), bool)
+
+
+NONE, ALL, CAUSAL = Nothing(), Everything(), Causal()
+PREDICATES: dict[str, Predicate] = {
+    "none": NONE,
+    "all": ALL,
+    "causal": CAUSAL,
+    "same_segment": SameSegment(),
+    "block_causal": BlockCausal(),
 }
 
 
 @dataclass(frozen=True)
-class AttentionRule:
-    """Four predicates: from each of context and text (rows) to each of them (columns).
+class ScoreTerm:
+    """What is added to the scores of a query and a key, by what is known of both.
 
-    `context_to_context` holds between tokens of one modality; `across_contexts` between two
-    modalities that are both context.
+    A subclass is a frozen dataclass; its fields are parameters. The backends `xla` and `chunked`
+    add it, kernels refuse it.
+    """
+
+    def __call__(self, query: Fields, key: Fields) -> Array:
+        """Returns float32 [B, Q, K], or what broadcasts to it, as `Predicate` does."""
+        raise NotImplementedError
+
+
+Pattern = tuple[str, str]  # of the query's group and of the key's
+
+
+def fits(pattern: Pattern, query: Group, key: Group, written: tuple[bool, bool]) -> bool:
+    """Returns whether a pattern is about two groups, of which some are written and some read."""
+    roles = tuple("written" if each else "read" for each in written)
+    known = {"*", query.modality, roles[0]}, {"*", key.modality, roles[1]}
+    if query.modality == key.modality:
+        known[1].add("same")
+    return pattern[0] in known[0] and pattern[1] in known[1]
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """An ordered table: the first pattern that fits two groups says who sees whom.
+
+    Attributes:
+      name: of the rule.
+      table: patterns with their predicates; a pair that none fits sees nothing.
+      terms: patterns with what is added to scores; a pair that none fits has nothing added.
     """
 
     name: str
-    context_to_context: Predicate
-    across_contexts: Predicate
-    context_to_text: Predicate
-    text_to_context: Predicate
-    text_to_text: Predicate
+    table: tuple[tuple[Pattern, Predicate], ...]
+    terms: tuple[tuple[Pattern, ScoreTerm], ...] = ()
 
-    def predicate(self, query: Group, key: Group) -> Predicate:
-        """Whether tokens of group `query` see those of group `key`."""
-        if query.modality == "text":
-            return self.text_to_text if key.modality == "text" else self.text_to_context
-        if key.modality == "text":
-            return self.context_to_text
-        same = query.modality == key.modality
-        return self.context_to_context if same else self.across_contexts
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        table: Mapping[Pattern, str | Predicate],
+        terms: Mapping[Pattern, ScoreTerm] | None = None,
+    ) -> AttentionRule:
+        """Returns the rule of a table whose predicates may be names.
 
-    def context_view(self, contexts: int) -> tuple[Predicate, Predicate] | None:
-        """How `contexts` context modalities see each other; None where they see the text too.
-
-        Texts whose rules give the same view can share one pass over the context. How two
-        modalities see each other is no difference where there is but one.
+        Raises:
+          ValueError: an unknown predicate.
         """
-        if self.context_to_text != "none":
+        rows = tuple((pattern, predicate_of(each)) for pattern, each in table.items())
+        return cls(name, rows, tuple((terms or {}).items()))
+
+    def predicate(self, query: Group, key: Group, written: tuple[bool, bool]) -> Predicate:
+        """Returns which tokens of group `key` those of group `query` see."""
+        return next((each for p, each in self.table if fits(p, query, key, written)), NONE)
+
+    def term(self, query: Group, key: Group, written: tuple[bool, bool]) -> ScoreTerm | None:
+        """Returns what is added to the scores of two groups, if anything."""
+        return next((each for p, each in self.terms if fits(p, query, key, written)), None)
+
+    def between(self, query: Group, key: Group, written: tuple[bool, bool]) -> tuple[Any, Any]:
+        """Returns predicate and term of two groups."""
+        return self.predicate(query, key, written), self.term(query, key, written)
+
+    def to_context(self, context: str) -> Predicate:
+        """Returns what a text sees of a context modality."""
+        return self.predicate(TEXT, Group(context, context, 1), (True, False))
+
+    def from_context(self, context: str) -> Predicate:
+        """Returns what a context modality sees of the text."""
+        return self.predicate(Group(context, context, 1), TEXT, (False, True))
+
+    def context_view(self, contexts: Sequence[str]) -> tuple[Any, ...] | None:
+        """Returns how context modalities see each other; None where they see the text too.
+
+        Texts whose rules give the same view can share one pass over the context.
+        """
+        if any(self.from_context(name) != NONE for name in contexts):
             return None
-        return self.context_to_context, self.across_contexts if contexts > 1 else "none"
+        groups = [Group(name, name, 1) for name in contexts]
+        return tuple(self.between(q, k, (False, False)) for q in groups for k in groups)
+
+    def reading(self, contexts: Sequence[str]) -> tuple[Any, ...]:
+        """Returns all that the rule says of a text about these contexts, whatever its name."""
+        groups = [(Group(name, name, 1), False) for name in contexts] + [(TEXT, True)]
+        return tuple(self.between(q, k, (a, b)) for q, a in groups for k, b in groups)
+
+    def modalities(self) -> list[str]:
+        """Returns the modalities that its patterns name, and one that they do not."""
+        words = {word for pattern, _ in self.table for word in pattern}
+        return [*sorted(words - {"written", "read", "same", "*", "text"}), "any other"]
+
+
+TEXT = Group("text", "text", 1)  # any text, where a rule is asked about it
+
+
+def predicate_of(name: str | Predicate) -> Predicate:
+    """Returns a predicate by its name, or `package.module:NAME` of one from outside.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    found = resolve("attention predicate", name, PREDICATES) if isinstance(name, str) else name
+    if not isinstance(found, Predicate):
+        raise ValueError(f"attention predicate {name!r} is a {type(found).__name__}, no Predicate")
+    return found
 
 
 RULES: dict[str, AttentionRule] = {
-    rule.name: rule
-    for rule in (
+    name: AttentionRule.of(name, table)
+    for name, table in {
         # Each modality sees itself alone: two towers in one transformer.
-        AttentionRule(
-            "separate",
-            context_to_context="all",
-            across_contexts="none",
-            context_to_text="none",
-            text_to_context="none",
-            text_to_text="all",
-        ),
+        "separate": {
+            ("written", "written"): "all",
+            ("read", "written"): "none",
+            ("read", "same"): "all",
+        },
         # The same with text in order, as language models read it.
-        AttentionRule(
-            "separate_causal",
-            context_to_context="all",
-            across_contexts="none",
-            context_to_text="none",
-            text_to_context="none",
-            text_to_text="causal",
-        ),
+        "separate_causal": {
+            ("written", "written"): "causal",
+            ("read", "written"): "none",
+            ("read", "same"): "all",
+        },
         # Text reads all of the context, and itself in order (prefix language model).
-        AttentionRule(
-            "prefix",
-            context_to_context="all",
-            across_contexts="all",
-            context_to_text="none",
-            text_to_context="all",
-            text_to_text="causal",
-        ),
+        "prefix": {
+            ("written", "written"): "causal",
+            ("written", "read"): "all",
+            ("read", "read"): "all",
+        },
+        # The same, but modalities of the context do not see each other: it shares its pass over
+        # several of them with `separate`.
+        "prefix_separate": {
+            ("written", "written"): "causal",
+            ("written", "read"): "all",
+            ("read", "written"): "none",
+            ("read", "same"): "all",
+        },
         # Everything sees everything.
-        AttentionRule(
-            "joint",
-            context_to_context="all",
-            across_contexts="all",
-            context_to_text="all",
-            text_to_context="all",
-            text_to_text="all",
-        ),
+        "joint": {("*", "*"): "all"},
         # Everything in order, the context first (so it never sees the text).
-        AttentionRule(
-            "causal",
-            context_to_context="causal",
-            across_contexts="causal",
-            context_to_text="none",
-            text_to_context="causal",
-            text_to_text="causal",
-        ),
+        "causal": {("read", "written"): "none", ("*", "*"): "causal"},
         # Documents of images and text in any order: each image sees all of itself, and everything
         # sees what came before it.
-        AttentionRule(
-            "interleaved",
-            context_to_context="block_causal",
-            across_contexts="causal",
-            context_to_text="causal",
-            text_to_context="causal",
-            text_to_text="causal",
-        ),
+        "interleaved": {
+            ("written", "*"): "causal",
+            ("read", "written"): "causal",
+            ("read", "same"): "block_causal",
+            ("read", "read"): "causal",
+        },
         # The same, but text sees only the latest image before it (Alayrac et al. 2022, 3.1.3).
-        AttentionRule(
-            "interleaved_latest",
-            context_to_context="block_causal",
-            across_contexts="causal",
-            context_to_text="causal",
-            text_to_context="same_segment",
-            text_to_text="causal",
-        ),
-    )
+        "interleaved_latest": {
+            ("written", "written"): "causal",
+            ("written", "read"): "same_segment",
+            ("read", "written"): "causal",
+            ("read", "same"): "block_causal",
+            ("read", "read"): "causal",
+        },
+    }.items()
 }
 
 
@@ -155,33 +290,39 @@ class View:
 
     Attributes:
       name: the token group's name in the sequence.
-      rule: the name of an attention rule.
+      rule: the name of an attention rule, or `package.module:NAME` of one from outside.
       autoregressive: each token is predicted from those before it, so no token may see a later
         one, directly or through the context.
+      alone: no other view that reads alike takes this one's place (it has a dropout of its own).
     """
 
     name: str
     rule: str
     autoregressive: bool = False
+    alone: bool = False
 
     def resolved(self) -> AttentionRule:
-        """The rule with text made causal where it is scored token by token.
+        """Returns the rule, with text made causal where it is scored token by token.
 
         Raises:
           ValueError: unknown rule, or one under which a token would see what it must predict.
         """
-        if self.rule not in RULES:
-            raise ValueError(f"unknown attention rule {self.rule!r}; there are {', '.join(RULES)}")
-        rule = RULES[self.rule]
+        rule = resolve("attention rule", self.rule, RULES)
+        if not isinstance(rule, AttentionRule):
+            raise ValueError(f"attention rule {self.rule!r} is a {type(rule).__name__}")
         if not self.autoregressive:
             return rule
-        if rule.context_to_text == "all" and rule.text_to_context != "none":
+        for context in rule.modalities():
+            if rule.from_context(context).causal or rule.to_context(context) == NONE:
+                continue
             raise ValueError(
                 f"{self.name}: rule {self.rule!r} lets the context see the text and the text see "
                 "the context, so a token would see the one it must predict; use 'prefix', "
                 "'causal' or 'separate'"
             )
-        return replace(rule, text_to_text="causal")
+        in_order: tuple[Pattern, Predicate] = (("written", "written"), CAUSAL)
+        own = rule.predicate(TEXT, TEXT, (True, True))
+        return rule if own.causal else replace(rule, table=(in_order, *rule.table))
 
 
 @dataclass(frozen=True)
@@ -190,27 +331,48 @@ class MaskTable:
 
     views: tuple[View, ...]
 
-    def predicate(self, query: Group, key: Group) -> Predicate:
+    def between(self, query: Group, key: Group) -> tuple[Predicate, ScoreTerm | None]:
+        """Returns who of two groups sees whom, and what is added to their scores."""
         by_name = {view.name: view for view in self.views}
-        owners = [by_name[group.name] for group in (query, key) if group.name in by_name]
-        if len(owners) == 2 and owners[0] != owners[1]:
-            return "none"
-        owner = owners[0] if owners else self.views[0]
-        return owner.resolved().predicate(query, key)
+        owners = [by_name.get(group.name) for group in (query, key)]
+        if None not in owners and owners[0] != owners[1]:
+            return NONE, None
+        owner = owners[0] or owners[1] or self.views[0]
+        written = owners[0] is not None, owners[1] is not None
+        return owner.resolved().between(query, key, written)
 
 
 def plan_passes(views: Sequence[View], contexts: Sequence[str]) -> list[tuple[View, ...]]:
-    """Which texts share one pass over the context, so that it is encoded once.
+    """Returns which texts share one pass over the context, so that it is encoded once.
 
     Texts share where the context does not see them and is treated alike by their rules; a text
     that the context sees gets a pass of its own.
     """
-
     passes: dict[Any, list[View]] = {}
     for view in views:
-        seen = view.resolved().context_view(len(contexts))
-        passes.setdefault(seen or view.name, []).append(view)
+        seen = view.resolved().context_view(contexts)
+        passes.setdefault(view.name if seen is None else seen, []).append(view)
     return [tuple(group) for group in passes.values()]
+
+
+def share_readings(views: Sequence[View], contexts: Sequence[str]) -> dict[str, View]:
+    """Returns for each view, by name, the one that it is read as: the first that reads alike."""
+    first: dict[Any, View] = {}
+    return {
+        view.name: first.setdefault(
+            view.name if view.alone else view.resolved().reading(contexts), view
+        )
+        for view in views
+    }
+
+
+class KeySlice(NamedTuple):
+    """Keys that a block call sees: a slice, its predicate, and what is added to its scores."""
+
+    start: int
+    stop: int
+    predicate: Predicate
+    term: ScoreTerm | None = None
 
 
 @dataclass(frozen=True)
@@ -219,17 +381,22 @@ class BlockCall:
 
     Attributes:
       queries: a slice of the query sequence.
-      keys: slices of the key sequence, each with its predicate.
+      keys: slices of the key sequence.
     """
 
     queries: tuple[int, int]
-    keys: tuple[tuple[int, int, Predicate], ...]
+    keys: tuple[KeySlice, ...]
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether anything is added to scores."""
+        return any(each.term is not None for each in self.keys)
 
 
 def block_calls(
     table: MaskTable, queries: Sequence[Group], keys: Sequence[Group]
 ) -> tuple[BlockCall, ...]:
-    """A rule as a few attention calls: neighbours with equal rows share one.
+    """Returns a rule as a few attention calls: neighbours with equal rows share one.
 
     Queries that see nothing have a call without keys.
     """
@@ -237,16 +404,16 @@ def block_calls(
     calls: list[BlockCall] = []
     start = 0
     for query in queries:
-        row: list[tuple[int, int, Predicate]] = []
+        row: list[KeySlice] = []
         for key in keys:
-            predicate = table.predicate(query, key)
-            if predicate == "none":
+            predicate, term = table.between(query, key)
+            if predicate == NONE:
                 continue
             span = key_spans[key.name]
-            if row and row[-1][1] == span.start and row[-1][2] == predicate:
-                row[-1] = (row[-1][0], span.stop, predicate)
+            if row and row[-1][1:] == (span.start, predicate, term):
+                row[-1] = row[-1]._replace(stop=span.stop)
             else:
-                row.append((span.start, span.stop, predicate))
+                row.append(KeySlice(span.start, span.stop, predicate, term))
         stop = start + query.length
         if calls and calls[-1].keys == tuple(row) and calls[-1].queries[1] == start:
             calls[-1] = BlockCall((calls[-1].queries[0], stop), tuple(row))
@@ -256,46 +423,54 @@ def block_calls(
     return tuple(calls)
 
 
+def pair_fields(
+    call: BlockCall, each: KeySlice, queries: TokenMetadata, keys: TokenMetadata
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Returns what is known of a call's queries, [B, Q, 1], and of a slice of keys, [B, 1, K]."""
+    rows, columns = slice(*call.queries), slice(each.start, each.stop)
+    query = {name: getattr(queries, name)[:, rows, None] for name in FIELDS}
+    key = {name: getattr(keys, name)[:, None, columns] for name in (*FIELDS, "valid")}
+    return query, key
+
+
 def block_mask(
     call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
 ) -> Bool[Array, "B Q K"]:
-    """Who sees whom within one block call: valid keys of the same document, by predicate."""
-    query_slice = slice(*call.queries)
+    """Returns who sees whom within a block call: valid keys of the same document, by predicate."""
     parts = []
-    for start, stop, predicate in call.keys:
-        query = {
-            field: getattr(queries, field)[:, query_slice, None]
-            for field in ("position", "segment", "document")
-        }
-        key = {
-            field: getattr(keys, field)[:, None, start:stop]
-            for field in ("position", "segment", "document", "valid")
-        }
+    for each in call.keys:
+        query, key = pair_fields(call, each, queries, keys)
         allowed = key["valid"] & (key["document"] == query["document"])
-        parts.append(allowed & PREDICATES[predicate](query, key))
+        parts.append(allowed & each.predicate(query, key))
+    return jnp.concatenate(parts, axis=2)
+
+
+def block_bias(
+    call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
+) -> Float[Array, "B Q K"] | None:
+    """Returns what is added to the scores of one block call, None where nothing is."""
+    if not call.has_terms:
+        return None
+    parts = []
+    for each in call.keys:
+        query, key = pair_fields(call, each, queries, keys)
+        shape = key["valid"].shape[0], query["position"].shape[1], key["valid"].shape[2]
+        added = jnp.zeros((), jnp.float32) if each.term is None else each.term(query, key)
+        parts.append(jnp.broadcast_to(added.astype(jnp.float32), shape))
     return jnp.concatenate(parts, axis=2)
 
 
 def reference_mask(
     table: MaskTable, queries: TokenMetadata, keys: TokenMetadata
 ) -> Bool[Array, "B Q K"]:
-    """The whole mask at once: the definition that block calls are tested against."""
+    """Returns the whole mask at once: the definition that block calls are tested against."""
     mask = np.zeros((queries.valid.shape[0], queries.valid.shape[1], keys.valid.shape[1]), bool)
     query_spans, key_spans = spans(queries.groups), spans(keys.groups)
-    position = [np.asarray(each.position) for each in (queries, keys)]
-    segment = [np.asarray(each.segment) for each in (queries, keys)]
     for query in queries.groups:
         for key in keys.groups:
-            predicate = table.predicate(query, key)
             rows, columns = query_spans[query.name], key_spans[key.name]
-            earlier = position[1][:, None, columns] <= position[0][:, rows, None]
-            alike = segment[1][:, None, columns] == segment[0][:, rows, None]
-            mask[:, rows, columns] = {
-                "none": False,
-                "all": True,
-                "causal": earlier,
-                "same_segment": alike,
-                "block_causal": earlier | alike,
-            }[predicate]
+            mine = {name: getattr(queries, name)[:, rows, None] for name in FIELDS}
+            others = {name: getattr(keys, name)[:, None, columns] for name in FIELDS}
+            mask[:, rows, columns] = table.between(query, key)[0](mine, others)
     same = np.asarray(queries.document)[:, :, None] == np.asarray(keys.document)[:, None, :]
     return jnp.asarray(mask & same & np.asarray(keys.valid)[:, None, :])

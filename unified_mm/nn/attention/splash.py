@@ -11,7 +11,13 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from unified_mm.nn.attention.masks import BlockMask, static_mask, widen, zero_unattended
+from unified_mm.nn.attention.masks import (
+    BlockMask,
+    static_mask,
+    unknown_to_kernels,
+    widen,
+    zero_unattended,
+)
 from unified_mm.nn.attention.rules import BlockCall
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import TokenMetadata
@@ -31,6 +37,8 @@ def refusal(
     """Why Splash cannot do a block call, and what to set instead; '' where it can."""
     if platform != "tpu":
         return f"needs a TPU, and this runs on {platform}: set model.attention='auto'"
+    if why := unknown_to_kernels(call):
+        return why
     if options.head_dim % 64:
         return (
             f"takes heads whose width is a multiple of 64, not {options.head_dim}: set "
