@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -95,3 +97,79 @@ def set_field(config: ConfigDict, field: str, value: Any) -> None:
         node = node[name]
     with node.ignore_type():
         node[last] = ConfigDict(value) if isinstance(value, Mapping) else value
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    least: float | int | None = None,
+    below: float | int | None = None,
+    choices: Sequence[str] = (),
+) -> Any:
+    """Returns a dataclass field whose values `check_options` and `read_options` hold to a range.
+
+    Args:
+      default: of the field; without one it must be given.
+      least: the smallest value that is allowed.
+      below: what the value must be smaller than.
+      choices: all values that there are.
+    """
+    metadata = {"least": least, "below": below, "choices": tuple(choices)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_options(options: Any, where: str) -> None:
+    """Raises ValueError, naming the field, for a value outside its field's range or choices.
+
+    Args:
+      options: an instance of a dataclass.
+      where: the group of the config that its fields stand in, for messages.
+    """
+    for each in dataclasses.fields(options):
+        value, said = getattr(options, each.name), each.metadata
+        name = f"{where}.{each.name}" if where else each.name
+        if said.get("choices") and value not in said["choices"]:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(said['choices'])}")
+        least, below = said.get("least"), said.get("below")
+        if (least is not None and not value >= least) or (below is not None and not value < below):
+            words = f"at least {least}" if below is None else f"in [{least}, {below})"
+            raise ValueError(f"{name}={value}: must be {words}")
+
+
+def read_options(kind: Any, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns what a mapping says of the fields of a dataclass, each as its field's type.
+
+    Args:
+      kind: a dataclass, or a Flax module, whose fields are its options.
+      given: a group of a config.
+      where: the group's dotted name, for messages.
+
+    Raises:
+      ValueError: a field that there is not, or a value of another type.
+    """
+    hints = typing.get_type_hints(kind)
+    names = [each.name for each in dataclasses.fields(kind) if each.init]
+    found = {}
+    for name, value in given.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{where}.{name}: {kind.__name__} has no such option{hint}")
+        found[name] = _cast(hints.get(name), value, f"{where}.{name}")
+    return found
+
+
+def _cast(kind: Any, value: Any, where: str) -> Any:
+    """Returns a value as a field's type; other types than numbers, texts and tuples as it is."""
+    if kind not in (int, float, bool, str, tuple):
+        return value
+    fits = {
+        int: isinstance(value, int) and not isinstance(value, bool),
+        float: isinstance(value, int | float) and not isinstance(value, bool),
+        bool: isinstance(value, bool),
+        str: isinstance(value, str),
+        tuple: isinstance(value, list | tuple),
+    }
+    if not fits[kind]:
+        raise ValueError(f"{where}={value!r}: must be a {kind.__name__}")
+    return kind(value)

@@ -112,6 +112,12 @@ def model_fields() -> dict:
         "key_value_heads": 0,  # 0: as many as heads
         "head_width": 0,  # 0: width / heads
         "feed_forward": 512,
+        # What a layer is, and what stands in it after attention: by name, or 'package.module:CLASS'
+        # of your own with options of its own.
+        "block": "transformer",
+        "block_options": {},
+        "feed_forward_type": "dense",
+        "feed_forward_options": {},
         "dropout": 0.0,
         "norm": "layer",  # or 'rms'
         "norm_epsilon": 1e-6,
@@ -154,6 +160,11 @@ def tower_fields() -> dict:
         "head_width": placeholder(int),
         "norm": placeholder(str),
         "norm_epsilon": placeholder(float),
+        "norm_place": placeholder(str),
+        "block": placeholder(str),
+        "block_options": placeholder(dict),
+        "feed_forward_type": placeholder(str),
+        "feed_forward_options": placeholder(dict),
         "final_norm": placeholder(bool),
         "activation": placeholder(str),
         "gated_feed_forward": placeholder(bool),
@@ -226,11 +237,16 @@ def modality_fields() -> dict:
 
 
 def objective_fields() -> dict:
-    """What is scored, and by which attention rule the text is read; weight 0 switches off."""
+    """What is scored, and by which attention rule the text is read; weight 0 switches off.
+
+    `weight_schedule` says how the weight changes over a run: '' not at all, 'rising', 'falling',
+    'rising_by_half', 'falling_from_half', or `package.module:FUNCTION` of (step, steps) -> factor.
+    """
     return {
         "contrastive": {
             "type": "contrastive",
             "weight": 1.0,
+            "weight_schedule": "",
             "rule": "separate",
             "loss": "softmax",  # or 'sigmoid'
             "between": "image",
@@ -247,12 +263,14 @@ def objective_fields() -> dict:
         "captioning": {
             "type": "captioning",
             "weight": 1.0,
+            "weight_schedule": "",
             "rule": "prefix",
             "chunk": 0,  # tokens of each text that are scored at a time; 0: all at once
         },
         "matching": {
             "type": "matching",
             "weight": 0.0,
+            "weight_schedule": "",
             "rule": "prefix",
             "mine_from": "contrastive",
         },
@@ -281,6 +299,9 @@ def training_fields() -> dict:
         "learning_rate_rules": ((".*", 1.0),),  # factors of the learning rate
         "weight_decay_rules": ((".*/kernel", 1.0), (".*", 0.0)),  # factors of the decay
         "freeze_rules": ((".*", False),),
+        # What changes gradients beside the optimizer: 'package.module:CLASS' of your own
+        # (`training.treatment`), or '' for nothing.
+        "treatment": "",
         # One group a phase, gone through in the order of their names: see `phase`. Without any
         # there is one phase of `steps`.
         "phases": {},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from unified_mm.config import Config
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.modalities.modality import build_modalities
 from unified_mm.models.unified import ABLE, UnifiedModel, fusion
+from unified_mm.nn.sow import AUXILIARY, auxiliary_by_path
 from unified_mm.objectives.objective import (
     Embedded,
     Metric,
@@ -22,6 +24,9 @@ from unified_mm.objectives.objective import (
     as_metrics,
     build_objectives,
     compare_embedded,
+    reads_auxiliary,
+    rngs_of,
+    weight_schedules,
 )
 from unified_mm.parallel.sharding import path_of
 
@@ -42,6 +47,7 @@ class Task:
     model: UnifiedModel
     objectives: tuple[Any, ...]
     tokenizer: TextTokenizer
+    weight_schedules: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
 
     def example_batch(self, size: int) -> dict[str, dict[str, np.ndarray]]:
         """A batch [size, ...] of absent examples: the right keys, shapes and types."""
@@ -53,13 +59,13 @@ class Task:
     def init(self, key: jax.Array) -> Any:
         """Parameters, boxed with their logical axis names."""
         batch = jax.tree.map(jnp.asarray, self.example_batch(2))
-        params, dropout, mining = jax.random.split(key, 3)
-        rngs = {"params": params, "dropout": dropout, "mining": mining}
+        params, dropout, drawn = jax.random.split(key, 3)
+        rngs = {"params": params, "dropout": dropout, **self._rngs(drawn)}
         # Parameters do not depend on how attention is computed, and two examples suit no kernel.
         model = self.model.with_options(attention="xla")
         with nn.logical_axis_rules(()):  # a mesh may not divide the two examples
             variables = model.init(
-                rngs, batch, self.objectives, deterministic=True, method=all_losses
+                rngs, batch, self.objectives, 0, deterministic=True, method=all_losses
             )
         return variables["params"]
 
@@ -68,24 +74,18 @@ class Task:
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def metrics(
-        self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool
+        self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool, step: Any = 0
     ) -> dict[str, Metric]:
         """Every objective's loss and metrics on a batch, as (sum, count) by name."""
-        return self.metrics_and_embedded(params, batch, key, deterministic=deterministic)[0]
+        return self.metrics_and_embedded(
+            params, batch, key, deterministic=deterministic, step=step
+        )[0]
 
     def metrics_and_embedded(
-        self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool
+        self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool, step: Any = 0
     ) -> tuple[dict[str, Metric], dict[str, Embedded]]:
         """The same, and what the objectives that compare examples go by, by their names."""
-        dropout, mining = jax.random.split(key)
-        outcomes: Any = self.model.apply(
-            {"params": params},
-            batch,
-            self.objectives,
-            deterministic=deterministic,
-            method=all_losses,
-            rngs={"dropout": dropout, "mining": mining},
-        )
+        outcomes, _ = self._losses(params, batch, key, deterministic, step, self.leaves)
         one = jnp.ones((), jnp.float32)
         param_metrics = self.model.param_metrics(params)
         metrics = as_metrics(outcomes) | {
@@ -93,6 +93,47 @@ class Task:
         }
         embedded = {name: each.embedded for name, each in outcomes.items() if each.embedded}
         return metrics, embedded
+
+    @property
+    def leaves(self) -> bool:
+        """Whether an objective reads what layers leave, so that they leave it."""
+        return any(reads_auxiliary(each) for each in self.objectives)
+
+    def auxiliary(
+        self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool
+    ) -> dict[str, jax.Array]:
+        """Returns what layers leave beside their output, by path, each [L, groups, ...]."""
+        _, left = self._losses(params, batch, key, deterministic, 0, True)
+        return auxiliary_by_path(left.get(AUXILIARY, {}))
+
+    def weight_factors(self, step: Any) -> dict[str, Any]:
+        """Returns what the weights of objectives are multiplied by at a step, where they change."""
+        return {name: schedule(step) for name, schedule in self.weight_schedules.items()}
+
+    def _losses(
+        self, params: Any, batch: Any, key: jax.Array, deterministic: bool, step: Any, leave: bool
+    ) -> tuple[Any, Any]:
+        """What every objective makes of a batch, and what layers left on the way."""
+        dropout, drawn = jax.random.split(key)
+        found: Any = self.model.apply(
+            {"params": params},
+            batch,
+            self.objectives,
+            step,
+            deterministic=deterministic,
+            method=all_losses,
+            rngs={"dropout": dropout, **self._rngs(drawn)},
+            mutable=[AUXILIARY] if leave else False,
+        )
+        return found if leave else (found, {})
+
+    def _rngs(self, key: jax.Array) -> dict[str, jax.Array]:
+        """A key for each stream that objectives draw from; the first was there before others."""
+        names = rngs_of(self.objectives)
+        return {
+            name: key if name == "mining" else jax.random.fold_in(key, zlib.crc32(name.encode()))
+            for name in names
+        }
 
     def compared(self, params: Any, embedded: Mapping[str, Embedded]) -> dict[str, Metric]:
         """Loss and metrics of the objectives that compare examples, among all that is embedded."""
@@ -118,7 +159,8 @@ def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
     model = kind.from_config(
         m, modalities, {name: head for name, head in heads.items() if head is not None}
     )
-    return Task(modalities, model, objectives, tokenizer)
+    schedules = weight_schedules(config.objectives, objectives, config.train.steps)
+    return Task(modalities, model, objectives, tokenizer, schedules)
 
 
 def check_abilities(name: str, kind: type[UnifiedModel], objectives: Sequence[Any]) -> None:

@@ -12,6 +12,7 @@ from unified_mm.config import Config
 from unified_mm.default_config import default_config
 from unified_mm.nn.pooling import AttentionPool, pooled
 from unified_mm.objectives.contrastive import (
+    LOSSES,
     Contrastive,
     ContrastiveHead,
     Pooling,
@@ -29,7 +30,7 @@ def test_the_head_pools_what_is_valid_projects_and_scales_to_unit_length():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, 4, 6)).astype(np.float32)
     valid = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
-    head = ContrastiveHead((("image", MEAN), ("text", MEAN)), 5, sigmoid=False)
+    head = ContrastiveHead((("image", MEAN), ("text", MEAN)), 5, LOSSES["softmax"])
     kernel = {name: rng.normal(size=(6, 5)).astype(np.float32) for name in ("image", "text")}
     params = {f"project_{name}": {"kernel": kernel[name]} for name in kernel}
     params["log_scale"] = jnp.float32(1.5)
@@ -48,7 +49,7 @@ def test_the_head_pools_what_is_valid_projects_and_scales_to_unit_length():
 
 @pytest.mark.parametrize("sigmoid, scale, bias", [(False, 1 / 0.07, 0), (True, 10, -10)])
 def test_the_temperature_starts_where_the_paper_starts(sigmoid, scale, bias):
-    head = ContrastiveHead((("text", MEAN),), 5, sigmoid)
+    head = ContrastiveHead((("text", MEAN),), 5, LOSSES["sigmoid" if sigmoid else "softmax"])
     ones = jnp.ones((1, 2, 6)), jnp.ones((1, 2), bool)
     params = without_names(head.init(jax.random.key(0), "text", *ones))
     found = head.apply(params, method="scale_and_bias")
@@ -67,7 +68,7 @@ def test_a_pair_is_an_image_and_a_text_that_describes_it():
 
 
 def test_above_its_bound_the_temperature_stops_and_can_come_back():
-    head = ContrastiveHead((("text", MEAN),), 5, sigmoid=False)
+    head = ContrastiveHead((("text", MEAN),), 5, LOSSES["softmax"])
 
     def scale(log_scale):
         return head.apply({"params": {"log_scale": log_scale}}, method="scale_and_bias")[0]
@@ -100,10 +101,13 @@ def test_the_attention_pool_sees_what_is_valid_alone():
 
 
 def test_wrong_options_are_refused():
-    for name, value in (("pool", "median"), ("text_projection", "cubic")):
-        with pytest.raises(ValueError, match=f"objectives.c.{name}='{value}': must be one of"):
+    for name, value, message in (
+        ("pool", "median", "unknown objectives.c.pool 'median'"),
+        ("text_projection", "cubic", "objectives.c.text_projection='cubic': must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
             Contrastive.from_config("c", {**OPTIONS, name: value})
-    with pytest.raises(ValueError, match="objectives.c.loss='hinge': must be one of softmax, sig"):
+    with pytest.raises(ValueError, match="unknown objectives.c.loss 'hinge'. Built in: sigmoid, s"):
         Contrastive.from_config("c", {**OPTIONS, "loss": "hinge"})
     for rule in ("joint", "prefix", "causal"):
         with pytest.raises(ValueError, match=f"rule='{rule}' lets image and text see each other"):
@@ -111,7 +115,7 @@ def test_wrong_options_are_refused():
 
 
 def test_the_scale_is_unbounded_where_that_is_asked_for():
-    head = ContrastiveHead((("text", MEAN),), 5, sigmoid=True, bound_scale=False)
+    head = ContrastiveHead((("text", MEAN),), 5, LOSSES["sigmoid"], bound_scale=False)
     params = {"log_scale": jnp.float32(4.8), "bias": jnp.float32(-16.0)}
     scale, _ = head.apply({"params": params}, method="scale_and_bias")
     assert float(scale) == pytest.approx(np.exp(4.8))

@@ -8,6 +8,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unified_mm.objectives import StepContext
 from unified_mm.objectives.matching import Matching, MatchingHead, mine
 from unified_mm.objectives.objective import build_objectives
 
@@ -102,8 +103,10 @@ def test_the_saved_pass_gives_what_encoding_anew_gives_and_the_loss_is_written_o
         saved = matching._read(model, encoded, batch, text, image_rows, True)
         both = {"image": {k: v[image_rows] for k, v in batch["image"].items()}, "text": text}
         anew = model.encode(both, (matching.view,))["matching"].text
-        earlier = {"contrastive": contrastive(model, encoded, batch, {}, deterministic=True)}
-        outcome = matching(model, encoded, batch, earlier, deterministic=True)
+        context = StepContext(0, {}, {})
+        earlier = {"contrastive": contrastive(model, encoded, batch, context, deterministic=True)}
+        context = StepContext(0, {}, earlier)
+        outcome = matching(model, encoded, batch, context, deterministic=True)
         # Each image with each text, encoded anew.
         extras = earlier["contrastive"].extras
         every = jnp.repeat(jnp.arange(5), 5), jnp.tile(jnp.arange(5), 5)

@@ -76,6 +76,8 @@ def test_a_field_of_a_later_version_is_named():
         group = within(later, path)
         if not isinstance(group, dict) or {"tone", "tones"} & set(path) or path[-1] == "phases":
             continue
+        if path[-1].endswith("_options"):
+            continue  # these are a class's own
         if "phases" in path and len(path) > 3:
             continue
         group["experts"] = 4

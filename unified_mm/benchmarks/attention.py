@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from unified_mm.analysis.figures import as_svg
 from unified_mm.nn.attention.attention import Attention, plan_attention
 from unified_mm.nn.attention.rules import MaskTable, View
-from unified_mm.nn.options import ATTENTION, TransformerOptions
+from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import (
     Group,
     TokenMetadata,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.nn.attention.attention import plan_attention
-from unified_mm.nn.attention.backends import KERNELS
+from unified_mm.nn.attention.backends import is_kernel
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import Tokens, concatenate, spans, unfold_items
@@ -45,7 +45,7 @@ class WithTowers(UnifiedModel):
         return super().with_options(**changes).clone(tower=replace(self.tower, **changes))
 
     def for_inference(self) -> UnifiedModel:
-        kernel = KERNELS.keys() & {self.options.attention, self.tower.attention}
+        kernel = is_kernel(self.options.attention) or is_kernel(self.tower.attention)
         return self.with_options(attention="auto") if kernel else self
 
     def look(self, name: str, batch: Any, *, deterministic: bool = True) -> Tokens:

@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from unified_mm.nn.attention.attention import plan_attention
-from unified_mm.nn.attention.backends import KERNELS
+from unified_mm.nn.attention.backends import is_kernel
 from unified_mm.nn.attention.cache import Cache
 from unified_mm.nn.attention.rules import AttentionRule, MaskTable, View
 from unified_mm.nn.options import TransformerOptions
@@ -178,7 +178,7 @@ class UnifiedModel(nn.Module):
 
         It may be asked on another device than it was trained on, and reads on beside a cache.
         """
-        kernel = self.options.attention in KERNELS
+        kernel = is_kernel(self.options.attention)
         return self.with_options(attention="auto") if kernel else self
 
     def pipelined(self, pipeline: Pipeline) -> UnifiedModel:

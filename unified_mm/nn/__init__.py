@@ -5,6 +5,7 @@ What embedders and heads from outside the package want is exported here.
 
 from unified_mm.nn.attention.rules import AttentionRule, Predicate, ScoreTerm
 from unified_mm.nn.layers import Dense, Norm, PerModality, partitioned
+from unified_mm.nn.sow import sow_auxiliary
 from unified_mm.nn.tokens import (
     Group,
     TokenMetadata,
@@ -28,4 +29,5 @@ __all__ = [
     "concatenate",
     "partitioned",
     "single_document",
+    "sow_auxiliary",
 ]

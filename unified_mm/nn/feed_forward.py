@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from unified_mm.nn.attention.attention import branch_scale
+from unified_mm.config import read_options
+from unified_mm.nn.attention.attention import AttentionPlan, branch_scale
 from unified_mm.nn.layers import Dense, PerModality
 from unified_mm.nn.options import TransformerOptions
-from unified_mm.nn.tokens import Group
+from unified_mm.registry import resolve
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=True),  # Hendrycks & Gimpel 2016, the tanh form
@@ -83,6 +84,23 @@ class FeedForward(nn.Module):
     options: TransformerOptions
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N D"], groups: Sequence[Group]) -> Float[Array, "B N D"]:
+    def __call__(self, x: Float[Array, "B N D"], plan: AttentionPlan) -> Float[Array, "B N D"]:
         make = partial(make_mlp, self.options)
-        return PerModality(make, self.options.separate_feed_forward, name="mlp")(x, groups)
+        return PerModality(make, self.options.separate_feed_forward, name="mlp")(x, plan.groups)
+
+
+# By name: a module of `options` and of fields of its own, (x [B, N, D], plan) -> [B, N, D].
+FEED_FORWARDS = {"dense": "unified_mm.nn.feed_forward:FeedForward"}
+
+
+def make_feed_forward(options: TransformerOptions, name: str) -> nn.Module:
+    """Returns the feed-forward of a block that the options name.
+
+    Raises:
+      ValueError: an unknown one, or options that it has not.
+    """
+    kind = resolve("feed-forward", options.feed_forward_type, FEED_FORWARDS)
+    own = dict(options.feed_forward_options)
+    own = read_options(kind, own, "model.feed_forward_options")
+    made: nn.Module = kind(options=options, **own, name=name)
+    return made

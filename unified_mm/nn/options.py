@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from unified_mm.config import check_options, option
 from unified_mm.nn.pipeline import Pipeline
 
 NORMS = ("layer", "rms")
@@ -18,11 +19,6 @@ ATTENTION = ("auto", "xla", "chunked", "cudnn", "splash")
 CACHE = ("same", "int8")
 GATES = ("tanh", "sigmoid")
 GATE_SHAPES = ("scalar", "channel")
-
-
-def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{field}={value!r}: must be one of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)
@@ -38,14 +34,13 @@ class GateOptions:
     """
 
     every: int = 0
-    gate: str = "tanh"
-    shape: str = "scalar"
+    gate: str = option("tanh", choices=GATES)
+    shape: str = option("scalar", choices=GATE_SHAPES)
     start: float = 0.0
     query_key_norm: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("model.cross.gate", self.gate, GATES)
-        _one_of("model.cross.shape", self.shape, GATE_SHAPES)
+        check_options(self, "model.cross")
 
 
 @dataclass(frozen=True)
@@ -61,6 +56,10 @@ class TransformerOptions:
       norm: 'layer' or 'rms' (Zhang & Sennrich 2019); `norm_epsilon` under its root.
       norm_place: 'pre', before each branch, or 'post', after adding it to the stream.
       final_norm: whether a norm follows the last block.
+      block: what a layer of the stack is, by name or `package.module:CLASS`
+        (`nn.transformer.BLOCKS`); `block_options` are fields of its own.
+      feed_forward_type: what stands after attention, by name or `package.module:CLASS`
+        (`nn.feed_forward.FEED_FORWARDS`); `feed_forward_options` are fields of its own.
       activation: of the feed-forward; see `ACTIVATIONS` ('gelu' is its tanh form).
       gated_feed_forward: `act(gate(x)) * up(x)` (Shazeer 2020) and not `act(up(x))`.
       query_bias, output_bias, feed_forward_bias: of queries, keys and values; of what attention and
@@ -82,18 +81,22 @@ class TransformerOptions:
       pipeline: the stages that its periods are divided among, in training; None for one.
     """
 
-    width: int
-    layers: int
-    heads: int
-    feed_forward: int
+    width: int = option(least=1)
+    layers: int = option(least=1)
+    heads: int = option(least=1)
+    feed_forward: int = option(least=1)
     key_value_heads: int = 0
     head_width: int = 0
-    dropout: float = 0.0
-    norm: str = "layer"
+    dropout: float = option(0.0, least=0, below=1)
+    norm: str = option("layer", choices=NORMS)
     norm_epsilon: float = 1e-6
-    norm_place: str = "pre"
+    norm_place: str = option("pre", choices=NORM_PLACES)
     final_norm: bool = True
-    activation: str = "gelu"
+    block: str = "transformer"
+    block_options: tuple[tuple[str, Any], ...] = ()
+    feed_forward_type: str = "dense"
+    feed_forward_options: tuple[tuple[str, Any], ...] = ()
+    activation: str = option("gelu", choices=ACTIVATIONS)
     gated_feed_forward: bool = False
     query_bias: bool = True
     output_bias: bool = True
@@ -101,21 +104,22 @@ class TransformerOptions:
     rotary_base: float = 0.0
     separate_attention: bool = False
     separate_feed_forward: bool = False
-    remat: str = "none"
+    remat: str = option("none", choices=REMAT)
     attention: str = "auto"
-    unroll: int = 1
+    unroll: int = option(1, least=1)
     unstacked: bool = False
     dtype: Any = jnp.float32
-    cache: str = "same"
+    cache: str = option("same", choices=CACHE)
     cross: GateOptions = GateOptions()
     pipeline: Pipeline | None = None
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "feed_forward", "unroll"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)}: must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout={self.dropout}: must be in [0, 1)")
+        check_options(self, "model")
+        if ":" not in self.attention and self.attention not in ATTENTION:
+            raise ValueError(
+                f"model.attention={self.attention!r}: must be one of {', '.join(ATTENTION)}, or "
+                "'package.module:NAME' of a backend of your own"
+            )
         if not self.head_width and self.width % self.heads:
             raise ValueError(f"model.width={self.width} is no multiple of heads={self.heads}")
         if self.heads % self.num_kv_heads:
@@ -129,12 +133,6 @@ class TransformerOptions:
             )
         if self.rotary_base and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even width of heads, not {self.head_dim}")
-        _one_of("model.norm", self.norm, NORMS)
-        _one_of("model.norm_place", self.norm_place, NORM_PLACES)
-        _one_of("model.remat", self.remat, REMAT)
-        _one_of("model.attention", self.attention, ATTENTION)
-        _one_of("cache", self.cache, CACHE)
-        _one_of("model.activation", self.activation, ACTIVATIONS)
 
     @property
     def head_dim(self) -> int:
@@ -166,6 +164,8 @@ class TransformerOptions:
     def from_config(cls, model: Mapping[str, Any]) -> TransformerOptions:
         """Of the main stack: the fields of `config.model` that bear these names."""
         known = {name: model[name] for name in cls.config_fields()}
+        for name in ("block_options", "feed_forward_options"):
+            known[name] = tuple(sorted(dict(known[name]).items()))
         try:
             known["dtype"] = jnp.dtype(known["dtype"])
         except TypeError as error:
@@ -175,6 +175,9 @@ class TransformerOptions:
     def changed(self, changes: Mapping[str, Any]) -> TransformerOptions:
         """The same with other values; None, or a size of 0, leaves what there is."""
         given = {name: value for name, value in changes.items() if value is not None}
+        for name in ("block_options", "feed_forward_options"):
+            if name in given:
+                given[name] = tuple(sorted(dict(given[name]).items()))
         for name in ("width", "layers", "heads", "feed_forward"):
             if not given.get(name):
                 given.pop(name, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -11,18 +13,43 @@ from unified_mm.nn.attention.masks import masked_attention
 from unified_mm.nn.feed_forward import make_mlp
 from unified_mm.nn.layers import Norm, partitioned
 from unified_mm.nn.options import TransformerOptions
+from unified_mm.registry import resolve
+
+
+def mean(x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Float[Array, "B D"]:
+    """Returns the mean of the valid tokens; zero where there are none."""
+    weights = valid[..., None].astype(jnp.float32)
+    return (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)
+
+
+def first(x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Float[Array, "B D"]:
+    """Returns the first token: a class token."""
+    return x[:, 0]
+
+
+def last(x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Float[Array, "B D"]:
+    """Returns the last valid token."""
+    place = jnp.where(valid, jnp.arange(valid.shape[1]), 0).max(1)
+    return jnp.take_along_axis(x, place[:, None, None], axis=1)[:, 0]
+
+
+# By name: (x float32 [B, N, D], valid [B, N]) -> [B, D]; 'attention' is the module below.
+POOLS: dict[str, Any] = {"mean": mean, "first": first, "last": last, "attention": "attention"}
+
+
+def pool_of(name: str, field: str = "pool") -> Any:
+    """Returns a pool by its name, or `package.module:FUNCTION` of one from outside.
+
+    Raises:
+      ValueError: naming the field, there is none of that name.
+    """
+    return POOLS[name] if name in POOLS else resolve(field, name, POOLS)
 
 
 def pooled(pool: str, x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Float[Array, "B D"]:
-    """One float32 vector of the valid tokens: their 'mean', the 'first', or the 'last'."""
-    x = x.astype(jnp.float32)
-    if pool == "first":
-        return x[:, 0]
-    if pool == "last":
-        last = jnp.where(valid, jnp.arange(valid.shape[1]), 0).max(1)
-        return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    weights = valid[..., None].astype(jnp.float32)
-    return (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1.0)
+    """Returns one float32 vector of the valid tokens, by a pool without parameters."""
+    vector: Array = pool_of(pool)(x.astype(jnp.float32), valid)
+    return vector
 
 
 class AttentionPool(nn.Module):

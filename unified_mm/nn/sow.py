@@ -107,6 +107,43 @@ def softmax_weights(
     return jnp.where(seen, weights, 0.0)
 
 
+AUXILIARY = "auxiliary"  # the collection
+
+
+def sow_auxiliary(module: nn.Module, name: str, x: Float[Array, " groups *rest"]) -> None:
+    """Leaves what a layer has to say beside its output, for objectives and for whoever asks.
+
+    It passes scans, recomputation, pipelines and micro-batches, all of which divide or join its
+    first axis: so that statistics add up, that is a row for each example, or for a fixed number of
+    groups an example, and never one number for the whole batch.
+
+    Args:
+      module: the layer.
+      name: what is left, once a call of the layer.
+      x: the values.
+
+    Raises:
+      ValueError: a scalar.
+    """
+    if jnp.ndim(x) == 0:
+        raise ValueError(
+            f"{name}: what a layer leaves has a row for each example or group, and is no scalar: "
+            "where parts of a batch are joined, one number would not add up"
+        )
+    if module.is_initializing() or not module.is_mutable_collection(AUXILIARY):
+        return
+    module.sow(AUXILIARY, name, x)
+
+
+def auxiliary_by_path(left: Mapping[str, Any]) -> dict[str, Array]:
+    """Returns what layers left in the collection, by their paths; of a stack, [L, groups, ...].
+
+    L are the periods of the stack: a path names the layer within a period.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(stack_layers(left))
+    return {path_of(path[:-1]): leaf for path, leaf in leaves}  # Flax keeps it under .../name/0
+
+
 RESIDUAL = "residual"  # the collection
 EMBEDDED = "embedded"
 

@@ -9,16 +9,18 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
+from unified_mm.config import read_options
 from unified_mm.nn.attention.attention import Attention, AttentionPlan
 from unified_mm.nn.attention.cache import LayerKV
 from unified_mm.nn.attention.cross_attention import CrossPlan, GatedCrossLayer
-from unified_mm.nn.feed_forward import FeedForward
+from unified_mm.nn.feed_forward import make_feed_forward
 from unified_mm.nn.layers import Norm
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.pipeline import run_pipeline
-from unified_mm.nn.sow import ATTENTION, EMBEDDED, RESIDUAL, sow_residual
+from unified_mm.nn.sow import ATTENTION, AUXILIARY, EMBEDDED, RESIDUAL, sow_residual
 from unified_mm.nn.unstack import LAYERS
 from unified_mm.parallel.sharding import constrain
+from unified_mm.registry import resolve
 
 # By name of each layer of a period, its keys and values; where layers are apart, a tuple of these.
 PeriodKV = dict[str, Any]
@@ -41,18 +43,34 @@ class Block(nn.Module):
         o = self.options
         dropout = nn.Dropout(o.dropout, deterministic=self.deterministic)
         attention = Attention(o, name="attention")
-        feed_forward = FeedForward(o, name="feed_forward")
+        feed_forward = make_feed_forward(o, "feed_forward")
         attention_norm = make_norm(o, "attention_norm")
         feed_forward_norm = make_norm(o, "feed_forward_norm")
         if o.norm_place == "pre":
             y, kv = attention(attention_norm(x), plan, cached)
             x = x + dropout(y)
-            x = x + dropout(feed_forward(feed_forward_norm(x), plan.groups))
+            x = x + dropout(feed_forward(feed_forward_norm(x), plan))
         else:
             y, kv = attention(x, plan, cached)
             x = attention_norm(x + dropout(y))
-            x = feed_forward_norm(x + dropout(feed_forward(x, plan.groups)))
+            x = feed_forward_norm(x + dropout(feed_forward(x, plan)))
         return constrain(x, "batch", "length", "activation"), kv
+
+
+# By name: a module of `options`, `deterministic` and of fields of its own,
+# (x [B, N, D], plan, cached keys and values or None) -> (x, keys and values).
+BLOCKS = {"transformer": "unified_mm.nn.transformer:Block"}
+
+
+def make_block(options: TransformerOptions, deterministic: bool, name: str) -> Any:
+    """Returns the block of a stack that the options name.
+
+    Raises:
+      ValueError: an unknown one, or options that it has not.
+    """
+    kind = resolve("block", options.block, BLOCKS)
+    own = read_options(kind, dict(options.block_options), "model.block_options")
+    return kind(options=options, deterministic=deterministic, **own, name=name)
 
 
 class Period(nn.Module):
@@ -76,7 +94,7 @@ class Period(nn.Module):
             sow_residual(self, f"after_{CROSS}", x)
         for number in range(self.options.blocks_per_period):
             name = f"block_{number}"
-            block = Block(self.options, self.deterministic, name=name)
+            block = make_block(self.options, self.deterministic, name)
             x, kv[name] = block(x, plan, cached.get(name))
             sow_residual(self, f"after_{name}", x)
         return x, kv
@@ -124,7 +142,7 @@ class Transformer(nn.Module):
         o = self.options
         layers = nn.scan(
             recomputed(Period, o.remat, nn.remat),
-            variable_axes={"params": 0, ATTENTION: 0, RESIDUAL: 0},
+            variable_axes={"params": 0, ATTENTION: 0, RESIDUAL: 0, AUXILIARY: 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, 0),
             length=o.periods,
@@ -153,20 +171,29 @@ class Transformer(nn.Module):
         o = self.options
         assert o.pipeline is not None
         module = Period(o, deterministic, parent=None)
+        leaving = self.is_mutable_collection(AUXILIARY)
         dropping = bool(o.dropout) and not deterministic
         keys = jax.random.split(self.make_rng("dropout"), o.periods) if dropping else None
 
         def period(
             layer: Any, cached: PeriodKV, x: Array, beside: Any, number: Array
-        ) -> tuple[Array, PeriodKV]:
+        ) -> tuple[Array, Any]:
             params, key = layer
             rngs = {"dropout": jax.random.fold_in(key, number)} if dropping else {}
             plan, cross = beside
-            return module.apply({"params": params}, x, plan, cross, cached, rngs=rngs)  # type: ignore[return-value]
+            mutable = [AUXILIARY] if leaving else False
+            found: Any = module.apply(
+                {"params": params}, x, plan, cross, cached, rngs=rngs, mutable=mutable
+            )
+            (x, kv), left = found if leaving else (found, {})
+            return x, (kv, left.get(AUXILIARY, {}))
 
         layers: Any = (self.get_variable("params", LAYERS), keys)
         period = recomputed(period, o.remat, jax.checkpoint)
-        return run_pipeline(o.pipeline, period, layers, cached, x, (plan, cross))
+        x, (kv, left) = run_pipeline(o.pipeline, period, layers, cached, x, (plan, cross))
+        if left:
+            self.put_variable(AUXILIARY, LAYERS, left)
+        return x, kv
 
 
 def recomputed(period: Any, remat: str, checkpoint: Callable[..., Any]) -> Any:

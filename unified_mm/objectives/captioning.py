@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
-from unified_mm.objectives.objective import ObjectiveOutput, TextObjective, masked_metric, same_rank
+from unified_mm.objectives.objective import (
+    ObjectiveOutput,
+    StepContext,
+    TextObjective,
+    masked_metric,
+    same_rank,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Captioning(TextObjective):
         model: UnifiedModel,
         encoded: Mapping[str, Encoded],
         batch: Batch,
-        earlier: Mapping[str, ObjectiveOutput],
+        context: StepContext,
         *,
         deterministic: bool,
     ) -> ObjectiveOutput:
@@ -86,8 +92,8 @@ def score_text(
 
     def split(values: Array) -> Array:
         """[B, P, ...] -> [parts, B, chunk, ...]."""
-        cache_room = [(0, 0), (0, spare), *[(0, 0)] * (values.ndim - 2)]
-        padded = jnp.pad(values, cache_room)
+        after = [(0, 0), (0, spare), *[(0, 0)] * (values.ndim - 2)]
+        padded = jnp.pad(values, after)
         return padded.reshape(padded.shape[0], parts, chunk, *values.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint

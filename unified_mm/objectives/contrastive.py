@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,21 +15,21 @@ from jaxtyping import Array, Bool, Float, Int
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.nn.attention.rules import NONE, View
 from unified_mm.nn.layers import Dense
-from unified_mm.nn.pooling import AttentionPool, pooled
+from unified_mm.nn.pooling import AttentionPool, pool_of, pooled
 from unified_mm.objectives.objective import (
     Embedded,
     ObjectiveOutput,
+    StepContext,
     TextObjective,
     masked_metric,
     same_rank,
 )
 from unified_mm.parallel.sharding import constrain
+from unified_mm.registry import resolve
 
 MAX_LOG_SCALE = 4.6052  # ln 100: CLIP's bound, without which training can run away.
 SOFTMAX_START = 2.6593  # ln(1 / 0.07), CLIP
 SIGMOID_START = (2.3026, -10.0)  # ln 10 and the bias, SigLIP
-LOSSES = ("softmax", "sigmoid")
-POOLS = ("mean", "first", "last", "attention")
 PROJECTIONS = ("linear", "affine", "none")
 
 
@@ -52,12 +52,13 @@ class Pooling:
     @classmethod
     def from_config(cls, field: str, options: Mapping[str, Any], prefix: str) -> Pooling:
         """From `config.objectives.<name>`, the keys `<prefix>pool` and `<prefix>projection`."""
-        for key, allowed in (("pool", POOLS), ("projection", PROJECTIONS)):
-            value = options[prefix + key]
-            if value not in allowed:
-                raise ValueError(
-                    f"{field}.{prefix}{key}={value!r}: must be one of {', '.join(allowed)}"
-                )
+        pool, projection = options[f"{prefix}pool"], options[f"{prefix}projection"]
+        pool_of(pool, f"{field}.{prefix}pool")
+        if projection not in PROJECTIONS:
+            raise ValueError(
+                f"{field}.{prefix}projection={projection!r}: must be one of "
+                f"{', '.join(PROJECTIONS)}"
+            )
         return cls(
             pool=str(options[f"{prefix}pool"]),
             projection=str(options[f"{prefix}projection"]),
@@ -91,10 +92,7 @@ class Contrastive(TextObjective):
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any]) -> Contrastive:
-        if options["loss"] not in LOSSES:
-            raise ValueError(
-                f"objectives.{name}.loss={options['loss']!r}: must be one of {', '.join(LOSSES)}"
-            )
+        loss_of(options["loss"], f"objectives.{name}.loss")
         if options["chunk"] < 0:
             raise ValueError(f"objectives.{name}.chunk={options['chunk']}: must be at least 0")
         built = cls(
@@ -142,14 +140,14 @@ class Contrastive(TextObjective):
         poolings: tuple[tuple[str, Pooling], ...] = (("text", text),)
         if not self.of_text_alone:
             poolings = ((self.between, context), *poolings)
-        return ContrastiveHead(poolings, self.width, self.loss == "sigmoid", self.bound_scale)
+        return ContrastiveHead(poolings, self.width, loss_of(self.loss), self.bound_scale)
 
     def __call__(
         self,
         model: UnifiedModel,
         encoded: Mapping[str, Encoded],
         batch: Batch,
-        earlier: Mapping[str, ObjectiveOutput],
+        context: StepContext,
         *,
         deterministic: bool,
     ) -> ObjectiveOutput:
@@ -157,11 +155,11 @@ class Contrastive(TextObjective):
         pass_ = encoded[self.name]
         text = head("text", pass_.text, text_valid(batch))
         if self.of_text_alone:
-            context = head("text", encoded[self.again.name].text, text_valid(batch))
+            other = head("text", encoded[self.again.name].text, text_valid(batch))
         else:
             seen = pass_.context_valid[self.between]
-            context = head(self.between, pass_.context[self.between], seen)
-        embedded = Embedded((context, text), paired_rows(batch, self.between))
+            other = head(self.between, pass_.context[self.between], seen)
+        embedded = Embedded((other, text), paired_rows(batch, self.between))
         return self.compare(model, embedded)
 
     def embed_context(self, model: UnifiedModel, batch: Batch) -> Float[Array, "B E"]:
@@ -208,13 +206,13 @@ class ContrastiveHead(nn.Module):
     Attributes:
       poolings: of each modality that is embedded.
       width: E.
-      sigmoid: whether there is a bias, and which temperature training starts from.
+      loss: which temperature and bias training starts from.
       bound_scale: whether the scale stays at 100 at most.
     """
 
     poolings: tuple[tuple[str, Pooling], ...]
     width: int
-    sigmoid: bool
+    loss: PairLoss
     bound_scale: bool = True
 
     def setup(self) -> None:
@@ -228,10 +226,10 @@ class ContrastiveHead(nn.Module):
             for name, pooling in self.poolings
             if pooling.pool == "attention"
         }
-        start = SIGMOID_START[0] if self.sigmoid else SOFTMAX_START
-        self.log_scale = self.param("log_scale", nn.initializers.constant(start), ())
-        if self.sigmoid:
-            self.bias = self.param("bias", nn.initializers.constant(SIGMOID_START[1]), ())
+        start = nn.initializers.constant(self.loss.log_scale)
+        self.log_scale = self.param("log_scale", start, ())
+        if self.loss.bias is not None:
+            self.bias = self.param("bias", nn.initializers.constant(self.loss.bias), ())
 
     def __call__(
         self, name: str, x: Float[Array, "B N D"], valid: Bool[Array, "B N"]
@@ -252,7 +250,7 @@ class ContrastiveHead(nn.Module):
             # At CLIP's bound it stops growing, but its gradient goes on, so it can come back.
             bounded = jnp.minimum(log_scale, MAX_LOG_SCALE)
             log_scale = log_scale + jax.lax.stop_gradient(bounded - log_scale)
-        return jnp.exp(log_scale), self.bias if self.sigmoid else jnp.zeros(())
+        return jnp.exp(log_scale), jnp.zeros(()) if self.loss.bias is None else self.bias
 
 
 @same_rank
@@ -319,8 +317,7 @@ def compare_all(
       rows, columns: unit vectors, of images and of texts say.
       scale, bias: of the logits `scale * rows @ columns + bias`.
       paired: numbers whose row and column both count.
-      loss: 'softmax' (Radford et al. 2021, figure 3, the mean of both ways) or 'sigmoid' (Zhai et
-        al. 2023, equation 1, summed over a row).
+      loss: of `LOSSES`, or `package.module:NAME` of a `PairLoss`.
       chunk: columns at a time, at most (it is lowered to a divisor of B); 0 takes all at once.
 
     Returns:
@@ -331,16 +328,16 @@ def compare_all(
     # Vectors are small: every device sees all columns, and keeps its own rows.
     columns = constrain(columns, None, None)
     own = scale * (rows * columns).sum(-1) + bias
+    kind = loss_of(loss)
     start = Rows(
-        loss=jnp.full(count, -jnp.inf) if loss == "softmax" else jnp.zeros(count),
+        loss=jnp.full(count, kind.start, jnp.float32),
         best=jnp.full(count, -jnp.inf),
         best_column=jnp.full(count, -1, jnp.int32),
     )
-    part = sigmoid_part if loss == "sigmoid" else softmax_part
 
     def add(seen: Rows, block: Columns) -> tuple[Rows, Float[Array, " C"]]:
         logits = scale * jnp.einsum("BE,CE->BC", rows, block.vectors) + bias
-        loss, of_columns = part(seen.loss, logits, paired, block)
+        loss, of_columns = kind.part(seen.loss, logits, paired, block)
         best, best_column = nearer(seen, logits, block)
         return Rows(loss, best, best_column), of_columns
 
@@ -352,10 +349,7 @@ def compare_all(
         seen, of_columns = jax.lax.scan(jax.checkpoint(add), start, blocks)
         of_columns = of_columns.reshape(count)
     right = seen.best_column == jnp.arange(count)
-    if loss == "sigmoid":
-        return seen.loss, right
-    masked = jnp.where(paired, own, NOWHERE)
-    return 0.5 * (seen.loss - masked + of_columns), right
+    return kind.finish(seen.loss, jnp.where(paired, own, NOWHERE), of_columns), right
 
 
 def softmax_part(
@@ -382,6 +376,48 @@ def sigmoid_part(
     losses = -jax.nn.log_sigmoid(jnp.where(together, logits, -logits))
     both = paired[:, None] & block.paired[None, :]
     return seen + jnp.where(both, losses, 0.0).sum(1), jnp.zeros_like(block.own)
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """A loss over all pairs of a batch, worked off in blocks of columns.
+
+    Attributes:
+      start: of each row's running value.
+      part: (running values [B], logits [B, C], rows that count [B], the block) -> the next running
+        values [B], and what the block says of each of its columns [C].
+      finish: (running values, each row's own logit, values of columns), each [B] -> the loss [B].
+      log_scale, bias: of the logits as training starts; without a bias the loss has none.
+    """
+
+    start: float
+    part: Callable[..., tuple[Array, Array]]
+    finish: Callable[[Array, Array, Array], Array]
+    log_scale: float
+    bias: float | None = None
+
+
+LOSSES = {
+    # Radford et al. 2021, figure 3: the mean of both ways.
+    "softmax": PairLoss(
+        -float("inf"),
+        softmax_part,
+        lambda rows, own, columns: 0.5 * (rows - own + columns),
+        SOFTMAX_START,
+    ),
+    # Zhai et al. 2023, equation 1, summed over a row.
+    "sigmoid": PairLoss(0.0, sigmoid_part, lambda rows, own, columns: rows, *SIGMOID_START),
+}
+
+
+def loss_of(name: str, field: str = "contrastive loss") -> PairLoss:
+    """Returns a loss by its name, or `package.module:NAME` of one from outside.
+
+    Raises:
+      ValueError: naming the field, there is none of that name.
+    """
+    found: PairLoss = resolve(field, name, LOSSES)
+    return found
 
 
 def nearer(

@@ -14,7 +14,13 @@ from jaxtyping import Array, Bool, Float, Int
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel, text_group
 from unified_mm.nn.attention.rules import View
 from unified_mm.nn.layers import Dense
-from unified_mm.objectives.objective import ObjectiveOutput, TextObjective, masked_metric, same_rank
+from unified_mm.objectives.objective import (
+    ObjectiveOutput,
+    StepContext,
+    TextObjective,
+    masked_metric,
+    same_rank,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Matching(TextObjective):
     """
 
     kind: ClassVar[str] = "matching"
+    rngs: ClassVar[tuple[str, ...]] = ("mining",)
 
     mine_from: str
 
@@ -56,12 +63,12 @@ class Matching(TextObjective):
         model: UnifiedModel,
         encoded: Mapping[str, Encoded],
         batch: Batch,
-        earlier: Mapping[str, ObjectiveOutput],
+        context: StepContext,
         *,
         deterministic: bool,
     ) -> ObjectiveOutput:
-        similarity = jax.lax.stop_gradient(earlier[self.mine_from].extras["similarity"])
-        paired = earlier[self.mine_from].extras["paired"]
+        mined = context.earlier[self.mine_from].extras
+        similarity, paired = jax.lax.stop_gradient(mined["similarity"]), mined["paired"]
         key = model.make_rng("mining")
         wrong_text, wrong_image, minable = mine(key, similarity, paired, batch["text"]["ids"])
         rows = jnp.arange(paired.shape[0])
@@ -93,8 +100,8 @@ class Matching(TextObjective):
         if self._can_reuse(encoded, model.context_names):
             cache = encoded[self.mine_from].cache
             assert cache is not None
-            cache_room = text_group(self.view, text["ids"].shape[1])
-            cache = cache.select(image_rows).reserve(cache_room)
+            group = text_group(self.view, text["ids"].shape[1])
+            cache = cache.select(image_rows).reserve(group)
             return model.extend(cache, text, self.view, deterministic=deterministic)[0]
         context = {
             name: jax.tree.map(lambda values: values[image_rows], batch[name])

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.nn.attention.rules import NONE, View, share_readings
+from unified_mm.nn.sow import AUXILIARY, auxiliary_by_path
 from unified_mm.registry import resolve
 
 BUILT_IN = {
@@ -77,6 +78,22 @@ class ObjectiveOutput:
     embedded: Embedded | None = None
 
 
+@struct.dataclass
+class StepContext:
+    """What an objective may go by, beside the encodings of its batch.
+
+    Attributes:
+      step: int32 [], how many steps were done before; 0 outside training.
+      auxiliary: what layers left in the shared pass, by their paths, each [L, groups, ...] (see
+        `nn.sow_auxiliary`); empty where no objective asks.
+      earlier: what the objectives before this one made of the batch, by name.
+    """
+
+    step: Any
+    auxiliary: dict[str, Any]
+    earlier: dict[str, Any]
+
+
 @runtime_checkable
 class Objective(Protocol):
     """One thing that is scored; an immutable value.
@@ -86,6 +103,10 @@ class Objective(Protocol):
         of your own where your fusion knows it.
       name: its key under `config.objectives`.
       weight: of its mean loss in the total.
+
+    An objective may also say:
+      rngs: names of the streams of random numbers that it draws from (`model.make_rng(name)`).
+      auxiliary: that it reads what layers leave; then it comes after all that is no such.
     """
 
     kind: ClassVar[str]
@@ -113,11 +134,11 @@ class Objective(Protocol):
         model: UnifiedModel,
         encoded: Mapping[str, Encoded],
         batch: Batch,
-        earlier: Mapping[str, ObjectiveOutput],
+        context: StepContext,
         *,
         deterministic: bool,
     ) -> ObjectiveOutput:
-        """The loss, from the model bound to its parameters and the pass that it shared."""
+        """Returns the loss, from the model bound to its parameters and the pass that it shared."""
 
 
 @runtime_checkable
@@ -181,7 +202,54 @@ def build_objectives(options: Mapping[str, Mapping[str, Any]]) -> tuple[Any, ...
     }
     check_needs(tuple(built.values()), "objectives")
     order = TopologicalSorter({name: each.needs() for name, each in built.items()})
-    return tuple(built[name] for name in order.static_order())
+    found = [built[name] for name in order.static_order()]
+    return tuple(sorted(found, key=reads_auxiliary))  # stable: these come last
+
+
+# How a weight changes over a run of so many steps: the factor of a step, in [0, 1].
+WEIGHT_SCHEDULES: dict[str, Callable[[Any, int], Any]] = {
+    "rising": lambda step, steps: jnp.clip(step / steps, 0.0, 1.0),
+    "falling": lambda step, steps: 1.0 - jnp.clip(step / steps, 0.0, 1.0),
+    "rising_by_half": lambda step, steps: jnp.clip(2.0 * step / steps, 0.0, 1.0),
+    "falling_from_half": lambda step, steps: jnp.clip(2.0 - 2.0 * step / steps, 0.0, 1.0),
+}
+
+
+def weight_schedules(
+    options: Mapping[str, Mapping[str, Any]], objectives: Sequence[Any], steps: int
+) -> dict[str, Callable[[Any], Any]]:
+    """Returns by what the weight of each objective whose weight changes is multiplied, by step.
+
+    Args:
+      options: `config.objectives`.
+      objectives: those that count.
+      steps: of the run.
+
+    Raises:
+      ValueError: an unknown schedule.
+    """
+    names = {each.name: options[each.name].get("weight_schedule", "") for each in objectives}
+    found = {
+        name: resolve("weight schedule", schedule, WEIGHT_SCHEDULES)
+        for name, schedule in names.items()
+        if schedule
+    }
+
+    def factor(schedule: Callable[[Any, int], Any], step: Any) -> Any:
+        return schedule(jnp.asarray(step, jnp.float32), steps)
+
+    return {name: functools.partial(factor, each) for name, each in found.items()}
+
+
+def reads_auxiliary(objective: Any) -> bool:
+    """Returns whether an objective reads what layers leave."""
+    return bool(getattr(objective, "auxiliary", False))
+
+
+def rngs_of(objectives: Sequence[Any]) -> tuple[str, ...]:
+    """Returns the streams of random numbers that objectives draw from."""
+    names = (name for each in objectives for name in getattr(each, "rngs", ()))
+    return tuple(dict.fromkeys(names))
 
 
 def weighted(
@@ -224,6 +292,7 @@ def all_losses(
     model: UnifiedModel,
     batch: Batch,
     objectives: Sequence[Objective],
+    step: Any,
     *,
     deterministic: bool,
 ) -> dict[str, ObjectiveOutput]:
@@ -237,10 +306,12 @@ def all_losses(
     read = list(dict.fromkeys(read_as.values()))
     once = model.encode(batch, read, deterministic=deterministic) if read else {}
     encoded = {name: once[view.name] for name, view in read_as.items()}
+    left = auxiliary_by_path(model.variables.get(AUXILIARY, {}))
     outcomes: dict[str, ObjectiveOutput] = {}
     for objective in objectives:
+        context = StepContext(step, left, dict(outcomes))
         outcomes[objective.name] = objective(
-            model, encoded, batch, outcomes, deterministic=deterministic
+            model, encoded, batch, context, deterministic=deterministic
         )
     return outcomes
 

@@ -30,9 +30,13 @@ ORIGINS = ("imported", "quantized")
 GROUPS = ("data", "model", "objectives", "train", "evaluation")
 # Groups whose members users name; a member that has a `type` takes that type's defaults.
 NAMED_GROUPS = ("model.modalities", "objectives", "train.phases")
-# Groups that code from outside the package may read fields of its own from, and the field that
-# names the code.
-OPEN_GROUPS = {"data": "source", "model": "fusion"}
+# Groups that code from outside the package may read fields of its own from, and the fields that
+# name the code.
+OPEN_GROUPS = {
+    "data": ("source",),
+    "model": ("fusion", "block"),
+    "train": ("optimizer", "schedule", "treatment"),
+}
 
 
 class UnknownField(ValueError):
@@ -119,7 +123,7 @@ def _completed(
     """Returns a group's fields, those that it lacks by their defaults."""
     if group in NAMED_GROUPS:
         return _completed_members(fields, defaults, group)
-    open_to_others = ":" in str(fields.get(OPEN_GROUPS.get(group, ""), ""))
+    open_to_others = any(":" in str(fields.get(each, "")) for each in OPEN_GROUPS.get(group, ()))
     absent: dict[str, Any] = {
         name: _completed_members({}, value, path)
         for name, value in defaults.items()
@@ -132,7 +136,7 @@ def _completed(
             raise UnknownField(f"the field {path}")
         if isinstance(default, Mapping) and isinstance(value, Mapping):
             found[name] = _completed(value, default, path) if default else value
-        elif name in defaults and (isinstance(default, Mapping) or isinstance(value, Mapping)):
+        elif isinstance(default, Mapping) or (default is not None and isinstance(value, Mapping)):
             raise UnknownField(f"the field {path}={value!r}, which is a group in but one of them")
         else:
             found[name] = value

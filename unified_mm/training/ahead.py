@@ -26,6 +26,7 @@ from unified_mm.training.setup import scale_patience
 from unified_mm.training.sizes import stand_in_tokenizer
 from unified_mm.training.state import initial_state
 from unified_mm.training.step import make_train_step
+from unified_mm.training.treatment import treatment_of
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,13 @@ def abstract_phases(config: Config, devices: Sequence[Any]) -> tuple[Phase, ...]
     task = build_task(config, stand_in_tokenizer(config.data.vocabulary_size))
     mesh = make_mesh(config.mesh, devices)
     placement = param_shardings(task.abstract_params(), mesh, config.mesh.zero)
+    treatment = treatment_of(config.train)
     _, abstract = initial_state(
         task.init,
         placement,
         config.seed,
         averaged=keeps_average(config.train),
+        treatment=treatment,
         scale_patience=scale_patience(config),
     )
     trained = in_training(config, task, mesh)
@@ -97,6 +100,7 @@ def lower_step(phase: Phase, ema_decay: float) -> Any:
         phase.placement,
         phase.abstract,
         micro_batches=phase.micro_batches,
+        treatment=phase.treatment,
         ema_decay=ema_decay,
     )
     with jax.set_mesh(phase.placement.mesh), nn.logical_axis_rules(rule_items()):

@@ -236,6 +236,7 @@ def phase_step(
         phase.placement,
         phase.abstract,
         micro_batches=phase.micro_batches,
+        treatment=phase.treatment,
         ema_decay=setup.options.ema_decay,
     )
 

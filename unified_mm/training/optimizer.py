@@ -6,18 +6,18 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from unified_mm.parallel.sharding import path_of
+from unified_mm.registry import resolve
 from unified_mm.training.muon import scale_by_muon_or
 from unified_mm.training.schedule_free import ScheduleFree
 from unified_mm.training.update import Optimizer, select
 
-OPTIMIZERS = ("adamw", "muon", "schedule_free")
 MOMENTS = ("float32", "bfloat16")
 # Field of `config.train` -> what it must be, as a test and in words.
 NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -118,24 +118,53 @@ def scaling(
       params: what is trained.
     """
     name = options.optimizer
-    if name not in OPTIMIZERS:
-        raise ValueError(f"train.optimizer={name!r}: must be one of {', '.join(OPTIMIZERS)}")
+    made = resolve("train.optimizer", name, OPTIMIZERS)(options, params)
     if name != "adamw" and options.moments_dtype != "float32":
         raise ValueError(
             f"train.moments_dtype={options.moments_dtype!r} is for train.optimizer='adamw'"
         )
-    if name == "schedule_free":
-        if options.ema_decay:
-            raise ValueError(
-                "train.optimizer='schedule_free' keeps an average of its own: set "
-                "train.ema_decay to 0"
-            )
-        if not options.b1:
-            raise ValueError("train.optimizer='schedule_free' needs train.b1 above 0")
-        plain = optax.scale_by_adam(b1=0.0, b2=options.b2, eps=options.epsilon)
-        return partial(ScheduleFree, b1=options.b1), plain
-    adam = optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.epsilon)
-    return Optimizer, (scale_by_muon_or(adam, params) if name == "muon" else adam)
+    return (made.kind, made.transform) if isinstance(made, Averaging) else (Optimizer, made)
+
+
+class Averaging(NamedTuple):
+    """An optimizer that keeps an average of its own: its class beside its transformation."""
+
+    transform: optax.GradientTransformation
+    kind: Callable[..., Optimizer]
+
+
+def adamw(options: Any, params: Any) -> optax.GradientTransformation:
+    """Returns Adam's scaling (Kingma & Ba 2015); decay is applied beside it."""
+    return optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.epsilon)
+
+
+def muon(options: Any, params: Any) -> optax.GradientTransformation:
+    """Returns Muon's scaling for matrices within layers, Adam's for all else."""
+    return scale_by_muon_or(adamw(options, params), params)
+
+
+def schedule_free(options: Any, params: Any) -> Averaging:
+    """Returns Adam without momentum, which schedule-free averaging stands in for.
+
+    Raises:
+      ValueError: options that do not go with it.
+    """
+    if options.ema_decay:
+        raise ValueError(
+            "train.optimizer='schedule_free' keeps an average of its own: set train.ema_decay to 0"
+        )
+    if not options.b1:
+        raise ValueError("train.optimizer='schedule_free' needs train.b1 above 0")
+    plain = optax.scale_by_adam(b1=0.0, b2=options.b2, eps=options.epsilon)
+    return Averaging(plain, partial(ScheduleFree, b1=options.b1))
+
+
+# By name: (`config.train`, what is trained) -> what gradients become before rate and decay.
+OPTIMIZERS: dict[str, Callable[[Any, Any], Any]] = {
+    "adamw": adamw,
+    "muon": muon,
+    "schedule_free": schedule_free,
+}
 
 
 Rules = Sequence[Sequence[Any]]  # pairs of pattern and value
@@ -182,12 +211,9 @@ def learning_rate_schedule(options: Any, steps: int) -> optax.Schedule:
     Raises:
       ValueError: an unknown schedule.
     """
-    if options.schedule not in SCHEDULES:
-        raise ValueError(
-            f"train.schedule={options.schedule!r}: must be one of {', '.join(SCHEDULES)}"
-        )
+    schedule = resolve("train.schedule", options.schedule, SCHEDULES)
     warmup = min(int(options.warmup_steps), max(steps - 1, 0))
-    shape = SCHEDULES[options.schedule](options, max(steps, warmup + 1) - warmup)
+    shape: optax.Schedule = schedule(options, max(steps, warmup + 1) - warmup)
     if not warmup:
         return shape
     rising = optax.linear_schedule(0.0, options.learning_rate, warmup)

@@ -21,6 +21,7 @@ from unified_mm.runs.averages import keeps_average
 from unified_mm.task import Task
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import TrainState, state_of_phase
+from unified_mm.training.treatment import Treatment, treatment_of
 from unified_mm.training.update import Optimizer
 
 
@@ -44,6 +45,7 @@ class Phase:
       optimizer: for what it trains.
       placement: where parameters and what belongs to them lie.
       abstract: shapes, types and shardings of its state.
+      treatment: what changes its gradients beside the optimizer, or None.
       enter: the state of the phase before, or the first one, as this one's begin.
     """
 
@@ -57,6 +59,7 @@ class Phase:
     optimizer: Optimizer
     placement: ParamShardings
     abstract: TrainState
+    treatment: Treatment | None
     enter: Callable[[TrainState], TrainState]
 
 
@@ -102,6 +105,7 @@ def build_phases(
     """
     phases = []
     start = 0
+    treatment = treatment_of(config.train)
     for name, options in phase_options(config).items():
         train_options = config.train.changed(options.train)
         check_batch(train_options, placement.mesh)
@@ -121,6 +125,7 @@ def build_phases(
                 optimizer=optimizer,
                 placement=placement,
                 abstract=state,
+                treatment=treatment,
                 enter=enter,
             )
         )

@@ -30,6 +30,7 @@ from unified_mm.training.output import framed
 from unified_mm.training.phases import Phase, build_phases
 from unified_mm.training.start_from import load_params, weights_to_start_from
 from unified_mm.training.state import TrainState, initial_state
+from unified_mm.training.treatment import treatment_of
 
 
 @dataclass(frozen=True)
@@ -164,11 +165,13 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     connect(mesh)
     check_evaluation_batch(options, mesh)
     placement = param_shardings(task.abstract_params(), mesh, config.mesh.zero)
+    treatment = treatment_of(config.train)
     make_state, abstract = initial_state(
         task.init,
         placement,
         options.seed,
         averaged=keeps_average(config.train),
+        treatment=treatment,
         scale_patience=options.scale_patience,
     )
     brought = weights_to_start_from(config)
@@ -182,7 +185,11 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
             average = jax.tree.map(
                 lambda new, old: jax.device_put(jnp.copy(new), old.sharding), params, average
             )
-        return state.replace(params=params, average=average)  # type: ignore[attr-defined]
+        kept = state.treatment
+        if treatment is not None:
+            where = jax.tree.map(lambda leaf: leaf.sharding, kept)
+            kept = jax.jit(treatment.init, out_shardings=where)(params)
+        return state.replace(params=params, average=average, treatment=kept)  # type: ignore[attr-defined]
 
     phases = build_phases(config, in_training(config, task, mesh), train, abstract, placement)
     say(run_summary(mesh, phases))

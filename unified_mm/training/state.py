@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from unified_mm.parallel.sharding import ParamShardings, shardings_like, without_names
+from unified_mm.training.treatment import Treatment
 from unified_mm.training.update import Optimizer
 
 START = 2.0**15
@@ -54,7 +55,7 @@ class LossScale:
 
 # Parts of the state that checkpoints of earlier versions do not have: they begin with the values
 # that a new run begins with.
-LATER_SLOTS: tuple[str, ...] = ()
+LATER_SLOTS = ("treatment",)
 
 
 @struct.dataclass
@@ -71,6 +72,7 @@ class TrainState:
       bad_step: int32 [], the first step whose loss or gradient was not finite, else -1; from
         there on nothing is updated.
       loss_scale: of half-precision training, or None.
+      treatment: what `train.treatment` keeps, or None.
     """
 
     step: Any
@@ -80,6 +82,7 @@ class TrainState:
     key: Any
     bad_step: Any
     loss_scale: Any = None
+    treatment: Any = None
 
 
 def initial_state(
@@ -89,6 +92,7 @@ def initial_state(
     *,
     averaged: bool,
     scale_patience: int = 0,
+    treatment: Treatment | None = None,
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """How to make the first state on a mesh, before any phase has given it an optimizer.
 
@@ -98,6 +102,7 @@ def initial_state(
       seed: of the initial parameters and of all steps.
       averaged: whether a moving average of the parameters is kept.
       scale_patience: finite steps after which the loss's scale doubles; 0 scales no loss.
+      treatment: what it keeps is part of the state.
 
     Returns:
       A function that makes the first state (sharded as it is made), and the abstract state
@@ -115,6 +120,7 @@ def initial_state(
             key=jax.random.fold_in(root, 1),
             bad_step=jnp.full((), -1, jnp.int32),
             loss_scale=LossScale.start(scale_patience) if scale_patience else None,
+            treatment=treatment.init(params) if treatment else None,
         )
 
     replicated = NamedSharding(placement.mesh, P())
@@ -127,8 +133,20 @@ def initial_state(
         key=replicated,
         bad_step=replicated,
         loss_scale=scale,
+        treatment=treatment_shardings(treatment, init_params, placement),
     )
     return jax.jit(make, out_shardings=shardings), _abstract(jax.eval_shape(make), shardings)
+
+
+def treatment_shardings(
+    treatment: Treatment | None, init_params: Callable[[jax.Array], Any], placement: ParamShardings
+) -> Any:
+    """Returns where what a treatment keeps lies: as the parameters that it is alike, else whole."""
+    if treatment is None:
+        return None
+    params = without_names(jax.eval_shape(init_params, jax.random.key(0)))
+    kept = jax.eval_shape(treatment.init, params)
+    return shardings_like(params, placement.moments, kept, NamedSharding(placement.mesh, P()))
 
 
 def state_of_phase(

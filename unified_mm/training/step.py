@@ -17,6 +17,7 @@ from unified_mm.objectives.objective import CrossExampleLoss, Metric, Objective,
 from unified_mm.parallel.sharding import BATCH, ParamShardings, from_parts, into_parts
 from unified_mm.task import Task
 from unified_mm.training.state import TrainState
+from unified_mm.training.treatment import Treatment
 from unified_mm.training.update import Optimizer
 
 Metrics = dict[str, Metric]
@@ -24,13 +25,22 @@ Metrics = dict[str, Metric]
 
 @same_rank
 def weighted_total(
-    objectives: Sequence[Objective], metrics: Metrics, counts: Mapping[str, Any]
+    objectives: Sequence[Objective],
+    metrics: Metrics,
+    counts: Mapping[str, Any],
+    factors: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The weighted sum of mean losses, the counts being those of the whole batch."""
-    return sum(
-        objective.weight * mean((metrics[f"{objective.name}/loss"][0], counts[objective.name]))
-        for objective in objectives
-    )
+    """Returns the weighted sum of mean losses, the counts being those of the whole batch.
+
+    Args:
+      factors: of the weights at this step, by objective, where they change.
+    """
+    total: Any = 0
+    for objective in objectives:
+        loss = mean((metrics[f"{objective.name}/loss"][0], counts[objective.name]))
+        factor = (factors or {}).get(objective.name)
+        total += objective.weight * (loss if factor is None else factor * loss)
+    return total
 
 
 @same_rank
@@ -54,6 +64,7 @@ def gradients(
     *,
     scale: Any = 1.0,
     shardings: Any = None,
+    step: Any = 0,
 ) -> tuple[Any, Any, Metrics]:
     """The total loss over the whole batch, its gradient by what is trained, and its pairs.
 
@@ -65,6 +76,7 @@ def gradients(
       scale: the loss is multiplied by it before it is differentiated, and the gradient divided by
         it after, so that small gradients of half-precision activations do not vanish.
       shardings: of the trained parameters' gradients; as they come where None.
+      step: how many steps were done before.
     """
 
     def laid_out(gradient: Any) -> Any:
@@ -75,14 +87,17 @@ def gradients(
     if micro_batches == 1:
 
         def loss(part: Any) -> tuple[Any, tuple[Any, Metrics]]:
-            metrics = task.metrics(optimizer.whole(part, params), batch, key, deterministic=False)
-            total = weighted_total(task.objectives, metrics, counts_of(task.objectives, metrics))
+            metrics = task.metrics(
+                optimizer.whole(part, params), batch, key, deterministic=False, step=step
+            )
+            counts = counts_of(task.objectives, metrics)
+            total = weighted_total(task.objectives, metrics, counts, task.weight_factors(step))
             return scale * total, (total, metrics)
 
         gradient, (total, metrics) = jax.grad(loss, has_aux=True)(optimizer.part(params))
         gradient = laid_out(gradient)
     else:
-        accumulation = Accumulation(task, optimizer, params, scale, laid_out)
+        accumulation = Accumulation(task, optimizer, params, scale, laid_out, step)
         total, gradient, metrics = accumulation.run(batch, key, micro_batches)
     return total, jax.tree.map(lambda g: g / scale, gradient), metrics
 
@@ -100,9 +115,17 @@ class Accumulation:
     """
 
     def __init__(
-        self, task: Task, optimizer: Optimizer, params: Any, scale: Any, laid_out: Any
+        self,
+        task: Task,
+        optimizer: Optimizer,
+        params: Any,
+        scale: Any,
+        laid_out: Any,
+        step: Any = 0,
     ) -> None:
         self.task = task
+        self.step = step
+        self.factors = task.weight_factors(step)
         self.optimizer = optimizer
         self.params = params
         self.scale = scale
@@ -136,7 +159,7 @@ class Accumulation:
     def look(self, rows: Any, key: jax.Array) -> tuple[dict[str, Any], Any]:
         """What a part will score, and its embeddings."""
         metrics, embedded = self.task.metrics_and_embedded(
-            self.params, rows, key, deterministic=False
+            self.params, rows, key, deterministic=False, step=self.step
         )
         return counts_of(self.own, metrics), embedded
 
@@ -146,7 +169,8 @@ class Accumulation:
         def loss(part: Any, vectors: Any) -> tuple[Any, tuple[Any, Metrics]]:
             whole = {name: each.replace(vectors=vectors[name]) for name, each in embedded.items()}
             metrics = self.task.compared(self.optimizer.whole(part, self.params), whole)
-            total = weighted_total(self.comparing, metrics, counts_of(self.comparing, metrics))
+            counts = counts_of(self.comparing, metrics)
+            total = weighted_total(self.comparing, metrics, counts, self.factors)
             return self.scale * total, (jnp.asarray(total, jnp.float32), metrics)
 
         vectors = {name: each.vectors for name, each in embedded.items()}
@@ -161,9 +185,14 @@ class Accumulation:
 
         def loss(part: Any) -> tuple[Any, tuple[Any, Metrics]]:
             metrics, embedded = self.task.metrics_and_embedded(
-                self.optimizer.whole(part, self.params), rows, key, deterministic=False
+                self.optimizer.whole(part, self.params),
+                rows,
+                key,
+                deterministic=False,
+                step=self.step,
             )
-            total = jnp.asarray(weighted_total(self.own, metrics, counts), jnp.float32)
+            total = weighted_total(self.own, metrics, counts, self.factors)
+            total = jnp.asarray(total, jnp.float32)
             vectors = {name: each.vectors for name, each in embedded.items()}
             pulled = jax.tree.map(inner, vectors, pulls)
             mine = {
@@ -194,6 +223,7 @@ def make_train_step(
     *,
     micro_batches: int = 1,
     ema_decay: float = 0.0,
+    treatment: Treatment | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
     """The compiled step: state and batch -> next state (the old one is donated), and metrics.
 
@@ -214,19 +244,23 @@ def make_train_step(
             micro_batches,
             scale=1.0 if scaling is None else scaling.scale,
             shardings=gradient_shardings,
+            step=state.step,
         )
+        norm = optax.tree.norm(gradient)
+        kept = state.treatment
+        if treatment is not None:
+            kept, gradient = treatment(kept, gradient, state.params, metrics, state.step)
         params, optimizer_state = optimizer.update(
             gradient, state.optimizer, state.params, state.step
         )
         average = state.average
         if average is not None:
             average = optimizer.averaged(average, params, optimizer_state, ema_decay)
-        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         learned = finite & (state.bad_step < 0)
-        fresh = (params, optimizer_state, average)
-        stale = (state.params, state.optimizer, state.average)
-        params, optimizer_state, average = jax.tree.map(
+        fresh = (params, optimizer_state, average, kept)
+        stale = (state.params, state.optimizer, state.average, state.treatment)
+        params, optimizer_state, average, kept = jax.tree.map(
             lambda new, old: jnp.where(learned, new, old), fresh, stale
         )
         bad = ~finite if scaling is None else ~finite & ~scaling.can_fall
@@ -248,6 +282,7 @@ def make_train_step(
             key=state.key,
             bad_step=bad_step,
             loss_scale=None if scaling is None else scaling.after(finite),
+            treatment=kept,
         )
         return new, StepMetrics(metrics, optimizer.rate(state.step), bad_step)
 

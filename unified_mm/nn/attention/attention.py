@@ -29,6 +29,7 @@ class AttentionPlan:
     Attributes:
       sights: what each block call sees.
       positions: int32 [B, Q] of the queries, for rotary positions.
+      valid: bool [B, Q], which of the queries are there, so that padding takes no room in a layer.
       write_at: int32 [], where new keys go in the cache; None without a cache.
       calls, groups, key_groups: the block calls, the groups of queries and of keys; static.
       keep: slice of the keys to hand back when there is no cache yet; static.
@@ -36,6 +37,7 @@ class AttentionPlan:
 
     masks: tuple[BlockMask, ...]
     positions: Any
+    valid: Any
     write_at: Any
     calls: tuple[BlockCall, ...] = struct.field(pytree_node=False)
     groups: tuple[Group, ...] = struct.field(pytree_node=False)
@@ -61,6 +63,7 @@ def plan_attention(
     return AttentionPlan(
         masks=tuple(prepare_block(options, call, queries, keys) for call in calls),
         positions=queries.position,
+        valid=queries.valid,
         write_at=write_at,
         calls=calls,
         groups=queries.groups,

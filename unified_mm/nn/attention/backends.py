@@ -30,14 +30,18 @@ from unified_mm.nn.attention.rules import BlockCall, block_bias, block_mask
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import TokenMetadata
 from unified_mm.parallel.mesh import platform
+from unified_mm.registry import resolve
 
 # Scores (queries x keys) of a call above which 'auto' works in blocks: from there on these are
 # faster too (on a CPU; `bench --sweep`).
 LONG = 2**19
 # Kernels, each with a device of its own, and what they cannot do.
+# A backend from outside the package is an object, or a module, of the same two functions: `refusal`
+# and `attend`.
 KERNELS: dict[str, Any] = {"cudnn": cudnn, "splash": splash}
+PLAIN = ("auto", "xla", "chunked")
 KERNEL_OF = {"gpu": "cudnn", "tpu": "splash"}
-SCOPE = re.compile(r"attention_([a-z]+)_(\d+)x(\d+)")
+SCOPE = re.compile(r"attention_(\w+?)_(\d+)x(\d+)")
 
 
 def prepare_block(
@@ -59,7 +63,7 @@ def prepare_block(
         mask = block_mask(call, queries, keys)
         bias = block_bias(call, queries, keys)
         return BlockMask(mask, None, None, mask.any(-1), bias, call, name)
-    sees = has_keys(call, queries, keys) if name in KERNELS else None
+    sees = has_keys(call, queries, keys) if is_kernel(name) else None
     return BlockMask(None, queries, keys, sees, None, call, name)
 
 
@@ -77,8 +81,8 @@ def choose(
     """
     asked = options.attention
     kernel = KERNEL_OF.get(platform, "") if asked == "auto" else asked
-    if kernel in KERNELS:
-        why = KERNELS[kernel].refusal(options, call, queries, keys, platform)
+    if is_kernel(kernel):
+        why = kernel_of(kernel).refusal(options, call, queries, keys, platform)
         if not why:
             return kernel
         if asked != "auto":
@@ -88,6 +92,20 @@ def choose(
     return "chunked" if queries.valid.shape[1] * keys.valid.shape[1] > LONG else "xla"
 
 
+def is_kernel(name: str) -> bool:
+    """Returns whether a backend is one that may refuse a call: a kernel, or one from outside."""
+    return bool(name) and name not in PLAIN
+
+
+def kernel_of(name: str) -> Any:
+    """Returns a backend by its name, or `package.module:NAME`.
+
+    Raises:
+      ValueError: there is none of that name.
+    """
+    return resolve("attention backend (model.attention)", name, dict.fromkeys(PLAIN) | KERNELS)
+
+
 def attend(
     query: Float[Array, "B Q H A"],
     key: Float[Array, "B K G A"],
@@ -95,10 +113,12 @@ def attend(
     seen_by: BlockMask,
 ) -> Float[Array, "B Q H A"]:
     """Attention of a block call's queries to the keys that it picks; blind ones get zero."""
-    with jax.named_scope(f"attention_{seen_by.backend}_{query.shape[1]}x{key.shape[1]}"):
+    name = re.sub(r"\W.*", "", seen_by.backend)
+    with jax.named_scope(f"attention_{name}_{query.shape[1]}x{key.shape[1]}"):
         if seen_by.backend == "chunked":
             return chunked.attend(query, key, value, seen_by)
-        if seen_by.backend in KERNELS:
-            return KERNELS[seen_by.backend].attend(query, key, value, seen_by)
+        if is_kernel(seen_by.backend):
+            found: Array = kernel_of(seen_by.backend).attend(query, key, value, seen_by)
+            return found
         seen = masked_attention(query, key, value, seen_by.dense, seen_by.bias)
         return zero_unattended(seen, seen_by.has_keys)
