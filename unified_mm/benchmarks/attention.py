@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from unified_mm.analysis.figures import as_svg
 from unified_mm.nn.attention.attention import Attention, plan_attention
+from unified_mm.nn.attention.backends import KERNELS, PLAIN
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import (
@@ -55,7 +56,7 @@ def sweep(
     """
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
-    for backend in ATTENTION[1:]:
+    for backend in (*PLAIN[1:], *KERNELS):
         chosen = replace(options, attention=backend, remat="none")
         try:
             for length in lengths:

@@ -110,7 +110,7 @@ def softmax_weights(
 AUXILIARY = "auxiliary"  # the collection
 
 
-def sow_auxiliary(module: nn.Module, name: str, x: Float[Array, " groups *rest"]) -> None:
+def sow_auxiliary(module: nn.Module, name: str, x: Float[Array, "..."]) -> None:
     """Leaves what a layer has to say beside its output, for objectives and for whoever asks.
 
     It passes scans, recomputation, pipelines and micro-batches, all of which divide or join its
@@ -120,7 +120,7 @@ def sow_auxiliary(module: nn.Module, name: str, x: Float[Array, " groups *rest"]
     Args:
       module: the layer.
       name: what is left, once a call of the layer.
-      x: the values.
+      x: the values, [groups, ...].
 
     Raises:
       ValueError: a scalar.
@@ -130,7 +130,7 @@ def sow_auxiliary(module: nn.Module, name: str, x: Float[Array, " groups *rest"]
             f"{name}: what a layer leaves has a row for each example or group, and is no scalar: "
             "where parts of a batch are joined, one number would not add up"
         )
-    if module.is_initializing() or not module.is_mutable_collection(AUXILIARY):
+    if not module.is_mutable_collection(AUXILIARY):
         return
     module.sow(AUXILIARY, name, x)
 

@@ -1,5 +1,6 @@
 """Embeddings and logits become losses and metrics, as sums and counts: one file an objective."""
 
+from unified_mm.objectives.contrastive import PairLoss
 from unified_mm.objectives.objective import (
     Embedded,
     Metric,
@@ -17,6 +18,7 @@ __all__ = [
     "ObjectiveOutput",
     "StepContext",
     "Metric",
+    "PairLoss",
     "TextObjective",
     "masked_metric",
     "same_rank",

@@ -1,0 +1,281 @@
+"""Parts from outside the package, each in a file of its user's, through the command and alone."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import commands
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import NamedSharding, PartitionSpec
+
+import unified_mm
+from unified_mm.config import Config
+from unified_mm.nn import sow_auxiliary
+from unified_mm.nn.pipeline import Pipeline
+from unified_mm.nn.unstack import unstack_layers
+from unified_mm.parallel.mesh import make_mesh
+from unified_mm.parallel.sharding import rule_items, to_global
+from unified_mm.runs.checkpoints import Checkpoints
+from unified_mm.task import build_task
+from unified_mm.training.optimizer import make_optimizer
+from unified_mm.training.step import gradients
+
+RECIPE = Path(__file__).parent / "toy_parts_recipe.py"
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.write_coco(tmp_path_factory.mktemp("outsiders") / "coco")
+
+
+def train(data, workdir, *flags):
+    given = (f"--config={RECIPE}", f"--config.data.dir={data}", f"--workdir={workdir}", *flags)
+    return commands.run(*given)
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    assert train(data, workdir) == 0
+    return workdir
+
+
+def records(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def state_of(run, step):
+    """Every leaf of a checkpoint, by path."""
+    with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
+        saved, _ = checkpoints._read_json_items(step)
+        wanted = {
+            name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), jnp.dtype(leaf["dtype"]))
+            for name, leaf in saved.items()
+            if not name.startswith("key")
+        }
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+            for name, leaf in wanted.items()
+        }
+        return checkpoints._read_leaves(step, wanted)
+
+
+def test_a_run_of_outsiders_is_trained_scored_saved_and_loaded(run, data):
+    result = json.loads((run / "result.json").read_text())
+    assert 0 <= result["scores"]["text_to_image/recall_at_1"] <= 1
+    assert "caption/cider_d" in result["scores"]
+    model = unified_mm.load(run)
+    block = model.params["transformer"]["layers"]["block_0"]["feed_forward"]
+    width = model.config.model.width
+    assert block["up"]["kernel"].shape == (model.config.model.layers, width, 3 * width)
+    assert model.embed_images([data / "images" / "val" / "0.jpg"]).shape == (1, 8)
+    assert isinstance(model.caption([data / "images" / "val" / "0.jpg"])[0], str)
+
+
+def test_an_auxiliary_objective_comes_last_draws_and_sees_the_step(run):
+    losses = [record["calm/loss"] for record in records(run)]
+    assert len(set(losses)) == STEPS
+    task = unified_mm.load(run).task
+    assert [each.name for each in task.objectives][-1] == "calm"
+
+
+def test_a_weight_may_be_a_schedule(run):
+    for record in records(run):
+        parts = record["contrastive/loss"], record["captioning/loss"], record["calm/loss"]
+        total = parts[0] + 0.5 * parts[1] + 0.1 * parts[2]
+        assert record["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_an_optimizer_and_a_schedule(run):
+    rates = [record["learning_rate"] for record in records(run)]
+    assert rates[1] == pytest.approx(rates[0] / 2) and rates[2] == pytest.approx(rates[0] / 4)
+    before, after = state_of(run, 2), state_of(run, 3)
+    name = "params/embedders_text/tokens"
+    moved = np.abs(np.asarray(after[name]) - np.asarray(before[name]))
+    # A sign moves by the rate, decay (which tokens have none of) apart, or not at all.
+    steps = np.unique(np.round(moved / rates[2], 3))
+    assert set(steps) <= {0.0, 1.0}
+
+
+def test_a_treatment_is_kept_and_resumed_to_the_same_bits(run, data, tmp_path):
+    state = state_of(run, 3)
+    assert int(state["treatment/steps"]) == 3
+    assert "treatment/slow/embedders_text/tokens" in state
+    workdir = tmp_path / "again"
+    assert train(data, workdir, "--config.train.steps=2") == 0
+    assert train(data, workdir) == 0
+    resumed, at_once = state_of(workdir, 3), state_of(run, 3)
+    assert resumed.keys() == at_once.keys()
+    for name, leaf in at_once.items():
+        assert np.asarray(leaf).tobytes() == np.asarray(resumed[name]).tobytes(), name
+
+
+def test_a_checkpoint_from_before_treatments_begins_with_the_first_value(data, tmp_path):
+    flags = ("--config.train.schedule=constant", "--config.train.steps=2")
+    assert train(data, tmp_path / "run", "--config.train.treatment=", *flags) == 0
+    assert not any(name.startswith("treatment") for name in state_of(tmp_path / "run", 2))
+    # As a version wrote it that knew of no treatments.
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["train"]["treatment"] = "toy_parts:Counting"
+    path.write_text(json.dumps(config))
+    assert train(data, tmp_path / "run", flags[0]) == 0
+    assert int(state_of(tmp_path / "run", 3)["treatment/steps"]) == 1
+
+
+def test_a_backend_a_pool_and_a_loss(run):
+    model = unified_mm.load(run)
+    assert model.config.model.attention == "toy_parts:Written"
+    batch = tiny.batch(model.task, 3)
+    params, task = model.params, model.task
+    key = jax.random.key(0)
+    read = jax.jit(lambda params: task.metrics_and_embedded(params, batch, key, deterministic=True))
+    metrics, embedded = read(params)
+    images, texts = (np.asarray(each) for each in embedded["contrastive"].vectors)
+    scale = float(metrics["contrastive/scale"][0])
+    logits = scale * images @ texts.T
+    others = np.maximum(0, 1 + logits) * (1 - np.eye(3))
+    expected = (others.sum(1) - np.diag(logits)).sum()
+    np.testing.assert_allclose(metrics["contrastive/loss"][0], expected, rtol=1e-4)
+    plain = replace(task, model=task.model.with_options(attention="xla"))
+    other, same = jax.jit(
+        lambda params: plain.metrics_and_embedded(params, batch, key, deterministic=True)
+    )(params)
+    np.testing.assert_allclose(same["contrastive"].vectors[0], images, atol=1e-5)
+    np.testing.assert_allclose(other["captioning/loss"], metrics["captioning/loss"], rtol=1e-5)
+
+
+LEAVING = {
+    "model__feed_forward_type": "toy_parts:Summing",
+    "objectives__matching__weight": 0.0,
+    "model__layers": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def leaving():
+    """A task whose layers leave their mean, its parameters, a batch, and what is left."""
+    task = tiny.task(**LEAVING)
+    params, batch = tiny.params(task), tiny.batch(task, 8)
+    batch["image"]["present"] = batch["image"]["present"].at[1].set(False)
+    return task, params, batch, left(task, params, batch)
+
+
+def left(task, params, batch):
+    run = jax.jit(
+        lambda params, batch: task.auxiliary(params, batch, jax.random.key(0), deterministic=True)
+    )
+    return {path: np.asarray(leaf) for path, leaf in run(params, batch).items()}
+
+
+def test_what_layers_leave_is_what_they_put_out(leaving):
+    task, params, batch, found = leaving
+    assert list(found) == ["transformer/layers/block_0/feed_forward/mean"]
+    (means,) = found.values()
+    assert means.shape == (4, 8) and (means.std(1) > 0).all()
+
+
+@pytest.mark.parametrize("way", ["remat", "unstacked", "stages", "devices"])
+def test_a_layer_leaves_the_same_however_it_is_computed(leaving, way):
+    task, params, batch, expected = leaving
+    if way == "remat":
+        found = left(tiny.replace_model(task, remat="full"), params, batch)
+    elif way == "unstacked":
+        found = left(tiny.replace_model(task, unstacked=True), unstack_layers(params), batch)
+    elif way == "stages":
+        staged = replace(task, model=task.model.pipelined(Pipeline(2, 4)))
+        found = left(staged, params, batch)
+    else:
+        mesh = make_mesh({"data": 4, "tensor": 2})
+        with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+            whole = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+            found = left(task, whole, to_global(jax.device_get(batch), mesh))
+    assert found.keys() == expected.keys()
+    for path, values in expected.items():
+        np.testing.assert_allclose(found[path], values, atol=1e-6)
+
+
+def test_an_auxiliary_loss_adds_up_over_micro_batches():
+    config = tiny.config_dict(**LEAVING)
+    config.objectives.calm = {"type": "toy_parts:Calm", "weight": 3.0, "noise": 0.0}
+    task = build_task(Config(config.to_dict()), tiny.tokenizer())
+    params, batch = tiny.params(task), tiny.batch(task, 8)
+    optimizer = make_optimizer(Config(config.to_dict()).train, 10, params)
+    key = jax.random.key(1)
+    found = [
+        jax.jit(lambda p, n=n: gradients(task, optimizer, p, batch, key, n))(params) for n in (1, 4)
+    ]
+    (total, whole, metrics), (again, parts, others) = found
+    assert float(metrics["calm/loss"][1]) == float(others["calm/loss"][1]) == 8
+    np.testing.assert_allclose(metrics["calm/loss"][0], others["calm/loss"][0], rtol=1e-5)
+    np.testing.assert_allclose(total, again, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_a_block_from_outside():
+    task = tiny.task(
+        model__block="toy_parts:Doubled",
+        model__block_options={"factor": 0.25},
+        objectives__captioning__rule="separate",
+        objectives__matching__weight=0.0,
+    )
+    params, batch = tiny.params(task), tiny.batch(task, 3)
+    assert list(params["transformer"]["layers"]["block_0"]) == ["map"]
+    metrics = jax.jit(lambda p: task.metrics(p, batch, jax.random.key(0), deterministic=True))(
+        params
+    )
+    assert np.isfinite(metrics["contrastive/loss"][0])
+    assert task.model.options.block_options == (("factor", 0.25),)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__block": "toy_parts:Nothing"}, "cannot import 'toy_parts:Nothing'"),
+        (
+            {"model__feed_forward_type": "experts"},
+            "unknown feed-forward 'experts'. Built in: dense",
+        ),
+        (
+            {"model__feed_forward_options": {"widen": 2}},
+            "model.feed_forward_options.widen: FeedForward has no such option",
+        ),
+        (
+            {
+                "model__feed_forward_type": "toy_parts:Summing",
+                "model__feed_forward_options": {"widen": "two"},
+            },
+            "model.feed_forward_options.widen='two': must be a int",
+        ),
+        (
+            {
+                "model__feed_forward_type": "toy_parts:Summing",
+                "model__feed_forward_options": {"widden": 2},
+            },
+            "did you mean widen",
+        ),
+    ],
+)
+def test_wrong_parts_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.task(**changes).abstract_params()
+
+
+def test_a_scalar_cannot_be_left():
+    class Wrong(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            sow_auxiliary(self, "mean", x.mean())
+            return x
+
+    with pytest.raises(ValueError, match="mean: what a layer leaves has a row for each"):
+        Wrong().apply({}, jnp.ones((2, 3)), mutable=["auxiliary"])
