@@ -249,6 +249,8 @@ def objective_fields() -> dict:
             "weight_schedule": "",
             "rule": "separate",
             "loss": "softmax",  # or 'sigmoid'
+            # Modalities that are held against each other: 'image' is against text, 'text' against
+            # itself, 'image,audio' against one another, and so on, each two with a loss.
             "between": "image",
             "width": 128,
             "pool": "mean",  # of the context's tokens: or 'first', 'last', 'attention'

@@ -16,7 +16,7 @@ from unified_mm.objectives.contrastive import (
     Contrastive,
     ContrastiveHead,
     Pooling,
-    paired_rows,
+    counted_rows,
 )
 from unified_mm.parallel.sharding import without_names
 from unified_mm.task import build_task
@@ -64,7 +64,8 @@ def test_a_pair_is_an_image_and_a_text_that_describes_it():
             "prompted": jnp.array([False, False, False, True]),
         },
     }
-    np.testing.assert_array_equal(paired_rows(batch, "image"), [True, False, False, False])
+    counts = np.asarray(counted_rows(batch, ("image", "text")))
+    np.testing.assert_array_equal(counts.all(1), [True, False, False, False])
 
 
 def test_above_its_bound_the_temperature_stops_and_can_come_back():

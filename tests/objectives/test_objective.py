@@ -10,7 +10,7 @@ from unified_mm.default_config import default_config
 from unified_mm.nn.attention.rules import RULES
 from unified_mm.nn.transformer import Transformer
 from unified_mm.objectives.captioning import Captioning, scored_tokens
-from unified_mm.objectives.contrastive import Contrastive, paired_rows, text_valid
+from unified_mm.objectives.contrastive import Contrastive, counted_rows, text_valid
 from unified_mm.objectives.objective import as_metrics, build_objectives, masked_metric, mean
 from unified_mm.parallel.sharding import without_names
 
@@ -72,12 +72,14 @@ def test_what_has_slots_is_not_joined_with_what_has_none(slots):
     batch = jax.tree.map(jnp.asarray, {"image": {"present": slotted}, "text": text})
     slotted_text = {"text": {**batch["text"], "valid": jnp.ones((4, slots, 4), bool)}}
     for join, given in (
-        (lambda batch: paired_rows(batch, "image"), batch),
+        (lambda batch: counted_rows(batch, ("image", "text")), batch),
         (text_valid, slotted_text),
         (lambda batch: scored_tokens(batch["text"]), slotted_text),
         (lambda batch: masked_metric(jnp.ones(4), batch["image"]["present"]), batch),
     ):
-        with pytest.raises(ValueError, match="numpy_rank_promotion|cannot be counted by"):
+        with pytest.raises(
+            ValueError, match="numpy_rank_promotion|cannot be counted by|have several"
+        ):
             join(given)
 
 

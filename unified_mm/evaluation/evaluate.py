@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from unified_mm.data.coco import Foil, Question
 from unified_mm.data.pipeline import evaluation_batches
@@ -17,6 +18,7 @@ from unified_mm.evaluation.caption_scores import caption_scores
 from unified_mm.evaluation.few_shot import FewShot, few_shot_scores
 from unified_mm.inference.predictor import Predictor
 from unified_mm.objectives.captioning import Captioning
+from unified_mm.objectives.contrastive import Contrastive
 from unified_mm.task import Task
 
 SINGLE = "single_caption/"  # names of scores with one caption an image
@@ -93,6 +95,10 @@ def check_split(split: Split, task: Task) -> None:
     """
     images = sum(1 for record in split.manifest.records if is_scored(record))
     where = f"split {split.manifest.split!r} in {split.manifest.folder}"
+    contrasts = [each for each in task.objectives if isinstance(each, Contrastive)]
+    others = [pair for each in contrasts for pair in each.pairs if set(pair) != {"image", "text"}]
+    if any(holds(r, a) and holds(r, b) for r in split.manifest.records for a, b in others):
+        return
     if not images:
         raise ValueError(f"{where} has no image with a caption: there is nothing to score")
     if images < 2 and any(isinstance(objective, Captioning) for objective in task.objectives):
@@ -120,9 +126,8 @@ def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
         raise ValueError(f"evaluation.batch_size={batch_size}: must be at least 1")
     check_split(split, predictor.task)
     found = Scores(images=[record for record in split.manifest.records if is_scored(record)])
-    if predictor.can_retrieve():
-        score_retrieval(predictor, found, batch_size)
-    if predictor.can(Captioning):
+    score_retrieval(predictor, split, found, batch_size)
+    if predictor.can(Captioning) and found.images:
         score_captions(predictor, found, batch_size)
         score_image_gain(predictor, found, batch_size)
         if split.foils:
@@ -148,29 +153,102 @@ def captions_of(record: Record) -> list[str]:
     return [text.target for text in record.texts if not text.prompt]
 
 
-def score_retrieval(predictor: Predictor, found: Scores, batch_size: int) -> None:
-    """Adds image-text retrieval scores, with all captions and with each image's first one."""
-    texts = [captions_of(record) for record in found.images]
-    found.texts = [text for several in texts for text in several]
-    found.image_of_text = np.repeat(np.arange(len(texts)), [len(several) for several in texts])
-    batches = _batches(predictor, found.images, batch_size)
-    found.image_embeddings = _gather(map(predictor.embed_images, batches), len(texts))
-    rows = [Record(i, None, (Text("", text),), False) for i, text in enumerate(found.texts)]
-    batches = _batches(predictor, rows, batch_size)
-    found.text_embeddings = _gather(map(predictor.embed_texts, batches), len(rows))
-    first = np.flatnonzero(np.diff(found.image_of_text, prepend=-1))
-    for prefix, chosen in (("", np.arange(len(rows))), (SINGLE, first)):
-        image_of_text = found.image_of_text[chosen]
+def score_retrieval(predictor: Predictor, split: Split, found: Scores, batch_size: int) -> None:
+    """Adds the retrieval scores of every two modalities that were held against each other.
+
+    Those with texts are taken with all captions, and with each example's first one.
+    """
+    named: set[tuple[str, str]] = set()
+    for contrast in predictor.contrasts():
+        for one, other in contrast.pairs:
+            records = [
+                record
+                for record in split.manifest.records
+                if holds(record, one) and holds(record, other)
+            ]
+            if one == other or not records:
+                continue
+            # A pair that was learned twice bears the names of its objectives.
+            prefix = f"{contrast.name}/" if (one, other) in named else ""
+            named.add((one, other))
+            rows = _as_rows(records, other)
+            vectors = [
+                _gather(
+                    (
+                        predictor.embed(batch, of, contrast.name)
+                        for batch in _batches(predictor, each, batch_size)
+                    ),
+                    len(each),
+                )
+                for of, each in ((one, records), (other, rows))
+            ]
+            owner = np.array([row.id for row in rows])
+            add_retrieval(found, prefix, (one, other), vectors, owner, rows)
+            if (one, other) == ("image", "text") and not prefix:
+                found.image_embeddings, found.text_embeddings = vectors
+                found.texts, found.image_of_text = [_caption(row) for row in rows], owner
+
+
+def holds(record: Record, name: str) -> bool:
+    """Returns whether a record has a modality; a text is one without a prompt."""
+    if name == "text":
+        return bool(captions_of(record))
+    return bool(record.image) if name == "image" else name in record.fields
+
+
+def _as_rows(records: Sequence[Record], of: str) -> list[Record]:
+    """Returns the candidates of a modality, a row each, their `id` the number of their record."""
+    if of != "text":
+        return [replace(record, id=number) for number, record in enumerate(records)]
+    return [
+        Record(number, None, (Text("", caption),), False)
+        for number, record in enumerate(records)
+        for caption in captions_of(record)
+    ]
+
+
+def _caption(row: Record) -> str:
+    return row.texts[0].target
+
+
+def add_retrieval(
+    found: Scores,
+    prefix: str,
+    pair: tuple[str, str],
+    vectors: Sequence[Any],
+    owner: Int[np.ndarray, " rows"],
+    rows: Sequence[Record],
+) -> None:
+    """Adds the scores of one pair of modalities, named by both.
+
+    Args:
+      prefix: of the names.
+      pair: the two modalities.
+      vectors: of the first one's items, and of the rows.
+      owner: for each row, the number of its item.
+      rows: of the second modality.
+    """
+    one, other = pair
+    names = {"text_to_image": f"{other}_to_{one}", "image_to_text": f"{one}_to_{other}"}
+    first = np.flatnonzero(np.diff(owner, prepend=-1))
+    chosen = [("", np.arange(len(rows)))]
+    if other == "text":
+        chosen.append((SINGLE, first))
+    for kind, part in chosen:
+        of_row = owner[part]
         # What the tokenizer makes equal no model can tell apart.
-        seen = [found.texts[i].lower() for i in chosen]
-        named = (
-            retrieval.retrieval_scores(
-                found.image_embeddings, found.text_embeddings[chosen], image_of_text
-            ),
-            retrieval.chance(image_of_text, len(texts)),
-            retrieval.duplicate_caption_ceiling(seen, image_of_text),
+        seen = [_caption(rows[i]).lower() if other == "text" else str(i) for i in part.tolist()]
+        parts = (
+            retrieval.retrieval_scores(vectors[0], vectors[1][part], of_row),
+            retrieval.chance(of_row, len(vectors[0])),
+            retrieval.duplicate_caption_ceiling(seen, of_row),
         )
-        found.add(*({prefix + name: value for name, value in part.items()} for part in named))
+        found.add(*({prefix + kind + _named(k, names): v for k, v in p.items()} for p in parts))
+
+
+def _named(score: str, names: Mapping[str, str]) -> str:
+    direction, _, rest = score.partition("/")
+    return f"{names[direction]}/{rest}"
 
 
 def score_captions(predictor: Predictor, found: Scores, batch_size: int) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from unified_mm.config import Config, MissingField
 from unified_mm.data import images as pictures
 from unified_mm.data.records import Image as ImageFile
-from unified_mm.data.records import Problem, StoredImage
+from unified_mm.data.records import Problem, Record, StoredImage
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import defaults
 from unified_mm.inference.classes import TEMPLATES, class_embeddings
@@ -68,18 +68,42 @@ class LoadedModel:
         """The parameter tree as training has it, its layers stacked anew."""
         return stack_layers(self.predictor.params)
 
-    def embed_images(self, images: Iterable[Picture]) -> Float[np.ndarray, "B E"]:
-        """Unit vectors, float32; an image is a path, a PIL image or uint8 [height, width, 3].
+    def embed(self, items: Iterable[Any], of: str, objective: str = "") -> Float[np.ndarray, "B Z"]:
+        """Returns unit vectors, float32, of items of any modality that a contrast embeds.
+
+        Args:
+          items: images as `embed_images` takes them, texts, or what a `Record` holds of another
+            modality under its name.
+          of: the modality.
+          objective: the contrast in whose space they lie, where several embed the modality.
+
+        Raises:
+          ValueError: no list, an item that cannot be read, or as `Predictor.embed` does.
+        """
+        self.predictor.embedding(of, objective)  # what is wrong is said before anything is read
+        if of == "text":
+            encode = self.task.modalities["text"].encode
+            rows = [{"text": encode("", each)} for each in listed_texts(items, "texts")]
+        elif of == "image":
+            rows = [self._beside(image) for image in listed(items, "images")]
+        else:
+            rows = [self._with(of, item) for item in listed(items, "items")]
+        return self._embed(lambda batch: self.predictor.embed(batch, of, objective), rows)
+
+    def embed_images(self, images: Iterable[Picture]) -> Float[np.ndarray, "B Z"]:
+        """Returns unit vectors, float32, in the space that images share with texts.
+
+        Args:
+          images: paths, PIL images or uint8 [height, width, 3].
 
         Raises:
           ValueError: no list, or what `view` refuses.
         """
-        rows = [self._beside(image) for image in listed(images, "images")]
-        return self._embed(self.predictor.embed_images, rows)
+        return self.embed(images, "image", self.predictor.of_images_and_texts("image"))
 
     def embed_files(
         self, paths: Iterable[ImageFile]
-    ) -> tuple[list[ImageFile], Float[np.ndarray, "B E"], list[Problem]]:
+    ) -> tuple[list[ImageFile], Float[np.ndarray, "B Z"], list[Problem]]:
         """The files that can be read, their embeddings, and what is wrong with the others."""
         files = listed(paths, "paths")
         kept, problems = [], []
@@ -98,17 +122,15 @@ class LoadedModel:
                 parts.append(self.embed_images(views))
         return kept, np.concatenate(parts), problems
 
-    def embed_texts(self, texts: Iterable[str]) -> Float[np.ndarray, "B E"]:
-        """Unit vectors, float32; a text's cosine with an image says how well it fits.
+    def embed_texts(self, texts: Iterable[str]) -> Float[np.ndarray, "B Z"]:
+        """Returns unit vectors, float32; a text's cosine with an image says how well it fits.
 
         A text is cut at the length that the model reads (`model.modalities.text.length` tokens).
 
         Raises:
           ValueError: no list, or what is no text, with its place in the list.
         """
-        text = self.task.modalities["text"]
-        rows = [{"text": text.encode("", each)} for each in listed_texts(texts, "texts")]
-        return self._embed(self.predictor.embed_texts, rows)
+        return self.embed(texts, "text", self.predictor.of_images_and_texts("text"))
 
     def classify(
         self,
@@ -216,6 +238,15 @@ class LoadedModel:
         names = self.task.model.context_names
         absent = {name: self.task.modalities[name].absent() for name in names}
         return {**absent, "image": {"pixels": self.view(image), "present": np.array(True)}}
+
+    def _with(self, name: str, item: Any) -> dict[str, dict[str, np.ndarray]]:
+        """A row of the context with an item of one modality and nothing else."""
+        names = self.task.model.context_names
+        absent = {each: self.task.modalities[each].absent() for each in names}
+        found = self.task.modalities[name].prepare(Record(0, None, (), False, {name: item}), None)
+        if not found["present"]:
+            raise ValueError(f"{item!r} holds no {name}")
+        return {**absent, name: found}
 
     def _batches(self, rows: list[dict]) -> Iterator[tuple[Any, int]]:
         """Batches of few sizes (the last filled up by repeating), and how many rows count."""

@@ -60,30 +60,61 @@ class Predictor:
         """Whether an objective of this class was trained."""
         return any(isinstance(objective, kind) for objective in self.task.objectives)
 
+    def contrasts(self, *between: str) -> list[Contrastive]:
+        """Returns the contrasts that were trained, in which all these modalities have a part."""
+        found = [each for each in self.task.objectives if isinstance(each, Contrastive)]
+        return [each for each in found if set(between) <= set(each.between)]
+
     def can_retrieve(self) -> bool:
-        """Whether a context and text were held against each other."""
-        contrasts = [each for each in self.task.objectives if isinstance(each, Contrastive)]
-        return any(each.between in self.task.model.context_names for each in contrasts)
+        """Whether images and texts were held against each other."""
+        return bool(self.contrasts("image", "text"))
 
-    def embed_images(self, batch: Batch) -> Float[np.ndarray, "B E"]:
-        """Unit vectors of the batch's images (or of whatever context contrast was trained on)."""
-        objective = self._objective(Contrastive, "embed")
-        if objective.of_text_alone:
-            raise ValueError("this model embeds texts alone")
+    def embed(self, batch: Batch, of: str, objective: str = "") -> Float[np.ndarray, "B Z"]:
+        """Returns unit vectors of one modality of a batch.
 
-        def embed(model: UnifiedModel, batch: Any) -> jax.Array:
-            return objective.embed_context(model, batch)
+        Args:
+          of: the modality.
+          objective: the contrast in whose space they lie, where several embed the modality.
 
-        return self._run("embed_images", embed, _without_text(batch))
-
-    def embed_texts(self, batch: Batch) -> Float[np.ndarray, "B E"]:
-        """Unit vectors of the batch's texts."""
-        objective = self._objective(Contrastive, "embed")
+        Raises:
+          ValueError: no contrast embeds it, or several do and none is named.
+        """
+        chosen = self.embedding(of, objective)
 
         def embed(model: UnifiedModel, batch: Any) -> jax.Array:
-            return objective.embed_text(model, batch)
+            return chosen.embed(model, batch, of)
 
-        return self._run("embed_texts", embed, {"text": batch["text"]})
+        read = ("text",) if of == "text" else self.task.model.context_names
+        return self._run(f"embed {of} {chosen.name}", embed, {name: batch[name] for name in read})
+
+    def embedding(self, of: str, objective: str = "") -> Contrastive:
+        """Returns the contrast that embeds a modality; errors as `embed` says."""
+        able = self.contrasts(of)
+        if objective:
+            able = [each for each in able if each.name == objective]
+        if len(able) == 1:
+            return able[0]
+        if able:
+            names = ", ".join(f"{each.name} ({', '.join(each.between)})" for each in able)
+            raise ValueError(f"{of} is embedded by several objectives, {names}: name one of them")
+        trained = ", ".join(
+            f"{each.name} ({', '.join(each.between)})" for each in self.contrasts()
+        ) or ", ".join(each.name for each in self.task.objectives)
+        asked = f"objective={objective!r} embeds no {of}" if objective else f"nothing embeds {of}"
+        raise ValueError(f"{asked}: the model was trained on {trained}")
+
+    def of_images_and_texts(self, of: str) -> str:
+        """Returns the contrast that `embed_images` and `embed_texts` mean: of both, if one is."""
+        both = self.contrasts("image", "text")
+        return both[0].name if len(both) == 1 and of in ("image", "text") else ""
+
+    def embed_images(self, batch: Batch) -> Float[np.ndarray, "B Z"]:
+        """Returns unit vectors of the batch's images, in the space that they share with texts."""
+        return self.embed(batch, "image", self.of_images_and_texts("image"))
+
+    def embed_texts(self, batch: Batch) -> Float[np.ndarray, "B Z"]:
+        """Returns unit vectors of the batch's texts, in the space that they share with images."""
+        return self.embed(batch, "text", self.of_images_and_texts("text"))
 
     def log_likelihood(self, batch: Batch) -> Float[np.ndarray, "B 2"]:
         """Each text beside its image: summed log-likelihood in nats, and tokens scored."""
@@ -243,10 +274,6 @@ class Predictor:
         """What is compiled within is laid out on the mesh, by the table for serving."""
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(serving_rules()):
             yield
-
-
-def _without_text(batch: Batch) -> dict[str, Any]:
-    return {name: arrays for name, arrays in batch.items() if name != "text"}
 
 
 def inputs_of(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -63,8 +64,9 @@ def programs(model: LoadedModel, prompt: int, cache_room: int) -> dict[str, Prog
     task = model.predictor.task
     portable = _Portable(task, task.model.with_options(attention="xla"), model.predictor.params)
     found: dict[str, Program] = {}
+    both = model.predictor.of_images_and_texts(IMAGE)
     for objective in task.objectives:
-        if isinstance(objective, Contrastive):
+        if isinstance(objective, Contrastive) and (not both or objective.name == both):
             found |= portable.encoders(objective)
         elif isinstance(objective, Captioning):
             found |= portable.writing(objective, prompt, cache_room)
@@ -83,15 +85,20 @@ class _Portable:
 
     def encoders(self, objective: Contrastive) -> dict[str, Program]:
         def embed_images(params: Any, inputs: Any, state: Any) -> Array:
-            return self._apply(params, objective.embed_context, self._context(inputs))
+            embed = partial(objective.embed, of=IMAGE)
+            return self._apply(params, embed, self._context(inputs))
 
         def embed_texts(params: Any, inputs: Any, state: Any) -> Array:
-            return self._apply(params, objective.embed_text, {"text": _text(inputs)})
+            embed = partial(objective.embed, of="text")
+            return self._apply(params, embed, {"text": _text(inputs)})
 
-        text = Program(embed_texts, _text_shapes(self.task.modalities["text"].length))
-        if objective.between != IMAGE:
-            return {"embed_texts": text}
-        return {"embed_images": Program(embed_images, self._pixels()), "embed_texts": text}
+        found: dict[str, Program] = {}
+        if IMAGE in objective.between:
+            found["embed_images"] = Program(embed_images, self._pixels())
+        if "text" in objective.between:
+            length = self.task.modalities["text"].length
+            found["embed_texts"] = Program(embed_texts, _text_shapes(length))
+        return found
 
     def writing(self, objective: Captioning, prompt: int, cache_room: int) -> dict[str, Program]:
         view = objective.view

@@ -51,10 +51,10 @@ def build_modalities(options: Mapping[str, Mapping[str, Any]], resources: Any) -
       resources: what modalities share (`Resources`: the data options and the tokenizer).
 
     Raises:
-      ValueError: an unknown type, or no text.
+      ValueError: an unknown type, or no modality at all.
     """
-    if "text" not in options:
-        raise ValueError("model.modalities must hold 'text': every objective scores or reads text")
+    if not options:
+        raise ValueError("model.modalities holds none: there is nothing to read")
     ordered = sorted(options, key=lambda name: name == "text")
     return {
         name: resolve("modality", options[name]["type"], BUILT_IN).from_config(

@@ -42,7 +42,11 @@ class EarlyFusion(UnifiedModel):
         for sharing in plan_passes(views, self.context_names):
             context = self.embed_context(batch)
             after = _length(context)
-            texts = [self.embed_text(batch["text"], view.name, after) for view in sharing]
+            texts = [
+                self.embed_text(batch["text"], view.name, after)
+                for view in sharing
+                if view.with_text
+            ]
             encoded |= self.encode_together(context, texts, sharing, deterministic=deterministic)
         return encoded
 

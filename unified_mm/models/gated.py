@@ -75,12 +75,19 @@ class GatedCrossAttention(WithTowers):
         self, batch: Batch, views: Sequence[View], *, deterministic: bool = True
     ) -> dict[str, Encoded]:
         looked = self._look_at_all(batch, deterministic)
+        alone = {
+            view.name: _encoded(None, looked, batch, view) for view in views if not view.with_text
+        }
+        read = [view for view in views if view.with_text]
+        if not read:
+            return alone
         memory = self._memory(looked, batch)
-        texts = [self.embed_text(batch["text"], each.name, memory.length) for each in views]
+        texts = [self.embed_text(batch["text"], each.name, memory.length) for each in read]
         tokens = concatenate(texts)
-        x, layers = self._read(tokens, memory, views, deterministic)
+        x, layers = self._read(tokens, memory, read, deterministic)
         where = spans(tokens.metadata.groups)
-        return {view.name: _encoded(x[:, where[view.name]], looked, batch, view) for view in views}
+        found = {v.name: _encoded(x[:, where[v.name]], looked, batch, v) for v in read}
+        return alone | found
 
     def read_context(self, batch: Batch, view: View) -> Encoded:
         return _encoded(None, self._look_at_all(batch, True), batch, view)

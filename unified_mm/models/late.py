@@ -65,13 +65,18 @@ class LateFusion(WithTowers):
         self, batch: Batch, views: Sequence[View], *, deterministic: bool = True
     ) -> dict[str, Encoded]:
         context = self._look_at_all(batch, deterministic)
-        texts = [self.embed_text(batch["text"], view.name) for view in views]
+        read = [view for view in views if view.with_text]
+        alone = {view.name: _encoded(None, context, view) for view in views if not view.with_text}
+        if not read:
+            return alone
+        texts = [self.embed_text(batch["text"], view.name) for view in read]
         tokens = concatenate(texts)
-        table = MaskTable(tuple(views))
+        table = MaskTable(tuple(read))
         plan = plan_attention(self.options, table, tokens.metadata, tokens.metadata)
         x, _ = self.transformer(tokens.embeddings, plan, deterministic=deterministic)
         where = spans(tokens.metadata.groups)
-        return {view.name: _encoded(x[:, where[view.name]], context, view) for view in views}
+        found = {view.name: _encoded(x[:, where[view.name]], context, view) for view in read}
+        return alone | found
 
     def read_context(self, batch: Batch, view: View) -> Encoded:
         return _encoded(None, self._look_at_all(batch, True), view)

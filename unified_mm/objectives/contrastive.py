@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from unified_mm.nn.layers import Dense
 from unified_mm.nn.pooling import AttentionPool, pool_of, pooled
 from unified_mm.objectives.objective import (
     Embedded,
+    Metric,
     ObjectiveOutput,
     StepContext,
     TextObjective,
@@ -71,42 +73,47 @@ class Pooling:
 class Contrastive(TextObjective):
     """InfoNCE both ways (Radford et al. 2021, figure 3) or sigmoid pairs (Zhai et al. 2023, eq. 1).
 
+    Each modality has a head, and each pair of modalities a loss; the objective's is their mean over
+    all examples that have both.
+
     Attributes:
-      loss: 'softmax' or 'sigmoid'.
-      between: the context modality that is held against text; 'text' holds each text against
-        itself, read a second time (with dropout that is Gao et al. 2021, SimCSE, section 3).
-      width: E, of the shared space.
+      loss: of `LOSSES`, or `package.module:NAME`.
+      between: the modalities that are held against each other, text last where it is among them;
+        text alone is held against itself, read a second time (with dropout that is Gao et al. 2021,
+        SimCSE, section 3).
+      width: Z, of the shared space.
       bound_scale: whether the logits' scale stays at 100 at most.
-      chunk: texts that all images are held against at a time, at most; 0 takes all at once.
-      pooling: of that modality, and of text.
+      chunk: columns that all rows are held against at a time, at most; 0 takes all at once.
+      pooling: of each of the modalities.
     """
 
     kind: ClassVar[str] = "contrastive"
 
     loss: str
-    between: str
+    between: tuple[str, ...]
     width: int
     bound_scale: bool
     chunk: int
-    pooling: tuple[Pooling, Pooling]
+    pooling: tuple[Pooling, ...]
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any]) -> Contrastive:
         loss_of(options["loss"], f"objectives.{name}.loss")
         if options["chunk"] < 0:
             raise ValueError(f"objectives.{name}.chunk={options['chunk']}: must be at least 0")
+        between = named_modalities(options["between"], f"objectives.{name}.between")
         built = cls(
             name=name,
             weight=float(options["weight"]),
             rule=str(options["rule"]),
             loss=str(options["loss"]),
-            between=str(options["between"]),
+            between=between,
             width=int(options["width"]),
             bound_scale=bool(options["bound_scale"]),
             chunk=int(options["chunk"]),
-            pooling=(
-                Pooling.from_config(f"objectives.{name}", options, ""),
-                Pooling.from_config(f"objectives.{name}", options, "text_"),
+            pooling=tuple(
+                Pooling.from_config(f"objectives.{name}", options, "text_" * (each == "text"))
+                for each in between
             ),
         )
         rule = built.view.resolved()
@@ -122,7 +129,16 @@ class Contrastive(TextObjective):
     @property
     def of_text_alone(self) -> bool:
         """Whether no context has a part in it."""
-        return self.between == "text"
+        return self.between == ("text",)
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The modalities that are held against each other, two at a time, in order."""
+        return list(itertools.combinations(self.between, 2)) or [("text", "text")]
+
+    @property
+    def view(self) -> View:
+        return View(self.name, self.rule, with_text="text" in self.between)
 
     @property
     def again(self) -> View:
@@ -133,13 +149,10 @@ class Contrastive(TextObjective):
         return (self.view, self.again) if self.of_text_alone else (self.view,)
 
     def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
-        return () if self.of_text_alone else (self.between,)
+        return tuple(name for name in self.between if name != "text")
 
     def head(self) -> nn.Module | None:
-        context, text = self.pooling
-        poolings: tuple[tuple[str, Pooling], ...] = (("text", text),)
-        if not self.of_text_alone:
-            poolings = ((self.between, context), *poolings)
+        poolings = tuple(zip(self.between, self.pooling, strict=True))
         return ContrastiveHead(poolings, self.width, loss_of(self.loss), self.bound_scale)
 
     def __call__(
@@ -152,52 +165,80 @@ class Contrastive(TextObjective):
         deterministic: bool,
     ) -> ObjectiveOutput:
         head = model.head[self.name]
-        pass_ = encoded[self.name]
-        text = head("text", pass_.text, text_valid(batch))
+        seen = encoded[self.name]
+        vectors = tuple(self._vectors(head, name, seen, batch) for name in self.between)
         if self.of_text_alone:
-            other = head("text", encoded[self.again.name].text, text_valid(batch))
+            again = self._vectors(head, "text", encoded[self.again.name], batch)
+            vectors = (again, *vectors)
+        return self.compare(model, Embedded(vectors, counted_rows(batch, self.between)))
+
+    def _vectors(self, head: Any, name: str, seen: Encoded, batch: Batch) -> Float[Array, "B Z"]:
+        """Unit vectors of one modality in a pass."""
+        if name == "text":
+            vectors: Array = head("text", seen.text, text_valid(batch))
         else:
-            seen = pass_.context_valid[self.between]
-            other = head(self.between, pass_.context[self.between], seen)
-        embedded = Embedded((other, text), paired_rows(batch, self.between))
-        return self.compare(model, embedded)
-
-    def embed_context(self, model: UnifiedModel, batch: Batch) -> Float[Array, "B E"]:
-        """Unit vectors of the context that is held against text, read without any."""
-        encoded = model.read_context(batch, self.view)
-        seen = encoded.context_valid[self.between]
-        vectors: Array = model.head[self.name](self.between, encoded.context[self.between], seen)
+            vectors = head(name, seen.context[name], seen.context_valid[name])
         return vectors
 
-    def embed_text(self, model: UnifiedModel, batch: Batch) -> Float[Array, "B E"]:
-        """Unit vectors of texts, read without any context."""
-        x = model.read_text(batch["text"], self.view)
-        vectors: Array = model.head[self.name]("text", x, text_valid(batch))
-        return vectors
+    def embed(self, model: UnifiedModel, batch: Batch, of: str) -> Float[Array, "B Z"]:
+        """Returns unit vectors of one modality, read without any other that it could see."""
+        head = model.head[self.name]
+        if of == "text":
+            x = model.read_text(batch["text"], self.view)
+            vectors: Array = head("text", x, text_valid(batch))
+            return vectors
+        return self._vectors(head, of, model.read_context(batch, self.view), batch)
 
     @same_rank
     def compare(self, model: UnifiedModel, embedded: Embedded) -> ObjectiveOutput:
-        """The loss among all examples that are embedded."""
-        context, text = embedded.vectors
-        paired = embedded.counts
+        """Returns the loss among all examples that are embedded."""
         scale, bias = model.head[self.name].scale_and_bias()
-        losses, right = compare_all(
-            context, text, scale, bias, paired, loss=self.loss, chunk=self.chunk
-        )
-        one = jnp.ones((), jnp.float32)
-        return ObjectiveOutput(
-            loss=masked_metric(losses, paired),
-            metrics={
-                "accuracy": masked_metric(right.astype(jnp.float32), paired),
-                "scale": (scale, one),
-            },
-            extras={
-                # Computed only where a later objective reads it.
-                "similarity": scale * jnp.einsum("BE,CE->BC", context, text) + bias,
-                "paired": paired,
-            },
-            embedded=embedded,
-        )
+        count = len(embedded.vectors)
+        numbers = list(itertools.combinations(range(count), 2))
+        metrics: dict[str, Metric] = {}
+        losses, wheres = [], []
+        for (a, b), pair in zip(numbers, self.pairs, strict=True):
+            one, other = embedded.vectors[a], embedded.vectors[b]
+            # Text alone has one column of counts for both readings.
+            paired = embedded.counts[:, a] & embedded.counts[:, -1 if self.of_text_alone else b]
+            found, right = compare_all(
+                one, other, scale, bias, paired, loss=self.loss, chunk=self.chunk
+            )
+            losses.append(found)
+            wheres.append(paired)
+            named = "accuracy" if len(numbers) == 1 else f"accuracy_{'_'.join(pair)}"
+            metrics[named] = masked_metric(right.astype(jnp.float32), paired)
+            if len(numbers) > 1:
+                metrics[f"loss_{'_'.join(pair)}"] = masked_metric(found, paired)
+        # Of the last pair, which is with text if any is: what negatives are mined from.
+        extras = {
+            # Computed only where a later objective reads it.
+            "similarity": scale * jnp.einsum("BZ,CZ->BC", one, other) + bias,
+            "paired": paired,
+        }
+        metrics["scale"] = (scale, jnp.ones((), jnp.float32))
+        loss = masked_metric(jnp.concatenate(losses), jnp.concatenate(wheres))
+        return ObjectiveOutput(loss, metrics, extras, embedded)
+
+
+def named_modalities(between: Any, field: str) -> tuple[str, ...]:
+    """Returns the modalities that a contrast is between, text last.
+
+    Args:
+      between: names, or a text of names between commas; one name alone is held against text, and
+        'text' alone against itself.
+      field: of the config, for messages.
+
+    Raises:
+      ValueError: no name, or one that comes twice.
+    """
+    names = between.split(",") if isinstance(between, str) else list(between)
+    names = [name.strip() for name in names]
+    if len(names) == 1 and names != ["text"]:
+        names.append("text")
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"{field}={between!r}: name each modality once, as in 'image,audio'")
+    return tuple(sorted(names, key=lambda name: name == "text"))
 
 
 class ContrastiveHead(nn.Module):
@@ -205,7 +246,7 @@ class ContrastiveHead(nn.Module):
 
     Attributes:
       poolings: of each modality that is embedded.
-      width: E.
+      width: Z.
       loss: which temperature and bias training starts from.
       bound_scale: whether the scale stays at 100 at most.
     """
@@ -233,7 +274,7 @@ class ContrastiveHead(nn.Module):
 
     def __call__(
         self, name: str, x: Float[Array, "B N D"], valid: Bool[Array, "B N"]
-    ) -> Float[Array, "B E"]:
+    ) -> Float[Array, "B Z"]:
         """Tokens of modality `name`, pooled and projected: float32 of unit norm."""
         pool = dict(self.poolings)[name].pool
         y = self.attend[name](x, valid) if pool == "attention" else pooled(pool, x, valid)
@@ -260,10 +301,22 @@ def text_valid(batch: Batch) -> Bool[Array, "B T"]:
 
 
 @same_rank
-def paired_rows(batch: Batch, between: str) -> Bool[Array, " B"]:
-    """Examples that have both, with a text that describes (not one that answers a prompt)."""
-    text = batch["text"]
-    return batch[between]["present"] & text["present"] & ~text["prompted"]
+def counted_rows(batch: Batch, between: Sequence[str]) -> Bool[Array, "B M"]:
+    """Returns which examples have each modality; of texts, those that answer no prompt.
+
+    Raises:
+      ValueError: an example has several items of a modality, as documents do.
+    """
+    for name in between:
+        if batch[name]["present"].ndim != 1:
+            raise ValueError(
+                f"contrast holds one {name} of each example against the others', and the examples "
+                "of this batch, such as documents, have several"
+            )
+    counts = [batch[name]["present"] for name in between]
+    if "text" in between:
+        counts[-1] = counts[-1] & ~batch["text"]["prompted"]
+    return jnp.stack(counts, axis=1)
 
 
 # Of pairs that do not count: far below any similarity, and finite, so that no gradient is NaN.
@@ -289,7 +342,7 @@ class Columns:
     """A block of columns.
 
     Attributes:
-      vectors: [C, E].
+      vectors: [C, Z].
       paired: bool [C], whether it counts.
       number: int32 [C], of the row that it belongs to.
       own: [C], its similarity to that row.
@@ -302,8 +355,8 @@ class Columns:
 
 
 def compare_all(
-    rows: Float[Array, "B E"],
-    columns: Float[Array, "B E"],
+    rows: Float[Array, "B Z"],
+    columns: Float[Array, "B Z"],
     scale: Float[Array, ""],
     bias: Float[Array, ""],
     paired: Bool[Array, " B"],
@@ -336,7 +389,7 @@ def compare_all(
     )
 
     def add(seen: Rows, block: Columns) -> tuple[Rows, Float[Array, " C"]]:
-        logits = scale * jnp.einsum("BE,CE->BC", rows, block.vectors) + bias
+        logits = scale * jnp.einsum("BZ,CZ->BC", rows, block.vectors) + bias
         loss, of_columns = kind.part(seen.loss, logits, paired, block)
         best, best_column = nearer(seen, logits, block)
         return Rows(loss, best, best_column), of_columns

@@ -53,7 +53,7 @@ class Embedded:
 
     Attributes:
       vectors: float arrays [B, ...], through which its gradient goes.
-      counts: bool [B], which examples have a part.
+      counts: bool [B, M], which examples have a part by each modality.
     """
 
     vectors: Any

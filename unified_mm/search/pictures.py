@@ -16,7 +16,6 @@ from unified_mm.data import coco
 from unified_mm.data.images import ImageError
 from unified_mm.data.records import Problem
 from unified_mm.inference.loaded import LoadedModel
-from unified_mm.objectives.contrastive import Contrastive
 
 # What is taken for a picture by its name.
 SUFFIXES = frozenset(
@@ -161,11 +160,8 @@ def refuse_without_contrast(model: LoadedModel, what: str, noun: str) -> None:
     Raises:
       ValueError: it does not.
     """
-    objectives = model.task.objectives
-    contrasts = [each for each in objectives if isinstance(each, Contrastive)]
-    # The first one is what `Predictor` embeds with.
-    if not contrasts or contrasts[0].between != "image":
-        trained = ", ".join(objective.name for objective in objectives)
+    if not model.predictor.can_retrieve():
+        trained = ", ".join(objective.name for objective in model.task.objectives)
         raise ValueError(
             f"this run cannot {what}: it was trained on {trained}, and {noun} needs contrast "
             "between image and text"

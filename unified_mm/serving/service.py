@@ -21,7 +21,6 @@ from unified_mm.inference.engine import Counts
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.writing import QueueFull
 from unified_mm.objectives.captioning import Captioning
-from unified_mm.objectives.contrastive import Contrastive
 from unified_mm.search.search_index import Hit, SearchIndex, mixed
 from unified_mm.serving.limits import Limits, Refusal, busy
 from unified_mm.serving.metrics import Metrics
@@ -270,7 +269,7 @@ def missing(model: LoadedModel, index: SearchIndex | None) -> dict[str, str]:
     if not model.predictor.can(Captioning):
         why = f"this run cannot write: it was trained on {trained}"
         without |= dict.fromkeys(("/caption", "/answer", "/attention"), why)
-    if not model.predictor.can(Contrastive):
+    if not model.predictor.contrasts():
         why = f"this run cannot embed: it was trained on {trained}"
         without |= dict.fromkeys(("/embed", "/classify", "/search"), why)
     elif not model.predictor.can_retrieve():

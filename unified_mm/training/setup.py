@@ -18,6 +18,7 @@ from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.splits import evaluated_splits, open_split
 from unified_mm.files import user_path
+from unified_mm.objectives.contrastive import named_modalities
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.processes import connect, first_before_others, own_rows, refuse_unequal
 from unified_mm.parallel.sharding import param_shardings
@@ -99,9 +100,15 @@ def scale_patience(config: Config) -> int:
 
 def usual_best(config: Config) -> str:
     """The score that the best state is chosen by where the config names none."""
-    if config.objectives.contrastive.weight > 0:
-        return "single_caption/text_to_image/recall_at_1"
-    return "caption/cider_d"
+    contrast = config.objectives.contrastive
+    if contrast.weight <= 0:
+        return "caption/cider_d"
+    one, *others = named_modalities(contrast.between, "objectives.contrastive.between")
+    return (
+        f"single_caption/text_to_{one}/recall_at_1"
+        if "text" in others
+        else (f"{others[0] if others else one}_to_{one}/recall_at_1")
+    )
 
 
 @dataclass(frozen=True)

@@ -294,12 +294,14 @@ class View:
       autoregressive: each token is predicted from those before it, so no token may see a later
         one, directly or through the context.
       alone: no other view that reads alike takes this one's place (it has a dropout of its own).
+      with_text: whether there is a text; else the context alone is read, as beside one.
     """
 
     name: str
     rule: str
     autoregressive: bool = False
     alone: bool = False
+    with_text: bool = True
 
     def resolved(self) -> AttentionRule:
         """Returns the rule, with text made causal where it is scored token by token.
@@ -360,7 +362,8 @@ def share_readings(views: Sequence[View], contexts: Sequence[str]) -> dict[str, 
     first: dict[Any, View] = {}
     return {
         view.name: first.setdefault(
-            view.name if view.alone else view.resolved().reading(contexts), view
+            view.name if view.alone else (view.with_text, view.resolved().reading(contexts)),
+            view,
         )
         for view in views
     }

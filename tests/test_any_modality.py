@@ -1,0 +1,173 @@
+"""Contrast between any modalities: trained, embedded and scored by their names."""
+
+import json
+from pathlib import Path
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import unified_mm
+from unified_mm.config import Config
+from unified_mm.objectives.contrastive import named_modalities
+from unified_mm.task import build_task
+
+RECIPE = Path(__file__).parent / "toy_contrasts_recipe.py"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two contrasts; the one that comes first by its name is not that of images."""
+    folder = tmp_path_factory.mktemp("contrasts")
+    (folder / "data").mkdir()
+    flags = (f"--config={RECIPE}", f"--config.data.dir={folder / 'data'}")
+    assert commands.run(*flags, f"--workdir={folder / 'run'}") == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return unified_mm.load(run)
+
+
+PICTURE = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
+TONES = [np.sin(np.arange(8) * pace).tolist() for pace in (0.4, 2.5)]
+
+
+def test_scores_bear_the_names_of_both_sides(run):
+    scores = json.loads((run / "result.json").read_text())["scores"]
+    directions = {name.split("/")[-2] for name in scores if name.endswith("recall_at_1")}
+    assert directions == {
+        "text_to_image",
+        "image_to_text",
+        "text_to_tone",
+        "tone_to_text",
+        "tone_to_image",
+        "image_to_tone",
+    }
+    assert "single_caption/text_to_tone/recall_at_1" in scores
+    # Only the tone tells which of two words is right, so that half of the texts are nearer.
+    assert scores["tone_to_text/recall_at_1"] <= 1
+
+
+def test_images_are_embedded_by_the_contrast_of_images(model):
+    images, texts = model.embed_images([PICTURE]), model.embed_texts(["high tone"])
+    expected = model.embed([PICTURE], of="image", objective="contrastive")
+    np.testing.assert_array_equal(images, expected)
+    np.testing.assert_array_equal(
+        texts, model.embed(["high tone"], of="text", objective="contrastive")
+    )
+    tones = model.embed(TONES, of="tone", objective="audio_contrast")
+    assert tones.shape == (2, 8) and np.allclose(np.linalg.norm(tones, axis=1), 1, rtol=1e-5)
+    assert np.abs(tones[0] - images[0]).max() > 1e-3
+
+
+def test_where_several_embed_one_must_be_named(model):
+    several = r"text is embedded by several objectives, .*audio_contrast \(tone, text\).*: name one"
+    with pytest.raises(ValueError, match=several):
+        model.embed(["high tone"], of="text")
+    with pytest.raises(ValueError, match="objective='matching' embeds no image"):
+        model.embed([PICTURE], of="image", objective="matching")
+    with pytest.raises(ValueError, match="nothing embeds video"):
+        model.embed([PICTURE], of="video")
+    with pytest.raises(ValueError, match="a list of items"):
+        model.embed("x", of="tone", objective="audio_contrast")
+
+
+def config_of(**changes):
+    config = tiny.config_dict(objectives__matching__weight=0.0, **changes)
+    config.model.modalities.tone = {"type": "toy_tone:Tone", "samples": 8, "frame": 4}
+    return config
+
+
+def batch_of(task, size=4):
+    rng = np.random.default_rng(1)
+    batch = (
+        tiny.batch(task, size)
+        if "text" in task.modalities
+        else {
+            "image": {
+                "pixels": jnp.asarray(rng.uniform(0, 255, (size, 16, 16, 3)), jnp.float32),
+                "present": jnp.ones(size, bool),
+            }
+        }
+    )
+    signal = jnp.asarray(rng.normal(size=(size, 8)), jnp.float32)
+    return batch | {"tone": {"signal": signal, "present": jnp.ones(size, bool).at[2].set(False)}}
+
+
+def test_three_modalities_have_a_loss_a_pair():
+    config = config_of(objectives__captioning__weight=0.0)
+    config.objectives.contrastive.between = "text,image,tone"
+    task = build_task(Config(config.to_dict()), tiny.tokenizer())
+    params, batch = tiny.params(task), batch_of(task)
+    key = jax.random.key(0)
+    metrics, embedded = jax.jit(
+        lambda p: task.metrics_and_embedded(p, batch, key, deterministic=True)
+    )(params)
+    image, tone, text = (np.float64(each) for each in embedded["contrastive"].vectors)
+    scale = float(metrics["contrastive/scale"][0])
+    total, count = 0.0, 0
+    for name, one, other, there in (
+        ("image_tone", image, tone, [0, 1, 3]),
+        ("image_text", image, text, [0, 1, 2, 3]),
+        ("tone_text", tone, text, [0, 1, 3]),
+    ):
+        logits = scale * one[there] @ other[there].T
+        rows = np.log(np.exp(logits).sum(1)) + np.log(np.exp(logits).sum(0))
+        expected = (0.5 * rows - np.diag(logits)).sum()
+        np.testing.assert_allclose(metrics[f"contrastive/loss_{name}"][0], expected, rtol=1e-4)
+        total, count = total + expected, count + len(there)
+    np.testing.assert_allclose(metrics["contrastive/loss"], (total, count), rtol=1e-4)
+    heads = {name for name in params["heads_contrastive"] if "project" in name}
+    assert heads == {"project_image", "project_tone", "project_text"}
+
+
+@pytest.mark.parametrize("fusion", ["early", "late"])
+def test_a_config_without_text_is_trained(fusion):
+    config = config_of(model__fusion=fusion, objectives__captioning__weight=0.0)
+    config.objectives.contrastive.between = "image,tone"
+    config = config.to_dict()
+    del config["model"]["modalities"]["text"]
+    task = build_task(Config(config), tiny.tokenizer())
+    params, batch = tiny.params(task), batch_of(task)
+    assert not any("text" in name for name in params)
+    loss = jax.jit(lambda p: task.metrics(p, batch, jax.random.key(0), deterministic=True))
+    found = loss(params)["contrastive/loss"]
+    assert np.isfinite(found[0]) and found[1] == 3
+
+
+def test_two_contrasts_read_their_text_once():
+    """The text's tokens count once in the compiled FLOPs, and apart they count twice."""
+    flops = {}
+    for name, rule in (("one", "separate"), ("once", "separate"), ("twice", "separate_causal")):
+        config = config_of(objectives__captioning__weight=0.0, model__layers=2)
+        config.objectives.audio = {**config.objectives.contrastive.to_dict(), "between": "tone"}
+        config.objectives.audio.rule = rule
+        if name == "one":
+            config.objectives.audio.weight = 0.0
+            del config.model.modalities.tone
+        task = build_task(Config(config.to_dict()), tiny.tokenizer())
+        params = tiny.params(task)
+        batch = batch_of(task) if name != "one" else tiny.batch(task)
+        run = jax.jit(
+            lambda p, t=task, b=batch: t.metrics(p, b, jax.random.key(0), deterministic=True)
+        )
+        flops[name] = run.lower(params).compile().cost_analysis()["flops"]
+    tones, text = 2, 12
+    grown = flops["once"] / flops["one"]
+    assert grown < (4 + text + tones) / (4 + text) * 1.1
+    assert flops["twice"] > flops["once"] * (4 + 2 * text + tones) / (4 + text + tones) * 0.9
+
+
+def test_names_of_a_contrast():
+    assert named_modalities("image", "f") == ("image", "text")
+    assert named_modalities("text", "f") == ("text",)
+    assert named_modalities("text, audio,image", "f") == ("audio", "image", "text")
+    assert named_modalities(("a", "b"), "f") == ("a", "b")
+    for wrong in ("", "a,,b", "a,a"):
+        with pytest.raises(ValueError, match="f=.*name each modality once"):
+            named_modalities(wrong, "f")
