@@ -171,3 +171,32 @@ def test_names_of_a_contrast():
     for wrong in ("", "a,,b", "a,a"):
         with pytest.raises(ValueError, match="f=.*name each modality once"):
             named_modalities(wrong, "f")
+
+
+def test_each_modality_may_have_a_tower_of_its_own():
+    config = config_of(model__fusion="late", objectives__captioning__weight=0.0)
+    config.objectives.contrastive.between = "image,tone"
+    config.model.towers = {"tone": {"width": 8, "layers": 1, "heads": 1, "feed_forward": 8}}
+    task = build_task(Config(config.to_dict()), tiny.tokenizer())
+    shapes = tiny.drawn(task, 0)
+    tone, image = (
+        shapes[f"towers_{name}"]["layers"]["block_0"]["attention_norm"]["scale"].shape
+        for name in ("tone", "image")
+    )
+    assert tone == (1, 8) and image == (2, 16)
+    config.model.fusion = "gated_cross_attention"
+    with pytest.raises(ValueError, match="model.towers.tone.width=8: what gated cross-attention"):
+        build_task(Config(config.to_dict()), tiny.tokenizer())
+    config.model.towers = {"sound": {"width": 8}}
+    with pytest.raises(ValueError, match="model.towers.sound: model.modalities has no such"):
+        build_task(Config(config.to_dict()), tiny.tokenizer())
+
+
+def test_a_modality_without_a_head_can_be_read_and_not_written():
+    task = build_task(Config(config_of().to_dict()), tiny.tokenizer())
+
+    def logits(model):
+        return model.logits(jnp.zeros((1, 2, 16)), of="tone")
+
+    with pytest.raises(ValueError, match="model.modalities.tone has no logits"):
+        task.model.apply({"params": tiny.params(task)}, method=logits)

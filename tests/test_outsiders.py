@@ -1,7 +1,7 @@
 """Parts from outside the package, each in a file of its user's, through the command and alone."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import commands
@@ -18,6 +18,7 @@ from unified_mm.config import Config
 from unified_mm.nn import sow_auxiliary
 from unified_mm.nn.pipeline import Pipeline
 from unified_mm.nn.unstack import unstack_layers
+from unified_mm.objectives import TextObjective
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
@@ -153,6 +154,13 @@ def test_a_backend_a_pool_and_a_loss(run):
     np.testing.assert_allclose(other["captioning/loss"], metrics["captioning/loss"], rtol=1e-5)
 
 
+@dataclass(frozen=True)
+class Length(TextObjective):
+    """An objective of one field more."""
+
+    margin: float = 0.5
+
+
 LEAVING = {
     "model__feed_forward_type": "toy_parts:Summing",
     "objectives__matching__weight": 0.0,
@@ -279,3 +287,13 @@ def test_a_scalar_cannot_be_left():
 
     with pytest.raises(ValueError, match="mean: what a layer leaves has a row for each"):
         Wrong().apply({}, jnp.ones((2, 3)), mutable=["auxiliary"])
+
+
+def test_an_objective_has_its_fields_as_options_with_their_defaults():
+    found = Length.from_config("length", {"type": "x:Length", "margin": 2, "weight": 0})
+    assert found == Length("length", 0.0, "separate", 2.0)
+    assert Length.from_config("length", {"type": "x:Length"}).margin == 0.5
+    with pytest.raises(ValueError, match="objectives.length.margins: .*did you mean margin"):
+        Length.from_config("length", {"margins": 2})
+    with pytest.raises(ValueError, match="objectives.length.margin='far': must be a float"):
+        Length.from_config("length", {"margin": "far"})

@@ -137,12 +137,14 @@ def model_fields() -> dict:
         "attention": "auto",
         "unroll": 1,  # periods a step of the scan over layers
         "dtype": "float32",  # of the computation, or 'bfloat16', 'float16'; parameters stay float32
-        # Runs whose image tower or text model training starts from; '' starts afresh.
+        # Runs whose image tower or text model training starts from; '' starts afresh. A recipe may
+        # name further modalities here, for their towers.
         "start_from": {"image": "", "text": ""},
         # Width or depth matched to so many FLOPs a training example (0: as they stand).
         "budget": 0.0,
         "budget_by": "width",  # or 'layers'
         "tower": tower_fields(),
+        "towers": {},  # by modality, what its tower has other than `tower`
         "cross": cross_fields(),
         "resampler": resampler_fields(),
         "modalities": modality_fields(),

@@ -17,7 +17,7 @@ from unified_mm.config import Config
 from unified_mm.default_config import defaults
 from unified_mm.parallel.sharding import path_of
 from unified_mm.runs.folder import RunFolder, RunFolderError
-from unified_mm.runs.saved import new_field
+from unified_mm.runs.saved import new_field, refuse_unknown
 from unified_mm.search.search_index import model_identity
 from unified_mm.training.start_from import config_from_run, weights_to_start_from
 
@@ -159,6 +159,7 @@ def test_an_index_stays_its_models(runs):
 def test_a_run_lends_its_weights(runs, name, part, fusion):
     changes = {"model__fusion": fusion, f"model__start_from__{part}": str(runs[name])}
     adopted = config_from_run(tiny.config_dict(objectives__matching__weight=0.0, **changes), ())
+    refuse_unknown(adopted.to_dict(), defaults())  # so that a run of it can be loaded again
     found = weights_to_start_from(Config(adopted.to_dict()))
     leaves = jax.tree_util.tree_leaves_with_path(unified_mm.load(runs[name]).params)
     held = {path_of(path): np.asarray(leaf) for path, leaf in leaves}

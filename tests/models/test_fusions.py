@@ -278,7 +278,7 @@ def test_text_alone_is_read_as_beside_an_image_it_does_not_see(fusion):
     there = np.asarray(batch["text"]["valid"])
     found = beside["contrastive"]
     np.testing.assert_allclose(np.asarray(found.text)[there], np.asarray(alone)[there], atol=2e-5)
-    np.testing.assert_allclose(found.context["image"], image.context["image"], atol=2e-5)
+    np.testing.assert_allclose(found.outputs["image"], image.outputs["image"], atol=2e-5)
 
 
 def test_gates_are_told_as_metrics():

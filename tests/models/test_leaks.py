@@ -44,7 +44,7 @@ def read(task, params, views, batch, perturb):
                 texts.append(text.replace(embeddings=text.embeddings + perturb["text"]))
             outputs |= model.encode_together(context, texts, together)
         return {
-            name: {"text": each.text, "image": each.context["image"]}
+            name: {"text": each.text, "image": each.outputs["image"]}
             for name, each in outputs.items()
         }
 
@@ -142,9 +142,9 @@ def test_pixels_never_reach_the_contrastive_text_nor_text_the_image(built):
             encoded = model.encode(changed, [s for o in task.objectives for s in o.views()])
             each = encoded["contrastive"]
             head = model.head["contrastive"]
-            ones = jnp.ones(each.context["image"].shape[:2], bool)
+            ones = jnp.ones(each.outputs["image"].shape[:2], bool)
             valid = batch["text"]["valid"]
-            return head("image", each.context["image"], ones), head("text", each.text, valid)
+            return head("image", each.outputs["image"], ones), head("text", each.text, valid)
 
         return task.model.apply({"params": params}, method=run)
 
@@ -194,7 +194,7 @@ def test_packed_documents_never_see_each_other(built):
                     part.replace(embeddings=part.embeddings + perturb[name], metadata=metadata)
                 )
             encoded = model.encode_together(changed[:1], changed[1:], (view,))["t"]
-            return {"image": encoded.context["image"], "text": encoded.text}
+            return {"image": encoded.outputs["image"], "text": encoded.text}
 
         return jax.tree.map(lambda x: x.sum(-1), task.model.apply({"params": params}, method=run))
 

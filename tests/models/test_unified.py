@@ -92,7 +92,7 @@ def test_a_shared_pass_equals_a_pass_for_each(task, params):
         cut = {"together": together, "apart": apart}
         return {
             how: {
-                name: (e.text, e.context["image"], e.cache.layers["block_0"][0])
+                name: (e.text, e.outputs["image"], e.cache.layers["block_0"][0])
                 for name, e in each.items()
             }
             for how, each in cut.items()
@@ -202,7 +202,7 @@ def test_a_picture_of_another_size_gets_interpolated_positions(task, params):
         lambda p: task.model.apply({"params": p}, large, (view,), method="encode")["t"]
     )
     read = encode(params)
-    assert read.context["image"].shape == (2, 4 * 3, 16) and np.isfinite(read.text).all()
+    assert read.outputs["image"].shape == (2, 4 * 3, 16) and np.isfinite(read.text).all()
 
     embedder = params["embedders_image"]
     module = task.modalities["image"].embedder(16, jnp.float32)

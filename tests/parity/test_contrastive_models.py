@@ -44,7 +44,7 @@ def embeddings(imported, task, images, batch):
         encoded = model.encode(batch, objective.views())[objective.name]
         head = model.head[objective.name]
         scale, bias = head.scale_and_bias()
-        image = head("image", encoded.context["image"], encoded.context_valid["image"])
+        image = head("image", encoded.outputs["image"], encoded.valid["image"])
         text = head("text", encoded.text, text_valid(batch))
         return scale * text @ image.T + bias
 

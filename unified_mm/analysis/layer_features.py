@@ -44,20 +44,20 @@ def image_features(model: LoadedModel, images: Iterable[Picture]) -> Features:
     view = reading_stream(model)
     names = task.model.context_names
     towers = isinstance(task.model, WithTowers)
-    stack, options = (TOWER, task.model.tower) if towers else (MAIN, task.model.options)
+    stack, options = (TOWER, task.model.tower_of(IMAGE)) if towers else (MAIN, task.model.options)
 
     def read(params: Any, batch: Any) -> dict[str, Array]:
         encoded, left = task.model.apply(
             {"params": params}, batch, view, method="read_context", mutable=[RESIDUAL]
         )
-        valid = encoded.context_valid[IMAGE]
+        valid = encoded.valid[IMAGE]
         streams = streams_by_layer(left[RESIDUAL], stack, options)
         # In one sequence the image's tokens stand after those of earlier modalities.
         before = names[: names.index(IMAGE)] if stack == MAIN else ()
-        first = sum(encoded.context[name].shape[1] for name in before)
+        first = sum(encoded.outputs[name].shape[1] for name in before)
         where = slice(first, first + valid.shape[1])
         means = {name: pooled("mean", x[:, where], valid) for name, x in streams.items()}
-        return {**means, OUTPUT: pooled("mean", encoded.context[IMAGE], valid)}
+        return {**means, OUTPUT: pooled("mean", encoded.outputs[IMAGE], valid)}
 
     absent = {name: task.modalities[name].absent() for name in names}
     rows = (

@@ -22,7 +22,13 @@ from unified_mm.default_config import defaults
 from unified_mm.files import naming
 from unified_mm.models.unified import fusion
 from unified_mm.objectives.objective import objective_kind
-from unified_mm.runs.saved import UnknownField, field_paths, new_field, refuse_unknown
+from unified_mm.runs.saved import (
+    UnknownField,
+    field_paths,
+    new_field,
+    refuse_unknown,
+    todays_config,
+)
 from unified_mm.training.sizes import fit_to_budget
 from unified_mm.training.start_from import config_from_run
 
@@ -151,6 +157,8 @@ def resolve(recipe: Recipe, tell: Callable[[str], None]) -> ConfigDict:
         refuse_unknown(chosen.to_dict(), defaults())
     except UnknownField as error:
         raise ValueError(f"the recipe has what nothing reads: {error}") from error
+    # A second contrast, say, names what it has other than the defaults of its type.
+    chosen = ConfigDict(todays_config(chosen.to_dict(), defaults()))
     check_seed(chosen.seed)
     try:
         chosen.data.decoder = resolve_backend(chosen.data.decoder)

@@ -80,12 +80,12 @@ class EarlyFusion(UnifiedModel):
         valid = valid_by_name(tokens.metadata)
         written = {part.metadata.groups[0].name for part in texts}
         return {
-            view.name: Encoded(
-                text=x[:, where[view.name]] if view.name in written else None,
-                context={name: x[:, where[name]] for name in names},
-                context_valid={name: valid[name] for name in names},
-                cache=cache,
-                rule=view.resolved(),
+            view.name: Encoded.of(
+                x[:, where[view.name]] if view.name in written else None,
+                {name: x[:, where[name]] for name in names},
+                {name: valid[name] for name in names},
+                cache,
+                view,
             )
             for view in views
         }

@@ -56,6 +56,12 @@ class GatedCrossAttention(WithTowers):
         built: Any = super().from_config(model, modalities, heads, resampler=None, **more)
         if model.cross.every < 1:
             raise ValueError(f"model.cross.every={model.cross.every}: must be at least 1")
+        for name, each in built.own_towers:
+            if each.width != built.tower.width:
+                raise ValueError(
+                    f"model.towers.{name}.width={each.width}: what gated cross-attention looks at "
+                    f"has one width, that of model.tower ({built.tower.width})"
+                )
         options = replace(built.options, cross=GateOptions(**model.cross))
         resampler = ResamplerOptions.from_config(model.resampler, built.tower.width, options)
         return built.clone(options=options, resampler=resampler)
@@ -195,10 +201,6 @@ def _encoded(text: Array | None, looked: Mapping[str, Tokens], batch: Batch, vie
         name: unfold_items(features.embeddings, features.metadata, batch[name], 0)
         for name, features in looked.items()
     }
-    return Encoded(
-        text=text,
-        context={name: tokens.embeddings for name, tokens in context.items()},
-        context_valid={name: tokens.metadata.valid for name, tokens in context.items()},
-        cache=None,
-        rule=view.resolved(),
-    )
+    embeddings = {name: tokens.embeddings for name, tokens in context.items()}
+    valid = {name: tokens.metadata.valid for name, tokens in context.items()}
+    return Encoded.of(text, embeddings, valid, None, view)

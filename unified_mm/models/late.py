@@ -24,34 +24,48 @@ class WithTowers(UnifiedModel):
 
     Attributes:
       tower: shape of these towers.
+      own_towers: shapes of those modalities' that have another, by name.
     """
 
     tower: TransformerOptions
+    own_towers: tuple[tuple[str, TransformerOptions], ...]
 
     @classmethod
     def from_config(cls, model: Any, modalities: Any, heads: Any, **more: Any) -> UnifiedModel:
         options = TransformerOptions.from_config(model)
         tower = options.changed(model.tower)
+        for name in model.towers:
+            if name not in modalities or name == "text":
+                raise ValueError(f"model.towers.{name}: model.modalities has no such context")
+        own = tuple((name, tower.changed(each)) for name, each in model.towers.items())
+        more["own_towers"] = own
         return cls(modalities=modalities, options=options, heads=heads, tower=tower, **more)
 
     def setup(self) -> None:
         super().setup()
-        self.towers = {name: Transformer(self.tower) for name in self.context_names}
+        self.towers = {name: Transformer(self.tower_of(name)) for name in self.context_names}
+
+    def tower_of(self, name: str) -> TransformerOptions:
+        """Returns the shape of a context modality's tower."""
+        return dict(self.own_towers).get(name, self.tower)
 
     def width_of(self, name: str) -> int:
-        return self.options.width if name == "text" else self.tower.width
+        return self.options.width if name == "text" else self.tower_of(name).width
 
     def with_options(self, **changes: Any) -> UnifiedModel:
-        return super().with_options(**changes).clone(tower=replace(self.tower, **changes))
+        own = tuple((name, replace(each, **changes)) for name, each in self.own_towers)
+        tower = replace(self.tower, **changes)
+        return super().with_options(**changes).clone(tower=tower, own_towers=own)
 
     def for_inference(self) -> UnifiedModel:
-        kernel = is_kernel(self.options.attention) or is_kernel(self.tower.attention)
+        stacks = (self.options, self.tower, *(each for _, each in self.own_towers))
+        kernel = any(is_kernel(each.attention) for each in stacks)
         return self.with_options(attention="auto") if kernel else self
 
     def look(self, name: str, batch: Any, *, deterministic: bool = True) -> Tokens:
         """Features of every picture of a context modality, each in a row of its own."""
         tokens = self.embed_apart(name, batch[name])
-        plan = plan_attention(self.tower, ALONE, tokens.metadata, tokens.metadata)
+        plan = plan_attention(self.tower_of(name), ALONE, tokens.metadata, tokens.metadata)
         x, _ = self.towers[name](tokens.embeddings, plan, deterministic=deterministic)
         return Tokens(x, tokens.metadata)
 
@@ -96,10 +110,6 @@ class LateFusion(WithTowers):
 
 
 def _encoded(text: Array | None, context: Mapping[str, Tokens], view: View) -> Encoded:
-    return Encoded(
-        text=text,
-        context={name: tokens.embeddings for name, tokens in context.items()},
-        context_valid={name: tokens.metadata.valid for name, tokens in context.items()},
-        cache=None,
-        rule=view.resolved(),
-    )
+    embeddings = {name: tokens.embeddings for name, tokens in context.items()}
+    valid = {name: tokens.metadata.valid for name, tokens in context.items()}
+    return Encoded.of(text, embeddings, valid, None, view)

@@ -53,17 +53,34 @@ class Encoded:
     """What one pass says of one text and of the context it was read beside.
 
     Attributes:
-      text: [B, T, D] contextual embeddings of the text; None where there was none.
-      context, context_valid: by modality, [B, N, D] and [B, N].
+      outputs: contextual embeddings [B, N, D] by modality, of all that was read or written.
+      valid: bool [B, N] by context modality, which of its tokens are there.
       cache: what further text needs to be read beside the same context; None in late fusion.
       rule: the rule it was read under; static.
     """
 
-    text: Any
-    context: dict[str, Any]
-    context_valid: dict[str, Any]
+    outputs: dict[str, Any]
+    valid: dict[str, Any]
     cache: Cache | None
     rule: AttentionRule = struct.field(pytree_node=False)
+
+    @classmethod
+    def of(
+        cls,
+        text: Array | None,
+        context: Mapping[str, Array],
+        valid: Mapping[str, Array],
+        cache: Cache | None,
+        view: View,
+    ) -> Encoded:
+        """Returns what a pass says of a view's text (None without one) and of its context."""
+        written = {} if text is None else {"text": text}
+        return cls({**context, **written}, dict(valid), cache, view.resolved())
+
+    @property
+    def text(self) -> Any:
+        """[B, T, D] of the text; None where there was none."""
+        return self.outputs.get("text")
 
 
 class UnifiedModel(nn.Module):
@@ -160,9 +177,17 @@ class UnifiedModel(nn.Module):
         """
         raise NotImplementedError
 
-    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores of each next text token, float32."""
-        return self.embedders["text"].logits(x)
+    def logits(self, x: Float[Array, "B T D"], of: str = "text") -> Float[Array, "B T V"]:
+        """Returns the scores of each next token of a modality that has a head, float32.
+
+        Raises:
+          ValueError: the modality has none, so that it can be read and not written.
+        """
+        embedder = self.embedders[of]
+        if not hasattr(embedder, "logits"):
+            raise ValueError(f"model.modalities.{of} has no logits: it can be read, not written")
+        found: Array = embedder.logits(x)
+        return found
 
     def with_options(self, **changes: Any) -> UnifiedModel:
         """The same model with other options of all its transformers, its parameters alike."""

@@ -177,7 +177,7 @@ class Contrastive(TextObjective):
         if name == "text":
             vectors: Array = head("text", seen.text, text_valid(batch))
         else:
-            vectors = head(name, seen.context[name], seen.context_valid[name])
+            vectors = head(name, seen.outputs[name], seen.valid[name])
         return vectors
 
     def embed(self, model: UnifiedModel, batch: Batch, of: str) -> Float[Array, "B Z"]:

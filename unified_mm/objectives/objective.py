@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from unified_mm.config import read_options
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.nn.attention.rules import NONE, View, share_readings
 from unified_mm.nn.sow import AUXILIARY, auxiliary_by_path
@@ -161,6 +162,17 @@ class TextObjective:
 
     kind: ClassVar[str] = ""
     autoregressive: ClassVar[bool] = False
+
+    @classmethod
+    def from_config(cls, name: str, options: Mapping[str, Any]) -> TextObjective:
+        """Returns the objective of `config.objectives.<name>`: its fields are its options.
+
+        Raises:
+          ValueError: an option that it has not, or of another type.
+        """
+        given = {"weight": 1.0, "rule": "separate", **options}
+        own = {key: given[key] for key in given if key not in ("type", "weight_schedule")}
+        return cls(name=name, **read_options(cls, own, f"objectives.{name}"))
 
     @property
     def view(self) -> View:

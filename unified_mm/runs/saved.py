@@ -30,6 +30,8 @@ ORIGINS = ("imported", "quantized")
 GROUPS = ("data", "model", "objectives", "train", "evaluation")
 # Groups whose members users name; a member that has a `type` takes that type's defaults.
 NAMED_GROUPS = ("model.modalities", "objectives", "train.phases")
+# Groups that a recipe may give fields of its own: of each modality, where its weights come from.
+FREE_GROUPS = ("model.start_from",)
 # Groups that code from outside the package may read fields of its own from, and the fields that
 # name the code.
 OPEN_GROUPS = {
@@ -123,7 +125,9 @@ def _completed(
     """Returns a group's fields, those that it lacks by their defaults."""
     if group in NAMED_GROUPS:
         return _completed_members(fields, defaults, group)
-    open_to_others = any(":" in str(fields.get(each, "")) for each in OPEN_GROUPS.get(group, ()))
+    open_to_others = group in FREE_GROUPS or any(
+        ":" in str(fields.get(each, "")) for each in OPEN_GROUPS.get(group, ())
+    )
     absent: dict[str, Any] = {
         name: _completed_members({}, value, path)
         for name, value in defaults.items()

@@ -35,18 +35,19 @@ OWN = (
     "dtype",
 )
 STACK = tuple(name for name in TransformerOptions.config_fields() if name not in OWN)
-PREFIXES = {
-    "image": ("embedders_image/", "towers_image/"),
-    "text": ("embedders_text/", "transformer/"),
-}
 BLOCK = re.compile(r"(.*/layers)/block_(\d+)/(.*)")
+
+
+def prefixes(part: str) -> tuple[str, str]:
+    """Returns where the parameters of a part lie: the text model, or a modality's tower."""
+    return f"embedders_{part}/", "transformer/" if part == "text" else f"towers_{part}/"
 
 
 def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
     """The config with everything that the weights it starts from decide.
 
     Args:
-      config: `model.start_from.image` and `.text` name runs, '' for none.
+      config: `model.start_from` names runs by part, text or a modality with a tower; '' for none.
       asked: fields that the command line set; these must agree with the weights.
 
     Raises:
@@ -58,7 +59,7 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
         if not run:
             continue
         saved = saved_config(run, part, config.model.fusion)
-        taken = text_of(saved, run) if part == "text" else image_of(saved)
+        taken = text_of(saved, run) if part == "text" else tower_of(saved, part)
         for field, value in taken.items():
             given = get_field(config, field)
             if field in asked and given != value:
@@ -76,13 +77,15 @@ def saved_config(run: str, part: str, fusion: str) -> dict[str, Any]:
     if not folder.exists:
         raise FileNotFoundError(f"model.start_from.{part}={run!r} is no run: it has no config.json")
     saved = folder.read_config(defaults())
-    if part == "image" and fusion == "early":
+    if part != "text" and fusion == "early":
         raise ValueError(
-            "model.start_from.image: early fusion has no image tower; use fusion 'late' or "
+            f"model.start_from.{part}: early fusion has no {part} tower; use fusion 'late' or "
             "'gated_cross_attention'"
         )
-    if part == "image" and saved["model"]["fusion"] == "early":
-        raise ValueError(f"model.start_from.image={run!r} is early fusion and has no image tower")
+    if part != "text" and saved["model"]["fusion"] == "early":
+        raise ValueError(f"model.start_from.{part}={run!r} is early fusion and has no {part} tower")
+    if part not in saved["model"]["modalities"]:
+        raise ValueError(f"model.start_from.{part}={run!r} reads no {part}")
     if saved.get("imported", {}).get("part", part) not in (part, "both"):
         raise ValueError(
             f"model.start_from.{part}={run!r} holds weights of {saved['imported']['part']} alone"
@@ -106,15 +109,19 @@ def text_of(saved: Mapping[str, Any], run: str) -> dict[str, Any]:
     }
 
 
-def image_of(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that an image tower's weights decide, by dotted name."""
+def tower_of(saved: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Returns the fields that the weights of a modality's tower decide, by dotted name."""
     model, data = saved["model"], saved["data"]
     options = TransformerOptions.from_config(model).changed(model["tower"])
+    options = options.changed(model["towers"].get(part, {}))
     tower = {name: getattr(options, name) for name in STACK}
-    image = {k: v for k, v in model["modalities"]["image"].items() if k != "type"}
+    modality = {k: v for k, v in model["modalities"][part].items() if k != "type"}
+    taken = {f"model.modalities.{part}.{name}": value for name, value in modality.items()}
+    if part != "image":
+        return {f"model.towers.{part}": tower, **taken}
     return {
         "model.tower": tower,
-        **{f"model.modalities.image.{name}": value for name, value in image.items()},
+        **taken,
         **{f"data.{name}": data[name] for name in ("image_size", "resampling", "fit")},
         "objectives.contrastive.pool": saved["objectives"]["contrastive"]["pool"],
     }
@@ -138,8 +145,9 @@ def load_params(params: Any, config: Config, found: Mapping[str, Any]) -> Any:
 
     def one(key_path: Any, leaf: Any) -> Any:
         path = path_of(key_path)
-        part = next((p for p, prefix in PREFIXES.items() if path.startswith(prefix)), None)
-        if part is None or not config.model.start_from[part] or "/cross/" in path:
+        begun = (part for part, run in config.model.start_from.items() if run)
+        part = next((each for each in begun if path.startswith(prefixes(each))), None)
+        if part is None or "/cross/" in path:
             return leaf
         run = config.model.start_from[part]
         value = _restacked(found, path, leaf.shape)
@@ -165,7 +173,7 @@ def part_of_run(run: str, part: str) -> dict[str, Any]:
         tokenizer = TextTokenizer.train([], 260)
     config = Config(saved)
     shapes = without_names(saved_shapes(build_task(config, tokenizer), config))
-    wanted = {top: tree for top, tree in shapes.items() if f"{top}/" in PREFIXES[part]}
+    wanted = {top: tree for top, tree in shapes.items() if f"{top}/" in prefixes(part)}
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         name = "average" if keeps_average(saved["train"]) else "params"
         restored = checkpoints.restore({name: wanted}, partial=True)
