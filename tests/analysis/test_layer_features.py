@@ -57,7 +57,7 @@ def test_the_output_is_what_the_model_gives(name):
 
         return (
             ask("image", batch["image"], method="embed_apart").embeddings,
-            ask(batch, stream, method="read_context").context["image"],
+            ask(batch, stream, method="read_context").outputs["image"],
             ask(batch["text"], stream, method="read_text"),
         )
 
