@@ -13,7 +13,7 @@ from ml_collections.config_dict import placeholder
 
 
 def default_config() -> ConfigDict:
-    """The whole config: a small early-fusion model on images and their captions.
+    """Returns the whole config: a small early-fusion model on images and their captions.
 
     Lengths are tokens, sizes pixels, rates a step; a share or a rate is in [0, 1].
     """
@@ -48,7 +48,10 @@ def defaults() -> dict[str, Any]:
 
 
 def mesh_fields() -> dict:
-    """Devices along each axis; -1 takes what is left. What each divides: `parallel.sharding`."""
+    """Returns the devices along each axis of the mesh; -1 takes what is left.
+
+    What each axis divides is in `parallel.sharding`.
+    """
     return {
         "data": -1,  # the batch
         "fsdp": 1,  # the batch, and what `zero` says
@@ -63,7 +66,7 @@ def mesh_fields() -> dict:
 
 
 def data_fields() -> dict:
-    """What is trained and scored on."""
+    """Returns the fields of the data that is trained and scored on."""
     return {
         # 'auto': `dir` if given, else a documented place, else the embedded world; or 'coco',
         # 'world', 'tfds', or 'package.module:function' of your own.
@@ -103,7 +106,7 @@ def data_fields() -> dict:
 
 
 def model_fields() -> dict:
-    """The transformers and what they read; see `nn.options` for the words."""
+    """Returns the fields of the transformers and what they read; `nn.options` explains them."""
     return {
         "fusion": "early",  # or 'gated_cross_attention', 'late'
         "width": 128,
@@ -152,7 +155,10 @@ def model_fields() -> dict:
 
 
 def tower_fields() -> dict:
-    """Late and gated fusion: the context's own transformer; what is 0 or None is as in `model`."""
+    """Returns the fields of the context's own transformer in late and gated fusion.
+
+    What is 0 or None is as in `model`.
+    """
     return {
         "width": 0,
         "layers": 0,
@@ -179,7 +185,7 @@ def tower_fields() -> dict:
 
 
 def cross_fields() -> dict:
-    """Gated fusion: its cross-attention layers."""
+    """Returns the fields of the cross-attention layers in gated fusion."""
     return {
         "every": 1,  # one before each n-th block
         "gate": "tanh",  # or 'sigmoid'
@@ -190,7 +196,10 @@ def cross_fields() -> dict:
 
 
 def resampler_fields() -> dict:
-    """Gated fusion: what stands between the tower and the cross-attention layers."""
+    """Returns the fields of the resampler in gated fusion.
+
+    It stands between the tower and the cross-attention layers.
+    """
     return {
         "latents": 64,  # 0: no resampler, every feature is looked at
         "layers": 2,
@@ -205,7 +214,7 @@ def resampler_fields() -> dict:
 
 
 def modality_fields() -> dict:
-    """What is read, by name."""
+    """Returns the fields of each modality, by name."""
     return {
         "image": {
             "type": "image",
@@ -239,10 +248,11 @@ def modality_fields() -> dict:
 
 
 def objective_fields() -> dict:
-    """What is scored, and by which attention rule the text is read; weight 0 switches off.
+    """Returns the fields of each objective, by name; weight 0 switches one off.
 
-    `weight_schedule` says how the weight changes over a run: '' not at all, 'rising', 'falling',
-    'rising_by_half', 'falling_from_half', or `package.module:FUNCTION` of (step, steps) -> factor.
+    `rule` is the attention rule that the text is read by. `weight_schedule` says how the weight
+    changes over a run: '' not at all, 'rising', 'falling', 'rising_by_half', 'falling_from_half',
+    or `package.module:FUNCTION` of (step, steps) -> factor.
     """
     return {
         "contrastive": {
@@ -282,7 +292,7 @@ def objective_fields() -> dict:
 
 
 def training_fields() -> dict:
-    """The optimizer and its schedule. Rules are (pattern of a parameter's path, value)."""
+    """Returns the fields of training; rules are (pattern of a parameter's path, value)."""
     return {
         "steps": 1000,
         "batch_size": 128,
@@ -313,10 +323,10 @@ def training_fields() -> dict:
 
 
 def phase(steps: int, **changes: Any) -> dict:
-    """A phase of training, as it stands under its name in `train.phases`.
+    """Returns the fields of a phase of training, as it stands under its name in `train.phases`.
 
     Args:
-      steps: that it takes; 0 leaves it out.
+      steps: steps that it takes; 0 leaves it out.
       changes: `data`: 'pairs', 'text' (pairs whose images are withheld) or 'documents';
         `objectives`: weights by name, in place of those that all objectives have of their own;
         `train`: other values of fields of `train`, for this phase.
@@ -325,7 +335,7 @@ def phase(steps: int, **changes: Any) -> dict:
 
 
 def evaluation_fields() -> dict:
-    """What is scored at the end, and along the way."""
+    """Returns the fields of what is scored at the end, and along the way."""
     return {
         "split": "val",
         "also": ("test_composition",),  # further splits, scored at the end where the data has them

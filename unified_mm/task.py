@@ -33,7 +33,12 @@ from unified_mm.parallel.sharding import path_of
 
 @dataclass(frozen=True)
 class Resources:
-    """What modalities share: the data options and the tokenizer."""
+    """The inputs that modalities share.
+
+    Attributes:
+      data: `config.data`.
+      tokenizer: of the run.
+    """
 
     data: Config
     tokenizer: TextTokenizer
@@ -41,7 +46,15 @@ class Resources:
 
 @dataclass(frozen=True)
 class Task:
-    """Everything static about what is learned."""
+    """The static parts of a training: modalities, model and objectives.
+
+    Attributes:
+      modalities: by name, in sequence order, text last.
+      model: without parameters.
+      objectives: those with a weight above zero, each after those it needs.
+      tokenizer: of the run.
+      weight_schedules: step -> factor of the weight, by objective whose weight changes.
+    """
 
     modalities: Mapping[str, Any]
     model: UnifiedModel
@@ -50,14 +63,14 @@ class Task:
     weight_schedules: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
 
     def example_batch(self, size: int) -> dict[str, dict[str, np.ndarray]]:
-        """A batch [size, ...] of absent examples: the right keys, shapes and types."""
+        """Returns a batch [size, ...] of absent examples, with the right keys, shapes and types."""
         return {
             name: {key: np.stack([value] * size) for key, value in modality.absent().items()}
             for name, modality in self.modalities.items()
         }
 
     def init(self, key: jax.Array) -> Any:
-        """Parameters, boxed with their logical axis names."""
+        """Returns initial parameters, boxed with their logical axis names."""
         batch = jax.tree.map(jnp.asarray, self.example_batch(2))
         params, dropout, drawn = jax.random.split(key, 3)
         rngs = {"params": params, "dropout": dropout, **self._rngs(drawn)}
@@ -70,13 +83,13 @@ class Task:
         return variables["params"]
 
     def abstract_params(self) -> Any:
-        """Their shapes, boxed likewise; nothing is allocated."""
+        """Returns the shapes of the parameters, boxed in the same way; nothing is allocated."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def metrics(
         self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool, step: Any = 0
     ) -> dict[str, Metric]:
-        """Every objective's loss and metrics on a batch, as (sum, count) by name."""
+        """Returns every objective's loss and metrics on a batch, as (sum, count) by name."""
         return self.metrics_and_embedded(
             params, batch, key, deterministic=deterministic, step=step
         )[0]
@@ -84,7 +97,7 @@ class Task:
     def metrics_and_embedded(
         self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool, step: Any = 0
     ) -> tuple[dict[str, Metric], dict[str, Embedded]]:
-        """The same, and what the objectives that compare examples go by, by their names."""
+        """Returns `metrics`, and the embeddings of objectives that compare examples, by name."""
         outcomes, _ = self._losses(params, batch, key, deterministic, step, self.leaves)
         one = jnp.ones((), jnp.float32)
         param_metrics = self.model.param_metrics(params)
@@ -96,24 +109,24 @@ class Task:
 
     @property
     def leaves(self) -> bool:
-        """Whether an objective reads what layers leave, so that they leave it."""
+        """Returns whether an objective reads auxiliary values, so that layers sow them."""
         return any(reads_auxiliary(each) for each in self.objectives)
 
     def auxiliary(
         self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool
     ) -> dict[str, jax.Array]:
-        """Returns what layers leave beside their output, by path, each [L, groups, ...]."""
+        """Returns the auxiliary values of layers, by path; of a stack, [periods, groups, ...]."""
         _, left = self._losses(params, batch, key, deterministic, 0, True)
         return auxiliary_by_path(left.get(AUXILIARY, {}))
 
     def weight_factors(self, step: Any) -> dict[str, Any]:
-        """Returns what the weights of objectives are multiplied by at a step, where they change."""
+        """Returns the factors of the weights at a step, by objective whose weight changes."""
         return {name: schedule(step) for name, schedule in self.weight_schedules.items()}
 
     def _losses(
         self, params: Any, batch: Any, key: jax.Array, deterministic: bool, step: Any, leave: bool
     ) -> tuple[Any, Any]:
-        """What every objective makes of a batch, and what layers left on the way."""
+        """Returns the output of every objective, and the collections that layers sowed into."""
         dropout, drawn = jax.random.split(key)
         found: Any = self.model.apply(
             {"params": params},
@@ -128,7 +141,10 @@ class Task:
         return found if leave else (found, {})
 
     def _rngs(self, key: jax.Array) -> dict[str, jax.Array]:
-        """A key for each stream that objectives draw from; the first was there before others."""
+        """Returns a key for each random stream of the objectives.
+
+        That of 'mining' is `key` itself, as it was when there was no other stream.
+        """
         names = rngs_of(self.objectives)
         return {
             name: key if name == "mining" else jax.random.fold_in(key, zlib.crc32(name.encode()))
@@ -136,7 +152,7 @@ class Task:
         }
 
     def compared(self, params: Any, embedded: Mapping[str, Embedded]) -> dict[str, Metric]:
-        """Loss and metrics of the objectives that compare examples, among all that is embedded."""
+        """Returns loss and metrics of the objectives that compare examples, over all embedded."""
         outcomes: Any = self.model.apply(
             {"params": params}, embedded, self.objectives, method=compare_embedded
         )
@@ -144,10 +160,10 @@ class Task:
 
 
 def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
-    """The task of a config.
+    """Returns the task of a config.
 
     Raises:
-      ValueError: a fusion, modality or objective that is unknown or cannot do what is asked.
+      ValueError: a fusion, modality or objective is unknown or cannot do what is asked.
     """
     m = config.model
     kind = fusion(m.fusion)
@@ -164,10 +180,10 @@ def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
 
 
 def check_abilities(name: str, kind: type[UnifiedModel], objectives: Sequence[Any]) -> None:
-    """The fusion can serve every objective.
+    """Checks that the fusion can serve every objective.
 
     Raises:
-      ValueError: with the table of what each fusion can do.
+      ValueError: it cannot; the message has the table of what each fusion can serve.
     """
     for objective in objectives:
         if objective.kind and objective.kind not in kind.abilities:
@@ -179,10 +195,10 @@ def check_abilities(name: str, kind: type[UnifiedModel], objectives: Sequence[An
 
 
 def check_modalities(modalities: Mapping[str, Any], objectives: Sequence[Any]) -> None:
-    """Every modality that is declared has a part in some loss, and every one that is read exists.
+    """Checks that each context modality has a part in some loss, and that those read exist.
 
     Raises:
-      ValueError: naming the modality.
+      ValueError: this is not so; the message names the modality.
     """
     contexts = [name for name in modalities if name != "text"]
     for objective in objectives:
@@ -202,7 +218,7 @@ def check_modalities(modalities: Mapping[str, Any], objectives: Sequence[Any]) -
 
 
 def parameter_counts(params: Any) -> dict[str, int]:
-    """How many parameters each part of the model has."""
+    """Returns the number of parameters of each part of the model."""
     counts: dict[str, int] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
         part = path_of(key_path).split("/")[0]

@@ -1,4 +1,4 @@
-"""Beam search: the likeliest texts as wholes, not token by token."""
+"""Beam search: texts of high log-likelihood as wholes, rather than token by token."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ from unified_mm.inference.generate import ReadState, Text, read_prompts, read_to
 from unified_mm.models.unified import UnifiedModel
 from unified_mm.nn.attention.rules import View
 
-NEVER = -1e30  # of a beam that is none; finite, so that sums of it stay numbers
+NEVER = -1e30  # log-likelihood of a beam that does not exist; finite, so that sums stay numbers
 
 
 @struct.dataclass
 class Beams:
-    """The search of B texts, K beams each.
+    """The state of a beam search over B texts, each with the same number of beams.
 
     Attributes:
-      reading: of the live beams but their last tokens, B * K rows.
+      read_state: how far the live beams are read, all but their last tokens; B * beams rows.
       step: int32 [], tokens that each live beam has.
-      live, live_sum: the live beams, int32 [B, K, W] padded, and their log-likelihoods [B, K].
-      ended, ended_sum: the best texts that have ended, likewise.
-      ended_score: float32 [B, K], what these are compared by.
+      live: int32 [B, beams, S], tokens of the live beams, padded.
+      live_sum: float32 [B, beams], log-likelihoods of the live beams.
+      ended: int32 [B, beams, S], tokens of the best texts that have ended, padded.
+      ended_sum: float32 [B, beams], their log-likelihoods.
+      ended_score: float32 [B, beams], the scores that they are compared by.
     """
 
     read_state: ReadState
@@ -45,21 +47,27 @@ def beam_search(
     view: View,
     *,
     max_tokens: Int[Array, " B"],
-    stop: Int[Array, "B E"],
+    stop: Int[Array, "B stops"],
     beams: int,
     length_penalty: float | Float[Array, ""],
     cache_room: int,
     padding: int,
-) -> tuple[Int[Array, "B K W"], Float[Array, "B K"]]:
-    """The K best texts, best first, by log-likelihood / length ** length_penalty.
+) -> tuple[Int[Array, "B beams S"], Float[Array, "B beams"]]:
+    """Returns the best texts, best first, by log-likelihood / length ** length_penalty.
 
     A text is as long as its tokens, its end included. The search of a text ends where no live beam
-    could, at its longest, be better than the worst of K that have ended.
+    could, at its longest, be better than the worst of those that have ended.
 
-    Args: as of `generate.begin`.
+    Args:
+      model, params, batch, view: as `generate.start` takes them.
+      max_tokens, stop: as `generate.start` takes them, a row for each example.
+      beams: beams of each text, which is also how many texts are returned.
+      length_penalty: the exponent of the length.
+      cache_room: S, the most tokens that any text may have.
+      padding: the id of padding.
 
     Returns:
-      What was written, padded, and its log-likelihood in nats.
+      The tokens, padded, and their log-likelihoods in nats: -inf where there are fewer texts.
     """
     logits, read_state = read_prompts(model, params, batch, view, cache_room)
     texts = logits.shape[0]
@@ -97,21 +105,22 @@ def beam_search(
 
 def choose(
     state: Beams,
-    logits: Float[Array, "R V"],
+    logits: Float[Array, "rows V"],
     max_tokens: Int[Array, " B"],
-    stop: Int[Array, "B E"],
+    stop: Int[Array, "B stops"],
     length_penalty: float | Float[Array, ""],
 ) -> Beams:
-    """The beams one token longer: the K best of those that end, and of those that go on.
+    """Extends the beams by one token: keeps the best of those that end, and of those that go on.
 
     Args:
-      logits: of what follows each live beam, R = B * K rows.
-      most, stop, length_penalty: as of `beam_search`.
+      state: the beams so far.
+      logits: scores of the token after each live beam, B * beams rows.
+      max_tokens, stop, length_penalty: as `beam_search` takes them.
     """
     texts, beams = state.live_sum.shape
     likelihood = jax.nn.log_softmax(logits).reshape(texts, beams, -1)
     vocabulary = likelihood.shape[-1]
-    # Enough that K go on whatever of them ends.
+    # Enough candidates that all beams go on, whichever of them end.
     count = min(beams * (1 + stop.shape[1]), beams * vocabulary)
     total = (state.live_sum[..., None] + likelihood).reshape(texts, -1)
     total, place = jax.lax.top_k(total, count)
@@ -143,5 +152,5 @@ def choose(
 def score(
     total: Float[Array, "*any"], length: Int[Array, "*some"], length_penalty: Any
 ) -> Float[Array, "*any"]:
-    """What texts are compared by."""
+    """Returns the scores that texts are compared by."""
     return total / length.astype(jnp.float32) ** length_penalty

@@ -1,4 +1,4 @@
-"""Classes by name: a class is the mean direction of its name in several sentences.
+"""Embeddings of classes for zero-shot classification, from the classes' names in several sentences.
 
 Radford et al. 2021 (CLIP), section 3.1.4.
 """
@@ -25,11 +25,11 @@ def class_embeddings(
     embed_texts: Callable[[Sequence[str]], np.ndarray],
     classes: Sequence[str],
     templates: Sequence[str] = TEMPLATES,
-) -> Float[np.ndarray, "C E"]:
-    """Unit vectors of classes, float32: each class's filled templates averaged, renormalised.
+) -> Float[np.ndarray, "C Z"]:
+    """Returns a unit vector for each class, float32: the mean of its filled templates, normalised.
 
     Args:
-      embed_texts: N texts -> unit vectors [N, E].
+      embed_texts: texts -> their unit vectors [B, Z].
       classes: the name of each class, as it is put into the templates.
       templates: sentences with one `{}`.
 
@@ -48,7 +48,11 @@ def class_embeddings(
 
 
 def filled(templates: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """Every template with every name, class by class. Raises ValueError for a wrong template."""
+    """Fills every template with every name, class by class.
+
+    Raises:
+      ValueError: no template, or one that `check_template` refuses.
+    """
     if not templates:
         raise ValueError("no template is given: '{}' is the name alone")
     for template in templates:
@@ -57,7 +61,11 @@ def filled(templates: Sequence[str], classes: Sequence[str]) -> list[str]:
 
 
 def check_template(template: str) -> None:
-    """Raises ValueError unless the template has one `{}` and no other field."""
+    """Checks that a template has one `{}` and no other field.
+
+    Raises:
+      ValueError: it has not.
+    """
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -70,8 +78,12 @@ def check_template(template: str) -> None:
         )
 
 
-def check_finite(embeddings: Float[np.ndarray, "R E"], names: Sequence[str]) -> None:
-    """Raises ValueError that says how many rows are not finite, and the first one's name."""
+def check_finite(embeddings: Float[np.ndarray, "rows Z"], names: Sequence[str]) -> None:
+    """Checks that all embeddings are finite.
+
+    Raises:
+      ValueError: some are not; the message says how many, and the name of the first.
+    """
     bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
     if len(bad):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How text is chosen from a model's scores: what a user asks for, checked."""
+"""Options of decoding, which choose text by a model's logits, and the text that is written."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ HOTTEST = 1000
 
 @dataclass(frozen=True)
 class Decoding:
-    """Greedy by default.
+    """Options of decoding, checked; greedy by default.
 
     Attributes:
-      tokens: the most that are written, the end among them; None as many as the model reads.
-      temperature: what scores are divided by before a token is drawn; 0 takes the likeliest.
-      top_k: of how many likeliest tokens one is drawn (Fan et al. 2018); 0 of all.
-      top_p: the share of probability that the likeliest tokens, of which one is drawn, must reach
-        together (Holtzman et al. 2020, "nucleus"), after `top_k`.
-      beams: of beam search; 1 has none.
+      tokens: the most that are written, the end included; None for as many as the model reads.
+      temperature: what logits are divided by before a token is drawn; 0 takes the likeliest.
+      top_k: how many of the likeliest tokens are drawn from (Fan et al. 2018); 0 for all.
+      top_p: the probability that the tokens drawn from, likeliest first, reach together
+        (Holtzman et al. 2020, nucleus sampling); applied after `top_k`.
+      beams: beams of beam search; 1 for no beam search.
       length_penalty: beams are compared by log-likelihood / length ** length_penalty; 0 favours
         short texts, 1 takes the mean of a token (Wu et al. 2016, section 7, without its offset).
       samples: texts for each prompt: drawn, or the best beams.
-      stop: tokens that end a text as its end does, and are not part of it: as they are spelt, or
-        their ids.
-      seed: of what is drawn.
+      stop: tokens, or their ids, that end a text as its end token does and are not part of it.
+      seed: seed of the draws.
 
     Raises:
       ValueError: a value out of its range, or two that exclude each other.
@@ -84,10 +83,10 @@ class Decoding:
             raise ValueError("top_k and top_p are of what is drawn: give a temperature above 0")
 
     def stop_ids(self, tokenizer: TextTokenizer) -> tuple[int, ...]:
-        """The tokens that end a text, its own end first.
+        """Returns the ids of the tokens that end a text, its end token first.
 
         Raises:
-          ValueError: no token of this tokenizer.
+          ValueError: a stop is no single token of this tokenizer.
         """
         found = [tokenizer.eos_id]
         for stop in self.stop:
@@ -100,9 +99,10 @@ class Written:
     """A text that a model wrote.
 
     Attributes:
-      text: without its end.
-      tokens: their ids, the end included where there is one.
-      log_likelihood: of these tokens, in nats, by the model's own scores, however they were drawn.
+      text: the text, without its end token.
+      tokens: its token ids, the end token included where there is one.
+      log_likelihood: of all these tokens, in nats, by the model's own logits, however they were
+        drawn.
     """
 
     text: str
@@ -112,12 +112,19 @@ class Written:
     @classmethod
     def of_row(
         cls,
-        row: Int[np.ndarray, " W"],
+        row: Int[np.ndarray, " S"],
         log_likelihood: float,
         ends: Sequence[int],
         tokenizer: TextTokenizer,
     ) -> Written:
-        """A padded row of what was written; `ends` are the tokens that end a text."""
+        """Builds the text of a padded row of tokens.
+
+        Args:
+          row: token ids, padded.
+          log_likelihood: as in the class.
+          ends: the tokens that end a text.
+          tokenizer: decodes the tokens.
+        """
         ended = np.flatnonzero(np.isin(row, ends))[:1]
         # Without an end it is full, and what follows it is padding.
         filled = ended if len(ended) else np.flatnonzero(row != tokenizer.pad_id)[-1:]

@@ -1,7 +1,7 @@
 """Continuous batching: requests of different lengths enter and leave a fixed number of slots.
 
 Yu et al. 2022, "Orca", section 3.1: after every token, texts that have ended make room for others.
-Requests about the same image share what was read of it.
+Requests about the same image share its cached keys and values.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from unified_mm.inference.writing import Cancelled, QueueFull, Writing
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for, and where its pieces go."""
+    """A request: an image, a prompt, how to decode, and the `Writing` that takes the text."""
 
-    view: UInt8[np.ndarray, "S S 3"]
+    view: UInt8[np.ndarray, "size size 3"]
     prompt: str
     decoding: Decoding
     writing: Writing
@@ -34,12 +34,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Counts:
-    """What an engine has done and is doing.
+    """Counts of what an engine has done and is doing.
 
     Attributes:
-      waiting, running: requests.
-      tokens: written in all.
-      images_read, images_shared: requests whose image had to be read, or was known.
+      waiting: requests that wait for a slot.
+      running: requests whose texts are being written.
+      tokens: tokens written in all.
+      images_read: requests whose image had to be read.
+      images_shared: requests whose image was cached.
     """
 
     waiting: int
@@ -50,12 +52,12 @@ class Counts:
 
 
 class Engine:
-    """Writes texts about images for many callers at once; a context manager.
+    """An engine that writes texts about images for many callers at once; a context manager.
 
     Args:
-      model: that was trained to write.
+      model: a model that was trained to write.
       slots: texts that are written at the same time.
-      images: that stay known; the one that was asked for longest ago goes first.
+      images: images that stay cached; the one asked for longest ago is dropped first.
       queue: requests that may wait for a slot.
 
     Raises:
@@ -88,14 +90,19 @@ class Engine:
         self._thread.start()
 
     def submit(self, view: Any, prompt: str = "", decoding: Decoding = GREEDY) -> Writing:
-        """Asks for a text about an image, after a prompt ('' for a caption).
+        """Submits a request for a text about an image, after a prompt ('' for a caption).
 
         Args:
           view: uint8 [size, size, 3], as `LoadedModel.view` makes it.
+          prompt: the beginning of the text.
+          decoding: how the text is decoded; one text, without beams.
+
+        Returns:
+          The text, piece by piece or whole.
 
         Raises:
-          ValueError: what cannot be written.
-          QueueFull: too much is waiting.
+          ValueError: a view of another shape or type, or a text that cannot be written.
+          QueueFull: too many requests are waiting.
           RuntimeError: the engine was closed, or failed.
         """
         view = np.asarray(view)
@@ -120,7 +127,7 @@ class Engine:
         return request.writing
 
     def counts(self) -> Counts:
-        """What it has done so far."""
+        """Returns the counts of what it has done so far."""
         return Counts(
             len(self._waiting),
             len(self._running),
@@ -130,10 +137,10 @@ class Engine:
         )
 
     def close(self, timeout: float | None = None) -> bool:
-        """Takes no more requests and waits until those that it took are answered.
+        """Stops taking requests and waits until those that it took are answered.
 
         Args:
-          timeout: seconds after which what is not answered is cancelled.
+          timeout: seconds after which unanswered requests are cancelled; None waits for all.
 
         Returns:
           Whether all were answered.
@@ -157,7 +164,7 @@ class Engine:
         self.close()
 
     def _run(self) -> None:
-        """The engine's own thread."""
+        """Runs the engine until it is closed and idle; the target of its thread."""
         try:
             while self._wait():
                 self._enter()
@@ -167,14 +174,14 @@ class Engine:
             self._fail(error)
 
     def _wait(self) -> bool:
-        """Waits for something to do; False when there is nothing and never will be."""
+        """Waits for something to do; returns False when there is nothing and never will be."""
         with self._changed:
             while not (self._waiting or self._running or self._closing):
                 self._changed.wait()
             return bool(self._waiting or self._running)
 
     def _enter(self) -> None:
-        """Gives free slots to those that have waited longest."""
+        """Gives free slots to the requests that have waited longest."""
         while self._free and (requests := self._next(min(len(self._free), ENTERING[-1]))):
             self._entering = requests
             fresh, rows = self._known.rows([request.view for request in requests])
@@ -193,7 +200,7 @@ class Engine:
                 self._say(entry.slot, int(token), bool(last))
 
     def _next(self, count: int) -> list[Request]:
-        """Up to so many requests that somebody still waits for."""
+        """Takes up to `count` requests from the queue and ends those that were cancelled."""
         with self._changed:
             taken: list[Request] = []
             while self._waiting and len(taken) < count:
@@ -210,7 +217,7 @@ class Engine:
             self._say(slot, int(tokens[slot]), bool(done[slot]))
 
     def _say(self, slot: int, token: int, last: bool) -> None:
-        """Hands a token on; whoever has the last one, or wants no more, leaves the slot."""
+        """Hands a token to its request; frees the slot after the last one or a cancellation."""
         request, spelling = self._running[slot]
         if request.writing.cancelled:
             self._leave(slot, Cancelled())
@@ -239,10 +246,11 @@ class Engine:
 
 
 class KnownImages:
-    """Which row holds which image, by content; the one asked for longest ago goes first.
+    """A map from an image's content to its row in the cache; the least recently used goes first.
 
     Attributes:
-      read, shared: how often an image was not known, and was.
+      read: how often an image was not cached.
+      shared: how often an image was cached.
     """
 
     def __init__(self, rows: int) -> None:
@@ -250,11 +258,11 @@ class KnownImages:
         self._free = list(range(rows))
         self.read = self.shared = 0
 
-    def rows(self, views: list[UInt8[np.ndarray, "S S 3"]]) -> tuple[list[int], list[int]]:
-        """The row of each image, no more of them than there are rows.
+    def rows(self, views: list[UInt8[np.ndarray, "size size 3"]]) -> tuple[list[int], list[int]]:
+        """Assigns a row to each image; at most as many images as there are rows.
 
         Returns:
-          Which of the images must be read into their rows first (each once), and all rows.
+          Indices of the images that must first be read into their rows (each once), and all rows.
         """
         fresh, found = [], []
         for number, view in enumerate(views):

@@ -1,13 +1,13 @@
-"""Asks a model that `python -m unified_mm.export` wrote; this file lies beside it.
+"""A model that `python -m unified_mm.export` wrote, ready to run; this file lies beside it.
 
     import exported                       # in the folder, or with the folder on the path
     model = exported.load()
-    model.embed_images(pixels)            # uint8 [B, size, size, 3] -> float32 [B, E], unit norm
-    model.embed_texts(["a red cube"])     # -> float32 [B, E], unit norm
+    model.embed_images(pixels)            # uint8 [B, size, size, 3] -> float32 [B, Z], unit norm
+    model.embed_texts(["a red cube"])     # -> float32 [B, Z], unit norm
     model.caption(pixels)                 # -> list of str
 
-It needs jax and numpy; tokenizers too where text is given or wanted and not token ids. What pixels
-have to be is said in manifest.json, under 'image'.
+It needs jax and numpy, and tokenizers where texts are given or wanted rather than token ids. How
+pixels have to be prepared is said in manifest.json, under 'image'.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ FORMAT = 1
 
 
 class DamagedExport(ValueError):
-    """A file is not what was written."""
+    """The error that a file of an export is missing or is not what was written."""
 
 
 def load(folder: str | Path = Path(__file__).parent) -> ExportedModel:
-    """The model of a folder, by default of the one that this file lies in.
+    """Loads the model of a folder, by default of the one that this file lies in.
 
     Raises:
       FileNotFoundError: no manifest.json there.
@@ -43,10 +43,10 @@ def load(folder: str | Path = Path(__file__).parent) -> ExportedModel:
 
 
 class ExportedModel:
-    """Programs and parameters of an export. B is any number of rows; each is compiled once.
+    """Programs and parameters of an export. Batches may have any size; each size is compiled once.
 
     Attributes:
-      manifest: what manifest.json says.
+      manifest: the contents of manifest.json.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -73,21 +73,22 @@ class ExportedModel:
         self._text = self.manifest["text"]
 
     def embed_images(self, pixels: np.ndarray) -> np.ndarray:
-        """Unit vectors, float32 [B, E], of uint8 [B, size, size, 3]."""
+        """Returns unit vectors, float32 [B, Z], of images, uint8 [B, size, size, 3]."""
         if not len(pixels):
             return self._nothing("embed_images")
         return np.asarray(self._run("embed_images", {"pixels": pixels}))
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit vectors, float32 [B, E]; a text that is too long is cut.
+        """Returns unit vectors of texts, float32 [B, Z]; a text that is too long is cut.
 
-        Raises ValueError for one text alone.
+        Raises:
+          ValueError: one text alone.
         """
         _refuse_text(texts)
         return self.embed_tokens([self.tokens(text) for text in texts])
 
     def embed_tokens(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
-        """The same of texts that are token ids already, without begin and end."""
+        """Returns unit vectors of texts, given as token ids without begin and end tokens."""
         length, end = self._text["length"], self._text["end"]
         if not texts:
             return self._nothing("embed_texts")
@@ -100,28 +101,32 @@ class ExportedModel:
         return np.asarray(self._run("embed_texts", {"ids": ids, "valid": valid}))
 
     def caption(self, pixels: np.ndarray) -> list[str]:
-        """What the model writes about each image, greedily."""
+        """Writes a text about each image, greedily."""
         return self.answer(pixels, [""] * len(pixels))
 
     def answer(self, pixels: np.ndarray | None, prompts: Sequence[str]) -> list[str]:
-        """What it writes about each image after its prompt; ValueError for one text alone."""
+        """Writes a text about each image after its prompt, greedily.
+
+        Raises:
+          ValueError: one text alone, or as `write` does.
+        """
         _refuse_text(prompts)
         return [self.text(row) for row in self.write([self.tokens(p) for p in prompts], pixels)]
 
     def write(
         self, prompts: Sequence[Sequence[int]], pixels: np.ndarray | None = None
     ) -> list[list[int]]:
-        """The likeliest token again and again, until each text has ended or is full.
+        """Writes the likeliest token again and again, until each text has ended or is full.
 
         Args:
           prompts: token ids, without the begin token.
-          pixels: of the image that each is about; None where the model reads none.
+          pixels: the image that each text is about; None where the model reads none.
 
         Returns:
-          The ids that were written, the end token left out.
+          The ids that were written, without the end token.
 
         Raises:
-          ValueError: a prompt that is empty or leaves no room, or pixels of another kind.
+          ValueError: a prompt that is empty or leaves no room, or pixels of another shape or type.
         """
         if not prompts:
             return []
@@ -152,11 +157,14 @@ class ExportedModel:
     def prefill(
         self, ids: np.ndarray, valid: np.ndarray, pixels: np.ndarray | None = None
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """Reads images and prompts: logits [B, V] of what follows, and the state to go on from.
+        """Reads images and prompts.
 
         Args:
-          ids, valid: int32 and bool [B, P], the begin token, the prompt, then padding.
+          ids, valid: int32 and bool [B, T], the begin token, the prompt, then padding.
           pixels: uint8 [B, size, size, 3].
+
+        Returns:
+          Logits [B, V] of the next token, and the state to go on from.
         """
         inputs = {"ids": ids, "valid": valid}
         if pixels is not None:
@@ -167,17 +175,25 @@ class ExportedModel:
     def decode(
         self, token: np.ndarray, state: list[jax.Array]
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """Reads one token of each text, int32 [B]; `state` is used up, the next one comes back."""
+        """Reads one more token of each text.
+
+        Args:
+          token: int32 [B].
+          state: the state to go on from; it is donated.
+
+        Returns:
+          Logits [B, V] of the next token, and the next state.
+        """
         logits, state = self._run("decode", {"token": token}, state)
         return logits, state
 
     def tokens(self, text: str) -> list[int]:
-        """The token ids of a text alone."""
+        """Returns the token ids of a text, without begin and end tokens."""
         ids: list[int] = self._tokenizer().encode(text, add_special_tokens=False).ids
         return ids if text else []
 
     def text(self, ids: Sequence[int]) -> str:
-        """Token ids as a text."""
+        """Returns the text of token ids."""
         decoded: str = self._tokenizer().decode(list(ids), skip_special_tokens=True)
         return decoded.strip()
 
@@ -191,7 +207,7 @@ class ExportedModel:
         return tokenizer
 
     def _nothing(self, name: str) -> np.ndarray:
-        """What a program makes of no rows."""
+        """Returns the output of a program for a batch of no rows."""
         if name not in self._programs:
             raise ValueError(f"this export has no {name}, but {', '.join(self._programs)}")
         output = self.manifest["programs"][name]["output"]
@@ -229,7 +245,13 @@ def _refuse_text(texts: Sequence[str]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What manifest.json says, its own checksum seen to. Raises as `load` does."""
+    """Reads manifest.json and checks it against its own checksum.
+
+    Raises:
+      FileNotFoundError: no manifest.json there.
+      DamagedExport: it is changed.
+      ValueError: another format.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no export (it has no {MANIFEST})")
@@ -247,12 +269,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def digest(manifest: Any) -> str:
-    """The SHA-256 of a manifest, however its file is laid out."""
+    """Returns the SHA-256 of a manifest, however its file is laid out."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def check_file(path: Path, sha256: str) -> None:
-    """Raises DamagedExport for a file that is missing or not the one that was written."""
+    """Checks a file against its SHA-256.
+
+    Raises:
+      DamagedExport: it is missing, or not the file that was written.
+    """
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

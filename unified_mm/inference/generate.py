@@ -1,6 +1,6 @@
-"""Writing text on the cache, token by token: a `DecodeState`, and one function, `decode_step`.
+"""Autoregressive decoding with a cache: a `DecodeState`, and `decode_step`, which adds one token.
 
-`generate` runs it in a loop on the device; streams and the engine take single, donated steps.
+`generate` runs it in a loop on the device; streaming and the engine take single, donated steps.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ Text = Mapping[str, Array]
 
 @struct.dataclass
 class ReadState:
-    """How far texts have been read, a row each.
+    """The state of texts that are read into a cache, a row each.
 
     Attributes:
-      cache: with the text that was read, and room for more.
-      place: int32 [B], of the next token in its text.
-      where: of the next token in its document, int32 [B] each (`POSITION_KEYS`); empty without one.
+      cache: keys and values of the context and the text that was read, with room for more.
+      place: int32 [B], index of the next token in its text.
+      where: int32 [B] each, `POSITION_KEYS` of the next token; empty where the batch holds no
+        documents.
     """
 
     cache: Cache
     place: Any
     where: dict[str, Any]
 
-    def select(self, rows: Int[Array, " R"]) -> ReadState:
-        """The given rows."""
+    def select(self, rows: Int[Array, " rows"]) -> ReadState:
+        """Returns the given rows."""
         where = {key: value[rows] for key, value in self.where.items()}
         return ReadState(self.cache.select(rows), self.place[rows], where)
 
-    def put(self, rows: Int[Array, " R"], other: ReadState) -> ReadState:
-        """With other param_metrics in place of the given rows."""
+    def put(self, rows: Int[Array, " rows"], other: ReadState) -> ReadState:
+        """Returns the state with the rows of `other` in place of the given ones."""
         return ReadState(
             self.cache.put(rows, other.cache),
             self.place.at[rows].set(other.place),
@@ -52,17 +53,17 @@ class ReadState:
 
 @struct.dataclass
 class DecodeState:
-    """Texts that are being written, a row each.
+    """The state of texts that are being written, a row each.
 
     Attributes:
-      reading: of all but the last token.
+      read_state: the state after all but the last token are read.
       token: int32 [B], the last one, drawn and not yet read.
-      written: int32 [B, W], what was written so far, its end included, padded.
+      written: int32 [B, S], what was written so far, its end included, padded.
       count: int32 [B], how many tokens that is.
-      most: int32 [B], how many it may be, at most W.
-      done: bool [B].
+      max_tokens: int32 [B], how many it may be, at most S.
+      done: bool [B], whether the text has ended or is full.
       likelihood: float32 [B], the sum of its tokens' log-likelihoods in nats, however drawn.
-      stop: int32 [B, E], the tokens that end a text; -1 where there are fewer.
+      stop: int32 [B, stops], the tokens that end a text; -1 where there are fewer.
       sampling: how tokens are drawn.
     """
 
@@ -76,8 +77,8 @@ class DecodeState:
     stop: Any
     sampling: Sampling
 
-    def put(self, rows: Int[Array, " R"], other: DecodeState) -> DecodeState:
-        """With other drafts, of as much room, in place of the given rows."""
+    def put(self, rows: Int[Array, " rows"], other: DecodeState) -> DecodeState:
+        """Returns the state with the rows of `other`, of equal S, in place of the given ones."""
 
         def put(mine: Any, others: Any) -> Any:
             return jax.tree.map(lambda x, y: x.at[rows].set(y), mine, others)
@@ -92,7 +93,7 @@ class DecodeState:
 def generate(
     model: UnifiedModel, params: Any, state: DecodeState, view: View, padding: int
 ) -> DecodeState:
-    """The draft once every text has ended or is full."""
+    """Writes tokens until every text has ended or is full, and returns the last state."""
     return jax.lax.while_loop(
         lambda state: ~state.done.all(),
         lambda state: decode_step(model, params, state, view, padding),
@@ -107,7 +108,7 @@ def start(
     view: View,
     *,
     max_tokens: Int[Array, " B"],
-    stop: Int[Array, "B E"],
+    stop: Int[Array, "B stops"],
     sampling: Sampling,
     cache_room: int,
     padding: int,
@@ -115,15 +116,15 @@ def start(
     """Reads context and prompts and draws the first token of each text.
 
     Args:
-      model, params: of the run.
+      model, params: the model and its parameters.
       batch: the context modalities, and as `text` what each text starts with (`ids`, `valid`
-        [B, T]: at least one token, then padding; documents carry their placement too).
-      stream: the objective's that the model learned to write by.
-      most: how many tokens each text may have.
+        [B, T]: at least one token, then padding; documents carry `POSITION_KEYS` too).
+      view: the objective's view that the model learned to write by.
+      max_tokens: how many tokens each text may have.
       stop: tokens that end it; -1 where there are fewer.
-      sampling: a row for each row of what comes out: of `samples` texts for each prompt, where it
-        has so many times B rows, and so have `max_tokens` and `stop`.
-      room: W, how many tokens any may have.
+      sampling: how each text is drawn. It, `max_tokens` and `stop` have as many rows as the batch,
+        or so many times more: then that many texts are written for each prompt.
+      cache_room: S, how many tokens any text may have.
       padding: the id of padding.
     """
     logits, read_state = read_prompts(model, params, batch, view, cache_room)
@@ -138,12 +139,12 @@ def first_token(
     logits: Float[Array, "B V"],
     read_state: ReadState,
     max_tokens: Int[Array, " B"],
-    stop: Int[Array, "B E"],
+    stop: Int[Array, "B stops"],
     sampling: Sampling,
     cache_room: int,
     padding: int,
 ) -> DecodeState:
-    """Drafts of one token, by the scores after their prompts."""
+    """Draws the first token of each text, by the logits after its prompt."""
     rows = logits.shape[0]
     max_tokens = jnp.minimum(max_tokens, cache_room)
     blank = DecodeState(
@@ -163,7 +164,7 @@ def first_token(
 def decode_step(
     model: UnifiedModel, params: Any, state: DecodeState, view: View, padding: int
 ) -> DecodeState:
-    """Reads the last token of each text and draws the next one. What is done stays as it is."""
+    """Reads the last token of each text and draws the next; texts that are done stay unchanged."""
     logits, read_state = read_token(
         model, params, state.read_state, state.token, view, state.written.shape[1]
     )
@@ -171,7 +172,7 @@ def decode_step(
 
 
 def append(state: DecodeState, logits: Float[Array, "B V"], padding: int) -> DecodeState:
-    """The draft with one more token, drawn by its scores."""
+    """Appends one token to each text, drawn by its logits."""
     rows = jnp.arange(logits.shape[0])
     drawn = draw(logits, state.sampling, state.count)
     gained = logits[rows, drawn] - jax.nn.logsumexp(logits, axis=-1)
@@ -192,7 +193,11 @@ def append(state: DecodeState, logits: Float[Array, "B V"], padding: int) -> Dec
 def read_prompts(
     model: UnifiedModel, params: Any, batch: Mapping[str, Text], view: View, cache_room: int
 ) -> tuple[Float[Array, "B V"], ReadState]:
-    """Context and prompts, and room for more: the scores of what follows, and how far it is."""
+    """Reads context and prompts into a cache with room for `cache_room` more tokens.
+
+    Returns:
+      Logits of the next token, and the state of what was read.
+    """
     prompt = batch["text"]
 
     def read_first(module: UnifiedModel) -> Any:
@@ -206,7 +211,11 @@ def read_prompts(
 def read_beside(
     model: UnifiedModel, params: Any, prefix: Cache, prompt: Text, view: View, cache_room: int
 ) -> tuple[Float[Array, "B V"], ReadState]:
-    """The same beside a context that was read before (`UnifiedModel.prefix`)."""
+    """Reads prompts beside a context that was read before (`UnifiedModel.prefix`).
+
+    Returns:
+      As `read_prompts`.
+    """
 
     def read_first(module: UnifiedModel) -> Any:
         group = text_group(view, cache_room)
@@ -225,10 +234,13 @@ def read_token(
     view: View,
     cache_room: int,
 ) -> tuple[Float[Array, "B V"], ReadState]:
-    """One more token of each text: the scores of what follows, and how far it is.
+    """Reads one more token of each text.
 
     The last `cache_room` slots of the cache are a ring: a text that began later than the others
     goes on where they began, and none is longer than the ring.
+
+    Returns:
+      Logits of the next token, and the state of what was read.
     """
     rows = token.shape[0]
     text = {
@@ -252,18 +264,18 @@ def read_token(
 
 
 def in_its_form(model: UnifiedModel, cache: Cache) -> Cache:
-    """A cache as the model's options want it kept."""
+    """Returns a cache in the form that the model's options ask for."""
     return cache.in_int8() if model.options.cache == "int8" else cache
 
 
 def last_token(x: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> Float[Array, "B 1 D"]:
-    """The embedding of the last token that is there."""
+    """Returns the embedding of the last valid token."""
     last = jnp.maximum(valid.sum(1) - 1, 0)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)
 
 
 def after(prompt: Text) -> tuple[Int[Array, " B"], dict[str, Array]]:
-    """Where the token after a prompt belongs: in its text, and in its document if it has one."""
+    """Returns where the token after a prompt belongs: in its text, and in its document if any."""
     length = prompt["valid"].sum(1)
     last = jnp.maximum(length - 1, 0)[:, None]
     where = {

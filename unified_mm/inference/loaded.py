@@ -1,4 +1,4 @@
-"""A trained run, ready to be asked: `unified_mm.load("runs/first")`."""
+"""A trained run, ready for inference: `unified_mm.load("runs/first")`."""
 
 from __future__ import annotations
 
@@ -41,9 +41,11 @@ class LoadedModel:
     """A run's model with the parameters that its scores were taken with.
 
     Attributes:
-      step: of the checkpoint that they are from.
-      config: of the run.
-      saved: the config as the run's folder has it; a version before this one may have written it.
+      task: the run's task.
+      step: step of the checkpoint that the parameters are from.
+      config: the run's config.
+      saved: the config as the run's folder has it, perhaps written by an earlier version.
+      predictor: computes what is asked for, batch by batch.
     """
 
     def __init__(
@@ -65,17 +67,18 @@ class LoadedModel:
 
     @property
     def params(self) -> Any:
-        """The parameter tree as training has it, its layers stacked anew."""
+        """The parameter tree as training has it, its layers stacked again."""
         return stack_layers(self.predictor.params)
 
     def embed(self, items: Iterable[Any], of: str, objective: str = "") -> Float[np.ndarray, "B Z"]:
-        """Returns unit vectors, float32, of items of any modality that a contrast embeds.
+        """Returns unit vectors, float32, of items of any modality that was trained by contrast.
 
         Args:
           items: images as `embed_images` takes them, texts, or what a `Record` holds of another
             modality under its name.
           of: the modality.
-          objective: the contrast in whose space they lie, where several embed the modality.
+          objective: the contrastive objective in whose space they lie, where several embed the
+            modality.
 
         Raises:
           ValueError: no list, an item that cannot be read, or as `Predictor.embed` does.
@@ -97,14 +100,18 @@ class LoadedModel:
           images: paths, PIL images or uint8 [height, width, 3].
 
         Raises:
-          ValueError: no list, or what `view` refuses.
+          ValueError: no list, or an image that `view` refuses.
         """
         return self.embed(images, "image", self.predictor.of_images_and_texts("image"))
 
     def embed_files(
         self, paths: Iterable[ImageFile]
     ) -> tuple[list[ImageFile], Float[np.ndarray, "B Z"], list[Problem]]:
-        """The files that can be read, their embeddings, and what is wrong with the others."""
+        """Embeds the image files that can be read.
+
+        Returns:
+          The files that can be read, their embeddings, and what is wrong with the others.
+        """
         files = listed(paths, "paths")
         kept, problems = [], []
         parts = [self.embed_images([])]
@@ -128,7 +135,7 @@ class LoadedModel:
         A text is cut at the length that the model reads (`model.modalities.text.length` tokens).
 
         Raises:
-          ValueError: no list, or what is no text, with its place in the list.
+          ValueError: no list, or an item that is no text; the message gives its index.
         """
         return self.embed(texts, "text", self.predictor.of_images_and_texts("text"))
 
@@ -138,7 +145,7 @@ class LoadedModel:
         classes: Iterable[str],
         templates: Iterable[str] = TEMPLATES,
     ) -> Float[np.ndarray, "B C"]:
-        """Cosine similarities of images and named classes, float32: the largest one fits best.
+        """Returns cosine similarities of images and named classes, float32: the largest fits best.
 
         Raises:
           ValueError: no lists, or as `class_embeddings` does.
@@ -147,7 +154,7 @@ class LoadedModel:
         return self.embed_images(images) @ class_embeddings(self.embed_texts, names, sentences).T
 
     def caption(self, images: Iterable[Picture], decoding: Decoding = GREEDY) -> list[str]:
-        """What the model writes about each image: greedily, or as `decoding` says."""
+        """Writes a text about each image: greedily, or as `decoding` says."""
         pictured = listed(images, "images")
         return self.answer(pictured, [""] * len(pictured), decoding)
 
@@ -157,7 +164,7 @@ class LoadedModel:
         questions: Iterable[str],
         decoding: Decoding = GREEDY,
     ) -> list[str]:
-        """What the model writes about each image after its question."""
+        """Writes a text about each image after its question: greedily, or as `decoding` says."""
         images, questions = as_many(images, questions, "questions")
         return [texts[0].text for texts in self.generate(images, questions, decoding)]
 
@@ -167,11 +174,11 @@ class LoadedModel:
         prompts: Iterable[str],
         decoding: Decoding = GREEDY,
     ) -> list[list[Written]]:
-        """`decoding.samples` texts about each image, after its prompt ('' for a caption).
+        """Writes `decoding.samples` texts about each image, after its prompt ('' for a caption).
 
         Raises:
-          ValueError: not as many prompts as images, a prompt that leaves no room, or what `view`
-            refuses.
+          ValueError: not as many prompts as images, a prompt that leaves no room, or an image that
+            `view` refuses.
         """
         images, prompts = as_many(images, prompts, "prompts")
         written: list[list[Written]] = []
@@ -185,7 +192,7 @@ class LoadedModel:
     def stream(
         self, image: Picture, prompt: str = "", decoding: Decoding = GREEDY
     ) -> Iterator[str]:
-        """The same text for one image, in pieces, each as soon as it is written.
+        """Returns an iterator over the text for one image, in pieces as they are written.
 
         Raises:
           ValueError: as `generate` does, and for beams or several samples, which have no order.
@@ -194,9 +201,9 @@ class LoadedModel:
         return stream(self.predictor, batch, prompt, decoding)
 
     def with_options(self, **changes: Any) -> LoadedModel:
-        """The same model, computed otherwise: `dtype`, `attention`, `cache` (`TransformerOptions`).
+        """Returns the same model with other `TransformerOptions`: `dtype`, `attention`, `cache`.
 
-        With another `dtype` the parameters are kept in it too, but for what is int8.
+        Another `dtype` casts the parameters too, except those that are int8.
         """
         task = replace(self.task, model=self.task.model.with_options(**changes))
         params = self.params
@@ -205,9 +212,10 @@ class LoadedModel:
         return LoadedModel(task, params, self.predictor.mesh, self.config, self.step, self.saved)
 
     def view(self, image: Picture) -> UInt8[np.ndarray, "size size 3"]:
-        """What the model sees of an image: the central square, at the model's size.
+        """Returns what the model sees of an image: its pixels at the model's size.
 
-        A PIL image is converted as a file is: upright, 8 bits, transparency over white.
+        By default that is the central square (`data.fit`). A PIL image is converted as a file is:
+        upright, 8 bits, transparency over white.
 
         Raises:
           FileNotFoundError: a file that is not there.
@@ -234,13 +242,13 @@ class LoadedModel:
         return modality.whole_view(pixels)
 
     def _beside(self, image: Picture) -> dict[str, dict[str, np.ndarray]]:
-        """A row of the context with this image and nothing else."""
+        """Returns a row of the context with this image and nothing else."""
         names = self.task.model.context_names
         absent = {name: self.task.modalities[name].absent() for name in names}
         return {**absent, "image": {"pixels": self.view(image), "present": np.array(True)}}
 
     def _with(self, name: str, item: Any) -> dict[str, dict[str, np.ndarray]]:
-        """A row of the context with an item of one modality and nothing else."""
+        """Returns a row of the context with an item of one modality and nothing else."""
         names = self.task.model.context_names
         absent = {each: self.task.modalities[each].absent() for each in names}
         found = self.task.modalities[name].prepare(Record(0, None, (), False, {name: item}), None)
@@ -249,7 +257,7 @@ class LoadedModel:
         return {**absent, name: found}
 
     def _batches(self, rows: list[dict]) -> Iterator[tuple[Any, int]]:
-        """Batches of few sizes (the last filled up by repeating), and how many rows count."""
+        """Yields batches of few sizes (the last one filled up), and how many rows are real."""
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
             size = next(size for size in BATCHES if size >= len(part))
@@ -257,23 +265,31 @@ class LoadedModel:
             yield jax.tree.map(lambda *leaves: np.stack(leaves), *full), len(part)
 
     def _embed(self, embed: Any, rows: list[dict]) -> np.ndarray:
-        if not rows:  # how wide it is, only the model says
+        if not rows:  # only the model knows the width
             return embed(self.task.example_batch(BATCH))[:0]
         return np.concatenate([embed(batch)[:count] for batch, count in self._batches(rows)])
 
 
 def listed(values: Any, what: str) -> list[Any]:
-    """The values as a list. Raises ValueError for one alone, such as a single text or path."""
+    """Returns the values as a list.
+
+    Raises:
+      ValueError: one value alone, such as a single text or path.
+    """
     alone = isinstance(values, (str, bytes, os.PathLike, Image.Image))
     if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
-        alone = values.ndim < 4  # of images stacked there are four
+        alone = values.ndim < 4  # stacked images have four axes
     if alone or not isinstance(values, Iterable):
         raise ValueError(f"give a list of {what}, not a {type(values).__name__} alone")
     return list(values)
 
 
 def as_many(images: Any, texts: Any, what: str) -> tuple[list[Any], list[str]]:
-    """A list of images and a list of as many texts. Raises ValueError for other numbers."""
+    """Returns a list of images and a list of as many texts.
+
+    Raises:
+      ValueError: their numbers differ, or one of them is no list.
+    """
     images, texts = listed(images, "images"), listed_texts(texts, what)
     if len(images) != len(texts):
         raise ValueError(f"{len(images)} images and {len(texts)} {what}: give as many")
@@ -281,7 +297,11 @@ def as_many(images: Any, texts: Any, what: str) -> tuple[list[Any], list[str]]:
 
 
 def listed_texts(values: Any, what: str) -> list[str]:
-    """The texts as a list. Raises ValueError naming the place of what is no text."""
+    """Returns the texts as a list.
+
+    Raises:
+      ValueError: no list, or an item that is no text; the message gives its index.
+    """
     texts = listed(values, what)
     for number, text in enumerate(texts):
         if not isinstance(text, str):
@@ -298,7 +318,12 @@ def listed_texts(values: Any, what: str) -> list[str]:
 def read_picture(
     path: str | os.PathLike[str], size: int, decoder: str
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The picture of a file. Raises FileNotFoundError, and ImageError where it is unreadable."""
+    """Reads the picture of a file.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ImageError: it cannot be read or decoded.
+    """
     if not os.path.isfile(path):
         if os.path.exists(path):
             raise pictures.ImageError(str(path), "is no file but a folder or a device")
@@ -312,16 +337,17 @@ def read_picture(
 def load(
     run: str | os.PathLike[str], *, mesh: Mesh | None = None, step: int | None = None
 ) -> LoadedModel:
-    """The newest whole checkpoint of a run, or the one of a step.
+    """Loads the newest whole checkpoint of a run, or that of a step.
 
     Args:
       run: the run folder.
-      mesh: to lay the parameters out on; all devices along `data` by default.
-      step: of a checkpoint that the run still keeps.
+      mesh: the mesh that the parameters are laid out on; by default of one device.
+      step: step of a checkpoint that the run still has.
 
     Raises:
       FileNotFoundError: no run there.
       RunFolderError: a damaged config, or another tokenizer than the run was trained with.
+      ValueError: imported weights of an image tower alone.
       CheckpointError: no whole checkpoint.
     """
     folder = RunFolder(run)
@@ -350,7 +376,11 @@ def load(
 
 
 def refuse_image_tower(config: Config, folder: RunFolder) -> None:
-    """Raises ValueError for imported weights that are but a part of a model."""
+    """Checks that a run is not an imported image tower alone.
+
+    Raises:
+      ValueError: it is.
+    """
     if "imported" in config and config.imported.part == "image":
         raise ValueError(
             f"{folder.path} holds an image tower ({config.imported.family}) and no text model: it "
@@ -359,12 +389,12 @@ def refuse_image_tower(config: Config, folder: RunFolder) -> None:
 
 
 def one_device_mesh() -> Mesh:
-    """The first device alone: requests are small."""
+    """Returns a mesh of this process's first device alone, since requests are small."""
     return make_mesh({}, jax.local_devices()[:1])
 
 
 def abstract_params(task: Task, mesh: Mesh, config: Config) -> Any:
-    """Shapes, types and shardings of a run's parameters."""
+    """Returns shapes, types and shardings of a run's parameters."""
     boxed = saved_shapes(task, config)
     shardings = shardings_of(boxed, mesh)
     return jax.tree.map(

@@ -1,4 +1,4 @@
-"""What a model can be asked for, batch by batch: embeddings, captions, answers, likelihoods."""
+"""Inference batch by batch: embeddings, captions, answers, likelihoods."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ Batch = Mapping[str, Mapping[str, np.ndarray]]
 class Predictor:
     """A task with parameters on a mesh. Batches are NumPy arrays as the data pipeline makes them.
 
-    Where several processes share the mesh, all ask for the same: each gives its own `rows` of a
-    batch, and each gets what comes out of all of them.
+    Where several processes share the mesh, all make the same calls: each gives its own `rows` of a
+    batch, and each gets the results of all of them.
 
-    Functions are compiled once for each batch size, so callers keep to one.
+    Functions are compiled once for each batch size, so callers should use few sizes.
     """
 
     def __init__(self, task: Task, params: Any, mesh: Mesh) -> None:
@@ -47,37 +47,39 @@ class Predictor:
         self._compiled: dict[str, Any] = {}
 
     def at(self, params: Any) -> Predictor:
-        """The same with other parameters, sharing what is compiled."""
+        """Returns the predictor with other parameters, sharing what is compiled."""
         other = copy.copy(self)
         other.params = params
         return other
 
-    def rows(self, batch_size: int) -> Int[np.ndarray, " b"]:
-        """The rows of a batch over all processes that this one gives."""
+    def rows(self, batch_size: int) -> Int[np.ndarray, " rows"]:
+        """Returns the rows of a batch over all processes that this one gives."""
         return own_rows(self.mesh, batch_size)
 
     def can(self, kind: type) -> bool:
-        """Whether an objective of this class was trained."""
+        """Returns whether an objective of this class was trained."""
         return any(isinstance(objective, kind) for objective in self.task.objectives)
 
     def contrasts(self, *between: str) -> list[Contrastive]:
-        """Returns the contrasts that were trained, in which all these modalities have a part."""
+        """Returns the contrastive objectives that were trained and compare all these modalities."""
         found = [each for each in self.task.objectives if isinstance(each, Contrastive)]
         return [each for each in found if set(between) <= set(each.between)]
 
     def can_retrieve(self) -> bool:
-        """Whether images and texts were held against each other."""
+        """Returns whether a contrastive objective of images and texts was trained."""
         return bool(self.contrasts("image", "text"))
 
     def embed(self, batch: Batch, of: str, objective: str = "") -> Float[np.ndarray, "B Z"]:
         """Returns unit vectors of one modality of a batch.
 
         Args:
+          batch: the context, or `text` for texts.
           of: the modality.
-          objective: the contrast in whose space they lie, where several embed the modality.
+          objective: the contrastive objective in whose space they lie, where several embed the
+            modality.
 
         Raises:
-          ValueError: no contrast embeds it, or several do and none is named.
+          ValueError: no contrastive objective embeds it, or several do and none is named.
         """
         chosen = self.embedding(of, objective)
 
@@ -88,7 +90,15 @@ class Predictor:
         return self._run(f"embed {of} {chosen.name}", embed, {name: batch[name] for name in read})
 
     def embedding(self, of: str, objective: str = "") -> Contrastive:
-        """Returns the contrast that embeds a modality; errors as `embed` says."""
+        """Returns the contrastive objective that embeds a modality.
+
+        Args:
+          of: the modality.
+          objective: its name, where several embed the modality.
+
+        Raises:
+          ValueError: as `embed` does.
+        """
         able = self.contrasts(of)
         if objective:
             able = [each for each in able if each.name == objective]
@@ -104,7 +114,10 @@ class Predictor:
         raise ValueError(f"{asked}: the model was trained on {trained}")
 
     def of_images_and_texts(self, of: str) -> str:
-        """Returns the contrast that `embed_images` and `embed_texts` mean: of both, if one is."""
+        """Returns the name of the contrastive objective that `embed_images` and `embed_texts` use.
+
+        It is that of images and texts; '' where there is not exactly one, or for other modalities.
+        """
         both = self.contrasts("image", "text")
         return both[0].name if len(both) == 1 and of in ("image", "text") else ""
 
@@ -117,7 +130,7 @@ class Predictor:
         return self.embed(batch, "text", self.of_images_and_texts("text"))
 
     def log_likelihood(self, batch: Batch) -> Float[np.ndarray, "B 2"]:
-        """Each text beside its image: summed log-likelihood in nats, and tokens scored."""
+        """Returns each text's log-likelihood beside its image, in nats, and its tokens scored."""
         objective = self._objective(Captioning, "score captions")
 
         def score(model: UnifiedModel, batch: Any) -> jax.Array:
@@ -129,7 +142,7 @@ class Predictor:
         return self._run("log_likelihood", score, batch)
 
     def write(self, batch: Batch, prompts: Sequence[str], decoding: Decoding = GREEDY) -> list[str]:
-        """What the model writes about each example after its prompt ('' for captions), the best.
+        """Returns the best text that the model writes about each example after its prompt.
 
         Raises:
           ValueError: a prompt that leaves no room for an answer.
@@ -139,10 +152,13 @@ class Predictor:
     def generate(
         self, batch: Batch, prompts: Sequence[str], decoding: Decoding = GREEDY, first: int = 0
     ) -> list[list[Written]]:
-        """`decoding.samples` texts about each example, after its prompt.
+        """Writes `decoding.samples` texts about each example, after its prompt ('' for captions).
 
         Args:
-          first: number of the first example, which has a say in what is drawn.
+          batch: the context.
+          prompts: one for each example of all processes.
+          decoding: how texts are decoded.
+          first: number of the first example, which is part of the seed of each draw.
 
         Raises:
           ValueError: a prompt that leaves no room for an answer.
@@ -164,14 +180,14 @@ class Predictor:
         decoding: Decoding = GREEDY,
         first: int = 0,
     ) -> list[list[Written]]:
-        """What the model writes after the beginning that each example's text holds.
+        """Continues the beginning that each example's text holds.
 
         Args:
-          batch: context, and as `text` at least a begin token (in documents with its placement).
-          most: tokens that each text of this process's rows may still have.
-          room: the most that any may have; each value is compiled once.
-          decoding: how.
-          first: number of the first example, which has a say in what is drawn.
+          batch: context, and as `text` at least a begin token (documents with `POSITION_KEYS`).
+          max_tokens: tokens that each text of this process's rows may still have.
+          cache_room: the most that any text may still have; each value is compiled once.
+          decoding: how texts are decoded.
+          first: number of the first example, which is part of the seed of each draw.
 
         Returns:
           `decoding.samples` texts for each example, the best first where beams were compared.
@@ -200,17 +216,21 @@ class Predictor:
 
     @property
     def writing_view(self) -> View:
-        """The stream that the model learned to write by. Raises ValueError where it did not."""
+        """The view that the model learned to write by.
+
+        Raises:
+          ValueError: it did not learn to write.
+        """
         view: View = self._objective(Captioning, "write").view
         return view
 
     def prompts(
         self, prompts: Sequence[str]
     ) -> tuple[dict[str, np.ndarray], Int[np.ndarray, " B"]]:
-        """Begin token and prompt of each text as arrays [B, P], and how many tokens these are.
+        """Returns begin token and prompt of each text as arrays [B, T], and their token counts.
 
         Raises:
-          ValueError: a prompt that leaves no room for an answer.
+          ValueError: a prompt that leaves no room for an answer, or no token at all.
         """
         tokenizer, length = self.task.tokenizer, self.task.modalities["text"].length
         rows = [tokenizer.encode_prompt(prompt) for prompt in prompts]
@@ -248,18 +268,20 @@ class Predictor:
         return np.asarray(self.call(name, apply, self.to_device(batch)))
 
     def to_device(self, inputs: Any) -> Any:
-        """Arrays of this process's rows, on the mesh."""
+        """Puts arrays of this process's rows on the mesh."""
         return to_global(inputs, self.mesh)
 
     def call(self, name: str, function: Any, *args: Any, donated: tuple[int, ...] = ()) -> Any:
-        """`function(params, *args)` on the mesh, compiled once for each name and shape of `args`.
+        """Calls `function(params, *args)` on the mesh, compiled once for each name and shapes.
 
         Args:
-          name: of the function, which must be the same each time.
-          args: on the device; those numbered in `donated` (from 1) are used up.
+          name: the function's name; the same name must mean the same function each time.
+          function: what is called.
+          args: arrays on the device.
+          donated: numbers (from 1) of the `args` whose buffers are donated.
 
         Returns:
-          What it returns, a copy on every device.
+          What the function returns, a copy on every device.
         """
         if name not in self._compiled:
             everywhere = NamedSharding(self.mesh, P())
@@ -271,7 +293,7 @@ class Predictor:
 
     @contextmanager
     def on_mesh(self) -> Iterator[None]:
-        """What is compiled within is laid out on the mesh, by the table for serving."""
+        """Sets the mesh and the sharding rules for serving, for what is compiled within."""
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(serving_rules()):
             yield
 
@@ -283,13 +305,14 @@ def inputs_of(
     ends: Sequence[int],
     first: int,
 ) -> dict[str, Any]:
-    """What `write_texts` takes.
+    """Returns the `inputs` of `write_texts`.
 
     Args:
+      decoding: how texts are decoded.
       batch: context and the beginning of each text.
-      most: how many tokens each text may have.
-      ends: tokens that end one.
-      first: number of the first example, which has a say in what is drawn.
+      max_tokens: how many tokens each text may have.
+      ends: tokens that end a text.
+      first: number of the first example, which is part of the seed of each draw.
     """
     if decoding.tokens is not None:
         max_tokens = np.minimum(max_tokens, decoding.tokens)
@@ -314,8 +337,21 @@ def write_texts(
     samples: int,
     cache_room: int,
     padding: int,
-) -> tuple[Int[Array, "R W"], Float[Array, " R"]]:
-    """`samples` texts of each example, R rows: padded tokens, and their log-likelihood in nats."""
+) -> tuple[Int[Array, "rows S"], Float[Array, " rows"]]:
+    """Writes `samples` texts for each example.
+
+    Args:
+      model, params: the model and its parameters.
+      inputs: as `inputs_of` makes them.
+      view: the view that the model learned to write by.
+      beams: beams of each text; 1 for no beam search.
+      samples: texts for each example.
+      cache_room: S, how many tokens any text may have.
+      padding: the id of padding.
+
+    Returns:
+      The tokens, padded, and their log-likelihoods in nats; rows by example and sample.
+    """
     given = dict(inputs)
     batch = given.pop("batch")
     if beams > 1:

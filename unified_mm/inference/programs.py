@@ -1,6 +1,6 @@
-"""What a model can be asked for, as functions of plain lists and dictionaries of arrays.
+"""Inference as functions of plain lists and dictionaries of arrays.
 
-`jax.export` writes them down for any batch size; to run them nobody needs the model.
+`jax.export` serialises them for any batch size; they run without the model's code.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Program:
     Attributes:
       function: (params, inputs, state) -> an array, or logits and the next state; params and state
         are lists.
-      inputs: by name, shape and type, the batch first.
-      state: of what earlier tokens have left, in order.
+      inputs: shape and type of each input by name, the batch first.
+      state: shape and type of what earlier tokens have left, in order.
     """
 
     function: Callable[[list[Array], dict[str, Array], list[Array]], Any]
@@ -42,20 +42,21 @@ class Program:
     state: tuple[jax.ShapeDtypeStruct, ...] = ()
 
     def exported(self, params: list[Any], platforms: tuple[str, ...]) -> export.Exported:
-        """The program lowered for some platforms ('cpu', 'cuda', 'rocm', 'tpu')."""
+        """Returns the program lowered for some platforms ('cpu', 'cuda', 'rocm', 'tpu')."""
         lower = export.export(jax.jit(self.function), platforms=platforms)
         return lower(params, dict(self.inputs), list(self.state))
 
 
 def programs(model: LoadedModel, prompt: int, cache_room: int) -> dict[str, Program]:
-    """All that a model can be asked for, by name.
+    """Returns all programs that a model allows, by name.
 
-    `embed_images` and `embed_texts` give unit vectors [B, E]; `prefill` reads an image and a
+    `embed_images` and `embed_texts` give unit vectors [B, Z]; `prefill` reads an image and a
     prompt and `decode` one token more, and both give logits [B, V] of the next one and a state.
 
     Args:
-      prompt: P, tokens that a prompt may have, its padding included.
-      room: tokens that may be written after it.
+      model: the loaded model.
+      prompt: tokens that a prompt may have, its padding included.
+      cache_room: tokens that may be written after it.
 
     Raises:
       ValueError: a model that neither embeds nor writes.
@@ -146,7 +147,7 @@ class _Portable:
         return {"pixels": _shape((size, size, 3), jnp.uint8)}
 
     def _context(self, inputs: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
-        """An image of each row and nothing else."""
+        """Returns the context with an image in each row and nothing else."""
         rows = next(iter(inputs.values())).shape[0]
         context = {
             name: {

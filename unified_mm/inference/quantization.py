@@ -1,8 +1,8 @@
-"""A loaded model with int8 weights, or int8 weights and activations (post-training).
+"""Post-training quantisation of a loaded model: int8 weights, or int8 weights and activations.
 
-Nothing is trained and no data is needed: weights are rounded once, activations as they come, each
-vector by its own largest number (Dettmers et al. 2022, LLM.int8(), section 2.1). The products
-within attention, of queries with keys and of weights with values, stay as they are.
+Nothing is trained and no data is needed: weights are rounded once, activations when they are
+computed, each vector by its own largest number (Dettmers et al. 2022, LLM.int8(), section 2.1). The
+products within attention, of queries with keys and of weights with values, are not quantised.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ ACTIVATIONS = ("", "int8")
 def quantized(
     model: LoadedModel, weights: str = "int8", activations: str = "", source: str = "memory"
 ) -> LoadedModel:
-    """The same model with int8 weights; the one given keeps its own.
+    """Returns the same model with int8 weights; the given one is unchanged.
 
     Args:
-      model: with float weights.
+      model: a model with float weights.
       weights: 'int8'.
-      activations: 'int8' multiplies int8 by int8; '' multiplies floats by what the weights stand
-        for.
+      activations: 'int8' multiplies int8 by int8; '' multiplies float activations by the
+        dequantised weights.
       source: where the model is from, as its config will say.
 
     Raises:

@@ -1,10 +1,10 @@
 """Parameter trees in which weights are int8: which of them, how they are made, and back again.
 
-Symmetric, with a scale for every channel that comes out of a product (Krishnamoorthi 2018,
+Symmetric, with a scale for every output channel of a product (Krishnamoorthi 2018,
 "Quantizing deep convolutional networks for efficient inference", section 3.1). Each layer of a
 stack has scales of its own, so a scan over layers slices them with the weights.
 
-Dense maps and the text's tables of embeddings become int8. Norms, biases, positions and gates stay
+Dense kernels and the text's embedding tables become int8. Norms, biases, positions and gates stay
 float32: they are few, and are added or multiplied by, not summed over.
 """
 
@@ -29,7 +29,11 @@ Axes = tuple[int, ...]  # that a product contracts, counted from the last: -1, -
 
 
 def need_qwix() -> None:
-    """Raises ValueError where qwix, which rounds to int8 and multiplies int8, is not there."""
+    """Checks that qwix, which rounds to int8 and multiplies int8, is installed.
+
+    Raises:
+      ValueError: it is not.
+    """
     if importlib.util.find_spec("qwix") is None:
         raise ValueError(
             "qwix is not installed, which makes int8 numbers and multiplies them: "
@@ -38,12 +42,13 @@ def need_qwix() -> None:
 
 
 def trace(task: Task) -> tuple[Any, dict[str, Axes]]:
-    """Shapes of a task's float parameters, boxed, and which of them become int8.
+    """Traces a task's model to find the shapes of its float parameters and which become int8.
 
-    The model is traced, and nothing computed: every dense map and table that it calls is noted.
+    Nothing is computed: every dense layer and embedding table that the model calls is noted.
 
     Returns:
-      The shapes, and by path of each parameter that becomes int8 the axes that products contract.
+      The shapes, boxed with axis names, and by path of each parameter that becomes int8 the axes
+      that products contract.
     """
     found: dict[str, Axes] = {}
 
@@ -59,7 +64,7 @@ def trace(task: Task) -> tuple[Any, dict[str, Axes]]:
 
 
 def _axes_within(module: nn.Module) -> dict[str, Axes]:
-    """The same of a module's own parameters, by name."""
+    """Returns the axes that products contract, by name of a module's own parameters."""
     if isinstance(module, Dense):
         outputs = len(module.features)
         return {"kernel": tuple(range(-outputs - len(module.in_axes), -outputs))}
@@ -69,9 +74,15 @@ def _axes_within(module: nn.Module) -> dict[str, Axes]:
 
 
 def quantize_params(task: Task, params: Any, activations: str = "") -> Any:
-    """A task's float parameters with those that `trace` finds as int8.
+    """Quantises those of a task's float parameters that `trace` finds.
 
-    `activations` is as in `Quantized`. Raises ValueError where qwix is missing.
+    Args:
+      task: the task.
+      params: its float parameters.
+      activations: as in `Quantized`.
+
+    Raises:
+      ValueError: qwix is not installed.
     """
     need_qwix()
     import qwix
@@ -90,14 +101,14 @@ def quantize_params(task: Task, params: Any, activations: str = "") -> Any:
 
 
 def dequantized(params: Any) -> Any:
-    """The same parameters, all of them floats."""
+    """Returns the same parameters, all of them floats."""
     return jax.tree.map(
         lambda leaf: leaf.floats() if _is_quantized(leaf) else leaf, params, is_leaf=_is_quantized
     )
 
 
 def in_dtype(params: Any, dtype: Any) -> Any:
-    """The same parameters, as numbers of `dtype` where they are not int8."""
+    """Returns the same parameters, cast to `dtype` where they are not int8."""
     return jax.tree.map(
         lambda leaf: leaf if _is_quantized(leaf) else leaf.astype(dtype),
         params,
@@ -106,10 +117,12 @@ def in_dtype(params: Any, dtype: Any) -> Any:
 
 
 def saved_shapes(task: Task, config: Config) -> Any:
-    """Shapes and types of the parameters that a run's checkpoints hold, boxed with axis names.
+    """Returns shapes and types of the parameters in a run's checkpoints, boxed with axis names.
 
-    A run of int8 weights says so in its config (`quantized`). Raises ValueError where it has int8
-    activations and qwix is missing.
+    A run of int8 weights says so in its config (`quantized`).
+
+    Raises:
+      ValueError: the run has int8 activations and qwix is not installed.
     """
     if "quantized" not in config:
         return task.abstract_params()
@@ -133,7 +146,7 @@ def saved_shapes(task: Task, config: Config) -> Any:
 
 
 def weight_bytes(params: Any) -> dict[str, int]:
-    """Bytes of a tree, `all` of them and those that are kept as `int8` (without their scales)."""
+    """Returns the bytes of a tree: of `all` leaves, and of `int8` ones (without their scales)."""
     leaves = jax.tree.leaves(params)
     sizes = [int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves]
     int8 = [size for size, leaf in zip(sizes, leaves, strict=True) if leaf.dtype == jnp.int8]

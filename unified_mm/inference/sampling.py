@@ -1,4 +1,4 @@
-"""Drawing the next token: greedy, or by temperature, top-k and top-p, a row at a time."""
+"""Drawing the next token of each row: greedily, or by temperature, top-k and top-p."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from unified_mm.inference.decoding import Decoding
 
 @struct.dataclass
 class Sampling:
-    """How each row is drawn; what the fields mean says `Decoding`.
+    """How each row is drawn; `Decoding` says what the fields mean.
 
     Attributes:
-      temperature, top_p: float32 [B].
+      temperature: float32 [B].
       top_k: int32 [B].
-      keys: a key for each row [B], so that what it draws does not depend on the others.
+      top_p: float32 [B].
+      keys: a random key for each row [B], so that its draws do not depend on other rows.
     """
 
     temperature: Any
@@ -35,7 +36,12 @@ def make_sampling(
     top_p: Float[Array, " B"],
     draws: UInt32[Array, "B 3"],
 ) -> Sampling:
-    """How rows are drawn; `draws` are seed, number of the example and number of its sample."""
+    """Returns how rows are drawn.
+
+    Args:
+      temperature, top_k, top_p: as in `Decoding`, for each row.
+      draws: seed, number of the example and number of its sample.
+    """
 
     def key(draw: UInt32[Array, " 3"]) -> Array:
         seeded = jax.random.fold_in(jax.random.key(draw[0]), draw[1])
@@ -45,9 +51,10 @@ def make_sampling(
 
 
 def sampling_arrays(decoding: Decoding, examples: int, first: int = 0) -> dict[str, np.ndarray]:
-    """What `make_sampling` takes, `decoding.samples` rows for each example.
+    """Returns the arguments of `make_sampling`, `decoding.samples` rows for each example.
 
     Args:
+      decoding: how texts are decoded.
       examples: how many there are.
       first: number of the first one, where there were others before.
     """
@@ -65,10 +72,11 @@ def sampling_arrays(decoding: Decoding, examples: int, first: int = 0) -> dict[s
 def draw(
     logits: Float[Array, "B V"], sampling: Sampling, number: Int[Array, " B"]
 ) -> Int[Array, " B"]:
-    """The next token of each row.
+    """Draws the next token of each row.
 
     Args:
       logits: float32.
+      sampling: how rows are drawn.
       number: how many tokens each row has drawn before; gives each draw a key of its own.
     """
     likeliest = logits.argmax(-1).astype(jnp.int32)
@@ -91,9 +99,13 @@ def draw(
 def allowed(
     ranked: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
 ) -> Bool[Array, "B V"]:
-    """Which scores, likeliest first, may be drawn: the first k, and of these the nucleus of p.
+    """Returns which tokens may be drawn: the likeliest k, and of these the nucleus of mass p.
 
     A token belongs to the nucleus where those before it do not yet reach p; so the first one does.
+
+    Args:
+      ranked: logits, the likeliest first.
+      top_k, top_p: as in `Decoding`, for each row.
     """
     rank = jnp.arange(ranked.shape[-1])
     within = jnp.where(top_k > 0, top_k, ranked.shape[-1])[:, None] > rank

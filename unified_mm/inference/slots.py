@@ -1,7 +1,7 @@
-"""The device's side of continuous batching: a fixed number of texts, and what was read of images.
+"""The device's side of continuous batching: a fixed number of texts, and cached images.
 
 All shapes are fixed but two: how many enter at once (`ENTERING`) and how wide their prompts are
-(`Predictor.prompts`); each pair is compiled once.
+(`Predictor.prompts`); each combination is compiled once.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ class Entry:
     """A text that enters.
 
     Attributes:
-      slot: where it is written.
+      slot: the slot that it is written in.
       image: the row of its image.
-      prompt, decoding: what was asked for.
+      prompt: the beginning of the text.
+      decoding: how it is decoded.
     """
 
     slot: int
@@ -48,10 +49,10 @@ class Entry:
 
 
 class Slots:
-    """Texts that are being written, `count` at most, and rows of `images` that these may be about.
+    """Slots for `count` texts that are being written, and `images` rows for images these are about.
 
     Each text has room for the longest prompt and then for the longest answer; answers are written
-    round a ring, so that all go on at the same place whenever they began.
+    round a ring, so that all are written at the same slot of the cache whenever they began.
     """
 
     def __init__(self, predictor: Predictor, count: int, images: int) -> None:
@@ -68,7 +69,7 @@ class Slots:
         read_state = state.read_state.replace(cache=written(cache, cache.slots - self.cache_room))  # type: ignore[attr-defined]
         self.state = state.replace(read_state=read_state, done=jnp.ones(count, bool))  # type: ignore[attr-defined]
 
-    def read(self, views: Sequence[UInt8[np.ndarray, "S S 3"]], rows: Sequence[int]) -> None:
+    def read(self, views: Sequence[UInt8[np.ndarray, "size size 3"]], rows: Sequence[int]) -> None:
         """Reads images into the given rows, at most `ENTERING[-1]` of them."""
 
         def read(params: Any, images: Cache, inputs: Any) -> Cache:
@@ -81,14 +82,14 @@ class Slots:
 
     def enter(
         self, entries: Sequence[Entry]
-    ) -> tuple[Int[np.ndarray, " A"], Bool[np.ndarray, " A"]]:
-        """Reads the prompts of texts and writes their first tokens; at most `ENTERING[-1]`.
+    ) -> tuple[Int[np.ndarray, " entries"], Bool[np.ndarray, " entries"]]:
+        """Reads the prompts of at most `ENTERING[-1]` texts and writes their first tokens.
 
         Returns:
           The tokens, and which texts are done with these.
 
         Raises:
-          ValueError: what `check` refuses.
+          ValueError: a prompt or a stop that `check` refuses.
         """
 
         def enter(params: Any, state: DecodeState, images: Cache, inputs: Any) -> Any:
@@ -104,7 +105,11 @@ class Slots:
         return token[: len(entries)], done[: len(entries)]
 
     def step(self) -> tuple[Int[np.ndarray, " slots"], Bool[np.ndarray, " slots"]]:
-        """Writes one more token of each text that is not done: these tokens, and which are."""
+        """Writes one more token of each text that is not done.
+
+        Returns:
+          The tokens, and which texts are done.
+        """
 
         def step(params: Any, state: DecodeState) -> Any:
             state = decode_step(self.model, params, state, self.view, self.padding)
@@ -114,7 +119,11 @@ class Slots:
         return jax.device_get((token, done))
 
     def check(self, prompt: str, decoding: Decoding) -> None:
-        """Raises ValueError for what cannot be written here, before it costs anything."""
+        """Checks that a text can be written here, before anything is computed.
+
+        Raises:
+          ValueError: several texts or beams, too many stops, or a prompt that leaves no room.
+        """
         if decoding.beams > 1 or decoding.samples > 1:
             raise ValueError("one text is written for each request: give neither beams nor samples")
         stops = decoding.stop_ids(self.predictor.task.tokenizer)
@@ -123,7 +132,7 @@ class Slots:
         self.predictor.prompts([prompt])
 
     def _begin(self, params: Any, images: Cache, inputs: Any) -> DecodeState:
-        """Drafts of one token beside images that were read before."""
+        """Returns the state of texts with one token, beside images that were read before."""
         inputs = dict(inputs)
         inputs.pop("slots", None)
         prefix = images.select(inputs.pop("images"))
@@ -148,7 +157,7 @@ class Slots:
         return cache
 
     def _views(self, views: Sequence[Any], size: int) -> dict[str, Any]:
-        """A batch of context with these images, filled up with the first one."""
+        """Returns a batch of context with these images, filled up with the first one."""
         batch = self.predictor.task.example_batch(size)
         del batch["text"]
         if len(views):
@@ -157,7 +166,7 @@ class Slots:
         return batch
 
     def _arrays(self, entries: Sequence[Entry], size: int) -> dict[str, Any]:
-        """What `_begin` takes, filled up with the first entry, and the slots."""
+        """Returns what `_begin` takes, filled up with the first entry, and the slots."""
         entries = list(entries) or [Entry(0, 0, "x", Decoding())]
         entries += entries[:1] * (size - len(entries))
         text, used = self.predictor.prompts([entry.prompt for entry in entries])
@@ -177,7 +186,7 @@ class Slots:
         }
 
     def _empty(self, function: Any, *args: Any) -> Any:
-        """What a function of parameters returns, all zero."""
+        """Returns what a function of parameters returns, all zero."""
         shapes = jax.eval_shape(function, self.predictor.params, *args)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
@@ -186,16 +195,16 @@ class Slots:
 
 
 def written(cache: Cache, slots: int) -> Cache:
-    """A cache as though so many of its slots were written."""
+    """Returns a cache as though so many of its slots were written."""
     changed: Cache = cache.replace(length=jnp.array(slots, jnp.int32))  # type: ignore[attr-defined]
     return changed
 
 
 def entering(count: int) -> int:
-    """The smallest size that is compiled for so many."""
+    """Returns the smallest compiled size that is at least `count`."""
     return next(size for size in ENTERING if size >= count)
 
 
-def filled(rows: Sequence[int], size: int) -> Int[np.ndarray, " A"]:
-    """Row numbers, the first one repeated."""
+def filled(rows: Sequence[int], size: int) -> Int[np.ndarray, " rows"]:
+    """Fills up row numbers to `size` by repeating the first one."""
     return np.array([*rows, *[rows[0]] * (size - len(rows))], np.int32)

@@ -1,4 +1,4 @@
-"""One text as it is written: a step on the device for each token, its state donated to the next."""
+"""Streaming of one text: a step on the device for each token, its state donated to the next."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from unified_mm.inference.sampling import make_sampling, sampling_arrays
 def stream(
     predictor: Predictor, batch: Batch, prompt: str, decoding: Decoding = GREEDY
 ) -> Iterator[str]:
-    """The text of a batch of one example, in pieces; joined they are what `generate` writes.
+    """Returns an iterator over the text of a batch of one example, in pieces.
+
+    Joined, the pieces are the text that `generate` writes.
 
     Raises:
       ValueError: a prompt that leaves no room, beams, or more samples than one.
@@ -61,9 +63,9 @@ def _pieces(
 
 
 class Spelling:
-    """Tokens as they come -> pieces of text; joined, these are what all tokens together decode to.
+    """An incremental detokenizer: joined, its pieces are what all tokens together decode to.
 
-    A token may be part of a character only, and a space at the end is none until more follows.
+    A token may be only part of a character, and a trailing space is dropped until more follows.
     """
 
     def __init__(self, tokenizer: TextTokenizer, ends: Sequence[int]) -> None:
@@ -74,11 +76,11 @@ class Spelling:
 
     @property
     def text(self) -> str:
-        """All that was said so far."""
+        """The text of all pieces so far."""
         return self._said
 
     def add(self, token: int, *, last: bool) -> str:
-        """What one more token adds to the text; with the last one all that is left."""
+        """Adds a token and returns the text that it completes; with the last one, all the rest."""
         if token not in self._ends:
             self._tokens.append(token)
         whole = self._tokenizer.decode(self._tokens)

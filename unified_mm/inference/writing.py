@@ -8,34 +8,37 @@ from collections.abc import Iterator
 
 
 class QueueFull(Exception):
-    """More is waiting than the engine takes: ask again later."""
+    """The error that too many requests wait for the engine: ask again later."""
 
 
 class Cancelled(Exception):
-    """The text was cancelled before it ended."""
+    """The error that the text was cancelled before it ended."""
 
 
 class Writing:
-    """What `Engine.submit` returns. Iterating and `result` wait; one of them, by one thread."""
+    """The text of a request, which `Engine.submit` returns.
+
+    One thread may take it, either by iterating or by `result`; both wait.
+    """
 
     def __init__(self) -> None:
         self._pieces: queue.Queue[str | BaseException | None] = queue.Queue()
         self._cancelled = threading.Event()
 
     def __iter__(self) -> Iterator[str]:
-        """The pieces; raises what `result` raises, but for the time."""
+        """Yields the pieces; raises what `result` raises, except TimeoutError."""
         while (piece := self._next(None)) is not None:
             yield piece
 
     def result(self, timeout: float | None = None) -> str:
-        """The whole text.
+        """Returns the whole text.
 
         Args:
           timeout: seconds to wait for each piece.
 
         Raises:
-          TimeoutError: nothing came for so long; the text is cancelled.
-          Cancelled: it was cancelled.
+          TimeoutError: no piece came for so long; the text is cancelled.
+          Cancelled: the text was cancelled.
           RuntimeError: the engine failed.
         """
         pieces = []
@@ -44,21 +47,21 @@ class Writing:
         return "".join(pieces)
 
     def cancel(self) -> None:
-        """Gives its slot to others; who waits for it gets `Cancelled`."""
+        """Cancels the text, which frees its slot; who waits for it gets `Cancelled`."""
         self._cancelled.set()
 
     @property
     def cancelled(self) -> bool:
-        """Whether nobody wants it any more."""
+        """Whether the text was cancelled."""
         return self._cancelled.is_set()
 
     def say(self, piece: str) -> None:
-        """For the engine: a piece came."""
+        """Adds a piece; called by the engine."""
         if piece:
             self._pieces.put(piece)
 
     def end(self, error: BaseException | None = None) -> None:
-        """For the engine: no more comes."""
+        """Ends the text, with an error if any; called by the engine."""
         self._pieces.put(error)
 
     def _next(self, timeout: float | None) -> str | None:

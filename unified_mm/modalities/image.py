@@ -19,7 +19,7 @@ from unified_mm.nn.tokens import Group, Tokens, blank, single_document
 
 STEMS = ("linear", "hierarchical")
 POSITIONS = ("grid", "line", "random", "none")
-PART = 4  # pixels on a side of the smallest part that the hierarchical stem looks at
+PART = 4  # pixels on a side of the smallest part of a patch in the hierarchical stem
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,15 @@ class ImageModality:
     """RGB images of `size` x `size` pixels, cut into patches.
 
     Attributes:
+      name: its key under `config.model.modalities`.
       size: pixels on a side, as the model sees them.
-      crop_scale: smallest and largest share of the picture's area that a training crop keeps.
-      crop_ratio: narrowest and widest shape (width / height) of a training crop.
+      crop_scale: smallest and largest share of the image's area in a training crop.
+      crop_ratio: smallest and largest width / height of a training crop.
       mirror: whether training flips left and right, where no text of the record names a side.
       decoder: 'pillow' or 'opencv'.
-      resampling: 'bilinear' or 'bicubic', from the picture's pixels to `size`.
-      fit: what evaluation sees of a picture that is no square (`data.images.evaluation_view`).
-      embedding: how they become embeddings.
+      resampling: 'bilinear' or 'bicubic', from the image's pixels to `size`.
+      fit: how evaluation makes an image square (`data.images.evaluation_view`).
+      embedding: options of the embedder.
     """
 
     name: str
@@ -112,9 +113,11 @@ class ImageModality:
     def view(
         self, image: Image, rng: np.random.Generator | None, mirrorable: bool
     ) -> UInt8[np.ndarray, "size size 3"]:
-        """What the model sees of a picture; `rng` None asks for the evaluation view.
+        """Returns an image as the model sees it; the evaluation view where `rng` is None.
 
-        Raises OSError or ValueError naming one that cannot be read or decoded.
+        Raises:
+          OSError: the image cannot be read.
+          ValueError: the image cannot be decoded; the message names it.
         """
         if rng is None:
             pixels = images.decode(image, at_least=self.size, backend=self.decoder)
@@ -133,7 +136,7 @@ class ImageModality:
     def whole_view(
         self, pixels: UInt8[np.ndarray, "height width 3"]
     ) -> UInt8[np.ndarray, "size size 3"]:
-        """What evaluation sees of a decoded picture."""
+        """Returns the evaluation view of a decoded image."""
         return images.evaluation_view(pixels, self.size, resampling=self.resampling, fit=self.fit)
 
     def absent(self) -> dict[str, np.ndarray]:
@@ -148,19 +151,20 @@ class ImageModality:
 
 @dataclass(frozen=True)
 class ImageEmbedding:
-    """How pictures become embeddings.
+    """The options of `ImageEmbedder`.
 
     Attributes:
       patch: pixels on a side.
       stem: 'linear', one dense map of a patch, or 'hierarchical', an MLP of parts within parts.
       grid: patches (down, across) that positions are learned for; others are interpolated.
-      positions: what these start as: 'grid', sines of row and column; 'line', sines of the place
-        in reading order; 'random', nothing that is known; or 'none', and there are none.
-      bias: whether that dense map has one.
+      positions: initial values of the learned positions: 'grid', sines of row and column; 'line',
+        sines of the index in reading order; 'random'; or 'none' for no positions.
+      bias: whether the dense map to the model's width has a bias.
       class_token: whether a learned token comes before the patches.
-      modality: whether the modality's own embedding is added.
-      norm, norm_epsilon: a layer norm of the sum (CLIP).
-      mean, deviation: of a channel, in 0..1, that pixels are normalised by.
+      modality: whether a learned embedding of the modality is added.
+      norm: whether a layer norm follows the sum (CLIP).
+      norm_epsilon: of that norm.
+      mean, std: of each channel, in 0..1, by which pixels are normalised.
     """
 
     patch: int
@@ -186,7 +190,7 @@ class ImageEmbedder(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Mapping[str, Array]) -> Tokens:
-        """`pixels` uint8 or float [B, height, width, 3] in 0..255, `present` [B] -> Tokens."""
+        """Embeds `pixels`, uint8 or float [B, height, width, 3] in 0..255, and `present` [B]."""
         e = self.embedding
         pixels = blank(batch["pixels"].astype(jnp.float32), batch["present"])
         mean, std = (255.0 * jnp.array(value) for value in (e.mean, e.std))
@@ -216,11 +220,13 @@ class ImageEmbedder(nn.Module):
     def _vector(self, name: str) -> Float[Array, " D"]:
         return self.param(name, partitioned(nn.initializers.normal(0.02), "embed"), (self.width,))
 
-    def _patches(self, pixels: Float[Array, "B height width C"]) -> Float[Array, "B down across P"]:
-        """Patches as rows of numbers: pixels, or features of their parts.
+    def _patches(
+        self, pixels: Float[Array, "B height width 3"]
+    ) -> Float[Array, "B down across values"]:
+        """Returns patches as vectors of pixels, or of features of their parts.
 
         The hierarchical stem follows Touvron et al. 2022 ("Three things everyone should know about
-        vision transformers", section 6): no patch sees another, so what is absent stays apart.
+        vision transformers", section 6): no patch sees another, so masked patches do not leak.
         """
         if self.embedding.stem == "linear":
             return patchify(pixels, self.embedding.patch)
@@ -237,9 +243,13 @@ def _channels(field: str, values: Any) -> tuple[float, float, float]:
 
 
 def patchify(
-    pixels: Float[Array, "B height width C"], patch: int
-) -> Float[Array, "B down across P"]:
-    """Cut pictures into squares: P = patch * patch * C, row by row, channels last."""
+    pixels: Float[Array, "B height width channels"], patch: int
+) -> Float[Array, "B down across values"]:
+    """Cuts images into squares of patch * patch * channels values, row by row, channels last.
+
+    Raises:
+      ValueError: the height or the width is no multiple of `patch`.
+    """
     batch, height, width, channels = pixels.shape
     if height % patch or width % patch:
         raise ValueError(f"a picture of {height}x{width} pixels is not cut evenly by {patch}")
@@ -250,21 +260,21 @@ def patchify(
 def resize_positions(
     table: Float[Array, "down across D"], grid: tuple[int, int]
 ) -> Float[Array, "down2 across2 D"]:
-    """Learned positions for another number of patches, bilinearly interpolated."""
+    """Interpolates learned positions bilinearly for another number of patches."""
     if table.shape[:2] == grid:
         return table
     return jax.image.resize(table, (*grid, table.shape[-1]), "bilinear")
 
 
 def _sines(count: int, width: int) -> Float[Array, "count width"]:
-    """Sines and cosines of a place, their rates falling from 1 to 1/100."""
+    """Returns sines and cosines of each index, with rates that fall from 1 to 1/100."""
     rates = 1.0 / 100.0 ** jnp.linspace(0.0, 1.0, width // 2)
     angles = jnp.arange(count, dtype=jnp.float32)[:, None] * rates
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 def _grid_positions(key: Array, shape: tuple[int, int, int], dtype: Any = jnp.float32) -> Array:
-    """A start that already tells rows from columns: half the width sines of each coordinate."""
+    """Returns initial positions: half of the width are sines of the row, half of the column."""
     del key
     down, across, width = shape
     if width % 4:
@@ -275,7 +285,7 @@ def _grid_positions(key: Array, shape: tuple[int, int, int], dtype: Any = jnp.fl
 
 
 def _line_positions(key: Array, shape: tuple[int, int, int], dtype: Any = jnp.float32) -> Array:
-    """A start that tells the place in reading order alone (Vaswani et al. 2017, section 3.5)."""
+    """Returns initial positions: sines of the reading order (Vaswani et al. 2017, section 3.5)."""
     del key
     down, across, width = shape
     if width % 2:

@@ -14,9 +14,9 @@ from unified_mm.modalities.text import TextModality
 
 @dataclass(frozen=True)
 class InterleavedImages:
-    """Prepares the images of rows, in `layout.slots` slots (S) of the modality's size.
+    """The preparer of the images of a row, in I = `layout.slots` slots of the modality's size.
 
-    The text modality is there because where texts are cut, so are the images after them.
+    It needs the text modality because where a text is cut, so are the images after it.
     """
 
     modality: ImageModality
@@ -24,8 +24,11 @@ class InterleavedImages:
     layout: Layout
 
     def prepare(self, row: Row, rng: np.random.Generator | None) -> Arrays:
-        """`pixels` uint8 [S, size, size, 3], `present` bool [S], and int32 [S] each of
-        `position`, `segment` and `document` (see `Layout`); unused slots hold zeros, document -1.
+        """Returns the arrays of a row's images.
+
+        Returns:
+          `pixels` uint8 [I, size, size, 3], `present` bool [I], and int32 [I] each of `position`,
+          `segment` and `document` (see `PlacedImage`); unused slots hold zeros, document -1.
         """
         images, _ = self.layout.fill(row, self.text.tokenizer)
         arrays = self._arrays(images)
@@ -37,7 +40,7 @@ class InterleavedImages:
         return self._arrays([])
 
     def _arrays(self, images: Sequence[PlacedImage]) -> Arrays:
-        """All arrays, the pixels black."""
+        """Returns all arrays, with black pixels."""
         slots, size = self.layout.slots, self.modality.size
         return {
             "pixels": np.zeros((slots, size, size, 3), np.uint8),
@@ -48,15 +51,18 @@ class InterleavedImages:
 
 @dataclass(frozen=True)
 class InterleavedText:
-    """Prepares the texts of rows, in `layout.length` tokens (T)."""
+    """The preparer of the texts of a row, in T = `layout.length` tokens."""
 
     modality: TextModality
     layout: Layout
 
     def prepare(self, row: Row, rng: np.random.Generator | None) -> Arrays:
-        """`ids` int32 [T], `valid` and `scored` bool [T], `prompted` (False) and `present` bool
-        [], and int32 [T] each of `place`, `position`, `segment` and `document` (see `Layout`);
-        unused tokens hold zeros, document -1. Nothing is drawn.
+        """Returns the arrays of a row's texts; nothing is drawn.
+
+        Returns:
+          `ids` int32 [T], `valid` and `scored` bool [T], `prompted` (False) and `present` bool [],
+          and int32 [T] each of `text_position`, `position`, `segment` and `document` (see
+          `PlacedToken`); unused tokens hold zeros, document -1.
         """
         _, tokens = self.layout.fill(row, self.modality.tokenizer)
         return self._arrays(tokens, present=True)
@@ -80,10 +86,16 @@ class InterleavedText:
 def interleaved_preparers(
     modalities: Mapping[str, Any], slots: int, length: int
 ) -> dict[str, Preparer]:
-    """What `training_batches` and `evaluation_batches` need to read `Row`s.
+    """Returns the preparers of `Row`s for `training_batches` and `evaluation_batches`.
 
-    Raises ValueError for other modalities than 'image' and 'text', and where a row is to hold
-    less than an image and a token.
+    Args:
+      modalities: by name.
+      slots: images in a row.
+      length: text tokens in a row.
+
+    Raises:
+      ValueError: the modalities are not 'image' and 'text' of the built-in types, or `slots` or
+        `length` is below 1.
     """
     kinds = {name: type(modality) for name, modality in modalities.items()}
     if kinds != {"image": ImageModality, "text": TextModality}:
@@ -99,7 +111,7 @@ def interleaved_preparers(
 
 
 def _where(items: Sequence[PlacedImage] | Sequence[PlacedToken], length: int) -> Arrays:
-    """What both kinds are told by to attention rules: int32 [length] each."""
+    """Returns the metadata that attention rules use, int32 [length] each."""
     return {
         "position": _column([item.position for item in items], length),
         "segment": _column([item.segment for item in items], length),
@@ -108,7 +120,7 @@ def _where(items: Sequence[PlacedImage] | Sequence[PlacedToken], length: int) ->
 
 
 def _column(values: Sequence[int], length: int, unused: int = 0) -> np.ndarray:
-    """int32 [length]: the values, then `unused`."""
+    """Returns the values as int32 [length], filled up with `unused`."""
     column = np.full(length, unused, np.int32)
     column[: len(values)] = values
     return column

@@ -1,4 +1,4 @@
-"""What a modality is: data for one example on the host, and an embedder on the device."""
+"""The interface of a modality: data of one example on the host, an embedder on the device."""
 
 from __future__ import annotations
 
@@ -24,26 +24,29 @@ class Modality(Protocol):
     A modality is an immutable, hashable value (a frozen dataclass): it describes shapes and holds
     no arrays. `batch[name]` is what `prepare` returns, stacked over examples; it always has the
     key `present` (bool).
+
+    Attributes:
+      name: its key under `config.model.modalities`.
     """
 
     name: str
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any], resources: Any) -> Modality:
-        """Built from `config.model.modalities.<name>` and what the run shares (`Resources`)."""
+        """Returns the modality of `config.model.modalities.<name>`; `resources` are `Resources`."""
 
     def prepare(self, record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
-        """Arrays of one example; `rng` draws augmentations, None asks for the evaluation view."""
+        """Returns the arrays of one example; `rng` draws augmentations, None is for evaluation."""
 
     def absent(self) -> dict[str, np.ndarray]:
-        """The same keys and shapes for an example that lacks this modality."""
+        """Returns arrays of the same keys and shapes for an example that lacks this modality."""
 
     def embedder(self, width: int, dtype: Any) -> nn.Module:
-        """A module: `batch[name] -> Tokens` with one group that bears the modality's name."""
+        """Returns a module, `batch[name] -> Tokens` with one group of the modality's name."""
 
 
 def build_modalities(options: Mapping[str, Mapping[str, Any]], resources: Any) -> dict[str, Any]:
-    """The modalities of a config, by name, in the order of the sequence: text comes last.
+    """Returns the modalities of a config, by name, in the order of the sequence: text comes last.
 
     Args:
       options: `config.model.modalities`: name -> options, with `type` naming the class (a built-in
@@ -51,7 +54,7 @@ def build_modalities(options: Mapping[str, Mapping[str, Any]], resources: Any) -
       resources: what modalities share (`Resources`: the data options and the tokenizer).
 
     Raises:
-      ValueError: an unknown type, or no modality at all.
+      ValueError: a type is unknown, or there is no modality.
     """
     if not options:
         raise ValueError("model.modalities holds none: there is nothing to read")

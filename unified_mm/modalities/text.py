@@ -25,13 +25,16 @@ HEADS = ("tied", "own")
 
 @dataclass(frozen=True)
 class TextModality:
-    """Texts of at most `length` tokens; one text a record is drawn.
+    """Texts of at most `length` tokens; one text of each record is drawn.
 
     Attributes:
-      question_share: how often that is a question with its answer, where a record has both.
+      name: its key under `config.model.modalities`.
+      length: T.
+      question_share: probability of drawing a question with its answer rather than a caption, where
+        a record has both.
       tokenizer: of the run.
-      attend_padding: whether padding counts as text: it is seen, and pooled, but never scored.
-      embedding: how ids become embeddings, and how these are scored.
+      attend_padding: whether padding counts as text: it is attended to and pooled, but not scored.
+      embedding: options of the embedder.
     """
 
     name: str
@@ -79,7 +82,7 @@ class TextModality:
         return self.embedding.vocabulary
 
     def prepare(self, record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
-        """One text of the record, drawn by `rng`; the first one where there is no `rng`."""
+        """Returns the arrays of one text of the record: drawn by `rng`, else the first."""
         if not record.texts:
             return self.absent()
         if rng is None:
@@ -96,7 +99,7 @@ class TextModality:
         return texts[int(rng.integers(len(texts)))]
 
     def encode(self, prompt: str, target: str) -> dict[str, np.ndarray]:
-        """`ids` int32 [T], `valid` and `scored` bool [T], `prompted` and `present` bool []."""
+        """Returns `ids` int32 [T], `valid`, `scored` bool [T], `prompted`, `present` bool []."""
         arrays = self.tokenizer.encode(prompt, target, self.length)
         if self.attend_padding:
             arrays["valid"] = np.ones(self.length, bool)
@@ -117,16 +120,17 @@ class TextModality:
 
 @dataclass(frozen=True)
 class TextEmbedding:
-    """How token ids become embeddings, and embeddings scores of the next token.
+    """The options of `TextEmbedder`.
 
     Attributes:
-      used: tokens that have an embedding: those of the tokenizer, or more.
-      places: positions that are learned.
-      learned_positions: whether there are any (rotary positions need none).
-      modality: whether the modality's own embedding is added.
+      used: how many token ids are in use: those of the tokenizer, or more.
+      max_positions: how many positions have a learned embedding.
+      learned_positions: whether positions are learned (rotary positions need none).
+      modality: whether a learned embedding of the modality is added.
       scaled: whether token embeddings are multiplied by sqrt(D) (Vaswani et al. 2017, 3.4).
-      norm, norm_epsilon: a layer norm of the sum (BERT).
-      head: 'tied', scores by the table of embeddings, or 'own', by a table of their own.
+      norm: whether a layer norm follows the sum (BERT).
+      norm_epsilon: of that norm.
+      head: 'tied', logits from the table of token embeddings, or 'own', from a table of their own.
     """
 
     used: int
@@ -144,12 +148,12 @@ class TextEmbedding:
 
     @property
     def vocabulary(self) -> int:
-        """A size that meshes divide: how many tokens a tokenizer has is nobody's choice."""
+        """V: `used`, rounded up to a multiple of `VOCABULARY_MULTIPLE` that meshes can divide."""
         return -(-self.used // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 class TextEmbedder(nn.Module):
-    """Token, 1D position and modality embeddings; the same table scores the next token."""
+    """Token, 1D position and modality embeddings, and logits, by default from the same table."""
 
     name_of_group: str
     embedding: TextEmbedding
@@ -177,14 +181,14 @@ class TextEmbedder(nn.Module):
             self.norm = Norm("layer", e.norm_epsilon, self.dtype)
 
     def __call__(self, batch: Mapping[str, Array]) -> Tokens:
-        """`ids` and `valid` [B, T], `present` [B] -> Tokens.
+        """Embeds `ids` and `valid` [B, T], `present` [B].
 
-        `place` [B, T], where it is given, says which position embedding each token gets.
+        `text_position` [B, T], if given, selects the position embedding of each token.
         """
         e = self.embedding
         valid = batch["valid"] & batch["present"][:, None]
         ids = jnp.where(valid, batch["ids"], 0)
-        # Whole rows are looked up: were their width still divided, as the table is kept, the
+        # Whole rows are looked up: were their width still divided, as the table is, the
         # gradient of every token would have to be gathered on every device.
         x = nn.with_logical_constraint(self.table, ("vocabulary", None))[ids]
         if e.scaled:
@@ -201,7 +205,7 @@ class TextEmbedder(nn.Module):
         return Tokens(x, single_document(valid, group))
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores of the next token, float32; ids that no token has are out of the question."""
+        """Returns float32 logits of the next token, -1e9 for unused ids."""
         e = self.embedding
         table = self.scores if e.head == "own" else self.table
         if isinstance(table, Quantized):

@@ -22,12 +22,12 @@ from unified_mm.nn.tokens import Tokens, concatenate, spans, take, unfold_items
 
 
 class EarlyFusion(UnifiedModel):
-    """Every modality as tokens of one transformer, read under attention rules."""
+    """A fusion in which all modalities are tokens of one transformer, under attention rules."""
 
     abilities: ClassVar[frozenset[str]] = frozenset({"contrastive", "captioning", "matching"})
 
     def embed_context(self, batch: Batch) -> list[Tokens]:
-        """Tokens of each context modality, before any layer, in sequence order."""
+        """Returns the tokens of each context modality, before any layer, in sequence order."""
         parts: list[Tokens] = []
         for name in self.context_names:
             tokens = self.embed_apart(name, batch[name])
@@ -59,9 +59,10 @@ class EarlyFusion(UnifiedModel):
         keep: int | None = None,
         deterministic: bool = True,
     ) -> dict[str, Encoded]:
-        """One pass over [context | text | text ...], the texts named as their streams.
+        """Runs one pass over [context | text | text ...], the texts' groups named as their views.
 
-        The cache that comes back holds the first `keep` tokens, by default the context.
+        Returns:
+          By view name; the cache holds the first `keep` tokens, by default the context.
         """
         tokens = concatenate([*context, *texts])
         keep = _length(context) if keep is None else keep

@@ -1,4 +1,4 @@
-"""Gated cross-attention: a language model that looks at resampled features of the context.
+"""Gated cross-attention: a language model that attends to resampled features of the context.
 
 Alayrac et al. 2022, "Flamingo: a visual language model for few-shot learning".
 """
@@ -40,11 +40,12 @@ from unified_mm.nn.transformer import CROSS
 class GatedCrossAttention(WithTowers):
     """Towers for the context, resamplers, and a language model with gated cross layers.
 
-    The context never sees the text. Text sees of the context what its rule says: under 'separate'
-    nothing, so that contrast reads it alone; under 'interleaved_latest' the latest image.
+    The context never sees the text. The text sees of the context what its rule allows: under
+    'separate' nothing, so that the contrastive objective gets text alone; under
+    'interleaved_latest' the latest image.
 
     Attributes:
-      resampler: of each context modality's features; with 0 latents all of them are looked at.
+      resampler: of each context modality's features; with 0 latents text attends to all of them.
     """
 
     resampler: ResamplerOptions
@@ -107,7 +108,7 @@ class GatedCrossAttention(WithTowers):
 
     def prefix(self, batch: Batch, view: View) -> Cache:
         memory = self._memory(self._look_at_all(batch, True), batch)
-        # A token that is not there goes along: the layers' keys and values are made on its way.
+        # An invalid token is run: that computes the cross layers' keys and values.
         absent = jnp.zeros((memory.metadata.valid.shape[0], 1), bool)
         text = {"ids": absent.astype(jnp.int32), "valid": absent, "present": absent[:, 0]}
         tokens = self.embed_text(text, view.name, memory.length)
@@ -143,7 +144,7 @@ class GatedCrossAttention(WithTowers):
         return x, written.replace(layers=layers)  # type: ignore[attr-defined]
 
     def param_metrics(self, params: Any) -> dict[str, Array]:
-        """How far each gate is open: the mean of |g(alpha)| by layer."""
+        """Returns how far each gate is open: the mean of |g(alpha)| by layer."""
         layers = params["transformer"]["layers"][CROSS]
         found = {}
         for kind in ("attention", "feed_forward"):
@@ -158,7 +159,7 @@ class GatedCrossAttention(WithTowers):
         }
 
     def _memory(self, looked: Mapping[str, Tokens], batch: Batch) -> Memory:
-        """What the language model looks at: each picture's features, resampled, side by side."""
+        """Returns the memory of the language model: the features of all items, resampled."""
         parts: list[Tokens] = []
         for name, features in looked.items():
             x, metadata = features.embeddings, features.metadata
@@ -189,7 +190,7 @@ class GatedCrossAttention(WithTowers):
 
 
 def _beside(memory: Memory, layers: Any, metadata: TokenMetadata) -> Cache:
-    """A cache of text tokens beside what they look at, of which keys and values are enough."""
+    """Returns a cache of text tokens with the memory that they attend to, as keys and values."""
     kept = {name: pair for name, pair in layers.items() if name != CROSS}
     seen = memory.replace(features=None, layers=layers[CROSS])  # type: ignore[attr-defined]
     length = jnp.array(metadata.valid.shape[1], jnp.int32)

@@ -1,4 +1,4 @@
-"""Late fusion: a tower for each modality, which meet only in their objective (CLIP, ALIGN)."""
+"""Late fusion: a tower for each modality; they meet only in the objective (CLIP, ALIGN)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ALONE = MaskTable((View("none", "separate"),))
 
 
 class WithTowers(UnifiedModel):
-    """What late and gated fusion share: each context modality goes through a tower of its own.
+    """The base of late and gated fusion: each context modality has a tower of its own.
 
     Attributes:
-      tower: shape of these towers.
-      own_towers: shapes of those modalities' that have another, by name.
+      tower: shape of the towers.
+      own_towers: (modality, shape) of the towers that have another shape.
     """
 
     tower: TransformerOptions
@@ -63,7 +63,7 @@ class WithTowers(UnifiedModel):
         return self.with_options(attention="auto") if kernel else self
 
     def look(self, name: str, batch: Any, *, deterministic: bool = True) -> Tokens:
-        """Features of every picture of a context modality, each in a row of its own."""
+        """Returns the features of a context modality's items (images, clips), one item a row."""
         tokens = self.embed_apart(name, batch[name])
         plan = plan_attention(self.tower_of(name), ALONE, tokens.metadata, tokens.metadata)
         x, _ = self.towers[name](tokens.embeddings, plan, deterministic=deterministic)
@@ -71,7 +71,7 @@ class WithTowers(UnifiedModel):
 
 
 class LateFusion(WithTowers):
-    """Two (or more) towers (Radford et al. 2021): no token of one modality sees another's."""
+    """Two or more towers (Radford et al. 2021): no token of one modality sees another's."""
 
     abilities: ClassVar[frozenset[str]] = frozenset({"contrastive"})
 

@@ -1,4 +1,4 @@
-"""UnifiedModel: what every fusion offers to objectives and to inference.
+"""UnifiedModel: the interface of every fusion to objectives and inference.
 
 A fusion is a subclass in a file of its own and a line in `FUSIONS`. All of them turn modalities
 into tokens and read text under attention rules; they differ in where text meets the context.
@@ -50,13 +50,13 @@ Batch = Mapping[str, Mapping[str, Array]]
 
 @struct.dataclass
 class Encoded:
-    """What one pass says of one text and of the context it was read beside.
+    """The output of one pass for one view: a text and its context.
 
     Attributes:
-      outputs: contextual embeddings [B, N, D] by modality, of all that was read or written.
-      valid: bool [B, N] by context modality, which of its tokens are there.
-      cache: what further text needs to be read beside the same context; None in late fusion.
-      rule: the rule it was read under; static.
+      outputs: contextual embeddings [B, N, D] by modality, text among them unless it was not read.
+      valid: bool [B, N] by context modality, which of its tokens are valid.
+      cache: of the context, so that more text can be read with it; None where a fusion saves none.
+      rule: the attention rule of the pass; static.
     """
 
     outputs: dict[str, Any]
@@ -73,23 +73,31 @@ class Encoded:
         cache: Cache | None,
         view: View,
     ) -> Encoded:
-        """Returns what a pass says of a view's text (None without one) and of its context."""
+        """Returns the output for a view.
+
+        Args:
+          text: contextual embeddings [B, T, D]; None without a text.
+          context: contextual embeddings [B, N, D] by modality.
+          valid: bool [B, N] by modality.
+          cache: of the context, or None.
+          view: as which it was read.
+        """
         written = {} if text is None else {"text": text}
         return cls({**context, **written}, dict(valid), cache, view.resolved())
 
     @property
     def text(self) -> Any:
-        """[B, T, D] of the text; None where there was none."""
+        """The contextual embeddings of the text, [B, T, D]; None where there was none."""
         return self.outputs.get("text")
 
 
 class UnifiedModel(nn.Module):
-    """The part that all fusions share: modalities, the main transformer, and heads.
+    """The base of all fusions: modalities, the main transformer, and heads.
 
     Attributes:
       modalities: by name, in sequence order, text last.
       options: shape of the main transformer, the one that reads text.
-      heads: what objectives add on top, by name (projections, classifiers).
+      heads: modules that objectives add, by objective (projections, classifiers).
     """
 
     modalities: Mapping[str, Any]
@@ -103,7 +111,7 @@ class UnifiedModel(nn.Module):
     def from_config(
         cls, model: Any, modalities: Mapping[str, Any], heads: Mapping[str, nn.Module]
     ) -> UnifiedModel:
-        """Built from `config.model`."""
+        """Returns the model of `config.model`."""
         return cls(
             modalities=modalities, options=TransformerOptions.from_config(model), heads=heads
         )
@@ -117,44 +125,54 @@ class UnifiedModel(nn.Module):
         self.head = dict(self.heads)
 
     def width_of(self, name: str) -> int:
-        """Width of a modality's embeddings."""
+        """Returns the width of a modality's embeddings."""
         return self.options.width
 
     @property
     def context_names(self) -> tuple[str, ...]:
-        """Every modality but text, in sequence order."""
+        """The names of all modalities but text, in sequence order."""
         return tuple(name for name in self.modalities if name != "text")
 
     def encode(
         self, batch: Batch, views: Sequence[View], *, deterministic: bool = True
     ) -> dict[str, Encoded]:
-        """Read the batch's text once for each stream, the context once for all that can share it.
+        """Encodes the text once for each view, and the context once for all that can share it.
 
         Args:
           batch: arrays by modality.
-          streams: the texts to read and their rules.
+          views: the ways to read the text, each with a rule.
+          deterministic: whether there is no dropout.
 
         Returns:
-          By stream name.
+          By view name.
         """
         raise NotImplementedError
 
     def read_context(self, batch: Batch, view: View) -> Encoded:
-        """The context alone, as `view` would read it."""
+        """Encodes the context alone, under the rule of `view`."""
         raise NotImplementedError
 
     def read_text(self, text: Mapping[str, Array], view: View) -> Float[Array, "B T D"]:
-        """Text alone, as `view` reads it where there is no context."""
+        """Returns contextual embeddings of text alone, under the rule of `view`."""
         raise NotImplementedError
 
     def prefix(self, batch: Batch, view: View) -> Cache:
-        """A cache of the context alone, for any texts beside it; without room for them."""
+        """Returns a cache of the context alone, without slots for text."""
         raise NotImplementedError
 
     def prefill(
         self, batch: Batch, view: View, cache_room: int
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """The context and the beginning of a text; the cache has room for so many more tokens."""
+        """Encodes the context and the beginning of a text.
+
+        Args:
+          batch: arrays by modality.
+          view: the rule of the text.
+          cache_room: how many more text tokens the cache has slots for.
+
+        Returns:
+          Contextual embeddings of the text, and the cache.
+        """
         raise NotImplementedError
 
     def extend(
@@ -165,12 +183,14 @@ class UnifiedModel(nn.Module):
         *,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Read further text tokens beside what the cache holds.
+        """Encodes more text tokens, which attend to what the cache holds.
 
         Args:
-          cache: with room for them.
+          cache: with slots for them.
           text: `ids`, `valid` [B, T], `present` [B], and `text_position` [B, T] where they do not
-            begin the text; in documents their placement too.
+            begin the text; in documents `position`, `segment` and `document` [B, T] too.
+          view: the rule of the text.
+          deterministic: whether there is no dropout.
 
         Returns:
           Contextual embeddings [B, T, D], and the cache with the tokens in it.
@@ -178,10 +198,10 @@ class UnifiedModel(nn.Module):
         raise NotImplementedError
 
     def logits(self, x: Float[Array, "B T D"], of: str = "text") -> Float[Array, "B T V"]:
-        """Returns the scores of each next token of a modality that has a head, float32.
+        """Returns the float32 logits of the next tokens of a modality, `of`.
 
         Raises:
-          ValueError: the modality has none, so that it can be read and not written.
+          ValueError: the embedder of the modality has no logits.
         """
         embedder = self.embedders[of]
         if not hasattr(embedder, "logits"):
@@ -190,36 +210,39 @@ class UnifiedModel(nn.Module):
         return found
 
     def with_options(self, **changes: Any) -> UnifiedModel:
-        """The same model with other options of all its transformers, its parameters alike."""
+        """Returns the model with other options of all its transformers, for the same parameters."""
         return self.clone(options=replace(self.options, **changes))
 
     def without_recomputation(self) -> UnifiedModel:
-        """The same model, keeping what it would recompute: for counting what has to be done."""
-        # Nor is anything in a kernel, where products cannot be counted.
+        """Returns the model without recomputation and kernels, for counting FLOPs."""
+        # Products in a kernel cannot be counted.
         return self.with_options(remat="none", attention="xla", pipeline=None)
 
     def for_inference(self) -> UnifiedModel:
-        """The same model where no attention kernel is asked for by name: for inference.
+        """Returns the model for inference: with attention 'auto' instead of a kernel by name.
 
-        It may be asked on another device than it was trained on, and reads on beside a cache.
+        It may run on another device than in training, and attends to a cache.
         """
         kernel = is_kernel(self.options.attention)
         return self.with_options(attention="auto") if kernel else self
 
     def pipelined(self, pipeline: Pipeline) -> UnifiedModel:
-        """The same model, its transformers divided into stages."""
+        """Returns the model with its transformers divided into pipeline stages."""
         return self.with_options(pipeline=pipeline)
 
     def param_metrics(self, params: Any) -> dict[str, Array]:
-        """Numbers about the parameters that are worth a line in the metrics, each []."""
+        """Returns numbers about the parameters for the metrics, each []."""
         return {}
 
     def embed_apart(self, name: str, arrays: Mapping[str, Array]) -> Tokens:
-        """Tokens of a context modality before any layer, each picture in a row of its own."""
+        """Returns the tokens of a context modality before any layer, one item a row."""
         return self.embedders[name](fold_items(arrays))
 
     def embed_text(self, text: Mapping[str, Array], name: str, after: int = 0) -> Tokens:
-        """Tokens of `text` as the group `name`, `after` tokens later where the batch is silent."""
+        """Returns the tokens of `text` before any layer, as the group `name`.
+
+        Their positions are those of the batch, or else begin after `after` tokens.
+        """
         tokens = self.embedders["text"](text)
         group = tokens.metadata.groups[0]._replace(name=name)
         metadata = tokens.metadata.replace(groups=(group,))  # type: ignore[attr-defined]
@@ -235,7 +258,7 @@ class UnifiedModel(nn.Module):
         cross: Any,
         deterministic: bool,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Run the main transformer on new tokens beside a cache, and write them into it."""
+        """Runs the main transformer on new tokens with a cache, and writes them into it."""
         metadata = cache.write_metadata(tokens.metadata)
         plan = plan_attention(
             self.options,
@@ -252,10 +275,10 @@ class UnifiedModel(nn.Module):
 
 
 def fusion(name: str) -> type[UnifiedModel]:
-    """The class of a fusion.
+    """Returns the class of a fusion, by its name or `package.module:CLASS`.
 
     Raises:
-      ValueError: an unknown name, with the table of what there is.
+      ValueError: the name is unknown; the message has the table of fusions.
     """
     if name not in FUSIONS and ":" not in name:
         raise ValueError(f"model.fusion={name!r} is unknown. What there is:\n{ABLE}")
@@ -264,10 +287,10 @@ def fusion(name: str) -> type[UnifiedModel]:
 
 
 def text_group(view: View, length: int) -> Group:
-    """Where a cache keeps the text of a stream."""
+    """Returns the token group of a view's text in a cache."""
     return Group(view.name, "text", length)
 
 
 def valid_by_name(metadata: TokenMetadata) -> dict[str, Bool[Array, "B N"]]:
-    """Which tokens of each group are there."""
+    """Returns which tokens of each group are valid, by group name."""
     return {name: metadata.valid[:, where] for name, where in spans(metadata.groups).items()}

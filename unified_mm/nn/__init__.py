@@ -1,6 +1,6 @@
-"""What models are built of: layers, transformers, attention and its rules.
+"""The parts of models: layers, transformers, attention and its rules.
 
-What embedders and heads from outside the package want is exported here.
+Exported here is what embedders and heads from outside the package need.
 """
 
 from unified_mm.nn.attention.rules import AttentionRule, Predicate, ScoreTerm

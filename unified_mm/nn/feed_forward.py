@@ -27,9 +27,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Mlp(nn.Module):
-    """Two dense maps, an activation between (Vaswani et al. 2017, eq. 2). [..., D] -> [..., D].
+    """Two dense maps with an activation between (Vaswani et al. 2017, eq. 2): [..., D] -> [..., D].
 
-    With `gated`, what goes in between is `activation(gate(x)) * up(x)` (Shazeer 2020, equation 6).
+    With `gated`, the hidden layer is `activation(gate(x)) * up(x)` (Shazeer 2020, equation 6).
+
+    Attributes:
+      hidden: F.
+      activation: a name of `ACTIVATIONS`.
+      output_scale: multiplies the initial standard deviation of the last map.
     """
 
     hidden: int
@@ -66,7 +71,7 @@ class Mlp(nn.Module):
 
 
 def make_mlp(options: TransformerOptions, *, name: str, use_bias: bool | None = None) -> Mlp:
-    """The MLP of a stack; `use_bias` where it is not the stack's own."""
+    """Returns the MLP of a stack; `use_bias`, unless None, overrides the option of the stack."""
     return Mlp(
         options.feed_forward,
         options.activation,
@@ -79,7 +84,7 @@ def make_mlp(options: TransformerOptions, *, name: str, use_bias: bool | None = 
 
 
 class FeedForward(nn.Module):
-    """An MLP for all tokens, or one for each modality. [B, N, D] -> [B, N, D]."""
+    """An MLP for all tokens, or one for each modality: [B, N, D] -> [B, N, D]."""
 
     options: TransformerOptions
 
@@ -94,10 +99,10 @@ FEED_FORWARDS = {"dense": "unified_mm.nn.feed_forward:FeedForward"}
 
 
 def make_feed_forward(options: TransformerOptions, name: str) -> nn.Module:
-    """Returns the feed-forward of a block that the options name.
+    """Returns the feed-forward part of a block, which the options name.
 
     Raises:
-      ValueError: an unknown one, or options that it has not.
+      ValueError: it is unknown, or does not have the options given.
     """
     kind = resolve("feed-forward", options.feed_forward_type, FEED_FORWARDS)
     own = dict(options.feed_forward_options)

@@ -1,4 +1,4 @@
-"""The small parts of every layer, their parameters named by logical axis: dense maps and norms."""
+"""Dense maps and norms, with parameters that carry logical axis names."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Initializer = Callable[..., Any]
 
 
 def partitioned(initializer: Initializer, *axes: str | None) -> Initializer:
-    """An initializer whose parameter carries logical axis names, for `parallel.sharding`."""
+    """Returns an initializer whose parameter has logical axis names, for `parallel.sharding`."""
     return nn.with_logical_partitioning(initializer, axes)
 
 
 class Dense(nn.Module):
-    """`x @ kernel + bias` over the last `len(in_axes)` axes of x, with named axes.
+    """A dense map: `x @ kernel + bias` over the last `len(in_axes)` axes of x, with named axes.
 
     Attributes:
       features: output shape, e.g. `(heads, head_width)`.
-      in_axes, out_axes: logical axis names of the kernel; their counts say how many axes of the
-        input are contracted and how many come out.
+      in_axes, out_axes: logical axis names of the kernel; their counts are the numbers of axes of
+        the input that are contracted and of axes that come out.
       scale: multiplies the initial standard deviation `1 / sqrt(fan_in)`.
     """
 
@@ -108,7 +108,7 @@ class PerModality(nn.Module):
     def __call__(
         self, x: Float[Array, "B N ..."], groups: Sequence[Group]
     ) -> Float[Array, "B N ..."]:
-        """Tokens [B, N, ...] lie by `groups`, so each modality's share is a static slice."""
+        """Applies the shared module, or to each run of one modality (a static slice) its own."""
         if not self.separate:
             return self.make(name="shared")(x)
         modules: dict[str, nn.Module] = {}
@@ -122,7 +122,7 @@ class PerModality(nn.Module):
 
 
 def merge_runs(groups: Sequence[Group]) -> list[tuple[str, int]]:
-    """(modality, length) of each run of neighbouring groups of one modality."""
+    """Returns (modality, length) for each run of neighbouring groups of one modality."""
     runs: list[tuple[str, int]] = []
     for group in groups:
         if runs and runs[-1][0] == group.modality:

@@ -1,4 +1,4 @@
-"""What a stack of transformer blocks looks like, as one value."""
+"""The shape and kind of a stack of transformer blocks, as one value."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class GateOptions:
     """Gated cross-attention layers in a stack (Alayrac et al. 2022, section 3.1.2).
 
     Attributes:
-      every: one before each n-th block; 0 has none.
-      gate: g of `h + g(alpha) * ...`: 'tanh' (the paper's: nothing passes at first) or 'sigmoid'.
+      every: how many blocks follow each cross-attention layer; 0 means no such layers.
+      gate: g in `h + g(alpha) * ...`: 'tanh' (the paper's, closed while alpha is 0) or 'sigmoid'.
       shape: of alpha, 'scalar' or 'channel' (one for each of D).
-      start: alpha at the start.
+      start: initial value of alpha.
       query_key_norm: RMS normalisation of each head's queries and keys (IDEFICS).
     """
 
@@ -45,40 +45,44 @@ class GateOptions:
 
 @dataclass(frozen=True)
 class TransformerOptions:
-    """Shape and kind of a stack; the defaults are those of a pre-norm transformer.
+    """The shape and kind of a stack; the defaults are those of a pre-norm transformer.
 
     Attributes:
       width, layers, heads, feed_forward: D, L, H and F.
-      key_value_heads: fewer heads of keys and values than of queries, shared by groups of these
-        (Ainslie et al. 2023); 0 has as many.
-      head_width: A; 0 is D / H.
-      dropout: share of each residual branch's outputs that training drops.
-      norm: 'layer' or 'rms' (Zhang & Sennrich 2019); `norm_epsilon` under its root.
-      norm_place: 'pre', before each branch, or 'post', after adding it to the stream.
+      key_value_heads: G; fewer than H are shared by groups of queries' heads (Ainslie et al. 2023);
+        0 means H.
+      head_width: A; 0 means D / H.
+      dropout: probability with which training drops an output of a residual branch.
+      norm: 'layer' or 'rms' (Zhang & Sennrich 2019).
+      norm_epsilon: added to the variance or mean square in a norm.
+      norm_place: 'pre', before each branch, or 'post', after its sum with the residual stream.
       final_norm: whether a norm follows the last block.
-      block: what a layer of the stack is, by name or `package.module:CLASS`
-        (`nn.transformer.BLOCKS`); `block_options` are fields of its own.
-      feed_forward_type: what stands after attention, by name or `package.module:CLASS`
-        (`nn.feed_forward.FEED_FORWARDS`); `feed_forward_options` are fields of its own.
+      block: kind of the blocks, by name or `package.module:CLASS` (`nn.transformer.BLOCKS`).
+      block_options: fields that this kind of block has of its own.
+      feed_forward_type: kind of the feed-forward part, by name or `package.module:CLASS`
+        (`nn.feed_forward.FEED_FORWARDS`).
+      feed_forward_options: fields that this kind of feed-forward has of its own.
       activation: of the feed-forward; see `ACTIVATIONS` ('gelu' is its tanh form).
-      gated_feed_forward: `act(gate(x)) * up(x)` (Shazeer 2020) and not `act(up(x))`.
-      query_bias, output_bias, feed_forward_bias: of queries, keys and values; of what attention and
-        feed-forward put out.
-      rotary_base: of rotary positions (Su et al. 2021); 0 has none.
-      separate_attention, separate_feed_forward: parameters of its own for each modality.
-      remat: which of a period's activations the backward pass recomputes instead of their being
-        kept: 'none'; 'full', all but its input; 'dots', all but products with weights (attention's
-        scores are recomputed); 'offload', the same with these products kept in the host's memory
-        (on a CPU, where that is the only one, it is 'dots').
-      attention: which program computes it; see `nn.attention.backends`.
-      unroll: how many periods a step of the scan holds; the parameter tree is the same. Always one
-        where something is recomputed: within a step the compiler would keep it after all.
-      apart: whether each period has parameters, keys and values of its own and nothing is stacked
-        or scanned (`nn.unstack`); for inference.
+      gated_feed_forward: whether it is `act(gate(x)) * up(x)` (Shazeer 2020) rather than
+        `act(up(x))`.
+      query_bias: whether the projections to queries, keys and values have biases.
+      output_bias: whether the output projection of attention has a bias.
+      feed_forward_bias: whether the dense maps of the feed-forward have biases.
+      rotary_base: of rotary positions (Su et al. 2021); 0 means no rotary positions.
+      separate_attention, separate_feed_forward: whether each modality has parameters of its own.
+      remat: which of a period's activations the backward pass recomputes instead of storing them:
+        'none'; 'full', all but its input; 'dots', all but products with weights (attention's
+        scores are recomputed); 'offload', the same with these products stored in the host's memory
+        (on a CPU, which has no other, it is 'dots').
+      attention: the backend that computes it; see `nn.attention.backends`.
+      unroll: how many periods a step of the scan holds; the parameter tree is the same. It is
+        always one where something is recomputed: within a step the compiler would store it anyway.
+      unstacked: whether each period has parameters, keys and values of its own and nothing is
+        stacked or scanned (`nn.unstack`); for inference.
       dtype: of the computation; parameters are float32.
-      cache: what generation keeps keys and values as: 'same', as `dtype`, or 'int8'.
+      cache: type of cached keys and values in generation: 'same', which is `dtype`, or 'int8'.
       cross: the gated cross-attention layers between the blocks.
-      pipeline: the stages that its periods are divided among, in training; None for one.
+      pipeline: the stages that its periods are divided among in training; None for one stage.
     """
 
     width: int = option(least=1)
@@ -141,28 +145,32 @@ class TransformerOptions:
 
     @property
     def num_kv_heads(self) -> int:
-        """Heads of keys and of values."""
+        """G, the number of heads of keys and of values."""
         return self.key_value_heads or self.heads
 
     @property
     def blocks_per_period(self) -> int:
-        """Blocks in each repeated part of the stack."""
+        """The number of blocks in each period, the repeated part of the stack."""
         return self.cross.every or 1
 
     @property
     def periods(self) -> int:
-        """How often that part is repeated."""
+        """The number of periods."""
         return self.layers // self.blocks_per_period
 
     @classmethod
     def config_fields(cls) -> tuple[str, ...]:
-        """Those that `config.model` holds under the same names."""
+        """Returns the names of the fields that `config.model` has under the same names."""
         elsewhere = ("unstacked", "cache", "cross", "pipeline")
         return tuple(field.name for field in fields(cls) if field.name not in elsewhere)
 
     @classmethod
     def from_config(cls, model: Mapping[str, Any]) -> TransformerOptions:
-        """Of the main stack: the fields of `config.model` that bear these names."""
+        """Returns the options of the main stack, from the fields of `config.model` of these names.
+
+        Raises:
+          ValueError: a value is not allowed, or values do not fit together.
+        """
         known = {name: model[name] for name in cls.config_fields()}
         for name in ("block_options", "feed_forward_options"):
             known[name] = tuple(sorted(dict(known[name]).items()))
@@ -173,7 +181,7 @@ class TransformerOptions:
         return cls(**known)
 
     def changed(self, changes: Mapping[str, Any]) -> TransformerOptions:
-        """The same with other values; None, or a size of 0, leaves what there is."""
+        """Returns the options with other values; None, or a size of 0, leaves a value as it is."""
         given = {name: value for name, value in changes.items() if value is not None}
         for name in ("block_options", "feed_forward_options"):
             if name in given:

@@ -1,9 +1,9 @@
-"""Pipeline parallelism: the stack's periods on several stages, micro-batches passing through.
+"""Pipeline parallelism: a stack's periods on several stages, which micro-batches pass through.
 
 The stages are one array axis that the mesh divides: each tick runs all of them under `vmap`, each
 on a micro-batch of its own, then a roll hands every stage's output to the next (Huang et al. 2019,
-GPipe, section 2.2; the form for GSPMD: Xu et al. 2021, section 3.3). So its gradient is autodiff's,
-and it composes with every other axis of the mesh.
+GPipe, section 2.2; the form for GSPMD: Xu et al. 2021, section 3.3). So its gradient comes from
+autodiff, and it composes with every other axis of the mesh.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from unified_mm.parallel.sharding import constrain, from_parts, into_parts
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How a stack is divided in time.
+    """The division of a stack into stages and of its batch into micro-batches.
 
     Attributes:
-      stages: S, that the periods are divided among.
-      micro_batches: M, that the batch is divided into.
+      stages: how many stages the periods are divided among.
+      micro_batches: how many micro-batches the batch is divided into.
     """
 
     stages: int
@@ -34,17 +34,17 @@ class Pipeline:
 
     @property
     def ticks(self) -> int:
-        """Until the last micro-batch leaves the last stage."""
+        """The number of ticks until the last micro-batch leaves the last stage."""
         return self.micro_batches + self.stages - 1
 
     @property
     def bubble(self) -> float:
-        """The share of all stages' time in which they have nothing to do (GPipe, section 2.3)."""
+        """The share of the stages' time in which they are idle (GPipe, section 2.3)."""
         return (self.stages - 1) / self.ticks
 
 
-# Parameters and cached arrays of one period, x [b, N, D], what all layers read, the number of the
-# micro-batch -> the next x, and what the period keeps, arrays [b, ...].
+# Parameters and cached arrays of one period, x [rows, N, D] of a micro-batch, what all layers read,
+# the number of the micro-batch -> the next x, and the period's keys and values, arrays [rows, ...].
 PeriodFunction = Callable[[Any, Any, Array, Any, Array], tuple[Array, Any]]
 
 
@@ -56,21 +56,21 @@ def run_pipeline(
     x: Float[Array, "B N D"],
     beside: Any,
 ) -> tuple[Float[Array, "B N D"], Any]:
-    """The stack's output, as a scan of `period` over its layers would give it.
+    """Returns the stack's output, as a scan of `period` over the periods would give it.
 
     Args:
-      pipeline: stages and micro-batches; the first divide the periods, the second B.
-      period: one of them on one micro-batch.
+      pipeline: stages, which divide the periods, and micro-batches, which divide B.
+      period: runs one period on one micro-batch.
       params: arrays [periods, ...].
       cached: arrays [periods, B, ...].
-      x: tokens.
+      x: embeddings.
       beside: what all layers read: arrays [B, ...] and scalars.
 
     Returns:
-      x [B, N, D] after the last period, and what each kept, [periods, B, ...].
+      x [B, N, D] after the last period, and what else each period returned, [periods, B, ...].
 
     Raises:
-      ValueError: periods or examples that they do not divide.
+      ValueError: the stages do not divide the periods, or the micro-batches do not divide B.
     """
     count, stages = pipeline.micro_batches, pipeline.stages
     periods = len(jax.tree.leaves(params)[0])
@@ -88,7 +88,7 @@ def run_pipeline(
     cached = jax.tree.map(lambda leaf: _by_stage(jax.vmap(into)(leaf), stages), cached)
 
     def stage(params: Any, cached: Any, x: Array, number: Array) -> tuple[Array, Any]:
-        """One stage's periods on the micro-batch `number`."""
+        """Runs one stage's periods on the micro-batch `number`."""
         own = jax.tree.map(lambda leaf: leaf[number] if jnp.ndim(leaf) else leaf, beside)
 
         def one(x: Array, layer: Any) -> tuple[Array, Any]:
@@ -113,13 +113,16 @@ def run_pipeline(
 
 
 def _by_stage(x: Array, stages: int) -> Array:
-    """[periods, ...] -> [S, periods / S, ...]; the periods of a stage are neighbours."""
+    """Splits [periods, ...] into [stages, periods / stages, ...], a stage having neighbours."""
     return x.reshape(stages, x.shape[0] // stages, *x.shape[1:])
 
 
 def _in_order(kv: Array, count: int) -> Array:
-    """[ticks, S, periods / S, b, ...] -> [periods, B, ...]: stage s does part m at tick m + s."""
+    """Reorders [ticks, stages, periods / stages, rows, ...] to [periods, B, ...].
+
+    Stage s works on micro-batch m, which has `rows` examples, at tick m + s.
+    """
     stages, each = kv.shape[1:3]
-    own = jnp.stack([kv[s : s + count, s] for s in range(stages)])  # [S, M, periods / S, b, ...]
+    own = jnp.stack([kv[s : s + count, s] for s in range(stages)])  # [stages, count, each, ...]
     by_period = own.swapaxes(1, 2).reshape(stages * each, count, *kv.shape[3:])
     return jax.vmap(from_parts)(by_period)

@@ -1,4 +1,4 @@
-"""From tokens to one vector."""
+"""Pooling: the tokens of an example become one vector."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def mean(x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Float[Array, "B
 
 
 def first(x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Float[Array, "B D"]:
-    """Returns the first token: a class token."""
+    """Returns the first token, such as a class token."""
     return x[:, 0]
 
 
@@ -41,7 +41,7 @@ def pool_of(name: str, field: str = "pool") -> Any:
     """Returns a pool by its name, or `package.module:FUNCTION` of one from outside.
 
     Raises:
-      ValueError: naming the field, there is none of that name.
+      ValueError: there is none of that name; the message names the field.
     """
     return POOLS[name] if name in POOLS else resolve(field, name, POOLS)
 
@@ -53,14 +53,15 @@ def pooled(pool: str, x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Fl
 
 
 class AttentionPool(nn.Module):
-    """A learned query attends to the tokens; then a feed-forward branch. [B, N, D] -> [B, D].
+    """Attention of a learned query to the tokens, then a feed-forward branch: [B, N, D] -> [B, D].
 
     Zhai et al. 2022, "Scaling vision transformers", section 3.2 (multi-head attention pooling),
     in the form that SigLIP's weights have.
 
     Attributes:
       heads: H.
-      hidden: F; 0 is 4 D.
+      hidden: F; 0 means 4 D.
+      epsilon: of the norm.
     """
 
     heads: int

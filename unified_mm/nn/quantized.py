@@ -1,4 +1,4 @@
-"""Weights kept as int8, and products with them."""
+"""Weights stored as int8, and products with them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from jaxtyping import Array, Float, Int
 
 @struct.dataclass
 class Quantized:
-    """An array as int8, symmetric, with a scale for each channel: about `values * scale`.
+    """An array in symmetric int8 with a scale for each channel: about `values * scale`.
 
-    It stands in a parameter tree where the array stood; a scan over layers takes its slices as it
-    does those of any other leaf, since the scales have all axes of the values.
+    It replaces the array in a parameter tree; a scan over layers slices it like any other leaf,
+    since the scales have all axes of the values.
 
     Attributes:
       values: int8, of the array's shape.
-      scale: float32, the same with 1 for each axis that a product contracts.
-      activations: 'int8' where what it is multiplied by is rounded as well, each vector by its own
-        largest number, else ''; static.
+      scale: float32, the same shape with 1 for each axis that a product contracts.
+      activations: 'int8' where the other factor of a product is rounded too, each vector by its own
+        largest magnitude, else ''; static.
     """
 
     values: Any
@@ -31,22 +31,22 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the array."""
+        """The shape of the array."""
         return tuple(self.values.shape)
 
     def floats(self) -> Float[Array, "..."]:
-        """The array that it stands for, float32."""
+        """Returns the array, dequantized to float32."""
         return self.values.astype(jnp.float32) * self.scale
 
     def __getitem__(self, rows: Int[Array, "..."]) -> Float[Array, "... D"]:
-        """Rows of a table [V, D], float32."""
+        """Returns rows of a table [V, D], float32."""
         return self.values[rows].astype(jnp.float32) * self.scale[rows]
 
     def product(self, x: Float[Array, "..."], axes: Sequence[int]) -> Float[Array, "..."]:
-        """The last axes of x contracted with `axes` of this array, in their order; float32.
+        """Returns the last axes of x contracted with `axes` of this array, in order; float32.
 
-        Without int8 activations the numbers are multiplied in x's own type, which holds every
-        int8 exactly, and the scales come after the sum.
+        Without int8 activations the numbers are multiplied in x's own type, which represents every
+        int8 exactly, and the scales are applied after the sum.
         """
         first = x.ndim - len(axes)
         dimensions = ((tuple(range(first, x.ndim)), tuple(axes)), ((), ()))

@@ -1,7 +1,7 @@
 """The Perceiver resampler: any number of features in, a fixed number out.
 
-Jaegle et al. 2021 (Perceiver) for latents that attend; Alayrac et al. 2022 (Flamingo), section
-3.1.1 and its appendix A.1.1, for this form.
+Jaegle et al. 2021 (Perceiver) introduce latents that attend; this form is that of Alayrac et al.
+2022 (Flamingo), section 3.1.1 and appendix A.1.1.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from unified_mm.nn.tokens import Group, single_document
 
 @dataclass(frozen=True)
 class ResamplerOptions:
-    """Shape of a resampler.
+    """The shape of a resampler.
 
     Attributes:
-      latents: R, how many features come out; 0 is no resampler.
-      frames: that a clip may have, each with a learned embedding; 0 learns none.
-      blocks: of attention and feed-forward, without biases; `width` is that of the features.
+      latents: how many features come out; 0 means no resampler.
+      frames: how many frames a clip may have, each with a learned embedding; 0 means that none are
+        learned.
+      blocks: shape of the attention and feed-forward blocks, which have no biases; `width` is that
+        of the features.
       head_norm: kind of the norm of each head's queries and keys, where there is one.
     """
 
@@ -46,7 +48,13 @@ class ResamplerOptions:
     def from_config(
         cls, fields: Mapping[str, Any], width: int, main: TransformerOptions
     ) -> ResamplerOptions:
-        """From `config.model.resampler`, for features of a width, computed as the main stack is."""
+        """Returns the options of `config.model.resampler`.
+
+        Args:
+          fields: of the config.
+          width: of the features.
+          main: options of the main stack, for the dtype and the attention backend.
+        """
         blocks = TransformerOptions(
             width=width,
             layers=fields["layers"],
@@ -64,18 +72,18 @@ class ResamplerOptions:
 
 
 class PerceiverResampler(nn.Module):
-    """Learned latents look at the features and at themselves, again and again."""
+    """Learned latents that attend to the features and to themselves, layer by layer."""
 
     options: ResamplerOptions
 
     @nn.compact
     def __call__(
-        self, features: Float[Array, "B T N D"], valid: Bool[Array, "B T N"]
-    ) -> Float[Array, "B R D"]:
-        """Features of T frames of N tokens -> R latents.
+        self, features: Float[Array, "B S N D"], valid: Bool[Array, "B S N"]
+    ) -> Float[Array, "B latents D"]:
+        """Returns the latents for the features of S frames of N tokens.
 
         Raises:
-          ValueError: more frames than there are embeddings for.
+          ValueError: there are more frames than embeddings for them.
         """
         o, b = self.options, self.options.blocks
         rows, frames, _, width = features.shape
@@ -101,7 +109,7 @@ class PerceiverResampler(nn.Module):
 
 
 def look_at_all(options: TransformerOptions, valid: Bool[Array, "B K"], latents: int) -> BlockMask:
-    """Each of the latents sees every feature that is there, and all latents."""
+    """Returns the mask under which each latent sees all valid features and all latents."""
     seen = jnp.pad(valid, ((0, 0), (0, latents)), constant_values=True)
     keys = single_document(seen, Group("features", "features", seen.shape[1]))
     queries = single_document(seen[:, -latents:], Group("latents", "features", latents))
@@ -111,7 +119,7 @@ def look_at_all(options: TransformerOptions, valid: Bool[Array, "B K"], latents:
 
 
 class ResamplerAttention(nn.Module):
-    """Latents attend to [features | latents], each with a norm of its own."""
+    """Attention of the latents to [features | latents], which have a norm each."""
 
     options: TransformerOptions
     head_norm: str
@@ -119,10 +127,10 @@ class ResamplerAttention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        latents: Float[Array, "B R D"],
+        latents: Float[Array, "B latents D"],
         features: Float[Array, "B K D"],
         seen_by: BlockMask,
-    ) -> Float[Array, "B R D"]:
+    ) -> Float[Array, "B latents D"]:
         o = self.options
         latents = Norm("layer", o.norm_epsilon, o.dtype, name="latents_norm")(latents)
         features = Norm("layer", o.norm_epsilon, o.dtype, name="features_norm")(features)

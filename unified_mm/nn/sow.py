@@ -1,7 +1,8 @@
-"""Attention weights for whoever wants to look at them; models compute none otherwise.
+"""Attention weights, auxiliary values and the residual stream, sown on request.
 
-`model.apply(..., mutable=["attention"])` asks for them. Each attention then leaves its `Weights`
-in the collection of that name, under its own path; those of a scanned stack bear its layers first.
+`model.apply(..., mutable=["attention"])` asks for attention weights; models compute none otherwise.
+Each attention then sows its `Weights` into the collection of that name, under its own path; in a
+scanned stack they have a leading axis of periods. The same holds for 'auxiliary' and 'residual'.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ ATTENTION = "attention"  # the collection
 
 @struct.dataclass
 class Weights:
-    """How much each query takes from each key.
+    """The weights of an attention.
 
     Attributes:
-      values: float32 [..., B, H, Q, K]; a row sums to 1, or to 0 where the query sees nothing.
-      queries, keys: the token groups of Q and of K; static.
+      values: float32 [..., B, H, Q, K]; a row sums to 1, or to 0 where the query sees no key.
+      queries, keys: the token groups along Q and K; static.
     """
 
     values: Any
@@ -47,14 +48,14 @@ def sow_attention(
     masks: Sequence[BlockMask],
     groups: tuple[tuple[Group, ...], tuple[Group, ...]],
 ) -> None:
-    """Leaves the weights of an attention in its module's collection, where someone asked.
+    """Sows the weights of an attention if the collection `ATTENTION` is mutable.
 
     They come from the reference softmax, whichever backend computed the attention.
 
     Args:
-      module: the one that attends.
+      module: the attention module.
       query, key: as its backend gets them, all Q and all K.
-      calls, sights: its block calls, and what each sees.
+      calls, masks: its block calls, and the mask of each.
       groups: of the queries and of the keys.
     """
     if module.is_initializing() or not module.is_mutable_collection(ATTENTION):
@@ -76,7 +77,10 @@ def sow_attention(
 
 
 def by_path(left: Mapping[str, Any]) -> dict[str, Weights]:
-    """What modules left in the collection, by their paths; values [L, B, H, Q, K]."""
+    """Returns the weights sown into the collection, by path of the module.
+
+    Their values are [periods, B, H, Q, K]; outside a stack, periods is 1.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(stack_layers(left), is_leaf=_is_weights)
     # Flax keeps it under .../weights/0.
     found = {path_of(path[:-2]): weights for path, weights in leaves}
@@ -96,7 +100,7 @@ def softmax_weights(
     mask: Bool[Array, "B Q K"],
     bias: Float[Array, "B Q K"] | None = None,
 ) -> Float[Array, "B H Q K"]:
-    """Returns softmax(q k / sqrt(A) + bias) (Vaswani et al. 2017, eq. 1); zero for the unseen."""
+    """Returns softmax(q k / sqrt(A) + bias) (Vaswani et al. 2017, eq. 1); zero under the mask."""
     query, key = query.astype(jnp.float32), key.astype(jnp.float32)
     scores = jnp.einsum("BQHA,BKHA->BHQK", query, widen(key, query.shape[2]))
     scores = scores * query.shape[-1] ** -0.5
@@ -111,19 +115,19 @@ AUXILIARY = "auxiliary"  # the collection
 
 
 def sow_auxiliary(module: nn.Module, name: str, x: Float[Array, "..."]) -> None:
-    """Leaves what a layer has to say beside its output, for objectives and for whoever asks.
+    """Sows an auxiliary value of a layer, such as a load-balancing statistic, for objectives.
 
-    It passes scans, recomputation, pipelines and micro-batches, all of which divide or join its
-    first axis: so that statistics add up, that is a row for each example, or for a fixed number of
-    groups an example, and never one number for the whole batch.
+    Scans, recomputation, pipelines and micro-batches divide or join its first axis. So that
+    statistics add up, that axis has a row for each example, or a fixed number of groups per
+    example; one number for the whole batch is refused.
 
     Args:
       module: the layer.
-      name: what is left, once a call of the layer.
+      name: of the value; a call of the layer sows it once.
       x: the values, [groups, ...].
 
     Raises:
-      ValueError: a scalar.
+      ValueError: x is a scalar.
     """
     if jnp.ndim(x) == 0:
         raise ValueError(
@@ -136,9 +140,9 @@ def sow_auxiliary(module: nn.Module, name: str, x: Float[Array, "..."]) -> None:
 
 
 def auxiliary_by_path(left: Mapping[str, Any]) -> dict[str, Array]:
-    """Returns what layers left in the collection, by their paths; of a stack, [L, groups, ...].
+    """Returns the auxiliary values in the collection, by path; of a stack, [periods, groups, ...].
 
-    L are the periods of the stack: a path names the layer within a period.
+    A path names the layer within a period.
     """
     leaves = jax.tree_util.tree_leaves_with_path(stack_layers(left))
     return {path_of(path[:-1]): leaf for path, leaf in leaves}  # Flax keeps it under .../name/0
@@ -149,17 +153,17 @@ EMBEDDED = "embedded"
 
 
 def sow_residual(module: nn.Module, name: str, x: Float[Array, "B N D"]) -> None:
-    """Leaves the stream in a module's collection under a name, where someone asked."""
+    """Sows the residual stream under a name if the collection `RESIDUAL` is mutable."""
     if module.is_initializing() or not module.is_mutable_collection(RESIDUAL):
         return
     module.sow(RESIDUAL, name, x)
 
 
 def layer_names(options: TransformerOptions) -> list[str]:
-    """Names of what a stack leaves, in order.
+    """Returns the names of the residual streams that a stack sows, in order.
 
-    'embedded', then 'layer_0', 'layer_1', ...; a gated cross layer before the blocks of period p
-    is 'cross_p'.
+    They are 'embedded', then 'layer_0', 'layer_1', ...; that of a gated cross layer before the
+    blocks of period p is 'cross_p'.
     """
     names = [EMBEDDED]
     for period in range(options.periods):
@@ -173,7 +177,7 @@ def layer_names(options: TransformerOptions) -> list[str]:
 def streams_by_layer(
     left: Mapping[str, Any], stack: str, options: TransformerOptions
 ) -> dict[str, Float[Array, "B N D"]]:
-    """What one stack left in the collection, by `layer_names`.
+    """Returns the residual streams that one stack sowed, by `layer_names`.
 
     Args:
       left: the collection.
@@ -183,7 +187,7 @@ def streams_by_layer(
     found = stack_layers({stack: left[stack]})[stack]
     streams = [found[EMBEDDED][0]]
     for period in range(options.periods):
-        # A scan stacks what its periods leave: each has its own row. Flax keeps it in a tuple.
+        # A scan stacks what its periods sow: each has its own row. Flax keeps it in a tuple.
         if options.cross.every:
             streams.append(found[LAYERS]["after_cross"][0][period])
         for number in range(options.blocks_per_period):

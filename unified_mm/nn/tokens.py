@@ -1,4 +1,4 @@
-"""Tokens: what every modality becomes, and all that attention rules know about them."""
+"""Tokens, which every modality becomes, and the metadata by which attention rules treat them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ class Group(NamedTuple):
     """A run of tokens that attention rules treat alike; static, so slices need no gather.
 
     Attributes:
+      name: unique within a sequence.
+      modality: of the tokens.
+      length: how many tokens there are.
       start: position of the first token, where each further one is one later and all are of
         document 0 and segment 0; None where these are data.
     """
@@ -27,15 +30,15 @@ class Group(NamedTuple):
 
 @struct.dataclass
 class TokenMetadata:
-    """What is known of each token besides its embedding. Each array is [B, N].
+    """The metadata of a sequence of tokens. Each array is [B, N].
 
     Attributes:
-      position: int32, order within the document (what `causal` compares).
-      segment: int32, which image or clip of the document the token belongs to; of a text token,
-        the latest one before it. Images of a document count from 1, so 0 is before any.
-      document: int32, which of the packed documents; no token sees another document.
-      valid: bool, false for padding and for what is absent: never seen, never scored.
-      groups: static spans in sequence order; their lengths add up to N.
+      position: int32, order within the document (the predicate `causal` compares it).
+      segment: int32, number of the image or clip of the document that the token belongs to; for a
+        text token, of the latest one before it. Images count from 1; 0 is before any image.
+      document: int32, number of the packed document; no token attends to another document.
+      valid: bool, false for padding and for absent data, which are never attended to or scored.
+      groups: in sequence order, their lengths adding up to N; static.
     """
 
     position: Any
@@ -47,14 +50,19 @@ class TokenMetadata:
 
 @struct.dataclass
 class Tokens:
-    """Embeddings [B, N, D] and their metadata [B, N]."""
+    """A sequence of tokens.
+
+    Attributes:
+      embeddings: [B, N, D].
+      metadata: each array [B, N].
+    """
 
     embeddings: Any
     metadata: TokenMetadata
 
 
 def single_document(valid: Bool[Array, "B N"], group: Group) -> TokenMetadata:
-    """Metadata of one segment of one document, in sequence order."""
+    """Returns the metadata of one segment of one document, positions counted from 0."""
     zeros = jnp.zeros(valid.shape, jnp.int32)
     return TokenMetadata(
         position=zeros + jnp.arange(valid.shape[1], dtype=jnp.int32),
@@ -66,13 +74,13 @@ def single_document(valid: Bool[Array, "B N"], group: Group) -> TokenMetadata:
 
 
 def with_positions(metadata: TokenMetadata, **arrays: Array) -> TokenMetadata:
-    """With other positions, segments or documents [B, N], which nobody knows beforehand."""
+    """Returns metadata with other positions, segments or documents [B, N] that are data."""
     groups = tuple(group._replace(start=None) for group in metadata.groups)
     return metadata.replace(groups=groups, **arrays)  # type: ignore[attr-defined]
 
 
 def spans(groups: Sequence[Group]) -> dict[str, slice]:
-    """Where each group lies in the sequence."""
+    """Returns the slice of the sequence that each group takes up, by name."""
     result, start = {}, 0
     for group in groups:
         result[group.name] = slice(start, start + group.length)
@@ -86,12 +94,12 @@ POSITION_KEYS = ("position", "segment", "document")  # keys of a batch that plac
 def offset_positions(
     metadata: TokenMetadata, arrays: Mapping[str, Array], offset: int
 ) -> TokenMetadata:
-    """Tokens where their batch puts them in a document, or else `offset` positions later.
+    """Returns metadata with the positions that the batch gives, or else `offset` later.
 
     Args:
-      metadata: of tokens [B, N] of a document of their own.
-      arrays: of the batch; with `POSITION_KEYS` [B, N], these hold.
-      offset: how many tokens come before, where the batch is silent.
+      metadata: of tokens [B, N] that are a document of their own.
+      arrays: of the batch; its `POSITION_KEYS` [B, N] are used where it has them.
+      offset: how many tokens come before, where the batch has no positions.
     """
     if "position" in arrays:
         return with_positions(metadata, **{key: arrays[key] for key in POSITION_KEYS})
@@ -103,9 +111,10 @@ def offset_positions(
 
 
 def fold_items(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """The pictures (or clips) of a batch one by one: [B, S, ...] becomes [B * S, ...].
+    """Returns the items (images, clips) of a batch as rows: [B, I, ...] becomes [B * I, ...].
 
-    A batch with one picture an example, whose `present` is [B], stays as it is.
+    A batch with one item per example, whose `present` is [B], stays as it is.
+    Positions are dropped.
     """
     values = {key: value for key, value in arrays.items() if key not in POSITION_KEYS}
     if arrays["present"].ndim == 1:
@@ -114,14 +123,14 @@ def fold_items(arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def unfold_items(
-    x: Float[Array, "R N D"], metadata: TokenMetadata, arrays: Mapping[str, Array], offset: int
+    x: Float[Array, "rows N D"], metadata: TokenMetadata, arrays: Mapping[str, Array], offset: int
 ) -> Tokens:
-    """What `fold_items` took apart, as one group [B, S * N] an example, placed as the batch says.
+    """Inverts `fold_items` for tokens: the items of an example become one group, [B, I * N].
 
     Args:
-      x, metadata: of R = B * S pictures of N tokens.
-      arrays: of the batch that they come from; its placement is [B, S].
-      offset: how many tokens come before, where the batch is silent.
+      x, metadata: of B * I items of N tokens each.
+      arrays: of the batch that they come from; its `POSITION_KEYS`, if any, are [B, I].
+      offset: how many tokens come before, where the batch has no positions.
     """
     batch = arrays["present"].shape[0]
     tokens = x.shape[1]
@@ -136,7 +145,11 @@ def unfold_items(
 
 
 def take(metadata: TokenMetadata, names: Sequence[str]) -> TokenMetadata:
-    """Metadata of the neighbouring groups `names` alone."""
+    """Returns the metadata of the neighbouring groups `names` alone.
+
+    Raises:
+      ValueError: there is no group of one of the names.
+    """
     groups = tuple(group for group in metadata.groups if group.name in names)
     if len(groups) != len(names):
         raise ValueError(f"no token groups {list(names)} in {[g.name for g in metadata.groups]}")
@@ -152,7 +165,11 @@ def take(metadata: TokenMetadata, names: Sequence[str]) -> TokenMetadata:
 
 
 def join_metadata(parts: Sequence[TokenMetadata]) -> TokenMetadata:
-    """Metadata [B, N] of several groups side by side, N being the sum of theirs."""
+    """Returns the metadata of sequences that are concatenated.
+
+    Raises:
+      ValueError: two groups share a name.
+    """
     names = [group.name for part in parts for group in part.groups]
     if len(set(names)) != len(names):
         raise ValueError(f"two token groups share a name: {names}")
@@ -170,9 +187,9 @@ def join_metadata(parts: Sequence[TokenMetadata]) -> TokenMetadata:
 
 
 def lengthen(metadata: TokenMetadata, more: TokenMetadata) -> TokenMetadata:
-    """Metadata with further tokens at its end, as one group with the last where names agree.
+    """Returns metadata with more tokens at the end, merged into the last group if its name agrees.
 
-    What they are is data: they may be slots that something is written into.
+    Positions of the added tokens are data: they may be slots that are written later.
     """
     more = with_positions(more)
     (added,) = more.groups
@@ -185,7 +202,7 @@ def lengthen(metadata: TokenMetadata, more: TokenMetadata) -> TokenMetadata:
 
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:
-    """Several groups of tokens as one sequence, in the order given."""
+    """Concatenates sequences of tokens, in the order given."""
     return Tokens(
         embeddings=jnp.concatenate([part.embeddings for part in parts], axis=1),
         metadata=join_metadata([part.metadata for part in parts]),
@@ -193,9 +210,9 @@ def concatenate(parts: Sequence[Tokens]) -> Tokens:
 
 
 def blank(values: Float[Array, "B ..."], valid: Bool[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """Zero wherever `valid` (a prefix of the axes) is false.
+    """Returns `values` with zeros wherever `valid` (a prefix of the axes) is false.
 
-    Applied to raw input before the first projection: a NaN in padding would otherwise reach
+    It is applied to raw input before the first projection: a NaN in padding would otherwise reach
     gradients as 0 * NaN.
     """
     extra = values.ndim - valid.ndim

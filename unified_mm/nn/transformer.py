@@ -22,13 +22,13 @@ from unified_mm.nn.unstack import LAYERS
 from unified_mm.parallel.sharding import constrain
 from unified_mm.registry import resolve
 
-# By name of each layer of a period, its keys and values; where layers are apart, a tuple of these.
+# By name of each layer of a period, its keys and values; in an unstacked stack, a tuple of these.
 PeriodKV = dict[str, Any]
 CROSS = "cross"
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each added to the stream.
+    """Attention and feed-forward, each added to the residual stream.
 
     The norm comes before each (Xiong et al. 2020) or after the sum (Vaswani et al. 2017).
     """
@@ -63,10 +63,10 @@ BLOCKS = {"transformer": "unified_mm.nn.transformer:Block"}
 
 
 def make_block(options: TransformerOptions, deterministic: bool, name: str) -> Any:
-    """Returns the block of a stack that the options name.
+    """Returns a block of a stack, of the kind that the options name.
 
     Raises:
-      ValueError: an unknown one, or options that it has not.
+      ValueError: the kind is unknown, or does not have the options given.
     """
     kind = resolve("block", options.block, BLOCKS)
     own = read_options(kind, dict(options.block_options), "model.block_options")
@@ -74,7 +74,7 @@ def make_block(options: TransformerOptions, deterministic: bool, name: str) -> A
 
 
 class Period(nn.Module):
-    """What the stack repeats: n blocks, or one gated cross layer and n blocks."""
+    """The repeated part of a stack: n blocks, or one gated cross layer and n blocks."""
 
     options: TransformerOptions
     deterministic: bool
@@ -101,9 +101,9 @@ class Period(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Periods whose parameters are stacked [periods, ...] and run under a scan, then a norm.
+    """Periods, whose parameters are stacked [periods, ...], run under a scan; then a norm.
 
-    Layer l is block `l % n` of period `l // n`, for n blocks a period.
+    Layer l is block `l % n` of period `l // n`, for n blocks per period.
     """
 
     options: TransformerOptions
@@ -118,12 +118,19 @@ class Transformer(nn.Module):
         cross: CrossPlan | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B N D"], PeriodKV]:
-        """Contextual embeddings [B, N, D]; keys and values, each [periods, B, H, K, A].
+        """Runs the stack.
 
-        With `options.unstacked` they are a tuple by period, each [B, H, K, A].
+        Args:
+          x: embeddings.
+          plan: masks and positions.
+          cached: keys and values of earlier tokens, into which the new ones are written.
+          cross: of the gated cross layers, where the stack has any.
+          deterministic: whether there is no dropout.
 
-        `cached` holds those of earlier tokens; what comes back then has the new ones written in.
-        Without it, the keys and values that `plan.keep` asks for come back.
+        Returns:
+          Contextual embeddings [B, N, D], and keys and values, each [periods, B, G, K, A], or with
+          `options.unstacked` a tuple by period, each [B, G, K, A]. Without `cached` they are those
+          that `plan.keep` asks for.
         """
         o = self.options
         x = constrain(x, "batch", "length", "activation")
@@ -154,7 +161,7 @@ class Transformer(nn.Module):
     def _one_by_one(
         self, x: Array, plan: AttentionPlan, cross: Any, cached: PeriodKV, deterministic: bool
     ) -> tuple[Array, PeriodKV]:
-        """The same where nothing is stacked: keys and values are a tuple of [B, H, K, A]."""
+        """Runs the periods of an unstacked stack; keys and values are tuples of [B, G, K, A]."""
         kv: dict[str, list[Any]] = {}
         for number in range(self.options.periods):
             period = Period(self.options, deterministic, name=f"{LAYERS}_{number}")
@@ -167,7 +174,7 @@ class Transformer(nn.Module):
     def _pipelined(
         self, x: Array, plan: AttentionPlan, cross: Any, cached: PeriodKV, deterministic: bool
     ) -> tuple[Array, PeriodKV]:
-        """The same on the same parameters, by stages."""
+        """Runs the periods as a pipeline of stages, on the same parameters as `_scanned`."""
         o = self.options
         assert o.pipeline is not None
         module = Period(o, deterministic, parent=None)
@@ -197,7 +204,7 @@ class Transformer(nn.Module):
 
 
 def recomputed(period: Any, remat: str, checkpoint: Callable[..., Any]) -> Any:
-    """A period whose backward pass recomputes what `TransformerOptions.remat` says.
+    """Returns a period whose backward pass recomputes what `TransformerOptions.remat` says.
 
     Chen et al. 2016, "Training deep nets with sublinear memory cost".
     """
@@ -214,5 +221,5 @@ def recomputed(period: Any, remat: str, checkpoint: Callable[..., Any]) -> Any:
 
 
 def make_norm(options: TransformerOptions, name: str) -> Norm:
-    """A norm of the stack's kind."""
+    """Returns a norm of the stack's kind."""
     return Norm(options.norm, options.norm_epsilon, options.dtype, name=name)

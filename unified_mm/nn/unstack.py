@@ -1,8 +1,8 @@
-"""Parameters of scanned stacks, layer by layer: what inference wants.
+"""Parameters of scanned stacks, split by layer for inference.
 
-A layer that a program takes out of stacked parameters is copied, each time. In training that is
-little beside the products with a whole batch; where a step reads every weight for one token each,
-it costs as much as the step (a CPU: half of its time at batch 1).
+A program copies each layer that it takes out of stacked parameters. In training this costs little
+compared with the products with a whole batch; where a step reads every weight for one token per
+example, it costs as much as the step itself (on a CPU, half of the time at batch 1).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LAYERS = "layers"
 
 
 def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The same parameters where each `layers` [L, ...] has become `layers_0`, `layers_1`, ..."""
+    """Returns the parameters with each `layers` [periods, ...] as `layers_0`, `layers_1`, ..."""
     found: dict[str, Any] = {}
     for name, value in params.items():
         if name == LAYERS:
@@ -31,7 +31,7 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `unstack_layers`."""
+    """Inverts `unstack_layers`."""
     found: dict[str, Any] = {}
     layers: dict[int, Any] = {}
     for name, value in params.items():

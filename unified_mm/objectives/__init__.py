@@ -1,4 +1,4 @@
-"""Embeddings and logits become losses and metrics, as sums and counts: one file an objective."""
+"""Objectives, which turn embeddings and logits into losses and metrics, as sums and counts."""
 
 from unified_mm.objectives.contrastive import PairLoss
 from unified_mm.objectives.objective import (

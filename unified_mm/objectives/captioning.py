@@ -1,6 +1,6 @@
-"""Captioning: predict each text token from the context and the tokens before it.
+"""Captioning: predicting each text token from the context and the tokens before it.
 
-Answering is the same thing with the question as a prompt, which is read and not scored.
+Answering is the same with the question as a prompt, which is read and not scored.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from unified_mm.objectives.objective import (
 
 @dataclass(frozen=True)
 class Captioning(TextObjective):
-    """Autoregressive cross-entropy in nats a token (Wang et al. 2022, SimVLM, equation 3).
+    """Autoregressive cross-entropy in nats per token (Wang et al. 2022, SimVLM, equation 3).
 
     Attributes:
-      chunk: tokens of each text that are scored at a time, so that no [B, T, V] logits are there
-        at once; 0 scores all.
+      chunk: tokens of each text that are scored at a time, so that the logits [B, T, V] are never
+        in memory at once; 0 scores all.
     """
 
     chunk: int = 0
@@ -67,18 +67,18 @@ def score_text(
     x: Float[Array, "B T D"],
     text: Mapping[str, Array],
     chunk: int = 0,
-) -> tuple[Float[Array, "B P"], Bool[Array, "B P"], Bool[Array, "B P"]]:
-    """What the embedding of each token but the last says of the next one; P = T - 1.
+) -> tuple[Float[Array, "B T-1"], Bool[Array, "B T-1"], Bool[Array, "B T-1"]]:
+    """Scores each token but the first by the embedding of the token before it.
 
     Args:
-      logits: of each next token, by the model: [B, P, D] -> [B, P, V].
+      logits: the model's logits of next tokens: [B, N, D] -> [B, N, V].
       x: contextual embeddings of the text.
       text: `ids`, `valid`, `scored` [B, T], `present` [B].
-      chunk: tokens at a time; their logits are computed again for the gradient. 0 takes all.
+      chunk: tokens at a time; their logits are recomputed for the gradient. 0 takes all.
 
     Returns:
-      The log-likelihood of the true next token in nats, whether it is the likeliest one, and
-      whether it is scored.
+      The log-likelihood of each target in nats, whether it is the likeliest token, and whether it
+      is scored.
     """
     targets = text["ids"][:, 1:]
     scored = scored_tokens(text)
@@ -91,7 +91,7 @@ def score_text(
     spare = parts * chunk - count
 
     def split(values: Array) -> Array:
-        """[B, P, ...] -> [parts, B, chunk, ...]."""
+        """Splits [B, targets, ...] into [parts, B, chunk, ...], with zeros at the end."""
         after = [(0, 0), (0, spare), *[(0, 0)] * (values.ndim - 2)]
         padded = jnp.pad(values, after)
         return padded.reshape(padded.shape[0], parts, chunk, *values.shape[2:]).swapaxes(0, 1)
@@ -108,15 +108,15 @@ def score_text(
 
 
 @same_rank
-def scored_tokens(text: Mapping[str, Array]) -> Bool[Array, "B P"]:
+def scored_tokens(text: Mapping[str, Array]) -> Bool[Array, "B targets"]:
     """Returns which tokens but the first are predicted and count."""
     return (text["valid"] & text["scored"])[:, 1:] & text["present"][:, None]
 
 
 @same_rank
 def next_token_scores(
-    logits: Float[Array, "B P V"], targets: Int[Array, "B P"]
-) -> tuple[Float[Array, "B P"], Bool[Array, "B P"]]:
-    """Log-likelihood of each target in nats, and whether it is the likeliest token."""
+    logits: Float[Array, "B targets V"], targets: Int[Array, "B targets"]
+) -> tuple[Float[Array, "B targets"], Bool[Array, "B targets"]]:
+    """Returns the log-likelihood of each target in nats, and whether it is the likeliest token."""
     true_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return true_logit - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1) == targets

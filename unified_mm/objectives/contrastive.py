@@ -1,4 +1,4 @@
-"""Contrast: an image and its text lie closer together than with the others of the batch."""
+"""Contrastive objectives: the modalities of an example match better than those of others."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ PROJECTIONS = ("linear", "affine", "none")
 
 @dataclass(frozen=True)
 class Pooling:
-    """How a modality's tokens become one vector of the shared space.
+    """The options by which a modality's tokens become one vector of the shared space.
 
     Attributes:
-      pool: the mean of them, the 'first' (a class token), the 'last' that is there, or 'attention'
-        of a learned query (Zhai et al. 2022, "Scaling vision transformers", section 3.2).
+      pool: 'mean', 'first' (a class token), 'last' (of the valid tokens), 'attention' of a learned
+        query (Zhai et al. 2022, "Scaling vision transformers", section 3.2), or
+        `package.module:FUNCTION`.
       projection: 'linear', 'affine' (with a bias) or 'none'.
-      heads, hidden: of the attention and the feed-forward that follows it.
+      heads, hidden: of that attention, and of the feed-forward that follows it.
     """
 
     pool: str
@@ -53,7 +54,16 @@ class Pooling:
 
     @classmethod
     def from_config(cls, field: str, options: Mapping[str, Any], prefix: str) -> Pooling:
-        """From `config.objectives.<name>`, the keys `<prefix>pool` and `<prefix>projection`."""
+        """Returns the options of `config.objectives.<name>`.
+
+        Args:
+          field: dotted name of that group, for messages.
+          options: the group; its `<prefix>pool` and `<prefix>projection` are used.
+          prefix: of these keys.
+
+        Raises:
+          ValueError: an unknown pool or projection.
+        """
         pool, projection = options[f"{prefix}pool"], options[f"{prefix}projection"]
         pool_of(pool, f"{field}.{prefix}pool")
         if projection not in PROJECTIONS:
@@ -71,19 +81,19 @@ class Pooling:
 
 @dataclass(frozen=True)
 class Contrastive(TextObjective):
-    """InfoNCE both ways (Radford et al. 2021, figure 3) or sigmoid pairs (Zhai et al. 2023, eq. 1).
+    """InfoNCE both ways (Radford et al. 2021, figure 3) or sigmoid loss (Zhai et al. 2023, eq. 1).
 
-    Each modality has a head, and each pair of modalities a loss; the objective's is their mean over
-    all examples that have both.
+    Each modality has a pooling and a projection, and each pair of modalities a loss; that of the
+    objective is the mean over all pairs and all examples that have both.
 
     Attributes:
       loss: of `LOSSES`, or `package.module:NAME`.
-      between: the modalities that are held against each other, text last where it is among them;
-        text alone is held against itself, read a second time (with dropout that is Gao et al. 2021,
-        SimCSE, section 3).
-      width: Z, of the shared space.
+      between: the modalities that are compared, text last where it is among them; text alone is
+        compared with itself, encoded a second time (with dropout that is Gao et al. 2021, SimCSE,
+        section 3).
+      width: Z.
       bound_scale: whether the logits' scale stays at 100 at most.
-      chunk: columns that all rows are held against at a time, at most; 0 takes all at once.
+      chunk: the most columns that all rows are compared with at a time; 0 takes all at once.
       pooling: of each of the modalities.
     """
 
@@ -128,12 +138,12 @@ class Contrastive(TextObjective):
 
     @property
     def of_text_alone(self) -> bool:
-        """Whether no context has a part in it."""
+        """Returns whether text is compared with itself, without any context modality."""
         return self.between == ("text",)
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The modalities that are held against each other, two at a time, in order."""
+        """The pairs of modalities that are compared, in order."""
         return list(itertools.combinations(self.between, 2)) or [("text", "text")]
 
     @property
@@ -142,7 +152,7 @@ class Contrastive(TextObjective):
 
     @property
     def again(self) -> View:
-        """The second reading of the text, where it is held against itself."""
+        """The view for the second encoding of text, where text is compared with itself."""
         return View(f"{self.name}_again", self.rule, alone=True)
 
     def views(self) -> tuple[View, ...]:
@@ -173,7 +183,7 @@ class Contrastive(TextObjective):
         return self.compare(model, Embedded(vectors, counted_rows(batch, self.between)))
 
     def _vectors(self, head: Any, name: str, seen: Encoded, batch: Batch) -> Float[Array, "B Z"]:
-        """Unit vectors of one modality in a pass."""
+        """Returns the unit vectors of one modality in a pass."""
         if name == "text":
             vectors: Array = head("text", seen.text, text_valid(batch))
         else:
@@ -181,7 +191,7 @@ class Contrastive(TextObjective):
         return vectors
 
     def embed(self, model: UnifiedModel, batch: Batch, of: str) -> Float[Array, "B Z"]:
-        """Returns unit vectors of one modality, read without any other that it could see."""
+        """Returns the unit vectors of one modality, encoded without text or without context."""
         head = model.head[self.name]
         if of == "text":
             x = model.read_text(batch["text"], self.view)
@@ -191,7 +201,7 @@ class Contrastive(TextObjective):
 
     @same_rank
     def compare(self, model: UnifiedModel, embedded: Embedded) -> ObjectiveOutput:
-        """Returns the loss among all examples that are embedded."""
+        """Returns the loss between all examples that are embedded."""
         scale, bias = model.head[self.name].scale_and_bias()
         count = len(embedded.vectors)
         numbers = list(itertools.combinations(range(count), 2))
@@ -222,15 +232,15 @@ class Contrastive(TextObjective):
 
 
 def named_modalities(between: Any, field: str) -> tuple[str, ...]:
-    """Returns the modalities that a contrast is between, text last.
+    """Returns the modalities that a contrastive objective compares, text last.
 
     Args:
-      between: names, or a text of names between commas; one name alone is held against text, and
-        'text' alone against itself.
+      between: names, or a string of names separated by commas; one name alone is compared with
+        text, and 'text' alone with itself.
       field: of the config, for messages.
 
     Raises:
-      ValueError: no name, or one that comes twice.
+      ValueError: there is no name, or one comes twice.
     """
     names = between.split(",") if isinstance(between, str) else list(between)
     names = [name.strip() for name in names]
@@ -242,12 +252,12 @@ def named_modalities(between: Any, field: str) -> tuple[str, ...]:
 
 
 class ContrastiveHead(nn.Module):
-    """Tokens pooled, projected, of unit length; temperature and bias.
+    """The head of a contrastive objective: pooling, projection, temperature and bias.
 
     Attributes:
-      poolings: of each modality that is embedded.
+      poolings: (modality, options) for each modality that is embedded.
       width: Z.
-      loss: which temperature and bias training starts from.
+      loss: has the initial temperature and bias.
       bound_scale: whether the scale stays at 100 at most.
     """
 
@@ -275,7 +285,7 @@ class ContrastiveHead(nn.Module):
     def __call__(
         self, name: str, x: Float[Array, "B N D"], valid: Bool[Array, "B N"]
     ) -> Float[Array, "B Z"]:
-        """Tokens of modality `name`, pooled and projected: float32 of unit norm."""
+        """Pools and projects the tokens of modality `name` to float32 vectors of unit norm."""
         pool = dict(self.poolings)[name].pool
         y = self.attend[name](x, valid) if pool == "attention" else pooled(pool, x, valid)
         y = constrain(y, "batch", "activation")
@@ -285,7 +295,7 @@ class ContrastiveHead(nn.Module):
         return y * jax.lax.rsqrt(jnp.square(y).sum(-1, keepdims=True) + 1e-12)
 
     def scale_and_bias(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """exp(t) and b of the logits; without the sigmoid loss b is 0."""
+        """Returns the scale and the bias of the logits; without a bias in the loss it is 0."""
         log_scale = self.log_scale
         if self.bound_scale:
             # At CLIP's bound it stops growing, but its gradient goes on, so it can come back.
@@ -296,13 +306,13 @@ class ContrastiveHead(nn.Module):
 
 @same_rank
 def text_valid(batch: Batch) -> Bool[Array, "B T"]:
-    """Text tokens that are there."""
+    """Returns which text tokens are valid, in the examples that have text."""
     return batch["text"]["valid"] & batch["text"]["present"][:, None]
 
 
 @same_rank
 def counted_rows(batch: Batch, between: Sequence[str]) -> Bool[Array, "B M"]:
-    """Returns which examples have each modality; of texts, those that answer no prompt.
+    """Returns which examples have each modality; of texts, only those without a prompt count.
 
     Raises:
       ValueError: an example has several items of a modality, as documents do.
@@ -319,17 +329,18 @@ def counted_rows(batch: Batch, between: Sequence[str]) -> Bool[Array, "B M"]:
     return jnp.stack(counts, axis=1)
 
 
-# Of pairs that do not count: far below any similarity, and finite, so that no gradient is NaN.
+# Logit of pairs that do not count: far below any similarity, yet finite: no gradient is NaN.
 NOWHERE = -1e9
 
 
 @struct.dataclass
 class Rows:
-    """What the columns seen so far say of each row.
+    """The running values of each row over the columns so far.
 
     Attributes:
       loss: [B]; for softmax the log of the summed exponentials, for sigmoid the summed losses.
-      best: [B] the largest similarity, and `best_column` where it stands.
+      best: [B], the largest logit.
+      best_column: int32 [B], the column of that logit.
     """
 
     loss: Float[Array, " B"]
@@ -342,10 +353,10 @@ class Columns:
     """A block of columns.
 
     Attributes:
-      vectors: [C, Z].
-      paired: bool [C], whether it counts.
-      number: int32 [C], of the row that it belongs to.
-      own: [C], its similarity to that row.
+      vectors: [columns, Z].
+      paired: bool [columns], whether a column counts.
+      number: int32 [columns], number of the row that a column belongs to.
+      own: [columns], logit of a column and that row.
     """
 
     vectors: Array
@@ -364,21 +375,21 @@ def compare_all(
     loss: str,
     chunk: int = 0,
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
-    """Each row against every column, the one of its own number being right.
+    """Compares each row with every column; the column of the row's own number is the right one.
 
     Args:
-      rows, columns: unit vectors, of images and of texts say.
-      scale, bias: of the logits `scale * rows @ columns + bias`.
-      paired: numbers whose row and column both count.
+      rows, columns: unit vectors, for example of images and of texts.
+      scale, bias: of the logits `scale * rows @ columns.T + bias`.
+      paired: the numbers whose row and column both count.
       loss: of `LOSSES`, or `package.module:NAME` of a `PairLoss`.
-      chunk: columns at a time, at most (it is lowered to a divisor of B); 0 takes all at once.
+      chunk: the most columns at a time (lowered to a divisor of B); 0 takes all at once.
 
     Returns:
       The loss of each number, and whether its row is nearest to its own column.
     """
     count = rows.shape[0]
     size = largest_divisor(count, chunk or count)
-    # Vectors are small: every device sees all columns, and keeps its own rows.
+    # Vectors are small: every device has all columns, and its own rows.
     columns = constrain(columns, None, None)
     own = scale * (rows * columns).sum(-1) + bias
     kind = loss_of(loss)
@@ -388,7 +399,7 @@ def compare_all(
         best_column=jnp.full(count, -1, jnp.int32),
     )
 
-    def add(seen: Rows, block: Columns) -> tuple[Rows, Float[Array, " C"]]:
+    def add(seen: Rows, block: Columns) -> tuple[Rows, Float[Array, " columns"]]:
         logits = scale * jnp.einsum("BZ,CZ->BC", rows, block.vectors) + bias
         loss, of_columns = kind.part(seen.loss, logits, paired, block)
         best, best_column = nearer(seen, logits, block)
@@ -407,11 +418,11 @@ def compare_all(
 
 def softmax_part(
     seen: Float[Array, " B"],
-    logits: Float[Array, "B C"],
+    logits: Float[Array, "B columns"],
     paired: Bool[Array, " B"],
     block: Columns,
-) -> tuple[Float[Array, " B"], Float[Array, " C"]]:
-    """The rows' running log-sum-exp, and the cross-entropy of each column over all rows."""
+) -> tuple[Float[Array, " B"], Float[Array, " columns"]]:
+    """Returns the rows' running log-sum-exp, and each column's cross-entropy over all rows."""
     masked = jnp.where(paired[:, None] & block.paired[None, :], logits, NOWHERE)
     own = jnp.where(block.paired, block.own, NOWHERE)
     of_columns = jax.nn.logsumexp(masked, axis=0) - own
@@ -420,11 +431,11 @@ def softmax_part(
 
 def sigmoid_part(
     seen: Float[Array, " B"],
-    logits: Float[Array, "B C"],
+    logits: Float[Array, "B columns"],
     paired: Bool[Array, " B"],
     block: Columns,
-) -> tuple[Float[Array, " B"], Float[Array, " C"]]:
-    """-log sigmoid(z x) added to the rows, z being +1 where row and column belong together."""
+) -> tuple[Float[Array, " B"], Float[Array, " columns"]]:
+    """Adds -log sigmoid(z x) to the rows, with z = 1 for a row and its own column, else -1."""
     together = jnp.arange(logits.shape[0])[:, None] == block.number[None, :]
     losses = -jax.nn.log_sigmoid(jnp.where(together, logits, -logits))
     both = paired[:, None] & block.paired[None, :]
@@ -433,14 +444,15 @@ def sigmoid_part(
 
 @dataclass(frozen=True)
 class PairLoss:
-    """A loss over all pairs of a batch, worked off in blocks of columns.
+    """A loss over all pairs of a batch, computed in blocks of columns.
 
     Attributes:
-      start: of each row's running value.
-      part: (running values [B], logits [B, C], rows that count [B], the block) -> the next running
-        values [B], and what the block says of each of its columns [C].
+      start: initial running value of each row.
+      part: (running values [B], logits [B, columns], rows that count [B], the block) -> the next
+        running values [B], and values of the block's columns [columns].
       finish: (running values, each row's own logit, values of columns), each [B] -> the loss [B].
-      log_scale, bias: of the logits as training starts; without a bias the loss has none.
+      log_scale: initial log of the logits' scale.
+      bias: initial bias of the logits; None for a loss without a bias.
     """
 
     start: float
@@ -467,16 +479,16 @@ def loss_of(name: str, field: str = "contrastive loss") -> PairLoss:
     """Returns a loss by its name, or `package.module:NAME` of one from outside.
 
     Raises:
-      ValueError: naming the field, there is none of that name.
+      ValueError: there is none of that name; the message names the field.
     """
     found: PairLoss = resolve(field, name, LOSSES)
     return found
 
 
 def nearer(
-    seen: Rows, logits: Float[Array, "B C"], block: Columns
+    seen: Rows, logits: Float[Array, "B columns"], block: Columns
 ) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
-    """The nearest column that counts so far; of equals the first. It has no gradient."""
+    """Returns the largest logit and its column so far, the first of equals, without gradient."""
     there = jax.lax.stop_gradient(jnp.where(block.paired[None, :], logits, -jnp.inf))
     best = there.max(1)
     better = best > seen.best
@@ -485,5 +497,5 @@ def nearer(
 
 
 def largest_divisor(count: int, most: int) -> int:
-    """The largest divisor of `count` that is at most `most`."""
+    """Returns the largest divisor of `count` that is at most `most`."""
     return next(size for size in range(min(count, most), 0, -1) if count % size == 0)

@@ -25,13 +25,14 @@ from unified_mm.objectives.objective import (
 
 @dataclass(frozen=True)
 class Matching(TextObjective):
-    """Each image with its own text, a hard wrong text, and each text with a hard wrong image.
+    """Binary classification of pairs: an image with its own text, a hard wrong text or image.
 
-    Where the rule keeps the context from seeing the text, the text alone is run, on the keys and
-    values of the context that the first pass saved; else both are encoded anew.
+    Where the rule keeps the context from seeing the text, and the pass of `mine_from` encoded the
+    context by the same rule, the text alone is run, on the keys and values of the context from that
+    pass; else both are encoded anew.
 
     Attributes:
-      mine_from: the objective whose similarities say which pairs are hard, and whose pass has
+      mine_from: the objective from whose similarities hard negatives are drawn, and whose pass has
         encoded the context.
     """
 
@@ -93,10 +94,10 @@ class Matching(TextObjective):
         encoded: Mapping[str, Encoded],
         batch: Batch,
         text: Mapping[str, Array],
-        image_rows: Int[Array, " C"],
+        image_rows: Int[Array, " rows"],
         deterministic: bool,
-    ) -> Float[Array, "C T D"]:
-        """Text read beside the image of its row, from the saved pass where the rule allows it."""
+    ) -> Float[Array, "rows T D"]:
+        """Encodes text with the image of its row, from the saved pass where the rule allows it."""
         if self._can_reuse(encoded, model.context_names):
             cache = encoded[self.mine_from].cache
             assert cache is not None
@@ -116,10 +117,12 @@ class Matching(TextObjective):
 
 
 class MatchingHead(nn.Module):
-    """One logit from the text's last token, which has read all before it."""
+    """A dense map from the text's last valid token to one logit."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "C T D"], valid: Bool[Array, "C T"]) -> Float[Array, " C"]:
+    def __call__(
+        self, x: Float[Array, "rows T D"], valid: Bool[Array, "rows T"]
+    ) -> Float[Array, " rows"]:
         last = jnp.maximum(valid.sum(1) - 1, 0)
         token = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
         return Dense((1,), ("embed",), (None,), name="score")(token)[:, 0]
@@ -132,14 +135,14 @@ def mine(
     paired: Bool[Array, " B"],
     ids: Int[Array, "B T"],
 ) -> tuple[Int[Array, " B"], Int[Array, " B"], tuple[Bool[Array, " B"], Bool[Array, " B"]]]:
-    """Draw hard negatives in proportion to the softmax of their similarity.
+    """Draws hard negatives with the probabilities of a softmax of their similarity.
 
     Texts equal to the right one are no negatives.
 
     Args:
       key: for the draws.
       similarity: logits of image (rows) and text (columns).
-      paired: examples that have both.
+      paired: which examples have both.
       ids: token ids, to tell equal texts.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What an objective is, and how several add up to one loss."""
+"""The interface of an objective, and the computation of several on one batch."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ Metric = tuple[Any, Any]
 
 
 def same_rank(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Makes joining arrays of different ranks an error within a function.
+    """Makes it an error within a function to broadcast arrays of different ranks.
 
-    Without it `[B, S] & [B]` broadcasts where S is 1 or B, and a loss of nonsense trains on.
-    Scalars join anything.
+    Without it `[B, S] & [B]` broadcasts where S is 1 or B, and training goes on with a wrong loss.
+    Scalars still broadcast.
     """
 
     @functools.wraps(function)
@@ -50,11 +50,11 @@ def same_rank(function: Callable[Arguments, Result]) -> Callable[Arguments, Resu
 
 @struct.dataclass
 class Embedded:
-    """What an objective compares between examples, so that it can be cached and compared again.
+    """The embeddings that an objective compares between examples, which can be cached.
 
     Attributes:
-      vectors: float arrays [B, ...], through which its gradient goes.
-      counts: bool [B, M], which examples have a part by each modality.
+      vectors: float arrays [B, ...], through which its gradient flows.
+      counts: bool [B, M], which examples count, by modality.
     """
 
     vectors: Any
@@ -63,13 +63,12 @@ class Embedded:
 
 @struct.dataclass
 class ObjectiveOutput:
-    """What an objective makes of a batch.
+    """The output of an objective on a batch.
 
     Attributes:
-      loss: (sum, count); the mean is what training minimises.
-      metrics: further pairs, by name.
-      extras: arrays for the objectives that come later (the similarities that negatives are mined
-        from).
+      loss: (sum, count); training minimises the mean.
+      metrics: other (sum, count), by name.
+      extras: arrays for later objectives (such as the similarities that negatives are mined from).
       embedded: of an objective that compares examples with one another; else None.
     """
 
@@ -81,13 +80,13 @@ class ObjectiveOutput:
 
 @struct.dataclass
 class StepContext:
-    """What an objective may go by, beside the encodings of its batch.
+    """The inputs of an objective besides its batch and the encodings of it.
 
     Attributes:
       step: int32 [], how many steps were done before; 0 outside training.
-      auxiliary: what layers left in the shared pass, by their paths, each [L, groups, ...] (see
-        `nn.sow_auxiliary`); empty where no objective asks.
-      earlier: what the objectives before this one made of the batch, by name.
+      auxiliary: values that layers sowed in the shared pass, by path, of a stack each
+        [periods, groups, ...] (see `nn.sow_auxiliary`); empty where no objective reads them.
+      earlier: outputs of the objectives before this one, by name.
     """
 
     step: Any
@@ -97,17 +96,17 @@ class StepContext:
 
 @runtime_checkable
 class Objective(Protocol):
-    """One thing that is scored; an immutable value.
+    """One term of the loss; an immutable value.
+
+    An objective may also have `rngs`, names of the random streams that it draws from
+    (`model.make_rng(name)`), and `auxiliary`, whether it reads the auxiliary values of layers; it
+    then comes after all objectives that do not.
 
     Attributes:
-      kind: what a fusion must be able to serve: 'contrastive', 'captioning', 'matching', or a name
-        of your own where your fusion knows it.
+      kind: the ability that it needs of a fusion: 'contrastive', 'captioning', 'matching', or a
+        name of your own that your fusion has among its `abilities`; '' needs none.
       name: its key under `config.objectives`.
       weight: of its mean loss in the total.
-
-    An objective may also say:
-      rngs: names of the streams of random numbers that it draws from (`model.make_rng(name)`).
-      auxiliary: that it reads what layers leave; then it comes after all that is no such.
     """
 
     kind: ClassVar[str]
@@ -116,19 +115,19 @@ class Objective(Protocol):
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any]) -> Objective:
-        """Built from `config.objectives.<name>`."""
+        """Returns the objective of `config.objectives.<name>`."""
 
     def needs(self) -> tuple[str, ...]:
-        """Names of the objectives that must come earlier."""
+        """Returns the names of the objectives that must come earlier."""
 
     def views(self) -> tuple[View, ...]:
-        """The texts it wants read in the shared pass over the context."""
+        """Returns the views that it needs from the shared pass over the context."""
 
     def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
-        """Which of the context modalities have a part in its loss."""
+        """Returns which of the context modalities have a part in its loss."""
 
     def head(self) -> nn.Module | None:
-        """The parameters it adds to the model, found there as `model.head[name]`."""
+        """Returns the module that it adds to the model as `model.head[name]`, or None."""
 
     def __call__(
         self,
@@ -139,22 +138,36 @@ class Objective(Protocol):
         *,
         deterministic: bool,
     ) -> ObjectiveOutput:
-        """Returns the loss, from the model bound to its parameters and the pass that it shared."""
+        """Returns the loss.
+
+        Args:
+          model: bound to its parameters.
+          encoded: outputs of the shared pass, by view name.
+          batch: arrays by modality.
+          context: the other inputs.
+          deterministic: whether there is no dropout.
+        """
 
 
 @runtime_checkable
 class CrossExampleLoss(Protocol):
-    """An objective whose loss is among all examples of a batch, and no sum over each of them."""
+    """An objective whose loss compares all examples of a batch, and is no sum over examples."""
 
     name: str
 
     def compare(self, model: UnifiedModel, embedded: Embedded) -> ObjectiveOutput:
-        """The loss among all that is embedded, which may come from several micro-batches."""
+        """Returns the loss over all embedded examples, which may be of several micro-batches."""
 
 
 @dataclass(frozen=True)
 class TextObjective:
-    """What objectives have in common that score one text read under one rule."""
+    """The base of objectives on one text under one attention rule.
+
+    Attributes:
+      name: its key under `config.objectives`.
+      weight: of its mean loss in the total.
+      rule: the attention rule, by name or `package.module:NAME`.
+    """
 
     name: str
     weight: float
@@ -168,7 +181,7 @@ class TextObjective:
         """Returns the objective of `config.objectives.<name>`: its fields are its options.
 
         Raises:
-          ValueError: an option that it has not, or of another type.
+          ValueError: an option is none of its fields, or is of another type.
         """
         given = {"weight": 1.0, "rule": "separate", **options}
         own = {key: given[key] for key in given if key not in ("type", "weight_schedule")}
@@ -193,16 +206,17 @@ class TextObjective:
 
 
 def objective_kind(name: str) -> str:
-    """The kind of the objective that a config calls `name`."""
+    """Returns the kind of the objectives of a type, by the name of the type."""
     kind: str = resolve("objective", name, BUILT_IN).kind
     return kind
 
 
 def build_objectives(options: Mapping[str, Mapping[str, Any]]) -> tuple[Any, ...]:
-    """The objectives of a config whose weight is above zero, each after those it needs.
+    """Returns the objectives of a config with a weight above zero, each after those it needs.
 
     Raises:
-      ValueError: an unknown type, none at all, or one that needs another which is switched off.
+      ValueError: a type is unknown, a weight is negative, there is no objective, or one needs
+        another that has no weight above zero.
     """
     for name, entry in options.items():
         if not entry["weight"] >= 0:
@@ -230,15 +244,15 @@ WEIGHT_SCHEDULES: dict[str, Callable[[Any, int], Any]] = {
 def weight_schedules(
     options: Mapping[str, Mapping[str, Any]], objectives: Sequence[Any], steps: int
 ) -> dict[str, Callable[[Any], Any]]:
-    """Returns by what the weight of each objective whose weight changes is multiplied, by step.
+    """Returns for each objective whose weight changes its factor as a function of the step.
 
     Args:
       options: `config.objectives`.
-      objectives: those that count.
+      objectives: those with a weight above zero.
       steps: of the run.
 
     Raises:
-      ValueError: an unknown schedule.
+      ValueError: a schedule is unknown.
     """
     names = {each.name: options[each.name].get("weight_schedule", "") for each in objectives}
     found = {
@@ -254,12 +268,12 @@ def weight_schedules(
 
 
 def reads_auxiliary(objective: Any) -> bool:
-    """Returns whether an objective reads what layers leave."""
+    """Returns whether an objective reads the auxiliary values of layers."""
     return bool(getattr(objective, "auxiliary", False))
 
 
 def rngs_of(objectives: Sequence[Any]) -> tuple[str, ...]:
-    """Returns the streams of random numbers that objectives draw from."""
+    """Returns the names of the random streams that objectives draw from."""
     names = (name for each in objectives for name in getattr(each, "rngs", ()))
     return tuple(dict.fromkeys(names))
 
@@ -267,10 +281,16 @@ def rngs_of(objectives: Sequence[Any]) -> tuple[str, ...]:
 def weighted(
     objectives: Sequence[Any], weights: Mapping[str, float], where: str
 ) -> tuple[Any, ...]:
-    """Those of the objectives that count under other weights; without any, all as they are.
+    """Returns the objectives with other weights, without those whose weight is 0.
+
+    Args:
+      objectives: of the task.
+      weights: by name; an objective without an entry has its own weight.
+      where: the group of the config, for messages.
 
     Raises:
-      ValueError: naming `where`, for a weight of an objective that there is not, or none left.
+      ValueError: a weight is of an unknown objective, no objective is left, or one that is left
+        needs another that is not.
     """
     names = [objective.name for objective in objectives]
     for name in weights:
@@ -286,10 +306,10 @@ def weighted(
 
 
 def check_needs(objectives: Sequence[Any], where: str) -> None:
-    """There are objectives, and each has those that it needs.
+    """Checks that there are objectives, and that those that they need are among them.
 
     Raises:
-      ValueError: naming `where`.
+      ValueError: this is not so; the message names `where`.
     """
     if not objectives:
         raise ValueError(f"{where}: no objective has a weight above 0")
@@ -308,10 +328,10 @@ def all_losses(
     *,
     deterministic: bool,
 ) -> dict[str, ObjectiveOutput]:
-    """Every objective on one batch.
+    """Returns the output of every objective on one batch, by name.
 
-    The context is encoded once for all that can share it, and a text is read once for all that
-    read it alike.
+    The context is encoded once for all objectives that can share it, and a text once for all that
+    read it in the same way.
     """
     views = [view for objective in objectives for view in objective.views()]
     read_as = share_readings(views, model.context_names)
@@ -331,13 +351,13 @@ def all_losses(
 def compare_embedded(
     model: UnifiedModel, embedded: Mapping[str, Embedded], objectives: Sequence[Any]
 ) -> dict[str, ObjectiveOutput]:
-    """The objectives that compare examples, on what of these was embedded before."""
+    """Returns the outputs of objectives that compare examples, on cached embeddings, by name."""
     comparing = {each.name: each for each in objectives if isinstance(each, CrossExampleLoss)}
     return {name: comparing[name].compare(model, kept) for name, kept in embedded.items()}
 
 
 def as_metrics(outcomes: Mapping[str, ObjectiveOutput]) -> dict[str, Metric]:
-    """Losses and metrics by name: `contrastive/loss`, `contrastive/accuracy`, ..."""
+    """Returns losses and metrics by name: `contrastive/loss`, `contrastive/accuracy`, ..."""
     metrics = {}
     for name, outcome in outcomes.items():
         metrics[f"{name}/loss"] = outcome.loss
@@ -347,10 +367,10 @@ def as_metrics(outcomes: Mapping[str, ObjectiveOutput]) -> dict[str, Metric]:
 
 
 def masked_metric(values: Float[Array, "..."], where: Bool[Array, "..."]) -> Metric:
-    """Returns the sum of `values` where they count, and how many those are.
+    """Returns the sum of `values` where `where` is true, and the number of these.
 
     Raises:
-      ValueError: arrays of different shapes, which `jnp.where` would broadcast in silence.
+      ValueError: the shapes differ; `jnp.where` would broadcast them silently.
     """
     if values.shape != where.shape:
         raise ValueError(f"values of {values.shape} cannot be counted by {where.shape}")
@@ -361,5 +381,5 @@ def masked_metric(values: Float[Array, "..."], where: Bool[Array, "..."]) -> Met
 
 
 def mean(metric: Metric) -> Any:
-    """Of nothing it is 0, so an objective that a batch does not feed adds nothing."""
+    """Returns the mean; with a count of 0 it is 0, so that nothing is added to the loss."""
     return metric[0] / jnp.maximum(metric[1], 1.0)

@@ -1,4 +1,4 @@
-"""The training step compiled for devices that need not be there, and what it asks of each."""
+"""The training step compiled for devices that need not be there, and what it costs on each."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Footprint:
     Attributes:
       temporary: activations, gradients and all else that lives within a step only.
       peak: everything that is there at once: the state, a batch, the temporaries and the metrics.
-      traffic: from and to the device's memory in a step.
-      collectives: of a step.
+      traffic: bytes from and to the device's memory in a step.
+      collectives: the collectives of a step.
     """
 
     temporary: int
@@ -47,10 +47,11 @@ class Footprint:
 
 
 class DoesNotFit(Exception):
-    """The compiler found no room.
+    """The error that a step needs more memory than the devices have.
 
     Attributes:
-      needed, there: bytes, as far as the compiler tells them; 0 where it does not.
+      needed: bytes that the step needs; 0 where the compiler does not tell.
+      there: bytes that the device has; 0 where the compiler does not tell.
     """
 
     def __init__(self, message: str) -> None:
@@ -61,7 +62,7 @@ class DoesNotFit(Exception):
 
 
 def abstract_phases(config: Config, devices: Sequence[Any]) -> tuple[Phase, ...]:
-    """The phases as training has them, without data, and without anything being allocated.
+    """Returns the phases as training has them, without data and without allocating anything.
 
     The tokenizer is taken to be as large as `data.vocabulary_size` says.
 
@@ -85,7 +86,7 @@ def abstract_phases(config: Config, devices: Sequence[Any]) -> tuple[Phase, ...]
 
 
 def stand_in_data(config: Config) -> Manifest:
-    """Examples that are good for nothing but their number."""
+    """Returns placeholder examples, enough for a few-shot document."""
     texts = (Text("", "a caption"), Text("a question", "an answer"))
     count = config.data.documents.shots + 1
     records = tuple(Record(number, "absent.jpg", texts, False) for number in range(count))
@@ -93,7 +94,7 @@ def stand_in_data(config: Config) -> Manifest:
 
 
 def lower_step(phase: Phase, ema_decay: float) -> Any:
-    """The step that training runs, as it goes to the compiler."""
+    """Lowers the step that training runs."""
     step: Any = make_train_step(
         phase.task,
         phase.optimizer,
@@ -108,7 +109,7 @@ def lower_step(phase: Phase, ema_decay: float) -> Any:
 
 
 def compile_step(phase: Phase, ema_decay: float) -> tuple[Any, float]:
-    """The same compiled, and the seconds that took.
+    """Compiles the step that training runs, and measures the seconds that took.
 
     Raises:
       DoesNotFit: the devices have too little memory.
@@ -124,7 +125,7 @@ def compile_step(phase: Phase, ema_decay: float) -> tuple[Any, float]:
 
 
 def footprint(compiled: Any) -> Footprint:
-    """Read from the compiled step."""
+    """Reads the footprint of a compiled step."""
     memory = compiled.memory_analysis()
     program = Program.parse(compiled.as_text())
     return Footprint(

@@ -1,4 +1,4 @@
-"""What the training step would take of chips that need not be there, as plain numbers."""
+"""Estimates of a training step on chips that need not be there, as plain numbers."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Facts = dict[str, Any]
 
 
 def estimate(phase: Phase, chip: Chip | None, ema_decay: float) -> Facts:
-    """The step of a phase, compiled; values that only a compiled step or a known chip has are None.
+    """Compiles the step of a phase and estimates its cost; values that are not known are None.
 
     Args:
-      phase: on a mesh of the chips.
-      chip: what each can do; without it there is no estimate of time, and everything fits.
+      phase: a phase on a mesh of the chips.
+      chip: the peaks of each chip; without it there is no estimate of time, and everything fits.
       ema_decay: `train.ema_decay`.
 
     Returns:
-      `parameters`, `flops`, `computed_flops` (with what is computed again): of all chips together.
-      Sizes in bytes (`peak_bytes` is everything that is there at once) and `collectives` by kind:
-      of one chip. Seconds of a step at the chip's peaks: see `costs.roofline`. `fits`, and
-      `problem`, what to change where it does not.
+      `parameters`, `flops`, `computed_flops` (recomputation included): of all chips together. Sizes
+      in bytes (`peak_bytes` is everything that is there at once) and `collectives` by kind: of one
+      chip. Seconds of a step at the chip's peaks: see `costs.roofline`. `fits`, and `problem`, what
+      to change where it does not.
     """
     facts = asked(phase, chip)
     try:
@@ -43,7 +43,7 @@ def estimate(phase: Phase, chip: Chip | None, ema_decay: float) -> Facts:
 
 
 def asked(phase: Phase, chip: Chip | None) -> Facts:
-    """What is known before anything is compiled; the rest is None."""
+    """Returns what is known before anything is compiled; the rest is None."""
     mesh, options = phase.placement.mesh, phase.task.model.options
     unknown = ("temporary_bytes", "peak_bytes", "traffic_bytes", "collectives", "compute_seconds")
     times = ("memory_seconds", "collective_seconds", "step_seconds", "serial_seconds", "bound")
@@ -67,7 +67,11 @@ def asked(phase: Phase, chip: Chip | None) -> Facts:
 
 
 def taken(phase: Phase, chip: Chip | None, ema_decay: float, facts: Facts) -> Facts:
-    """What the compiled step says, and the estimate where the chip's peaks are known."""
+    """Compiles the step and returns its cost, with estimated times if the chip's peaks are known.
+
+    Raises:
+      DoesNotFit: the devices have too little memory.
+    """
     compiled, seconds = compile_step(phase, ema_decay)
     found = footprint(compiled)
     told: Facts = {
@@ -98,7 +102,7 @@ def taken(phase: Phase, chip: Chip | None, ema_decay: float, facts: Facts) -> Fa
 
 
 def problem(facts: Facts) -> str:
-    """By how much a step is too large, and what to change."""
+    """Says by how much a step is too large, and what to change."""
     needed, there = facts["peak_bytes"], facts["memory_bytes"]
     hints = []
     # Gradients take as much as the parameters do.
@@ -120,7 +124,7 @@ def problem(facts: Facts) -> str:
 
 
 def lines(facts: Facts) -> list[str]:
-    """The facts for people to read."""
+    """Formats the facts as lines for people to read."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in facts["mesh"].items() if size > 1)
     rows = [
         f"{facts['chips']} chips, mesh {mesh or 'of one device'}, batch {facts['batch_size']}",

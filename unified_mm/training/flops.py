@@ -16,13 +16,16 @@ from unified_mm.training.step import gradients
 
 
 def training_flops(phase: Phase) -> int:
-    """Of the loss and of its gradient by what the phase trains, without recomputation."""
+    """Counts the FLOPs of the loss and of its gradient by what a phase trains.
+
+    Recomputation is left out.
+    """
     plain = phase.task.model.without_recomputation()
     return _gradient_flops(phase, replace(phase.task, model=plain), 1)
 
 
 def computed_flops(phase: Phase) -> int:
-    """The same as a step does it: with what is computed again."""
+    """Counts the same FLOPs as a step computes them, with recomputation."""
     return _gradient_flops(phase, phase.task, phase.micro_batches)
 
 

@@ -1,4 +1,4 @@
-"""How a run is divided over its mesh, and what is said of it before the first step."""
+"""How a run is divided over its mesh, and the summary that is printed before the first step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ from unified_mm.training.phases import Phase, batch_shapes
 
 
 def in_training(config: Config, task: Task, mesh: Mesh) -> Task:
-    """The task as training computes it: by stages where the mesh has several."""
+    """Returns the task as training computes it: by pipeline stages where the mesh has several.
+
+    Raises:
+      ValueError: `mesh.stage_micro_batches` is negative.
+    """
     stages = mesh.shape["stage"]
     asked = config.mesh.stage_micro_batches
     if asked < 0:
@@ -34,7 +38,7 @@ def in_training(config: Config, task: Task, mesh: Mesh) -> Task:
 
 
 def run_summary(mesh: Mesh, phases: Sequence[Phase]) -> str:
-    """Devices, mesh, parameters by part, what of them a device holds, phases, attention.
+    """Summarises devices, mesh, parameters, bytes on a device, phases and attention.
 
     Raises:
       ValueError: activations that the mesh does not divide, or a backend of attention that was
@@ -63,12 +67,12 @@ def run_summary(mesh: Mesh, phases: Sequence[Phase]) -> str:
 
 
 def megabytes(tree: Any) -> str:
-    """Of one device's share of abstract arrays."""
+    """Formats the megabytes of one device's share of abstract arrays."""
     return f"{shard_bytes(tree) / 1e6:,.1f} MB"
 
 
 def phase_line(phase: Phase) -> str:
-    """What a phase trains, and on what."""
+    """Says what a phase trains, and on what."""
     trained = parameter_counts(phase.optimizer.part(phase.abstract.params))
     objectives = ", ".join(objective.name for objective in phase.task.objectives)
     return (
@@ -79,7 +83,7 @@ def phase_line(phase: Phase) -> str:
 
 
 def passes_of(task: Task) -> str:
-    """Returns which texts are read in which pass over the context, and which are read as one."""
+    """Says which texts share a pass over the context, and which are read as one."""
     contexts = task.model.context_names
     read_as = share_readings(
         [view for objective in task.objectives for view in objective.views()], contexts
@@ -95,7 +99,7 @@ def passes_of(task: Task) -> str:
 
 
 def attention_line(phases: Sequence[Phase], mesh: Mesh) -> str:
-    """Which backend computes attention, and for how many queries and keys a call."""
+    """Says which backend computes attention, and for how many queries and keys a call."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
         found = (
             chosen(partial(phase.task.metrics, deterministic=False), *examples(phase))
@@ -105,13 +109,18 @@ def attention_line(phases: Sequence[Phase], mesh: Mesh) -> str:
 
 
 def examples(phase: Phase) -> tuple[Any, Any, Any]:
-    """Shapes of what a phase's losses are taken of: parameters, a part of a batch, a key."""
+    """Returns the shapes that a phase's losses take: parameters, a micro-batch, a random key."""
     batch = batch_shapes(phase.rows, phase.batch_size // phase.micro_batches)
     return phase.abstract.params, batch, jax.eval_shape(lambda: jax.random.key(0))
 
 
 def chosen(function: Callable[..., Any], *args: Any) -> str:
-    """The backends in `function(*args)` (shapes will do), and the queries x keys of their calls."""
+    """Lists the attention backends in a function, with the queries x keys of their calls.
+
+    Args:
+      function: traced, not run.
+      args: its arguments; shapes will do.
+    """
     found: dict[str, set[tuple[int, int]]] = {}
     for equation in equations(jax.make_jaxpr(function)(*args).jaxpr):
         for name, rows, columns in SCOPE.findall(str(equation.source_info.name_stack)):

@@ -30,7 +30,7 @@ from unified_mm.training.step import StepMetrics, make_train_step
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; its state is saved."""
+    """The error that a signal stopped the run; its state is saved."""
 
     def __init__(self, step: int, exit_code: int) -> None:
         super().__init__(f"stopped at step {step}, which is saved")
@@ -39,20 +39,21 @@ class Stopped(Exception):
 
 
 class NotFinite(RuntimeError):
-    """A loss or gradient became infinite or NaN."""
+    """The error that a loss or gradient became infinite or NaN."""
 
 
 def train(setup: Setup, output: Output) -> tuple[TrainState, float]:
     """Trains from the newest whole checkpoint, or from the start, to the last step.
 
-    Returns the last state, and the seconds that the run took in all its processes up to it.
-
     Everything after a step is a function of the config and of the checkpoint before it, so a run
     that was killed ends in the same bits as one that was not.
 
+    Returns:
+      The last state, and the seconds that the run took up to it, over all restarts.
+
     Raises:
-      Stopped: after SIGTERM or Ctrl-C, the state being saved.
-      NotFinite: with the step and the last checkpoint.
+      Stopped: after SIGTERM or Ctrl-C; the state is saved.
+      NotFinite: a loss or gradient is not finite; names the step and the last checkpoint.
       ValueError: the data is not what the run began with.
     """
     options = setup.options
@@ -87,7 +88,7 @@ def train(setup: Setup, output: Output) -> tuple[TrainState, float]:
 def first_state(
     setup: Setup, checkpoints: Checkpoints, say: Callable[[str], None]
 ) -> tuple[TrainState, int, float]:
-    """The state to go on from, its step, and the seconds that the run has taken before."""
+    """Returns the state to go on from, its step, and the seconds that the run has taken before."""
     if not checkpoints.steps():
         return setup.make_state(), 0, 0.0
     restored = checkpoints.restore(
@@ -100,13 +101,13 @@ def first_state(
 
 
 def first_value(setup: Setup, slot: str, step: int) -> Any:
-    """Returns what a part of the state begins with, in the phase of a step."""
+    """Returns the first value of a part of the state, in the phase of a step."""
     return getattr(setup.phase_at(step).enter(setup.make_state()), slot)
 
 
 @dataclass
 class Run:
-    """What the steps of one run write to."""
+    """One run in training: its setup, and what its steps write to."""
 
     setup: Setup
     checkpoints: Checkpoints
@@ -117,11 +118,11 @@ class Run:
     began: float  # on this process's clock, moved back by what earlier processes took
 
     def seconds(self) -> float:
-        """That the run has taken, in all its processes."""
+        """Returns the seconds that the run has taken, over all restarts."""
         return time.perf_counter() - self.began
 
     def steps(self, phase: Phase, state: TrainState, start: int, progress: Progress) -> TrainState:
-        """From step `start` to the phase's last."""
+        """Trains from step `start` to the phase's last, and returns the state."""
         options = self.setup.options
         step_function = phase_step(self.setup, phase)
         since: list[StepMetrics] = []
@@ -153,7 +154,7 @@ class Run:
         return state
 
     def next_rows(self, batches: Iterator[Any], step: int, state: TrainState) -> Any:
-        """The next batch; where it cannot be read, what was learned so far is saved first.
+        """Returns the next batch; where it cannot be read, saves what was learned so far first.
 
         Several processes save together or not at all, and the others have read theirs.
         """
@@ -167,7 +168,11 @@ class Run:
     def record(
         self, waiting: tuple[int, list[StepMetrics]] | None, phase: Phase, progress: Progress
     ) -> None:
-        """Writes the mean metrics of an interval, and stops the run where one was not finite."""
+        """Writes the mean metrics of an interval.
+
+        Raises:
+          NotFinite: a step of it was not finite.
+        """
         if waiting is None:
             return
         step, interval = waiting
@@ -180,14 +185,18 @@ class Run:
         self.metrics.write(step, values | progress.update(step, values, phase.batch_size))
 
     def save(self, step: int, state: TrainState) -> None:
-        """A checkpoint, unless the state went bad since metrics were last looked at."""
+        """Saves a checkpoint.
+
+        Raises:
+          NotFinite: a step so far was not finite.
+        """
         bad = int(state.bad_step)
         if bad >= 0:
             self.not_finite(bad)
         self.checkpoints.save(step, state, self.metadata(step))
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What a checkpoint says besides its arrays. The position in the data is the step."""
+        """Returns the metadata of a checkpoint; the position in the data is the step."""
         setup = self.setup
         return {
             "step": step,
@@ -200,7 +209,7 @@ class Run:
         }
 
     def not_finite(self, step: int) -> None:
-        """Ends the run: no parameter was touched since the step before."""
+        """Raises NotFinite: no parameter has changed since the step before."""
         good = self.checkpoints.steps()
         where = f"step {good[-1]}" if good else "none yet"
         raise NotFinite(
@@ -210,7 +219,11 @@ class Run:
         )
 
     def score(self, step: int, state: TrainState) -> None:
-        """Scores along the way; the best state so far is kept in `best/`."""
+        """Scores the state of a step, and saves it in `best/` if it is the best so far.
+
+        Raises:
+          ValueError: `evaluation.best_by` is no score of this run.
+        """
         setup, options = self.setup, self.setup.options
         predictor = self.predictor.at(evaluation_params(state))
         split = setup.splits[options.split]
@@ -229,7 +242,7 @@ class Run:
 def phase_step(
     setup: Setup, phase: Phase
 ) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
-    """The compiled step of a phase."""
+    """Returns the compiled step of a phase."""
     return make_train_step(
         phase.task,
         phase.optimizer,
@@ -242,7 +255,7 @@ def phase_step(
 
 
 def phase_batches(setup: Setup, phase: Phase, start: int) -> Iterator[Any]:
-    """This process's rows of a phase's batches, from after step `start` on."""
+    """Returns this process's rows of a phase's batches, from after step `start` on."""
     return training_batches(
         phase.rows.examples,
         phase.rows.preparers,
@@ -267,7 +280,7 @@ def keep_best(
 
 
 def is_better(best: Checkpoints, step: int, value: float) -> bool:
-    """Whether a later step's score is higher than that of the one kept, if any."""
+    """Returns whether a later step's score is higher than that of the saved one, if any."""
     if not best.steps():
         return True
     known = best.metadata()
@@ -275,7 +288,7 @@ def is_better(best: Checkpoints, step: int, value: float) -> bool:
 
 
 def mean_metrics(steps: list[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]:
-    """Each metric's mean over several steps, weighted by what it counts."""
+    """Returns each metric's mean over several steps, weighted by its counts."""
     means = {}
     for name in steps[0]:
         total = np.sum([np.float64(metrics[name][0]) for metrics in steps])

@@ -12,7 +12,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from unified_mm.parallel.sharding import path_of
 
-# Kernels of stacked layers [P, ...] -> which of their axes go in and which come out.
+# Kernels of stacked layers [periods, ...] -> which of their axes go in and which come out.
 MATRICES = (
     (r".*layers/.*/(query|key|value)(/\w+)?/kernel", MuonDimensionNumbers((1,), (2, 3))),
     (r".*layers/.*/output(/\w+)?/kernel", MuonDimensionNumbers((1, 2), (3,))),
@@ -27,10 +27,10 @@ RMS = 0.2
 def scale_by_muon_or(
     adam: optax.GradientTransformation, params: Any
 ) -> optax.GradientTransformation:
-    """Orthogonalised momentum for matrices (Jordan et al. 2024), `adam` for the others.
+    """Returns orthogonalised momentum for matrices (Jordan et al. 2024), `adam` for the others.
 
     Args:
-      adam: of what is no matrix within a layer: embeddings, heads, norms, biases.
+      adam: for what is no matrix within a layer: embeddings, heads, norms, biases.
       params: the tree, or its shapes, whose paths say what is one.
 
     Raises:
@@ -46,7 +46,7 @@ def scale_by_muon_or(
 
 
 def of_matrices() -> optax.GradientTransformation:
-    """For a tree whose leaves are all such matrices."""
+    """Returns Muon's scaling for a tree whose leaves are all such matrices."""
 
     def axes(tree: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: matrix_axes(path_of(path)), tree)
@@ -60,7 +60,7 @@ def of_matrices() -> optax.GradientTransformation:
 
 
 def sized(path: Any, update: Any) -> Any:
-    """An orthogonal update with the root mean square `RMS`."""
+    """Scales an orthogonal update to the root mean square `RMS`."""
     axes = matrix_axes(path_of(path))
     assert axes is not None
     sides = (axes.reduction_axis, axes.output_axis)
@@ -69,7 +69,7 @@ def sized(path: Any, update: Any) -> Any:
 
 
 def matrix_axes(path: str) -> Any:
-    """Which axes go in and come out of a matrix within a layer; None for what is none."""
+    """Returns which axes go in and come out of a matrix within a layer; None for other leaves."""
     for pattern, axes in MATRICES:
         if re.fullmatch(pattern, path):
             return axes

@@ -1,4 +1,4 @@
-"""AdamW or what stands in its place, with clipping, and rules for rates, decay and freezing."""
+"""Optimizers (AdamW and others) with clipping, and rules for rates, decay and freezing."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
 
 
 def check_numbers(options: Any) -> None:
-    """Numbers of `config.train` that make sense.
+    """Checks the numbers of `config.train`.
 
     Raises:
-      ValueError: naming the field.
+      ValueError: one is out of its range; the message names the field.
     """
     for name, (fits, words) in NUMBERS.items():
         if not fits(options[name]):
@@ -52,7 +52,7 @@ def _floats_as(tree: Any, dtype: str) -> Any:
 
 
 def kept_as(transform: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """The same transform, its state kept as `dtype` between steps and worked on in float32.
+    """Returns the transform with its state stored as `dtype` between steps, used in float32.
 
     Raises:
       ValueError: another dtype than float32 or bfloat16.
@@ -73,14 +73,14 @@ def kept_as(transform: optax.GradientTransformation, dtype: str) -> optax.Gradie
 
 
 def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Optimizer:
-    """The optimizer of a config, AdamW by default (Loshchilov & Hutter 2019), for these parameters.
+    """Returns the optimizer of a config; AdamW by default (Loshchilov & Hutter 2019).
 
     The gradient's norm is clipped (Pascanu et al. 2013) over what is trained alone.
 
     Args:
       options: `config.train`.
-      steps: that its schedule spans.
-      params: the tree, or its shapes.
+      steps: steps that its schedule spans.
+      params: the parameters, or their shapes.
       start: the step at which it begins.
 
     Raises:
@@ -111,11 +111,16 @@ def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Opt
 def scaling(
     options: Any, params: Any
 ) -> tuple[Callable[..., Optimizer], optax.GradientTransformation]:
-    """What `train.optimizer` makes of gradients before rate and decay.
+    """Returns what `train.optimizer` names: its class, and its scaling of gradients.
+
+    Rate and decay come after the scaling.
 
     Args:
       options: `config.train`.
       params: what is trained.
+
+    Raises:
+      ValueError: an unknown optimizer, or options that do not go with it.
     """
     name = options.optimizer
     made = resolve("train.optimizer", name, OPTIMIZERS)(options, params)
@@ -127,7 +132,7 @@ def scaling(
 
 
 class Averaging(NamedTuple):
-    """An optimizer that keeps an average of its own: its class beside its transformation."""
+    """An optimizer that has an average of its own: its transformation and its class."""
 
     transform: optax.GradientTransformation
     kind: Callable[..., Optimizer]
@@ -144,7 +149,7 @@ def muon(options: Any, params: Any) -> optax.GradientTransformation:
 
 
 def schedule_free(options: Any, params: Any) -> Averaging:
-    """Returns Adam without momentum, which schedule-free averaging stands in for.
+    """Returns Adam without its first moment, whose place schedule-free averaging takes.
 
     Raises:
       ValueError: options that do not go with it.
@@ -171,15 +176,15 @@ Rules = Sequence[Sequence[Any]]  # pairs of pattern and value
 
 
 def match_rules(field: str, rules: Rules, tree: Any) -> Any:
-    """The value of the first rule whose pattern is found in each leaf's whole path.
+    """Returns for each leaf the value of the first rule whose pattern matches its whole path.
 
     Args:
-      field: of the config that the rules come from, for messages.
-      rules: (regular expression, value); a pattern must match the whole path.
-      tree: of parameters.
+      field: the config field that the rules come from, for messages.
+      rules: (regular expression, value).
+      tree: the parameters.
 
     Raises:
-      ValueError: a parameter that no rule covers, or a rule that covers none.
+      ValueError: a parameter that no rule covers, or a rule but the last that covers none.
     """
     used = set()
 
@@ -202,11 +207,11 @@ FALLING = 0.2  # share of the steps that `constant_then_linear` falls in
 
 
 def learning_rate_schedule(options: Any, steps: int) -> optax.Schedule:
-    """Linear warm-up to `train.learning_rate`, then by `train.schedule` to `final_rate` of it.
+    """Returns the learning rate by step: a linear warm-up, then `train.schedule`.
 
     Args:
       options: `config.train`.
-      steps: of the whole run.
+      steps: steps that the schedule spans, the warm-up included.
 
     Raises:
       ValueError: an unknown schedule.
@@ -221,23 +226,26 @@ def learning_rate_schedule(options: Any, steps: int) -> optax.Schedule:
 
 
 def cosine(options: Any, steps: int) -> optax.Schedule:
-    """Half a cosine (Loshchilov & Hutter 2017, SGDR, equation 5)."""
+    """Returns half a cosine (Loshchilov & Hutter 2017, SGDR, equation 5)."""
     return optax.cosine_decay_schedule(options.learning_rate, steps, options.final_rate)
 
 
 def linear(options: Any, steps: int) -> optax.Schedule:
-    """A line."""
+    """Returns a linear decay."""
     end = options.learning_rate * options.final_rate
     return optax.linear_schedule(options.learning_rate, end, steps)
 
 
 def constant(options: Any, steps: int) -> optax.Schedule:
-    """No fall at all, as schedule-free training wants it."""
+    """Returns a constant rate, as schedule-free training wants it."""
     return optax.constant_schedule(options.learning_rate)
 
 
 def constant_then_linear(options: Any, steps: int) -> optax.Schedule:
-    """Constant, and over the last fifth a line (Haegele et al. 2024, section 3)."""
+    """Returns a constant rate with a linear decay over the last fifth.
+
+    Haegele et al. 2024, section 3.
+    """
     falling = max(1, round(FALLING * steps))
     return optax.join_schedules(
         [constant(options, steps), linear(options, falling)], [steps - falling]

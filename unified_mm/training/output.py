@@ -1,4 +1,4 @@
-"""What a run tells and leaves behind, besides its checkpoints; of several processes one does so."""
+"""What a run prints and writes besides its checkpoints; of several processes one does so."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from unified_mm.training.progress import Progress
 class Output:
     """The output of a run's only process, or of its first.
 
-    folder: of the run.
-    say: takes a line for the person at the terminal.
+    Attributes:
+      folder: the run's folder.
+      say: prints a line for the person at the terminal.
     """
 
     def __init__(self, folder: RunFolder, say: Callable[[str], None]) -> None:
@@ -28,7 +29,11 @@ class Output:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the run for all of this run's processes. Raises as `RunFolder.lock` does."""
+        """Holds the run for all of this run's processes.
+
+        Raises:
+          RunFolderError: as `RunFolder.lock` does, on any process.
+        """
         with ExitStack() as stack:
             failed: RunFolderError | None = None
             try:
@@ -42,7 +47,12 @@ class Output:
             yield
 
     def begin(self, config: Mapping[str, Any], tokenizer: TextTokenizer) -> None:
-        """Starts the run in its folder, or takes it on. Raises as `create_or_check` does."""
+        """Starts the run in its folder, or goes on with the run there.
+
+        Raises:
+          ConfigDifference: as `RunFolder.create_or_check` does.
+          RunFolderError: likewise, or the processes do not share the folder.
+        """
         self._begin(config, tokenizer)
         wait_for_all("run folder")
         if not self.folder.exists:
@@ -52,16 +62,16 @@ class Output:
             )
 
     def metrics(self, tensorboard: bool, resume_step: int | None) -> MetricsWriter:
-        """Where metrics go; see `MetricsWriter`."""
+        """Returns the writer of metrics; see `MetricsWriter`."""
         folder = self.folder.tensorboard if tensorboard else None
         return MetricsWriter(self.folder.metrics, folder, resume_step=resume_step)
 
     def progress(self, start: int, steps: int) -> Progress:
-        """What shows how far training is."""
+        """Returns the display of how far training is."""
         return Progress(start, steps)
 
     def write(self, work: Callable[[], None]) -> None:
-        """Does what writes into the folder."""
+        """Calls `work`, which writes into the folder."""
         work()
 
     def _take(self, stack: ExitStack) -> None:
@@ -75,7 +85,7 @@ class Output:
 
 
 class NoOutput(Output):
-    """The same calls on the other processes: nothing is said and nothing written."""
+    """The output of the other processes: nothing is printed and nothing written."""
 
     def __init__(self, folder: RunFolder) -> None:
         super().__init__(folder, lambda text: None)
@@ -97,7 +107,7 @@ class NoOutput(Output):
 
 
 def output_of(folder: RunFolder, say: Callable[[str], None]) -> Output:
-    """This process's output: that of the first one, or none."""
+    """Returns this process's output: that of the first one, or none."""
     return Output(folder, say) if is_first() else NoOutput(folder)
 
 
@@ -133,7 +143,7 @@ class _NoProgress(Progress):
 
 
 def framed(text: str, width: int = 78) -> str:
-    """Text in a box of `#`, for what nobody may overlook."""
+    """Returns text in a box of `#`, for what nobody may overlook."""
     lines = textwrap.wrap(text, width - 6)
     body = "\n".join(f"## {line:<{width - 6}} ##" for line in lines)
     return f"{'#' * width}\n{body}\n{'#' * width}"

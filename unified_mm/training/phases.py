@@ -27,7 +27,13 @@ from unified_mm.training.update import Optimizer
 
 @dataclass(frozen=True)
 class Rows:
-    """What a phase reads: examples, how they become arrays, and a hash of what they hold."""
+    """The rows that a phase reads.
+
+    Attributes:
+      examples: the examples, one for each row.
+      preparers: what turns an example into arrays, by modality.
+      fingerprint: hash of the data.
+    """
 
     examples: Sequence[Any]
     preparers: Mapping[str, Any]
@@ -39,14 +45,16 @@ class Phase:
     """One stretch of training, from after step `start` to `stop`.
 
     Attributes:
-      batch_size, micro_batches: examples a step, and the parts they are worked off in.
-      task: with the objectives that count in it.
-      rows: what it reads.
-      optimizer: for what it trains.
-      placement: where parameters and what belongs to them lie.
+      name: the name in `train.phases`, or 'all'.
+      start, stop: the last step before the phase, and the phase's last.
+      batch_size, micro_batches: examples a step, and the parts that these are split into.
+      task: the task with the objectives of the phase.
+      rows: the data.
+      optimizer: updates what the phase trains.
+      placement: shardings of the parameters and what belongs to them.
       abstract: shapes, types and shardings of its state.
       treatment: what changes its gradients beside the optimizer, or None.
-      enter: the state of the phase before, or the first one, as this one's begin.
+      enter: the state of the phase before, or the first one -> the state that this one begins with.
     """
 
     name: str
@@ -64,9 +72,9 @@ class Phase:
 
 
 def phase_options(config: Config) -> dict[str, Any]:
-    """The phases of a config by name: `steps`, `data`, `objectives`, `train`.
+    """Returns the phases of a config by name, each with `steps`, `data`, `objectives`, `train`.
 
-    One of 0 steps is left out.
+    Phases of 0 steps are left out.
 
     Raises:
       ValueError: steps that do not add up, or are negative.
@@ -91,17 +99,17 @@ def phase_options(config: Config) -> dict[str, Any]:
 def build_phases(
     config: Config, task: Task, train: Manifest, abstract: TrainState, placement: ParamShardings
 ) -> tuple[Phase, ...]:
-    """Everything that each phase needs.
+    """Builds everything that each phase needs.
 
     Args:
-      config: of the run.
-      task: with every objective that any phase has.
-      train: the pairs.
+      config: the run's config.
+      task: the task with every objective that any phase has.
+      train: the records to train on.
       abstract: a state's shapes and shardings, its optimizer apart.
-      placement: of the parameters on the run's mesh.
+      placement: shardings of the parameters on the run's mesh.
 
     Raises:
-      ValueError: objectives, data or rules that there are not.
+      ValueError: objectives, data or rules that do not exist.
     """
     phases = []
     start = 0
@@ -134,10 +142,10 @@ def build_phases(
 
 
 def check_average(name: str, options: Config, whole: Config) -> None:
-    """What is scored is an average for a whole run, or for none of its phases.
+    """Checks that a phase keeps averaged parameters exactly if the whole run does.
 
     Raises:
-      ValueError: naming the phase.
+      ValueError: it does not; the message names the phase.
     """
     if keeps_average(options) != keeps_average(whole):
         raise ValueError(
@@ -148,10 +156,10 @@ def check_average(name: str, options: Config, whole: Config) -> None:
 
 
 def check_batch(options: Config, mesh: Mesh) -> None:
-    """Batches spread evenly over devices and micro-batches.
+    """Checks that batches spread evenly over devices and micro-batches.
 
     Raises:
-      ValueError: with the numbers.
+      ValueError: they do not; the message has the numbers.
     """
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     for name in ("batch_size", "micro_batches"):
@@ -165,7 +173,11 @@ def check_batch(options: Config, mesh: Mesh) -> None:
 
 
 def phase_rows(config: Config, task: Task, train: Manifest, kind: str, name: str) -> Rows:
-    """The examples of a phase."""
+    """Returns the rows of a phase.
+
+    Raises:
+      ValueError: an unknown kind of data, or documents that do not fit the model or their row.
+    """
     if kind == "pairs":
         return Rows(train.records, task.modalities, train.fingerprint)
     if kind == "text":
@@ -193,7 +205,11 @@ def phase_rows(config: Config, task: Task, train: Manifest, kind: str, name: str
 
 
 def check_places(task: Task, length: int) -> None:
-    """A document's text may be as long as its row."""
+    """Checks that the model has positions for the text of a document's row.
+
+    Raises:
+      ValueError: it learns fewer.
+    """
     embedding = task.modalities["text"].embedding
     if embedding.learned_positions and length > embedding.max_positions:
         raise ValueError(
@@ -204,7 +220,7 @@ def check_places(task: Task, length: int) -> None:
 
 
 def batch_shapes(rows: Rows, size: int) -> dict[str, dict[str, Any]]:
-    """Shapes and types of a batch [size, ...]; nothing of that size is made."""
+    """Returns shapes and types of a batch [size, ...] without allocating it."""
 
     def batch() -> Any:
         absent = {name: preparer.absent() for name, preparer in rows.preparers.items()}

@@ -1,4 +1,4 @@
-"""How far a run is, for a person: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a run for a person: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Progress:
-    """Speed, time left and losses, told each time metrics arrive."""
+    """A display of speed, time left and losses, updated each time metrics arrive."""
 
     def __init__(self, start: int, steps: int) -> None:
         self._steps = steps
@@ -35,11 +35,11 @@ class Progress:
             self._bar.close()
 
     def pause(self) -> None:
-        """Not training since the last metrics: that time does not count as steps."""
+        """Restarts the clock, so that time without training does not count as steps."""
         self._time = time.perf_counter()
 
     def update(self, step: int, metrics: Mapping[str, float], batch_size: int) -> dict[str, float]:
-        """Shows the metrics up to `step`, of batches of a size.
+        """Shows the metrics up to `step`.
 
         Returns:
           The speed since the last call, for the record: `time/steps_per_second`, and

@@ -1,4 +1,4 @@
-"""A whole run: train, score, and what is kept of it."""
+"""A whole run: training, scoring, and the result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def train_and_score(setup: Setup, output: Output) -> tuple[dict[str, Any], dict[
     """Trains to the end, then scores every split.
 
     Returns:
-      The contents of `result.json`, and the scores by split with what they were taken from.
+      The contents of `result.json`, and the scores of each split.
     """
     state, seconds = train(setup, output)
     began = time.perf_counter()
@@ -30,7 +30,7 @@ def train_and_score(setup: Setup, output: Output) -> tuple[dict[str, Any], dict[
 
 
 def score_splits(setup: Setup, state: TrainState, output: Output) -> dict[str, Scores]:
-    """Scores of each split; those of the first count for `best/`."""
+    """Scores each split; the scores of `evaluation.split` count for `best/`."""
     options = setup.options
     predictor = Predictor(setup.task, evaluation_params(state), setup.mesh)
     found = {}
@@ -48,7 +48,7 @@ def score_splits(setup: Setup, state: TrainState, output: Output) -> dict[str, S
 
 
 def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict[str, Any]:
-    """What `result.json` holds."""
+    """Returns the contents of `result.json`."""
     main = found[setup.options.split]
     others = {name: each for name, each in found.items() if name != setup.options.split}
     return {
@@ -77,7 +77,7 @@ def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict
 
 
 def prefixed(found: Mapping[str, Scores], kind: str) -> dict[str, float]:
-    """Scores of further splits, as `split/name`."""
+    """Returns the scores of further splits, as `split/name`."""
     return {
         f"{split}/{name}": value
         for split, scores in found.items()

@@ -1,4 +1,4 @@
-"""Schedule-free AdamW: what is scored is an average, and no schedule need know the end."""
+"""Schedule-free AdamW: an average of the parameters is scored, and no decay of rates is needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from unified_mm.training.update import Optimizer
 
 @struct.dataclass
 class ScheduleFreeState:
-    """z of the paper for what is trained, Adam's second moments, and the sum of weights."""
+    """The state of schedule-free AdamW.
+
+    Attributes:
+      z: the sequence z of the paper, for what is trained.
+      moments: Adam's second moments.
+      weight: float32 [], the sum of the weights of the average.
+    """
 
     z: Any
     moments: Any
@@ -64,5 +70,5 @@ class ScheduleFree(Optimizer):
         return self.whole(self._mean_of(self.part(params), state.z), params)
 
     def _mean_of(self, y: Any, z: Any) -> Any:
-        """x, which y and z leave no choice."""
+        """Returns x, solved from y and z."""
         return jax.tree.map(lambda y, z: (y - (1.0 - self.b1) * z) / self.b1, y, z)

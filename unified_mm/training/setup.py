@@ -36,7 +36,7 @@ from unified_mm.training.treatment import treatment_of
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """What the training loop goes by; read from the config before the first step."""
+    """The options of the training loop, read from the config before the first step."""
 
     steps: int
     ema_decay: float
@@ -56,7 +56,11 @@ class LoopOptions:
 
     @classmethod
     def from_config(cls, config: Config) -> LoopOptions:
-        """Raises ValueError where a number makes no sense."""
+        """Reads the options of a config.
+
+        Raises:
+          ValueError: a number is out of its range.
+        """
         options = cls(
             steps=config.train.steps,
             ema_decay=config.train.ema_decay,
@@ -94,12 +98,12 @@ class LoopOptions:
 
 
 def scale_patience(config: Config) -> int:
-    """Half precision alone needs its loss scaled."""
+    """Returns `train.scale_patience` for float16, which alone needs its loss scaled, else 0."""
     return int(config.train.scale_patience) if config.model.dtype == "float16" else 0
 
 
 def usual_best(config: Config) -> str:
-    """The score that the best state is chosen by where the config names none."""
+    """Returns the score that the best state is chosen by where the config names none."""
     contrast = config.objectives.contrastive
     if contrast.weight <= 0:
         return "caption/cider_d"
@@ -128,11 +132,11 @@ class Setup:
 
     @property
     def fingerprint(self) -> str:
-        """Of all data that is trained on."""
+        """The fingerprints of all data that is trained on, joined."""
         return "-".join(dict.fromkeys(phase.rows.fingerprint for phase in self.phases))
 
     def phase_at(self, step: int) -> Phase:
-        """The phase that a step (from 1) belongs to.
+        """Returns the phase that a step (from 1) belongs to.
 
         Raises:
           ValueError: a step beyond the last.
@@ -147,13 +151,14 @@ class Setup:
 
 
 def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Setup:
-    """Reads the data, builds everything, says what there is.
+    """Reads the data, builds everything, and prints a summary.
 
     Raises:
-      FileNotFoundError, ValueError: data or a config that cannot be trained on.
+      FileNotFoundError: data or a tokenizer that is not there.
+      ValueError: data or a config that cannot be trained on.
     """
     options = LoopOptions.from_config(config)
-    with first_before_others("data"):  # who find the world rendered and the images checked
+    with first_before_others("data"):  # the others find its caches
         source = open_source(config.data)
         if source.banner:
             say(framed(source.banner))
@@ -184,7 +189,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     brought = weights_to_start_from(config)
 
     def first_state() -> TrainState:
-        """Weights of other runs in their places, where training starts from any."""
+        """Makes the first state, with the weights of the runs in `model.start_from`."""
         state = make_state()
         params = load_params(state.params, config, brought)
         average = state.average
@@ -208,7 +213,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
 
 
 def run_tokenizer(config: Config, folder: RunFolder, train: Manifest) -> TextTokenizer:
-    """The run's own tokenizer: the one kept in it, else one given, else one trained now."""
+    """Returns the run's tokenizer: the saved one, else the one given, else one trained now."""
     given = config.data.tokenizer
     size = config.data.vocabulary_size
     named = config.data.special_tokens
@@ -220,13 +225,17 @@ def run_tokenizer(config: Config, folder: RunFolder, train: Manifest) -> TextTok
 
 
 def training_texts(train: Manifest) -> list[str]:
-    """Every prompt and every text that is to be written."""
+    """Returns every prompt and every target text."""
     texts = [text for record in train.records for text in record.texts]
     return [part for text in texts for part in (text.prompt, text.target) if part]
 
 
 def check_records(task: Task, train: Manifest, looked_at: int = 200) -> None:
-    """Every declared modality is there in some of the first records."""
+    """Checks that every declared modality is there in some of the first records.
+
+    Raises:
+      ValueError: a modality is in none of them.
+    """
     for name, modality in task.modalities.items():
         first = train.records[:looked_at]
         if not any(modality.prepare(record, None)["present"] for record in first):
@@ -237,10 +246,10 @@ def check_records(task: Task, train: Manifest, looked_at: int = 200) -> None:
 
 
 def check_prompts(task: Task, prompts: Sequence[str]) -> None:
-    """Every question leaves room for an answer.
+    """Checks that every question leaves room for an answer.
 
     Raises:
-      ValueError: with the longest one.
+      ValueError: one does not; the message has the longest.
     """
     text = task.modalities["text"]
     # No text has more tokens than bytes.
@@ -255,10 +264,10 @@ def check_prompts(task: Task, prompts: Sequence[str]) -> None:
 
 
 def check_evaluation_batch(options: LoopOptions, mesh: Mesh) -> None:
-    """Batches that are scored spread evenly over devices, and over processes.
+    """Checks that evaluation batches spread evenly over devices, and over processes.
 
     Raises:
-      ValueError: with the numbers; or as `own_rows` does.
+      ValueError: they do not; the message has the numbers. Or as `own_rows` does.
     """
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if options.evaluate_batch % rows:
@@ -270,10 +279,11 @@ def check_evaluation_batch(options: LoopOptions, mesh: Mesh) -> None:
 
 
 def check_goes_on(setup: Setup) -> None:
-    """Whether the run in the folder, if any, may go on with this setup; nothing is written.
+    """Checks that the run in the folder, if any, may go on with this setup; nothing is written.
 
     Raises:
-      ValueError: other data, fewer steps than were done, or another tokenizer.
+      ValueError: other data, or fewer steps than were done.
+      RunFolderError: another tokenizer.
     """
     if not setup.folder.checkpoints.is_dir():
         return
@@ -285,10 +295,11 @@ def check_goes_on(setup: Setup) -> None:
 
 
 def check_saved(setup: Setup, saved: Mapping[str, Any]) -> None:
-    """Whether a checkpoint's metadata tells of the data and the tokenizer at hand.
+    """Checks that the data and the tokenizer are those that a checkpoint's metadata names.
 
     Raises:
-      ValueError, RunFolderError: it does not.
+      ValueError: other data.
+      RunFolderError: another tokenizer.
     """
     began = saved["data_fingerprint"]
     if began != setup.fingerprint:

@@ -1,8 +1,8 @@
-"""Stopping cleanly: SIGTERM and Ctrl-C end a run after the step at hand, with its state saved.
+"""Clean stops: SIGTERM and Ctrl-C end a run after the current step, with its state saved.
 
-Several processes must stop after the same step, or those that go on wait for ever. So each puts
-what it was told to a vote, a reduction over all devices that is queued behind a step's work; its
-result is read an interval later, when it is long there: no step waits for it.
+Several processes must stop after the same step, or those that go on wait for ever. So they vote:
+the signal of each goes into a reduction over all devices that is queued behind a step's work; its
+result is read an interval later, when it is long done, so no step waits for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from jaxtyping import Array, Int
 
 @dataclass
 class StopRequest:
-    """Which signal asked the run to stop, if any."""
+    """A request to stop the run.
+
+    Attributes:
+      signal: number of the signal that asked for it, or None.
+    """
 
     signal: int | None = None
 
@@ -34,20 +38,20 @@ class StopRequest:
         return 128 + (self.signal or 0)
 
     def note(self, number: int) -> None:
-        """This process has got a signal."""
+        """Notes a signal that this process got."""
         self.signal = number
 
     def after(self, step: int) -> bool:
-        """Whether the run is to stop after this step; asked once after each."""
+        """Returns whether the run is to stop after this step; asked once after each."""
         return self.signal is not None
 
     def at_last(self) -> bool:
-        """The same, when all steps are done."""
+        """Returns whether the run was to stop, asked when all steps are done."""
         return self.signal is not None
 
 
 class SharedStopRequest(StopRequest):
-    """What the processes of a run have agreed on: a signal to any of them counts for all.
+    """A request that the processes of a run agree on: a signal to any of them counts for all.
 
     A vote is taken after every `every`th step and counted after the next such one, so that all
     stop up to `2 * every` steps after the signal.
@@ -84,7 +88,7 @@ class SharedStopRequest(StopRequest):
 
 
 def stop_request(mesh: Mesh, every: int) -> StopRequest:
-    """One that all processes of the mesh agree on, where there are several; see there."""
+    """Returns a stop request; a `SharedStopRequest` where there are several processes."""
     if jax.process_count() == 1:
         return StopRequest()
     return SharedStopRequest(mesh, every)
@@ -92,7 +96,7 @@ def stop_request(mesh: Mesh, every: int) -> StopRequest:
 
 @contextmanager
 def stop_on_signals(request: StopRequest) -> Iterator[StopRequest]:
-    """Within it, the first SIGTERM or SIGINT is noted; a second one ends the process at once."""
+    """Notes the first SIGTERM or SIGINT within it; a second one ends the process at once."""
     watched = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in watched}
 

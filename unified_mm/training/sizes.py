@@ -1,4 +1,4 @@
-"""What a config costs, before any data is read: parameters and floating-point operations."""
+"""The cost of a config, before any data is read: parameters and floating-point operations."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ BY = ("width", "layers")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What one model costs; FLOPs are those of matrix products, a multiply-add being two.
+    """The cost of one model; FLOPs are those of matrix products, a multiply-add being two.
 
     Attributes:
-      parameters: by part.
+      parameters: number of parameters by part.
       active: parameters that every example goes through (all of them without experts).
-      training_flops: of an example, forward and backward.
-      token_flops: of one generated token at the end of a text, None where none can be written.
+      training_flops: FLOPs of an example, forward and backward.
+      token_flops: FLOPs of one generated token at the end of a text, None where none can be
+        written.
     """
 
     parameters: Mapping[str, int]
@@ -47,7 +48,7 @@ class Sizes:
 
 
 def measure_sizes(config: Config) -> Sizes:
-    """The sizes of a config; its tokenizer is taken to be as large as it may become.
+    """Measures the cost of a config, with a tokenizer as large as it may become.
 
     Raises:
       ValueError: a config that no task can be built of.
@@ -63,14 +64,14 @@ def measure_sizes(config: Config) -> Sizes:
 
 
 def shapes_of(config: Config) -> tuple[Task, Any]:
-    """A config's task, and its parameters' shapes."""
+    """Returns a config's task, and its parameters' shapes."""
     task = build_task(config, stand_in_tokenizer(config.data.vocabulary_size))
     task = replace(task, model=task.model.without_recomputation())
     return task, without_names(jax.eval_shape(task.init, jax.random.key(0)))
 
 
 def forward_flops(task: Task, params: Any) -> int:
-    """Of all objectives on `ROWS` examples."""
+    """Counts the FLOPs of all objectives on `ROWS` examples, forward."""
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, task.example_batch(ROWS)))
     return matmul_flops(
         lambda params, batch, key: task.metrics(params, batch, key, deterministic=True),
@@ -81,7 +82,10 @@ def forward_flops(task: Task, params: Any) -> int:
 
 
 def token_flops(task: Task, params: Any) -> int | None:
-    """Of one more token beside a cache that holds the context and a whole text."""
+    """Counts the FLOPs of one more token beside a cache of the context and a whole text.
+
+    Returns None where no objective writes text.
+    """
     writing = [each for each in task.objectives if isinstance(each, Captioning)]
     if not writing:
         return None
@@ -107,7 +111,7 @@ def token_flops(task: Task, params: Any) -> int | None:
 
 
 def stand_in_tokenizer(size: int) -> TextTokenizer:
-    """A tokenizer of a given size that is good for nothing else."""
+    """Returns a placeholder tokenizer of a given size."""
     names = [PAD, BOS, EOS, *(f"<{number}>" for number in range(3, size))]
     vocabulary = {name: number for number, name in enumerate(names)}
     return TextTokenizer(
@@ -116,16 +120,16 @@ def stand_in_tokenizer(size: int) -> TextTokenizer:
 
 
 def fit_to_budget(config: ConfigDict) -> ConfigDict:
-    """The config with the width or depth that comes nearest to `model.budget` from below.
+    """Returns the config with the largest width or depth that `model.budget` allows.
 
-    The feed-forward grows in proportion to the width, the number of heads stays.
+    The feed-forward width grows in proportion to the width, the number of heads stays.
 
     Args:
       config: `model.budget` is in FLOPs a training example, 0 for none; `model.budget_by` is
         'width' or 'layers'.
 
     Raises:
-      ValueError: an unknown way, or a budget below the smallest model.
+      ValueError: an unknown `model.budget_by`, or a budget below the smallest model.
     """
     budget = config.model.budget
     if not budget:

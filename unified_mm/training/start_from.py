@@ -1,4 +1,4 @@
-"""Training that begins with the weights of another run: its image tower, its text model, or both.
+"""Training that begins with weights of other runs: a modality's tower, a text model, or both.
 
 Runs of imported weights (`python -m unified_mm.import_weights`) serve as well as trained ones.
 """
@@ -39,12 +39,12 @@ BLOCK = re.compile(r"(.*/layers)/block_(\d+)/(.*)")
 
 
 def prefixes(part: str) -> tuple[str, str]:
-    """Returns where the parameters of a part lie: the text model, or a modality's tower."""
+    """Returns the path prefixes of a part's parameters: the text model, or a modality's tower."""
     return f"embedders_{part}/", "transformer/" if part == "text" else f"towers_{part}/"
 
 
 def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
-    """The config with everything that the weights it starts from decide.
+    """Returns the config with every field that the weights it starts from decide.
 
     Args:
       config: `model.start_from` names runs by part, text or a modality with a tower; '' for none.
@@ -52,7 +52,7 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
 
     Raises:
       FileNotFoundError: no run there.
-      ValueError: weights that the fusion has no place for, or a field that contradicts them.
+      ValueError: weights that the fusion cannot use, or a field that contradicts them.
     """
     chosen = ConfigDict(config.to_dict())
     for part, run in config.model.start_from.items():
@@ -72,7 +72,12 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
 
 
 def saved_config(run: str, part: str, fusion: str) -> dict[str, Any]:
-    """The config of a run that has weights for a part."""
+    """Returns the config of a run that has weights for a part.
+
+    Raises:
+      FileNotFoundError: no run there.
+      ValueError: the run or the fusion does not have the part.
+    """
     folder = RunFolder(run)
     if not folder.exists:
         raise FileNotFoundError(f"model.start_from.{part}={run!r} is no run: it has no config.json")
@@ -94,7 +99,7 @@ def saved_config(run: str, part: str, fusion: str) -> dict[str, Any]:
 
 
 def text_of(saved: Mapping[str, Any], run: str) -> dict[str, Any]:
-    """Fields that a text model's weights decide, by dotted name."""
+    """Returns the fields that a text model's weights decide, by dotted name."""
     model = saved["model"]
     text = {k: v for k, v in model["modalities"]["text"].items() if k not in ("type", "length")}
     contrastive = saved["objectives"]["contrastive"]
@@ -128,7 +133,7 @@ def tower_of(saved: Mapping[str, Any], part: str) -> dict[str, Any]:
 
 
 def weights_to_start_from(config: Config) -> dict[str, Any]:
-    """Parameters of the runs in `model.start_from`, by path, each block by its layer."""
+    """Reads the parameters of the runs in `model.start_from`, by path, each block by its layer."""
     found: dict[str, Any] = {}
     for part, run in config.model.start_from.items():
         if run:
@@ -137,7 +142,12 @@ def weights_to_start_from(config: Config) -> dict[str, Any]:
 
 
 def load_params(params: Any, config: Config, found: Mapping[str, Any]) -> Any:
-    """Parameters with those of `weights_to_start_from` in their places, laid out as they are.
+    """Replaces the parameters that `weights_to_start_from` found; shardings stay.
+
+    Args:
+      params: the new run's parameters.
+      config: the new run's config.
+      found: what `weights_to_start_from` returned.
 
     Raises:
       ValueError: a parameter of the part that the run does not have, or of another shape.
@@ -163,7 +173,11 @@ def load_params(params: Any, config: Config, found: Mapping[str, Any]) -> Any:
 
 
 def part_of_run(run: str, part: str) -> dict[str, Any]:
-    """One part of a run's newest checkpoint: NumPy arrays by path, each block by its layer."""
+    """Reads one part of a run's newest checkpoint.
+
+    Returns:
+      NumPy arrays by path, each block by its layer.
+    """
     folder = RunFolder(run)
     saved = folder.read_config(defaults())
     named = saved["data"]["special_tokens"]
@@ -182,7 +196,7 @@ def part_of_run(run: str, part: str) -> dict[str, Any]:
 
 
 def _by_layer(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Stacked blocks apart: `.../layers/block_1/x` [P, ...] becomes `.../layers/<layer>/x` each."""
+    """Splits stacked blocks: `.../layers/block_1/x` [periods, ...] to `.../layers/<layer>/x`."""
     blocks = {int(m[2]) for m in map(BLOCK.fullmatch, leaves) if m}
     found: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -197,7 +211,7 @@ def _by_layer(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _restacked(found: Mapping[str, Any], path: str, shape: tuple[int, ...]) -> Any:
-    """The leaf that belongs at `path`, its layers stacked anew; None where there is none."""
+    """Returns the leaf that belongs at `path`, its layers stacked again, or None."""
     match = BLOCK.fullmatch(path)
     if match is None:
         return found.get(path)

@@ -21,12 +21,12 @@ LARGEST = 2.0**24
 
 @struct.dataclass
 class LossScale:
-    """What the loss is multiplied by before it is differentiated.
+    """The dynamic scale that the loss is multiplied by before it is differentiated.
 
     Attributes:
       scale: float32 [], a power of two.
-      good: int32 [], finite steps since it last changed.
-      patience: after so many it doubles; static.
+      good: int32 [], finite steps since the scale last changed.
+      patience: finite steps after which it doubles; static.
     """
 
     scale: Any
@@ -35,11 +35,14 @@ class LossScale:
 
     @classmethod
     def start(cls, patience: int) -> LossScale:
-        """Before the first step."""
+        """Returns the scale before the first step."""
         return cls(jnp.full((), START, jnp.float32), jnp.zeros((), jnp.int32), patience)
 
     def after(self, finite: Any) -> LossScale:
-        """Half of it after an overflow (not below 1), twice after `patience` good steps."""
+        """Returns the scale after a step.
+
+        It is halved after an overflow (not below 1) and doubled after `patience` finite steps.
+        """
         good = jnp.where(finite, self.good + 1, 0)
         grown = good >= self.patience
         larger = jnp.minimum(self.scale * 2.0, LARGEST)
@@ -66,13 +69,13 @@ class TrainState:
       step: int32 [], which is also the position in the data.
       params: the model's and the objectives' parameters.
       optimizer: its state, for what is trained in the present phase.
-      average: of the parameters, which is what is scored (a moving one, or the optimizer's own);
-        or None.
-      key: that every step's randomness is folded from.
+      average: averaged parameters, which are scored (a moving average, or the optimizer's own), or
+        None.
+      key: random key that every step's randomness is folded from.
       bad_step: int32 [], the first step whose loss or gradient was not finite, else -1; from
         there on nothing is updated.
-      loss_scale: of half-precision training, or None.
-      treatment: what `train.treatment` keeps, or None.
+      loss_scale: the scale of the loss in half-precision training, or None.
+      treatment: the state of `train.treatment`, or None.
     """
 
     step: Any
@@ -94,15 +97,17 @@ def initial_state(
     scale_patience: int = 0,
     treatment: Treatment | None = None,
 ) -> tuple[Callable[[], TrainState], TrainState]:
-    """How to make the first state on a mesh, before any phase has given it an optimizer.
+    """Returns a function that makes the first state on a mesh, and that state's shapes.
+
+    The state has no optimizer before a phase gives it one.
 
     Args:
       init_params: key -> parameters boxed with logical axis names.
-      placement: where they lie.
-      seed: of the initial parameters and of all steps.
-      averaged: whether a moving average of the parameters is kept.
+      placement: their shardings.
+      seed: seed of the initial parameters and of all steps.
+      averaged: whether averaged parameters are kept.
       scale_patience: finite steps after which the loss's scale doubles; 0 scales no loss.
-      treatment: what it keeps is part of the state.
+      treatment: its state is part of this one.
 
     Returns:
       A function that makes the first state (sharded as it is made), and the abstract state
@@ -141,7 +146,7 @@ def initial_state(
 def treatment_shardings(
     treatment: Treatment | None, init_params: Callable[[jax.Array], Any], placement: ParamShardings
 ) -> Any:
-    """Returns where what a treatment keeps lies: as the parameters that it is alike, else whole."""
+    """Returns shardings of a treatment's state: as the parameters it copies, else replicated."""
     if treatment is None:
         return None
     params = without_names(jax.eval_shape(init_params, jax.random.key(0)))
@@ -152,16 +157,16 @@ def treatment_shardings(
 def state_of_phase(
     abstract: TrainState, optimizer: Optimizer, placement: ParamShardings
 ) -> tuple[TrainState, Callable[[TrainState], TrainState]]:
-    """What states look like while an optimizer is at work, and how such a stretch begins.
+    """Returns what states look like in a phase, and how the phase begins.
 
     Args:
-      abstract: of any state of the run.
-      optimizer: of the phase.
-      placement: of the parameters.
+      abstract: any abstract state of the run.
+      optimizer: the phase's optimizer.
+      placement: shardings of the parameters.
 
     Returns:
-      The abstract state, and a function that takes the state before over (donated) with the
-      optimizer's first state.
+      The abstract state, and a function that returns the state before with the optimizer's first
+      state.
     """
     shapes = jax.eval_shape(optimizer.init, abstract.params)
     replicated = NamedSharding(placement.mesh, P())
@@ -183,5 +188,5 @@ def _abstract(shapes: Any, shardings: Any) -> Any:
 
 
 def evaluation_params(state: TrainState) -> Any:
-    """The parameters that scores are taken with: the moving average where there is one."""
+    """Returns the parameters that scores are taken with: averaged ones where there are any."""
     return state.params if state.average is None else state.average

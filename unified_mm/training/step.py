@@ -1,4 +1,4 @@
-"""One training step: gradients, update, and what becomes of a step that is not finite."""
+"""One training step: gradients, update, and what happens after a step that is not finite."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ def weighted_total(
     counts: Mapping[str, Any],
     factors: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Returns the weighted sum of mean losses, the counts being those of the whole batch.
+    """Returns the weighted sum of mean losses.
 
     Args:
-      factors: of the weights at this step, by objective, where they change.
+      objectives: with their weights.
+      metrics: sums of the losses.
+      counts: what the sums are divided by, over the whole batch, by objective.
+      factors: factors of the weights at this step, by objective, where they change.
     """
     total: Any = 0
     for objective in objectives:
@@ -50,7 +53,7 @@ def inner(x: Any, pull: Any) -> Any:
 
 
 def counts_of(objectives: Sequence[Objective], metrics: Metrics) -> dict[str, Any]:
-    """How much each objective scored."""
+    """Returns the count that each objective's loss is divided by."""
     return {each.name: metrics[f"{each.name}/loss"][1] for each in objectives}
 
 
@@ -66,16 +69,16 @@ def gradients(
     shardings: Any = None,
     step: Any = 0,
 ) -> tuple[Any, Any, Metrics]:
-    """The total loss over the whole batch, its gradient by what is trained, and its pairs.
+    """Returns the total loss over the whole batch, its gradient by what is trained, and metrics.
 
     Args:
-      task: whose objectives count.
-      optimizer: that knows what is trained.
-      params, batch, key: of the step.
-      micro_batches: parts that the batch is worked off in.
+      task: the task, with its objectives.
+      optimizer: the optimizer, which knows what is trained.
+      params, batch, key: parameters, batch and random key of the step.
+      micro_batches: parts that the batch is split into.
       scale: the loss is multiplied by it before it is differentiated, and the gradient divided by
         it after, so that small gradients of half-precision activations do not vanish.
-      shardings: of the trained parameters' gradients; as they come where None.
+      shardings: shardings of the trained parameters' gradients; None leaves them as they come.
       step: how many steps were done before.
     """
 
@@ -107,11 +110,11 @@ class Accumulation:
 
     An example's own loss adds up over micro-batches; how many are scored in all is counted first
     (which needs no forward pass, and the compiler drops it). A loss among all examples (contrast)
-    does not: their embeddings are computed first, part by part and without gradient, the loss is
-    differentiated by the embeddings of the whole batch, and each part, computed again with the
-    same randomness, pulls its own back through the model (Gao et al. 2021, "Scaling deep
-    contrastive learning batch size under memory limited setup", section 3.2). Negatives that
-    matching mines come from the same micro-batch.
+    does not: their embeddings are computed first, micro-batch by micro-batch and without gradient,
+    and the loss is differentiated by the embeddings of the whole batch; then each micro-batch,
+    computed again with the same randomness, propagates the gradient of its own embeddings back
+    through the model (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory
+    limited setup", section 3.2). Negatives that matching mines come from the same micro-batch.
     """
 
     def __init__(
@@ -134,7 +137,7 @@ class Accumulation:
         self.own: list[Any] = [x for x in task.objectives if x not in self.comparing]
 
     def run(self, batch: Any, key: jax.Array, micro_batches: int) -> tuple[Any, Any, Metrics]:
-        """Total loss, gradient of `scale` times it, and pairs."""
+        """Returns the total loss, the gradient of `scale` times it, and metrics."""
         keys = jax.random.split(key, micro_batches)
         into = partial(into_parts, parts=micro_batches)
         rows = jax.tree.map(into, batch)
@@ -157,14 +160,18 @@ class Accumulation:
         return total, gradient, metrics | compared_metrics
 
     def look(self, rows: Any, key: jax.Array) -> tuple[dict[str, Any], Any]:
-        """What a part will score, and its embeddings."""
+        """Returns the counts of a micro-batch's own losses, and its embeddings."""
         metrics, embedded = self.task.metrics_and_embedded(
             self.params, rows, key, deterministic=False, step=self.step
         )
         return counts_of(self.own, metrics), embedded
 
     def compare(self, embedded: Any) -> tuple[Any, Any, Any, Metrics]:
-        """The losses among all examples: total, gradient by parameters, by embeddings, pairs."""
+        """Computes the losses among all examples.
+
+        Returns:
+          Their total, its gradient by parameters and by embeddings (`scale` times), and metrics.
+        """
 
         def loss(part: Any, vectors: Any) -> tuple[Any, tuple[Any, Metrics]]:
             whole = {name: each.replace(vectors=vectors[name]) for name, each in embedded.items()}
@@ -180,7 +187,11 @@ class Accumulation:
         return total, gradient, pulls, metrics
 
     def differentiate(self, part: Any, counts: Any) -> tuple[Any, Any, Metrics]:
-        """A part's share of the examples' own losses; its gradient with that of its embeddings."""
+        """Computes a micro-batch's share of the examples' own losses.
+
+        Returns:
+          The share, its gradient together with that through the embeddings, and metrics.
+        """
         rows, key, pulls = part
 
         def loss(part: Any) -> tuple[Any, tuple[Any, Metrics]]:
@@ -208,7 +219,13 @@ class Accumulation:
 
 @struct.dataclass
 class StepMetrics:
-    """What a step tells: metrics as (sum, count), the rate it used, and `TrainState.bad_step`."""
+    """The metrics of a step.
+
+    Attributes:
+      metrics: (sum, count) by name.
+      learning_rate: the rate that the step used.
+      bad_step: as in `TrainState`.
+    """
 
     metrics: Any
     learning_rate: Any
@@ -225,7 +242,7 @@ def make_train_step(
     ema_decay: float = 0.0,
     treatment: Treatment | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
-    """The compiled step: state and batch -> next state (the old one is donated), and metrics.
+    """Returns the compiled step: state (donated) and batch -> next state and metrics.
 
     A step whose loss or gradient is not finite changes no parameter. Where the loss is scaled and
     the scale can fall, it does, and training goes on; else the step is named in `bad_step`.

@@ -1,4 +1,4 @@
-"""Treatments: what changes gradients beside the optimizer, and what it keeps from step to step.
+"""Treatments: changes of gradients before the optimizer, with a state that goes from step to step.
 
 Gradient modulation between modalities, a teacher that follows the parameters, biases of a router:
 each is a class from outside the package, named in `train.treatment`.
@@ -14,10 +14,10 @@ from unified_mm.registry import resolve
 
 @runtime_checkable
 class Treatment(Protocol):
-    """What stands between the gradient and the optimizer.
+    """A change of the gradient before the optimizer, with a state of its own.
 
-    What it keeps lies in `TrainState.treatment`: it is saved, restored and divided over devices as
-    the optimizer's state is, and a step that is not finite leaves it as it was.
+    The state lies in `TrainState.treatment`: it is saved, restored and divided over devices as the
+    optimizer's state is, and a step that is not finite leaves it as it was.
     """
 
     @classmethod
@@ -25,15 +25,15 @@ class Treatment(Protocol):
         """Returns the treatment that `config.train` asks for, with fields of its own there."""
 
     def init(self, params: Any) -> Any:
-        """Returns what is kept before the first step, a tree of arrays."""
+        """Returns the state before the first step, a tree of arrays."""
 
     def __call__(
         self, kept: Any, gradient: Any, params: Any, metrics: Mapping[str, Any], step: Any
     ) -> tuple[Any, Any]:
-        """Returns what is kept after a step, and the gradient that the optimizer gets.
+        """Returns the state after a step, and the gradient that the optimizer gets.
 
         Args:
-          kept: after the step before.
+          kept: the state after the step before.
           gradient: by the trained parameters, None where they are frozen.
           params: all of them, before the step.
           metrics: losses and metrics of the batch, (sum, count) by name.

@@ -12,13 +12,14 @@ import optax
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Turns gradients into new parameters; what is frozen has no state and keeps its bits.
+    """An optimizer of the trained parameters; frozen ones have no state and keep their bits.
 
     Attributes:
-      transform: of the trained parameters' gradients, before decay and rate.
+      transform: transformation of the trained parameters' gradients, before decay and rate.
       schedule: the learning rate by step since `start`.
-      trained: for each parameter, whether it is.
-      rates, decays: factors of the learning rate and of the weights' decay, None where frozen.
+      trained: for each parameter, whether it is trained.
+      rates, decays: factors of the learning rate and weight decay of each parameter, None where
+        frozen.
       start: the step at which the schedule begins.
     """
 
@@ -30,30 +31,30 @@ class Optimizer:
     start: int = 0
 
     def init(self, params: Any) -> Any:
-        """The first state."""
+        """Returns the first state."""
         return self.transform.init(self.part(params))
 
     def part(self, params: Any) -> Any:
-        """The trained parameters, with None for the others (which jax takes as no leaf)."""
+        """Returns the trained parameters, with None for the others (which jax takes as no leaf)."""
         return select(params, self.trained)
 
     def whole(self, part: Any, params: Any) -> Any:
-        """All parameters: those of `part`, and of `params` what is frozen."""
+        """Returns all parameters: trained ones of `part`, frozen ones of `params`."""
         return jax.tree.map(
             lambda new, old: old if new is None else new, part, params, is_leaf=lambda x: x is None
         )
 
     def rate(self, step: Any) -> Any:
-        """The learning rate of a step."""
+        """Returns the learning rate of a step."""
         return self.schedule(jnp.asarray(step - self.start, jnp.float32))
 
     def update(self, gradient: Any, state: Any, params: Any, step: Any) -> tuple[Any, Any]:
-        """The parameters and the state after a step.
+        """Returns the parameters and the state after a step.
 
         Args:
-          gradient: of the trained part.
+          gradient: gradient of the trained part.
           state: as `init` or the step before gave it.
-          params: all of them.
+          params: all parameters.
           step: how many steps were done before.
         """
         part = self.part(params)
@@ -69,16 +70,16 @@ class Optimizer:
         return self.whole(new, params), state
 
     def averaged(self, average: Any, params: Any, state: Any, decay: float) -> Any:
-        """The parameters that are scored, after a step: a moving average over all steps.
+        """Returns the parameters to score after a step: a moving average over all steps.
 
         Args:
-          average: after the step before.
+          average: the average after the step before.
           params, state: as `update` gave them.
-          decay: of the moving average.
+          decay: decay of the moving average.
         """
         return optax.incremental_update(params, average, 1.0 - decay)
 
 
 def select(tree: Any, chosen: Any) -> Any:
-    """The same tree with None for what is not chosen."""
+    """Returns the same tree with None for what is not chosen."""
     return jax.tree.map(lambda leaf, take: leaf if take else None, tree, chosen)

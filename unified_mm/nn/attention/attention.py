@@ -24,15 +24,16 @@ from unified_mm.parallel.sharding import constrain
 
 @struct.dataclass
 class AttentionPlan:
-    """All that the layers of one pass need to know of who sees whom; the same for each layer.
+    """The masks and positions of one pass, shared by all its layers.
 
     Attributes:
-      sights: what each block call sees.
+      masks: of the block calls.
       positions: int32 [B, Q] of the queries, for rotary positions.
-      valid: bool [B, Q], which of the queries are there, so that padding takes no room in a layer.
-      write_at: int32 [], where new keys go in the cache; None without a cache.
-      calls, groups, key_groups: the block calls, the groups of queries and of keys; static.
-      keep: slice of the keys to hand back when there is no cache yet; static.
+      valid: bool [B, Q], which of the queries are valid, for layers that leave padding out.
+      write_at: int32 [], the slot of the cache where new keys begin; None without a cache.
+      calls: the block calls; static.
+      groups, key_groups: the groups of queries and of keys; static.
+      keep: bounds of the keys and values to return when there is no cache yet; static.
     """
 
     masks: tuple[BlockMask, ...]
@@ -54,10 +55,17 @@ def plan_attention(
     write_at: Array | None = None,
     keep: tuple[int, int] = (0, 0),
 ) -> AttentionPlan:
-    """Block calls and what they see, made once a pass and shared by all layers.
+    """Returns the plan of a pass.
+
+    Args:
+      options: of the stack.
+      table: the rules of the pass.
+      queries, keys: metadata of the two sequences.
+      write_at: int32 [], the slot of the cache where new keys begin.
+      keep: bounds of the keys and values to return when there is no cache yet.
 
     Raises:
-      ValueError: `options.attention` names a backend that cannot do what the rules ask.
+      ValueError: `options.attention` names a backend that cannot do what the rules need.
     """
     calls = block_calls(table, queries.groups, keys.groups)
     return AttentionPlan(
@@ -75,7 +83,7 @@ def plan_attention(
 def rotate(
     x: Float[Array, "B N H A"], positions: Int[Array, "B N"], base: float
 ) -> Float[Array, "B N H A"]:
-    """Rotary positions (Su et al. 2021, equation 34), the two halves of A being the pairs."""
+    """Applies rotary positions (Su et al. 2021, equation 34), pairing the two halves of A."""
     half = x.shape[-1] // 2
     rates = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[:, :, None, None].astype(jnp.float32) * rates
@@ -86,7 +94,10 @@ def rotate(
 
 
 def into_heads(heads: int, options: TransformerOptions, use_bias: bool, name: str) -> Dense:
-    """A projection [..., D] -> [..., heads, A]; fewer heads than the queries' are not divided."""
+    """Returns a projection [..., D] -> [..., heads, A].
+
+    Fewer heads than H have a logical axis of their own.
+    """
     axis = "heads" if heads == options.heads else "key_value_heads"
     return Dense(
         (heads, options.head_dim),
@@ -99,7 +110,7 @@ def into_heads(heads: int, options: TransformerOptions, use_bias: bool, name: st
 
 
 def out_of_heads(width: int, options: TransformerOptions, use_bias: bool, name: str) -> Dense:
-    """A projection [..., H, A] -> [..., width], small at the start as it adds to the stream."""
+    """Returns a projection [..., H, A] -> [..., width], initially scaled by `branch_scale`."""
     return Dense(
         (width,),
         ("heads", None),
@@ -112,12 +123,12 @@ def out_of_heads(width: int, options: TransformerOptions, use_bias: bool, name: 
 
 
 def branch_scale(options: TransformerOptions) -> float:
-    """Each of the 2 L branches adds to the stream: start them small (GPT-2, section 2.3)."""
+    """Returns the initial scale of each of the 2 L residual branches (GPT-2, section 2.3)."""
     return (2 * options.layers) ** -0.5
 
 
 class Attention(nn.Module):
-    """Multi-head attention under a plan: [B, N, D] -> [B, N, D], and its keys and values."""
+    """Multi-head attention under a plan: [B, N, D] -> [B, N, D], keys and values."""
 
     options: TransformerOptions
 
@@ -165,20 +176,20 @@ class Attention(nn.Module):
 
 
 def share_of_heads(x: Float[Array, "B N G A"], heads: int) -> Float[Array, "B N G A"]:
-    """Queries, keys or values as attention wants them: all tokens, and a share of the heads."""
+    """Constrains queries, keys or values to all tokens and a share of the heads per device."""
     axis = "attending_heads" if x.shape[2] == heads else "key_value_heads"
     return constrain(x, "batch", None, axis, None)
 
 
 def whole_sequences(x: Float[Array, "B N G A"], heads: int) -> Float[Array, "B N G A"]:
-    """The same of a share of the tokens.
+    """Reshards queries, keys or values from a share of the tokens to a share of the heads.
 
-    Both layouts are said, so that there is one exchange between them, forwards and backwards.
+    Both layouts are constrained, so that there is one exchange between them, forward and backward.
     """
     axis = "heads" if x.shape[2] == heads else "key_value_heads"
     return share_of_heads(constrain(x, "batch", "length", axis, None), heads)
 
 
 def divided_sequences(x: Float[Array, "B N H A"]) -> Float[Array, "B N H A"]:
-    """What attention saw as everything outside it wants it: a share of the tokens."""
+    """Constrains the output of attention to a share of the tokens per device."""
     return constrain(x, "batch", "length", "heads", None)

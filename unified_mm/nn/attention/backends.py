@@ -1,8 +1,8 @@
-"""Which program computes a block call of attention: by name, or by device, shape and rule.
+"""The backends of attention: each block call gets one by name, or by device, shape and rule.
 
 | backend | what it is | where |
 | --- | --- | --- |
-| `xla` | the scores and their mask as they are | everywhere |
+| `xla` | plain attention with a dense mask | everywhere |
 | `chunked` | blocks of queries, recomputed in the backward pass | everywhere |
 | `cudnn` | cuDNN's fused kernel | NVIDIA GPUs, 16 bits |
 | `splash` | jax's fused kernel | TPUs |
@@ -47,14 +47,15 @@ SCOPE = re.compile(r"attention_(\w+?)_(\d+)x(\d+)")
 def prepare_block(
     options: TransformerOptions, call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
 ) -> BlockMask:
-    """What a block call sees, as the backend wants it that `options` ask for.
+    """Returns the mask of a block call in the form that its backend needs.
 
     Args:
+      options: with the backend asked for.
       call: its slices count among all of `queries` and `keys`.
       queries, keys: metadata of whole sequences.
 
     Raises:
-      ValueError: a backend asked for by name that cannot do this call.
+      ValueError: the backend is asked for by name and cannot compute this call.
     """
     queries, keys = of_call(call, queries, keys)
     call = rebase(call)
@@ -74,10 +75,10 @@ def choose(
     keys: TokenMetadata,
     platform: str,
 ) -> str:
-    """The backend of a call, which counts among its own queries and keys.
+    """Returns the backend of a call, whose slices count among its own queries and keys.
 
     Raises:
-      ValueError: one asked for by name that cannot do it.
+      ValueError: the backend is asked for by name and cannot compute this call.
     """
     asked = options.attention
     kernel = KERNEL_OF.get(platform, "") if asked == "auto" else asked
@@ -93,7 +94,7 @@ def choose(
 
 
 def is_kernel(name: str) -> bool:
-    """Returns whether a backend is one that may refuse a call: a kernel, or one from outside."""
+    """Returns whether a backend may refuse a call: a kernel, or one from outside the package."""
     return bool(name) and name not in PLAIN
 
 
@@ -112,7 +113,7 @@ def attend(
     value: Float[Array, "B K G A"],
     seen_by: BlockMask,
 ) -> Float[Array, "B Q H A"]:
-    """Attention of a block call's queries to the keys that it picks; blind ones get zero."""
+    """Computes attention of a block call by its backend; a query that sees no key gets zero."""
     name = re.sub(r"\W.*", "", seen_by.backend)
     with jax.named_scope(f"attention_{name}_{query.shape[1]}x{key.shape[1]}"):
         if seen_by.backend == "chunked":

@@ -1,4 +1,4 @@
-"""Keys and values of tokens already seen: one explicit value, as they are or in 8 bits."""
+"""The cache of keys and values of earlier tokens, as one explicit value; optionally in 8 bits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from unified_mm.nn.tokens import Group, TokenMetadata, lengthen, single_document
 
-# Each [B, H, K, A]: an array, or the same in 8 bits. The heads come first, so that the products of
+# Each [B, G, K, A]: an array, or the same in 8 bits. The heads come first, so that the products of
 # attention take the slots as they lie; else every written token would copy the whole cache.
 LayerKV = tuple[Any, Any]
 
@@ -20,8 +20,8 @@ LayerKV = tuple[Any, Any]
 class Int8:
     """Vectors in 8 bits: `values * scale`, with one scale for each token and head.
 
-    Symmetric, so that zero stays zero; the largest error is half a step, `scale / 2`
-    (Dettmers et al. 2022, "LLM.int8()", equation 1, by rows).
+    The quantization is symmetric, so that zero stays zero; the largest error is half a step,
+    `scale / 2` (Dettmers et al. 2022, "LLM.int8()", equation 1, by rows).
 
     Attributes:
       values: int8 [..., A].
@@ -33,14 +33,14 @@ class Int8:
 
 
 def as_int8(x: Float[Array, "... A"]) -> Int8:
-    """Vectors in 8 bits."""
+    """Quantizes vectors to 8 bits."""
     x = x.astype(jnp.float32)
     scale = jnp.abs(x).max(-1, keepdims=True) / 127
     return Int8(jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
 
 
-def write_slots(slots: Any, new: Float[Array, "B N H A"], at: Int[Array, ""]) -> Any:
-    """Slots [B, H, K, A] with new vectors from slot `at` on, in the form that the slots have."""
+def write_slots(slots: Any, new: Float[Array, "B N G A"], at: Int[Array, ""]) -> Any:
+    """Writes new vectors into slots [B, G, K, A] from slot `at` on, in the type of the slots."""
     new = as_slots(new)
     given = as_int8(new) if isinstance(slots, Int8) else new
     return jax.tree.map(
@@ -48,38 +48,39 @@ def write_slots(slots: Any, new: Float[Array, "B N H A"], at: Int[Array, ""]) ->
     )
 
 
-def as_slots(x: Float[Array, "B K H A"]) -> Float[Array, "B H K A"]:
-    """Keys or values as a cache holds them."""
+def as_slots(x: Float[Array, "B K G A"]) -> Float[Array, "B G K A"]:
+    """Returns keys or values in the layout of a cache."""
     return jnp.swapaxes(x, 1, 2)
 
 
-def read_slots(slots: Any, dtype: Any) -> Float[Array, "B K H A"]:
-    """What slots hold, as numbers of `dtype`, as attention takes it."""
+def read_slots(slots: Any, dtype: Any) -> Float[Array, "B K G A"]:
+    """Returns the contents of slots in the layout of attention; 8 bits become `dtype`."""
     if isinstance(slots, Int8):
         slots = (slots.values.astype(jnp.float32) * slots.scale).astype(dtype)
     return jnp.swapaxes(slots, 1, 2)
 
 
-def take_rows(x: Float[Array, "*L B H K A"], rows: Int[Array, " R"]) -> Array:
-    """Examples of what a layer, or a stack of layers, keeps."""
+def take_rows(x: Float[Array, "*periods B G K A"], rows: Int[Array, " rows"]) -> Array:
+    """Returns the examples `rows` of the cached arrays of a layer or a stack."""
     return jnp.take(x, rows, axis=x.ndim - 4)
 
 
-def put_rows(x: Float[Array, "*L B H K A"], rows: Int[Array, " R"], other: Array) -> Array:
-    """The same with the examples of `other` in place of the given ones."""
+def put_rows(x: Float[Array, "*periods B G K A"], rows: Int[Array, " rows"], other: Array) -> Array:
+    """Returns cached arrays with the examples `rows` replaced by those of `other`."""
     return x.at[rows].set(other) if x.ndim == 4 else x.at[:, rows].set(other)
 
 
 @struct.dataclass
 class Cache:
-    """Keys and values of tokens already seen, for every layer; a plain value, never mutated.
+    """The keys and values of earlier tokens, for every layer; a plain value, never mutated.
 
     Attributes:
-      layers: by kind of layer, its keys and values, each [periods, B, H, K, A]; or a tuple by
-        period, each [B, H, K, A].
-      metadata: of the K slots; a slot that holds nothing yet is not valid.
-      length: int32 [], slots written so far; new tokens go there.
-      memory: what gated cross-attention looks at (`nn.attention.cross_attention.Memory`), or None.
+      layers: by name of the layer within a period, its keys and values, each
+        [periods, B, G, K, A]; or a tuple by period, each [B, G, K, A].
+      metadata: of the K slots; an empty slot is not valid.
+      length: int32 [], the number of slots written, where new tokens go.
+      memory: what gated cross-attention attends to (`nn.attention.cross_attention.Memory`), or
+        None.
     """
 
     layers: Any
@@ -89,11 +90,14 @@ class Cache:
 
     @property
     def slots(self) -> int:
-        """K."""
+        """The number of slots, K."""
         return int(self.metadata.valid.shape[1])
 
     def reserve(self, group: Group) -> Cache:
-        """Room for `group.length` further tokens, in the last group where that has the name."""
+        """Returns the cache with empty slots for `group.length` more tokens.
+
+        They are part of the last group where that has the name of `group`.
+        """
         batch = self.metadata.valid.shape[0]
         empty = single_document(jnp.zeros((batch, group.length), bool), group)
         room = ((0, group.length), (0, 0))
@@ -102,16 +106,16 @@ class Cache:
             metadata=lengthen(self.metadata, empty),
         )
 
-    def select(self, rows: Int[Array, " R"]) -> Cache:
-        """The examples `rows` of the batch, for mined negatives or for beams."""
+    def select(self, rows: Int[Array, " rows"]) -> Cache:
+        """Returns the examples `rows` of the batch, for mined negatives or for beams."""
         return self.replace(  # type: ignore[attr-defined]
             layers=jax.tree.map(lambda x: take_rows(x, rows), self.layers),
             metadata=jax.tree.map(lambda x: x[rows], self.metadata),
             memory=self.memory and self.memory.select(rows),
         )
 
-    def put(self, rows: Int[Array, " R"], other: Cache) -> Cache:
-        """With the R examples of `other`, laid out alike, in place of the examples `rows`."""
+    def put(self, rows: Int[Array, " rows"], other: Cache) -> Cache:
+        """Returns the cache with the examples `rows` replaced by those of `other`."""
         return self.replace(  # type: ignore[attr-defined]
             layers=jax.tree.map(lambda x, y: put_rows(x, rows, y), self.layers, other.layers),
             metadata=jax.tree.map(lambda x, y: x.at[rows].set(y), self.metadata, other.metadata),
@@ -119,7 +123,7 @@ class Cache:
         )
 
     def in_int8(self) -> Cache:
-        """The same in 8 bits; what is written from here on too."""
+        """Returns the cache in 8 bits, in which later tokens are written too."""
         small = self.replace(layers=jax.tree.map(as_int8, self.layers))  # type: ignore[attr-defined]
         if self.memory is None:
             return small
@@ -127,7 +131,7 @@ class Cache:
         return small.replace(memory=self.memory.replace(layers=layers))
 
     def write_metadata(self, new: TokenMetadata) -> TokenMetadata:
-        """The slots' metadata once tokens `new` [B, N] are written after the present ones."""
+        """Returns the slots' metadata after tokens `new` [B, N] are written at `length`."""
 
         def put(slots: Array, values: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(slots, values, self.length, axis=1)

@@ -1,8 +1,8 @@
-"""Attention in blocks of queries: the N x N scores, and their mask, never exist.
+"""Attention in blocks of queries: all scores, and their mask, are never in memory at once.
 
 Rabe & Staats 2021, "Self-attention does not need O(n^2) memory", section 3: one block of queries
-after the other, recomputed in the backward pass. Keys are not divided: as a block has the fewer
-queries the more keys there are, its scores take the same memory at any length.
+after the other, recomputed in the backward pass. Keys are not divided: a block has fewer queries
+the more keys there are, so that its scores take the same memory at any length.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ def attend(
     seen_by: BlockMask,
     scores: int | None = None,
 ) -> Float[Array, "B Q H A"]:
-    """Attention of a block call; what sees nothing gets zero.
+    """Computes attention of a block call; a query that sees no key gets zero.
 
     Args:
-      sight: with metadata.
-      scores: at most so many of them in a block, but at least one query's.
+      query, key, value: of the block call.
+      seen_by: with `queries` and `keys`.
+      scores: the most scores in a block, per example and head, but at least those of one query;
+        None means `SCORES`.
     """
 
     def block(part: tuple[Array, TokenMetadata]) -> Array:
@@ -53,12 +55,12 @@ def attend(
 
 
 def block_count(queries: int, keys: int, scores: int) -> int:
-    """How many blocks of queries there are."""
+    """Returns the number of blocks of queries."""
     return math.ceil(queries / max(1, scores // keys))
 
 
 def _divide(x: Array, blocks: int) -> Array:
-    """[B, Q, ...] as [blocks, B, q, ...], blocks of equal size, with zeros at the end."""
+    """Splits [B, Q, ...] into [blocks, B, size, ...] of equal size, with zeros at the end."""
     size = math.ceil(x.shape[1] / blocks)
     room = [(0, 0)] * x.ndim
     room[1] = (0, blocks * size - x.shape[1])

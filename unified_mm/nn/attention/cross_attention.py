@@ -32,13 +32,13 @@ GATE = {"tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid}
 
 @struct.dataclass
 class Memory:
-    """What cross-attention looks at: features of the context, or their keys and values.
+    """The features of the context that cross-attention attends to, or their keys and values.
 
     Attributes:
-      features: [B, M, D'], or None once every layer's keys and values are known.
-      layers: keys and values of each cross layer, each [periods, B, H, M, A], or a
-        tuple by period; or None.
-      metadata: of the M features.
+      features: [B, K, width], or None once every layer's keys and values are known.
+      layers: keys and values of the cross layers, each [periods, B, G, K, A], or tuples by period
+        of [B, G, K, A]; None while they are not known.
+      metadata: of the K features.
     """
 
     features: Any
@@ -47,11 +47,11 @@ class Memory:
 
     @property
     def length(self) -> int:
-        """M."""
+        """The number of features, K."""
         return int(self.metadata.valid.shape[1])
 
     def select(self, rows: Array) -> Memory:
-        """The examples `rows` [B'] of the batch."""
+        """Returns the examples `rows` [rows] of the batch."""
         return Memory(
             features=None if self.features is None else self.features[rows],
             layers=jax.tree.map(lambda x: take_rows(x, rows), self.layers),
@@ -59,7 +59,7 @@ class Memory:
         )
 
     def put(self, rows: Array, other: Memory) -> Memory:
-        """With the examples of `other` in place of the examples `rows` [R] of the batch."""
+        """Returns the memory with the examples `rows` [rows] replaced by those of `other`."""
         return Memory(
             features=None if self.features is None else self.features.at[rows].set(other.features),
             layers=jax.tree.map(lambda x, y: put_rows(x, rows, y), self.layers, other.layers),
@@ -69,12 +69,12 @@ class Memory:
 
 @struct.dataclass
 class CrossPlan:
-    """Which queries look, and at what; the same for each cross layer of a pass.
+    """The features and masks of one pass, shared by all its cross layers.
 
     Attributes:
-      features: [B, M, D'], or None where keys and values are cached.
-      sights: what each block call sees of the features.
-      calls: those of the Q queries that look; static. All others get zero.
+      features: [B, K, width], or None where keys and values are cached.
+      masks: of the block calls.
+      calls: the block calls of the queries that see any feature; static. All others get zero.
       groups: of the queries and of the features; static.
     """
 
@@ -87,10 +87,10 @@ class CrossPlan:
 def plan_cross_attention(
     options: TransformerOptions, table: MaskTable, queries: TokenMetadata, memory: Memory
 ) -> CrossPlan:
-    """Who looks at the memory: by the same rules as within one sequence.
+    """Returns the plan of a pass, by the same rules as within one sequence.
 
     Raises:
-      ValueError: `options.attention` names a backend that cannot do what the rules ask.
+      ValueError: `options.attention` names a backend that cannot do what the rules need.
     """
     calls = block_calls(table, queries.groups, memory.metadata.groups)
     calls = tuple(call for call in calls if call.keys)
@@ -100,9 +100,10 @@ def plan_cross_attention(
 
 
 class GatedCrossLayer(nn.Module):
-    """h + g(a) * attention(h, V), then the same with the feed-forward (the paper's figure 4).
+    """A gated layer: h + g(alpha) * attention(h, features), then the same with the feed-forward.
 
-    No projection has a bias, so a token that sees nothing gets exactly zero from the attention.
+    See Alayrac et al. 2022, figure 4. No projection has a bias, so a token that sees no feature
+    gets exactly zero from the attention.
     """
 
     options: TransformerOptions
@@ -128,7 +129,7 @@ class GatedCrossLayer(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of queries to a memory; what sees nothing gets zero."""
+    """Multi-head attention of queries to a memory; a query that sees no feature gets zero."""
 
     options: TransformerOptions
 
@@ -161,5 +162,5 @@ class CrossAttention(nn.Module):
 
 
 def head_norm(name: str, options: TransformerOptions, kind: str = "rms") -> Norm:
-    """A norm over the width of each head."""
+    """Returns a norm over the width of each head."""
     return Norm(kind, options.norm_epsilon, options.dtype, axis=None, name=name)

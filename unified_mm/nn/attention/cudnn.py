@@ -28,7 +28,7 @@ def refusal(
     keys: TokenMetadata,
     platform: str,
 ) -> str:
-    """Why cuDNN cannot do a block call, and what to set instead; '' where it can."""
+    """Returns why cuDNN cannot compute a block call, and what to set instead; '' where it can."""
     if platform != "gpu":
         return f"needs an NVIDIA GPU, and this runs on {platform}: set model.attention='auto'"
     if why := unknown_to_kernels(call):
@@ -52,13 +52,13 @@ def refusal(
 
 
 def widest_head() -> int:
-    """Widest head that the kernel has on this machine's GPU: 256 from Hopper on."""
+    """Returns the largest head width of the kernel on this machine's GPU: 256 from Hopper on."""
     capability = getattr(jax.local_devices()[0], "compute_capability", "0.0")
     return 256 if int(str(capability).split(".")[0]) >= 9 else 128
 
 
 def by_length(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) -> bool:
-    """Whether all that a query does not see is what is not there, so that no mask is needed."""
+    """Returns whether queries see all valid keys, so that lengths replace a mask."""
     mask = static_mask(call, queries, keys)
     return mask is not None and bool(mask.all()) and one_document(queries, keys)
 
@@ -69,10 +69,11 @@ def attend(
     value: Float[Array, "B K G A"],
     seen_by: BlockMask,
 ) -> Float[Array, "B Q H A"]:
-    """Attention of a block call; what sees nothing gets zero.
+    """Computes attention of a block call; a query that sees no key gets zero.
 
     Args:
-      sight: with metadata, and with who sees anything.
+      query, key, value: of the block call.
+      seen_by: with `queries`, `keys` and `has_keys`.
     """
     if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
         # The kernel is divided by heads only where all three have the same.
@@ -91,10 +92,10 @@ def attend(
 def valid_first(
     key: Float[Array, "B K G A"], value: Float[Array, "B K G A"], valid: Bool[Array, "B K"]
 ) -> tuple[Array, Array, Array]:
-    """Keys and values with those that are there at the front, and how many these are, int32 [B].
+    """Returns keys and values with the valid ones first, and the number of these, int32 [B].
 
-    Attention does not depend on the order of its keys, so that any gaps become a length. At least
-    one is counted: the kernel knows no empty rows, and what they give is made zero anyway.
+    Attention does not depend on the order of its keys, so any gaps become a length. The number is
+    at least one: the kernel takes no empty rows, and their output is set to zero anyway.
     """
     order = jnp.argsort(~valid, axis=1, stable=True)[:, :, None, None]
     key, value = (jnp.take_along_axis(each, order, axis=1) for each in (key, value))

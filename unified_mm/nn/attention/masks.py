@@ -1,4 +1,4 @@
-"""What the queries of one block call see, and plain attention under a mask."""
+"""The mask of one block call, and plain attention under a mask."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from unified_mm.parallel.mesh import platform
 
 @struct.dataclass
 class BlockMask:
-    """One block call as a backend gets it; Q are its queries, K the keys that it picks.
+    """The mask of one block call as a backend needs it; Q are its queries, K the keys it selects.
 
     Attributes:
-      dense: bool [B, Q, K], where the backend takes it whole.
-      bias: float32 [B, Q, K], what is added to scores, likewise; None where nothing is.
-      queries, keys: metadata [B, Q] and [B, K], where the backend goes by these.
-      has_keys: bool [B, Q], which queries see anything at all, where the backend is told.
-      call: the block call, its slices counted among the Q and the K; static.
-      backend: by name; static.
+      dense: bool [B, Q, K], the whole mask, or None where the backend computes it.
+      queries, keys: metadata [B, Q] and [B, K], or None where the mask is dense.
+      has_keys: bool [B, Q], whether a query sees any key, or None where the backend computes it.
+      bias: float32 [B, Q, K], added to scores; None where nothing is.
+      call: the block call, its slices counted from the first of the Q and of the K; static.
+      backend: its name; static.
     """
 
     dense: Any
@@ -38,14 +38,14 @@ class BlockMask:
     backend: str = struct.field(pytree_node=False)
 
 
-def slice_keys(x: Float[Array, "B K *rest"], call: BlockCall) -> Float[Array, "B K2 *rest"]:
-    """The slices of keys (or of what is known of them) that a block call sees."""
+def slice_keys(x: Float[Array, "B K *rest"], call: BlockCall) -> Float[Array, "B seen *rest"]:
+    """Returns the slices of keys (or of values) that a block call sees, concatenated."""
     parts = [x[:, start:stop] for start, stop in picked(call)]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 def picked(call: BlockCall) -> list[tuple[int, int]]:
-    """Bounds of these slices; neighbouring ones are one."""
+    """Returns the bounds of the slices of keys that a block call sees, neighbours merged."""
     merged: list[tuple[int, int]] = []
     for start, stop, *_ in call.keys:
         if merged and merged[-1][1] == start:
@@ -56,7 +56,7 @@ def picked(call: BlockCall) -> list[tuple[int, int]]:
 
 
 def rebase(call: BlockCall) -> BlockCall:
-    """The call with its slices counted among its own queries and among the keys it picks."""
+    """Returns the call with its slices counted among its own queries and the keys it selects."""
     keys = []
     count = 0
     for each in call.keys:
@@ -69,7 +69,7 @@ def rebase(call: BlockCall) -> BlockCall:
 def of_call(
     call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
 ) -> tuple[TokenMetadata, TokenMetadata]:
-    """Metadata of a call's queries [B, Q] and of the keys that it picks [B, K]."""
+    """Returns the metadata of a call's queries [B, Q] and of the keys that it selects [B, K]."""
     return (
         _cut(queries, [call.queries]),
         _cut(keys, picked(call)),
@@ -77,7 +77,7 @@ def of_call(
 
 
 def _cut(metadata: TokenMetadata, bounds: list[tuple[int, int]]) -> TokenMetadata:
-    """Metadata of slices that hold whole groups."""
+    """Returns the metadata of slices, given by their bounds, that hold whole groups."""
     groups = []
     stop = 0
     for group in metadata.groups:
@@ -93,7 +93,10 @@ def _cut(metadata: TokenMetadata, bounds: list[tuple[int, int]]) -> TokenMetadat
 
 
 def has_keys(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) -> Bool[Array, "B Q"]:
-    """Which queries of a call see any key; piece by piece, so that no mask need be held."""
+    """Returns which queries of a call see any key.
+
+    It goes slice by slice of the keys, so that the whole mask is never in memory.
+    """
     found = [
         block_mask(BlockCall(call.queries, (piece,)), queries, keys).any(-1) for piece in call.keys
     ]
@@ -107,10 +110,10 @@ def masked_attention(
     mask: Bool[Array, "B Q K"],
     bias: Float[Array, "B Q K"] | None = None,
 ) -> Float[Array, "B Q H A"]:
-    """Scaled dot-product attention (Vaswani et al. 2017, equation 1), softmax in float32.
+    """Computes scaled dot-product attention (Vaswani et al. 2017, eq. 1), softmax in float32.
 
-    Where there are fewer heads of keys (G) than of queries (H), H / G of these share one. A query
-    that sees nothing gets the mean of all values: see `zero_unattended`.
+    Where G < H, H / G heads of queries share a head of keys. A query that sees no key gets the mean
+    of all values: see `zero_unattended`.
     """
     if query.dtype == jnp.float16 and platform() == "cpu":
         # No CPU has products of float16 that add up in float32.
@@ -123,15 +126,16 @@ def masked_attention(
 def zero_unattended(
     x: Float[Array, "B Q H A"], has_keys: Bool[Array, "B Q"]
 ) -> Float[Array, "B Q H A"]:
-    """Zero where a query sees nothing (a softmax over nothing is uniform, and would leak)."""
+    """Sets to zero where a query sees no key: softmax under an empty mask is uniform and leaks."""
     return jnp.where(has_keys[:, :, None, None], x, 0)
 
 
 def static_mask(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) -> np.ndarray | None:
-    """Who sees whom [Q, K] by rule and order where these are known beforehand, else None.
+    """Returns the mask [Q, K] by predicate and positions where these are static, else None.
 
-    Documents and validity are data and come on top. `call` counts among its own queries and keys.
-    Where order is known there is one segment. A predicate that positions do not settle has none.
+    Documents and validity are data and are masked in addition. The slices of `call` count among its
+    own queries and keys. Where positions are static there is one segment. A predicate that
+    positions do not decide has no static mask.
     """
     rows = _positions(queries.groups, (0, call.queries[1]))
     parts = []
@@ -150,7 +154,7 @@ def static_mask(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) ->
 
 
 def unknown_to_kernels(call: BlockCall) -> str:
-    """Returns what a kernel cannot compute of a call, and what to set instead; '' for nothing."""
+    """Returns why a kernel cannot compute a call, and what to set instead; '' where it can."""
     for each in call.keys:
         if each.term is not None:
             return f"adds nothing to scores, and a rule adds {each.term}: set model.attention='xla'"
@@ -160,7 +164,7 @@ def unknown_to_kernels(call: BlockCall) -> str:
 
 
 def _positions(groups: Sequence[Group], bounds: tuple[int, int]) -> np.ndarray | None:
-    """Positions of the tokens of whole groups within bounds; None where they are data."""
+    """Returns the positions of the tokens of whole groups within bounds; None if they are data."""
     found = []
     stop = 0
     for group in groups:
@@ -173,10 +177,10 @@ def _positions(groups: Sequence[Group], bounds: tuple[int, int]) -> np.ndarray |
 
 
 def one_document(*metadata: TokenMetadata) -> bool:
-    """Whether it is known beforehand that all tokens are of one document."""
+    """Returns whether it is known statically that all tokens are of one document."""
     return all(group.start is not None for each in metadata for group in each.groups)
 
 
 def widen(x: Float[Array, "B K G A"], heads: int) -> Float[Array, "B K H A"]:
-    """Heads of keys or values repeated for the queries that share them."""
+    """Repeats heads of keys or values for the heads of queries that share them."""
     return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)

@@ -1,11 +1,11 @@
-"""Attention rules: who may attend to whom, as small static tables that anyone may add to.
+"""Attention rules: which tokens may attend to which, as small static tables that can be extended.
 
 A rule is an ordered table of patterns over pairs of token groups, (query, key) -> predicate; the
-first pattern that fits holds. A pattern is a modality's name, a role (`written`: the text that an
-objective has read or written; `read`: all that it is about), `same` (of a key: the modality of the
-query), or `*`. A predicate refines by metadata which tokens of two groups see each other; a score
-term adds to their scores. A pass over one sequence may hold several texts about the same context,
-each under a rule of its own; these never see one another.
+first pattern that matches applies. Each side of a pattern is a modality's name, a role (`written`:
+the text of an objective; `read`: the context that it is about), `same` (of a key: the modality of
+the query), or `*`. A predicate decides by metadata which tokens of two groups see each other; a
+score term adds to their scores. A pass over one sequence may hold several texts about the same
+context, each under a rule of its own; these texts never see one another.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from jaxtyping import Array, Bool, Float
 from unified_mm.nn.tokens import Group, TokenMetadata, spans
 from unified_mm.registry import resolve
 
-# What predicates and score terms go by, each broadcastable to [B, Q, K].
+# The metadata that predicates and score terms get, each broadcastable to [B, Q, K].
 Fields = Mapping[str, Array]
 FIELDS = ("position", "segment", "document")
 
 
 @dataclass(frozen=True)
 class Predicate:
-    """Whether a query may attend to a key, by what is known of both; its fields are parameters.
+    """A test by metadata of whether a query may attend to a key; its fields are parameters.
 
-    A predicate from outside the package is a frozen dataclass like those below. It is refused by
-    attention kernels unless it says `in_order`, and by rules that hide the future unless it is
-    `causal`.
+    A predicate from outside the package is a frozen dataclass like those below. Attention kernels
+    refuse it unless it overrides `in_order`; autoregressive views refuse it for what the context
+    sees of the text unless it is `causal`.
     """
 
     # Whether it lets no token see a later one of its document.
     causal: ClassVar[bool] = False
 
     def __call__(self, query: Fields, key: Fields) -> Array:
-        """Returns bool [B, Q, K] (or what broadcasts to it), for query [B, Q, 1], key [B, 1, K]."""
+        """Returns bool [B, Q, K], or broadcastable to it, for query [B, Q, 1] and key [B, 1, K]."""
         raise NotImplementedError
 
     def in_order(self, query: np.ndarray, key: np.ndarray) -> np.ndarray | None:
-        """Returns the same by positions alone, or None where these do not settle it.
+        """Returns the mask by positions alone, or None where these do not decide it.
 
         Args:
           query, key: positions [Q, 1] and [1, K] in one segment of one document.
 
         Returns:
-          bool [Q, K]. Kernels that must know the mask beforehand refuse a predicate without.
+          bool [Q, K]. Kernels that need a static mask refuse a predicate that has none.
         """
         return None
 
 
 @dataclass(frozen=True)
 class Nothing(Predicate):
-    """No token of these groups sees one of those."""
+    """The predicate under which no token sees any."""
 
     causal: ClassVar[bool] = True
 
@@ -66,7 +66,7 @@ class Nothing(Predicate):
 
 @dataclass(frozen=True)
 class Everything(Predicate):
-    """Every token sees every token."""
+    """The predicate under which every token sees every token."""
 
     def __call__(self, query: Fields, key: Fields) -> Array:
         return jnp.ones((1, 1, 1), bool)
@@ -77,7 +77,7 @@ class Everything(Predicate):
 
 @dataclass(frozen=True)
 class Causal(Predicate):
-    """A token sees those that are not later."""
+    """The predicate under which a token sees those that are not later."""
 
     causal: ClassVar[bool] = True
 
@@ -90,7 +90,7 @@ class Causal(Predicate):
 
 @dataclass(frozen=True)
 class SameSegment(Predicate):
-    """A token sees its own segment; a text token's is that of the latest image before it."""
+    """The predicate under which a token sees its segment; text has that of the latest image."""
 
     def __call__(self, query: Fields, key: Fields) -> Array:
         return key["segment"] == query["segment"]
@@ -101,7 +101,7 @@ class SameSegment(Predicate):
 
 @dataclass(frozen=True)
 class BlockCausal(Predicate):
-    """Whole segments in order: a token sees all of its own, and all that came before."""
+    """The predicate under which a token sees all of its own segment and all earlier tokens."""
 
     def __call__(self, query: Fields, key: Fields) -> Array:
         earlier = key["position"] <= query["position"]
@@ -123,14 +123,14 @@ PREDICATES: dict[str, Predicate] = {
 
 @dataclass(frozen=True)
 class ScoreTerm:
-    """What is added to the scores of a query and a key, by what is known of both.
+    """A term that is added to the score of a query and a key, by metadata of both.
 
     A subclass is a frozen dataclass; its fields are parameters. The backends `xla` and `chunked`
     add it, kernels refuse it.
     """
 
     def __call__(self, query: Fields, key: Fields) -> Array:
-        """Returns float32 [B, Q, K], or what broadcasts to it, as `Predicate` does."""
+        """Returns float32 [B, Q, K], or broadcastable to it, for the same fields as `Predicate`."""
         raise NotImplementedError
 
 
@@ -138,7 +138,13 @@ Pattern = tuple[str, str]  # of the query's group and of the key's
 
 
 def fits(pattern: Pattern, query: Group, key: Group, written: tuple[bool, bool]) -> bool:
-    """Returns whether a pattern is about two groups, of which some are written and some read."""
+    """Returns whether a pattern matches two groups.
+
+    Args:
+      pattern: of the query's group and of the key's.
+      query, key: the groups.
+      written: for each of the two, whether its role is `written` rather than `read`.
+    """
     roles = tuple("written" if each else "read" for each in written)
     known = {"*", query.modality, roles[0]}, {"*", key.modality, roles[1]}
     if query.modality == key.modality:
@@ -148,12 +154,12 @@ def fits(pattern: Pattern, query: Group, key: Group, written: tuple[bool, bool])
 
 @dataclass(frozen=True)
 class AttentionRule:
-    """An ordered table: the first pattern that fits two groups says who sees whom.
+    """An ordered table, in which the first pattern that matches two groups gives their predicate.
 
     Attributes:
       name: of the rule.
-      table: patterns with their predicates; a pair that none fits sees nothing.
-      terms: patterns with what is added to scores; a pair that none fits has nothing added.
+      table: patterns with their predicates; a pair that none matches sees nothing.
+      terms: patterns with their score terms; a pair that none matches has nothing added.
     """
 
     name: str
@@ -167,38 +173,38 @@ class AttentionRule:
         table: Mapping[Pattern, str | Predicate],
         terms: Mapping[Pattern, ScoreTerm] | None = None,
     ) -> AttentionRule:
-        """Returns the rule of a table whose predicates may be names.
+        """Returns the rule of a table whose predicates may be given by name.
 
         Raises:
-          ValueError: an unknown predicate.
+          ValueError: a predicate is unknown.
         """
         rows = tuple((pattern, predicate_of(each)) for pattern, each in table.items())
         return cls(name, rows, tuple((terms or {}).items()))
 
     def predicate(self, query: Group, key: Group, written: tuple[bool, bool]) -> Predicate:
-        """Returns which tokens of group `key` those of group `query` see."""
+        """Returns the predicate of two groups: which of the keys the queries see."""
         return next((each for p, each in self.table if fits(p, query, key, written)), NONE)
 
     def term(self, query: Group, key: Group, written: tuple[bool, bool]) -> ScoreTerm | None:
-        """Returns what is added to the scores of two groups, if anything."""
+        """Returns the score term of two groups, or None."""
         return next((each for p, each in self.terms if fits(p, query, key, written)), None)
 
     def between(self, query: Group, key: Group, written: tuple[bool, bool]) -> tuple[Any, Any]:
-        """Returns predicate and term of two groups."""
+        """Returns the predicate and the score term of two groups."""
         return self.predicate(query, key, written), self.term(query, key, written)
 
     def to_context(self, context: str) -> Predicate:
-        """Returns what a text sees of a context modality."""
+        """Returns the predicate by which a text sees a context modality."""
         return self.predicate(TEXT, Group(context, context, 1), (True, False))
 
     def from_context(self, context: str) -> Predicate:
-        """Returns what a context modality sees of the text."""
+        """Returns the predicate by which a context modality sees the text."""
         return self.predicate(Group(context, context, 1), TEXT, (False, True))
 
     def context_view(self, contexts: Sequence[str]) -> tuple[Any, ...] | None:
         """Returns how context modalities see each other; None where they see the text too.
 
-        Texts whose rules give the same view can share one pass over the context.
+        Texts whose rules return the same value can share one pass over the context.
         """
         if any(self.from_context(name) != NONE for name in contexts):
             return None
@@ -206,12 +212,12 @@ class AttentionRule:
         return tuple(self.between(q, k, (False, False)) for q in groups for k in groups)
 
     def reading(self, contexts: Sequence[str]) -> tuple[Any, ...]:
-        """Returns all that the rule says of a text about these contexts, whatever its name."""
+        """Returns all entries of the rule for a text and these contexts, for comparing rules."""
         groups = [(Group(name, name, 1), False) for name in contexts] + [(TEXT, True)]
         return tuple(self.between(q, k, (a, b)) for q, a in groups for k, b in groups)
 
     def modalities(self) -> list[str]:
-        """Returns the modalities that its patterns name, and one that they do not."""
+        """Returns the context modalities that its patterns name, and one that they do not."""
         words = {word for pattern, _ in self.table for word in pattern}
         return [*sorted(words - {"written", "read", "same", "*", "text"}), "any other"]
 
@@ -223,7 +229,7 @@ def predicate_of(name: str | Predicate) -> Predicate:
     """Returns a predicate by its name, or `package.module:NAME` of one from outside.
 
     Raises:
-      ValueError: there is none of that name.
+      ValueError: there is none of that name, or it is no `Predicate`.
     """
     found = resolve("attention predicate", name, PREDICATES) if isinstance(name, str) else name
     if not isinstance(found, Predicate):
@@ -286,15 +292,16 @@ RULES: dict[str, AttentionRule] = {
 
 @dataclass(frozen=True)
 class View:
-    """A text about the context, as one objective wants it read.
+    """A way to read a text and its context, as one objective needs it.
 
     Attributes:
       name: the token group's name in the sequence.
       rule: the name of an attention rule, or `package.module:NAME` of one from outside.
-      autoregressive: each token is predicted from those before it, so no token may see a later
-        one, directly or through the context.
-      alone: no other view that reads alike takes this one's place (it has a dropout of its own).
-      with_text: whether there is a text; else the context alone is read, as beside one.
+      autoregressive: whether each token is predicted from those before it, so that no token may see
+        a later one, directly or through the context.
+      alone: whether it is read on its own (with dropout of its own) even where another view is read
+        in the same way.
+      with_text: whether there is a text; else the context alone is read.
     """
 
     name: str
@@ -304,10 +311,10 @@ class View:
     with_text: bool = True
 
     def resolved(self) -> AttentionRule:
-        """Returns the rule, with text made causal where it is scored token by token.
+        """Returns the rule, with text made causal if the view is autoregressive.
 
         Raises:
-          ValueError: unknown rule, or one under which a token would see what it must predict.
+          ValueError: the rule is unknown, or lets a token see the one it must predict.
         """
         rule = resolve("attention rule", self.rule, RULES)
         if not isinstance(rule, AttentionRule):
@@ -329,12 +336,16 @@ class View:
 
 @dataclass(frozen=True)
 class MaskTable:
-    """The table of one pass: (query group, key group) -> predicate; static and hashable."""
+    """The table of one pass: (query group, key group) -> predicate; static and hashable.
+
+    Attributes:
+      views: of the pass.
+    """
 
     views: tuple[View, ...]
 
     def between(self, query: Group, key: Group) -> tuple[Predicate, ScoreTerm | None]:
-        """Returns who of two groups sees whom, and what is added to their scores."""
+        """Returns the predicate and the score term of two groups; texts do not see each other."""
         by_name = {view.name: view for view in self.views}
         owners = [by_name.get(group.name) for group in (query, key)]
         if None not in owners and owners[0] != owners[1]:
@@ -345,10 +356,10 @@ class MaskTable:
 
 
 def plan_passes(views: Sequence[View], contexts: Sequence[str]) -> list[tuple[View, ...]]:
-    """Returns which texts share one pass over the context, so that it is encoded once.
+    """Returns the views grouped into passes, so that a shared context is encoded once.
 
-    Texts share where the context does not see them and is treated alike by their rules; a text
-    that the context sees gets a pass of its own.
+    Views share a pass where the context does not see their texts and their rules treat it alike; a
+    text that the context sees gets a pass of its own.
     """
     passes: dict[Any, list[View]] = {}
     for view in views:
@@ -358,7 +369,7 @@ def plan_passes(views: Sequence[View], contexts: Sequence[str]) -> list[tuple[Vi
 
 
 def share_readings(views: Sequence[View], contexts: Sequence[str]) -> dict[str, View]:
-    """Returns for each view, by name, the one that it is read as: the first that reads alike."""
+    """Returns for each view, by name, the first view that is read in the same way."""
     first: dict[Any, View] = {}
     return {
         view.name: first.setdefault(
@@ -370,7 +381,7 @@ def share_readings(views: Sequence[View], contexts: Sequence[str]) -> dict[str, 
 
 
 class KeySlice(NamedTuple):
-    """Keys that a block call sees: a slice, its predicate, and what is added to its scores."""
+    """A slice of keys that a block call sees, with its predicate and its score term."""
 
     start: int
     stop: int
@@ -383,7 +394,7 @@ class BlockCall:
     """Queries that share one row of the table, and the keys that they see; all static.
 
     Attributes:
-      queries: a slice of the query sequence.
+      queries: bounds of a slice of the query sequence.
       keys: slices of the key sequence.
     """
 
@@ -392,16 +403,16 @@ class BlockCall:
 
     @property
     def has_terms(self) -> bool:
-        """Whether anything is added to scores."""
+        """Returns whether anything is added to scores."""
         return any(each.term is not None for each in self.keys)
 
 
 def block_calls(
     table: MaskTable, queries: Sequence[Group], keys: Sequence[Group]
 ) -> tuple[BlockCall, ...]:
-    """Returns a rule as a few attention calls: neighbours with equal rows share one.
+    """Returns the block calls of a table: neighbouring groups of queries with equal rows share one.
 
-    Queries that see nothing have a call without keys.
+    Queries that see no key have a call without keys.
     """
     key_spans = spans(keys)
     calls: list[BlockCall] = []
@@ -429,7 +440,7 @@ def block_calls(
 def pair_fields(
     call: BlockCall, each: KeySlice, queries: TokenMetadata, keys: TokenMetadata
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Returns what is known of a call's queries, [B, Q, 1], and of a slice of keys, [B, 1, K]."""
+    """Returns the metadata of a call's queries, [B, Q, 1], and of a slice of keys, [B, 1, K]."""
     rows, columns = slice(*call.queries), slice(each.start, each.stop)
     query = {name: getattr(queries, name)[:, rows, None] for name in FIELDS}
     key = {name: getattr(keys, name)[:, None, columns] for name in (*FIELDS, "valid")}
@@ -439,7 +450,7 @@ def pair_fields(
 def block_mask(
     call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
 ) -> Bool[Array, "B Q K"]:
-    """Returns who sees whom within a block call: valid keys of the same document, by predicate."""
+    """Returns the mask of a block call: valid keys of the same document, by predicate."""
     parts = []
     for each in call.keys:
         query, key = pair_fields(call, each, queries, keys)
@@ -451,7 +462,7 @@ def block_mask(
 def block_bias(
     call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
 ) -> Float[Array, "B Q K"] | None:
-    """Returns what is added to the scores of one block call, None where nothing is."""
+    """Returns what is added to the scores of a block call; None where nothing is."""
     if not call.has_terms:
         return None
     parts = []
@@ -466,7 +477,7 @@ def block_bias(
 def reference_mask(
     table: MaskTable, queries: TokenMetadata, keys: TokenMetadata
 ) -> Bool[Array, "B Q K"]:
-    """Returns the whole mask at once: the definition that block calls are tested against."""
+    """Returns the whole mask of a table, the reference that block calls are tested against."""
     mask = np.zeros((queries.valid.shape[0], queries.valid.shape[1], keys.valid.shape[1]), bool)
     query_spans, key_spans = spans(queries.groups), spans(keys.groups)
     for query in queries.groups:

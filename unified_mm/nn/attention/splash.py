@@ -34,7 +34,7 @@ def refusal(
     keys: TokenMetadata,
     platform: str,
 ) -> str:
-    """Why Splash cannot do a block call, and what to set instead; '' where it can."""
+    """Returns why Splash cannot compute a block call, and what to set instead; '' where it can."""
     if platform != "tpu":
         return f"needs a TPU, and this runs on {platform}: set model.attention='auto'"
     if why := unknown_to_kernels(call):
@@ -70,11 +70,12 @@ def attend(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B Q H A"]:
-    """Attention of a block call; what sees nothing gets zero.
+    """Computes attention of a block call; a query that sees no key gets zero.
 
     Args:
-      sight: with metadata, and with who sees anything.
-      interpret: run the kernel's program on whatever device there is.
+      query, key, value: of the block call.
+      seen_by: with `queries`, `keys` and `has_keys`.
+      interpret: whether to interpret the kernel, which works on any device.
     """
     mask = static_mask(seen_by.call, seen_by.queries, seen_by.keys)
     assert mask is not None  # or `refusal` would have said so
@@ -84,7 +85,7 @@ def attend(
     )
 
     def local(query: Array, key: Array, value: Array, *documents: Array) -> Array:
-        """On one device, with its share of examples and heads."""
+        """Runs the kernel on one device's share of examples and heads."""
         from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
         run = jax.vmap(kernel(mask, query.shape[2], interpret))
@@ -105,7 +106,7 @@ def attend(
 
 
 def spec(x: Float[Array, "B N H A"]) -> P:
-    """How examples and heads lie on the mesh; what it does not divide is whole everywhere."""
+    """Returns how examples and heads are sharded; an axis that the mesh does not divide is not."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = nn.logical_to_mesh_axes(("batch", None, "attending_heads", None)) or P()
     shares = []
@@ -117,7 +118,7 @@ def spec(x: Float[Array, "B N H A"]) -> P:
 
 
 def kernel(mask: np.ndarray, heads: int, interpret: bool) -> Callable[..., Array]:
-    """The kernel for one example, [H, Q, A] and [G, K, A], under a mask [Q, K] for all heads."""
+    """Returns the kernel for one example, [H, Q, A] and [G, K, A], under a mask [Q, K]."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     rows, columns = (next(size for size in BLOCKS if n % size == 0) for n in mask.shape)
