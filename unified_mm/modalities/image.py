@@ -100,7 +100,7 @@ class ImageModality:
                 norm=bool(options["norm"]),
                 norm_epsilon=float(options["norm_epsilon"]),
                 mean=_channels(f"model.modalities.{name}.mean", options["mean"]),
-                std=_channels(f"model.modalities.{name}.deviation", options["std"]),
+                std=_channels(f"model.modalities.{name}.std", options["std"]),
             ),
         )
 
