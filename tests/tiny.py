@@ -17,7 +17,7 @@ from unified_mm.config import Config
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import default_config
 from unified_mm.files import write_json
-from unified_mm.objectives.contrastive import SOFTMAX_START
+from unified_mm.objectives.pair_losses import SOFTMAX_START
 from unified_mm.parallel.sharding import path_of, without_names
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder

@@ -21,8 +21,7 @@ from unified_mm.cli.flags import parse
 from unified_mm.cli.messages import end_with, say
 from unified_mm.config import Config
 from unified_mm.files import new_folder, refuse_existing, write_json
-from unified_mm.runs.averages import keeps_average
-from unified_mm.runs.folder import RunFolder
+from unified_mm.runs.folder import RunFolder, keeps_average
 
 
 def main(arguments: Sequence[str]) -> None:

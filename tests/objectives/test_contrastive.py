@@ -11,13 +11,8 @@ import tiny
 from unified_mm.config import Config
 from unified_mm.default_config import default_config
 from unified_mm.nn.pooling import AttentionPool, pooled
-from unified_mm.objectives.contrastive import (
-    LOSSES,
-    Contrastive,
-    ContrastiveHead,
-    Pooling,
-    counted_rows,
-)
+from unified_mm.objectives.contrastive import Contrastive, ContrastiveHead, Pooling, counted_rows
+from unified_mm.objectives.pair_losses import LOSSES
 from unified_mm.parallel.sharding import without_names
 from unified_mm.task import build_task
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from unified_mm.config import Config
-from unified_mm.runs.averages import keeps_average
+from unified_mm.runs.folder import keeps_average
 from unified_mm.training.muon import RMS
 from unified_mm.training.optimizer import learning_rate_schedule, make_optimizer
 

@@ -170,6 +170,8 @@ def summary(manifest: Manifest) -> str:
         "without text": sum(not r.texts for r in records),
         "never mirrored": sum(not r.mirrorable for r in records),
     }
+    for name in sorted({name for record in records for name in record.fields}):
+        counts[f"without {name}"] = sum(name not in record.fields for record in records)
     parts += [f"{count:,} {name}" for name, count in counts.items() if count]
     return "; ".join(parts + problem_counts(manifest.problems)) + "."
 

@@ -27,9 +27,8 @@ from unified_mm.inference.streaming import stream
 from unified_mm.nn.unstack import stack_layers, unstack_layers
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import shardings_of, without_names
-from unified_mm.runs.averages import keeps_average
 from unified_mm.runs.checkpoints import Checkpoints
-from unified_mm.runs.folder import RunFolder, RunFolderError
+from unified_mm.runs.folder import RunFolder, RunFolderError, keeps_average
 from unified_mm.task import Task, build_task
 
 Picture = Any  # a path, a stored image, a PIL image, or uint8 [height, width, 3]

@@ -1,6 +1,5 @@
 """Objectives, which turn embeddings and logits into losses and metrics, as sums and counts."""
 
-from unified_mm.objectives.contrastive import PairLoss
 from unified_mm.objectives.objective import (
     Embedded,
     Metric,
@@ -11,6 +10,7 @@ from unified_mm.objectives.objective import (
     masked_metric,
     same_rank,
 )
+from unified_mm.objectives.pair_losses import PairLoss
 
 __all__ = [
     "Embedded",

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.nn.attention.rules import NONE, View
@@ -26,12 +25,10 @@ from unified_mm.objectives.objective import (
     masked_metric,
     same_rank,
 )
+from unified_mm.objectives.pair_losses import PairLoss, compare_all, loss_of
 from unified_mm.parallel.sharding import constrain
-from unified_mm.registry import resolve
 
 MAX_LOG_SCALE = 4.6052  # ln 100: CLIP's bound, without which training can run away.
-SOFTMAX_START = 2.6593  # ln(1 / 0.07), CLIP
-SIGMOID_START = (2.3026, -10.0)  # ln 10 and the bias, SigLIP
 PROJECTIONS = ("linear", "affine", "none")
 
 
@@ -327,175 +324,3 @@ def counted_rows(batch: Batch, between: Sequence[str]) -> Bool[Array, "B M"]:
     if "text" in between:
         counts[-1] = counts[-1] & ~batch["text"]["prompted"]
     return jnp.stack(counts, axis=1)
-
-
-# Logit of pairs that do not count: far below any similarity, yet finite: no gradient is NaN.
-NOWHERE = -1e9
-
-
-@struct.dataclass
-class Rows:
-    """The running values of each row over the columns so far.
-
-    Attributes:
-      loss: [B]; for softmax the log of the summed exponentials, for sigmoid the summed losses.
-      best: [B], the largest logit.
-      best_column: int32 [B], the column of that logit.
-    """
-
-    loss: Float[Array, " B"]
-    best: Float[Array, " B"]
-    best_column: Int[Array, " B"]
-
-
-@struct.dataclass
-class Columns:
-    """A block of columns.
-
-    Attributes:
-      vectors: [columns, Z].
-      paired: bool [columns], whether a column counts.
-      number: int32 [columns], number of the row that a column belongs to.
-      own: [columns], logit of a column and that row.
-    """
-
-    vectors: Array
-    paired: Array
-    number: Array
-    own: Array
-
-
-def compare_all(
-    rows: Float[Array, "B Z"],
-    columns: Float[Array, "B Z"],
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
-    paired: Bool[Array, " B"],
-    *,
-    loss: str,
-    chunk: int = 0,
-) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
-    """Compares each row with every column; the column of the row's own number is the right one.
-
-    Args:
-      rows, columns: unit vectors, for example of images and of texts.
-      scale, bias: of the logits `scale * rows @ columns.T + bias`.
-      paired: the numbers whose row and column both count.
-      loss: of `LOSSES`, or `package.module:NAME` of a `PairLoss`.
-      chunk: the most columns at a time (lowered to a divisor of B); 0 takes all at once.
-
-    Returns:
-      The loss of each number, and whether its row is nearest to its own column.
-    """
-    count = rows.shape[0]
-    size = largest_divisor(count, chunk or count)
-    # Vectors are small: every device has all columns, and its own rows.
-    columns = constrain(columns, None, None)
-    own = scale * (rows * columns).sum(-1) + bias
-    kind = loss_of(loss)
-    start = Rows(
-        loss=jnp.full(count, kind.start, jnp.float32),
-        best=jnp.full(count, -jnp.inf),
-        best_column=jnp.full(count, -1, jnp.int32),
-    )
-
-    def add(seen: Rows, block: Columns) -> tuple[Rows, Float[Array, " columns"]]:
-        logits = scale * jnp.einsum("BZ,CZ->BC", rows, block.vectors) + bias
-        loss, of_columns = kind.part(seen.loss, logits, paired, block)
-        best, best_column = nearer(seen, logits, block)
-        return Rows(loss, best, best_column), of_columns
-
-    whole = Columns(columns, paired, jnp.arange(count), own)
-    if size == count:
-        seen, of_columns = add(start, whole)
-    else:
-        blocks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), whole)
-        seen, of_columns = jax.lax.scan(jax.checkpoint(add), start, blocks)
-        of_columns = of_columns.reshape(count)
-    right = seen.best_column == jnp.arange(count)
-    return kind.finish(seen.loss, jnp.where(paired, own, NOWHERE), of_columns), right
-
-
-def softmax_part(
-    seen: Float[Array, " B"],
-    logits: Float[Array, "B columns"],
-    paired: Bool[Array, " B"],
-    block: Columns,
-) -> tuple[Float[Array, " B"], Float[Array, " columns"]]:
-    """Returns the rows' running log-sum-exp, and each column's cross-entropy over all rows."""
-    masked = jnp.where(paired[:, None] & block.paired[None, :], logits, NOWHERE)
-    own = jnp.where(block.paired, block.own, NOWHERE)
-    of_columns = jax.nn.logsumexp(masked, axis=0) - own
-    return jnp.logaddexp(seen, jax.nn.logsumexp(masked, axis=1)), of_columns
-
-
-def sigmoid_part(
-    seen: Float[Array, " B"],
-    logits: Float[Array, "B columns"],
-    paired: Bool[Array, " B"],
-    block: Columns,
-) -> tuple[Float[Array, " B"], Float[Array, " columns"]]:
-    """Adds -log sigmoid(z x) to the rows, with z = 1 for a row and its own column, else -1."""
-    together = jnp.arange(logits.shape[0])[:, None] == block.number[None, :]
-    losses = -jax.nn.log_sigmoid(jnp.where(together, logits, -logits))
-    both = paired[:, None] & block.paired[None, :]
-    return seen + jnp.where(both, losses, 0.0).sum(1), jnp.zeros_like(block.own)
-
-
-@dataclass(frozen=True)
-class PairLoss:
-    """A loss over all pairs of a batch, computed in blocks of columns.
-
-    Attributes:
-      start: initial running value of each row.
-      part: (running values [B], logits [B, columns], rows that count [B], the block) -> the next
-        running values [B], and values of the block's columns [columns].
-      finish: (running values, each row's own logit, values of columns), each [B] -> the loss [B].
-      log_scale: initial log of the logits' scale.
-      bias: initial bias of the logits; None for a loss without a bias.
-    """
-
-    start: float
-    part: Callable[..., tuple[Array, Array]]
-    finish: Callable[[Array, Array, Array], Array]
-    log_scale: float
-    bias: float | None = None
-
-
-LOSSES = {
-    # Radford et al. 2021, figure 3: the mean of both ways.
-    "softmax": PairLoss(
-        -float("inf"),
-        softmax_part,
-        lambda rows, own, columns: 0.5 * (rows - own + columns),
-        SOFTMAX_START,
-    ),
-    # Zhai et al. 2023, equation 1, summed over a row.
-    "sigmoid": PairLoss(0.0, sigmoid_part, lambda rows, own, columns: rows, *SIGMOID_START),
-}
-
-
-def loss_of(name: str, field: str = "contrastive loss") -> PairLoss:
-    """Returns a loss by its name, or `package.module:NAME` of one from outside.
-
-    Raises:
-      ValueError: there is none of that name; the message names the field.
-    """
-    found: PairLoss = resolve(field, name, LOSSES)
-    return found
-
-
-def nearer(
-    seen: Rows, logits: Float[Array, "B columns"], block: Columns
-) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
-    """Returns the largest logit and its column so far, the first of equals, without gradient."""
-    there = jax.lax.stop_gradient(jnp.where(block.paired[None, :], logits, -jnp.inf))
-    best = there.max(1)
-    better = best > seen.best
-    column = block.number[there.argmax(1)]
-    return jnp.where(better, best, seen.best), jnp.where(better, column, seen.best_column)
-
-
-def largest_divisor(count: int, most: int) -> int:
-    """Returns the largest divisor of `count` that is at most `most`."""
-    return next(size for size in range(min(count, most), 0, -1) if count % size == 0)

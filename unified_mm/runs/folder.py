@@ -292,6 +292,14 @@ class RunFolder:
         )
 
 
+def keeps_average(train: Mapping[str, Any]) -> bool:
+    """Returns whether checkpoints of a run with this `config.train` hold averaged parameters.
+
+    The averages are then what is scored and used.
+    """
+    return train["ema_decay"] > 0 or train["optimizer"] == "schedule_free"
+
+
 @contextlib.contextmanager
 def _refusing(run: Path) -> Iterator[None]:
     """Raises an OSError within the context as a RunFolderError that names the run's folder."""

@@ -18,7 +18,7 @@ from unified_mm.costs.traffic import memory_traffic
 from unified_mm.data.records import Manifest, Record, Text
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import param_shardings, rule_items
-from unified_mm.runs.averages import keeps_average
+from unified_mm.runs.folder import keeps_average
 from unified_mm.task import build_task
 from unified_mm.training.layout import in_training
 from unified_mm.training.phases import Phase, batch_shapes, build_phases

@@ -17,7 +17,7 @@ from unified_mm.data.records import Manifest
 from unified_mm.modalities.interleaved import interleaved_preparers
 from unified_mm.objectives.objective import weighted
 from unified_mm.parallel.sharding import ParamShardings
-from unified_mm.runs.averages import keeps_average
+from unified_mm.runs.folder import keeps_average
 from unified_mm.task import Task
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import TrainState, state_of_phase

@@ -22,9 +22,8 @@ from unified_mm.objectives.contrastive import named_modalities
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.processes import connect, first_before_others, own_rows, refuse_unequal
 from unified_mm.parallel.sharding import param_shardings
-from unified_mm.runs.averages import keeps_average
 from unified_mm.runs.checkpoints import Checkpoints
-from unified_mm.runs.folder import RunFolder
+from unified_mm.runs.folder import RunFolder, keeps_average
 from unified_mm.task import Task, build_task
 from unified_mm.training.layout import in_training, run_summary
 from unified_mm.training.output import framed

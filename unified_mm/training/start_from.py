@@ -19,9 +19,8 @@ from unified_mm.default_config import defaults
 from unified_mm.inference.quantized_params import dequantized, saved_shapes
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.parallel.sharding import path_of, without_names
-from unified_mm.runs.averages import keeps_average
 from unified_mm.runs.checkpoints import Checkpoints
-from unified_mm.runs.folder import RunFolder
+from unified_mm.runs.folder import RunFolder, keeps_average
 from unified_mm.task import build_task
 
 # How a stack is computed and regularised is the new run's own affair.

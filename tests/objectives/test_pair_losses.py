@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unified_mm.objectives.contrastive import compare_all, largest_divisor
+from unified_mm.objectives.pair_losses import compare_all, largest_divisor
 
 SCALE, BIAS = 3.0, -0.5
 
