@@ -12,8 +12,11 @@ import tiny
 
 import unified_mm
 from unified_mm.config import Config
+from unified_mm.inference.loaded import LoadedModel, one_device_mesh
 from unified_mm.objectives.contrastive import named_modalities
 from unified_mm.task import build_task
+from unified_mm.training.setup import usual_best
+from unified_mm.training.start_from import config_from_run, load_params, weights_to_start_from
 
 RECIPE = Path(__file__).parent / "toy_contrasts_recipe.py"
 
@@ -161,6 +164,45 @@ def test_two_contrasts_read_their_text_once():
     grown = flops["once"] / flops["one"]
     assert grown < (4 + text + tones) / (4 + text) * 1.1
     assert flops["twice"] > flops["once"] * (4 + 2 * text + tones) / (4 + text + tones) * 0.9
+
+
+def test_spaces_that_have_nothing_in_common_are_not_compared():
+    config = config_of(objectives__captioning__weight=0.0)
+    config.objectives.contrastive.between = "image,tone"
+    config.objectives.other = {**config.objectives.contrastive.to_dict(), "between": "tone,text"}
+    task = build_task(Config(config.to_dict()), tiny.tokenizer())
+    found = LoadedModel(task, tiny.params(task), one_device_mesh(), Config(config.to_dict()), 1)
+    assert found.embed_images([PICTURE]).shape == found.embed_texts(["high"]).shape == (1, 8)
+    with pytest.raises(ValueError, match="have no common space"):
+        found.classify([PICTURE], ["high"])
+    assert usual_best(Config(config.to_dict())) == "tone_to_image/recall_at_1"
+    config.objectives.contrastive.between = "text"
+    config.objectives.other.weight = 0.0
+    assert usual_best(Config(config.to_dict())) == ""
+
+
+def test_a_tower_of_any_modality_is_started_from(tmp_path):
+    def config():
+        found = config_of(model__fusion="late", objectives__captioning__weight=0.0)
+        found.objectives.contrastive.between = "image,tone"
+        return found
+
+    source = config()
+    source.model.towers = {"tone": {"width": 8, "layers": 1, "heads": 1, "feed_forward": 8}}
+    task = build_task(Config(source.to_dict()), tiny.tokenizer())
+    saved = tiny.params(task, 3)
+    tiny.write_run(tmp_path / "run", source, saved)
+    asked = config()
+    asked.model.start_from.tone = str(tmp_path / "run")
+    adopted = Config(config_from_run(asked, ()).to_dict())
+    assert adopted.model.towers.tone.width == 8
+    params = tiny.params(build_task(adopted, tiny.tokenizer()), 4)
+    found = load_params(params, adopted, weights_to_start_from(adopted))
+    for name in ("towers_tone", "embedders_tone"):
+        jax.tree.map(np.testing.assert_array_equal, found[name], saved[name])
+    asked.model.towers = {"tone": {"width": 4}}
+    with pytest.raises(ValueError, match="model.start_from.tone: model.modalities must declare"):
+        config_from_run(asked, ())
 
 
 def test_names_of_a_contrast():

@@ -72,5 +72,7 @@ def test_a_recipe_and_its_fields():
     assert parse("x", "", [], takes=["config"]).recipe is None
     with pytest.raises(ValueError, match="3 is no flag"):
         parse("x", "", [f"--config={recipe}", "--config.seed=1", "3"], takes=["config"])
+    with pytest.raises(ValueError, match="'false' is no flag; is it the value"):
+        parse("x", "", [f"--config={recipe}", "--config.data.mirror", "false"], takes=["config"])
     with pytest.raises(ValueError, match="--config=FILE is needed"):
         parse("x", "", ["--config.seed=1"], takes=["config"])

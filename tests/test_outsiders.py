@@ -20,11 +20,12 @@ from unified_mm.nn.pipeline import Pipeline
 from unified_mm.nn.unstack import unstack_layers
 from unified_mm.objectives import TextObjective
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import rule_items, to_global
+from unified_mm.parallel.sharding import param_shardings, rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.task import build_task
 from unified_mm.training.optimizer import make_optimizer
-from unified_mm.training.step import gradients
+from unified_mm.training.state import initial_state, state_of_phase
+from unified_mm.training.step import gradients, make_train_step
 
 RECIPE = Path(__file__).parent / "toy_parts_recipe.py"
 STEPS = 3
@@ -161,6 +162,20 @@ class Length(TextObjective):
     margin: float = 0.5
 
 
+class Breaking:
+    """A treatment that makes what is not finite."""
+
+    @classmethod
+    def from_config(cls, train):
+        return cls()
+
+    def init(self, params):
+        return jnp.zeros(())
+
+    def __call__(self, kept, gradient, params, metrics, step):
+        return kept + 1, jax.tree.map(lambda g: g / 0.0, gradient)
+
+
 LEAVING = {
     "model__feed_forward_type": "toy_parts:Summing",
     "objectives__matching__weight": 0.0,
@@ -227,6 +242,46 @@ def test_an_auxiliary_loss_adds_up_over_micro_batches():
     np.testing.assert_allclose(total, again, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_a_treatment_that_is_not_finite_changes_nothing():
+    task = tiny.task(objectives__matching__weight=0.0)
+    params, batch = tiny.params(task), tiny.batch(task, 8)
+    config = Config(tiny.config_dict(objectives__matching__weight=0.0).to_dict())
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    placement = param_shardings(task.abstract_params(), mesh)
+    treatment = Breaking()
+    make, shapes = initial_state(task.init, placement, 0, averaged=False, treatment=treatment)
+    optimizer = make_optimizer(config.train, 10, params)
+    abstract, enter = state_of_phase(shapes, optimizer, placement)
+    step = make_train_step(task, optimizer, placement, abstract, treatment=treatment)
+    with jax.set_mesh(mesh):
+        state = enter(make())
+        before = jax.device_get((state.params, state.treatment))
+        state, _ = step(state, batch)
+        assert int(state.bad_step) == 0
+        after = jax.device_get((state.params, state.treatment))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_layers_that_run_twice_leave_twice():
+    changes = {**LEAVING, "objectives__captioning__rule": "causal"}
+    task = tiny.task(**changes)
+    params, batch = tiny.params(task), tiny.batch(task, 8)
+    (means,) = left(task, params, batch).values()
+    assert means.shape == (4, 16)
+    staged = replace(task, model=task.model.pipelined(Pipeline(2, 4)))
+    (others,) = left(staged, params, batch).values()
+    np.testing.assert_allclose(others, means, atol=1e-6)
+
+
+def test_tokens_that_see_nothing_under_a_rule_get_zero():
+    task = tiny.task(
+        objectives__captioning__rule="toy_rules:BLIND", objectives__matching__weight=0.0
+    )
+    params, batch = tiny.params(task), tiny.batch(task, 3)
+    losses = jax.jit(lambda p: task.metrics(p, batch, jax.random.key(0), deterministic=True))
+    assert np.isfinite(losses(params)["captioning/loss"][0])
 
 
 def test_a_block_from_outside():

@@ -42,3 +42,5 @@ FADED = AttentionRule.of(
     {("written", "*"): Fading(0.5)},
 )
 LEAKY = AttentionRule.of("leaky", {("*", "*"): Window(2)})
+# The image sees nothing, not even itself.
+BLIND = AttentionRule.of("blind", {("written", "written"): "causal", ("written", "read"): "all"})

@@ -29,7 +29,7 @@ from typing import Any
 
 from unified_mm.benchmarks.attention import draw, sweep
 from unified_mm.benchmarks.training import measure
-from unified_mm.cli.flags import parse, refuse_unread
+from unified_mm.cli.flags import at_least, parse, refuse_unread
 from unified_mm.cli.messages import end_with, new_file, say
 from unified_mm.cli.recipes import resolve
 from unified_mm.config import Config
@@ -49,7 +49,8 @@ def main(arguments: Sequence[str]) -> None:
 def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     """Returns the values of the command's flags."""
     takes = ("config", "steps", "sweep", "inference", *INFERENCE_FLAGS, "output")
-    return parse("bench", __doc__, arguments, takes=takes, recipe="configs/coco.py")
+    tokens = {"type": at_least(int, 1)}
+    return parse("bench", __doc__, arguments, takes=takes, recipe="configs/coco.py", tokens=tokens)
 
 
 def work(options: argparse.Namespace) -> int:

@@ -64,7 +64,7 @@ def export(
         if platform not in PLATFORMS:
             raise ValueError(f"--platforms: {platform!r} is none of {', '.join(PLATFORMS)}")
     length = model.task.modalities["text"].length
-    for flag, value, most in (("prompt", prompt, length), ("room", room, length - 1)):
+    for flag, value, most in (("prompt_tokens", prompt, length), ("tokens", room, length - 1)):
         if not 0 <= value <= most:
             raise ValueError(f"--{flag}={value}: this model's texts allow 1 to {most}, or 0 for it")
     prompt, room = prompt or length, room or length - 1

@@ -292,10 +292,12 @@ def search(options: argparse.Namespace) -> int:
 
     from unified_mm.data.manifest import problem_counts
     from unified_mm.inference.loaded import load
+    from unified_mm.search.pictures import refuse_without_contrast
 
     if not (options.query or "").strip():
         raise ValueError('--mode=search needs --query="what to look for"')
     model = load(options.folder)
+    refuse_without_contrast(model, "search", "searching")
     paths, embedded, problems = model.embed_files(searched_images(model.config, options))
     for phrase in problem_counts(problems):
         say(phrase)

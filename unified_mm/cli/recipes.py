@@ -87,9 +87,14 @@ def read_recipe(path: str | None, fields: Sequence[str]) -> Recipe | None:
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
-        values(argv)
+        rest = values(argv)[1:]
     except (OSError, TypeError, flags.Error) as error:
         raise ValueError(" ".join(str(error).split())) from error
+    if rest:
+        raise ValueError(
+            f"{rest[0]!r} is no flag; is it the value of a field that is true or false? Those take "
+            "it as --config.FIELD=VALUE alone"
+        )
     overrides = config_flags.get_override_values(values["config"])
     return Recipe(path, holder.value, tuple(sorted(overrides)))
 

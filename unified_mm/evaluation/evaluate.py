@@ -97,11 +97,10 @@ def check_split(split: Split, task: Task) -> None:
     where = f"split {split.manifest.split!r} in {split.manifest.folder}"
     contrasts = [each for each in task.objectives if isinstance(each, Contrastive)]
     others = [pair for each in contrasts for pair in each.pairs if set(pair) != {"image", "text"}]
-    if any(holds(r, a) and holds(r, b) for r in split.manifest.records for a, b in others):
-        return
-    if not images:
+    compared = any(holds(r, a) and holds(r, b) for r in split.manifest.records for a, b in others)
+    if not images and not compared:
         raise ValueError(f"{where} has no image with a caption: there is nothing to score")
-    if images < 2 and any(isinstance(objective, Captioning) for objective in task.objectives):
+    if images == 1 and any(isinstance(objective, Captioning) for objective in task.objectives):
         raise ValueError(
             f"{where} has 1 image with a caption to be scored, and captions are scored over two at "
             "least: CIDEr-D compares images. Add images, raise evaluation.max_images, or choose "
@@ -158,7 +157,7 @@ def score_retrieval(predictor: Predictor, split: Split, found: Scores, batch_siz
 
     Those with texts are taken with all captions, and with each example's first one.
     """
-    named: set[tuple[str, str]] = set()
+    named: set[frozenset[str]] = set()
     for contrast in predictor.contrasts():
         for one, other in contrast.pairs:
             records = [
@@ -169,8 +168,9 @@ def score_retrieval(predictor: Predictor, split: Split, found: Scores, batch_siz
             if one == other or not records:
                 continue
             # A pair that was learned twice bears the names of its objectives.
-            prefix = f"{contrast.name}/" if (one, other) in named else ""
-            named.add((one, other))
+            both = frozenset((one, other))
+            prefix = f"{contrast.name}/" if both in named else ""
+            named.add(both)
             rows = _as_rows(records, other)
             vectors = [
                 _gather(

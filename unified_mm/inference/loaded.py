@@ -149,6 +149,8 @@ class LoadedModel:
         Raises:
           ValueError: no lists, or as `class_embeddings` does.
         """
+        if not self.predictor.can_retrieve():
+            raise ValueError("images and texts of this model have no common space")
         names, sentences = listed_texts(classes, "classes"), listed_texts(templates, "templates")
         return self.embed_images(images) @ class_embeddings(self.embed_texts, names, sentences).T
 

@@ -144,8 +144,14 @@ def auxiliary_by_path(left: Mapping[str, Any]) -> dict[str, Array]:
 
     A path names the layer within a period.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(stack_layers(left))
-    return {path_of(path[:-1]): leaf for path, leaf in leaves}  # Flax keeps it under .../name/0
+    found: dict[str, list[Array]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(stack_layers(left)):
+        found.setdefault(path_of(path[:-1]), []).append(leaf)  # Flax keeps it under .../name/0
+    # A stack that runs more than once in a pass leaves groups each time.
+    return {
+        path: jnp.concatenate(leaves, axis=int(f"/{LAYERS}/" in path))
+        for path, leaves in found.items()
+    }
 
 
 RESIDUAL = "residual"  # the collection

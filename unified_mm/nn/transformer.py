@@ -199,8 +199,16 @@ class Transformer(nn.Module):
         period = recomputed(period, o.remat, jax.checkpoint)
         x, (kv, left) = run_pipeline(o.pipeline, period, layers, cached, x, (plan, cross))
         if left:
-            self.put_variable(AUXILIARY, LAYERS, left)
+            before: Any = self.get_variable(AUXILIARY, LAYERS, {})
+            self.put_variable(AUXILIARY, LAYERS, after_what_is_left(before, left))
         return x, kv
+
+
+def after_what_is_left(before: Any, left: Any) -> Any:
+    """Returns what modules left in an earlier call with what they leave now, as `sow` keeps it."""
+    if isinstance(left, tuple):
+        return (*before, *left) if before else left
+    return {name: after_what_is_left(before.get(name, {}), each) for name, each in left.items()}
 
 
 def recomputed(period: Any, remat: str, checkpoint: Callable[..., Any]) -> Any:

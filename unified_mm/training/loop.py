@@ -229,6 +229,8 @@ class Run:
         split = setup.splits[options.split]
         scores = evaluate(predictor, split, batch_size=options.evaluate_batch).scores
         self.metrics.write(step, {f"{options.split}/{name}": v for name, v in scores.items()})
+        if not options.best_by:
+            return
         value = scores.get(options.best_by)
         if value is None:
             raise ValueError(

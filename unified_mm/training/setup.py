@@ -102,16 +102,19 @@ def scale_patience(config: Config) -> int:
 
 
 def usual_best(config: Config) -> str:
-    """Returns the score that the best state is chosen by where the config names none."""
-    contrast = config.objectives.contrastive
-    if contrast.weight <= 0:
-        return "caption/cider_d"
-    one, *others = named_modalities(contrast.between, "objectives.contrastive.between")
-    return (
-        f"single_caption/text_to_{one}/recall_at_1"
-        if "text" in others
-        else (f"{others[0] if others else one}_to_{one}/recall_at_1")
-    )
+    """Returns the score that the best state is chosen by where the config names none.
+
+    It is '' where nothing that is usual is scored.
+    """
+    for name, options in config.objectives.items():
+        if options.type != "contrastive" or options.weight <= 0:
+            continue
+        one, *others = named_modalities(options.between, f"objectives.{name}.between")
+        if "text" in others:
+            return f"single_caption/text_to_{one}/recall_at_1"
+        if others:
+            return f"{others[0]}_to_{one}/recall_at_1"
+    return "caption/cider_d" if config.objectives.captioning.weight > 0 else ""
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,14 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
             continue
         saved = saved_config(run, part, config.model.fusion)
         taken = text_of(saved, run) if part == "text" else tower_of(saved, part)
+        if part not in config.model.modalities or part in config.model.towers:
+            raise ValueError(
+                f"model.start_from.{part}: model.modalities must declare {part}, and model.towers "
+                "must not, for the weights decide its tower"
+            )
         for field, value in taken.items():
-            given = get_field(config, field)
-            if field in asked and given != value:
+            if field in asked and get_field(config, field) != value:
+                given = get_field(config, field)
                 raise ValueError(
                     f"{field}={given!r}, but the weights of model.start_from.{part}={run!r} have "
                     f"{value!r}: leave the field"

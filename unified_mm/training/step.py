@@ -52,6 +52,11 @@ def inner(x: Any, pull: Any) -> Any:
     return (x * pull).sum()
 
 
+def floats_of(tree: Any) -> list[Any]:
+    """Returns the leaves of a tree that may be other than finite."""
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
 def counts_of(objectives: Sequence[Objective], metrics: Metrics) -> dict[str, Any]:
     """Returns the count that each objective's loss is divided by."""
     return {each.name: metrics[f"{each.name}/loss"][1] for each in objectives}
@@ -264,16 +269,17 @@ def make_train_step(
             step=state.step,
         )
         norm = optax.tree.norm(gradient)
-        kept = state.treatment
+        kept, treated = state.treatment, norm
         if treatment is not None:
             kept, gradient = treatment(kept, gradient, state.params, metrics, state.step)
+            treated = optax.tree.norm((gradient, floats_of(kept)))
         params, optimizer_state = optimizer.update(
             gradient, state.optimizer, state.params, state.step
         )
         average = state.average
         if average is not None:
             average = optimizer.averaged(average, params, optimizer_state, ema_decay)
-        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm) & jnp.isfinite(treated)
         learned = finite & (state.bad_step < 0)
         fresh = (params, optimizer_state, average, kept)
         stale = (state.params, state.optimizer, state.average, state.treatment)

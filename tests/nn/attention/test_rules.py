@@ -23,6 +23,7 @@ from unified_mm.nn.attention.rules import (
     plan_passes,
     reference_mask,
     share_readings,
+    shows_the_future,
 )
 from unified_mm.nn.tokens import Group, TokenMetadata, Tokens, concatenate, offset_positions
 
@@ -204,6 +205,44 @@ def test_a_rule_from_outside_is_resolved_and_hides_the_future():
         View("t", "toy_rules:Window").resolved()
     with pytest.raises(ValueError, match="unknown attention predicate 'cuasal'"):
         AttentionRule.of("t", {("*", "*"): "cuasal"})
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        # Text sees sound, sound sees the image, and the image sees the later text.
+        {
+            ("image", "written"): "all",
+            ("written", "sound"): "all",
+            ("sound", "image"): "all",
+            ("read", "same"): "all",
+            ("written", "written"): "causal",
+        },
+        # In documents text sees a later image, which has seen the text up to itself.
+        {
+            ("read", "written"): "causal",
+            ("written", "read"): "all",
+            ("read", "read"): "all",
+            ("written", "written"): "causal",
+        },
+        # An image sees the text of its own segment, which comes after it.
+        {("read", "written"): "same_segment", ("*", "*"): "causal"},
+    ],
+)
+def test_a_rule_that_shows_the_future_on_a_way_round_is_refused(table, monkeypatch):
+    rule = AttentionRule.of("round", table)
+    assert shows_the_future(rule)
+    monkeypatch.setitem(RULES, "round", rule)
+    with pytest.raises(ValueError, match="would see the one it must predict"):
+        View("t", "round", autoregressive=True).resolved()
+    assert View("t", "round").resolved() == rule
+
+
+def test_rules_of_ours_show_no_future_but_one():
+    assert [name for name, rule in RULES.items() if shows_the_future(rule)] == ["joint"]
+    # Text that is blind to the context may be seen by it.
+    blind = AttentionRule.of("b", {("read", "*"): "all", ("written", "written"): "causal"})
+    assert not shows_the_future(blind)
 
 
 def test_wrong_rules_and_groups_are_refused():

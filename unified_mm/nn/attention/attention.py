@@ -67,7 +67,8 @@ def plan_attention(
     Raises:
       ValueError: `options.attention` names a backend that cannot do what the rules need.
     """
-    calls = block_calls(table, queries.groups, keys.groups)
+    # Queries that see nothing get zero: a call without keys is none.
+    calls = tuple(call for call in block_calls(table, queries.groups, keys.groups) if call.keys)
     return AttentionPlan(
         masks=tuple(prepare_block(options, call, queries, keys) for call in calls),
         positions=queries.position,
@@ -160,7 +161,7 @@ class Attention(nn.Module):
                 write_slots(cached[1], value, plan.write_at),
             )
             key, value = (read_slots(each, o.dtype) for each in kv)
-        seen = [
+        parts = [
             attend(
                 query[:, slice(*call.queries)],
                 slice_keys(key, call),
@@ -169,10 +170,16 @@ class Attention(nn.Module):
             )
             for call, seen_by in zip(plan.calls, plan.masks, strict=True)
         ]
+        if sum(part.shape[1] for part in parts) == query.shape[1]:
+            seen = jnp.concatenate(parts, axis=1)
+        else:
+            seen = jnp.zeros_like(query)
+            for call, part in zip(plan.calls, parts, strict=True):
+                seen = seen.at[:, slice(*call.queries)].set(part)
         groups = plan.groups, plan.key_groups
         sow_attention(self, query, key, plan.calls, plan.masks, groups)
         output = partial(out_of_heads, x.shape[-1], o, o.output_bias)
-        return project(output, "output", divided_sequences(jnp.concatenate(seen, axis=1))), kv
+        return project(output, "output", divided_sequences(seen)), kv
 
 
 def share_of_heads(x: Float[Array, "B N G A"], heads: int) -> Float[Array, "B N G A"]:

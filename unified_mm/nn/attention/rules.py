@@ -321,9 +321,7 @@ class View:
             raise ValueError(f"attention rule {self.rule!r} is a {type(rule).__name__}")
         if not self.autoregressive:
             return rule
-        for context in rule.modalities():
-            if rule.from_context(context).causal or rule.to_context(context) == NONE:
-                continue
+        if shows_the_future(rule):
             raise ValueError(
                 f"{self.name}: rule {self.rule!r} lets the context see the text and the text see "
                 "the context, so a token would see the one it must predict; use 'prefix', "
@@ -332,6 +330,33 @@ class View:
         in_order: tuple[Pattern, Predicate] = (("written", "written"), CAUSAL)
         own = rule.predicate(TEXT, TEXT, (True, True))
         return rule if own.causal else replace(rule, table=(in_order, *rule.table))
+
+
+def shows_the_future(rule: AttentionRule) -> bool:
+    """Returns whether a text token could see a later one through the context.
+
+    It could where the context sees the text, text sees the context, and any step on the way may
+    lead forward. What is not known to lead backward alone is taken to lead forward.
+    """
+    contexts = rule.modalities()
+    to_text = [rule.to_context(name) for name in contexts]
+    if all(rule.from_context(name) == NONE for name in contexts):
+        return False
+    if all(each == NONE for each in to_text):
+        return False
+    groups = [Group(name, name, 1) for name in (*contexts, "one more")]
+    across = [
+        rule.predicate(a, b, (False, False)) for a in groups for b in groups if a.name != b.name
+    ]
+    within = [rule.predicate(each, each, (False, False)) for each in groups]
+    # The segment of a text token is an earlier image, and an image sees no text within its own.
+    segments = PREDICATES["same_segment"], PREDICATES["block_causal"]
+    return not (
+        all(rule.from_context(name).causal for name in contexts)
+        and all(each.causal or each in segments for each in to_text)
+        and all(each.causal for each in across)
+        and all(each.causal or each in segments for each in within)
+    )
 
 
 @dataclass(frozen=True)
