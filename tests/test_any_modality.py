@@ -74,7 +74,9 @@ def test_where_several_embed_one_must_be_named(model):
         model.embed(["high tone"], of="text")
     with pytest.raises(ValueError, match="objective='matching' embeds no image"):
         model.embed([PICTURE], of="image", objective="matching")
-    with pytest.raises(ValueError, match="nothing embeds video"):
+    with pytest.raises(
+        ValueError, match="this model reads no video: what it reads is image, tone, text"
+    ):
         model.embed([PICTURE], of="video")
     with pytest.raises(ValueError, match="a list of items"):
         model.embed("x", of="tone", objective="audio_contrast")

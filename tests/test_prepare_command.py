@@ -49,7 +49,7 @@ def test_a_folder_is_written_told_of_and_left_alone(typed, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--out=DIR is needed"),
+        ((), "required: --out"),
         (("--out=gs://bucket/x",), "write to this machine"),
         (("--out=x", "--quality=80"), "--quality is read with --resize alone"),
         (("--out=x", "--config.train.steps=3"), "train.steps cannot be set here"),

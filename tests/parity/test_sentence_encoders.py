@@ -91,5 +91,5 @@ def test_real_sentence_encoder(tmp_path):
     for sentence, row in zip(SENTENCES, batch["input_ids"].tolist(), strict=True):
         arrays = imported.tokenizer.encode("", sentence, len(row))
         assert arrays["ids"].tolist() == row
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="this model reads no image: what it reads is text"):
         model.embed_images([np.zeros((8, 8, 3), np.uint8)])

@@ -99,6 +99,9 @@ class Predictor:
         Raises:
           ValueError: as `embed` does.
         """
+        if of not in self.task.modalities:
+            there = ", ".join(self.task.modalities)
+            raise ValueError(f"this model reads no {of}: what it reads is {there}")
         able = self.contrasts(of)
         if objective:
             able = [each for each in able if each.name == objective]
