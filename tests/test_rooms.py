@@ -130,7 +130,7 @@ def test_what_is_wrong_would_be_seen():
     assert set(circles(sources)) & {"unified_mm.data.coco", "unified_mm.nn.layers"}
 
 
-@pytest.mark.parametrize("name", ["toy_tone.py", "toy_recipe.py"])
+@pytest.mark.parametrize("name", ["toy_tone.py", "toy_rules.py", "toy_parts.py", "toy_recipe.py"])
 def test_outsiders_import_what_is_for_them(name):
     public = {"unified_mm", *(f"unified_mm.{each}" for each in PUBLIC)}
     source = (Path(__file__).parent / name).read_text()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unified_mm.nn import Dense, sow_auxiliary
+from unified_mm.nn import Dense, block_mask, sow_auxiliary
 from unified_mm.objectives import ObjectiveOutput, PairLoss, masked_metric
 
 
@@ -131,8 +131,6 @@ class Written:
 
     @staticmethod
     def attend(query, key, value, seen_by):
-        from unified_mm.nn.attention.rules import block_mask
-
         mask = block_mask(seen_by.call, seen_by.queries, seen_by.keys)
         shared = query.shape[2] // key.shape[2]
         key, value = jnp.repeat(key, shared, axis=2), jnp.repeat(value, shared, axis=2)

@@ -8,7 +8,8 @@ import tiny
 
 from unified_mm.nn import sow as attention_weights
 from unified_mm.nn import transformer
-from unified_mm.nn.attention.rules import MaskTable, View, reference_mask
+from unified_mm.nn.attention.masks import reference_mask
+from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.tokens import concatenate, spans
 
 STREAM = View("captioning", "prefix", autoregressive=True)

@@ -18,7 +18,8 @@ from unified_mm.analysis.report import (
 from unified_mm.data import images
 from unified_mm.evaluation.evaluate import Scores, captions_of
 from unified_mm.files import write_atomically
-from unified_mm.nn.attention.rules import RULES, MaskTable, View, reference_mask
+from unified_mm.nn.attention.masks import reference_mask
+from unified_mm.nn.attention.rules import RULES, MaskTable, View
 from unified_mm.nn.tokens import Group, join_metadata, offset_positions, single_document
 from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.metrics import read_metrics

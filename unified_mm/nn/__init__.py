@@ -3,6 +3,7 @@
 Exported here is what embedders and heads from outside the package need.
 """
 
+from unified_mm.nn.attention.masks import block_mask
 from unified_mm.nn.attention.rules import AttentionRule, Predicate, ScoreTerm
 from unified_mm.nn.layers import Dense, Norm, PerModality, partitioned
 from unified_mm.nn.sow import sow_auxiliary
@@ -26,6 +27,7 @@ __all__ = [
     "TokenMetadata",
     "Tokens",
     "blank",
+    "block_mask",
     "concatenate",
     "partitioned",
     "single_document",

@@ -16,8 +16,15 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from unified_mm.nn.attention.masks import BlockMask, picked, slice_keys, widen
-from unified_mm.nn.attention.rules import BlockCall, block_bias, block_mask
+from unified_mm.nn.attention.masks import (
+    BlockMask,
+    block_bias,
+    block_mask,
+    picked,
+    slice_keys,
+    widen,
+)
+from unified_mm.nn.attention.rules import BlockCall
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import Group
 from unified_mm.nn.unstack import LAYERS, stack_layers

@@ -16,15 +16,15 @@ from unified_mm.inference.predictor import Predictor
 from unified_mm.models.unified import text_group
 from unified_mm.nn.attention import backends, chunked, cudnn, splash
 from unified_mm.nn.attention.backends import prepare_block
-from unified_mm.nn.attention.masks import of_call, rebase, slice_keys, static_mask
-from unified_mm.nn.attention.rules import (
-    RULES,
-    MaskTable,
-    View,
-    block_calls,
+from unified_mm.nn.attention.masks import (
     block_mask,
+    of_call,
+    rebase,
     reference_mask,
+    slice_keys,
+    static_mask,
 )
+from unified_mm.nn.attention.rules import RULES, MaskTable, View, block_calls
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.resampler import look_at_all
 from unified_mm.nn.tokens import (

@@ -8,6 +8,7 @@ import toy_rules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unified_mm.nn.attention.masks import block_mask, reference_mask
 from unified_mm.nn.attention.rules import (
     ALL,
     CAUSAL,
@@ -19,9 +20,7 @@ from unified_mm.nn.attention.rules import (
     MaskTable,
     View,
     block_calls,
-    block_mask,
     plan_passes,
-    reference_mask,
     share_readings,
     shows_the_future,
 )

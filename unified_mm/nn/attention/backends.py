@@ -20,13 +20,15 @@ from jaxtyping import Array, Float
 from unified_mm.nn.attention import chunked, cudnn, splash
 from unified_mm.nn.attention.masks import (
     BlockMask,
+    block_bias,
+    block_mask,
     has_keys,
     masked_attention,
     of_call,
     rebase,
     zero_unattended,
 )
-from unified_mm.nn.attention.rules import BlockCall, block_bias, block_mask
+from unified_mm.nn.attention.rules import BlockCall
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import TokenMetadata
 from unified_mm.parallel.mesh import platform

@@ -13,8 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from unified_mm.nn.attention.masks import BlockMask, masked_attention, zero_unattended
-from unified_mm.nn.attention.rules import BlockCall, block_bias, block_mask
+from unified_mm.nn.attention.masks import (
+    BlockMask,
+    block_bias,
+    block_mask,
+    masked_attention,
+    zero_unattended,
+)
+from unified_mm.nn.attention.rules import BlockCall
 from unified_mm.nn.tokens import TokenMetadata
 
 # Scores of one block, for each example and head: large enough for fast matrix products.

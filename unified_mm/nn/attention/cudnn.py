@@ -8,13 +8,14 @@ from jaxtyping import Array, Bool, Float
 
 from unified_mm.nn.attention.masks import (
     BlockMask,
+    block_mask,
     one_document,
     static_mask,
     unknown_to_kernels,
     widen,
     zero_unattended,
 )
-from unified_mm.nn.attention.rules import BlockCall, block_mask
+from unified_mm.nn.attention.rules import BlockCall
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import TokenMetadata
 

@@ -1,4 +1,4 @@
-"""The mask of one block call, and plain attention under a mask."""
+"""Masks of block calls, by the rules' predicates, and plain attention under a mask."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from unified_mm.nn.attention.rules import ALL, BlockCall, Predicate, block_mask
-from unified_mm.nn.tokens import Group, TokenMetadata
+from unified_mm.nn.attention.rules import (
+    ALL,
+    FIELDS,
+    BlockCall,
+    KeySlice,
+    MaskTable,
+    Predicate,
+)
+from unified_mm.nn.tokens import Group, TokenMetadata, spans
 from unified_mm.parallel.mesh import platform
 
 
@@ -184,3 +191,56 @@ def one_document(*metadata: TokenMetadata) -> bool:
 def widen(x: Float[Array, "B K G A"], heads: int) -> Float[Array, "B K H A"]:
     """Repeats heads of keys or values for the heads of queries that share them."""
     return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
+
+
+def pair_fields(
+    call: BlockCall, each: KeySlice, queries: TokenMetadata, keys: TokenMetadata
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Returns the metadata of a call's queries, [B, Q, 1], and of a slice of keys, [B, 1, K]."""
+    rows, columns = slice(*call.queries), slice(each.start, each.stop)
+    query = {name: getattr(queries, name)[:, rows, None] for name in FIELDS}
+    key = {name: getattr(keys, name)[:, None, columns] for name in (*FIELDS, "valid")}
+    return query, key
+
+
+def block_mask(
+    call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
+) -> Bool[Array, "B Q K"]:
+    """Returns the mask of a block call: valid keys of the same document, by predicate."""
+    parts = []
+    for each in call.keys:
+        query, key = pair_fields(call, each, queries, keys)
+        allowed = key["valid"] & (key["document"] == query["document"])
+        parts.append(allowed & each.predicate(query, key))
+    return jnp.concatenate(parts, axis=2)
+
+
+def block_bias(
+    call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
+) -> Float[Array, "B Q K"] | None:
+    """Returns what is added to the scores of a block call; None where nothing is."""
+    if not call.has_terms:
+        return None
+    parts = []
+    for each in call.keys:
+        query, key = pair_fields(call, each, queries, keys)
+        shape = key["valid"].shape[0], query["position"].shape[1], key["valid"].shape[2]
+        added = jnp.zeros((), jnp.float32) if each.term is None else each.term(query, key)
+        parts.append(jnp.broadcast_to(added.astype(jnp.float32), shape))
+    return jnp.concatenate(parts, axis=2)
+
+
+def reference_mask(
+    table: MaskTable, queries: TokenMetadata, keys: TokenMetadata
+) -> Bool[Array, "B Q K"]:
+    """Returns the whole mask of a table, the reference that block calls are tested against."""
+    mask = np.zeros((queries.valid.shape[0], queries.valid.shape[1], keys.valid.shape[1]), bool)
+    query_spans, key_spans = spans(queries.groups), spans(keys.groups)
+    for query in queries.groups:
+        for key in keys.groups:
+            rows, columns = query_spans[query.name], key_spans[key.name]
+            mine = {name: getattr(queries, name)[:, rows, None] for name in FIELDS}
+            others = {name: getattr(keys, name)[:, None, columns] for name in FIELDS}
+            mask[:, rows, columns] = table.between(query, key)[0](mine, others)
+    same = np.asarray(queries.document)[:, :, None] == np.asarray(keys.document)[:, None, :]
+    return jnp.asarray(mask & same & np.asarray(keys.valid)[:, None, :])

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
-from unified_mm.nn.tokens import Group, TokenMetadata, spans
+from unified_mm.nn.tokens import Group, spans
 from unified_mm.registry import resolve
 
 # The metadata that predicates and score terms get, each broadcastable to [B, Q, K].
@@ -460,56 +460,3 @@ def block_calls(
             calls.append(BlockCall((start, stop), tuple(row)))
         start = stop
     return tuple(calls)
-
-
-def pair_fields(
-    call: BlockCall, each: KeySlice, queries: TokenMetadata, keys: TokenMetadata
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Returns the metadata of a call's queries, [B, Q, 1], and of a slice of keys, [B, 1, K]."""
-    rows, columns = slice(*call.queries), slice(each.start, each.stop)
-    query = {name: getattr(queries, name)[:, rows, None] for name in FIELDS}
-    key = {name: getattr(keys, name)[:, None, columns] for name in (*FIELDS, "valid")}
-    return query, key
-
-
-def block_mask(
-    call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
-) -> Bool[Array, "B Q K"]:
-    """Returns the mask of a block call: valid keys of the same document, by predicate."""
-    parts = []
-    for each in call.keys:
-        query, key = pair_fields(call, each, queries, keys)
-        allowed = key["valid"] & (key["document"] == query["document"])
-        parts.append(allowed & each.predicate(query, key))
-    return jnp.concatenate(parts, axis=2)
-
-
-def block_bias(
-    call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
-) -> Float[Array, "B Q K"] | None:
-    """Returns what is added to the scores of a block call; None where nothing is."""
-    if not call.has_terms:
-        return None
-    parts = []
-    for each in call.keys:
-        query, key = pair_fields(call, each, queries, keys)
-        shape = key["valid"].shape[0], query["position"].shape[1], key["valid"].shape[2]
-        added = jnp.zeros((), jnp.float32) if each.term is None else each.term(query, key)
-        parts.append(jnp.broadcast_to(added.astype(jnp.float32), shape))
-    return jnp.concatenate(parts, axis=2)
-
-
-def reference_mask(
-    table: MaskTable, queries: TokenMetadata, keys: TokenMetadata
-) -> Bool[Array, "B Q K"]:
-    """Returns the whole mask of a table, the reference that block calls are tested against."""
-    mask = np.zeros((queries.valid.shape[0], queries.valid.shape[1], keys.valid.shape[1]), bool)
-    query_spans, key_spans = spans(queries.groups), spans(keys.groups)
-    for query in queries.groups:
-        for key in keys.groups:
-            rows, columns = query_spans[query.name], key_spans[key.name]
-            mine = {name: getattr(queries, name)[:, rows, None] for name in FIELDS}
-            others = {name: getattr(keys, name)[:, None, columns] for name in FIELDS}
-            mask[:, rows, columns] = table.between(query, key)[0](mine, others)
-    same = np.asarray(queries.document)[:, :, None] == np.asarray(keys.document)[:, None, :]
-    return jnp.asarray(mask & same & np.asarray(keys.valid)[:, None, :])
