@@ -52,8 +52,6 @@ def test_scores_bear_the_names_of_both_sides(run):
         "image_to_tone",
     }
     assert "single_caption/text_to_tone/recall_at_1" in scores
-    # Only the tone tells which of two words is right, so that half of the texts are nearer.
-    assert scores["tone_to_text/recall_at_1"] <= 1
 
 
 def test_images_are_embedded_by_the_contrast_of_images(model):

@@ -287,7 +287,7 @@ def test_tokens_that_see_nothing_under_a_rule_get_zero():
 def test_a_block_from_outside():
     task = tiny.task(
         model__block="toy_parts:Doubled",
-        model__block_options={"factor": 0.25},
+        model__block_options={"factor": 0.25, "unused": [1, 2]},
         objectives__captioning__rule="separate",
         objectives__matching__weight=0.0,
     )
@@ -297,7 +297,8 @@ def test_a_block_from_outside():
         params
     )
     assert np.isfinite(metrics["contrastive/loss"][0])
-    assert task.model.options.block_options == (("factor", 0.25),)
+    assert task.model.options.block_options == (("factor", 0.25), ("unused", (1, 2)))
+    hash(task.model.options)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ class Doubled(nn.Module):
     options: Any
     deterministic: bool
     factor: float = 0.5
+    unused: tuple = ()
 
     @nn.compact
     def __call__(self, x, plan, cached):

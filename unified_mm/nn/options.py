@@ -21,6 +21,21 @@ GATES = ("tanh", "sigmoid")
 GATE_SHAPES = ("scalar", "channel")
 
 
+# Options of a class that the config names, as pairs: options are hashed.
+OWN_OPTIONS = ("block_options", "feed_forward_options")
+
+
+def frozen(groups: Mapping[str, Any]) -> dict[str, tuple[tuple[str, Any], ...]]:
+    """Returns each group as sorted pairs of name and value, lists as tuples."""
+    return {
+        group: tuple(
+            (name, tuple(value) if isinstance(value, list) else value)
+            for name, value in sorted(dict(options).items())
+        )
+        for group, options in groups.items()
+    }
+
+
 @dataclass(frozen=True)
 class GateOptions:
     """Gated cross-attention layers in a stack (Alayrac et al. 2022, section 3.1.2).
@@ -172,8 +187,7 @@ class TransformerOptions:
           ValueError: a value is not allowed, or values do not fit together.
         """
         known = {name: model[name] for name in cls.config_fields()}
-        for name in ("block_options", "feed_forward_options"):
-            known[name] = tuple(sorted(dict(known[name]).items()))
+        known |= frozen({name: known[name] for name in OWN_OPTIONS})
         try:
             known["dtype"] = jnp.dtype(known["dtype"])
         except TypeError as error:
@@ -183,9 +197,7 @@ class TransformerOptions:
     def changed(self, changes: Mapping[str, Any]) -> TransformerOptions:
         """Returns the options with other values; None, or a size of 0, leaves a value as it is."""
         given = {name: value for name, value in changes.items() if value is not None}
-        for name in ("block_options", "feed_forward_options"):
-            if name in given:
-                given[name] = tuple(sorted(dict(given[name]).items()))
+        given |= frozen({name: given[name] for name in OWN_OPTIONS if name in given})
         for name in ("width", "layers", "heads", "feed_forward"):
             if not given.get(name):
                 given.pop(name, None)

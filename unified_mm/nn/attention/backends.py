@@ -37,9 +37,8 @@ from unified_mm.registry import resolve
 # Scores (queries x keys) of a call above which 'auto' works in blocks: from there on these are
 # faster too (on a CPU; `bench --sweep`).
 LONG = 2**19
-# Kernels, each with a device of its own, and what they cannot do.
-# A backend from outside the package is an object, or a module, of the same two functions: `refusal`
-# and `attend`.
+# Kernels, each with a device of its own. A backend from outside the package is an object, or a
+# module, of the same two functions: `refusal`, which says what it cannot do, and `attend`.
 KERNELS: dict[str, Any] = {"cudnn": cudnn, "splash": splash}
 PLAIN = ("auto", "xla", "chunked")
 KERNEL_OF = {"gpu": "cudnn", "tpu": "splash"}
@@ -106,7 +105,7 @@ def kernel_of(name: str) -> Any:
     Raises:
       ValueError: there is none of that name.
     """
-    return resolve("attention backend (model.attention)", name, dict.fromkeys(PLAIN) | KERNELS)
+    return resolve("attention backend (model.attention)", name, KERNELS)
 
 
 def attend(
