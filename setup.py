@@ -28,6 +28,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",
+        "einops>=0.8",
         "etils[epath]>=1.9",
         "flax>=0.12",
         "grain>=0.2.15",

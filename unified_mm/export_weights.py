@@ -65,7 +65,6 @@ def _write(
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     family = family_that_fits(config, tokenizer, folder)
-    assert family.export is not None
     tensors = to_theirs(family.table(config, frozenset()), ours)
     tokenizer.save(folder / "tokenizer.json")
     named = tokenizer.special_tokens
@@ -79,8 +78,6 @@ def _write(
             "model_max_length": config["model"]["modalities"]["text"]["max_positions"],
         },
     )
-    for name, content in family.export.files(config).items():
-        write_json(folder / name, content)
     safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return family
 
@@ -98,8 +95,7 @@ def family_that_fits(config: Mapping[str, Any], tokenizer: TextTokenizer, folder
         if family.export is None:
             continue
         try:
-            write_json(folder / "config.json", family.export.config(config, tokenizer))
-            for name, content in family.export.files(config).items():
+            for name, content in family.files(config, tokenizer).items():
                 write_json(folder / name, content)
             again = run_config(family, _ConfigOnly(folder), tokenizer)
         except (KeyError, TypeError, ValueError, StopIteration) as error:

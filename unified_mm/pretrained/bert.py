@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from unified_mm.modalities.text import VOCABULARY_MULTIPLE
-from unified_mm.pretrained.clip import POSITION_IDS, stack_fields
-from unified_mm.pretrained.family import Family, Fields, prefix
-from unified_mm.pretrained.layers import blocks, line, main_options, norm
+from unified_mm.pretrained.family import Family, prefix
+from unified_mm.pretrained.fields import BASE, STACK, Fields, read
+from unified_mm.pretrained.layers import (
+    POSITION_IDS,
+    blocks,
+    line,
+    main_options,
+    norm,
+    vocabulary,
+)
 from unified_mm.pretrained.source import Section, Source
-from unified_mm.pretrained.tables import Table, padded_rows, row
+from unified_mm.pretrained.tables import Table, row
 from unified_mm.pretrained.vocabularies import TokenLayout, bert_files
 
-DEFAULTS = {
+DEFAULTS = BASE | {
     "vocab_size": 30522,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-12,
     "max_position_embeddings": 512,
@@ -47,7 +49,7 @@ def fields(source: Source) -> Fields:
     return {
         "model": {
             "fusion": "late",
-            **stack_fields(c),
+            **read(c, STACK),
             "norm_place": "post",
             "final_norm": False,
             "modalities": {
@@ -103,17 +105,14 @@ def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
 
     The embedding of token type 0, that of a single text, becomes our modality embedding.
     """
-    model = config["model"]
-    text = model["modalities"]["text"]
     before = prefix(names, "bert.", probe="embeddings.word_embeddings.weight")
-    embeddings = f"{before}embeddings"
-    rows = padded_rows(text["vocabulary"], multiple=VOCABULARY_MULTIPLE)
+    embeddings, options = f"{before}embeddings", main_options(config["model"])
     entries = [
-        line(f"{embeddings}.word_embeddings.weight", "embedders_text/tokens", rows),
+        *vocabulary(config["model"], [f"{embeddings}.word_embeddings.weight"])[0],
         line(f"{embeddings}.position_embeddings.weight", "embedders_text/positions"),
         line(f"{embeddings}.token_type_embeddings.weight", "embedders_text/modality", row(0)),
         *norm(f"{embeddings}.LayerNorm", "embedders_text/norm"),
-        *blocks(f"{before}encoder.layer.{{layer}}", "transformer", BLOCK, main_options(model)),
+        *blocks(f"{before}encoder.layer.{{layer}}", "transformer", BLOCK, options),
     ]
     ignored = {
         **POSITION_IDS,

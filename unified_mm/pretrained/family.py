@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.pretrained.fields import Fields
 from unified_mm.pretrained.source import Source
 from unified_mm.pretrained.tables import Table
 from unified_mm.pretrained.vocabularies import TokenLayout
 
 Part = Literal["both", "image", "text"]
-Fields = dict[str, Any]  # of a run's config, nested
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,14 @@ class Export:
     """The functions that write a run in a family's format.
 
     Attributes:
-      config: returns the contents of config.json for a run's config and tokenizer.
+      architecture: the class of transformers that reads it.
+      config: returns what config.json says besides, for a run's config and tokenizer.
       compared: dotted prefixes of the run's fields that must be the same once this config.json is
         read back.
       files: returns the contents of further JSON files, by name, for a run's config.
     """
 
+    architecture: str
     config: Callable[[Mapping[str, Any], TextTokenizer], dict[str, Any]]
     compared: tuple[str, ...]
     files: Callable[[Mapping[str, Any]], dict[str, dict[str, Any]]] = lambda config: {}
@@ -51,8 +53,15 @@ class Family:
     part: Part
     fields: Callable[[Source], Fields]
     table: Callable[[Mapping[str, Any], frozenset[str]], Table]
-    tokens: TokenLayout | None
+    tokens: TokenLayout | None = None
     export: Export | None = None
+
+    def files(self, config: Mapping[str, Any], tokenizer: TextTokenizer) -> dict[str, Any]:
+        """Returns the contents of the JSON files of a run in this format, by name."""
+        assert self.export is not None
+        head = {"architectures": [self.export.architecture], "model_type": self.types[0]}
+        said = {**head, **self.export.config(config, tokenizer), "dtype": "float32"}
+        return {"config.json": said, **self.export.files(config)}
 
 
 def prefix(names: frozenset[str], usual: str, *, probe: str) -> str:
@@ -60,6 +69,6 @@ def prefix(names: frozenset[str], usual: str, *, probe: str) -> str:
     return "" if probe in names else usual
 
 
-def text_fields(**more: Any) -> Fields:
-    """Returns `more` with the usual text fields: neither scaling nor a modality embedding."""
-    return {"modality_embedding": False, "scaled": False, **more}
+def token_ids(tokenizer: TextTokenizer) -> dict[str, int | None]:
+    """Returns the ids of the begin and end tokens, as config.json has them."""
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from unified_mm.modalities.text import VOCABULARY_MULTIPLE
-from unified_mm.pretrained.clip import POSITION_IDS, class_token_patches
-from unified_mm.pretrained.family import Family, Fields, text_fields
-from unified_mm.pretrained.gpt2 import LONGEST
+from unified_mm.pretrained.clip import tower_image
+from unified_mm.pretrained.family import Family
+from unified_mm.pretrained.fields import STACK, TEXT, Fields, language_text, read
 from unified_mm.pretrained.layers import (
-    CLIP_BLOCK,
     LLAMA_BLOCK,
+    POSITION_IDS,
     PROJECTIONS,
-    activation,
     attention,
     blocks,
+    clip_tower,
     dense,
     line,
     main_options,
     norm,
-    tower_options,
+    vocabulary,
 )
-from unified_mm.pretrained.llama import ROTARY_BUFFERS, refuse_windows, rotary_base
+from unified_mm.pretrained.llama import ROTARY_BUFFERS, refuse_windows, stack_fields
 from unified_mm.pretrained.preprocessing import (
     CLIP_DEVIATION,
     CLIP_MEAN,
@@ -31,15 +29,7 @@ from unified_mm.pretrained.preprocessing import (
     image_fields,
 )
 from unified_mm.pretrained.source import Section, Source
-from unified_mm.pretrained.tables import (
-    Entry,
-    Table,
-    into_heads,
-    out_of_heads,
-    padded_rows,
-    repeated,
-    reshaped,
-)
+from unified_mm.pretrained.tables import Entry, Table, rearranged, repeated
 from unified_mm.pretrained.vocabularies import TokenLayout, only_json
 
 DEFAULTS = {
@@ -77,11 +67,12 @@ PERCEIVER = {
     "qk_layer_norms_perceiver": False,
 }
 GATE_SHAPES = {"float": "scalar", "vector": "channel"}
-CROSS_MODULES = {
-    "query": "cross_attn.q_proj",
-    "key": "cross_attn.k_proj",
-    "value": "cross_attn.v_proj",
-    "output": "cross_attn.o_proj",
+CROSS_MODULES = {name: f"cross_attn.{name[0]}_proj" for name in PROJECTIONS}
+RESAMPLER = {
+    "latents": "resampler_n_latents",
+    "layers": "resampler_depth",
+    "heads": "resampler_n_heads",
+    "head_width": "resampler_head_dim",
 }
 
 
@@ -93,7 +84,6 @@ def fields(source: Source) -> Fields:
     c = Section(source.config.where, source.config, DEFAULTS)
     vision = c.section("vision_config", VISION)
     refuse_windows(c)
-    vision.refuse_unless("num_channels", 3, why="pictures have three colours here")
     c.refuse_unless("alpha_type", *GATE_SHAPES, why="gates are numbers or vectors here")
     if c["num_hidden_layers"] % c["cross_layer_interval"]:
         raise ValueError(
@@ -101,28 +91,14 @@ def fields(source: Source) -> Fields:
             f"cross_layer_interval={c['cross_layer_interval']}, as it has to be here"
         )
     usual = Preprocessing("squash", mean=CLIP_MEAN, std=CLIP_DEVIATION)
-    data, embedding = image_fields(source, vision["image_size"], usual)
-    image = {
-        "patch": vision["patch_size"],
-        "bias": False,
-        "class_token": True,
-        "modality_embedding": False,
-        "norm": True,
-        "norm_epsilon": vision["layer_norm_eps"],
-        **embedding,
-    }
-    text = text_fields(
-        length=min(c["max_position_embeddings"], LONGEST),
-        max_positions=c["max_position_embeddings"],
-        learned_positions=False,
-        vocabulary=c["vocab_size"] + c["additional_vocab_size"],
-        head="tied" if c["tie_word_embeddings"] else "own",
-    )
+    data, embedding = image_fields(source, vision, usual)
+    text = language_text(c, TEXT, learned_positions=False)
+    text["vocabulary"] += c["additional_vocab_size"]
     return {
         "data": data,
         "model": {
             "fusion": "gated_cross_attention",
-            **_language_fields(c),
+            **stack_fields(c),
             "tower": _tower_fields(vision),
             "cross": {
                 "every": c["cross_layer_interval"],
@@ -131,39 +107,18 @@ def fields(source: Source) -> Fields:
                 "query_key_norm": bool(c["qk_layer_norms"]),
             },
             "resampler": _resampler_fields(c, vision["embed_dim"]),
-            "modalities": {"image": image, "text": text},
+            "modalities": {"image": tower_image(vision) | embedding, "text": text},
         },
         "objectives": {"captioning": {"weight": 1.0, "rule": "interleaved_latest"}},
     }
 
 
-def _language_fields(c: Section) -> Fields:
-    return {
-        "width": c["hidden_size"],
-        "layers": c["num_hidden_layers"],
-        "heads": c["num_attention_heads"],
-        "feed_forward": c["intermediate_size"],
-        "norm": "rms",
-        "norm_epsilon": c["rms_norm_eps"],
-        "activation": activation(c, "hidden_act"),
-        "gated_feed_forward": True,
-        "query_bias": False,
-        "output_bias": False,
-        "feed_forward_bias": False,
-        "rotary_base": rotary_base(c),
-    }
-
-
 def _tower_fields(vision: Section) -> Fields:
+    """Returns the fields of CLIP's tower, as other than those of the language model."""
     return {
-        "width": vision["embed_dim"],
-        "layers": vision["num_hidden_layers"],
-        "heads": vision["num_attention_heads"],
-        "feed_forward": vision["intermediate_size"],
+        **read(vision, STACK | {"width": "embed_dim"}),
         "norm": "layer",
-        "norm_epsilon": vision["layer_norm_eps"],
         "final_norm": False,
-        "activation": activation(vision, "hidden_act"),
         "gated_feed_forward": False,
         "query_bias": True,
         "output_bias": True,
@@ -177,10 +132,7 @@ def _resampler_fields(c: Section, width: int) -> Fields:
         return {"latents": 0}
     p = c.section("perceiver_config", PERCEIVER)
     return {
-        "latents": p["resampler_n_latents"],
-        "layers": p["resampler_depth"],
-        "heads": p["resampler_n_heads"],
-        "head_width": p["resampler_head_dim"],
+        **read(p, RESAMPLER),
         "feed_forward": 4 * width,
         "activation": "relu",
         "frames": 0,
@@ -195,31 +147,18 @@ def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
     The token embeddings that it adds to Llama's become rows below them.
     """
     model = config["model"]
-    tables, added = ["model.embed_tokens.weight"], "model.embed_tokens.additional_embedding.weight"
-    scores, added_scores = ["lm_head.weight"], "lm_head.additional_fc.weight"
+    tables, scores = ["model.embed_tokens.weight"], ["lm_head.weight"]
+    added = "model.embed_tokens.additional_embedding.weight"
     if added in names:
-        tables, scores = [*tables, added], [*scores, added_scores]
-    rows = padded_rows(model["modalities"]["text"]["vocabulary"], multiple=VOCABULARY_MULTIPLE)
-    entries = [
-        Entry(tuple(tables), ("embedders_text/tokens",), rows),
+        tables, scores = [*tables, added], [*scores, "lm_head.additional_fc.weight"]
+    entries, copies = vocabulary(model, tables, scores)
+    entries += [
         *blocks("model.layers.{layer}", "transformer", LLAMA_BLOCK, main_options(model)),
         *norm("model.norm", "transformer/norm", "rms"),
         *_cross(model),
-        *class_token_patches("model.vision_model", config),
-        *norm("model.vision_model.pre_layrnorm", "embedders_image/norm"),
-        *blocks(
-            "model.vision_model.encoder.layers.{layer}",
-            "towers_image",
-            CLIP_BLOCK,
-            tower_options(model),
-        ),
+        *clip_tower(config, "model.vision_model"),
         *_resampler(model["resampler"]),
     ]
-    copies = {}
-    if model["modalities"]["text"]["head"] == "own":
-        entries.append(Entry(tuple(scores), ("embedders_text/scores",), rows))
-    else:
-        copies = dict(zip(scores, tables, strict=True))
     ignored = {
         **POSITION_IDS,
         **ROTARY_BUFFERS,
@@ -234,11 +173,10 @@ def _cross(model: Mapping[str, Any]) -> list[Entry]:
     """Returns the entries of the gated cross-attention layers, whose projections have no bias."""
     o = main_options(model)
     channel = o.cross.shape == "channel"
-    gate = reshaped((1, 1, o.width), (o.width,)) if channel else reshaped((1,), (1,))
+    gate = rearranged("1 1 d" if channel else "1", "d" if channel else "1")
     ours = {name: f"attention/{name}" for name in PROJECTIONS}
-    bare = replace(o, query_bias=False, output_bias=False)
     layer = [
-        *attention(CROSS_MODULES, ours, bare),
+        *attention(CROSS_MODULES, ours, o.head_dim),
         *norm("input_layernorm", "attention_norm", o.norm),
         *norm("post_attention_layernorm", "feed_forward_norm", o.norm),
         line("alpha_cross_attn", "attention_gate", gate),
@@ -259,13 +197,11 @@ def _resampler(fields: Mapping[str, Any]) -> list[Entry]:
     if not fields["latents"]:
         return []
     theirs, ours = "model.perceiver_resampler", "resamplers_image"
-    heads, width = fields["heads"], fields["head_width"]
     at, after = "attention_{layer}", "feed_forward"
+    modules = {name: f"0.{name[0]}_proj" for name in PROJECTIONS} | {"output": "0.output_proj"}
+    paths = {name: f"{at}/{name}" for name in PROJECTIONS}
     block = [
-        line("0.q_proj.weight", f"{at}/query/kernel", into_heads(heads, width)),
-        line("0.k_proj.weight", f"{at}/key/kernel", into_heads(heads, width)),
-        line("0.v_proj.weight", f"{at}/value/kernel", into_heads(heads, width)),
-        line("0.output_proj.weight", f"{at}/output/kernel", out_of_heads(heads, width)),
+        *attention(modules, paths, fields["head_width"]),
         *norm("0.context_layer_norm", f"{at}/features_norm"),
         *norm("0.latents_layer_norm", f"{at}/latents_norm"),
         *norm("1.ln", f"{after}_norm_{{layer}}"),

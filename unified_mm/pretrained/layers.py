@@ -1,47 +1,26 @@
-"""Table entries that families share: linear layers, norms, attention, transformer blocks."""
+"""Table entries that families share: layers, attention, blocks, embeddings, image towers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from unified_mm.modalities.text import VOCABULARY_MULTIPLE
 from unified_mm.nn.options import GateOptions, TransformerOptions
 from unified_mm.pretrained.tables import (
     SAME,
     TRANSPOSED,
     Entry,
     Transform,
-    into_heads,
-    out_of_heads,
+    first_and_grid,
+    packed,
+    padded_rows,
+    rearranged,
     repeated,
-    reshaped,
 )
 
-# What they call an activation -> what we call it.
-ACTIVATIONS = {
-    "gelu": "gelu_exact",
-    "gelu_new": "gelu",
-    "gelu_pytorch_tanh": "gelu",
-    "quick_gelu": "quick_gelu",
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-}
-
-
-def activation(section: Any, key: str) -> str:
-    """Returns our name for the activation at `key`.
-
-    Raises:
-      ValueError: if the activation is none of `ACTIVATIONS`; the message names it.
-    """
-    name = section[key]
-    if name not in ACTIVATIONS:
-        raise ValueError(
-            f"{section.where}: {key}={name!r} is none of {', '.join(sorted(ACTIVATIONS))}"
-        )
-    return ACTIVATIONS[name]
+POSITION_IDS = {r"(.*\.)?embeddings\.position_ids": "the numbers 0, 1, 2 ..., not learned"}
 
 
 def main_options(model: Mapping[str, Any]) -> TransformerOptions:
@@ -65,9 +44,9 @@ def line(theirs: str, ours: str, transform: Transform = SAME) -> Entry:
     return Entry((theirs,), (ours,), transform)
 
 
-def dense(theirs: str, ours: str, bias: bool) -> list[Entry]:
+def dense(theirs: str, ours: str, bias: bool, kernel: Transform = TRANSPOSED) -> list[Entry]:
     """Returns the entries of a linear layer without heads."""
-    found = [line(f"{theirs}.weight", f"{ours}/kernel", TRANSPOSED)]
+    found = [line(f"{theirs}.weight", f"{ours}/kernel", kernel)]
     return found + [line(f"{theirs}.bias", f"{ours}/bias")] * bias
 
 
@@ -78,32 +57,37 @@ def norm(theirs: str, ours: str, kind: str = "layer") -> list[Entry]:
 
 
 def attention(
-    theirs: Mapping[str, str], ours: Mapping[str, str], options: TransformerOptions
+    theirs: Mapping[str, str],
+    ours: Mapping[str, str],
+    width: int,
+    *,
+    query_bias: bool = False,
+    output_bias: bool = False,
 ) -> list[Entry]:
     """Returns the entries of the four projections of attention.
 
     Args:
-      theirs: names of their modules, by 'query', 'key', 'value' and 'output'.
-      ours: paths of our modules, by the same keys.
-      options: options of the stack: heads, their width, and which projections have a bias.
+      theirs: names of their modules, by 'query', 'key', 'value' and 'output'. Where one tensor
+        holds queries, keys and values one below the other, 'packed' is what its names begin with.
+      ours: paths of our modules, by the first four keys.
+      width: A, the width of a head.
+      query_bias: whether queries, keys and values have biases.
+      output_bias: whether the output has a bias.
     """
-    found = []
-    for name, heads in (
-        ("query", options.heads),
-        ("key", options.num_kv_heads),
-        ("value", options.num_kv_heads),
-    ):
-        width = options.head_dim
-        found.append(
-            line(f"{theirs[name]}.weight", f"{ours[name]}/kernel", into_heads(heads, width))
-        )
-        if options.query_bias:
-            shape = reshaped((heads * width,), (heads, width))
-            found.append(line(f"{theirs[name]}.bias", f"{ours[name]}/bias", shape))
-    turned = out_of_heads(options.heads, options.head_dim)
-    found.append(line(f"{theirs['output']}.weight", f"{ours['output']}/kernel", turned))
-    if options.output_bias:
-        found.append(line(f"{theirs['output']}.bias", f"{ours['output']}/bias"))
+    turned = rearranged("d (heads width)", "heads width d", width=width)
+    found = dense(theirs["output"], ours["output"], output_bias, turned)
+    *inputs, _ = PROJECTIONS
+    leaves = {"weight": "kernel", "bias": "bias"} if query_bias else {"weight": "kernel"}
+    for kind, leaf in leaves.items():
+        more = " d" if leaf == "kernel" else ""
+        if "packed" in theirs:
+            sizes = {"parts": len(inputs), "width": width}
+            apart = packed(f"(parts heads width){more}", f"parts{more} heads width", **sizes)
+            paths = tuple(f"{ours[name]}/{leaf}" for name in inputs)
+            found.append(Entry((f"{theirs['packed']}{kind}",), paths, apart))
+            continue
+        heads = rearranged(f"(heads width){more}", f"{more} heads width", width=width)
+        found += [line(f"{theirs[name]}.{kind}", f"{ours[name]}/{leaf}", heads) for name in inputs]
     return found
 
 
@@ -119,17 +103,84 @@ def blocks(
     Args:
       theirs: prefix of one of their layers, with `{layer}` for its number.
       ours: prefix of our stack.
-      names: their module for each of 'query', 'key', 'value', 'output', 'attention_norm',
-        'feed_forward_norm', 'up', 'down', and 'gate' where the feed-forward has one.
+      names: their module for each of 'query', 'key', 'value' and 'output', or as `attention` takes
+        them, 'attention_norm', 'feed_forward_norm', 'up', 'down', and 'gate' where the
+        feed-forward has one.
       options: options of the stack.
     """
-    found = attention(names, OUR_ATTENTION, options)
+    biases = {"query_bias": options.query_bias, "output_bias": options.output_bias}
+    found = attention(names, OUR_ATTENTION, options.head_dim, **biases)
     for place in ("attention_norm", "feed_forward_norm"):
         found += norm(names[place], place, options.norm)
     for place in ("up", "down", *(["gate"] if options.gated_feed_forward else [])):
         found += dense(names[place], f"feed_forward/mlp/shared/{place}", options.feed_forward_bias)
     per_period = options.blocks_per_period
     return repeated(found, theirs, f"{ours}/layers/block_{{block}}", options.layers, per_period)
+
+
+def vocabulary(
+    model: Mapping[str, Any], tokens: Sequence[str], scores: Sequence[str] = ()
+) -> tuple[list[Entry], dict[str, str]]:
+    """Returns the entries of the token embeddings, and the tensors that are copies of others.
+
+    Args:
+      model: `config.model`.
+      tokens: names of their tables of embeddings, which become one.
+      scores: names of the tables that score the next token, which may be the same ones.
+    """
+    text = model["modalities"]["text"]
+    rows = padded_rows(text["vocabulary"], multiple=VOCABULARY_MULTIPLE)
+    entries = [Entry(tuple(tokens), ("embedders_text/tokens",), rows)]
+    if scores and text["head"] == "own":
+        return [*entries, Entry(tuple(scores), ("embedders_text/scores",), rows)], {}
+    return entries, dict(zip(scores, tokens, strict=False))
+
+
+def patches(
+    config: Mapping[str, Any], convolution: str, positions: str, class_token: str, batch: str = ""
+) -> list[Entry]:
+    """Returns the entries of the embeddings of images.
+
+    Args:
+      config: the whole config of the run; it says which of these parameters there are.
+      convolution: name of the module that makes patches tokens.
+      positions: name of the tensor of positions.
+      class_token: name of the tensor of the class token, if there is one.
+      batch: axes before those of these two tensors, as einops takes them: '1 '.
+    """
+    image, ours = config["model"]["modalities"]["image"], "embedders_image"
+    side = config["data"]["image_size"] // image["patch"]
+    pixels = rearranged(
+        "d channels rows columns", "(rows columns channels) d", rows=image["patch"], channels=3
+    )
+    found = dense(convolution, f"{ours}/patches", image["bias"], pixels)
+    if not image["class_token"]:
+        grid = rearranged(f"{batch}(rows columns) d", "rows columns d", rows=side, columns=side)
+        return [*found, line(positions, f"{ours}/positions", grid)]
+    paths = (f"{ours}/class_position", f"{ours}/positions")
+    return [
+        *found,
+        line(class_token, f"{ours}/class_token", rearranged(f"{batch}{batch}d", "d")),
+        Entry((positions,), paths, first_and_grid(side, f"{batch}tokens d")),
+    ]
+
+
+def clip_tower(config: Mapping[str, Any], theirs: str) -> list[Entry]:
+    """Returns the entries of the image tower of CLIP and of those built like it."""
+    options = tower_options(config["model"])
+    before = f"{theirs}.embeddings"
+    found = patches(
+        config,
+        f"{before}.patch_embedding",
+        f"{before}.position_embedding.weight",
+        f"{before}.class_embedding",
+    )
+    if config["model"]["modalities"]["image"]["norm"]:
+        found += norm(f"{theirs}.pre_layrnorm", "embedders_image/norm")
+    found += blocks(f"{theirs}.encoder.layers.{{layer}}", "towers_image", CLIP_BLOCK, options)
+    if options.final_norm:
+        found += norm(f"{theirs}.post_layernorm", "towers_image/norm")
+    return found
 
 
 # Blocks of CLIP, SigLIP and the vision model of IDEFICS.

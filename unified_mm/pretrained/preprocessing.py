@@ -32,21 +32,21 @@ class Preprocessing:
     std: tuple[float, float, float] = HALF
 
 
-def image_fields(source: Source, size: int, usual: Preprocessing) -> tuple[dict, dict]:
+def image_fields(source: Source, vision: Section, usual: Preprocessing) -> tuple[dict, dict]:
     """Returns the fields of `config.data` and of `config.model.modalities.image`.
 
     Args:
       source: directory that may hold a preprocessor_config.json, or a processor_config.json with
         the same inside; without either, `usual` holds.
-      size: side of the images that the model takes, in pixels.
+      vision: the image tower's section of config.json: side and colours of the images it takes.
       usual: the usual preprocessing of the family.
 
     Raises:
-      ValueError: if the preprocessing is not supported; the message names file and key.
+      ValueError: if the images or their preprocessing are not supported; the message names file
+        and key.
     """
-    section = _section(source)
-    if section is None:
-        section = Section("", {}, {})
+    vision.refuse_unless("num_channels", 3, why="pictures have three colours here")
+    section, size = _section(source), vision["image_size"]
     for key in ("do_resize", "do_rescale", "do_normalize"):
         section.refuse_unless(key, True, None, why="pictures are resized and normalised here")
     factor = section.get("rescale_factor", 1 / 255)
@@ -67,7 +67,7 @@ def image_fields(source: Source, size: int, usual: Preprocessing) -> tuple[dict,
     return data, embedding
 
 
-def written(config: Mapping[str, Any]) -> dict[str, Any]:
+def preprocessor_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the contents of preprocessor_config.json for a run's config."""
     size = config["data"]["image_size"]
     image = config["model"]["modalities"]["image"]
@@ -88,13 +88,13 @@ def written(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _section(source: Source) -> Section | None:
+def _section(source: Source) -> Section:
     for name in FILES:
         found = source.json(name)
         if found is not None:
             found = found.get("image_processor", found)
             return Section(str(source.path / name), found, {})
-    return None
+    return Section("", {}, {})
 
 
 def _fit(section: Section, size: int, usual: str) -> str:

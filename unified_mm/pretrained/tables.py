@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from einops import EinopsError, rearrange
 
 Array = np.ndarray
 Arrays = tuple[Array, ...]
@@ -192,7 +193,7 @@ def _fitted(
     try:
         made = transform.to_ours(*arrays)
         fits = [array.shape for array in made] == list(shapes)
-    except ValueError:  # NumPy's, of a reshape that cannot be
+    except (ValueError, EinopsError):  # of a reshape that cannot be
         fits = False
     if not fits:
         there = ", ".join(
@@ -215,9 +216,9 @@ def _passed_over(
                 raise ValueError(
                     f"{where}: {name} differs from {other}, though config.json ties them"
                 )
-            reasons.setdefault(f"the same as {other}", []).append(name)
-            continue
-        reason = next((r for p, r in table.ignored.items() if re.fullmatch(p, name)), None)
+            reason: str | None = f"the same as {other}"
+        else:
+            reason = next((r for p, r in table.ignored.items() if re.fullmatch(p, name)), None)
         if reason is None:
             unplaced.append(name)
         else:
@@ -235,86 +236,49 @@ def _some(names: Sequence[str], most: int = 5) -> str:
 # Transforms. Their kernels are (out, in) as torch keeps them; ours are [in, out].
 
 
-def reshaped(theirs: Sequence[int], ours: Sequence[int]) -> Transform:
-    """Returns the transform from shape `theirs` to shape `ours`, numbers in the same order."""
-    return Transform(lambda x: (_exactly(x, theirs).reshape(ours),), lambda x: (x.reshape(theirs),))
+def rearranged(theirs: str, ours: str, **sizes: int) -> Transform:
+    """Returns the transform between two layouts of one array, written as einops takes them."""
+    return Transform(
+        lambda x: (rearrange(x, f"{theirs} -> {ours}", **sizes),),
+        lambda x: (rearrange(x, f"{ours} -> {theirs}", **sizes),),
+    )
 
 
-def _exactly(x: Array, shape: Sequence[int]) -> Array:
-    if x.shape != tuple(shape):
-        raise ValueError(f"shape {x.shape} is not {tuple(shape)}")
-    return x
+def packed(theirs: str, ours: str, **sizes: int) -> Transform:
+    """Returns the transform of one tensor into several parameters, the first axis of `ours`."""
+    return Transform(
+        lambda x: tuple(rearrange(x, f"{theirs} -> {ours}", **sizes)),
+        lambda *parts: (rearrange(np.stack(parts), f"{ours} -> {theirs}", **sizes),),
+    )
 
 
 SAME = Transform(lambda x: (x,), lambda x: (x,))
-TRANSPOSED = Transform(lambda x: (x.T,), lambda x: (x.T,))
-SCALAR = reshaped((1,), ())
+TRANSPOSED = rearranged("outputs inputs", "inputs outputs")
+SCALAR = rearranged("1", "")
 
 
-def into_heads(heads: int, width: int) -> Transform:
-    """Returns the transform (H A, D) -> [D, H, A]."""
+def transposed_first(transform: Transform) -> Transform:
+    """Returns the transform of a kernel that is (in, out) there already."""
+    back = transform.to_theirs
+    assert back is not None
     return Transform(
-        lambda x: (x.T.reshape(-1, heads, width),),
-        lambda x: (x.reshape(-1, heads * width).T,),
+        lambda x: transform.to_ours(x.T), lambda *parts: tuple(x.T for x in back(*parts))
     )
 
 
-def out_of_heads(heads: int, width: int) -> Transform:
-    """Returns the transform (D, H A) -> [H, A, D]."""
-    return Transform(
-        lambda x: (x.T.reshape(heads, width, -1),),
-        lambda x: (x.reshape(heads * width, -1).T,),
-    )
-
-
-def packed(parts: int, axis: int, each: Transform) -> Transform:
-    """Returns the transform of one tensor into `parts` parameters, each transformed by `each`.
-
-    In their tensor these are equal parts side by side along `axis`.
-    """
-
-    def apart(x: Array) -> Arrays:
-        return tuple(each.to_ours(part)[0] for part in np.split(x, parts, axis))
-
-    def together(*arrays: Array) -> Arrays:
-        assert each.to_theirs is not None
-        return (np.concatenate([each.to_theirs(x)[0] for x in arrays], axis),)
-
-    return Transform(apart, together)
-
-
-def patches(size: int, channels: int = 3) -> Transform:
-    """Returns the transform (D, channels, size, size) -> [size size channels, D].
-
-    It makes a convolution the kernel of our patches: pixels by row, column and channel.
-    """
-    return Transform(
-        lambda x: (x.transpose(2, 3, 1, 0).reshape(size * size * channels, -1),),
-        lambda x: (x.reshape(size, size, channels, -1).transpose(3, 2, 0, 1),),
-    )
-
-
-def grid(side: int) -> Transform:
-    """Returns the transform (P, D) -> [side, side, D] of positions of patches, row by row."""
-    return Transform(
-        lambda x: (x.reshape(side, side, x.shape[-1]),), lambda x: (x.reshape(-1, x.shape[-1]),)
-    )
-
-
-def first_and_grid(side: int, leading: tuple[int, ...] = ()) -> Transform:
-    """Returns the transform (*leading, 1 + P, D) -> [D], [side, side, D].
+def first_and_grid(side: int, theirs: str) -> Transform:
+    """Returns the transform of positions, `theirs` of tokens and D, into [D], [side, side, D].
 
     The positions are those of the class token and of the patches, row by row.
     """
 
     def apart(x: Array) -> Arrays:
-        width = x.shape[-1]
-        rows = x.reshape(-1, width)
-        return rows[0], rows[1:].reshape(side, side, width)
+        first, *rest = rearrange(x, f"{theirs} -> tokens d")
+        return first, np.reshape(rest, (side, side, -1))
 
     def together(first: Array, rest: Array) -> Arrays:
         rows = np.concatenate([first[None], rest.reshape(-1, len(first))])
-        return (rows.reshape(*leading, *rows.shape),)
+        return (rearrange(rows, f"tokens d -> {theirs}"),)
 
     return Transform(apart, together)
 
@@ -328,16 +292,13 @@ def padded_rows(total: int, *, multiple: int) -> Transform:
 
     def join(*tables: Array) -> Arrays:
         whole = np.concatenate(tables)
-        room = np.zeros((-total % multiple, whole.shape[1]), np.float32)
-        return (np.concatenate([_exactly(whole, (total, whole.shape[1])), room]),)
+        if len(whole) != total:
+            raise ValueError(f"{len(whole)} rows are not {total}")
+        return (np.pad(whole, ((0, -total % multiple), (0, 0))),)
 
     return Transform(join, lambda table: (table[:total],))
 
 
 def row(number: int) -> Transform:
     """Returns the transform that takes one row of a table; there is no way back."""
-
-    def pick(table: Array) -> Arrays:
-        return (table[number],)
-
-    return Transform(pick, None)
+    return Transform(lambda table: (table[number],), None)

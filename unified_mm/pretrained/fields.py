@@ -1,0 +1,90 @@
+"""Fields of a run's config that their config.json has under other names, read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from unified_mm.pretrained.source import Section
+
+Fields = dict[str, Any]  # of a run's config, nested
+Keys = Mapping[str, str]  # our field -> their key
+
+LONGEST = 512  # tokens of a text in a language model's config; it may know more positions
+# The sizes that most families have where config.json does not say them.
+BASE = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+STACK = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "feed_forward": "intermediate_size",
+    "norm_epsilon": "layer_norm_eps",
+    "activation": "hidden_act",
+}
+TEXT = {
+    "vocabulary": "vocab_size",
+    "max_positions": "max_position_embeddings",
+    "head": "tie_word_embeddings",
+}
+# What they call an activation -> what we call it. Of several names, the first is written.
+ACTIVATIONS = {
+    "gelu": "gelu_exact",
+    "gelu_new": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
+
+
+def read(section: Section, keys: Keys) -> Fields:
+    """Returns our fields, read from their keys in a section of config.json.
+
+    Raises:
+      ValueError: if an activation is none of `ACTIVATIONS`; the message names it.
+    """
+    found = {ours: section[theirs] for ours, theirs in keys.items()}
+    if "activation" in keys:
+        known = ", ".join(sorted(ACTIVATIONS))
+        section.refuse_unless(keys["activation"], *ACTIVATIONS, why=f"it is none of {known}")
+        found["activation"] = ACTIVATIONS[found["activation"]]
+    if "head" in keys:
+        found["head"] = "tied" if found["head"] else "own"
+    return found
+
+
+def written(fields: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
+    """Returns their keys with the values of our fields, the reverse of `read`."""
+    found = {theirs: fields[ours] for ours, theirs in keys.items()}
+    if "activation" in keys:
+        found[keys["activation"]] = next(
+            theirs for theirs, ours in ACTIVATIONS.items() if ours == fields["activation"]
+        )
+    if "head" in keys:
+        found[keys["head"]] = fields["head"] == "tied"
+    return found
+
+
+def text_fields(**more: Any) -> Fields:
+    """Returns `more` with the usual text fields: neither scaling nor a modality embedding."""
+    return {"modality_embedding": False, "scaled": False, **more}
+
+
+def language_text(section: Section, keys: Keys, **more: Any) -> Fields:
+    """Returns the fields of the text that a language model writes, with `more`."""
+    fields = read(section, keys)
+    return text_fields(length=min(fields["max_positions"], LONGEST), **fields, **more)
+
+
+def language_model(stack: Fields, text: Fields) -> Fields:
+    """Returns the fields of a model of texts alone."""
+    return {
+        "model": {"fusion": "early", **stack, "modalities": {"text": text}},
+        "objectives": {"captioning": {"weight": 1.0, "rule": "separate"}},
+    }
