@@ -37,10 +37,10 @@ def test_write_refuses_what_json_cannot_hold(tmp_path):
 def test_read_errors_name_file_and_place(tmp_path):
     path = tmp_path / "broken.json"
     path.write_text('{"a": 1,\n "b": }')
-    with pytest.raises(ValueError, match=r"broken\.json, line 2, column 7"):
+    with pytest.raises(ValueError, match=r"broken\.json: not JSON at line 2, column 7"):
         read_json(path)
     path.write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(ValueError, match=r"broken\.json, byte 7"):
+    with pytest.raises(ValueError, match=r"broken\.json: not UTF-8 at byte 7"):
         read_json(path)
 
 

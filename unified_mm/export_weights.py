@@ -17,9 +17,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 
 from unified_mm.cli.flags import parse
 from unified_mm.cli.messages import end_with, say
@@ -27,7 +27,6 @@ from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.files import new_folder, refuse_existing, user_path, write_json
 from unified_mm.import_weights import run_config
 from unified_mm.nn.options import TransformerOptions
-from unified_mm.parallel.sharding import path_of
 from unified_mm.pretrained.families import FAMILIES
 from unified_mm.pretrained.family import Family
 from unified_mm.pretrained.source import WEIGHTS, Source
@@ -60,10 +59,7 @@ def export(
 def _write(
     config: Mapping[str, Any], params: Any, tokenizer: TextTokenizer, folder: Path
 ) -> Family:
-    ours = {
-        path_of(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    ours = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     family = family_that_fits(config, tokenizer, folder)
     tensors = to_theirs(family.table(config, frozenset()), ours)
     tokenizer.save(folder / "tokenizer.json")
@@ -123,7 +119,7 @@ def differing(
     one: Mapping[str, Any], other: Mapping[str, Any], prefixes: Sequence[str]
 ) -> list[str]:
     """Returns the dotted fields under the prefixes in which two configs' models differ."""
-    left, right = _flat(said_of_model(one)), _flat(said_of_model(other))
+    left, right = (flatten_dict(said_of_model(each), sep=".") for each in (one, other))
     return [
         name
         for name in sorted(left.keys() | right.keys())
@@ -152,16 +148,6 @@ def _kind(options: TransformerOptions) -> dict[str, Any]:
     names = [each.name for each in fields(options) if each.name not in (*FREE, "cross")]
     said = {name: getattr(options, name) for name in names}
     return said | {"key_value_heads": options.num_kv_heads, "head_width": options.head_dim}
-
-
-def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        if isinstance(item, Mapping):
-            flat |= _flat(item, f"{before}{name}.")
-        else:
-            flat[before + name] = item
-    return flat
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -73,14 +74,37 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"there is no file {path}") from error
     try:
-        return json.loads(content.decode())
+        return parse_json(content, str(path))
     except json.JSONDecodeError as error:
-        where = f"{path}, line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{where}: not JSON: {error.msg}") from error
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{path}: not JSON at {place}: {error.msg}") from error
+
+
+def parse_json(content: bytes, place: str) -> Any:
+    """Returns the value that JSON in UTF-8 holds.
+
+    Args:
+      content: the bytes of the JSON.
+      place: what error messages begin with.
+
+    Raises:
+      json.JSONDecodeError: if the content is not JSON; the caller adds `place` to the message.
+      ValueError: if the content is not UTF-8, is nested too deeply, or has a number that is too
+        long.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{place}: is UTF-16: save it as UTF-8")
+    try:
+        return json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, byte {error.start}: not UTF-8: {error.reason}") from error
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: not JSON that can be read: {error}") from error
+        message = f"{place}: not UTF-8 at byte {error.start}: save it as UTF-8"
+        raise ValueError(message) from error
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise ValueError(f"{place}: is nested too deeply to be read") from error
+    except ValueError as error:  # the interpreter's limit
+        raise ValueError(f"{place}: holds a number of too many digits to be read") from error
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unified_mm.cli.flags import parse
 from unified_mm.cli.messages import end_with, say
-from unified_mm.config import Config
+from unified_mm.config import Config, set_field
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import default_config
 from unified_mm.files import new_folder, refuse_existing, write_json
-from unified_mm.parallel.sharding import path_of, without_names
+from unified_mm.parallel.sharding import without_names
 from unified_mm.pretrained.families import family_of
 from unified_mm.pretrained.family import Family, Part
 from unified_mm.pretrained.source import Source
@@ -76,7 +76,8 @@ def import_directory(directory: str | os.PathLike[str]) -> Imported:
         table = family.table(config, source.names)
         where = str(source.path)
         found, ignored = to_ours(table, source.names, source.tensor, places, where)
-    return Imported(config, _tree(found), tokenizer, family.part, family.name, ignored)
+    params = unflatten_dict(found, sep="/")
+    return Imported(config, params, tokenizer, family.part, family.name, ignored)
 
 
 def run_config(family: Family, source: Source, tokenizer: TextTokenizer | None) -> dict[str, Any]:
@@ -86,13 +87,15 @@ def run_config(family: Family, source: Source, tokenizer: TextTokenizer | None) 
       ValueError: if the tokenizer has more tokens than there are embeddings.
     """
     fields = family.fields(source)
-    config = default_config().to_dict()
-    usual = config["model"]["modalities"]
+    chosen = default_config()
+    usual = chosen.model.modalities.to_dict()
     asked = fields["model"].pop("modalities")
-    config["model"]["modalities"] = {name: usual[name] | more for name, more in asked.items()}
-    for objective in config["objectives"].values():
-        objective["weight"] = 0.0
-    _update(config, fields)
+    chosen.model.modalities = {name: usual[name] | more for name, more in asked.items()}
+    for objective in chosen.objectives.values():
+        objective.weight = 0.0
+    for field, value in flatten_dict(fields, sep=".").items():
+        set_field(chosen, field, value)
+    config = chosen.to_dict()
     if tokenizer is not None:
         config["data"]["special_tokens"] = dict(tokenizer.special_tokens)
         known, rows = tokenizer.vocabulary_size, asked["text"]["vocabulary"]
@@ -126,10 +129,7 @@ def parameter_shapes(
     # An image tower stands beside a text model that is yet to be chosen: any will do here.
     task = build_task(Config(config), tokenizer or TextTokenizer.train([], 260))
     shapes = without_names(jax.eval_shape(task.init, jax.random.key(0)))
-    found = {
-        path_of(path): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
-    }
+    found = {path: tuple(leaf.shape) for path, leaf in flatten_dict(shapes, sep="/").items()}
     if part == "image":
         return {path: shape for path, shape in found.items() if path.startswith(IMAGE_PARTS)}
     return found
@@ -151,26 +151,6 @@ def write_run(imported: Imported, out: str | os.PathLike[str]) -> RunFolder:
         with Checkpoints(run.checkpoints, asynchronous=False) as checkpoints:
             checkpoints.save(0, state, {"step": 0, "imported": imported.config["imported"]})
     return folder
-
-
-def _update(config: dict[str, Any], fields: Mapping[str, Any]) -> None:
-    for name, value in fields.items():
-        if isinstance(value, Mapping):
-            _update(config[name], value)
-        else:
-            assert name in config, name
-            config[name] = value
-
-
-def _tree(by_path: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in by_path.items():
-        *parents, last = path.split("/")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = value
-    return tree
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,12 +1,11 @@
 """JSON from users' files, with errors that give the file and the place in it."""
 
-import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unified_mm.files import naming
+from unified_mm.files import read_json
 
 _NAMES: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
 
@@ -70,48 +69,8 @@ class Node:
 
 
 def read(path: Path) -> Node:
-    """Reads a whole JSON file.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file cannot be read, is not JSON (with line and column), or `parse` fails.
-    """
-    with naming(path):
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"there is no file {path}") from error
-    try:
-        return Node(path, "", parse(content, str(path)))
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{path}: not JSON at {place}: {error.msg}") from error
-
-
-def parse(content: bytes, place: str) -> Any:
-    """Returns the value that JSON in UTF-8 holds.
-
-    Args:
-      content: the bytes of the JSON.
-      place: what error messages begin with.
-
-    Raises:
-      json.JSONDecodeError: the content is not JSON; the caller adds `place` to the message.
-      ValueError: the content is not UTF-8, is nested too deeply, or has a number that is too long.
-    """
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{place}: is UTF-16: save it as UTF-8")
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        message = f"{place}: not UTF-8 at byte {error.start}: save it as UTF-8"
-        raise ValueError(message) from error
-    except json.JSONDecodeError:
-        raise
-    except RecursionError as error:
-        raise ValueError(f"{place}: is nested too deeply to be read") from error
-    except ValueError as error:  # the interpreter's limit
-        raise ValueError(f"{place}: holds a number of too many digits to be read") from error
+    """Reads a whole JSON file, as `files.read_json` does."""
+    return Node(path, "", read_json(path))
 
 
 def _shown(value: Any) -> str:

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from unified_mm.data import checked_json, coco
+from unified_mm.data import coco
 from unified_mm.data.checked_json import Node
 from unified_mm.data.manifest import Stats, image_faults, problem_counts, refuse_bad
 from unified_mm.data.records import Image, Problem, Text
-from unified_mm.files import naming, user_path
+from unified_mm.files import naming, parse_json, user_path
 
 MARKER = "<image>"  # where an image lies in the text of the first form
 
@@ -153,7 +153,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Document]]:
 def _node(place: str, line: bytes) -> Node:
     """Returns the value on a line; errors begin with `place`, the file and the line number."""
     try:
-        value = checked_json.parse(line.rstrip(), place)
+        value = parse_json(line.rstrip(), place)
         json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError(f"{place}: is nested too deeply to be read") from error

@@ -51,8 +51,10 @@ def read(section: Section, keys: Keys) -> Fields:
     """
     found = {ours: section[theirs] for ours, theirs in keys.items()}
     if "activation" in keys:
-        known = ", ".join(sorted(ACTIVATIONS))
-        section.refuse_unless(keys["activation"], *ACTIVATIONS, why=f"it is none of {known}")
+        if found["activation"] not in ACTIVATIONS:
+            said = f"{keys['activation']}={found['activation']!r}"
+            known = ", ".join(sorted(ACTIVATIONS))
+            raise ValueError(f"{section.where}: {said} is none of {known}")
         found["activation"] = ACTIVATIONS[found["activation"]]
     if "head" in keys:
         found["head"] = "tied" if found["head"] else "own"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,14 @@ import numpy as np
 import safetensors
 from jaxtyping import Float
 
+from unified_mm.files import read_json
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 
-class Section(Mapping[str, Any]):
+class Section(dict[str, Any]):
     """One object of a JSON file, with its library's defaults for the keys that it lacks.
 
     Attributes:
@@ -27,37 +28,20 @@ class Section(Mapping[str, Any]):
     """
 
     def __init__(self, where: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        super().__init__({**defaults, **values})
         self.where = where
-        self._defaults = defaults
-        self._values = {**defaults, **values}
 
-    def __getitem__(self, key: str) -> Any:
-        if key not in self._values:
-            raise ValueError(f"{self.where} has no {key!r}")
-        return self._values[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._values
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Returns the value, or `default` where neither the file nor its library has one."""
-        return self._values.get(key, default)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"{self.where} has no {key!r}")
 
     def section(self, key: str, defaults: Mapping[str, Any]) -> Section:
         """Returns the object at `key`, with only the defaults where it is not there."""
-        return Section(f"{self.where}: {key}", self._values.get(key) or {}, defaults)
+        return Section(f"{self.where}: {key}", self.get(key) or {}, defaults)
 
     def refuse_unless(self, key: str, *allowed: Any, why: str) -> None:
         """Raises ValueError, naming the key, where it has a value that is none of `allowed`."""
-        if key in self._values and self._values[key] not in allowed:
-            value = self._values[key]
-            raise ValueError(f"{self.where}: {key}={value!r} cannot be read here: {why}")
+        if key in self and self[key] not in allowed:
+            raise ValueError(f"{self.where}: {key}={self[key]!r} cannot be read here: {why}")
 
 
 class Source:
@@ -111,10 +95,7 @@ class Source:
         path = self.path / name
         if not path.is_file():
             return None
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # what is no JSON, and what is no UTF-8
-            raise ValueError(f"{path}: not JSON: {error}") from error
+        found = read_json(path)
         if not isinstance(found, kind):
             raise ValueError(f"{path}: holds no JSON {'object' if kind is dict else kind.__name__}")
         return found
