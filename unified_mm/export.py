@@ -12,7 +12,6 @@ needs only jax and numpy.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import os
@@ -27,7 +26,7 @@ import numpy as np
 
 from unified_mm.cli.flags import parse
 from unified_mm.cli.messages import end_with, say
-from unified_mm.files import new_folder, refuse_existing, user_path, write_json
+from unified_mm.files import new_folder, refuse_existing, sha256, user_path, write_json
 from unified_mm.inference import exported
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.programs import IMAGE, Program, programs
@@ -105,7 +104,10 @@ def _write(
         "parameters": [_shape(x, name=name) for name, x in leaves],
         "image": _preprocessing(model),
         "text": _text(model, prompt, room),
-        "files": {path.name: _file(path) for path in sorted(folder.iterdir())},
+        "files": {
+            path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
+            for path in sorted(folder.iterdir())
+        },
     }
     whole = {"manifest": manifest, "sha256": exported.digest(manifest)}
     write_json(folder / exported.MANIFEST, whole)
@@ -126,12 +128,6 @@ def _shape(array: Any, **more: str) -> dict[str, Any]:
     """Returns the dtype and shape of an array for JSON; a symbolic size is given by its name."""
     sizes = [size if isinstance(size, int) else str(size) for size in array.shape]
     return {**more, "dtype": array.dtype.name, "shape": sizes}
-
-
-def _file(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"sha256": found, "bytes": path.stat().st_size}
 
 
 def _preprocessing(model: LoadedModel) -> Mapping[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -105,6 +106,12 @@ def parse_json(content: bytes, place: str) -> Any:
         raise ValueError(f"{place}: is nested too deeply to be read") from error
     except ValueError as error:  # the interpreter's limit
         raise ValueError(f"{place}: holds a number of too many digits to be read") from error
+
+
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

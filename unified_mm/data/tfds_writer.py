@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -27,7 +26,7 @@ from unified_mm.data.sources import AnnotatedFolder
 from unified_mm.data.tfds_dataset import FILE_FORMAT
 from unified_mm.data.tfds_examples import Options, common_features, serializer, to_example
 from unified_mm.data.tfds_source import PREPARED
-from unified_mm.files import LOCK, hold, naming, read_json, write_atomically, write_json
+from unified_mm.files import LOCK, hold, naming, read_json, sha256, write_atomically, write_json
 
 VERSION = "1.0.0"  # of the dataset, as TFDS wants one
 NOTICE = (
@@ -96,7 +95,7 @@ def _plan(
             )
         _refuse_more(manifest)
     beside = {
-        name: hashlib.sha256(file.read_bytes()).hexdigest()
+        name: sha256(file)
         for split in manifests
         for name, file in coco.files_beside(source.folder, split).items()
     }

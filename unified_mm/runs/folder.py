@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from unified_mm.files import (
     hold,
     is_text,
     read_json,
+    sha256,
     system_says,
     user_path,
     write_json,
@@ -140,13 +140,8 @@ class RunFolder:
         Raises:
           RunFolderError: the file is damaged, or a later version wrote it.
         """
-        return self._with_todays_fields(self.saved_config(), defaults)
-
-    def _with_todays_fields(
-        self, saved: Mapping[str, Any], defaults: Mapping[str, Any]
-    ) -> dict[str, Any]:
         try:
-            return todays_config(saved, defaults)
+            return todays_config(self.saved_config(), defaults)
         except UnknownField as unknown:
             raise RunFolderError(
                 f"{self.config} was written by a later version: this one does not know {unknown}. "
@@ -197,7 +192,7 @@ class RunFolder:
         """Returns the SHA-256 of the tokenizer's file, None where there is none."""
         if not self.tokenizer.is_file():
             return None
-        return hashlib.sha256(self.tokenizer.read_bytes()).hexdigest()
+        return sha256(self.tokenizer)
 
     def check_tokenizer(self, metadata: Mapping[str, Any]) -> None:
         """Checks that the tokenizer is the one that a checkpoint's metadata names.
@@ -266,15 +261,14 @@ class RunFolder:
 
     def _refuse_foreign_folder(self) -> None:
         with _refusing(self.path):
-            self._refuse_foreign()
-
-    def _refuse_foreign(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise RunFolderError(f"{self.path} is a file, not a folder; choose another --workdir")
-        if self.exists or not self.path.exists():
-            return
-        # A process killed in its first moments leaves its lock or a temporary file, no more.
-        foreign = sorted(p.name for p in self.path.iterdir() if not _is_ours(p.name))
+            if self.path.exists() and not self.path.is_dir():
+                raise RunFolderError(
+                    f"{self.path} is a file, not a folder; choose another --workdir"
+                )
+            if self.exists or not self.path.exists():
+                return
+            # A process killed in its first moments leaves its lock or a temporary file, no more.
+            foreign = sorted(p.name for p in self.path.iterdir() if not _is_ours(p.name))
         if foreign:
             raise RunFolderError(
                 f"{self.path} holds files ({', '.join(foreign[:5])}) but no run (no config.json); "

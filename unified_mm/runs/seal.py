@@ -6,7 +6,6 @@ It notices what the values alone cannot: a byte changed in a file that happens n
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree, Shaped, UInt32
 
-from unified_mm.files import write_atomically
+from unified_mm.files import sha256, write_atomically
 
 SEAL = "SHA256SUMS"
 
@@ -48,17 +47,12 @@ def broken_files(folder: Path) -> tuple[str, ...]:
 
 
 def _seal_text(folder: Path) -> str:
-    return "".join(f"{_sha256(folder / name)}  {name}\n" for name in _file_names(folder))
+    return "".join(f"{sha256(folder / name)}  {name}\n" for name in _file_names(folder))
 
 
 def _file_names(folder: Path) -> list[str]:
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in names if name != SEAL and not name.startswith(f".{SEAL}."))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Odd constants without meaning; they only keep the two sums of a leaf independent.
