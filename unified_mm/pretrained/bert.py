@@ -13,6 +13,7 @@ from unified_mm.pretrained.layers import (
     line,
     main_options,
     norm,
+    projections,
     vocabulary,
 )
 from unified_mm.pretrained.source import Section, Source
@@ -26,10 +27,7 @@ DEFAULTS = BASE | {
     "max_position_embeddings": 512,
 }
 BLOCK = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "output": "attention.output.dense",
+    **projections("attention.self.{name}", "attention.output.dense"),
     "attention_norm": "attention.output.LayerNorm",
     "feed_forward_norm": "output.LayerNorm",
     "up": "intermediate.dense",

@@ -10,7 +10,6 @@ from unified_mm.pretrained.fields import BASE, STACK, Fields, read, text_fields,
 from unified_mm.pretrained.layers import (
     CLIP_BLOCK,
     POSITION_IDS,
-    PROJECTIONS,
     attention,
     blocks,
     clip_tower,
@@ -18,6 +17,7 @@ from unified_mm.pretrained.layers import (
     line,
     main_options,
     norm,
+    projections,
     vocabulary,
 )
 from unified_mm.pretrained.preprocessing import (
@@ -189,7 +189,7 @@ def _pooling(config: Mapping[str, Any]) -> list[Entry]:
     head_width = width // config["objectives"]["contrastive"]["pool_heads"]
     theirs, ours = "vision_model.head", f"{CONTRAST}/attend_image"
     modules = {"packed": f"{theirs}.attention.in_proj_", "output": f"{theirs}.attention.out_proj"}
-    paths = {name: f"{ours}/{name}" for name in PROJECTIONS}
+    paths = projections(f"{ours}/{{name}}", f"{ours}/output")
     return [
         line(f"{theirs}.probe", f"{ours}/query_token", rearranged("1 1 d", "1 d")),
         *attention(modules, paths, head_width, query_bias=True, output_bias=True),

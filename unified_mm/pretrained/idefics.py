@@ -11,7 +11,6 @@ from unified_mm.pretrained.fields import STACK, TEXT, Fields, language_text, rea
 from unified_mm.pretrained.layers import (
     LLAMA_BLOCK,
     POSITION_IDS,
-    PROJECTIONS,
     attention,
     blocks,
     clip_tower,
@@ -19,6 +18,7 @@ from unified_mm.pretrained.layers import (
     line,
     main_options,
     norm,
+    projections,
     vocabulary,
 )
 from unified_mm.pretrained.llama import ROTARY_BUFFERS, refuse_windows, stack_fields
@@ -67,7 +67,7 @@ PERCEIVER = {
     "qk_layer_norms_perceiver": False,
 }
 GATE_SHAPES = {"float": "scalar", "vector": "channel"}
-CROSS_MODULES = {name: f"cross_attn.{name[0]}_proj" for name in PROJECTIONS}
+CROSS_MODULES = projections("cross_attn.{letter}_proj", "cross_attn.o_proj")
 RESAMPLER = {
     "latents": "resampler_n_latents",
     "layers": "resampler_depth",
@@ -174,7 +174,7 @@ def _cross(model: Mapping[str, Any]) -> list[Entry]:
     o = main_options(model)
     channel = o.cross.shape == "channel"
     gate = rearranged("1 1 d" if channel else "1", "d" if channel else "1")
-    ours = {name: f"attention/{name}" for name in PROJECTIONS}
+    ours = projections("attention/{name}", "attention/output")
     layer = [
         *attention(CROSS_MODULES, ours, o.head_dim),
         *norm("input_layernorm", "attention_norm", o.norm),
@@ -198,8 +198,8 @@ def _resampler(fields: Mapping[str, Any]) -> list[Entry]:
         return []
     theirs, ours = "model.perceiver_resampler", "resamplers_image"
     at, after = "attention_{layer}", "feed_forward"
-    modules = {name: f"0.{name[0]}_proj" for name in PROJECTIONS} | {"output": "0.output_proj"}
-    paths = {name: f"{at}/{name}" for name in PROJECTIONS}
+    modules = projections("0.{letter}_proj", "0.output_proj")
+    paths = projections("attention_{{layer}}/{name}", f"{at}/output")
     block = [
         *attention(modules, paths, fields["head_width"]),
         *norm("0.context_layer_norm", f"{at}/features_norm"),

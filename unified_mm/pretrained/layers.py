@@ -76,23 +76,34 @@ def attention(
     """
     turned = rearranged("d (heads width)", "heads width d", width=width)
     found = dense(theirs["output"], ours["output"], output_bias, turned)
-    *inputs, _ = PROJECTIONS
     leaves = {"weight": "kernel", "bias": "bias"} if query_bias else {"weight": "kernel"}
     for kind, leaf in leaves.items():
         more = " d" if leaf == "kernel" else ""
         if "packed" in theirs:
-            sizes = {"parts": len(inputs), "width": width}
+            sizes = {"parts": len(INPUTS), "width": width}
             apart = packed(f"(parts heads width){more}", f"parts{more} heads width", **sizes)
-            paths = tuple(f"{ours[name]}/{leaf}" for name in inputs)
+            paths = tuple(f"{ours[name]}/{leaf}" for name in INPUTS)
             found.append(Entry((f"{theirs['packed']}{kind}",), paths, apart))
             continue
         heads = rearranged(f"(heads width){more}", f"{more} heads width", width=width)
-        found += [line(f"{theirs[name]}.{kind}", f"{ours[name]}/{leaf}", heads) for name in inputs]
+        found += [line(f"{theirs[name]}.{kind}", f"{ours[name]}/{leaf}", heads) for name in INPUTS]
     return found
 
 
-PROJECTIONS = ("query", "key", "value", "output")
-OUR_ATTENTION = {name: f"attention/{name}/shared" for name in PROJECTIONS}
+def projections(inputs: str, output: str) -> dict[str, str]:
+    """Returns the names of attention's four modules, by ours.
+
+    Args:
+      inputs: name of those of queries, keys and values, with `{name}` for 'query' and so on, or
+        `{letter}` for 'q'.
+      output: name of the fourth.
+    """
+    found = {name: inputs.format(name=name, letter=name[0]) for name in INPUTS}
+    return {**found, "output": output}
+
+
+INPUTS = ("query", "key", "value")
+OUR_ATTENTION = projections("attention/{name}/shared", "attention/output/shared")
 
 
 def blocks(
@@ -185,10 +196,7 @@ def clip_tower(config: Mapping[str, Any], theirs: str) -> list[Entry]:
 
 # Blocks of CLIP, SigLIP and the vision model of IDEFICS.
 CLIP_BLOCK = {
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "output": "self_attn.out_proj",
+    **projections("self_attn.{letter}_proj", "self_attn.out_proj"),
     "attention_norm": "layer_norm1",
     "feed_forward_norm": "layer_norm2",
     "up": "mlp.fc1",
@@ -196,10 +204,7 @@ CLIP_BLOCK = {
 }
 # Blocks of Llama, Qwen 2 and the language model of IDEFICS.
 LLAMA_BLOCK = {
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "output": "self_attn.o_proj",
+    **projections("self_attn.{letter}_proj", "self_attn.o_proj"),
     "attention_norm": "input_layernorm",
     "feed_forward_norm": "post_attention_layernorm",
     "gate": "mlp.gate_proj",

@@ -7,7 +7,7 @@ from typing import Any
 
 from unified_mm.pretrained.family import Family, prefix
 from unified_mm.pretrained.fields import BASE, STACK, Fields, read
-from unified_mm.pretrained.layers import blocks, norm, patches, tower_options
+from unified_mm.pretrained.layers import blocks, norm, patches, projections, tower_options
 from unified_mm.pretrained.preprocessing import Preprocessing, image_fields
 from unified_mm.pretrained.source import Section, Source
 from unified_mm.pretrained.tables import Table
@@ -21,10 +21,7 @@ DEFAULTS = BASE | {
     "qkv_bias": True,
 }
 BLOCK = {
-    "query": "attention.attention.query",
-    "key": "attention.attention.key",
-    "value": "attention.attention.value",
-    "output": "attention.output.dense",
+    **projections("attention.attention.{name}", "attention.output.dense"),
     "attention_norm": "layernorm_before",
     "feed_forward_norm": "layernorm_after",
     "up": "intermediate.dense",

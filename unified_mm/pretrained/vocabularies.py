@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -115,14 +114,7 @@ def gpt2_files(source: Source) -> tokenizers.Tokenizer | None:
 
     It is a byte-level BPE (Radford et al. 2019, section 2.2).
     """
-    model = _bpe(source, unk_token="<|endoftext|>")
-    if model is None:
-        return None
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    return tokenizer
+    return _bpe(source, ["<|endoftext|>"])
 
 
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -134,11 +126,10 @@ def clip_files(source: Source) -> tokenizers.Tokenizer | None:
 
     It is a BPE of lower-case text, whose words end in `</w>`.
     """
-    model = _bpe(source, unk_token="<|endoftext|>", end_of_word_suffix="</w>")
-    if model is None:
+    tokenizer = _bpe(source, CLIP_SPECIAL, end_of_word_suffix="</w>")
+    if tokenizer is None:
         return None
     special = "|".join(token.replace("|", r"\|") for token in CLIP_SPECIAL)
-    tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.NFC(),
@@ -153,8 +144,6 @@ def clip_files(source: Source) -> tokenizers.Tokenizer | None:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(CLIP_SPECIAL)
     return tokenizer
 
 
@@ -184,13 +173,19 @@ def bert_files(source: Source) -> tokenizers.Tokenizer | None:
     return tokenizer
 
 
-def _bpe(source: Source, **options: Any) -> models.BPE | None:
+def _bpe(source: Source, special: list[str], **options: Any) -> tokenizers.Tokenizer | None:
+    """Builds a BPE of bytes from vocab.json and merges.txt, or None where they are missing."""
     vocabulary, merges = source.path / "vocab.json", source.path / "merges.txt"
     if not (vocabulary.is_file() and merges.is_file()):
         return None
     try:
-        return models.BPE(*models.BPE.read_file(str(vocabulary), str(merges)), **options)
+        read = models.BPE.read_file(str(vocabulary), str(merges))
+        tokenizer = tokenizers.Tokenizer(models.BPE(*read, unk_token="<|endoftext|>", **options))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(
-            f"{vocabulary} and {Path(merges).name} hold no BPE vocabulary: {error}"
+            f"{vocabulary} and {merges.name} hold no BPE vocabulary: {error}"
         ) from error
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    return tokenizer

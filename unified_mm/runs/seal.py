@@ -40,10 +40,7 @@ def broken_files(folder: Path) -> tuple[str, ...]:
         return ()
     changed = set(sealed.splitlines()) ^ set(found.splitlines())
     names = {line.partition(b"  ")[2].decode(errors="replace") for line in changed}
-    files = set(_file_names(folder))
-    # A line of the seal may name what never was, because the damage lies in the seal itself.
-    listed = {line.partition(b"  ")[2].decode(errors="replace") for line in sealed.splitlines()}
-    return tuple(sorted(names & (files | listed))) or (SEAL,)
+    return tuple(sorted(names)) or (SEAL,)
 
 
 def _seal_text(folder: Path) -> str:
