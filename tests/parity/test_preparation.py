@@ -14,7 +14,7 @@ from unified_mm.pretrained import preprocessing
 from unified_mm.pretrained.bert import BERT
 from unified_mm.pretrained.clip import CLIP, SIGLIP
 from unified_mm.pretrained.gpt2 import GPT2
-from unified_mm.pretrained.source import Source
+from unified_mm.pretrained.source import Section, Source
 from unified_mm.pretrained.vocabularies import read_tokenizer
 
 TEXTS = [
@@ -169,7 +169,7 @@ def test_pictures(shape, family, tmp_path):
     theirs.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     data, embedding = preprocessing.image_fields(
-        Directory(tmp_path), size, preprocessing.Preprocessing(usual)
+        Directory(tmp_path), Section("", {"image_size": size}), preprocessing.Preprocessing(usual)
     )
     assert data["resampling"] == ("bilinear" if family == "vit" else "bicubic")
     picture = photograph(*shape)

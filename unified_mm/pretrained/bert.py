@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unified_mm.pretrained.family import Family, prefix
-from unified_mm.pretrained.fields import BASE, STACK, Fields, read
+from unified_mm.pretrained.fields import STACK, Fields, read, usual
 from unified_mm.pretrained.layers import (
     POSITION_IDS,
     blocks,
@@ -16,16 +16,12 @@ from unified_mm.pretrained.layers import (
     projections,
     vocabulary,
 )
-from unified_mm.pretrained.source import Section, Source
+from unified_mm.pretrained.source import Source
 from unified_mm.pretrained.tables import Table, row
 from unified_mm.pretrained.vocabularies import TokenLayout, bert_files
 
-DEFAULTS = BASE | {
-    "vocab_size": 30522,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-    "max_position_embeddings": 512,
-}
+KEYS = usual(STACK, norm_epsilon=1e-12)
+TEXT = {"vocabulary": ("vocab_size", 30522), "max_positions": ("max_position_embeddings", 512)}
 BLOCK = {
     **projections("attention.self.{name}", "attention.output.dense"),
     "attention_norm": "attention.output.LayerNorm",
@@ -39,25 +35,25 @@ POOLINGS = {"mean": "mean", "mean_tokens": "mean", "cls": "first", "cls_token": 
 
 def fields(source: Source) -> Fields:
     """Returns the fields of a text encoder whose pooled embeddings are compared with each other."""
-    c = Section(source.config.where, source.config, DEFAULTS)
+    c = source.config
     c.refuse_unless("position_embedding_type", "absolute", None, why="positions are learned here")
     c.refuse_unless("is_decoder", False, why="all text is seen at once here")
-    known = c["max_position_embeddings"]
+    stack, text = read(c, KEYS), read(c, TEXT)
+    known = text["max_positions"]
     longest = (source.json("sentence_bert_config.json") or {}).get("max_seq_length") or known
     return {
         "model": {
             "fusion": "late",
-            **read(c, STACK),
+            **stack,
             "norm_place": "post",
             "final_norm": False,
             "modalities": {
                 "text": {
                     "length": min(known, longest),
-                    "max_positions": known,
-                    "vocabulary": c["vocab_size"],
+                    **text,
                     "scaled": False,
                     "norm": True,
-                    "norm_epsilon": c["layer_norm_eps"],
+                    "norm_epsilon": stack["norm_epsilon"],
                 }
             },
         },
@@ -66,7 +62,7 @@ def fields(source: Source) -> Fields:
                 "weight": 1.0,
                 "rule": "separate",
                 "between": "text",
-                "width": c["hidden_size"],
+                "width": stack["width"],
                 "text_pool": pooling(source),
                 "projection": "none",
                 "text_projection": "none",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unified_mm.pretrained.family import Export, Family, token_ids
-from unified_mm.pretrained.fields import BASE, STACK, Fields, read, text_fields, written
+from unified_mm.pretrained.fields import STACK, Fields, read, text_fields, usual, written
 from unified_mm.pretrained.layers import (
     CLIP_BLOCK,
     POSITION_IDS,
@@ -27,63 +27,41 @@ from unified_mm.pretrained.preprocessing import (
     image_fields,
     preprocessor_config,
 )
-from unified_mm.pretrained.source import Section, Source
+from unified_mm.pretrained.source import Source
 from unified_mm.pretrained.tables import SCALAR, Entry, Table, rearranged
 from unified_mm.pretrained.vocabularies import TokenLayout, clip_files, only_json
 
-CLIP_TEXT = {
-    "vocab_size": 49408,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-CLIP_VISION = BASE | {
-    "image_size": 224,
-    "patch_size": 32,
-    "num_channels": 3,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
-SIGLIP_KIND = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-SIGLIP_TEXT = {
-    **BASE,
-    **SIGLIP_KIND,
-    "vocab_size": 32000,
-    "max_position_embeddings": 64,
-    "projection_size": None,
-}
-SIGLIP_VISION = {**CLIP_VISION, **SIGLIP_KIND, "patch_size": 16}
-TEXT = {"vocabulary": "vocab_size", "max_positions": "max_position_embeddings"}
+TEXT = {"vocabulary": ("vocab_size", 49408), "max_positions": ("max_position_embeddings", 77)}
+CLIP_VISION = usual(STACK, activation="quick_gelu")
+CLIP_TEXT = usual(CLIP_VISION, width=512, heads=8, feed_forward=2048)
+SIGLIP_STACK = usual(STACK, activation="gelu_pytorch_tanh", norm_epsilon=1e-6)
+SIGLIP_TEXT = usual(TEXT, vocabulary=32000, max_positions=64)
 CONTRAST = "heads_contrastive"
 
 
-def tower_image(vision: Section) -> Fields:
+def tower_image(tower: Fields, patch: int) -> Fields:
     """Returns the fields of the images of CLIP's tower: a class token, and a norm before it."""
     return {
-        "patch": vision["patch_size"],
+        "patch": patch,
         "modality_embedding": False,
         "bias": False,
         "class_token": True,
         "norm": True,
-        "norm_epsilon": vision["layer_norm_eps"],
+        "norm_epsilon": tower["norm_epsilon"],
     }
 
 
 def _two_towers(
-    source: Source, text: Section, vision: Section, usual: Preprocessing, image: Fields
+    source: Source, main: Fields, tower: Fields, text: Fields, image: Fields, kind: Preprocessing
 ) -> Fields:
-    data, embedding = image_fields(source, vision, usual)
-    texts = text_fields(length=text["max_position_embeddings"], **read(text, TEXT))
+    data, embedding = image_fields(source, source.config.section("vision_config"), kind)
+    texts = text_fields(length=text["max_positions"], **text)
     return {
         "data": data,
         "model": {
             "fusion": "late",
-            **read(text, STACK),
-            "tower": read(vision, STACK),
+            **main,
+            "tower": tower,
             "modalities": {"image": image | embedding, "text": texts},
         },
     }
@@ -94,10 +72,11 @@ def clip_fields(source: Source) -> Fields:
 
     Text is causal and pooled at its end token; images are pooled at a class token.
     """
-    text = source.config.section("text_config", CLIP_TEXT)
-    vision = source.config.section("vision_config", CLIP_VISION)
-    usual = Preprocessing("crop_resized", mean=CLIP_MEAN, std=CLIP_DEVIATION)
-    fields = _two_towers(source, text, vision, usual, tower_image(vision))
+    c, vision = source.config.section("text_config"), source.config.section("vision_config")
+    kind = Preprocessing("crop_resized", mean=CLIP_MEAN, std=CLIP_DEVIATION)
+    tower = read(vision, CLIP_VISION)
+    image = tower_image(tower, vision.get("patch_size", 32))
+    fields = _two_towers(source, read(c, CLIP_TEXT), tower, read(c, TEXT), image, kind)
     contrast = {
         "weight": 1.0,
         "rule": "separate_causal",
@@ -141,18 +120,20 @@ def siglip_fields(source: Source) -> Fields:
     Text is bidirectional and pooled at its last position, padding or not; images are pooled by
     attention.
     """
-    text = source.config.section("text_config", SIGLIP_TEXT)
-    vision = source.config.section("vision_config", SIGLIP_VISION)
+    c, vision = source.config.section("text_config"), source.config.section("vision_config")
     vision.refuse_unless("vision_use_head", True, why="pictures are pooled by attention here")
-    for key, value in SIGLIP_KIND.items():
+    for name in ("activation", "norm_epsilon"):
+        key, value = SIGLIP_STACK[name]
         vision.refuse_unless(key, value, why=f"the pooling of pictures has {value} here")
-    width = text["projection_size"] or text["hidden_size"]
-    if width != vision["hidden_size"]:
+    main, tower = read(c, SIGLIP_STACK), read(vision, SIGLIP_STACK)
+    width = c.get("projection_size") or main["width"]
+    if width != tower["width"]:
         raise ValueError(
-            f"{text.where}: projection_size={width} is not the {vision['hidden_size']} of pictures"
+            f"{c.where}: projection_size={width} is not the {tower['width']} of pictures"
         )
-    image = {"patch": vision["patch_size"], "modality_embedding": False}
-    fields = _two_towers(source, text, vision, Preprocessing("squash"), image)
+    image = {"patch": vision.get("patch_size", 16), "modality_embedding": False}
+    text, kind = read(c, SIGLIP_TEXT), Preprocessing("squash")
+    fields = _two_towers(source, main, tower, text, image, kind)
     fields["model"]["modalities"]["text"]["attend_padding"] = True
     contrast = {
         "weight": 1.0,
@@ -160,8 +141,8 @@ def siglip_fields(source: Source) -> Fields:
         "loss": "sigmoid",
         "width": width,
         "pool": "attention",
-        "pool_heads": vision["num_attention_heads"],
-        "pool_feed_forward": vision["intermediate_size"],
+        "pool_heads": tower["heads"],
+        "pool_feed_forward": tower["feed_forward"],
         "projection": "none",
         "text_pool": "last",
         "text_projection": "affine",

@@ -8,28 +8,17 @@ from typing import Any
 from unified_mm.pretrained.source import Section
 
 Fields = dict[str, Any]  # of a run's config, nested
-Keys = Mapping[str, str]  # our field -> their key
+# Our field -> their key, and the value that their library takes where config.json has no such key.
+Keys = Mapping[str, tuple[str, Any]]
 
 LONGEST = 512  # tokens of a text in a language model's config; it may know more positions
-# The sizes that most families have where config.json does not say them.
-BASE = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-}
-STACK = {
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "feed_forward": "intermediate_size",
-    "norm_epsilon": "layer_norm_eps",
-    "activation": "hidden_act",
-}
-TEXT = {
-    "vocabulary": "vocab_size",
-    "max_positions": "max_position_embeddings",
-    "head": "tie_word_embeddings",
+STACK: Keys = {
+    "width": ("hidden_size", 768),
+    "layers": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 12),
+    "feed_forward": ("intermediate_size", 3072),
+    "norm_epsilon": ("layer_norm_eps", 1e-5),
+    "activation": ("hidden_act", "gelu"),
 }
 # What they call an activation -> what we call it. Of several names, the first is written.
 ACTIVATIONS = {
@@ -43,16 +32,21 @@ ACTIVATIONS = {
 }
 
 
+def usual(keys: Keys, **values: Any) -> dict[str, tuple[str, Any]]:
+    """Returns the keys with other values where config.json has no such key, by our fields."""
+    return {ours: (theirs, values.get(ours, value)) for ours, (theirs, value) in keys.items()}
+
+
 def read(section: Section, keys: Keys) -> Fields:
     """Returns our fields, read from their keys in a section of config.json.
 
     Raises:
       ValueError: if an activation is none of `ACTIVATIONS`; the message names it.
     """
-    found = {ours: section[theirs] for ours, theirs in keys.items()}
+    found = {ours: _value(section, *key) for ours, key in keys.items()}
     if "activation" in keys:
         if found["activation"] not in ACTIVATIONS:
-            said = f"{keys['activation']}={found['activation']!r}"
+            said = f"{keys['activation'][0]}={found['activation']!r}"
             known = ", ".join(sorted(ACTIVATIONS))
             raise ValueError(f"{section.where}: {said} is none of {known}")
         found["activation"] = ACTIVATIONS[found["activation"]]
@@ -61,15 +55,20 @@ def read(section: Section, keys: Keys) -> Fields:
     return found
 
 
+def _value(section: Section, key: str, default: Any) -> Any:
+    value = section.get(key, default)
+    return bool(value) if isinstance(default, bool) else value
+
+
 def written(fields: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
     """Returns their keys with the values of our fields, the reverse of `read`."""
-    found = {theirs: fields[ours] for ours, theirs in keys.items()}
+    found = {theirs: fields[ours] for ours, (theirs, _) in keys.items()}
     if "activation" in keys:
-        found[keys["activation"]] = next(
+        found[keys["activation"][0]] = next(
             theirs for theirs, ours in ACTIVATIONS.items() if ours == fields["activation"]
         )
     if "head" in keys:
-        found[keys["head"]] = fields["head"] == "tied"
+        found[keys["head"][0]] = fields["head"] == "tied"
     return found
 
 

@@ -7,32 +7,25 @@ from dataclasses import replace
 from typing import Any
 
 from unified_mm.pretrained.family import Export, Family, prefix, token_ids
-from unified_mm.pretrained.fields import TEXT, Fields, language_model, language_text, read, written
+from unified_mm.pretrained.fields import Fields, language_model, language_text, read, written
 from unified_mm.pretrained.layers import blocks, line, main_options, norm, vocabulary
-from unified_mm.pretrained.source import Section, Source
+from unified_mm.pretrained.source import Source
 from unified_mm.pretrained.tables import Table, transposed_first
 from unified_mm.pretrained.vocabularies import TokenLayout, gpt2_files
 
-DEFAULTS = {
-    "vocab_size": 50257,
-    "n_positions": 1024,
-    "n_embd": 768,
-    "n_layer": 12,
-    "n_head": 12,
-    "n_inner": None,
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": True,
+STACK = {
+    "width": ("n_embd", 768),
+    "layers": ("n_layer", 12),
+    "heads": ("n_head", 12),
+    "feed_forward": ("n_inner", None),
+    "norm_epsilon": ("layer_norm_epsilon", 1e-5),
+    "activation": ("activation_function", "gelu_new"),
 }
-KEYS = {
-    "width": "n_embd",
-    "layers": "n_layer",
-    "heads": "n_head",
-    "feed_forward": "n_inner",
-    "norm_epsilon": "layer_norm_epsilon",
-    "activation": "activation_function",
+TEXT = {
+    "vocabulary": ("vocab_size", 50257),
+    "max_positions": ("n_positions", 1024),
+    "head": ("tie_word_embeddings", True),
 }
-TEXT_KEYS = TEXT | {"max_positions": "n_positions"}
 BLOCK = {
     "packed": "attn.c_attn.",
     "output": "attn.c_proj",
@@ -45,13 +38,13 @@ BLOCK = {
 
 def fields(source: Source) -> Fields:
     """Returns the fields of a language model with learned positions and layer norms."""
-    c = Section(source.config.where, source.config, DEFAULTS)
+    c = source.config
     c.refuse_unless("scale_attn_weights", True, why="attention is scaled here")
     c.refuse_unless("scale_attn_by_inverse_layer_idx", False, why="all layers scale alike here")
     c.refuse_unless("add_cross_attention", False, why="such layers are other ones here")
-    stack = read(c, KEYS)
+    stack = read(c, STACK)
     stack["feed_forward"] = stack["feed_forward"] or 4 * stack["width"]
-    return language_model(stack, language_text(c, TEXT_KEYS))
+    return language_model(stack, language_text(c, TEXT))
 
 
 def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
@@ -75,8 +68,8 @@ def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
 def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Returns the contents of config.json for a run."""
     model = config["model"]
-    text = written(model["modalities"]["text"], TEXT_KEYS)
-    return {**text, **written(model, KEYS), **token_ids(tokenizer)}
+    text = written(model["modalities"]["text"], TEXT)
+    return {**text, **written(model, STACK), **token_ids(tokenizer)}
 
 
 GPT2 = Family(

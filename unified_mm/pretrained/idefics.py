@@ -7,7 +7,7 @@ from typing import Any
 
 from unified_mm.pretrained.clip import tower_image
 from unified_mm.pretrained.family import Family
-from unified_mm.pretrained.fields import STACK, TEXT, Fields, language_text, read
+from unified_mm.pretrained.fields import STACK, Fields, language_text, read, usual
 from unified_mm.pretrained.layers import (
     LLAMA_BLOCK,
     POSITION_IDS,
@@ -21,7 +21,13 @@ from unified_mm.pretrained.layers import (
     projections,
     vocabulary,
 )
-from unified_mm.pretrained.llama import ROTARY_BUFFERS, refuse_windows, stack_fields
+from unified_mm.pretrained.llama import (
+    ROTARY_BUFFERS,
+    STACK_KEYS,
+    TEXT,
+    refuse_windows,
+    stack_fields,
+)
 from unified_mm.pretrained.preprocessing import (
     CLIP_DEVIATION,
     CLIP_MEAN,
@@ -32,47 +38,18 @@ from unified_mm.pretrained.source import Section, Source
 from unified_mm.pretrained.tables import Entry, Table, rearranged, repeated
 from unified_mm.pretrained.vocabularies import TokenLayout, only_json
 
-DEFAULTS = {
-    "vocab_size": 32000,
-    "additional_vocab_size": 0,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-    "cross_layer_interval": 1,
-    "qk_layer_norms": False,
-    "alpha_type": "float",
-    "use_resampler": False,
-}
 VISION = {
-    "embed_dim": 768,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 14,
-    "num_channels": 3,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-5,
-}
-PERCEIVER = {
-    "resampler_n_latents": 64,
-    "resampler_depth": 6,
-    "resampler_n_heads": 16,
-    "resampler_head_dim": 96,
-    "qk_layer_norms_perceiver": False,
+    **usual(STACK, layers=32, heads=16, feed_forward=5120),
+    "width": ("embed_dim", 768),
 }
 GATE_SHAPES = {"float": "scalar", "vector": "channel"}
 CROSS_MODULES = projections("cross_attn.{letter}_proj", "cross_attn.o_proj")
 RESAMPLER = {
-    "latents": "resampler_n_latents",
-    "layers": "resampler_depth",
-    "heads": "resampler_n_heads",
-    "head_width": "resampler_head_dim",
+    "latents": ("resampler_n_latents", 64),
+    "layers": ("resampler_depth", 6),
+    "heads": ("resampler_n_heads", 16),
+    "head_width": ("resampler_head_dim", 96),
+    "query_key_norm": ("qk_layer_norms_perceiver", False),
 }
 
 
@@ -81,33 +58,36 @@ def fields(source: Source) -> Fields:
 
     A Perceiver resampler is between the two where config.json has one.
     """
-    c = Section(source.config.where, source.config, DEFAULTS)
-    vision = c.section("vision_config", VISION)
+    c = source.config
+    vision = c.section("vision_config")
     refuse_windows(c)
     c.refuse_unless("alpha_type", *GATE_SHAPES, why="gates are numbers or vectors here")
-    if c["num_hidden_layers"] % c["cross_layer_interval"]:
+    stack, tower = stack_fields(c, STACK_KEYS), _tower_fields(vision)
+    every = c.get("cross_layer_interval", 1)
+    if stack["layers"] % every:
         raise ValueError(
-            f"{c.where}: num_hidden_layers={c['num_hidden_layers']} is no multiple of "
-            f"cross_layer_interval={c['cross_layer_interval']}, as it has to be here"
+            f"{c.where}: num_hidden_layers={stack['layers']} is no multiple of "
+            f"cross_layer_interval={every}, as it has to be here"
         )
-    usual = Preprocessing("squash", mean=CLIP_MEAN, std=CLIP_DEVIATION)
-    data, embedding = image_fields(source, vision, usual)
+    kind = Preprocessing("squash", mean=CLIP_MEAN, std=CLIP_DEVIATION)
+    data, embedding = image_fields(source, vision, kind)
+    image = tower_image(tower, vision.get("patch_size", 14)) | embedding
     text = language_text(c, TEXT, learned_positions=False)
-    text["vocabulary"] += c["additional_vocab_size"]
+    text["vocabulary"] += c.get("additional_vocab_size", 0)
     return {
         "data": data,
         "model": {
             "fusion": "gated_cross_attention",
-            **stack_fields(c),
-            "tower": _tower_fields(vision),
+            **stack,
+            "tower": tower,
             "cross": {
-                "every": c["cross_layer_interval"],
+                "every": every,
                 "gate": "tanh",
-                "shape": GATE_SHAPES[c["alpha_type"]],
-                "query_key_norm": bool(c["qk_layer_norms"]),
+                "shape": GATE_SHAPES[c.get("alpha_type", "float")],
+                "query_key_norm": bool(c.get("qk_layer_norms", False)),
             },
-            "resampler": _resampler_fields(c, vision["embed_dim"]),
-            "modalities": {"image": tower_image(vision) | embedding, "text": text},
+            "resampler": _resampler_fields(c, tower["width"]),
+            "modalities": {"image": image, "text": text},
         },
         "objectives": {"captioning": {"weight": 1.0, "rule": "interleaved_latest"}},
     }
@@ -116,7 +96,7 @@ def fields(source: Source) -> Fields:
 def _tower_fields(vision: Section) -> Fields:
     """Returns the fields of CLIP's tower, as other than those of the language model."""
     return {
-        **read(vision, STACK | {"width": "embed_dim"}),
+        **read(vision, VISION),
         "norm": "layer",
         "final_norm": False,
         "gated_feed_forward": False,
@@ -128,15 +108,13 @@ def _tower_fields(vision: Section) -> Fields:
 
 
 def _resampler_fields(c: Section, width: int) -> Fields:
-    if not c["use_resampler"]:
+    if not c.get("use_resampler"):
         return {"latents": 0}
-    p = c.section("perceiver_config", PERCEIVER)
     return {
-        **read(p, RESAMPLER),
+        **read(c.section("perceiver_config"), RESAMPLER),
         "feed_forward": 4 * width,
         "activation": "relu",
         "frames": 0,
-        "query_key_norm": bool(p["qk_layer_norms_perceiver"]),
         "head_norm": "layer",
     }
 

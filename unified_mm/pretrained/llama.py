@@ -8,11 +8,12 @@ from typing import Any
 from unified_mm.pretrained.family import Export, Family, prefix, token_ids
 from unified_mm.pretrained.fields import (
     STACK,
-    TEXT,
     Fields,
+    Keys,
     language_model,
     language_text,
     read,
+    usual,
     written,
 )
 from unified_mm.pretrained.layers import LLAMA_BLOCK, blocks, main_options, norm, vocabulary
@@ -21,40 +22,32 @@ from unified_mm.pretrained.tables import Table
 from unified_mm.pretrained.vocabularies import TokenLayout, gpt2_files
 
 ROPE = 10000.0
-LLAMA_DEFAULTS = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
+STACK_KEYS = {
+    **usual(STACK, width=4096, layers=32, heads=32, feed_forward=11008, activation="silu"),
+    "norm_epsilon": ("rms_norm_eps", 1e-6),
 }
-QWEN2_DEFAULTS = LLAMA_DEFAULTS | {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "max_position_embeddings": 32768,
-    "num_key_value_heads": 32,
+HEAD_KEYS = {"key_value_heads": ("num_key_value_heads", None), "head_width": ("head_dim", None)}
+BIASES = {"query_bias": ("attention_bias", False), "feed_forward_bias": ("mlp_bias", False)}
+TEXT = {
+    "vocabulary": ("vocab_size", 32000),
+    "max_positions": ("max_position_embeddings", 2048),
+    "head": ("tie_word_embeddings", False),
 }
-STACK_KEYS = STACK | {"norm_epsilon": "rms_norm_eps"}
-HEAD_KEYS = {"key_value_heads": "num_key_value_heads", "head_width": "head_dim"}
+QWEN2_KEYS = usual(STACK_KEYS | HEAD_KEYS, feed_forward=22016, key_value_heads=32)
+QWEN2_TEXT = usual(TEXT, vocabulary=151936, max_positions=32768)
 ROTARY_BUFFERS = {r".*rotary_emb\.inv_freq": "rates of rotary positions, not learned"}
 
 
-def stack_fields(c: Section, **biases: bool) -> Fields:
-    """Returns the fields of a stack of Llama's blocks, without biases but for `biases`."""
+def stack_fields(c: Section, keys: Keys) -> Fields:
+    """Returns the fields of a stack of Llama's blocks without biases, and those of `keys`."""
     return {
-        **read(c, STACK_KEYS),
         "norm": "rms",
         "gated_feed_forward": True,
-        **{"query_bias": False, "output_bias": False, "feed_forward_bias": False, **biases},
+        "query_bias": False,
+        "output_bias": False,
+        "feed_forward_bias": False,
         "rotary_base": rotary_base(c),
+        **read(c, keys),
     }
 
 
@@ -66,10 +59,10 @@ def rotary_base(c: Section) -> float:
     """
     c.refuse_unless("rope_scaling", None, why="rotary positions are not scaled here")
     c.refuse_unless("partial_rotary_factor", None, 1.0, why="whole heads are turned here")
-    inner = c.section("rope_parameters", {"rope_theta": c.get("rope_theta", ROPE)})
+    inner = c.section("rope_parameters")
     inner.refuse_unless("rope_type", "default", why="rotary positions are not scaled here")
     inner.refuse_unless("partial_rotary_factor", None, 1.0, why="whole heads are turned here")
-    return float(inner["rope_theta"])
+    return float(inner.get("rope_theta", c.get("rope_theta", ROPE)))
 
 
 def refuse_windows(c: Section) -> None:
@@ -89,22 +82,24 @@ def fields(source: Source) -> Fields:
 
     Keys and values may have fewer heads than queries.
     """
-    c = Section(source.config.where, source.config, LLAMA_DEFAULTS)
-    bias = bool(c["attention_bias"])
-    return _model(c, query_bias=bias, output_bias=bias)
+    fields = _model(source.config, STACK_KEYS | HEAD_KEYS, TEXT)
+    fields["model"]["output_bias"] = fields["model"]["query_bias"]
+    return fields
 
 
 def qwen2_fields(source: Source) -> Fields:
     """Returns the fields of Qwen 2: Llama's, with a bias of queries, keys and values."""
-    return _model(Section(source.config.where, source.config, QWEN2_DEFAULTS), query_bias=True)
+    fields = _model(source.config, QWEN2_KEYS, QWEN2_TEXT)
+    fields["model"]["query_bias"] = True
+    return fields
 
 
-def _model(c: Section, **biases: bool) -> Fields:
+def _model(c: Section, keys: Keys, text: Keys) -> Fields:
     refuse_windows(c)
-    stack = stack_fields(c, feed_forward_bias=bool(c["mlp_bias"]), **biases) | read(c, HEAD_KEYS)
+    stack = stack_fields(c, {**keys, **BIASES})
     stack["key_value_heads"] = stack["key_value_heads"] or stack["heads"]
     stack["head_width"] = stack["head_width"] or stack["width"] // stack["heads"]
-    return language_model(stack, language_text(c, TEXT, learned_positions=False))
+    return language_model(stack, language_text(c, text, learned_positions=False))
 
 
 def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
@@ -120,8 +115,7 @@ def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
 def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Returns the contents of config.json for a run."""
     model = config["model"]
-    biases = {"query_bias": "attention_bias", "feed_forward_bias": "mlp_bias"}
-    keys = {**STACK_KEYS, **HEAD_KEYS, **biases, "rotary_base": "rope_theta"}
+    keys = {**STACK_KEYS, **HEAD_KEYS, **BIASES, "rotary_base": ("rope_theta", ROPE)}
     text = written(model["modalities"]["text"], TEXT)
     return {**text, **written(model, keys), **token_ids(tokenizer)}
 

@@ -46,7 +46,7 @@ def image_fields(source: Source, vision: Section, usual: Preprocessing) -> tuple
         and key.
     """
     vision.refuse_unless("num_channels", 3, why="pictures have three colours here")
-    section, size = _section(source), vision["image_size"]
+    section, size = _section(source), vision.get("image_size", 224)
     for key in ("do_resize", "do_rescale", "do_normalize"):
         section.refuse_unless(key, True, None, why="pictures are resized and normalised here")
     factor = section.get("rescale_factor", 1 / 255)
@@ -93,8 +93,8 @@ def _section(source: Source) -> Section:
         found = source.json(name)
         if found is not None:
             found = found.get("image_processor", found)
-            return Section(str(source.path / name), found, {})
-    return Section("", {}, {})
+            return Section(str(source.path / name), found)
+    return Section("", {})
 
 
 def _fit(section: Section, size: int, usual: str) -> str:

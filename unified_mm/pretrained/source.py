@@ -21,22 +21,19 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 class Section(dict[str, Any]):
-    """One object of a JSON file, with its library's defaults for the keys that it lacks.
+    """One object of a JSON file.
 
     Attributes:
       where: file and key, for error messages.
     """
 
-    def __init__(self, where: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        super().__init__({**defaults, **values})
+    def __init__(self, where: str, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
         self.where = where
 
-    def __missing__(self, key: str) -> Any:
-        raise ValueError(f"{self.where} has no {key!r}")
-
-    def section(self, key: str, defaults: Mapping[str, Any]) -> Section:
-        """Returns the object at `key`, with only the defaults where it is not there."""
-        return Section(f"{self.where}: {key}", self.get(key) or {}, defaults)
+    def section(self, key: str) -> Section:
+        """Returns the object at `key`, an empty one where it is not there."""
+        return Section(f"{self.where}: {key}", self.get(key) or {})
 
     def refuse_unless(self, key: str, *allowed: Any, why: str) -> None:
         """Raises ValueError, naming the key, where it has a value that is none of `allowed`."""
@@ -49,7 +46,7 @@ class Source:
 
     Attributes:
       path: path of the directory.
-      config: contents of config.json, without any defaults.
+      config: contents of config.json.
       names: names of the tensors.
 
     Raises:
@@ -67,7 +64,7 @@ class Source:
                 f"{self.path} has no config.json: give a directory as save_pretrained writes it, "
                 f"with config.json and {WEIGHTS}"
             )
-        self.config = Section(str(self.path / "config.json"), config, {})
+        self.config = Section(str(self.path / "config.json"), config)
         self._open = ExitStack()
         try:
             self._files = self._open_all()

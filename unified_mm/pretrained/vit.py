@@ -6,20 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from unified_mm.pretrained.family import Family, prefix
-from unified_mm.pretrained.fields import BASE, STACK, Fields, read
+from unified_mm.pretrained.fields import STACK, Fields, read, usual
 from unified_mm.pretrained.layers import blocks, norm, patches, projections, tower_options
 from unified_mm.pretrained.preprocessing import Preprocessing, image_fields
-from unified_mm.pretrained.source import Section, Source
+from unified_mm.pretrained.source import Source
 from unified_mm.pretrained.tables import Table
 
-DEFAULTS = BASE | {
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-12,
-    "image_size": 224,
-    "patch_size": 16,
-    "num_channels": 3,
-    "qkv_bias": True,
-}
+KEYS = usual(STACK, norm_epsilon=1e-12)
 BLOCK = {
     **projections("attention.attention.{name}", "attention.output.dense"),
     "attention_norm": "layernorm_before",
@@ -31,11 +24,10 @@ BLOCK = {
 
 def fields(source: Source) -> Fields:
     """Returns the fields of two towers, of which ViT is the image's, pooled at its class token."""
-    c = Section(source.config.where, source.config, DEFAULTS)
-    usual = Preprocessing("squash", resampling="bilinear")
-    data, embedding = image_fields(source, c, usual)
+    c = source.config
+    data, embedding = image_fields(source, c, Preprocessing("squash", resampling="bilinear"))
     image = {
-        "patch": c["patch_size"],
+        "patch": c.get("patch_size", 16),
         "class_token": True,
         "modality_embedding": False,
         **embedding,
@@ -44,7 +36,7 @@ def fields(source: Source) -> Fields:
         "data": data,
         "model": {
             "fusion": "late",
-            "tower": {**read(c, STACK), "query_bias": bool(c["qkv_bias"])},
+            "tower": {**read(c, KEYS), "query_bias": bool(c.get("qkv_bias", True))},
             "modalities": {"image": image, "text": {}},
         },
         "objectives": {"contrastive": {"weight": 1.0, "pool": "first"}},
