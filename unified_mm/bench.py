@@ -23,14 +23,14 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from unified_mm.benchmarks.attention import draw, sweep
 from unified_mm.benchmarks.training import measure
-from unified_mm.cli.flags import at_least, parse, refuse_unread
-from unified_mm.cli.messages import end_with, new_file, say
+from unified_mm.cli.command import command
+from unified_mm.cli.flags import at_least, refuse_unread
+from unified_mm.cli.messages import new_file, say
 from unified_mm.cli.recipes import resolve
 from unified_mm.config import Config
 from unified_mm.files import write_atomically, write_json
@@ -41,19 +41,14 @@ from unified_mm.training.setup import prepare
 INFERENCE_FLAGS = ("run", "tokens", "batch", "max_images", "repeats")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command, and ends the process."""
-    end_with(lambda: work(options_of(arguments)))
-
-
-def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """Returns the values of the command's flags."""
-    takes = ("config", "steps", "sweep", "inference", *INFERENCE_FLAGS, "output")
-    tokens = {"type": at_least(int, 1)}
-    return parse("bench", __doc__, arguments, takes=takes, recipe="configs/coco.py", tokens=tokens)
-
-
-def work(options: argparse.Namespace) -> int:
+@command(
+    "bench",
+    __doc__,
+    takes=("config", "steps", "sweep", "inference", *INFERENCE_FLAGS, "output"),
+    recipe="configs/coco.py",
+    tokens={"type": at_least(int, 1)},
+)
+def main(options: argparse.Namespace) -> int:
     """Runs the benchmark that the flags ask for, prints it and returns the exit code.
 
     Raises:

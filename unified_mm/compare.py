@@ -11,26 +11,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from typing import Any
 
-from unified_mm.cli.flags import parse
-from unified_mm.cli.messages import end_with, new_file, say
+from unified_mm.cli.command import command
+from unified_mm.cli.messages import new_file, say
 from unified_mm.files import naming, write_atomically
 from unified_mm.runs.folder import RunFolder
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command, and ends the process."""
-    end_with(lambda: work(options_of(arguments)))
-
-
-def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """Returns the values of the command's flags."""
-    return parse("compare", __doc__, arguments, names="runs", takes=("output",))
-
-
-def work(options: argparse.Namespace) -> int:
+@command("compare", __doc__, names="runs", takes=("output",))
+def main(options: argparse.Namespace) -> int:
     """Prints how the runs differ, writes the HTML page and returns the exit code.
 
     Raises:

@@ -17,8 +17,8 @@ import time
 from collections.abc import Sequence
 from importlib import metadata
 
-from unified_mm.cli.flags import parse
-from unified_mm.cli.messages import end_with, say
+from unified_mm.cli.command import command
+from unified_mm.cli.messages import say
 from unified_mm.cli.recipes import resolve
 from unified_mm.config import Config
 from unified_mm.costs.chips import target
@@ -28,18 +28,8 @@ from unified_mm.training.estimate import estimate, lines
 from unified_mm.training.phases import Phase
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command, and ends the process."""
-    end_with(lambda: run(options_of(arguments)))
-
-
-def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """Returns the values of the command's flags."""
-    takes = ("config", "topology", "phase")
-    return parse("compile", __doc__, arguments, takes=takes, recipe="configs/coco.py")
-
-
-def run(options: argparse.Namespace) -> int:
+@command("compile", __doc__, takes=("config", "topology", "phase"), recipe="configs/coco.py")
+def main(options: argparse.Namespace) -> int:
     """Compiles the step, prints the estimate and returns the exit code, 1 if it does not fit."""
     devices, chip = target(options.topology)
     config = Config(resolve(options.recipe, say).to_dict())

@@ -24,8 +24,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from unified_mm.cli.flags import parse
-from unified_mm.cli.messages import end_with, say
+from unified_mm.cli.command import command
+from unified_mm.cli.messages import say
 from unified_mm.files import new_folder, refuse_existing, sha256, user_path, write_json
 from unified_mm.inference import exported
 from unified_mm.inference.loaded import LoadedModel
@@ -173,23 +173,13 @@ def _copy_loader(folder: Path) -> None:
     shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command, and ends the process."""
-    end_with(lambda: run(options_of(arguments)))
-
-
-def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """Returns the values of the command's flags."""
-    return parse(
-        "export",
-        __doc__,
-        arguments,
-        needs=("run", "out"),
-        takes=("platforms", "prompt_tokens", "tokens"),
-    )
-
-
-def run(options: argparse.Namespace) -> int:
+@command(
+    "export",
+    __doc__,
+    needs=("run", "out"),
+    takes=("platforms", "prompt_tokens", "tokens"),
+)
+def main(options: argparse.Namespace) -> int:
     """Loads the run and exports it."""
     from unified_mm.inference.loaded import load
 

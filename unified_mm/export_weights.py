@@ -21,8 +21,8 @@ import numpy as np
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from unified_mm.cli.flags import parse
-from unified_mm.cli.messages import end_with, say
+from unified_mm.cli.command import command
+from unified_mm.cli.messages import say
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.files import new_folder, refuse_existing, user_path, write_json
 from unified_mm.import_weights import run_config
@@ -150,17 +150,8 @@ def _kind(options: TransformerOptions) -> dict[str, Any]:
     return said | {"key_value_heads": options.num_kv_heads, "head_width": options.head_dim}
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command, and ends the process."""
-    end_with(lambda: run(options_of(arguments)))
-
-
-def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """Returns the values of the command's flags."""
-    return parse("export_weights", __doc__, arguments, needs=("run", "out"), takes=())
-
-
-def run(options: argparse.Namespace) -> int:
+@command("export_weights", __doc__, needs=("run", "out"))
+def main(options: argparse.Namespace) -> int:
     """Loads the run and writes its weights."""
     from unified_mm.inference.loaded import load
     from unified_mm.inference.quantized_params import dequantized

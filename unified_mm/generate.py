@@ -12,47 +12,36 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
 from typing import Any
 
-from unified_mm.cli.flags import parse
-from unified_mm.cli.messages import end_with, say
+from unified_mm.cli.command import command
+from unified_mm.cli.messages import say
 
 DTYPES = ("float32", "bfloat16")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command, and ends the process."""
-    end_with(lambda: generate(options_of(arguments)))
-
-
-def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """Returns the values of the command's flags."""
-    return parse(
-        "generate",
-        __doc__,
-        arguments,
-        needs=("run", "image"),
-        takes=(
-            "prompt",
-            "tokens",
-            "temperature",
-            "top_k",
-            "top_p",
-            "beams",
-            "length_penalty",
-            "samples",
-            "stop",
-            "seed",
-            "stream",
-            "json",
-            "dtype",
-            "cache",
-        ),
-    )
-
-
-def generate(options: argparse.Namespace) -> int:
+@command(
+    "generate",
+    __doc__,
+    needs=("run", "image"),
+    takes=(
+        "prompt",
+        "tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "beams",
+        "length_penalty",
+        "samples",
+        "stop",
+        "seed",
+        "stream",
+        "json",
+        "dtype",
+        "cache",
+    ),
+)
+def main(options: argparse.Namespace) -> int:
     """Generates texts for each image, prints them and returns the exit code.
 
     Raises:

@@ -13,15 +13,15 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from unified_mm.cli.flags import parse
-from unified_mm.cli.messages import end_with, say
+from unified_mm.cli.command import command
+from unified_mm.cli.messages import say
 from unified_mm.config import Config, set_field
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import default_config
@@ -153,17 +153,8 @@ def write_run(imported: Imported, out: str | os.PathLike[str]) -> RunFolder:
     return folder
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command, and ends the process."""
-    end_with(lambda: run(options_of(arguments)))
-
-
-def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """Returns the values of the command's flags."""
-    return parse("import_weights", __doc__, arguments, needs=("from", "out"), takes=())
-
-
-def run(options: argparse.Namespace) -> int:
+@command("import_weights", __doc__, needs=("from", "out"))
+def main(options: argparse.Namespace) -> int:
     """Imports the weights, writes the run, prints a summary and returns the exit code."""
     refuse_existing(RunFolder(options.out).path)
     imported = import_directory(getattr(options, "from"))

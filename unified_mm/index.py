@@ -16,14 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unified_mm.cli.flags import parse, refuse_unread
-from unified_mm.cli.messages import disk_is_full, end_with, new_file, say, score_table
+from unified_mm.cli.command import command
+from unified_mm.cli.flags import refuse_unread
+from unified_mm.cli.messages import disk_is_full, new_file, say, score_table
 from unified_mm.files import naming, user_path, write_json
 
 if TYPE_CHECKING:
@@ -41,41 +41,29 @@ READ_WITH = {
 }
 
 
-AGAIN = "interrupted; the same command goes on from the last whole shard"
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command, and ends the process."""
-    end_with(lambda: work(options_of(arguments)), interrupted=AGAIN)
-
-
-def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """Returns the values of the command's flags."""
-    return parse(
+@command(
+    "index",
+    __doc__,
+    needs=("run",),
+    takes=(
+        "out",
         "index",
-        __doc__,
-        arguments,
-        needs=("run",),
-        takes=(
-            "out",
-            "index",
-            "images",
-            "split",
-            "shard",
-            "exact_up_to",
-            "query",
-            "query_image",
-            "image_weight",
-            "kind",
-            "top",
-            "evaluate",
-            "output",
-        ),
-        split={"action": "append", "help": "of a COCO set; may be repeated; without: all"},
-    )
-
-
-def work(options: argparse.Namespace) -> int:
+        "images",
+        "split",
+        "shard",
+        "exact_up_to",
+        "query",
+        "query_image",
+        "image_weight",
+        "kind",
+        "top",
+        "evaluate",
+        "output",
+    ),
+    split={"action": "append", "help": "of a COCO set; may be repeated; without: all"},
+    interrupted="interrupted; the same command goes on from the last whole shard",
+)
+def main(options: argparse.Namespace) -> int:
     """Builds, searches and evaluates the index, as the flags ask, and returns the exit code."""
     refuse_wrong(options)
     output = new_file(options.output)

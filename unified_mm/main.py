@@ -12,17 +12,16 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
 
-from unified_mm.cli.flags import CLUSTER, cluster_of, parse
+from unified_mm.cli.command import command
+from unified_mm.cli.flags import CLUSTER, cluster_of
 from unified_mm.cli.messages import (
     disk_full,
     disk_is_full,
-    end_with,
     is_news,
     new_file,
     say,
@@ -66,25 +65,24 @@ SETTABLE = {
 }
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command, and ends the process."""
+@command(
+    "main",
+    __doc__,
+    takes=("config", "mode", "workdir", *READ_BY),
+    top={"default": 5},
+    interrupted="interrupted; the same command goes on from the last checkpoint",
+)
+def main(options: argparse.Namespace) -> int:
+    """Runs the mode that `--mode` names, in all processes of the run together."""
     logging.get_absl_logger().addFilter(is_news)
-    again = "interrupted; the same command goes on from the last checkpoint"
-    end_with(lambda: together(lambda: chosen_mode(arguments)), interrupted=again)
+    return together(lambda: chosen_mode(options))
 
 
-def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """Returns the values of the command's flags."""
-    takes = ("config", "mode", "workdir", *READ_BY)
-    return parse("main", __doc__, arguments, takes=takes, top={"default": 5})
-
-
-def chosen_mode(arguments: Sequence[str]) -> int:
+def chosen_mode(options: argparse.Namespace) -> int:
     """Runs the mode that `--mode` names, and returns its exit code."""
     modes = {"train": train, "evaluate": evaluate, "caption": caption, "search": search}
-    options = options_of(arguments)
     refuse_ignored(options)
-    options.command = "python -m unified_mm.main " + " ".join(map(shlex.quote, arguments))
+    options.command = "python -m unified_mm.main " + shlex.join(options.typed)
     options.folder = run_folder(options)
     if (cluster := cluster_of(options)) is not None:
         start(cluster)
@@ -283,7 +281,7 @@ def caption(options: argparse.Namespace) -> int:
     if not options.image:
         raise ValueError("--mode=caption needs --image=FILE")
     images = [f"--image={file}" for file in options.image]
-    return generate.generate(generate.options_of([f"--run={options.folder}", *images]))
+    return generate.main.work(generate.main.options_of([f"--run={options.folder}", *images]))
 
 
 def search(options: argparse.Namespace) -> int:

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from unified_mm.cli.flags import parse
-from unified_mm.cli.messages import disk_is_full, end_with, say
+from unified_mm.cli.command import command
+from unified_mm.cli.messages import disk_is_full, say
 from unified_mm.cli.recipes import DATA_FIELDS, outside, resolve
 from unified_mm.config import Config
 from unified_mm.files import user_path
@@ -24,23 +23,15 @@ from unified_mm.files import user_path
 SETTABLE = (*DATA_FIELDS, "data.image_size")  # the last of the world
 
 
-AGAIN = "interrupted; the same command goes on from the last whole shard"
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command, and ends the process."""
-    end_with(lambda: prepare(options_of(arguments)), interrupted=AGAIN)
-
-
-def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """Returns the values of the command's flags."""
-    takes = ("config", "resize", "quality", "shard_megabytes")
-    return parse(
-        "prepare", __doc__, arguments, needs=("out",), takes=takes, recipe="configs/coco.py"
-    )
-
-
-def prepare(flags: argparse.Namespace) -> int:
+@command(
+    "prepare",
+    __doc__,
+    needs=("out",),
+    takes=("config", "resize", "quality", "shard_megabytes"),
+    recipe="configs/coco.py",
+    interrupted="interrupted; the same command goes on from the last whole shard",
+)
+def main(flags: argparse.Namespace) -> int:
     """Reads, checks and writes all splits; running it again resumes."""
     from unified_mm.data.sources import AnnotatedFolder, open_source
     from unified_mm.data.tfds_examples import Options

@@ -18,47 +18,37 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from unified_mm.analysis import probes
 from unified_mm.analysis.probes import Labelled, Target
-from unified_mm.cli.flags import parse
-from unified_mm.cli.messages import end_with, new_file, say
+from unified_mm.cli.command import command
+from unified_mm.cli.messages import new_file, say
 from unified_mm.files import naming, write_json
 
 if TYPE_CHECKING:
     from unified_mm.inference.loaded import LoadedModel
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command, and ends the process."""
-    end_with(lambda: work(options_of(arguments)))
-
-
-def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """Returns the values of the command's flags."""
-    return parse(
-        "probe",
-        __doc__,
-        arguments,
-        needs=("run",),
-        takes=(
-            "images",
-            "of",
-            "contribution",
-            "split",
-            "data_dir",
-            "train",
-            "asked",
-            "output",
-        ),
-    )
-
-
-def work(options: argparse.Namespace) -> int:
+@command(
+    "probe",
+    __doc__,
+    needs=("run",),
+    takes=(
+        "images",
+        "of",
+        "contribution",
+        "split",
+        "data_dir",
+        "train",
+        "asked",
+        "output",
+    ),
+)
+def main(options: argparse.Namespace) -> int:
     """Probes the run, or measures what its images contribute, and returns the exit code."""
     from unified_mm.inference.loaded import load
 

@@ -13,34 +13,24 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from unified_mm.cli.flags import parse
-from unified_mm.cli.messages import end_with, say
+from unified_mm.cli.command import command
+from unified_mm.cli.messages import say
 from unified_mm.config import Config
 from unified_mm.files import new_folder, refuse_existing, write_json
 from unified_mm.runs.folder import RunFolder, keeps_average
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command, and ends the process."""
-    end_with(lambda: quantize(options_of(arguments)))
-
-
-def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """Returns the values of the command's flags."""
-    return parse(
-        "quantize",
-        __doc__,
-        arguments,
-        needs=("run", "out"),
-        takes=("weights", "activations", "split", "max_images", "data_dir"),
-    )
-
-
-def quantize(options: argparse.Namespace) -> int:
+@command(
+    "quantize",
+    __doc__,
+    needs=("run", "out"),
+    takes=("weights", "activations", "split", "max_images", "data_dir"),
+)
+def main(options: argparse.Namespace) -> int:
     """Quantises a run, scores both runs, writes the new one and returns the exit code."""
     from unified_mm.inference.loaded import load
     from unified_mm.inference.quantization import quantized

@@ -13,43 +13,32 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
-from unified_mm.cli.flags import parse
-from unified_mm.cli.messages import end_with, say
+from unified_mm.cli.command import command
+from unified_mm.cli.messages import say
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command, and ends the process."""
-    end_with(lambda: serve(options_of(arguments)))
-
-
-def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """Returns the values of the command's flags."""
-    return parse(
-        "serve",
-        __doc__,
-        arguments,
-        needs=("run",),
-        takes=(
-            "index",
-            "host",
-            "port",
-            "token_file",
-            "allow_anyone",
-            "slots",
-            "queue",
-            "upload_megabytes",
-            "megapixels",
-            "seconds",
-            "drain_seconds",
-        ),
-    )
-
-
-def serve(options: argparse.Namespace) -> int:
+@command(
+    "serve",
+    __doc__,
+    needs=("run",),
+    takes=(
+        "index",
+        "host",
+        "port",
+        "token_file",
+        "allow_anyone",
+        "slots",
+        "queue",
+        "upload_megabytes",
+        "megapixels",
+        "seconds",
+        "drain_seconds",
+    ),
+)
+def main(options: argparse.Namespace) -> int:
     """Loads the run, warms up, prints the address and serves until a signal.
 
     Raises:

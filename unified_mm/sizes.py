@@ -12,29 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from unified_mm.cli.flags import parse
-from unified_mm.cli.messages import end_with, say
+from unified_mm.cli.command import command
+from unified_mm.cli.messages import say
 from unified_mm.cli.recipes import resolve, serve_what_can_be
 from unified_mm.config import Config
 from unified_mm.models.unified import FUSIONS
 from unified_mm.training.sizes import fit_to_budget, measure_sizes
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command, and ends the process."""
-    end_with(lambda: table(options_of(arguments)))
-
-
-def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """Returns the values of the command's flags."""
-    return parse("sizes", __doc__, arguments, takes=("config",), recipe="configs/coco.py")
-
-
-def table(options: argparse.Namespace) -> int:
+@command("sizes", __doc__, takes=("config",), recipe="configs/coco.py")
+def main(options: argparse.Namespace) -> int:
     """Prints a row for each fusion and returns the exit code."""
     asked = resolve(options.recipe, say)
     rows = []

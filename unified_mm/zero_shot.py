@@ -11,30 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 
-from unified_mm.cli.flags import parse
-from unified_mm.cli.messages import end_with, new_file, say, score_table
+from unified_mm.cli.command import command
+from unified_mm.cli.messages import new_file, say, score_table
 from unified_mm.files import naming, write_json
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command, and ends the process."""
-    end_with(lambda: classify(options_of(arguments)))
-
-
-def options_of(arguments: Sequence[str]) -> argparse.Namespace:
-    """Returns the values of the command's flags."""
-    return parse(
-        "zero_shot",
-        __doc__,
-        arguments,
-        needs=("run", "images"),
-        takes=("template", "output", "max_bad_share"),
-    )
-
-
-def classify(options: argparse.Namespace) -> int:
+@command(
+    "zero_shot",
+    __doc__,
+    needs=("run", "images"),
+    takes=("template", "output", "max_bad_share"),
+)
+def main(options: argparse.Namespace) -> int:
     """Scores the run on the folder, prints the scores and returns the exit code."""
     from unified_mm.evaluation.zero_shot import classify_folder, read_class_folder
     from unified_mm.inference.classes import TEMPLATES, filled

@@ -196,7 +196,7 @@ def parse(
       changes: options of single flags that replace those of `FLAGS`.
 
     Returns:
-      The values by name, and `given`: the names that were given.
+      The values by name; `given`: the names that were given; `typed`: the arguments.
 
     Raises:
       ValueError: if a flag is unknown or missing, or has a wrong value; in one line.
@@ -224,7 +224,9 @@ def parse(
     if unknown := _unknown(rest, bool(fields)):
         near = difflib.get_close_matches(unknown.split("=")[0], [f"--{n}" for n in usual], n=1)
         parser.error(f"{unknown} is no flag" + (f"; did you mean {near[0]}?" if near else ""))
-    values = argparse.Namespace(**{**usual, **given}, given=frozenset(given))
+    values = argparse.Namespace(
+        **{**usual, **given}, given=frozenset(given), typed=tuple(arguments)
+    )
     if "config" in usual:
         from unified_mm.cli.recipes import read_recipe  # late: it needs jax, and --help does not
 
