@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from unified_mm.analysis.figures import as_svg
+from unified_mm.benchmarks.timing import provenance, times_of
 from unified_mm.nn.attention.attention import Attention, plan_attention
 from unified_mm.nn.attention.backends import KERNELS, PLAIN
 from unified_mm.nn.attention.rules import MaskTable, View
@@ -25,7 +26,6 @@ from unified_mm.nn.tokens import (
 )
 from unified_mm.nn.transformer import Transformer
 from unified_mm.parallel.sharding import without_names
-from unified_mm.runs.environment import device_name, revision, versions
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 DEPTHS = (1, 2, 4, 8, 16)
@@ -85,10 +85,7 @@ def sweep(
         "key_value_heads": options.num_kv_heads,
         "dtype": jnp.dtype(options.dtype).name,
         "rule": "prefix",
-        "device": device_name(),
-        "versions": versions(),
-        "revision": revision(),
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance(),
     }
 
 
@@ -121,11 +118,7 @@ def layer_costs(options: TransformerOptions, length: int) -> dict[str, Any]:
 
     program = jax.jit(jax.value_and_grad(total, (0, 1))).lower(params, x, metadata).compile()
     memory: Any = program.memory_analysis()
-    times = []
-    for _ in range(REPEATS + 1):
-        began = time.perf_counter()
-        jax.block_until_ready(program(params, x, metadata))
-        times.append(time.perf_counter() - began)
+    times = times_of(lambda: program(params, x, metadata), REPEATS + 1)
     return {
         "tokens": length,
         "seconds": round(min(times[1:]), 5),
@@ -150,9 +143,7 @@ def compile_costs(options: TransformerOptions, length: int = 64) -> dict[str, An
         params = without_names(jax.eval_shape(stack.init, jax.random.key(0), x, plan))
         lowered = jax.jit(jax.grad(total)).lower(params, x)
         with without_compile_cache():
-            began = time.perf_counter()
-            lowered.compile()
-        return round(time.perf_counter() - began, 3)
+            return round(times_of(lowered.compile, 1)[0], 3)
 
     return {"layers": options.layers, "scanned": seconds(1), "unrolled": seconds(options.layers)}
 
