@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unified_mm.analysis.figures import as_svg
+from unified_mm.analysis.figures import as_svg, subplots
 from unified_mm.benchmarks.timing import provenance, times_of
 from unified_mm.nn.attention.attention import Attention, plan_attention
 from unified_mm.nn.attention.backends import KERNELS, PLAIN
@@ -160,10 +160,8 @@ def without_compile_cache() -> Iterator[None]:
 
 def draw(result: dict[str, Any]) -> str:
     """Returns plots of time and memory over length, and of compile time over depth, as SVG."""
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(10, 3.2), layout="constrained")
-    time_axes, memory_axes, compile_axes = figure.subplots(1, 3)
+    figure, panels = subplots(10, 3.2, columns=3)
+    time_axes, memory_axes, compile_axes = panels
     for backend in dict.fromkeys(row["backend"] for row in result["attention"]):
         rows = [row for row in result["attention"] if row["backend"] == backend]
         tokens = [row["tokens"] for row in rows]
@@ -180,8 +178,7 @@ def draw(result: dict[str, Any]) -> str:
     compile_axes.set(xscale="log", xlabel="layers", title="a stack: seconds to compile")
     compile_axes.set_ylim(bottom=0)
     _ticks(compile_axes, layers)
-    for axes in (time_axes, memory_axes, compile_axes):
-        axes.grid(alpha=0.3)
+    for axes in panels:
         axes.legend(fontsize="small")
     return as_svg(figure)
 
