@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from unified_mm.analysis.examples import image_row, stacked
 from unified_mm.inference.loaded import BATCH, LoadedModel, Picture
 from unified_mm.models.late import WithTowers
 from unified_mm.nn.attention.rules import View
@@ -59,11 +60,7 @@ def image_features(model: LoadedModel, images: Iterable[Picture]) -> Features:
         means = {name: pooled("mean", x[:, where], valid) for name, x in streams.items()}
         return {**means, OUTPUT: pooled("mean", encoded.outputs[IMAGE], valid)}
 
-    absent = {name: task.modalities[name].absent() for name in names}
-    rows = (
-        {**absent, IMAGE: {"pixels": model.view(image), "present": np.array(True)}}
-        for image in images
-    )
+    rows = (image_row(model, image) for image in images)
     return _gather(model, f"image features of {view}", read, rows, layer_names(options))
 
 
@@ -114,8 +111,7 @@ def _gather(
     """Returns the outputs of `read` for all rows, batch by batch; the last batch is padded."""
     parts: list[dict[str, np.ndarray]] = []
     while some := list(islice(rows, BATCH)):
-        full = some + some[:1] * (BATCH - len(some))
-        batch = jax.tree.map(lambda *leaves: np.stack(leaves), *full)
+        batch = stacked(some + some[:1] * (BATCH - len(some)))
         found = jax.device_get(model.predictor.call(name, read, model.predictor.to_device(batch)))
         parts.append({layer: np.asarray(x[: len(some)], np.float32) for layer, x in found.items()})
     if not parts:
