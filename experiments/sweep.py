@@ -25,7 +25,7 @@ from experiments.sweeping.ablation import NAME, Ablation, load_ablation
 from experiments.sweeping.done_elsewhere import link_what_is_done
 from experiments.sweeping.jobs import Launcher
 from experiments.sweeping.local import Local
-from experiments.sweeping.loop import SweepStopped, carry_out, first_rows
+from experiments.sweeping.loop import SweepStopped, carry_out, first_rows, watch
 from experiments.sweeping.runs import Run, runs_of
 from experiments.sweeping.table import Table, final_table
 from unified_mm.cli.messages import exit_code, say
@@ -114,17 +114,20 @@ def sweep(args: argparse.Namespace) -> int:
     if not NAME.fullmatch(name):
         raise ValueError(f"--name={name}: letters, digits and . _ = - make the name of a folder")
     folder = user_path(args.runs, "--runs").absolute() / name
-    if args.trials:
-        from experiments.sweeping.search import search
+    try:
+        if args.trials:
+            from experiments.sweeping.search import search
 
+            with only_sweep(folder):
+                return search(ablation, folder, args.trials, args.jobs, args.more, args.interval)
+        runs = runs_of(ablation, folder, seeds=args.seeds, only=args.only, more=args.more)
+        if args.launcher == "print":
+            return print_commands(runs, args)
+        launcher = launcher_of(args, folder)
         with only_sweep(folder):
-            return search(ablation, folder, args.trials, args.jobs, args.more, args.interval)
-    runs = runs_of(ablation, folder, seeds=args.seeds, only=args.only, more=args.more)
-    if args.launcher == "print":
-        return print_commands(runs, args)
-    launcher = launcher_of(args, folder)
-    with only_sweep(folder):
-        return watch(runs, folder, launcher, ablation, args.interval)
+            return execute(runs, folder, launcher, ablation, args.interval)
+    except SweepStopped as told:
+        return told.exit_code
 
 
 def launcher_of(args: argparse.Namespace, folder: Path) -> Launcher:
@@ -143,7 +146,7 @@ def launcher_of(args: argparse.Namespace, folder: Path) -> Launcher:
     )
 
 
-def watch(
+def execute(
     runs: list[Run], folder: Path, launcher: Launcher, ablation: Ablation, interval: float
 ) -> int:
     """Executes the runs of the sweep in `folder`, prints their scores and returns the exit code."""
@@ -151,10 +154,8 @@ def watch(
     link_what_is_done(rows, folder.parent)
     done = sum(row.state == "finished" for row in rows)
     say(f"{len(runs)} runs, {done} finished already")
-    try:
-        carry_out(rows, launcher, Table(max(len(run.name) for run in runs)), interval)
-    except SweepStopped as told:
-        return told.exit_code
+    table = Table(max(len(run.name) for run in runs))
+    watch(carry_out(rows, launcher, table), launcher, interval)
     say("")
     say(final_table(rows, ablation.scores))
     for row in rows:

@@ -137,13 +137,23 @@ def test_no_run_is_left_alone_whatever_goes_wrong(ablation, tmp_path, folder, ca
 
 
 def test_a_signal_while_jobs_start_waits_until_they_are_known():
-    signals = loop.Signals()
-    with pytest.raises(loop.SweepStopped), signals.held():
-        signals(signal.SIGTERM, None)
+    before = signal.getsignal(signal.SIGTERM)
+    with loop.signals_told() as wait:
+        wait(0)  # nothing has come
+        os.kill(os.getpid(), signal.SIGTERM)
         reached = True
-    assert reached
-    with pytest.raises(loop.SweepStopped):
-        signals(signal.SIGTERM, None)
+        assert signal.getsignal(signal.SIGTERM) == before  # a second one acts as it did
+        with pytest.raises(loop.SweepStopped) as stopped:
+            wait(60)
+    assert reached and stopped.value.exit_code == 128 + signal.SIGTERM
+
+
+def test_a_signal_ends_a_wait_at_once():
+    began = time.monotonic()
+    with loop.signals_told() as wait, pytest.raises(loop.SweepStopped):
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        wait(60)
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(
