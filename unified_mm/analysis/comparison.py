@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from unified_mm.analysis.pages import LINE_COLOURS, Chart, Curve, draw_lines, format_score, words
+from unified_mm.analysis.pages import Chart, Curve, format_score, line_chart
 from unified_mm.default_config import defaults
 from unified_mm.runs.folder import RunFolder, differences
 from unified_mm.runs.metrics import read_metrics
@@ -235,18 +235,11 @@ def curve_charts(runs: Sequence[RunSummary]) -> tuple[Chart, ...]:
         for name in _in_order([run.curves for run in runs])
         if name.rpartition("/")[2].startswith(DRAWN)
     ]
-    charts = []
-    for name in sorted(drawn, key=lambda name: ("loss" not in name, name.count("/"))):
-        # A run's colour is the same in every chart, whichever runs have a line there.
-        shown = [
-            (LINE_COLOURS[i % len(LINE_COLOURS)], run)
-            for i, run in enumerate(runs)
-            if name in run.curves
-        ]
-        drawing = draw_lines([run.curves[name] for _, run in shown], [each for each, _ in shown])
-        legend = tuple((colour, run.name) for colour, run in shown)
-        charts.append(Chart(words(name), drawing, legend))
-    return tuple(charts)
+    # A run's colour is the same in every chart, whichever runs have a line there.
+    return tuple(
+        line_chart(name, {run.name: run.curves.get(name) for run in runs})
+        for name in sorted(drawn, key=lambda name: ("loss" not in name, name.count("/")))
+    )
 
 
 def _in_order(columns: Sequence[Mapping[str, Any]]) -> list[str]:
