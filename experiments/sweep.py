@@ -18,6 +18,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -33,7 +34,11 @@ from unified_mm.files import hold, naming, user_path
 
 RUNS = Path("runs") / "ablations"
 LAUNCHERS = ("local", "slurm", "print")
-READ_BY = {"slurm": ("partition", "time", "gpus", "cpus"), "print": ("jobset", "tpu", "claim")}
+# By launcher, the options that it alone reads, with their defaults.
+READ_BY: dict[str, dict[str, Any]] = {
+    "slurm": {"partition": "", "time": 60, "gpus": 1, "cpus": 8},
+    "print": {"jobset": "", "tpu": "v5e:4x4", "claim": "runs"},
+}
 
 
 def main() -> None:
@@ -84,11 +89,17 @@ def with_fields(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Na
     return args
 
 
-def refuse_unread(args: argparse.Namespace) -> None:
-    """Raises ValueError if an option is given that nothing would read."""
-    for launcher, names in READ_BY.items():
-        for name in names:
-            if launcher != args.launcher and getattr(args, name) is not None:
+def complete(args: argparse.Namespace) -> None:
+    """Sets the options of the launchers that are not given to their defaults.
+
+    Raises:
+      ValueError: if an option is given that nothing would read.
+    """
+    for launcher, options in READ_BY.items():
+        for name, default in options.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+            elif launcher != args.launcher:
                 raise ValueError(f"--{name} is read by --launcher={launcher} alone")
     if args.trials < 0:
         raise ValueError(f"--trials={args.trials}: must be at least 1, or 0 for none")
@@ -108,7 +119,7 @@ def sweep(args: argparse.Namespace) -> int:
     Raises:
       ValueError: if options are wrong or do not go together, or another process holds the sweep.
     """
-    refuse_unread(args)
+    complete(args)
     name, ablation = load_ablation(args.ablation)
     name = args.name or name
     if not NAME.fullmatch(name):
@@ -139,10 +150,10 @@ def launcher_of(args: argparse.Namespace, folder: Path) -> Launcher:
     return Slurm(
         folder=folder / "slurm",
         parallel=args.jobs,
-        partition=args.partition or "",
-        minutes=60 if args.time is None else args.time,
-        gpus=1 if args.gpus is None else args.gpus,
-        cpus=8 if args.cpus is None else args.cpus,
+        partition=args.partition,
+        minutes=args.time,
+        gpus=args.gpus,
+        cpus=args.cpus,
     )
 
 
@@ -169,11 +180,7 @@ def print_commands(runs: list[Run], args: argparse.Namespace) -> int:
     if args.jobset:
         from experiments.sweeping.jobset import manifests
 
-        say(
-            manifests(
-                runs, image=args.jobset, tpu=args.tpu or "v5e:4x4", claim=args.claim or "runs"
-            )
-        )
+        say(manifests(runs, image=args.jobset, tpu=args.tpu, claim=args.claim))
         return 0
     for run in runs:
         say(run.shell_line())
