@@ -60,33 +60,32 @@ def good_requests(run: str, pictures: Path, index: Path) -> list[Asked]:
     vectors, texts = model.embed_images(paths), model.embed_texts(QUERIES)
     classes = model.classify(paths, CLASSES)
     found: list[Asked] = []
+
+    def add(kind: str, check: Check, weight: float = 1, **options: Any) -> None:
+        path = "/" + kind.partition(",")[0]
+        found.append(Asked(kind, path, check, options, weight=weight))
+
     for file, caption, vector, scores in zip(files, captions, vectors, classes, strict=True):
-        image = {"files": {"image": file}}
-        found.append(Asked("caption", "/caption", _says(caption), image, weight=3))
-        streamed = {**image, "data": {"stream": "true"}}
-        found.append(Asked("caption, streamed", "/caption", _streams(caption), streamed))
+        image = {"image": file}
+        add("caption", _says(caption), 3, files=image)
+        add("caption, streamed", _streams(caption), files=image, data={"stream": "true"})
         about = caption or "nothing"
-        words, maps = attention_over_patches(model, decode(file), "", about)
-        looked = {**image, "data": {"text": about}}
-        found.append(Asked("attention", "/attention", _attends(words, maps), looked))
-        embedded = {"files": [("images", file)]}
-        found.append(Asked("embed", "/embed", _embeds(vector), embedded, weight=2))
-        named = {**image, "data": {"classes": list(CLASSES)}}
-        found.append(Asked("classify", "/classify", _classifies(scores), named))
+        attended = _attends(*attention_over_patches(model, decode(file), "", about))
+        add("attention", attended, files=image, data={"text": about})
+        add("embed", _embeds(vector), 2, files=[("images", file)])
+        add("classify", _classifies(scores), files=image, data={"classes": list(CLASSES)})
         for text, query in zip(texts, QUERIES, strict=True):
-            both = {**image, "data": {"text": query, "count": "5"}}
             hits = _finds(opened, (text + vector) / 2)
-            found.append(Asked("search, both", "/search", hits, both, weight=1 / len(QUERIES)))
+            both = {"text": query, "count": "5"}
+            add("search, both", hits, 1 / len(QUERIES), files=image, data=both)
     for question in QUESTIONS:
         answers = model.answer(paths, [question] * len(paths))
         for file, answer in zip(files, answers, strict=True):
-            asked = {"files": {"image": file}, "data": {"question": question}}
-            weight = 2 / len(QUESTIONS)
-            found.append(Asked("answer", "/answer", _says(answer), asked, weight=weight))
+            asked = {"question": question}
+            add("answer", _says(answer), 2 / len(QUESTIONS), files={"image": file}, data=asked)
     for text, query in zip(texts, QUERIES, strict=True):
-        asked = {"json": {"text": query, "count": 5}}
         weight = 2 * len(files) / len(QUERIES)
-        found.append(Asked("search", "/search", _finds(opened, text), asked, weight=weight))
+        add("search", _finds(opened, text), weight, json={"text": query, "count": 5})
     return found
 
 

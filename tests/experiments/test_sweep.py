@@ -326,7 +326,7 @@ def test_on_a_terminal_the_table_is_drawn_in_place(ablation, tmp_path):
     first, second, third = table.stream.getvalue().split("\x1b[5A")  # up to the first line each
     assert third.count("\n") == 5 and "failed" in third
     assert "low-0   waiting" in first and "4 waiting" in first
-    assert "low-0   running          5/20    1.250  2m30" in second
+    assert "low-0   running          5/20    1.250  02:30" in second
     assert "1 running, 3 waiting" in second
 
 
@@ -336,4 +336,4 @@ def test_progress_reads_what_a_kill_leaves(tmp_path):
     assert newest_records(path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]
     path.write_text('5\n[]\n{"loss": 1}\n{"step": 1, "loss": "x"}\n{"step": 2, "loss": 1.5}\n')
     assert newest_records(path) == [{"step": 2, "loss": 1.5}]
-    assert [duration(s) for s in (None, 4.4, 200, 3900)] == ["", "4s", "3m20", "1h05"]
+    assert [duration(s) for s in (None, 4.4, 200, 3900)] == ["", "00:04", "03:20", "1:05:00"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from unified_mm.config import Config
 from unified_mm.data.records import Record
@@ -40,6 +41,11 @@ def open_data(config: Config, split: str = "", data_dir: str = "") -> tuple[Sour
 def scored_records(source: Source, split: str, count: int) -> list[Record]:
     """Returns the first `count` records of a split that have both an image and a caption."""
     return [record for record in source.manifest(split).records if is_scored(record)][:count]
+
+
+def evenly_spread(total: int, count: int) -> Int[np.ndarray, " chosen"]:
+    """Returns `count` indices (or all) spread evenly over `total`."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
 
 
 def batch_of(model: LoadedModel, records: list[Record]) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ class Drawing:
 
 
 def subplots(
-    width: float, height: float, rows: int = 1, columns: int = 1, grid: float = 0.3
+    width: int | float, height: int | float, rows: int = 1, columns: int = 1, grid: float = 0.3
 ) -> tuple[Any, list[Any]]:
     """Returns a matplotlib figure and its panels, row by row.
 

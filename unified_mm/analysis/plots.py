@@ -125,7 +125,7 @@ def _grid(count: int, columns: int) -> tuple[Any, list[Any]]:
     """Returns a figure with `count` panels, in rows of at most `columns`."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure, found = subplots(10, 10 * rows / columns * 0.8, rows, columns, grid=0)
+    figure, found = subplots(10, 10 * rows / columns * 0.8, rows, columns, grid=0.0)
     for unused in found[count:]:
         figure.delaxes(unused)
     return figure, found[:count]
