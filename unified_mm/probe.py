@@ -40,22 +40,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def options_of(arguments: Sequence[str]) -> argparse.Namespace:
     """Returns the values of the command's flags."""
-    return parse(
-        "probe",
-        __doc__,
-        arguments,
-        needs=("run",),
-        takes=(
-            "images",
-            "of",
-            "contribution",
-            "split",
-            "data_dir",
-            "train",
-            "asked",
-            "output",
-        ),
-    )
+    takes = ("images", "of", "contribution", "split", "data_dir", "train", "asked", "output")
+    return parse("probe", __doc__, arguments, needs=("run",), takes=takes)
 
 
 def work(options: argparse.Namespace) -> int:

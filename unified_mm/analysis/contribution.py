@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from unified_mm.analysis.captions import cider_d
 from unified_mm.analysis.intervals import Mean, mean_interval
 from unified_mm.data.pipeline import Arrays, Preparer, evaluation_batches
 from unified_mm.data.records import Record, Text
-from unified_mm.evaluation.caption_scores import cider_d_per_image, tokenize
 from unified_mm.evaluation.evaluate import captions_of
 from unified_mm.inference.predictor import Predictor
 from unified_mm.objectives.captioning import Captioning
@@ -98,15 +98,15 @@ def contribution(
         way: _scores(predictor, rows, preparers, references, batch_size)
         for way, preparers in taken_away(task.modalities, modality, rows).items()
     }
-    whole_nats, whole_cider_d = scores[WHOLE]
+    whole_nats, whole_cider = scores[WHOLE]
     return {
         way: Contribution(
             mean_interval(nats),
-            mean_interval(cider_d),
+            mean_interval(cider),
             mean_interval(nats - whole_nats),
-            mean_interval(whole_cider_d - cider_d),
+            mean_interval(whole_cider - cider),
         )
-        for way, (nats, cider_d) in scores.items()
+        for way, (nats, cider) in scores.items()
     }
 
 
@@ -155,8 +155,4 @@ def _scores(
             likelihoods.append(predictor.log_likelihood(batch))
             written += predictor.write(batch, [""] * batch_size)
     scored = np.concatenate(likelihoods)[: len(rows)].astype(np.float64)
-    cider_d = cider_d_per_image(
-        [tokenize(text) for text in written[: len(rows)]],
-        [[tokenize(text) for text in texts] for texts in references],
-    )
-    return -scored[:, 0] / scored[:, 1], cider_d
+    return -scored[:, 0] / scored[:, 1], cider_d(written[: len(rows)], references)

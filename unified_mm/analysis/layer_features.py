@@ -52,13 +52,13 @@ def image_features(model: LoadedModel, images: Iterable[Picture]) -> Features:
             {"params": params}, batch, view, method="read_context", mutable=[RESIDUAL]
         )
         valid = encoded.valid[IMAGE]
-        streams = streams_by_layer(left[RESIDUAL], stack, options)
         # In one sequence the image's tokens stand after those of earlier modalities.
         before = names[: names.index(IMAGE)] if stack == MAIN else ()
         first = sum(encoded.outputs[name].shape[1] for name in before)
         where = slice(first, first + valid.shape[1])
-        means = {name: pooled("mean", x[:, where], valid) for name, x in streams.items()}
-        return {**means, OUTPUT: pooled("mean", encoded.outputs[IMAGE], valid)}
+        streams = streams_by_layer(left[RESIDUAL], stack, options)
+        own = {name: x[:, where] for name, x in streams.items()}
+        return _means({**own, OUTPUT: encoded.outputs[IMAGE]}, valid)
 
     rows = (image_row(model, image) for image in images)
     return _gather(model, f"image features of {view}", read, rows, layer_names(options))
@@ -80,8 +80,7 @@ def text_features(model: LoadedModel, texts: Sequence[str]) -> Features:
             {"params": params}, text, view, method="read_text", mutable=[RESIDUAL]
         )
         streams = streams_by_layer(left[RESIDUAL], MAIN, options)
-        means = {name: pooled("mean", y, text["valid"]) for name, y in streams.items()}
-        return {**means, OUTPUT: pooled("mean", x, text["valid"])}
+        return _means({**streams, OUTPUT: x}, text["valid"])
 
     rows = ({"text": task.modalities["text"].encode("", text)} for text in texts)
     return _gather(model, f"text features of {view}", read, rows, layer_names(options))
@@ -99,6 +98,10 @@ def reading_stream(model: LoadedModel) -> View:
     if not objectives:
         raise ValueError("this model was trained on no objective that reads text")
     return next((each for each in objectives if isinstance(each, Contrastive)), objectives[0]).view
+
+
+def _means(streams: dict[str, Array], valid: Array) -> dict[str, Array]:
+    return {name: pooled("mean", x, valid) for name, x in streams.items()}
 
 
 def _gather(
