@@ -15,7 +15,7 @@ PARTS = {
         "python-multipart>=0.0.34",
         "uvicorn>=0.54",
     ],
-    "sweep": ["optuna>=5.0", "pyyaml>=6", "submitit>=1.5.4"],
+    "sweep": ["optuna>=5.0", "submitit>=1.5.4"],
 }
 
 setup(
@@ -62,6 +62,7 @@ setup(
             "pycocoevalcap>=1.2",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
+            "pyyaml>=6",
             "ruff>=0.14",
             "schemathesis>=4.32",
             "selenium>=4.51",

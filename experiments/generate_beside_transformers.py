@@ -12,13 +12,13 @@ torch's threads wait for one another, and lose more where cores are shared.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ import torch
 import transformers
 
 import unified_mm
-from experiments.keep import RESULTS
+from experiments.keep import new_result
+from unified_mm.benchmarks.timing import provenance, times_of
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.files import write_json
 from unified_mm.import_weights import import_directory, write_run
@@ -35,7 +36,6 @@ from unified_mm.inference.decoding import GREEDY
 from unified_mm.inference.generate import generate, start
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.sampling import make_sampling, sampling_arrays
-from unified_mm.runs.environment import device_name, versions
 
 SHAPE: dict[str, Any] = {
     "n_embd": 512,
@@ -45,6 +45,7 @@ SHAPE: dict[str, Any] = {
     "n_positions": 128,
 }
 PROMPT, NEW = 16, 64
+THEIRS = ("torch", "transformers")
 Generate = Callable[[np.ndarray], np.ndarray]
 
 
@@ -54,12 +55,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15, help="of each, alternating")
     parser.add_argument("--replace", action="store_true", help="overwrite what was kept before")
     args = parser.parse_args()
-    target = RESULTS / "generate_beside_transformers.json"
-    if target.exists() and not args.replace:
-        raise SystemExit(f"{target} exists; --replace overwrites it")
+    target = new_result("generate_beside_transformers", replace=args.replace)
     theirs = their_model()
     ours = as_run_of_ours(theirs)
     rows = [compare(ours, theirs, batch, args.turns) for batch in args.batches]
+    origin = provenance()
     result = {
         "shape": SHAPE,
         "prompt": PROMPT,
@@ -67,12 +67,9 @@ def main() -> None:
         "rows": rows,
         "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},
         "load": round(os.getloadavg()[0], 1),  # 1 or less: nothing else ran
-        "device": device_name(),
-        "versions": {
-            **versions(), "torch": torch.__version__, "transformers": transformers.__version__
-        },
-        "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
+        **origin,
+        "versions": origin["versions"] | {name: metadata.version(name) for name in THEIRS},
+    }
     write_json(target, result)
     print(f"kept {target}")
     print(json.dumps(rows))
@@ -112,9 +109,7 @@ def compare(ours: LoadedModel, theirs: Any, batch: int, turns: int) -> dict[str,
     seconds: dict[str, list[float]] = {name: [] for name in asked}
     for turn in range(turns):
         for name in sorted(asked, reverse=bool(turn % 2)):
-            start = time.perf_counter()
-            asked[name](prompts)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name] += times_of(partial(asked[name], prompts), 1)
     row: dict[str, Any] = {
         "batch": batch,
         "turns": turns,

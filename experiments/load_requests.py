@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from unified_mm.search.search_index import SearchIndex
 QUESTIONS = ("what colour is the cube?", "how many objects are there?", "is there a sphere?")
 QUERIES = ("a large red cube left of a blue sphere", "a small shiny cylinder", "two green things")
 CLASSES = ("a cube", "a sphere", "a cylinder", "something red")
+Check = Callable[[httpx.Response], str]
 CLOSE = 1e-4  # of cosines and vectors: batches of other sizes add up in another order
 
 
@@ -41,7 +40,7 @@ class Asked:
 
     kind: str
     path: str
-    check: Callable[[httpx.Response], str]
+    check: Check
     options: dict[str, Any] = field(default_factory=dict)
     method: str = "POST"
     weight: float = 1.0
@@ -61,33 +60,32 @@ def good_requests(run: str, pictures: Path, index: Path) -> list[Asked]:
     vectors, texts = model.embed_images(paths), model.embed_texts(QUERIES)
     classes = model.classify(paths, CLASSES)
     found: list[Asked] = []
+
+    def add(kind: str, check: Check, weight: float = 1, **options: Any) -> None:
+        path = "/" + kind.partition(",")[0]
+        found.append(Asked(kind, path, check, options, weight=weight))
+
     for file, caption, vector, scores in zip(files, captions, vectors, classes, strict=True):
-        image = {"files": {"image": file}}
-        found.append(Asked("caption", "/caption", _says(caption), image, weight=3))
-        streamed = {**image, "data": {"stream": "true"}}
-        found.append(Asked("caption, streamed", "/caption", _streams(caption), streamed))
+        image = {"image": file}
+        add("caption", _says(caption), 3, files=image)
+        add("caption, streamed", _streams(caption), files=image, data={"stream": "true"})
         about = caption or "nothing"
-        words, maps = attention_over_patches(model, decode(file), "", about)
-        looked = {**image, "data": {"text": about}}
-        found.append(Asked("attention", "/attention", _attends(words, maps), looked))
-        embedded = {"files": [("images", file)]}
-        found.append(Asked("embed", "/embed", _embeds(vector), embedded, weight=2))
-        named = {**image, "data": {"classes": list(CLASSES)}}
-        found.append(Asked("classify", "/classify", _classifies(scores), named))
+        attended = _attends(*attention_over_patches(model, decode(file), "", about))
+        add("attention", attended, files=image, data={"text": about})
+        add("embed", _embeds(vector), 2, files=[("images", file)])
+        add("classify", _classifies(scores), files=image, data={"classes": list(CLASSES)})
         for text, query in zip(texts, QUERIES, strict=True):
-            both = {**image, "data": {"text": query, "count": "5"}}
             hits = _finds(opened, (text + vector) / 2)
-            found.append(Asked("search, both", "/search", hits, both, weight=1 / len(QUERIES)))
+            both = {"text": query, "count": "5"}
+            add("search, both", hits, 1 / len(QUERIES), files=image, data=both)
     for question in QUESTIONS:
         answers = model.answer(paths, [question] * len(paths))
         for file, answer in zip(files, answers, strict=True):
-            asked = {"files": {"image": file}, "data": {"question": question}}
-            weight = 2 / len(QUESTIONS)
-            found.append(Asked("answer", "/answer", _says(answer), asked, weight=weight))
+            asked = {"question": question}
+            add("answer", _says(answer), 2 / len(QUESTIONS), files={"image": file}, data=asked)
     for text, query in zip(texts, QUERIES, strict=True):
-        asked = {"json": {"text": query, "count": 5}}
         weight = 2 * len(files) / len(QUERIES)
-        found.append(Asked("search", "/search", _finds(opened, text), asked, weight=weight))
+        add("search", _finds(opened, text), weight, json={"text": query, "count": 5})
     return found
 
 
@@ -95,62 +93,52 @@ def broken_requests() -> list[Asked]:
     """Returns requests of every kind that the server must refuse."""
     whole = _jpeg()
 
-    def file(kind: str, content: bytes) -> Asked:
-        return Asked(f"broken: {kind}", "/caption", _refused, {"files": {"image": content}})
+    def broken(kind: str, path: str, method: str = "POST", **options: Any) -> Asked:
+        return Asked(f"broken: {kind}", path, _refused, options, method)
 
-    def body(kind: str, path: str, value: Any) -> Asked:
-        return Asked(f"broken: {kind}", path, _refused, {"json": value})
-
-    def got(path: str) -> Asked:
-        return Asked("broken: path tricks", path, _refused, method="GET")
-
+    files = {
+        "garbage bytes": np.random.default_rng(0).bytes(5000),
+        "truncated JPEG": whole[: len(whole) // 2],
+        "200 megapixels": two_hundred_megapixels(),
+        "nothing": b"",
+    }
+    long = {"question": "what " * 300}
     return [
-        file("garbage bytes", np.random.default_rng(0).bytes(5000)),
-        file("truncated JPEG", whole[: len(whole) // 2]),
-        file("200 megapixels", two_hundred_megapixels()),
-        file("nothing", b""),
-        body("wrong types", "/embed", {"texts": [1, None]}),
-        body("wrong types", "/search", {"text": ["a"], "count": "many"}),
-        body("wrong types", "/classify", [1, 2, 3]),
-        body("huge prompt", "/search", {"text": "cube " * 100_000}),
-        Asked(
-            "broken: huge prompt",
-            "/answer",
-            _refused,
-            {"files": {"image": whole}, "data": {"question": "what " * 300}},
-        ),
-        body("path tricks", "/caption", {"image": "/etc/passwd"}),
-        body("path tricks", "/caption", {"image": "file:///etc/passwd"}),
-        got("/pictures/..%2f..%2f..%2fetc%2fpasswd"),
-        got("/pictures/99999999"),
-        got("/%2e%2e/%2e%2e/etc/passwd"),
+        *(broken(kind, "/caption", files={"image": each}) for kind, each in files.items()),
+        broken("wrong types", "/embed", json={"texts": [1, None]}),
+        broken("wrong types", "/search", json={"text": ["a"], "count": "many"}),
+        broken("wrong types", "/classify", json=[1, 2, 3]),
+        broken("huge prompt", "/search", json={"text": "cube " * 100_000}),
+        broken("huge prompt", "/answer", files={"image": whole}, data=long),
+        broken("path tricks", "/caption", json={"image": "/etc/passwd"}),
+        broken("path tricks", "/caption", json={"image": "file:///etc/passwd"}),
+        broken("path tricks", "/pictures/..%2f..%2f..%2fetc%2fpasswd", "GET"),
+        broken("path tricks", "/pictures/99999999", "GET"),
+        broken("path tricks", "/%2e%2e/%2e%2e/etc/passwd", "GET"),
     ]
 
 
 def two_hundred_megapixels() -> bytes:
     """Returns a PNG of 20,000 x 10,000 black pixels in about 25 kB."""
-    out = io.BytesIO()
-    rows = zlib.compress(bytes((20_000 // 8 + 1) * 10_000), 9)
-    header = struct.pack(">IIBBBBB", 20_000, 10_000, 1, 0, 0, 0, 0)
-    out.write(b"\x89PNG\r\n\x1a\n")
-    for kind, data in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")):
-        checksum = zlib.crc32(kind + data)
-        out.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum))
-    return out.getvalue()
+    return _file(Image.new("1", (20_000, 10_000)), "PNG")
 
 
 def _jpeg() -> bytes:
-    out = io.BytesIO()
     pixels = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
-    Image.fromarray(pixels).save(out, "JPEG")
+    return _file(Image.fromarray(pixels), "JPEG")
+
+
+def _file(image: Image.Image, kind: str) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind)
     return out.getvalue()
 
 
-def _says(text: str) -> Callable[[httpx.Response], str]:
-    return lambda response: _differs(response, lambda said: said["text"], text)
+def _says(text: str) -> Check:
+    return _gives(text, lambda said: said["text"])
 
 
-def _streams(text: str) -> Callable[[httpx.Response], str]:
+def _streams(text: str) -> Check:
     def check(response: httpx.Response) -> str:
         data = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
         pieces = [json.loads(each)["text"] for each in data]
@@ -160,41 +148,40 @@ def _streams(text: str) -> Callable[[httpx.Response], str]:
     return check
 
 
-def _embeds(vector: np.ndarray) -> Callable[[httpx.Response], str]:
-    return lambda response: _differs(response, lambda said: said["images"][0], vector)
+def _embeds(vector: np.ndarray) -> Check:
+    return _gives(vector, lambda said: said["images"][0])
 
 
-def _classifies(scores: np.ndarray) -> Callable[[httpx.Response], str]:
+def _classifies(scores: np.ndarray) -> Check:
     def given(said: Any) -> list[float]:
         by_name = {each["name"]: each["similarity"] for each in said["classes"]}
         return [by_name[name] for name in CLASSES]
 
-    return lambda response: _differs(response, given, scores)
+    return _gives(scores, given)
 
 
-def _attends(words: list[str], maps: np.ndarray) -> Callable[[httpx.Response], str]:
-    def given(said: Any) -> Any:
-        return said["maps"] if said["words"] == words else np.zeros_like(maps)
+def _attends(words: list[str], maps: np.ndarray) -> Check:
+    return _gives(
+        maps, lambda said: said["maps"] if said["words"] == words else np.zeros_like(maps)
+    )
 
-    return lambda response: _differs(response, given, maps)
 
-
-def _finds(index: SearchIndex, vector: np.ndarray) -> Callable[[httpx.Response], str]:
+def _finds(index: SearchIndex, vector: np.ndarray) -> Check:
     scores = np.array([each.score for each in index.search(vector, 5)])
-
-    def given(said: Any) -> list[float]:
-        return [each["score"] for each in said["results"]]
-
-    return lambda response: _differs(response, given, scores)
+    return _gives(scores, lambda said: [each["score"] for each in said["results"]])
 
 
-def _differs(response: httpx.Response, given: Callable[[Any], Any], right: Any) -> str:
-    """Returns '' if the answer is right (numbers up to `CLOSE`), else a message."""
-    if response.status_code != 200:
-        return f"{response.status_code}: {response.text[:200]}"
-    got = given(response.json())
-    same = got == right if isinstance(right, str) else np.allclose(got, right, atol=CLOSE)
-    return "" if same else f"expected {right!r}; got {got!r}"
+def _gives(right: Any, read: Callable[[Any], Any]) -> Check:
+    """Returns a check of what `read` takes from an answer; numbers may differ by `CLOSE`."""
+
+    def check(response: httpx.Response) -> str:
+        if response.status_code != 200:
+            return f"{response.status_code}: {response.text[:200]}"
+        got = read(response.json())
+        same = got == right if isinstance(right, str) else np.allclose(got, right, atol=CLOSE)
+        return "" if same else f"expected {right!r}; got {got!r}"
+
+    return check
 
 
 def _refused(response: httpx.Response) -> str:

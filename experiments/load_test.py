@@ -14,27 +14,26 @@ import argparse
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from experiments.load_requests import Asked, broken_requests, good_requests
+from unified_mm.benchmarks.timing import percentiles, provenance
 from unified_mm.files import write_json
-from unified_mm.runs.environment import device_name, revision, versions
 
 RESULTS = Path(__file__).parent / "results"
 PICTURES = 48  # that are indexed and asked about
@@ -82,17 +81,19 @@ def measure(options: argparse.Namespace, good: list[Asked], index: Path) -> dict
         process.send_signal(signal.SIGTERM)
         code = process.wait(60)
     wrong = [f"{each['kind']}: {each['wrong']}" for each in outcomes if each["wrong"]]
+    lost = sum(not each["status"] for each in outcomes)
+    origin = provenance()
     for line in wrong[:20]:
         print(f"WRONG: {line}", file=sys.stderr)
     return {
         "requests": len(order),
         "clients": options.clients,
         "broken": sum(each.broken for each in order),
-        "answered": len(outcomes),
-        "lost": len(order) - len(outcomes),
+        "answered": len(order) - lost,
+        "lost": lost,
         "wrong": len(wrong),
         "asked_again": sum(each["again"] for each in outcomes),
-        "statuses": counted(str(each["status"]) for each in outcomes),
+        "statuses": dict(sorted(Counter(str(each["status"]) for each in outcomes).items())),
         "kinds": latencies(outcomes),
         "requests_per_second": round(len(order) / seconds, 1),
         "memory_after_warm_up": before,
@@ -100,10 +101,8 @@ def measure(options: argparse.Namespace, good: list[Asked], index: Path) -> dict
         "exit_code": code,
         "run": Path(options.run).name,
         "cpus": os.cpu_count(),
-        "device": device_name(),
-        "versions": versions() | {name: metadata.version(name) for name in PACKAGES},
-        "revision": revision(),
-        "date": time.strftime("%Y-%m-%d"),
+        **origin,
+        "versions": origin["versions"] | {name: metadata.version(name) for name in PACKAGES},
     }
 
 
@@ -137,79 +136,51 @@ def serving(run: str, index: Path) -> Iterator[tuple[str, subprocess.Popen]]:
 
 def load(url: str, order: list[Asked], clients: int) -> list[dict[str, Any]]:
     """Sends every request, from `clients` clients at a time, and returns the outcomes."""
-    left = iter(order)
-    taking = threading.Lock()
-    outcomes: list[dict[str, Any]] = []
-
-    def client() -> None:
-        with httpx.Client(base_url=url, timeout=120) as session:
-            while True:
-                with taking:
-                    asked = next(left, None)
-                if asked is None:
-                    return
-                outcomes.append(ask(session, asked))
-
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return outcomes
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    with (
+        httpx.Client(base_url=url, timeout=120, limits=limits) as session,
+        ThreadPoolExecutor(clients) as pool,
+    ):
+        return list(pool.map(lambda asked: ask(session, asked), order))
 
 
 def ask(session: httpx.Client, asked: Asked) -> dict[str, Any]:
     """Sends one request, again after each status 429, and returns its outcome."""
-    again = 0
+    outcome: dict[str, Any] = {"kind": asked.kind, "status": 0, "again": 0, "seconds": 0.0}
     while True:
         began = time.perf_counter()
         try:
             response = session.request(asked.method, asked.path, **asked.options)
         except httpx.TransportError as error:
-            wrong = f"no answer: {error!r}"
-            return {"kind": asked.kind, "wrong": wrong, "status": 0, "again": again, "ms": 0.0}
-        milliseconds = 1000 * (time.perf_counter() - began)
+            return {**outcome, "wrong": f"no answer: {error!r}"}
+        outcome["seconds"] = time.perf_counter() - began
         if response.status_code != 429:
             break
-        again += 1
+        outcome["again"] += 1
         time.sleep(float(response.headers["retry-after"]))
-    return {
-        "kind": asked.kind,
-        "wrong": asked.check(response),
-        "status": response.status_code,
-        "again": again,
-        "ms": milliseconds,
-    }
+    try:
+        wrong = asked.check(response)
+    except (ValueError, LookupError, TypeError) as error:  # not of the shape that is asked for
+        wrong = f"{error!r} in {response.text[:200]}"
+    return {**outcome, "status": response.status_code, "wrong": wrong}
 
 
 def memory(url: str) -> dict[str, int]:
     """Returns the memory that the idle server holds, by its own metrics."""
     time.sleep(1)
-    text = httpx.get(f"{url}/metrics").text
-    found = {}
-    for name, metric in MEMORY.items():
-        match = re.search(rf"^{metric} (\S+)$", text, re.MULTILINE)
-        found[name] = int(float(match[1])) if match else 0
-    return found
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    found = {sample.name: sample.value for family in families for sample in family.samples}
+    return {name: int(found.get(metric, 0)) for name, metric in MEMORY.items()}
 
 
 def latencies(outcomes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Returns the number and latency percentiles of requests by kind."""
     by_kind: dict[str, list[float]] = {}
     for each in outcomes:
-        by_kind.setdefault(each["kind"], []).append(each["ms"])
+        by_kind.setdefault(each["kind"], []).append(each["seconds"])
     return {
-        kind: {
-            "count": len(times),
-            "p50_ms": round(float(np.percentile(times, 50)), 1),
-            "p95_ms": round(float(np.percentile(times, 95)), 1),
-        }
-        for kind, times in sorted(by_kind.items())
+        kind: {"count": len(times), **percentiles(times)} for kind, times in sorted(by_kind.items())
     }
-
-
-def counted(values: Iterator[str]) -> dict[str, int]:
-    return dict(sorted(Counter(values).items()))
 
 
 if __name__ == "__main__":

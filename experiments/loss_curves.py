@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.keep import RESULTS
-from unified_mm.analysis.figures import as_svg
-from unified_mm.files import read_json, write_atomically, write_json
+from experiments.keep import finished_run, new_result, write_result
+from unified_mm.analysis.figures import as_svg, subplots
+from unified_mm.files import read_json
 from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.metrics import read_metrics
 
@@ -28,35 +28,24 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, the first to compare with")
     parser.add_argument("--replace", action="store_true", help="overwrite what was kept before")
     args = parser.parse_args()
-    target = RESULTS / f"{args.name}.json"
-    if target.exists() and not args.replace:
-        raise SystemExit(f"{target} exists; --replace overwrites it")
-    curves = {path.name: losses(RunFolder(path)) for path in args.runs}
+    target = new_result(args.name, replace=args.replace)
+    folders = {path.name: finished_run(path) for path in args.runs}
+    curves = {name: losses(folder) for name, folder in folders.items()}
+    results = {name: read_json(folder.result) for name, folder in folders.items()}
     first = next(iter(curves))
     kept = {
         "curves": curves,
         "compared_with": first,
         "mean_difference": {name: distance(curve, curves[first]) for name, curve in curves.items()},
-        "scores": {path.name: read_json(RunFolder(path).result)["scores"] for path in args.runs},
-        **{
-            key: read_json(RunFolder(args.runs[0]).result)[key]
-            for key in ("device", "versions", "revision", "seed")
-        },
+        "scores": {name: result["scores"] for name, result in results.items()},
+        **{key: results[first][key] for key in ("device", "versions", "revision", "seed")},
     }
-    write_json(target, kept)
-    write_atomically(target.with_suffix(".svg"), draw(curves).encode())
-    print(f"kept {target} and {target.with_suffix('.svg')}")
+    write_result(target, kept, draw(curves))
     print(json.dumps(kept["mean_difference"]))
 
 
 def losses(folder: RunFolder) -> Curve:
-    """Returns [step, loss] of each logged interval of a finished run.
-
-    Raises:
-      SystemExit: if the run is not finished.
-    """
-    if not folder.finished:
-        raise SystemExit(f"{folder.path} is no finished run (it has no result.json)")
+    """Returns [step, loss] of each logged interval of a finished run."""
     steps, values = read_metrics(folder.metrics)["loss"]
     return [[int(s), float(v)] for s, v in zip(steps, values, strict=True)]
 
@@ -75,10 +64,7 @@ def by_step(curve: Curve) -> dict[int, float]:
 
 def draw(curves: dict[str, Curve]) -> str:
     """Draws the losses, and their differences from the first run's, over training steps, as SVG."""
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(8, 3.2), layout="constrained")
-    loss, apart = figure.subplots(1, 2)
+    figure, (loss, apart) = subplots(8, 3.2, columns=2)
     first = by_step(next(iter(curves.values())))
     for name, curve in curves.items():
         steps = [step for step in by_step(curve) if step in first]
@@ -90,7 +76,6 @@ def draw(curves: dict[str, Curve]) -> str:
     loss.legend(fontsize="small")
     for axes in (loss, apart):
         axes.set_xlabel("training step")
-        axes.grid(alpha=0.3)
     return as_svg(figure)
 
 

@@ -13,17 +13,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.sweeping.presets import COST, SIZES
 from unified_mm.cli.recipes import load_recipe
 from unified_mm.default_config import phase
 
 coco = load_recipe(Path(__file__).parents[1] / "configs" / "coco.py")
-STEPS = {"tiny": 240, "base": 40_000}  # of one phase of everything
-# FLOPs of an example by what is learned, over those of both together (`unified_mm.sizes`).
-COST = {
-    "tiny": {"captioning": 0.768, "contrastive": 0.737},
-    "base": {"captioning": 0.819, "contrastive": 0.769},
-}
-WARMUP = {"tiny": 1 / 8, "base": 1 / 40}  # of each phase, as of the whole without phases
 # Share of all FLOPs that goes into captioning alone and into contrast alone.
 SHARES = {"two": (0.0, 0.3), "three": (0.2, 0.3)}
 
@@ -31,8 +25,8 @@ SHARES = {"two": (0.0, 0.3), "three": (0.2, 0.3)}
 def get_config(spec: str) -> ConfigDict:
     """Returns the config for `SIZE,KIND`: tiny or base; two or three."""
     size, _, kind = spec.partition(",")
-    if size not in STEPS or kind not in SHARES:
-        raise ValueError(f"{spec!r}: give SIZE,KIND of {', '.join(STEPS)}; {', '.join(SHARES)}")
+    if size not in SIZES or kind not in SHARES:
+        raise ValueError(f"{spec!r}: give SIZE,KIND of {', '.join(SIZES)}; {', '.join(SHARES)}")
     config = coco.get_config(size)
     text, contrast = SHARES[kind]
     cost = COST[size]
@@ -56,6 +50,7 @@ def get_config(spec: str) -> ConfigDict:
 
 
 def part(size: str, share: float, **changes: Any) -> dict:
-    """Returns a phase that takes a share of the steps."""
-    steps = round(share * STEPS[size])
-    return phase(steps, train={"warmup_steps": round(WARMUP[size] * steps)}, **changes)
+    """Returns a phase that takes a share of the steps, and warms up for as large a part of it."""
+    whole, warmup = (SIZES[size][f"train.{name}"] for name in ("steps", "warmup_steps"))
+    steps = round(share * whole)
+    return phase(steps, train={"warmup_steps": round(warmup / whole * steps)}, **changes)

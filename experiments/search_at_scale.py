@@ -16,7 +16,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
+from unified_mm.benchmarks.timing import provenance, times_of
 from unified_mm.cli.messages import exit_code, new_file, say
 from unified_mm.files import write_json
 from unified_mm.inference.loaded import LoadedModel, load
-from unified_mm.runs.environment import device_name, revision, versions
 from unified_mm.search.evaluation import recall_of_exact
 from unified_mm.search.index_writer import write_index
 from unified_mm.search.nearest import write_vectors
@@ -70,9 +70,10 @@ def measure(options: argparse.Namespace) -> int:
         write_index(model, read_picture_set(options.images, [options.split]), folder / "real", say)
         real = SearchIndex.open(folder / "real").nearest
         base = np.concatenate([real[kind].vectors for kind in real])
-        built = seconds(lambda: build(model, base, folder / "large", options))
-        opened = seconds(lambda: SearchIndex.open(folder / "large"))
+        (built,) = times_of(lambda: build(model, base, folder / "large", options), 1)
+        (opened,) = times_of(lambda: SearchIndex.open(folder / "large"), 1)
         index = SearchIndex.open(folder / "large")
+        origin = provenance()
         sizes = {file.name: file.stat().st_size for file in (folder / "large").iterdir()}
         result = {
             "vectors": options.vectors,
@@ -87,10 +88,8 @@ def measure(options: argparse.Namespace) -> int:
             "bytes": sizes,
             **latencies(model, index, texts),
             "model": {"step": model.step, "width": model.config.model.width},
-            "device": device_name(),
-            "versions": {**versions(), "usearch": metadata.version("usearch")},
-            "revision": revision(),
-            "date": time.strftime("%Y-%m-%d"),
+            **origin,
+            "versions": {**origin["versions"], "usearch": metadata.version("usearch")},
         }
     for name, value in result.items():
         say(f"{name:<20}{value}")
@@ -136,11 +135,8 @@ def latencies(model: LoadedModel, index: SearchIndex, texts: Sequence[str]) -> d
     query_times(model, index, texts[:WARM_UP])
     times = query_times(model, index, texts)
     nearest = index.nearest["image"]
-    times["exact"] = []
-    for vector in model.embed_texts(texts[:EXACT]):
-        began = time.perf_counter()
-        nearest.exact(vector[None], TOP)
-        times["exact"].append(time.perf_counter() - began)
+    vectors = iter(model.embed_texts(texts[:EXACT]))
+    times["exact"] = times_of(lambda: nearest.exact(next(vectors)[None], TOP), len(texts[:EXACT]))
     return {
         f"{name}_ms": {
             f"p{share}": round(1000 * float(np.percentile(taken, share)), 3) for share in (50, 95)
@@ -164,13 +160,6 @@ def query_times(
         times["embedding"].append(embedded - began)
         times["search"].append(found - embedded)
     return times
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """Returns the seconds that `work` takes."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

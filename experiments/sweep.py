@@ -18,6 +18,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -25,7 +26,7 @@ from experiments.sweeping.ablation import NAME, Ablation, load_ablation
 from experiments.sweeping.done_elsewhere import link_what_is_done
 from experiments.sweeping.jobs import Launcher
 from experiments.sweeping.local import Local
-from experiments.sweeping.loop import SweepStopped, carry_out, first_rows
+from experiments.sweeping.loop import SweepStopped, carry_out, first_rows, watch
 from experiments.sweeping.runs import Run, runs_of
 from experiments.sweeping.table import Table, final_table
 from unified_mm.cli.messages import exit_code, say
@@ -33,7 +34,11 @@ from unified_mm.files import hold, naming, user_path
 
 RUNS = Path("runs") / "ablations"
 LAUNCHERS = ("local", "slurm", "print")
-READ_BY = {"slurm": ("partition", "time", "gpus", "cpus"), "print": ("jobset", "tpu", "claim")}
+# By launcher, the options that it alone reads, with their defaults.
+READ_BY: dict[str, dict[str, Any]] = {
+    "slurm": {"partition": "", "time": 60, "gpus": 1, "cpus": 8},
+    "print": {"jobset": "", "tpu": "v5e:4x4", "claim": "runs"},
+}
 
 
 def main() -> None:
@@ -84,11 +89,17 @@ def with_fields(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Na
     return args
 
 
-def refuse_unread(args: argparse.Namespace) -> None:
-    """Raises ValueError if an option is given that nothing would read."""
-    for launcher, names in READ_BY.items():
-        for name in names:
-            if launcher != args.launcher and getattr(args, name) is not None:
+def complete(args: argparse.Namespace) -> None:
+    """Sets the options of the launchers that are not given to their defaults.
+
+    Raises:
+      ValueError: if an option is given that nothing would read.
+    """
+    for launcher, options in READ_BY.items():
+        for name, default in options.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+            elif launcher != args.launcher:
                 raise ValueError(f"--{name} is read by --launcher={launcher} alone")
     if args.trials < 0:
         raise ValueError(f"--trials={args.trials}: must be at least 1, or 0 for none")
@@ -108,23 +119,26 @@ def sweep(args: argparse.Namespace) -> int:
     Raises:
       ValueError: if options are wrong or do not go together, or another process holds the sweep.
     """
-    refuse_unread(args)
+    complete(args)
     name, ablation = load_ablation(args.ablation)
     name = args.name or name
     if not NAME.fullmatch(name):
         raise ValueError(f"--name={name}: letters, digits and . _ = - make the name of a folder")
     folder = user_path(args.runs, "--runs").absolute() / name
-    if args.trials:
-        from experiments.sweeping.search import search
+    try:
+        if args.trials:
+            from experiments.sweeping.search import search
 
+            with only_sweep(folder):
+                return search(ablation, folder, args.trials, args.jobs, args.more, args.interval)
+        runs = runs_of(ablation, folder, seeds=args.seeds, only=args.only, more=args.more)
+        if args.launcher == "print":
+            return print_commands(runs, args)
+        launcher = launcher_of(args, folder)
         with only_sweep(folder):
-            return search(ablation, folder, args.trials, args.jobs, args.more, args.interval)
-    runs = runs_of(ablation, folder, seeds=args.seeds, only=args.only, more=args.more)
-    if args.launcher == "print":
-        return print_commands(runs, args)
-    launcher = launcher_of(args, folder)
-    with only_sweep(folder):
-        return watch(runs, folder, launcher, ablation, args.interval)
+            return execute(runs, folder, launcher, ablation, args.interval)
+    except SweepStopped as told:
+        return told.exit_code
 
 
 def launcher_of(args: argparse.Namespace, folder: Path) -> Launcher:
@@ -136,14 +150,14 @@ def launcher_of(args: argparse.Namespace, folder: Path) -> Launcher:
     return Slurm(
         folder=folder / "slurm",
         parallel=args.jobs,
-        partition=args.partition or "",
-        minutes=60 if args.time is None else args.time,
-        gpus=1 if args.gpus is None else args.gpus,
-        cpus=8 if args.cpus is None else args.cpus,
+        partition=args.partition,
+        minutes=args.time,
+        gpus=args.gpus,
+        cpus=args.cpus,
     )
 
 
-def watch(
+def execute(
     runs: list[Run], folder: Path, launcher: Launcher, ablation: Ablation, interval: float
 ) -> int:
     """Executes the runs of the sweep in `folder`, prints their scores and returns the exit code."""
@@ -151,10 +165,8 @@ def watch(
     link_what_is_done(rows, folder.parent)
     done = sum(row.state == "finished" for row in rows)
     say(f"{len(runs)} runs, {done} finished already")
-    try:
-        carry_out(rows, launcher, Table(max(len(run.name) for run in runs)), interval)
-    except SweepStopped as told:
-        return told.exit_code
+    table = Table(max(len(run.name) for run in runs))
+    watch(carry_out(rows, launcher, table), launcher, interval)
     say("")
     say(final_table(rows, ablation.scores))
     for row in rows:
@@ -168,11 +180,7 @@ def print_commands(runs: list[Run], args: argparse.Namespace) -> int:
     if args.jobset:
         from experiments.sweeping.jobset import manifests
 
-        say(
-            manifests(
-                runs, image=args.jobset, tpu=args.tpu or "v5e:4x4", claim=args.claim or "runs"
-            )
-        )
+        say(manifests(runs, image=args.jobset, tpu=args.tpu, claim=args.claim))
         return 0
     for run in runs:
         say(run.shell_line())

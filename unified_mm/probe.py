@@ -37,16 +37,7 @@ if TYPE_CHECKING:
     "probe",
     __doc__,
     needs=("run",),
-    takes=(
-        "images",
-        "of",
-        "contribution",
-        "split",
-        "data_dir",
-        "train",
-        "asked",
-        "output",
-    ),
+    takes=("images", "of", "contribution", "split", "data_dir", "train", "asked", "output"),
 )
 def main(options: argparse.Namespace) -> int:
     """Probes the run, or measures what its images contribute, and returns the exit code."""
@@ -168,6 +159,7 @@ def folder_of_classes(
       ValueError: if a class has fewer than two readable images, or fewer than three images are left
         to fit on.
     """
+    from unified_mm.analysis.examples import evenly_spread
     from unified_mm.analysis.layer_features import image_features
     from unified_mm.evaluation.zero_shot import read_class_folder
     from unified_mm.search.pictures import shown, view_or_fault
@@ -191,18 +183,13 @@ def folder_of_classes(
         raise ValueError(f"{folder.path}: fewer than three images to learn from; add some")
     parts = []
     for start, most in ((0, options.train), (1, options.asked)):
-        chosen = _spread(np.sort(np.concatenate([numbers[start::2] for numbers in kept])), most)
+        usable = np.sort(np.concatenate([numbers[start::2] for numbers in kept]))
+        chosen = usable[evenly_spread(len(usable), most)]
         labels = np.array(folder.class_of_file)[chosen]
         features = image_features(model, (folder.files[i] for i in chosen))
         parts.append(Labelled(features, [Target("class", folder.classes, labels)]))
     learned, asked = parts
     return learned, asked, {"source": "classes", "folder": str(folder.path)}
-
-
-def _spread(numbers: np.ndarray, most: int) -> np.ndarray:
-    """Returns at most `most` of the numbers, evenly spread."""
-    places = np.linspace(0, len(numbers) - 1, min(most, len(numbers))).round().astype(int)
-    return numbers[places]
 
 
 def taken_away(model: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:

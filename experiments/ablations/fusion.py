@@ -13,7 +13,7 @@ against where objectives must be equal. All have the recipe's learning rate, wha
 """
 
 from experiments.sweeping.ablation import Ablation
-from experiments.sweeping.presets import common
+from experiments.sweeping.presets import of_coco
 
 # FLOPs of a training example of early fusion in the recipe (`python -m unified_mm.sizes`).
 BUDGET = {"tiny": 7.7e8, "base": 4.1e10}
@@ -21,9 +21,9 @@ BUDGET = {"tiny": 7.7e8, "base": 4.1e10}
 
 def get_ablation(size: str) -> Ablation:
     """Returns the ablation at a size, `tiny` or `base`."""
-    return Ablation(
-        config=f"configs/coco.py:{size}",
-        common=common(size) | {"model.budget": BUDGET[size]},
+    return of_coco(
+        size,
+        common={"model.budget": BUDGET[size]},
         variants={
             "early": {},
             "gated": {
@@ -33,6 +33,5 @@ def get_ablation(size: str) -> Ablation:
             "late": {"model.fusion": "late"},
             "early_contrast": {"objectives.captioning.weight": 0.0},
         },
-        seeds=range(5),
         scores=("single_caption/text_to_image/recall_at_1", "caption/cider_d"),
     )

@@ -13,34 +13,26 @@ a louder voice in the gradient, whose norm is clipped.
 """
 
 from experiments.sweeping.ablation import Ablation
-from experiments.sweeping.presets import at_equal_flops, common
-
-# FLOPs of a step over those of contrast and captioning together.
-COST = {
-    "tiny": {"contrastive": 0.737, "captioning": 0.768, "all_three": 1.750},
-    "base": {"contrastive": 0.769, "captioning": 0.819, "all_three": 1.576},
-}
-CHANGES = {
-    "contrastive": {"objectives.captioning.weight": 0.0},
-    "captioning": {"objectives.contrastive.weight": 0.0},
-    "all_three": {"objectives.matching.weight": 0.5},
-}
+from experiments.sweeping.presets import at_equal_flops, of_coco
 
 
 def get_ablation(size: str) -> Ablation:
     """Returns the ablation at a size, `tiny` or `base`."""
-    dearer = {
-        name: changes | at_equal_flops(size, COST[size][name]) for name, changes in CHANGES.items()
-    }
-    return Ablation(
-        config=f"configs/coco.py:{size}",
-        common=common(size),
+    return of_coco(
+        size,
         variants={
             "both": {},
-            **dearer,
+            "contrastive": {
+                "objectives.captioning.weight": 0.0,
+                **at_equal_flops(size, "contrastive"),
+            },
+            "captioning": {
+                "objectives.contrastive.weight": 0.0,
+                **at_equal_flops(size, "captioning"),
+            },
+            "all_three": {"objectives.matching.weight": 0.5, **at_equal_flops(size, "matching")},
             "captions_weigh_4": {"objectives.captioning.weight": 4.0},
             "sigmoid": {"objectives.contrastive.loss": "sigmoid"},
         },
-        seeds=range(5),
         scores=("single_caption/text_to_image/recall_at_1", "caption/cider_d"),
     )

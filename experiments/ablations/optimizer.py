@@ -10,14 +10,13 @@ section finds a rate: `--trials=12` on the base, or another optimizer by --confi
 """
 
 from experiments.sweeping.ablation import Ablation, Search, Span
-from experiments.sweeping.presets import common
+from experiments.sweeping.presets import of_coco
 
 
 def get_ablation(size: str) -> Ablation:
     """Returns the ablation at a size, `tiny` or `base`."""
-    return Ablation(
-        config=f"configs/coco.py:{size}",
-        common=common(size),
+    return of_coco(
+        size,
         variants={
             "adamw": {},
             "muon": {"train.optimizer": "muon"},
@@ -26,7 +25,6 @@ def get_ablation(size: str) -> Ablation:
             "adamw_constant": {"train.schedule": "constant"},
             "adamw_falling": {"train.schedule": "constant_then_linear"},
         },
-        seeds=range(5),
         scores=("caption/nats", "caption/cider_d", "single_caption/text_to_image/recall_at_1"),
         search=Search(
             space={

@@ -9,7 +9,7 @@ that a gain of parameters alone would not show in it (FLOPs and a head's channel
 """
 
 from experiments.sweeping.ablation import Ablation
-from experiments.sweeping.presets import common
+from experiments.sweeping.presets import of_coco
 
 ATTENTION = {"model.separate_attention": True}
 FEED_FORWARD = {"model.separate_feed_forward": True}
@@ -22,9 +22,8 @@ NARROW = {
 
 def get_ablation(size: str) -> Ablation:
     """Returns the ablation at a size, `tiny` or `base`."""
-    return Ablation(
-        config=f"configs/coco.py:{size}",
-        common=common(size),
+    return of_coco(
+        size,
         variants={
             "shared": {},
             "attention": ATTENTION,
@@ -32,7 +31,6 @@ def get_ablation(size: str) -> Ablation:
             "both": ATTENTION | FEED_FORWARD,
             "both_equal_parameters": ATTENTION | FEED_FORWARD | NARROW[size],
         },
-        seeds=range(5),
         scores=(
             "caption/cider_d",
             "single_caption/text_to_image/recall_at_1",

@@ -13,17 +13,17 @@ steps.
 """
 
 from experiments.sweeping.ablation import Ablation
-from experiments.sweeping.presets import common
+from experiments.sweeping.presets import common_fields
 
 RECIPE = "experiments/phased.py"
 
 
 def get_ablation(size: str) -> Ablation:
     """Returns the ablation at a size, `tiny` or `base`."""
-    shared = common(size)
+    shared = common_fields(size)
     steps = shared.pop("train.steps")  # of `one`; the recipe of the others has its own
     return Ablation(
-        config=f"configs/coco.py:{size}",
+        f"configs/coco.py:{size}",
         common=shared,
         variants={
             "one": {"train.steps": steps},

@@ -11,23 +11,21 @@ Always saying the commoner side is right 0.57 times here: what is not above that
 """
 
 from experiments.sweeping.ablation import Ablation
-from experiments.sweeping.presets import common
+from experiments.sweeping.presets import of_coco
 
 FIELD = "model.modalities.image.positions"
 
 
 def get_ablation(size: str) -> Ablation:
     """Returns the ablation at a size, `tiny` or `base`."""
-    return Ablation(
-        config=f"configs/coco.py:{size}",
-        common=common(size),
+    return of_coco(
+        size,
         variants={
             "grid": {},
             "line": {FIELD: "line"},
             "random": {FIELD: "random"},
             "none": {FIELD: "none"},
         },
-        seeds=range(5),
         scores=(
             "caption/cider_d",
             "single_caption/text_to_image/recall_at_1",

@@ -15,33 +15,25 @@ All have the FLOPs of `one_way`, by fewer steps where a step costs more.
 """
 
 from experiments.sweeping.ablation import Ablation
-from experiments.sweeping.presets import at_equal_flops, common
+from experiments.sweeping.presets import at_equal_flops, of_coco
 
-# FLOPs of a step over those of `one_way`.
-COST = {
-    "tiny": {"causal": 1.505, "matching": 1.750, "matching_both_ways": 3.320},
-    "base": {"causal": 1.588, "matching": 1.576, "matching_both_ways": 3.375},
-}
 MATCHING = {"objectives.matching.weight": 0.5}
 CAPTIONS = "objectives.captioning.rule"
 
 
 def get_ablation(size: str) -> Ablation:
     """Returns the ablation at a size, `tiny` or `base`."""
-    steps = {name: at_equal_flops(size, cost) for name, cost in COST[size].items()}
-    return Ablation(
-        config=f"configs/coco.py:{size}",
-        common=common(size),
+    return of_coco(
+        size,
         variants={
             "one_way": {},
             "blind": {CAPTIONS: "separate_causal"},
-            "causal": {CAPTIONS: "causal"} | steps["causal"],
-            "matching": MATCHING | steps["matching"],
+            "causal": {CAPTIONS: "causal"} | at_equal_flops(size, "causal"),
+            "matching": MATCHING | at_equal_flops(size, "matching"),
             "matching_both_ways": MATCHING
             | {"objectives.matching.rule": "joint"}
-            | steps["matching_both_ways"],
+            | at_equal_flops(size, "matching_both_ways"),
         },
-        seeds=range(5),
         scores=(
             "caption/cider_d",
             "caption/image_gain",

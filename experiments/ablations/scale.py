@@ -8,7 +8,7 @@ hardly be told apart. All widths have the recipe's learning rate, which suits it
 """
 
 from experiments.sweeping.ablation import Ablation
-from experiments.sweeping.presets import common
+from experiments.sweeping.presets import of_coco
 
 # Widths, with a feed-forward of four of them; the last one is the recipe's, as is a head's.
 WIDTHS = {"tiny": (32, 64, 96, 128), "base": (128, 256, 384, 512)}
@@ -17,9 +17,8 @@ HEAD = {"tiny": 32, "base": 64}
 
 def get_ablation(size: str) -> Ablation:
     """Returns the ablation at a size, `tiny` or `base`."""
-    return Ablation(
-        config=f"configs/coco.py:{size}",
-        common=common(size),
+    return of_coco(
+        size,
         variants={
             f"width_{width}": {
                 "model.width": width,
@@ -28,7 +27,6 @@ def get_ablation(size: str) -> Ablation:
             }
             for width in reversed(WIDTHS[size])
         },
-        seeds=range(5),
         scores=("caption/nats", "caption/cider_d", "single_caption/text_to_image/recall_at_1"),
         power_law="caption/nats",
     )

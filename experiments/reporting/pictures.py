@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.reporting.kept import Result
 from experiments.reporting.summary import Line, short
-from unified_mm.analysis.figures import as_svg
+from unified_mm.analysis.figures import as_svg, subplots
 from unified_mm.analysis.intervals import mean_interval
 from unified_mm.analysis.scaling import PowerLaw
 
@@ -21,12 +21,10 @@ def learning_curves(results: Sequence[Result], names: Sequence[str]) -> str:
     """
     found = dict.fromkeys(name for r in results for name in r.curves if name != "loss")
     metrics = list(found) or ["loss"]
-    figure, panels = drawing(len(metrics))
+    figure, panels = side_by_side(len(metrics))
     for axes, metric in zip(panels, metrics, strict=True):
         curves_of_metric(axes, results, names, metric)
-    lines = {line.get_label(): line for axes in panels for line in axes.get_lines()}
-    ordered = [lines[name] for name in names if name in lines]
-    figure.legend(handles=ordered, loc="outside upper center", ncols=6, fontsize="small")
+    name_variants(figure, [line for axes in panels for line in axes.get_lines()], names)
     return as_svg(figure)
 
 
@@ -58,7 +56,7 @@ def curves_of_metric(
 def bars(results: Sequence[Result], lines: Sequence[Line], names: Sequence[str]) -> str:
     """Draws the scores with intervals and chance, one panel for each score, as SVG."""
     scores = list(dict.fromkeys(line.score for line in lines))
-    figure, panels = drawing(len(scores))
+    figure, panels = side_by_side(len(scores))
     for axes, score in zip(panels, scores, strict=True):
         bars_of_score(axes, results, [line for line in lines if line.score == score], names)
     return as_svg(figure)
@@ -92,12 +90,10 @@ def against_flops(
 
     The power law is drawn in the panel of the score `fitted`.
     """
-    figure, panels = drawing(len(scores))
+    figure, panels = side_by_side(len(scores))
     for axes, score in zip(panels, scores, strict=True):
         score_against_flops(axes, results, names, score, law if score == fitted else None)
-    points = {each.get_label(): each for axes in panels for each in axes.containers}
-    ordered = [points[name] for name in names if name in points]
-    figure.legend(handles=ordered, loc="outside upper center", ncols=6, fontsize="small")
+    name_variants(figure, [each for axes in panels for each in axes.containers], names)
     return as_svg(figure)
 
 
@@ -137,6 +133,13 @@ def score_against_flops(
     axes.set_ylabel(short(score))
 
 
+def name_variants(figure: Any, drawn: Sequence[Any], names: Sequence[str]) -> None:
+    """Draws one legend of the variants above all panels."""
+    by_name = {each.get_label(): each for each in drawn}
+    ordered = [by_name[name] for name in names if name in by_name]
+    figure.legend(handles=ordered, loc="outside upper center", ncols=6, fontsize="small")
+
+
 def scores_of(results: Sequence[Result], variant: str, score: str) -> list[float]:
     """Returns a variant's score for each of its seeds that has it."""
     return [r.scores[score] for r in results if r.variant == variant and score in r.scores]
@@ -147,12 +150,6 @@ def colour_of(name: str, names: Sequence[str]) -> str:
     return f"C{names.index(name) % 10}"
 
 
-def drawing(panels: int = 1) -> tuple[Any, list[Any]]:
-    """Returns a figure and its panels, side by side."""
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(2 + 4 * panels, 3.4), layout="constrained")
-    found = list(figure.subplots(1, panels, squeeze=False)[0])
-    for axes in found:
-        axes.grid(alpha=0.3)
-    return figure, found
+def side_by_side(count: int) -> tuple[Any, list[Any]]:
+    """Returns a figure and its panels."""
+    return subplots(2 + 4 * count, 3.4, columns=count)

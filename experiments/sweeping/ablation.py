@@ -84,7 +84,8 @@ class Ablation:
       search: hyper-parameters to search with `--trials`, None for none.
 
     Raises:
-      ValueError: if `power_law` is not in `scores`.
+      ValueError: if a seed comes twice, there are none or no scores, `power_law` is none of them,
+        or as `all_variants` does.
     """
 
     config: str
@@ -97,8 +98,15 @@ class Ablation:
     search: Search | None = None
 
     def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={tuple(self.seeds)}: at least one, each once")
+        if not self.scores or isinstance(self.scores, str):
+            raise ValueError(f"scores={self.scores!r}: a tuple of those that it is read from")
+        if not isinstance(self.search, Search | None):
+            raise ValueError("search must be a Search")
         if self.power_law and self.power_law not in self.scores:
             raise ValueError(f"power_law: {self.power_law} is none of the scores: add it there")
+        self.all_variants()
 
     def all_variants(self) -> dict[str, dict[str, Any]]:
         """Returns every variant's fields, with the common ones.
@@ -168,7 +176,6 @@ def load_ablation(given: str) -> tuple[str, Ablation]:
         ablation = module.get_ablation(size or "tiny")
     if not isinstance(ablation, Ablation):
         raise ValueError(f"{path}: its get_ablation returns a {type(ablation).__name__}")
-    check(ablation, path)
     name = Path(path).stem
     return (f"{name}_{size}" if size not in ("", "tiny") else name), ablation
 
@@ -188,20 +195,3 @@ def faults_named(path: str) -> Iterator[None]:
         place = lines[-1] if lines else getattr(error, "lineno", None)
         where = f"{path}, line {place}" if place else path
         raise ValueError(f"{where}: {type(error).__name__}: {error}") from error
-
-
-def question(given: str) -> str:
-    """Returns the question of an ablation's file: its docstring."""
-    return str(load_recipe(given.partition(":")[0]).__doc__).strip()
-
-
-def check(ablation: Ablation, path: str) -> None:
-    """Raises ValueError, naming the file, if seeds, scores or variants are invalid."""
-    with faults_named(path):
-        if not ablation.seeds or len(set(ablation.seeds)) < len(ablation.seeds):
-            raise ValueError(f"seeds={tuple(ablation.seeds)}: at least one, each once")
-        if not ablation.scores or isinstance(ablation.scores, str):
-            raise ValueError(f"scores={ablation.scores!r}: a tuple of those that it is read from")
-        if not isinstance(ablation.search, Search | None):
-            raise ValueError("search must be a Search")
-        ablation.all_variants()

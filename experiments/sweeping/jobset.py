@@ -1,7 +1,8 @@
 """Kubernetes manifests: a JobSet for each run, on a TPU slice.
 
 https://jobset.sigs.k8s.io and https://cloud.google.com/kubernetes-engine/docs/how-to/tpus: the
-nodes of a slice are chosen by accelerator and topology, each pod takes all chips of its host.
+nodes of a slice are chosen by accelerator and topology, each pod takes all chips of its host. What
+a manifest holds is in `jobset.yaml.jinja`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
-import yaml
+import jinja2
 
 from experiments.sweeping.runs import Run
 
@@ -23,8 +24,8 @@ ACCELERATORS = {
     "v5p": "tpu-v5p-slice",
     "v6e": "tpu-v6e-slice",
 }
+TEMPLATE = Path(__file__).with_name("jobset.yaml.jinja")
 HOST = 4
-RESTARTS = 100  # of the whole set, after preemptions: it goes on from its checkpoint
 MOUNT = "/runs"
 
 
@@ -46,63 +47,29 @@ def manifests(runs: Sequence[Run], *, image: str, tpu: str, claim: str) -> str:
     chips = math.prod(int(size) for size in topology.split("x"))
     if chips > HOST and chips % HOST:
         raise ValueError(f"--tpu={tpu}: {chips} chips are no whole number of hosts of {HOST}")
-    hosts = max(1, chips // HOST)
-    nodes = {
-        "cloud.google.com/gke-tpu-accelerator": ACCELERATORS[chip],
-        "cloud.google.com/gke-tpu-topology": topology,
-    }
-    pods = [pod(run, image, nodes, min(chips, HOST), claim) for run in runs]
-    sets = [job_set(run, each, hosts) for run, each in zip(runs, pods, strict=True)]
-    return yaml.safe_dump_all(sets, sort_keys=False, width=1000)
+    template = jinja2.Template(
+        TEMPLATE.read_text(encoding="utf-8"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text: str = template.render(
+        sets=[(label(f"{run.folder.path.parent.name}-{run.name}"), command(run)) for run in runs],
+        image=image,
+        claim=claim,
+        accelerator=ACCELERATORS[chip],
+        topology=topology,
+        hosts=max(1, chips // HOST),
+        chips=min(chips, HOST),
+        mount=MOUNT,
+    )
+    return text
 
 
-def job_set(run: Run, pod: dict[str, Any], hosts: int) -> dict[str, Any]:
-    """Returns a JobSet of one job, whose pods, one for each host, are the processes of one run."""
-    job = {
-        "parallelism": hosts,
-        "completions": hosts,
-        "completionMode": "Indexed",
-        "backoffLimit": 0,
-        "template": {"spec": pod},
-    }
-    return {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
-        "metadata": {
-            "name": label(f"{run.folder.path.parent.name}-{run.name}"),
-            "annotations": {
-                "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
-            },
-        },
-        "spec": {
-            "failurePolicy": {"maxRestarts": RESTARTS},
-            "replicatedJobs": [{"name": "run", "replicas": 1, "template": {"spec": job}}],
-        },
-    }
-
-
-def pod(run: Run, image: str, nodes: dict[str, str], chips: int, claim: str) -> dict[str, Any]:
-    """Returns the pod of one host's process, which finds the others by --distributed=auto."""
+def command(run: Run) -> list[str]:
+    """Returns the command of one host's process, which finds the others by --distributed=auto."""
     folder = run.folder.path
-    command = run.elsewhere(f"{MOUNT}/{folder.parent.name}/{folder.name}")
-    container = {
-        "name": "run",
-        "image": image,
-        "command": [*command, "--distributed=auto"],
-        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
-        "resources": {
-            "requests": {"google.com/tpu": chips},
-            "limits": {"google.com/tpu": chips},
-        },
-        "volumeMounts": [{"name": "runs", "mountPath": MOUNT}],
-    }
-    return {
-        "nodeSelector": nodes,
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": 300,
-        "containers": [container],
-        "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": claim}}],
-    }
+    return [*run.elsewhere(f"{MOUNT}/{folder.parent.name}/{folder.name}"), "--distributed=auto"]
 
 
 def label(text: str) -> str:

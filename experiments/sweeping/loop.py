@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import signal
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -14,6 +14,7 @@ from experiments.sweeping.jobs import End, Job, Launcher
 from experiments.sweeping.progress import progress_of
 from experiments.sweeping.runs import Run, finished
 from experiments.sweeping.table import Row, Table
+from unified_mm.cli.messages import say
 
 
 class SweepStopped(Exception):
@@ -26,43 +27,42 @@ class SweepStopped(Exception):
 
 def first_rows(runs: Sequence[Run]) -> list[Row]:
     """Returns a row for each run: finished, waiting, or another run in its folder."""
-    rows = []
-    for run in runs:
-        try:
-            rows.append(Row(run, "finished" if finished(run) else "waiting"))
-        except (ValueError, RuntimeError) as error:
-            rows.append(Row(run, "differs", said=str(error)))
+    rows = [Row(run) for run in runs]
+    for row in rows:
+        with differing(row):
+            row.state = "finished" if finished(row.run) else "waiting"
     return rows
 
 
-def carry_out(rows: list[Row], launcher: Launcher, table: Table, interval: float) -> None:
+@contextlib.contextmanager
+def differing(row: Row) -> Iterator[None]:
+    """Marks a row as one that differs if the body finds something else in its run's place."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        row.state, row.said = "differs", str(error)
+
+
+def carry_out(rows: list[Row], launcher: Launcher, table: Table) -> Iterator[None]:
     """Executes the waiting runs, until every row is finished, failed or differs.
 
     Args:
       rows: the rows of `first_rows`; they are kept up to date.
       launcher: starts the runs.
-      table: is shown every `interval` seconds.
-      interval: seconds between two looks at the jobs.
+      table: is shown after each look at the jobs.
 
-    Raises:
-      SweepStopped: if SIGTERM or Ctrl-C arrives. Whatever is raised, the launcher has left its
-        jobs.
+    Yields:
+      None, each time that there is nothing to do but wait.
     """
     jobs: dict[str, Job] = {}
-    with signals_told() as signals:
-        try:
-            while any(row.state in ("waiting", "queued", "running") for row in rows):
-                with signals.held():  # until what is started is known
-                    begin(rows, launcher, jobs)
-                for row in rows:
-                    if job := jobs.get(row.run.name):
-                        look(row, job, jobs)
-                table.show(rows)
-                if jobs:
-                    time.sleep(interval)
-        except BaseException:
-            print(launcher.leave(), flush=True)
-            raise
+    while any(row.state in ("waiting", "queued", "running") for row in rows):
+        begin(rows, launcher, jobs)
+        for row in rows:
+            if job := jobs.get(row.run.name):
+                look(row, job, jobs)
+        table.show(rows)
+        if jobs:
+            yield
 
 
 def begin(rows: Sequence[Row], launcher: Launcher, jobs: dict[str, Job]) -> None:
@@ -71,23 +71,21 @@ def begin(rows: Sequence[Row], launcher: Launcher, jobs: dict[str, Job]) -> None
     for row in rows:
         if row.state != "waiting":
             continue
-        try:
-            job = launcher.found(row.run)
-        except (ValueError, RuntimeError) as error:  # something else lies in its place
-            row.state, row.said = "differs", str(error)
-            continue
-        if job:
-            jobs[row.run.name] = job
-            row.state = job.state()
-        else:
-            waiting.append(row)
-    chosen = waiting[: launcher.room(len(jobs))]
-    if not chosen:
-        return
-    started = launcher.start([row.run for row in chosen])
-    for row, job in zip(chosen, started, strict=True):
-        jobs[row.run.name] = job
-        row.state = job.state()
+        with differing(row):
+            if job := launcher.found(row.run):
+                take(row, job, jobs)
+            else:
+                waiting.append(row)
+    if chosen := waiting[: launcher.room(len(jobs))]:
+        started = launcher.start([row.run for row in chosen])
+        for row, job in zip(chosen, started, strict=True):
+            take(row, job, jobs)
+
+
+def take(row: Row, job: Job, jobs: dict[str, Job]) -> None:
+    """Gives a row the job that executes its run."""
+    jobs[row.run.name] = job
+    row.state = job.state()
 
 
 def look(row: Row, job: Job, jobs: dict[str, Job]) -> None:
@@ -98,20 +96,19 @@ def look(row: Row, job: Job, jobs: dict[str, Job]) -> None:
         row.state = job.state()
         return
     del jobs[row.run.name]
-    settle(row, end)
+    with differing(row):
+        settle(row, end)
 
 
 def settle(row: Row, end: End) -> None:
     """Updates the row of a job that has ended: finished, failed, or waiting again.
 
     It waits again if another process has given the run up.
+
+    Raises:
+      ValueError, RunFolderError: if its folder holds another run, or a damaged one.
     """
-    try:
-        done = finished(row.run)
-    except (ValueError, RuntimeError) as error:
-        row.state, row.said = "differs", str(error)
-        return
-    if done:
+    if finished(row.run):
         row.state = "finished"
         row.progress = replace(row.progress, step=row.progress.steps or row.progress.step)
     elif end.again:
@@ -121,49 +118,47 @@ def settle(row: Row, end: End) -> None:
         row.said = "\n".join([str(end), *(f"  | {line}" for line in end.last_lines)])
 
 
-class Signals:
-    """A signal handler that raises `SweepStopped`, at once or at the end of `held`."""
+def watch(work: Iterator[None], launcher: Launcher, interval: float) -> None:
+    """Does the work of a sweep to its end, and waits `interval` seconds wherever it yields.
 
-    def __init__(self) -> None:
-        self._held = False
-        self._number: int | None = None
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self._number = number
-        if not self._held:
-            raise SweepStopped(number)
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Delays `SweepStopped` until the end of the body.
-
-        Raises:
-          SweepStopped: if a signal arrived.
-        """
-        self._held = True
+    Raises:
+      SweepStopped: if SIGTERM or Ctrl-C arrives. Whatever is raised, the launcher has left its
+        jobs.
+    """
+    with signals_told() as wait:
         try:
-            yield
-        finally:
-            self._held = False
-        if self._number is not None:
-            raise SweepStopped(self._number)
+            for _ in work:
+                wait(interval)
+        except BaseException:
+            say(launcher.leave())
+            raise
 
 
 @contextlib.contextmanager
-def signals_told() -> Iterator[Signals]:
-    """Makes SIGTERM or Ctrl-C raise `SweepStopped` once; a second signal acts as before."""
-    told = Signals()
+def signals_told() -> Iterator[Callable[[float], None]]:
+    """Yields a function that sleeps some seconds, and raises `SweepStopped` after a signal.
+
+    SIGTERM or Ctrl-C so ends a sweep only where it waits, when all that it has started is known. A
+    second signal acts as it did before.
+    """
+    arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
     before: dict[int, Any] = {}
 
-    def tell(number: int, frame: FrameType | None) -> None:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        told(number, frame)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    for watched in (signal.SIGTERM, signal.SIGINT):
-        before[watched] = signal.signal(watched, tell)
+    def tell(number: int, frame: FrameType | None) -> None:
+        restore()
+        arrived.put(number)
+
+    def wait(seconds: float) -> None:
+        with contextlib.suppress(queue.Empty):
+            raise SweepStopped(arrived.get(timeout=seconds))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, tell)
     try:
-        yield told
+        yield wait
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        restore()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from experiments.sweeping.ablation import Ablation
 
 # Two idle CPU cores take a run of `tiny` through these in three minutes.
 TINY: dict[str, Any] = {
@@ -28,9 +31,43 @@ BASE: dict[str, Any] = {
     "checkpoint.keep": 1,
 }
 SIZES = {"tiny": TINY, "base": BASE}
+# FLOPs of a step over those of the recipe's, which learns contrast and captioning: by
+# `result.json`, or before any run by `python -m unified_mm.sizes`, with `data.vocabulary_size` as
+# large as the tokenizer becomes.
+COST = {
+    "tiny": {
+        "contrastive": 0.737,
+        "captioning": 0.768,
+        "causal": 1.505,
+        "matching": 1.750,
+        "matching_both_ways": 3.320,
+    },
+    "base": {
+        "contrastive": 0.769,
+        "captioning": 0.819,
+        "causal": 1.588,
+        "matching": 1.576,
+        "matching_both_ways": 3.375,
+    },
+}
 
 
-def common(size: str) -> dict[str, Any]:
+def of_coco(size: str, *, common: Mapping[str, Any] | None = None, **asked: Any) -> Ablation:
+    """Returns an ablation of the recipe configs/coco.py at a size, over the seeds that all share.
+
+    Args:
+      size: 'tiny' or 'base'.
+      common: fields that its variants share beyond those of the size.
+      asked: other fields of the `Ablation`.
+
+    Raises:
+      ValueError: if there is no such size.
+    """
+    fields = common_fields(size) | dict(common or {})
+    return Ablation(f"configs/coco.py:{size}", seeds=range(5), common=fields, **asked)
+
+
+def common_fields(size: str) -> dict[str, Any]:
     """Returns the fields of a size.
 
     Raises:
@@ -41,12 +78,12 @@ def common(size: str) -> dict[str, Any]:
     return dict(SIZES[size])
 
 
-def at_equal_flops(size: str, cost: float) -> dict[str, int]:
+def at_equal_flops(size: str, step: str) -> dict[str, int]:
     """Returns the numbers of steps and warm-up steps that cost the FLOPs of the size's own steps.
 
     Args:
       size: 'tiny' or 'base'.
-      cost: FLOPs of a step over those of the recipe's, by `result.json`, or before any run by
-        `python -m unified_mm.sizes`, with `data.vocabulary_size` as large as the tokenizer becomes.
+      step: which of `COST` each of them costs.
     """
+    cost = COST[size][step]
     return {name: round(SIZES[size][name] / cost) for name in ("train.steps", "train.warmup_steps")}

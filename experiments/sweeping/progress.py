@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from unified_mm.default_config import defaults
 from unified_mm.runs.folder import RunFolder
@@ -78,10 +79,5 @@ def is_record(record: Any) -> bool:
 
 
 def duration(seconds: float | None) -> str:
-    """Formats seconds as 1h05, 3m20 or 45s; '' if they are not known."""
-    if seconds is None or not math.isfinite(seconds):
-        return ""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02}"
-    return f"{whole // 60}m{whole % 60:02}" if whole >= 60 else f"{whole}s"
+    """Formats seconds as training's progress bar does, 03:20 or 1:05:00; '' if not known."""
+    return "" if seconds is None else tqdm.format_interval(seconds)

@@ -6,8 +6,7 @@ started again resumes the trials that were running.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from experiments.sweeping.ablation import Ablation, Search, Span
 from experiments.sweeping.jobs import End, Job
 from experiments.sweeping.local import Local
-from experiments.sweeping.loop import SweepStopped, signals_told
+from experiments.sweeping.loop import watch
 from experiments.sweeping.progress import newest_records
 from experiments.sweeping.runs import Run, check_run, finished, make_run, recipe_of
 from unified_mm.cli.messages import say
@@ -64,26 +63,40 @@ def search(
     steps = recipe_of(base).config.train.steps
     study = open_study(ablation.search, folder, int(WARMUP * steps))
     check_question(study, {"run": base.config_arguments(), "search": repr(ablation.search)}, folder)
-    work: list[Trial] = []
-    with signals_told() as signals:
-        try:
-            while True:
-                with signals.held():  # until what is started is known
-                    begin(study, work, trials, launcher, ablation, folder, more)
-                if not work:
-                    break
-                for trial in list(work):
-                    report(study, trial, ablation.search)
-                    if end := trial.job.ended():
-                        work.remove(trial)
-                        tell(study, trial, end, ablation.search.score)
-                time.sleep(interval)
-        except BaseException as error:
-            say(launcher.leave())
-            if isinstance(error, SweepStopped):
-                return error.exit_code
-            raise
+    watch(carry_out(study, trials, launcher, ablation, folder, more), launcher, interval)
     return summary(study)
+
+
+def carry_out(
+    study: Any,
+    trials: int,
+    launcher: Local,
+    ablation: Ablation,
+    folder: Path,
+    more: Sequence[str],
+) -> Iterator[None]:
+    """Runs trials, interrupted ones first, until the study has `trials` of them.
+
+    Yields:
+      None, each time that there is nothing to do but wait.
+    """
+    assert ablation.search is not None
+    work: list[Trial] = []
+    while True:
+        while launcher.room(len(work)) and (asked := next_trial(study, work, trials)):
+            run = run_of(asked, ablation, folder, more)
+            job = launcher.found(run) or launcher.start([run])[0]
+            say(f"trial {asked.number}: {values_of(asked)}")
+            told = study.get_trials(deepcopy=False)[asked.number].intermediate_values
+            work.append(Trial(asked, run, job, set(told)))
+        if not work:
+            return
+        for trial in list(work):
+            report(study, trial, ablation.search)
+            if end := trial.job.ended():
+                work.remove(trial)
+                tell(study, trial, end, ablation.search.score)
+        yield
 
 
 def open_study(search: Search, folder: Path, warmup: int) -> Any:
@@ -112,28 +125,6 @@ def open_study(search: Search, folder: Path, warmup: int) -> Any:
     return study
 
 
-def begin(
-    study: Any,
-    work: list[Trial],
-    trials: int,
-    launcher: Local,
-    ablation: Ablation,
-    folder: Path,
-    more: Sequence[str],
-) -> None:
-    """Starts trials while there is room, interrupted ones first."""
-    while launcher.room(len(work)):
-        at_work = {trial.asked.number for trial in work}
-        asked = cut_off(study, at_work) or (study.ask() if len(study.trials) < trials else None)
-        if asked is None:
-            break
-        run = run_of(asked, ablation, folder, more)
-        job = launcher.found(run) or launcher.start([run])[0]
-        say(f"trial {asked.number}: {values_of(asked)}")
-        told = study.get_trials(deepcopy=False)[asked.number].intermediate_values
-        work.append(Trial(asked, run, job, set(told)))
-
-
 def check_question(study: Any, asked: dict[str, Any], folder: Path) -> None:
     """Stores what a new study searches, and checks that a resumed one searches the same.
 
@@ -160,15 +151,15 @@ def values_of(trial: Any) -> str:
     return " ".join(f"{name}={value}" for name, value in trial.params.items())
 
 
-def cut_off(study: Any, at_work: set[int]) -> Any:
-    """Returns a trial that an earlier search left unfinished, None if there is none."""
+def next_trial(study: Any, work: Sequence[Trial], trials: int) -> Any:
+    """Returns a trial that an earlier search left unfinished, else a new one while some are due."""
     import optuna
 
-    left = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
-    for frozen in left:
-        if frozen.number not in at_work:
-            return optuna.trial.Trial(study, frozen._trial_id)
-    return None
+    at_work = {trial.asked.number for trial in work}
+    for left in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        if left.number not in at_work:
+            return optuna.trial.Trial(study, left._trial_id)
+    return study.ask() if len(study.trials) < trials else None
 
 
 def run_of(asked: Any, ablation: Ablation, folder: Path, more: Sequence[str]) -> Run:

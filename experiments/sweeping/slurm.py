@@ -185,19 +185,19 @@ class Slurm:
         return 10**6
 
     def start(self, runs: Sequence[Run]) -> list[SlurmJob]:
-        commands = [python_command(run) for run in runs]
-        variables = {"PYTHONPATH": environment()["PYTHONPATH"]}
-        here = os.getcwd()
         count = len(runs)
         handles = self._executor(count).map_array(
-            Training(), commands, [here] * count, [variables] * count
+            Training(),
+            [python_command(run) for run in runs],
+            [os.getcwd()] * count,
+            [{"PYTHONPATH": environment()["PYTHONPATH"]}] * count,
         )
-        for run, handle in zip(runs, handles, strict=True):
-            self._jobs[run.name] = handle.job_id
-        write_json(self._list, self._jobs)
-        return [
+        started = [
             SlurmJob(run, handle, self._watcher) for run, handle in zip(runs, handles, strict=True)
         ]
+        self._jobs.update({job.run.name: job.handle.job_id for job in started})
+        write_json(self._list, self._jobs)
+        return started
 
     def found(self, run: Run) -> Job | None:
         if run.name not in self._jobs:
@@ -219,19 +219,16 @@ class Slurm:
         from submitit import SlurmExecutor
 
         executor = SlurmExecutor(self.folder, max_num_timeout=TIMEOUTS)
-        chosen: dict[str, Any] = {
-            "job_name": self.folder.parent.name,
-            "time": self.minutes,
-            "nodes": 1,
-            "ntasks_per_node": 1,
-            "cpus_per_task": self.cpus,
-            "array_parallelism": self.parallel or count,
-            "signal_delay_s": min(GRACE, 30 * self.minutes),
-            "additional_parameters": {"requeue": True},
-        }
-        if self.gpus:
-            chosen["gpus_per_node"] = self.gpus
-        if self.partition:
-            chosen["partition"] = self.partition
-        executor.update_parameters(**chosen)
+        executor.update_parameters(
+            job_name=self.folder.parent.name,
+            partition=self.partition or None,
+            time=self.minutes,
+            nodes=1,
+            ntasks_per_node=1,
+            cpus_per_task=self.cpus,
+            gpus_per_node=self.gpus or None,
+            array_parallelism=self.parallel or count,
+            signal_delay_s=min(GRACE, 30 * self.minutes),
+            additional_parameters={"requeue": True},
+        )
         return executor

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from unified_mm.analysis import probes
-from unified_mm.analysis.probes import Labelled, Standardised, Target, ridge_probes
+from unified_mm.analysis.probes import Labelled, Target, ridge_probes, standardised
 
 RNG = np.random.default_rng(0)
 
@@ -29,7 +29,8 @@ def left_out(x, y, penalty):
 
 @pytest.mark.parametrize("count", [12, 40])
 def test_a_probe_is_ridge_regression_with_the_penalty_that_leaves_out_best(count):
-    x = Standardised.of(RNG.normal(size=(count, 20)) @ RNG.normal(size=(20, 20))).values
+    x = RNG.normal(size=(count, 20)) @ RNG.normal(size=(20, 20))
+    x, _ = standardised(x, x)
     labels = (x[:, 0] + 0.5 * RNG.normal(size=count) > 0).astype(int)
     others = RNG.integers(0, 3, count)
     indicators = [np.eye(2)[labels], np.eye(3)[others]]
@@ -77,7 +78,8 @@ def test_a_feature_that_never_changes_counts_for_nothing():
     labels = [probes.yes_or_no("x", x[:, 0] > 0)]
     constant = np.concatenate([x, np.full((50, 1), 1e4, np.float32)], axis=1)
     moved = constant + np.array([0, 0, 0, 5], np.float32)
-    assert Standardised.of(constant).values[:, 3].tolist() == [0.0] * 50
+    for values in standardised(constant, moved):
+        assert values[:, 3].tolist() == [0.0] * 50
     assert probes.probe_layer(constant, moved, labels, labels) == probes.probe_layer(
         x, x, labels, labels
     )

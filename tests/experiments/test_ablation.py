@@ -7,8 +7,9 @@ import pytest
 from sweeps import FILE, ROOT, write_ablation
 
 from experiments.reporting.summary import EQUAL
-from experiments.sweeping.ablation import Ablation, Search, Span, load_ablation, question
+from experiments.sweeping.ablation import Ablation, Search, Span, load_ablation
 from experiments.sweeping.runs import asked_config, recipe_of, runs_of
+from unified_mm.cli.recipes import load_recipe
 from unified_mm.config import Config
 from unified_mm.training.ahead import abstract_phases
 from unified_mm.training.flops import training_flops
@@ -133,7 +134,8 @@ def test_searches_that_cannot_be():
 def test_our_ablations_say_what_recipes_know(path, size, tmp_path):
     """Fields, values and recipes of every variant, on the world and on COCO."""
     _, ablation = load_ablation(f"{path}:{size}")
-    assert "Question:" in question(str(path)) and "Expected:" in question(str(path))
+    question = load_recipe(path).__doc__
+    assert "Question:" in question and "Expected:" in question
     found = runs_of(ablation, tmp_path)
     assert len(found) == len(ablation.all_variants()) * len(ablation.seeds)
     source = {recipe_of(run).config.data.source for run in found[:3]}

@@ -137,13 +137,23 @@ def test_no_run_is_left_alone_whatever_goes_wrong(ablation, tmp_path, folder, ca
 
 
 def test_a_signal_while_jobs_start_waits_until_they_are_known():
-    signals = loop.Signals()
-    with pytest.raises(loop.SweepStopped), signals.held():
-        signals(signal.SIGTERM, None)
+    before = signal.getsignal(signal.SIGTERM)
+    with loop.signals_told() as wait:
+        wait(0)  # nothing has come
+        os.kill(os.getpid(), signal.SIGTERM)
         reached = True
-    assert reached
-    with pytest.raises(loop.SweepStopped):
-        signals(signal.SIGTERM, None)
+        assert signal.getsignal(signal.SIGTERM) == before  # a second one acts as it did
+        with pytest.raises(loop.SweepStopped) as stopped:
+            wait(60)
+    assert reached and stopped.value.exit_code == 128 + signal.SIGTERM
+
+
+def test_a_signal_ends_a_wait_at_once():
+    began = time.monotonic()
+    with loop.signals_told() as wait, pytest.raises(loop.SweepStopped):
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        wait(60)
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(
@@ -316,7 +326,7 @@ def test_on_a_terminal_the_table_is_drawn_in_place(ablation, tmp_path):
     first, second, third = table.stream.getvalue().split("\x1b[5A")  # up to the first line each
     assert third.count("\n") == 5 and "failed" in third
     assert "low-0   waiting" in first and "4 waiting" in first
-    assert "low-0   running          5/20    1.250  2m30" in second
+    assert "low-0   running          5/20    1.250  02:30" in second
     assert "1 running, 3 waiting" in second
 
 
@@ -326,4 +336,4 @@ def test_progress_reads_what_a_kill_leaves(tmp_path):
     assert newest_records(path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]
     path.write_text('5\n[]\n{"loss": 1}\n{"step": 1, "loss": "x"}\n{"step": 2, "loss": 1.5}\n')
     assert newest_records(path) == [{"step": 2, "loss": 1.5}]
-    assert [duration(s) for s in (None, 4.4, 200, 3900)] == ["", "4s", "3m20", "1h05"]
+    assert [duration(s) for s in (None, 4.4, 200, 3900)] == ["", "00:04", "03:20", "1:05:00"]

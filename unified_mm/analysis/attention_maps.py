@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from unified_mm.analysis.examples import image_row, stacked
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.predictor import Batch
 from unified_mm.nn.attention.rules import View
@@ -76,11 +77,8 @@ def attention_over_patches(
     """
     task = model.predictor.task
     view = _writing(model)
-    row = {name: task.modalities[name].absent() for name in task.model.context_names}
-    row[IMAGE] = {"pixels": model.view(image), "present": np.array(True)}
-    row["text"] = task.modalities["text"].encode(prompt, text)
-    batch = jax.tree.map(lambda leaf: leaf[None], row)
-    weights = attention_weights(model, batch, view)
+    row = {**image_row(model, image), "text": task.modalities["text"].encode(prompt, text)}
+    weights = attention_weights(model, stacked([row]), view)
     looks = text_over_image(weights, view.name)[0]
     words, writers = _written(model, prompt, text)
     down, across = patch_grid(model)

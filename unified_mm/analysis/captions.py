@@ -37,16 +37,21 @@ def judge(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
     Raises:
       ValueError: there is no caption, lengths differ, or an image has no reference.
     """
-    found = cider_d_per_image(
+    judged = zip(captions, references, cider_d(captions, references), strict=True)
+    return [
+        Judged(place, caption, tuple(texts), float(score))
+        for place, (caption, texts, score) in enumerate(judged)
+    ]
+
+
+def cider_d(
+    captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> Float[np.ndarray, " images"]:
+    """Returns the CIDEr-D of each caption, beside the references of its image."""
+    return cider_d_per_image(
         [tokenize(text) for text in captions],
         [[tokenize(text) for text in texts] for texts in references],
     )
-    return [
-        Judged(place, caption, tuple(texts), float(score))
-        for place, (caption, texts, score) in enumerate(
-            zip(captions, references, found, strict=True)
-        )
-    ]
 
 
 def best_and_worst(judged: Sequence[Judged], count: int) -> tuple[list[Judged], list[Judged]]:

@@ -6,13 +6,13 @@ scores, an imported one its learning curves) is missing in its column.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from unified_mm.analysis.pages import LINE_COLOURS, Chart, Curve, draw_lines, format_score, words
+from unified_mm.analysis.pages import Chart, Curve, format_score, line_chart
 from unified_mm.default_config import defaults
-from unified_mm.runs.folder import Difference, RunFolder, differences
+from unified_mm.runs.folder import RunFolder, differences
 from unified_mm.runs.metrics import read_metrics
 
 # What is drawn of the metrics: losses and what is scored while training goes on.
@@ -158,8 +158,8 @@ def compare(runs: Sequence[RunSummary]) -> Comparison:
             Row("data", tuple(str(run.data.get("source", MISSING)) for run in runs)),
         ),
         config=config_rows(runs),
-        cost=cost_rows(runs),
-        scores=score_rows(runs),
+        cost=number_rows([run.cost for run in runs], _number, _ratio),
+        scores=number_rows([run.scores for run in runs], _score, _difference),
         charts=curve_charts(runs),
     )
 
@@ -185,7 +185,9 @@ def notes(runs: Sequence[RunSummary]) -> tuple[str, ...]:
 def config_rows(runs: Sequence[RunSummary]) -> tuple[Row, ...]:
     """Returns the fields in which the configs differ, by dotted name."""
     first = runs[0].config
-    found = [_by_field(differences(first, run.config, free=())) for run in runs[1:]]
+    found = [
+        {each.field: each for each in differences(first, run.config, free=())} for run in runs[1:]
+    ]
     rows = []
     for name in sorted({name for each in found for name in each}):
         own = next(each[name].run for each in found if name in each)
@@ -194,38 +196,36 @@ def config_rows(runs: Sequence[RunSummary]) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _by_field(found: Sequence[Difference]) -> dict[str, Difference]:
-    return {difference.field: difference for difference in found}
+def number_rows(
+    columns: Sequence[Mapping[str, Number | None]],
+    shown: Callable[[Number | None], str],
+    beside: Callable[[Number, Number], str],
+) -> tuple[Row, ...]:
+    """Returns a row for each number that a run has.
+
+    Args:
+      columns: the numbers of each run, by name.
+      shown: formats a number.
+      beside: says how a number compares with the first run's, where there are both.
+    """
+    first = columns[0]
+
+    def cell(column: Mapping[str, Number | None], name: str) -> str:
+        value, base = column.get(name), first.get(name)
+        known = column is not first and value is not None and base is not None
+        return shown(value) + (beside(value, base) if known else "")  # type: ignore[arg-type]
+
+    return tuple(
+        Row(name, tuple(cell(column, name) for column in columns)) for name in _in_order(columns)
+    )
 
 
-def cost_rows(runs: Sequence[RunSummary]) -> tuple[Row, ...]:
-    """Returns parameters, FLOPs and time, each beside its ratio to the first run's."""
-    rows = []
-    for name in _in_order([run.cost for run in runs]):
-        first = runs[0].cost.get(name)
-        cells = [_number(first)]
-        for run in runs[1:]:
-            value = run.cost.get(name)
-            ratio = f" (x {value / first:.2f})" if value is not None and first else ""
-            cells.append(_number(value) + ratio)
-        rows.append(Row(name, tuple(cells)))
-    return tuple(rows)
+def _ratio(value: Number, base: Number) -> str:
+    return f" (x {value / base:.2f})" if base else ""
 
 
-def score_rows(runs: Sequence[RunSummary]) -> tuple[Row, ...]:
-    """Returns the scores, each beside its difference from the first run's."""
-    rows = []
-    for name in _in_order([run.scores for run in runs]):
-        first = runs[0].scores.get(name)
-        cells = [_score(first)]
-        for run in runs[1:]:
-            value = run.scores.get(name)
-            if value is None or first is None:
-                cells.append(_score(value))
-            else:
-                cells.append(f"{_score(value)} ({value - first:+.3f})")
-        rows.append(Row(name, tuple(cells)))
-    return tuple(rows)
+def _difference(value: Number, base: Number) -> str:
+    return f" ({value - base:+.3f})"
 
 
 def curve_charts(runs: Sequence[RunSummary]) -> tuple[Chart, ...]:
@@ -235,18 +235,11 @@ def curve_charts(runs: Sequence[RunSummary]) -> tuple[Chart, ...]:
         for name in _in_order([run.curves for run in runs])
         if name.rpartition("/")[2].startswith(DRAWN)
     ]
-    charts = []
-    for name in sorted(drawn, key=lambda name: ("loss" not in name, name.count("/"))):
-        # A run's colour is the same in every chart, whichever runs have a line there.
-        shown = [
-            (LINE_COLOURS[i % len(LINE_COLOURS)], run)
-            for i, run in enumerate(runs)
-            if name in run.curves
-        ]
-        drawing = draw_lines([run.curves[name] for _, run in shown], [each for each, _ in shown])
-        legend = tuple((colour, run.name) for colour, run in shown)
-        charts.append(Chart(words(name), drawing, legend))
-    return tuple(charts)
+    # A run's colour is the same in every chart, whichever runs have a line there.
+    return tuple(
+        line_chart(name, {run.name: run.curves.get(name) for run in runs})
+        for name in sorted(drawn, key=lambda name: ("loss" not in name, name.count("/")))
+    )
 
 
 def _in_order(columns: Sequence[Mapping[str, Any]]) -> list[str]:

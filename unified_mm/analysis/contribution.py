@@ -9,7 +9,7 @@ cost more than the information in the modality; shuffling measures that informat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from unified_mm.analysis.captions import cider_d
 from unified_mm.analysis.intervals import Mean, mean_interval
 from unified_mm.data.pipeline import Arrays, Preparer, evaluation_batches
 from unified_mm.data.records import Record, Text
-from unified_mm.evaluation.caption_scores import cider_d_per_image, tokenize
 from unified_mm.evaluation.evaluate import captions_of
 from unified_mm.inference.predictor import Predictor
 from unified_mm.objectives.captioning import Captioning
@@ -29,49 +29,16 @@ WHOLE = "whole"
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """A modality that no example has."""
-
-    preparer: Preparer
-
-    def prepare(self, record: Any, rng: np.random.Generator | None) -> Arrays:
-        return self.preparer.absent()
-
-    def absent(self) -> Arrays:
-        return self.preparer.absent()
-
-
-@dataclass(frozen=True)
-class Blanked:
-    """A modality that is present where it was, but zero: a black picture."""
-
-    preparer: Preparer
-
-    def prepare(self, record: Any, rng: np.random.Generator | None) -> Arrays:
-        present = self.preparer.prepare(record, rng)["present"]
-        return {**self.preparer.absent(), "present": present}
-
-    def absent(self) -> Arrays:
-        return self.preparer.absent()
-
-
-@dataclass(frozen=True)
-class Shuffled:
-    """A modality that each example takes from another.
+class Altered:
+    """A modality that is prepared in another way.
 
     Attributes:
-      preparer: prepares the modality.
-      others: for each record's id, the record whose modality it gets.
+      prepare: returns the arrays of an example.
+      absent: returns those of an example that lacks the modality.
     """
 
-    preparer: Preparer
-    others: Mapping[int | str, Record]
-
-    def prepare(self, record: Any, rng: np.random.Generator | None) -> Arrays:
-        return self.preparer.prepare(self.others[record.id], rng)
-
-    def absent(self) -> Arrays:
-        return self.preparer.absent()
+    prepare: Callable[[Any, np.random.Generator | None], Arrays]
+    absent: Callable[[], Arrays]
 
 
 @dataclass(frozen=True)
@@ -127,18 +94,19 @@ def contribution(
         replace(record, texts=(Text("", texts[0]),))
         for record, texts in zip(records, references, strict=True)
     ]
-    nats, cider = {}, {}
-    for way, preparers in taken_away(task.modalities, modality, rows).items():
-        nats[way] = _nats(predictor, rows, preparers, batch_size)
-        cider[way] = _cider_d(predictor, rows, preparers, batch_size, references)
+    scores = {
+        way: _scores(predictor, rows, preparers, references, batch_size)
+        for way, preparers in taken_away(task.modalities, modality, rows).items()
+    }
+    whole_nats, whole_cider = scores[WHOLE]
     return {
         way: Contribution(
-            mean_interval(nats[way]),
-            mean_interval(cider[way]),
-            mean_interval(nats[way] - nats[WHOLE]),
-            mean_interval(cider[WHOLE] - cider[way]),
+            mean_interval(nats),
+            mean_interval(cider),
+            mean_interval(nats - whole_nats),
+            mean_interval(whole_cider - cider),
         )
-        for way in nats
+        for way, (nats, cider) in scores.items()
     }
 
 
@@ -153,52 +121,38 @@ def taken_away(
     moved = [*records[half:], *records[:half]]
     others = {record.id: other for record, other in zip(records, moved, strict=True)}
     own = preparers[modality]
-    ways: dict[str, Preparer] = {
-        WHOLE: own,
-        "dropped": Dropped(own),
-        "blanked": Blanked(own),
-        "shuffled": Shuffled(own, others),
+
+    def dropped(record: Any, rng: np.random.Generator | None) -> Arrays:
+        return own.absent()
+
+    def blanked(record: Any, rng: np.random.Generator | None) -> Arrays:
+        return {**own.absent(), "present": own.prepare(record, rng)["present"]}
+
+    def shuffled(record: Any, rng: np.random.Generator | None) -> Arrays:
+        return own.prepare(others[record.id], rng)
+
+    ways = {WHOLE: own.prepare, "dropped": dropped, "blanked": blanked, "shuffled": shuffled}
+    return {
+        way: {**preparers, modality: Altered(prepare, own.absent)} for way, prepare in ways.items()
     }
-    return {way: {**preparers, modality: preparer} for way, preparer in ways.items()}
 
 
-def _nats(
+def _scores(
     predictor: Predictor,
     rows: Sequence[Record],
     preparers: Mapping[str, Preparer],
-    batch_size: int,
-) -> Float[np.ndarray, " images"]:
-    """Returns the negative log-likelihood of each caption, in nats per token."""
-    parts = [predictor.log_likelihood(b) for b in _batches(predictor, rows, preparers, batch_size)]
-    scored = np.concatenate(parts)[: len(rows)].astype(np.float64)
-    return -scored[:, 0] / scored[:, 1]
-
-
-def _cider_d(
-    predictor: Predictor,
-    rows: Sequence[Record],
-    preparers: Mapping[str, Preparer],
-    batch_size: int,
     references: Sequence[Sequence[str]],
-) -> Float[np.ndarray, " images"]:
-    """Returns the CIDEr-D of what is written about each image."""
-    written: list[str] = []
-    for batch in _batches(predictor, rows, preparers, batch_size):
-        written += predictor.write(batch, [""] * batch_size)
-    return cider_d_per_image(
-        [tokenize(text) for text in written[: len(rows)]],
-        [[tokenize(text) for text in texts] for texts in references],
-    )
-
-
-def _batches(
-    predictor: Predictor,
-    rows: Sequence[Record],
-    preparers: Mapping[str, Preparer],
     batch_size: int,
-) -> Iterator[Any]:
+) -> tuple[Float[np.ndarray, " images"], Float[np.ndarray, " images"]]:
+    """Returns each caption's nats per token, and the CIDEr-D of what is written about its image."""
+    likelihoods: list[np.ndarray] = []
+    written: list[str] = []
     batches = evaluation_batches(
         rows, preparers, batch_size=batch_size, rows=predictor.rows(batch_size)
     )
     with closing(batches):  # type: ignore[type-var]
-        yield from batches
+        for batch in batches:
+            likelihoods.append(predictor.log_likelihood(batch))
+            written += predictor.write(batch, [""] * batch_size)
+    scored = np.concatenate(likelihoods)[: len(rows)].astype(np.float64)
+    return -scored[:, 0] / scored[:, 1], cider_d(written[: len(rows)], references)

@@ -17,6 +17,25 @@ class Drawing:
         return self.svg
 
 
+def subplots(
+    width: int | float, height: int | float, rows: int = 1, columns: int = 1, grid: float = 0.3
+) -> tuple[Any, list[Any]]:
+    """Returns a matplotlib figure and its panels, row by row.
+
+    Args:
+      width, height: of the figure in inches.
+      rows, columns: of panels.
+      grid: opacity of the panels' grid.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    found = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for axes in found if grid else ():
+        axes.grid(alpha=grid)
+    return figure, found
+
+
 def as_svg(figure: Any) -> str:
     """Returns a matplotlib figure as SVG; the same figure always gives the same bytes."""
     import matplotlib

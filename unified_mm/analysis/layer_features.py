@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from unified_mm.analysis.examples import image_row, stacked
 from unified_mm.inference.loaded import BATCH, LoadedModel, Picture
 from unified_mm.models.late import WithTowers
 from unified_mm.nn.attention.rules import View
@@ -51,19 +52,15 @@ def image_features(model: LoadedModel, images: Iterable[Picture]) -> Features:
             {"params": params}, batch, view, method="read_context", mutable=[RESIDUAL]
         )
         valid = encoded.valid[IMAGE]
-        streams = streams_by_layer(left[RESIDUAL], stack, options)
         # In one sequence the image's tokens stand after those of earlier modalities.
         before = names[: names.index(IMAGE)] if stack == MAIN else ()
         first = sum(encoded.outputs[name].shape[1] for name in before)
         where = slice(first, first + valid.shape[1])
-        means = {name: pooled("mean", x[:, where], valid) for name, x in streams.items()}
-        return {**means, OUTPUT: pooled("mean", encoded.outputs[IMAGE], valid)}
+        streams = streams_by_layer(left[RESIDUAL], stack, options)
+        own = {name: x[:, where] for name, x in streams.items()}
+        return _means({**own, OUTPUT: encoded.outputs[IMAGE]}, valid)
 
-    absent = {name: task.modalities[name].absent() for name in names}
-    rows = (
-        {**absent, IMAGE: {"pixels": model.view(image), "present": np.array(True)}}
-        for image in images
-    )
+    rows = (image_row(model, image) for image in images)
     return _gather(model, f"image features of {view}", read, rows, layer_names(options))
 
 
@@ -83,8 +80,7 @@ def text_features(model: LoadedModel, texts: Sequence[str]) -> Features:
             {"params": params}, text, view, method="read_text", mutable=[RESIDUAL]
         )
         streams = streams_by_layer(left[RESIDUAL], MAIN, options)
-        means = {name: pooled("mean", y, text["valid"]) for name, y in streams.items()}
-        return {**means, OUTPUT: pooled("mean", x, text["valid"])}
+        return _means({**streams, OUTPUT: x}, text["valid"])
 
     rows = ({"text": task.modalities["text"].encode("", text)} for text in texts)
     return _gather(model, f"text features of {view}", read, rows, layer_names(options))
@@ -104,6 +100,10 @@ def reading_stream(model: LoadedModel) -> View:
     return next((each for each in objectives if isinstance(each, Contrastive)), objectives[0]).view
 
 
+def _means(streams: dict[str, Array], valid: Array) -> dict[str, Array]:
+    return {name: pooled("mean", x, valid) for name, x in streams.items()}
+
+
 def _gather(
     model: LoadedModel,
     name: str,
@@ -114,8 +114,7 @@ def _gather(
     """Returns the outputs of `read` for all rows, batch by batch; the last batch is padded."""
     parts: list[dict[str, np.ndarray]] = []
     while some := list(islice(rows, BATCH)):
-        full = some + some[:1] * (BATCH - len(some))
-        batch = jax.tree.map(lambda *leaves: np.stack(leaves), *full)
+        batch = stacked(some + some[:1] * (BATCH - len(some)))
         found = jax.device_get(model.predictor.call(name, read, model.predictor.to_device(batch)))
         parts.append({layer: np.asarray(x[: len(some)], np.float32) for layer, x in found.items()})
     if not parts:

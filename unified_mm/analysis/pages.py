@@ -8,9 +8,9 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def render_page(template: str, **shown: Any) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_read_template),
+        loader=jinja2.PackageLoader("unified_mm.analysis", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -54,19 +54,21 @@ def render_page(template: str, **shown: Any) -> str:
     return environment.get_template(template).render(**shown)
 
 
-def _read_template(name: str) -> str:
-    assert __package__ is not None
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+def line_chart(title: str, lines: Mapping[str, Curve | None]) -> Chart:
+    """Returns a chart with a line for each curve, and a legend where there are several names.
+
+    A name without a curve (None) keeps its colour, so that all charts of some names are alike.
+    """
+    drawn = {
+        (colour, name): curve
+        for colour, (name, curve) in zip(cycle(LINE_COLOURS), lines.items())
+        if curve is not None
+    }
+    legend = tuple(drawn) if len(lines) > 1 else ()
+    return Chart(words(title), _draw_lines(drawn.values(), [colour for colour, _ in drawn]), legend)
 
 
-def line_chart(title: str, lines: Mapping[str, Curve]) -> Chart:
-    """Returns a chart with a line for each curve, and a legend where there are several."""
-    colours = [LINE_COLOURS[i % len(LINE_COLOURS)] for i in range(len(lines))]
-    legend = tuple(zip(colours, lines, strict=True)) if len(lines) > 1 else ()
-    return Chart(words(title), draw_lines(list(lines.values()), colours), legend)
-
-
-def draw_lines(lines: Sequence[Curve], colours: Sequence[str]) -> str:
+def _draw_lines(lines: Iterable[Curve], colours: Sequence[str]) -> str:
     """Returns lines over steps as inline SVG; its only text is the numbers at the axes."""
     import markupsafe
     import matplotlib

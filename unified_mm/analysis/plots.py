@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from unified_mm.analysis.figures import Drawing, as_svg
+from unified_mm.analysis.figures import Drawing, as_svg, subplots
 from unified_mm.analysis.intervals import Mean
 from unified_mm.analysis.pages import LINE_COLOURS, Picture
 from unified_mm.analysis.scaling import PowerLaw
@@ -19,7 +19,7 @@ def by_layer(values: Mapping[str, Float[np.ndarray, " L"]], what: str) -> Drawin
     """Draws a line for each parameter over the layers of its stack; a single value is a dot."""
     from matplotlib import colormaps
 
-    figure, axes = _axes(8, 4)
+    figure, (axes,) = subplots(8, 4, grid=0.2)
     axes.set_prop_cycle(color=colormaps["tab20"](np.arange(20)))
     for name, own in values.items():
         axes.plot(range(len(own)), own, marker="o", markersize=3, linewidth=1, label=name)
@@ -83,7 +83,7 @@ def pictures(views: Sequence[Picture], titles: Sequence[str], columns: int = 4) 
 
 def plane(parts: Mapping[str, Float[np.ndarray, "n 2"]]) -> Drawing:
     """Draws points of several kinds on a plane, and a line between points of the same index."""
-    figure, axes = _axes(6, 5)
+    figure, (axes,) = subplots(6, 5, grid=0.2)
     kinds = list(parts.values())
     for pair in zip(*kinds):
         axes.plot(*np.stack(pair).T, color="grey", linewidth=0.3, zorder=0)
@@ -96,7 +96,7 @@ def plane(parts: Mapping[str, Float[np.ndarray, "n 2"]]) -> Drawing:
 
 def bars(values: Mapping[str, Mean], what: str) -> Drawing:
     """Draws means with their 95% intervals."""
-    figure, axes = _axes(7, 0.25 * len(values) + 1)
+    figure, (axes,) = subplots(7, 0.25 * len(values) + 1, grid=0.2)
     for place, each in enumerate(values.values()):
         # A value alone has no interval.
         low, high = (np.nan_to_num([each.mean - each.low, each.high - each.mean])).tolist()
@@ -113,7 +113,7 @@ def law(
     fitted: PowerLaw, cost: Float[np.ndarray, " n"], loss: Float[np.ndarray, " n"], what: str
 ) -> Drawing:
     """Draws losses over cost, and the law fitted to them; both axes are logarithmic."""
-    figure, axes = _axes(6, 4)
+    figure, (axes,) = subplots(6, 4, grid=0.2)
     smooth = np.geomspace(cost.min(), cost.max(), 100)
     axes.loglog(smooth, fitted(smooth), color=LINE_COLOURS[0])
     axes.loglog(cost, loss, "o", color=LINE_COLOURS[1])
@@ -121,23 +121,11 @@ def law(
     return Drawing(as_svg(figure))
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.2)
-    return figure, axes
-
-
 def _grid(count: int, columns: int) -> tuple[Any, list[Any]]:
     """Returns a figure with `count` panels, in rows of at most `columns`."""
-    from matplotlib.figure import Figure
-
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(10, 10 * rows / columns * 0.8), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
-    for unused in panels[count:]:
+    figure, found = subplots(10, 10 * rows / columns * 0.8, rows, columns, grid=0.0)
+    for unused in found[count:]:
         figure.delaxes(unused)
-    return figure, panels[:count]
+    return figure, found[:count]

@@ -54,34 +54,6 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Standardised:
-    """Features less their mean, over their standard deviation.
-
-    Attributes:
-      values: the standardised features [examples, features].
-      mean, deviation: what standardises other examples alike; infinite deviation where a feature
-        is constant.
-    """
-
-    values: Float[np.ndarray, "examples features"]
-    mean: Float[np.ndarray, " features"]
-    deviation: Float[np.ndarray, " features"]
-
-    @classmethod
-    def of(cls, x: Float[np.ndarray, "examples features"]) -> Standardised:
-        """Standardises features; one that is the same in all examples becomes 0."""
-        x = x.astype(np.float64)
-        mean, deviation = x.mean(0), x.std(0)
-        deviation = np.where(deviation > 1e-9 * (1 + np.abs(mean)), deviation, np.inf)
-        return cls((x - mean) / deviation, mean, deviation)
-
-    def other(
-        self, x: Float[np.ndarray, "others features"]
-    ) -> Float[np.ndarray, "others features"]:
-        return (x - self.mean) / self.deviation
-
-
-@dataclass(frozen=True)
 class Probe:
     """A linear map to scores of classes: x @ weights + bias.
 
@@ -94,6 +66,19 @@ class Probe:
     weights: Float[np.ndarray, "features C"]
     bias: Float[np.ndarray, " C"]
     penalty: float
+
+
+def standardised(
+    x: Float[np.ndarray, "examples features"], other: Float[np.ndarray, "others features"]
+) -> tuple[Float[np.ndarray, "examples features"], Float[np.ndarray, "others features"]]:
+    """Returns features, and those of other examples, less the mean of `x` over its deviation.
+
+    A feature that is the same in all examples of `x` becomes 0 in both.
+    """
+    x, other = x.astype(np.float64), other.astype(np.float64)
+    mean, deviation = x.mean(0), x.std(0)
+    deviation = np.where(deviation > 1e-9 * (1 + np.abs(mean)), deviation, np.inf)
+    return (x - mean) / deviation, (other - mean) / deviation
 
 
 def ridge_probes(
@@ -146,10 +131,9 @@ def probe_layer(
     """
     check(train, targets)
     check(test, test_targets)
-    known = Standardised.of(train)
+    known, asked = standardised(train, test)
     indicators = [np.eye(len(each.classes))[each.labels] for each in targets]
-    probes = ridge_probes(known.values, indicators)
-    asked = known.other(test.astype(np.float64))
+    probes = ridge_probes(known, indicators)
     return {
         target.name: float(np.mean((asked @ p.weights + p.bias).argmax(1) == target.labels))
         for p, target in zip(probes, test_targets, strict=True)

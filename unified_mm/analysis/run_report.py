@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from unified_mm.analysis.examples import evenly_spread
 from unified_mm.analysis.report import (
     CaptionExample,
     ReportData,
@@ -56,7 +57,7 @@ def retrieval_examples(found: Scores, count: int = 8, shown: int = 6) -> tuple:
         return ()
     first = np.flatnonzero(np.diff(found.image_of_text, prepend=-1))
     examples = []
-    for text in first[_spread(len(first), count)].tolist():
+    for text in first[evenly_spread(len(first), count)].tolist():
         order = np.argsort(-(found.image_embeddings @ found.text_embeddings[text]), kind="stable")
         best = order[:shown].tolist()
         examples.append(
@@ -73,18 +74,13 @@ def caption_examples(found: Scores, count: int = 12) -> tuple:
     """Returns evenly spread images with what people and what the model wrote."""
     if not found.captions:
         return ()
-    chosen = _spread(len(found.images), count).tolist()
+    chosen = evenly_spread(len(found.images), count).tolist()
     return tuple(
         CaptionExample(
             picture(found, image), tuple(captions_of(found.images[image])), found.captions[image]
         )
         for image in chosen
     )
-
-
-def _spread(total: int, count: int) -> np.ndarray:
-    """Returns `count` indices (or all) spread evenly over `total`."""
-    return np.linspace(0, total - 1, min(count, total)).astype(int)
 
 
 def picture(found: Scores, image: int) -> np.ndarray:

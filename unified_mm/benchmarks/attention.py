@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from unified_mm.analysis.figures import as_svg
+from unified_mm.analysis.figures import as_svg, subplots
+from unified_mm.benchmarks.timing import provenance, times_of
 from unified_mm.nn.attention.attention import Attention, plan_attention
 from unified_mm.nn.attention.backends import KERNELS, PLAIN
 from unified_mm.nn.attention.rules import MaskTable, View
@@ -25,7 +25,6 @@ from unified_mm.nn.tokens import (
 )
 from unified_mm.nn.transformer import Transformer
 from unified_mm.parallel.sharding import without_names
-from unified_mm.runs.environment import device_name, revision, versions
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 DEPTHS = (1, 2, 4, 8, 16)
@@ -85,10 +84,7 @@ def sweep(
         "key_value_heads": options.num_kv_heads,
         "dtype": jnp.dtype(options.dtype).name,
         "rule": "prefix",
-        "device": device_name(),
-        "versions": versions(),
-        "revision": revision(),
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance(),
     }
 
 
@@ -121,11 +117,7 @@ def layer_costs(options: TransformerOptions, length: int) -> dict[str, Any]:
 
     program = jax.jit(jax.value_and_grad(total, (0, 1))).lower(params, x, metadata).compile()
     memory: Any = program.memory_analysis()
-    times = []
-    for _ in range(REPEATS + 1):
-        began = time.perf_counter()
-        jax.block_until_ready(program(params, x, metadata))
-        times.append(time.perf_counter() - began)
+    times = times_of(lambda: program(params, x, metadata), REPEATS + 1)
     return {
         "tokens": length,
         "seconds": round(min(times[1:]), 5),
@@ -150,9 +142,7 @@ def compile_costs(options: TransformerOptions, length: int = 64) -> dict[str, An
         params = without_names(jax.eval_shape(stack.init, jax.random.key(0), x, plan))
         lowered = jax.jit(jax.grad(total)).lower(params, x)
         with without_compile_cache():
-            began = time.perf_counter()
-            lowered.compile()
-        return round(time.perf_counter() - began, 3)
+            return round(times_of(lowered.compile, 1)[0], 3)
 
     return {"layers": options.layers, "scanned": seconds(1), "unrolled": seconds(options.layers)}
 
@@ -170,10 +160,8 @@ def without_compile_cache() -> Iterator[None]:
 
 def draw(result: dict[str, Any]) -> str:
     """Returns plots of time and memory over length, and of compile time over depth, as SVG."""
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(10, 3.2), layout="constrained")
-    time_axes, memory_axes, compile_axes = figure.subplots(1, 3)
+    figure, panels = subplots(10, 3.2, columns=3)
+    time_axes, memory_axes, compile_axes = panels
     for backend in dict.fromkeys(row["backend"] for row in result["attention"]):
         rows = [row for row in result["attention"] if row["backend"] == backend]
         tokens = [row["tokens"] for row in rows]
@@ -190,8 +178,7 @@ def draw(result: dict[str, Any]) -> str:
     compile_axes.set(xscale="log", xlabel="layers", title="a stack: seconds to compile")
     compile_axes.set_ylim(bottom=0)
     _ticks(compile_axes, layers)
-    for axes in (time_axes, memory_axes, compile_axes):
-        axes.grid(alpha=0.3)
+    for axes in panels:
         axes.legend(fontsize="small")
     return as_svg(figure)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,34 +76,41 @@ def request_table(
     """
     requests = make_requests(model, views, count)
     rows: list[dict[str, Any]] = []
-    for name, opened in (
-        ("one at a time", _one_at_a_time(model)),
-        ("static batches", _StaticBatches(model, slots)),
-        ("continuous", _Continuous(model, slots)),
-    ):
-        with opened as ask:
-            warm_up(ask, requests, slots)
-            began = time.perf_counter()
-            seconds, texts = load(ask, requests, clients)
-            took = time.perf_counter() - began
+    expected: list[str] = []
+    for name, at_once, ask in ways(model, slots):
+        warm_up(ask, requests, slots)
+        began = time.perf_counter()
+        seconds, texts = load(ask, requests, clients)
+        took = time.perf_counter() - began
+        expected = expected or texts
         rows.append(
             {
                 "name": name,
                 "clients": clients,
-                "slots": 1 if name == "one at a time" else slots,
+                "slots": at_once,
                 "requests_per_second": round(count / took, 2),
                 **percentiles(seconds),
                 "tokens": sum(asked.decoding.tokens or 0 for asked in requests),
+                "equal_texts": sum(a == b for a, b in zip(texts, expected, strict=True)),
             }
         )
         say(
             "{name:<16} {requests_per_second:>8.2f} requests/s  p50 {p50_ms:>9.2f} ms  "
             "p95 {p95_ms:>9.2f} ms".format(**rows[-1])
         )
-        if rows[0]["name"] == name:
-            expected = texts
-        rows[-1]["equal_texts"] = sum(a == b for a, b in zip(texts, expected, strict=True))
     return rows
+
+
+def ways(model: LoadedModel, slots: int) -> Iterator[tuple[str, int, Ask]]:
+    """Yields the ways to serve: the name, the texts written at once, and what a client calls."""
+    yield "one at a time", 1, static_batches(model, 1)
+    yield "static batches", slots, static_batches(model, slots)
+    with closing(Engine(model, slots=slots)) as engine:
+        yield (
+            "continuous",
+            slots,
+            lambda asked: engine.submit(asked.view, "", asked.decoding).result(),
+        )
 
 
 def warm_up(ask: Ask, requests: Sequence[Asked], slots: int) -> None:
@@ -113,108 +121,46 @@ def warm_up(ask: Ask, requests: Sequence[Asked], slots: int) -> None:
 
 def load(ask: Ask, requests: Sequence[Asked], clients: int) -> tuple[list[float], list[str]]:
     """Returns the seconds and the text of each request, sent by `clients` threads."""
-    seconds, texts = [0.0] * len(requests), [""] * len(requests)
-    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in range(len(requests)):
-        todo.put(number)
-    failures: list[BaseException] = []
 
-    def client() -> None:
-        try:
-            while True:
-                number = todo.get_nowait()
-                began = time.perf_counter()
-                texts[number] = ask(requests[number])
-                seconds[number] = time.perf_counter() - began
-        except queue.Empty:
-            return
-        except BaseException as error:  # told below, in the thread that asked
-            failures.append(error)
+    def timed(asked: Asked) -> tuple[float, str]:
+        began = time.perf_counter()
+        text = ask(asked)
+        return time.perf_counter() - began, text
 
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-    return seconds, texts
+    with ThreadPoolExecutor(clients) as pool:
+        seconds, texts = zip(*pool.map(timed, requests))
+    return list(seconds), list(texts)
 
 
-def _one_at_a_time(model: LoadedModel) -> AbstractContextManager[Ask]:
-    lock = threading.Lock()
+def static_batches(model: LoadedModel, size: int) -> Ask:
+    """Returns a server that writes up to `size` waiting texts as one batch and then answers all.
+
+    The client that has the lock writes for those that wait, until it has its own answer.
+    """
+    writing = threading.Lock()
+    waiting: deque[tuple[Asked, Future[str]]] = deque()
 
     def ask(asked: Asked) -> str:
-        with lock:
-            return model.caption([asked.view], asked.decoding)[0]
+        answer: Future[str] = Future()
+        waiting.append((asked, answer))
+        with writing:
+            while not answer.done():
+                answer_batch(model, [waiting.popleft() for _ in range(min(size, len(waiting)))])
+        return answer.result()
 
-    return nullcontext(ask)
+    return ask
 
 
-class _StaticBatches:
-    """A server that writes up to `size` waiting texts as one batch and then answers them all."""
-
-    def __init__(self, model: LoadedModel, size: int) -> None:
-        self._model = model
-        self._size = size
-        self._waiting: queue.Queue[tuple[Asked, queue.SimpleQueue] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> Ask:
-        self._thread.start()
-
-        def ask(asked: Asked) -> str:
-            answer: queue.SimpleQueue = queue.SimpleQueue()
-            self._waiting.put((asked, answer))
-            found = answer.get()
-            if isinstance(found, BaseException):
-                raise found
-            return str(found)
-
-        return ask
-
-    def __exit__(self, *_: object) -> None:
-        self._waiting.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while (first := self._waiting.get()) is not None:
-            batch = [first]
-            while len(batch) < self._size and not self._waiting.empty():
-                more = self._waiting.get()
-                if more is None:
-                    self._waiting.put(None)
-                    break
-                batch.append(more)
-            try:
-                self._answer(batch)
-            except BaseException as error:  # raised where it is waited for
-                for _, answer in batch:
-                    answer.put(error)
-
-    def _answer(self, batch: list[tuple[Asked, queue.SimpleQueue]]) -> None:
-        most = max(asked.decoding.tokens or 0 for asked, _ in batch)
-        together = replace(batch[0][0].decoding, tokens=most)
+def answer_batch(model: LoadedModel, batch: Sequence[tuple[Asked, Future[str]]]) -> None:
+    """Writes the texts of a batch, all as long as the longest, and answers each with its own."""
+    most = max(asked.decoding.tokens or 0 for asked, _ in batch)
+    together = replace(batch[0][0].decoding, tokens=most)
+    try:
         views = [asked.view for asked, _ in batch]
-        tokenizer = self._model.task.tokenizer
-        for (asked, answer), (text,) in zip(
-            batch, self._model.generate(views, [""] * len(views), together), strict=True
-        ):
-            answer.put(tokenizer.decode(text.tokens[: asked.decoding.tokens]))
-
-
-class _Continuous:
-    def __init__(self, model: LoadedModel, slots: int) -> None:
-        self._model = model
-        self._slots = slots
-
-    def __enter__(self) -> Ask:
-        self._engine = Engine(self._model, slots=self._slots)
-
-        def ask(asked: Asked) -> str:
-            return self._engine.submit(asked.view, "", asked.decoding).result()
-
-        return ask
-
-    def __exit__(self, *_: object) -> None:
-        self._engine.close()
+        written = model.generate(views, [""] * len(views), together)
+    except BaseException as error:  # raised where it is waited for
+        for _, answer in batch:
+            answer.set_exception(error)
+        return
+    for (asked, answer), (text,) in zip(batch, written, strict=True):
+        answer.set_result(model.task.tokenizer.decode(text.tokens[: asked.decoding.tokens]))
