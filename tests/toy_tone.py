@@ -25,10 +25,15 @@ class Tone:
     def from_config(cls, name, options, resources):
         return cls(name, options["samples"], options["frame"])
 
+    def fault(self, part):
+        if not isinstance(part, list):
+            return "no list of values"
+        return "" if len(part) == self.samples else f"{len(part)} values, not {self.samples}"
+
     def prepare(self, record, rng):
-        if "tone" not in record.fields:
+        if "tone" not in record.parts:
             return self.absent()
-        signal = np.array(record.fields["tone"], np.float32)
+        signal = np.array(record.parts["tone"], np.float32)
         return {"signal": signal, "present": np.array(True)}
 
     def absent(self):
@@ -73,13 +78,15 @@ class ToneSource:
             Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(path)
             high = number % 2
             wave = np.sin(np.arange(8) * (2.5 if high else 0.4) + rng.uniform(0, 6))
+            parts = {"tone": wave.tolist()}
+            if split == "val" or number % 5:
+                parts["image"] = str(path)
             records.append(
                 Record(
                     id=number,
-                    image=str(path) if split == "val" or number % 5 else None,
+                    parts=parts,
                     texts=(Text("", f"{'high' if high else 'low'} tone"),),
                     mirrorable=True,
-                    fields={"tone": wave.tolist()},
                 )
             )
         return Manifest(split, tuple(records), self.name, self.folder, f"tones-{split}")

@@ -96,7 +96,7 @@ def data_fields() -> dict:
             "file": "",  # JSON lines; '' makes few-shot documents of the pairs
             "shots": 4,  # examples before an example of its own, where they are made
             "questions": False,  # made of questions and answers, not of captions
-            "images": 5,  # slots a row
+            "images": 5,  # slots a row, for images and as many for each other modality
             "length": 160,  # text tokens a row
         },
         "threads": 2,  # that read ahead

@@ -238,7 +238,9 @@ def evaluate(options: argparse.Namespace) -> int:
         source = open_source(config.data)
         if source.banner:
             output.say(framed(source.banner))
-        split = open_split(config, source, evaluated_splits(config, source)[0])
+        split = open_split(
+            config, source, evaluated_splits(config, source)[0], model.task.modalities
+        )
     batch_size = config.evaluation.batch_size
     refuse_unread(config, asked_fields(options))
     if config.evaluation.questions and not split.questions:
@@ -296,7 +298,7 @@ def search(options: argparse.Namespace) -> int:
         raise ValueError('--mode=search needs --query="what to look for"')
     model = load(options.folder)
     refuse_without_contrast(model, "search", "searching")
-    paths, embedded, problems = model.embed_files(searched_images(model.config, options))
+    paths, embedded, problems = model.embed_files(searched_images(model, options))
     for phrase in problem_counts(problems):
         say(phrase)
     if not paths:
@@ -307,15 +309,17 @@ def search(options: argparse.Namespace) -> int:
     return 0
 
 
-def searched_images(saved: Config, options: argparse.Namespace) -> list[Any]:
+def searched_images(model: Any, options: argparse.Namespace) -> list[Any]:
     """Returns the images of `--images`, or of the evaluation split."""
     if not options.images:
         from unified_mm.data.sources import open_source
         from unified_mm.evaluation.splits import evaluated_splits, open_split
 
-        config = run_config(saved, options)
+        config = run_config(model.config, options)
         source = open_source(config.data)
-        split = open_split(config, source, evaluated_splits(config, source)[0])
+        split = open_split(
+            config, source, evaluated_splits(config, source)[0], model.task.modalities
+        )
         refuse_unread(config, asked_fields(options))
         return [record.image for record in split.manifest.records if record.image]
     from unified_mm.search.pictures import read_picture_set

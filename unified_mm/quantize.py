@@ -71,7 +71,7 @@ def scored(model: Any, small: Any, options: argparse.Namespace) -> dict[str, Any
     if not (model.predictor.can_retrieve() or model.predictor.can(Captioning)):
         say("no scores: the model was trained on nothing that images and captions could score")
         return {"scores": {}, "chance": {}, "ceiling": {}, "before": {}}
-    split, data = open_scored(model.config, options)
+    split, data = open_scored(model, options)
     name, images = split.manifest.split, len(split.manifest.records)
     found = []
     for which, each in (("as it is", model), ("quantised", small)):
@@ -90,13 +90,13 @@ def scored(model: Any, small: Any, options: argparse.Namespace) -> dict[str, Any
     }
 
 
-def open_scored(config: Config, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def open_scored(model: Any, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Returns the split that is scored, and a description of its data."""
     from unified_mm.data.sources import open_source
     from unified_mm.evaluation.splits import evaluated_splits, open_split
     from unified_mm.training.output import framed
 
-    fields = config.as_dict()
+    fields = model.config.as_dict()
     if options.split:
         fields["evaluation"]["split"] = options.split
     if options.max_images:
@@ -107,7 +107,7 @@ def open_scored(config: Config, options: argparse.Namespace) -> tuple[Any, dict[
     source = open_source(asked.data)
     if source.banner:
         say(framed(source.banner))
-    split = open_split(asked, source, evaluated_splits(asked, source)[0])
+    split = open_split(asked, source, evaluated_splits(asked, source)[0], model.task.modalities)
     return split, {"source": source.name, "folder": source.folder, "notice": source.banner}
 
 

@@ -17,6 +17,7 @@ from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.modalities.modality import build_modalities
 from unified_mm.models.unified import ABLE, UnifiedModel, fusion
 from unified_mm.nn.sow import AUXILIARY, auxiliary_by_path
+from unified_mm.objectives.contrastive import Contrastive
 from unified_mm.objectives.objective import (
     Embedded,
     Metric,
@@ -150,6 +151,59 @@ class Task:
             name: key if name == "mining" else jax.random.fold_in(key, zlib.crc32(name.encode()))
             for name in names
         }
+
+    def contrasts(self, *between: str) -> list[Contrastive]:
+        """Returns the contrastive objectives that compare all these modalities."""
+        found = [each for each in self.objectives if isinstance(each, Contrastive)]
+        return [each for each in found if set(between) <= set(each.between)]
+
+    def embed(self, params: Any, batch: Any, of: str, objective: str = "") -> jax.Array:
+        """Returns unit vectors [B, Z] of one modality of a batch, alone or beside other context.
+
+        Args:
+          params: the parameters.
+          batch: the context, or `text` for texts.
+          of: the modality.
+          objective: the contrastive objective in whose space they lie, where several embed the
+            modality.
+
+        Raises:
+          ValueError: no contrastive objective embeds it, or several do and none is named.
+        """
+        chosen = self.embedding(of, objective)
+
+        def embed(model: UnifiedModel, batch: Any) -> jax.Array:
+            return chosen.embed(model, batch, of)
+
+        vectors: Any = self.model.apply({"params": params}, batch, method=embed)
+        return vectors
+
+    def embedding(self, of: str, objective: str = "") -> Contrastive:
+        """Returns the contrastive objective that embeds a modality.
+
+        Args:
+          of: the modality.
+          objective: its name, where several embed the modality.
+
+        Raises:
+          ValueError: as `embed` does.
+        """
+        if of not in self.modalities:
+            there = ", ".join(self.modalities)
+            raise ValueError(f"this model reads no {of}: what it reads is {there}")
+        able = self.contrasts(of)
+        if objective:
+            able = [each for each in able if each.name == objective]
+        if len(able) == 1:
+            return able[0]
+        if able:
+            names = ", ".join(f"{each.name} ({', '.join(each.between)})" for each in able)
+            raise ValueError(f"{of} is embedded by several objectives, {names}: name one of them")
+        trained = ", ".join(
+            f"{each.name} ({', '.join(each.between)})" for each in self.contrasts()
+        ) or ", ".join(each.name for each in self.objectives)
+        asked = f"objective={objective!r} embeds no {of}" if objective else f"nothing embeds {of}"
+        raise ValueError(f"{asked}: the model was trained on {trained}")
 
     def compared(self, params: Any, embedded: Mapping[str, Embedded]) -> dict[str, Metric]:
         """Returns loss and metrics of the objectives that compare examples, over all embedded."""

@@ -22,7 +22,9 @@ def records(tmp_path_factory):
     folder = tiny.write_coco(tmp_path_factory.mktemp("data") / "coco", train=6, val=1)
     colours = list(tiny.COLOURS)
     return [
-        Record(i, str(folder / f"images/train/{i}.jpg"), (Text("", colours[i % 3]),), True)
+        Record(
+            i, {"image": str(folder / f"images/train/{i}.jpg")}, (Text("", colours[i % 3]),), True
+        )
         for i in range(6)
     ]
 
@@ -65,7 +67,7 @@ def test_each_way_takes_the_image_and_leaves_the_text(task, records):
     for preparers in ways.values():
         assert preparers["text"] is task.modalities["text"]
         assert not preparers["image"].absent()["present"]
-    absent = Record(9, None, (Text("", "red"),), True)
+    absent = Record(9, {}, (Text("", "red"),), True)
     assert not ways["blanked"]["image"].prepare(absent, None)["present"]
 
 

@@ -97,7 +97,7 @@ def test_quality_is_that_of_the_captions(model, views, tmp_path, monkeypatch):
     for number, view in enumerate(views):
         Image.fromarray(view).save(tmp_path / f"{number}.png")
         text = Text("", f"caption {number}")
-        records.append(Record(number, str(tmp_path / f"{number}.png"), (text,), True))
+        records.append(Record(number, {"image": str(tmp_path / f"{number}.png")}, (text,), True))
     monkeypatch.setattr(generation, "QUALITY_BATCH", 4)  # so that the last batch is not full
     monkeypatch.setattr(
         generation, "caption_scores", lambda *each: given.append(each) or {"cider_d": 1.5}

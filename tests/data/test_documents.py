@@ -1,4 +1,4 @@
-"""Documents: three forms of JSON lines read alike, every fault named with file and line."""
+"""Documents: four forms of JSON lines read alike, every fault named with file and line."""
 
 import json
 
@@ -9,9 +9,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unified_mm.data import images
-from unified_mm.data.documents import Document, Picture, read_documents, summary
+from unified_mm.data.documents import Document, Item, read_documents, summary
 from unified_mm.data.records import Problem, Text
 
+
+class Tone:
+    """A modality that can tell what is wrong with its parts."""
+
+    def fault(self, part):
+        return "" if len(part) == 2 else f"{len(part)} values, not 2"
+
+
+READ = {"image": None, "tone": Tone(), "text": None}
 MARKED = {"text": "a cat <image> and <image> a dog", "images": ["a.jpg", "b.jpg"]}
 
 
@@ -37,7 +46,7 @@ def write(folder, *lines):
 
 def read(folder, max_bad_share=0.0):
     path = folder / "pages.jsonl"
-    return read_documents(path, max_bad_share=max_bad_share, threads=1, progress=False)
+    return read_documents(path, READ, max_bad_share=max_bad_share, threads=1, progress=False)
 
 
 def parts(folder, *line):
@@ -50,9 +59,32 @@ def parts(folder, *line):
 def shown(folder, document):
     """Parts as strings; pictures in brackets."""
     return [
-        f"[{part.path.removeprefix(str(folder) + '/')}]" if isinstance(part, Picture) else part
-        for part in (p if isinstance(p, Picture) else p.target for p in document.parts)
+        f"[{part.part.removeprefix(str(folder) + '/')}]" if isinstance(part, Item) else part
+        for part in (p if isinstance(p, Item) else p.target for p in document.parts)
     ]
+
+
+def test_parts_by_modality(folder):
+    named = [{"text": "a cat"}, {"image": "a.jpg"}, {"tone": [1, 2]}, {"text": " "}]
+    write(folder, {"parts": named}, {"parts": [{"text": "x"}, {"tone": [1]}]})
+    found = read(folder, 0.5)
+    assert [document.parts for document in found.documents] == [
+        (Text("", "a cat"), Item("image", str(folder / "a.jpg")), Item("tone", [1, 2]))
+    ]
+    assert found.problems == (Problem("pages.jsonl:2: tone", "1 values, not 2", "left out"),)
+    assert "1 documents with 1 images, 1 tones and 1 texts" in summary(found)
+    other = [{**named[2], "tone": [1, 3]} if "tone" in each else each for each in named]
+    write(folder, {"parts": other})
+    assert read(folder).fingerprint != found.fingerprint
+    for wrong, what in (
+        ([{"film": 1}], "holds film, and the model reads image, tone, text"),
+        ([{"text": "a", "image": "a.jpg"}], r"parts\[0\] must have one key"),
+        ([{"image": 3}], "must be a string"),
+        ([{"text": 3}], "must be a string"),
+    ):
+        write(folder, {"parts": wrong})
+        with pytest.raises(ValueError, match=rf"pages.jsonl:1.*{what}"):
+            read(folder)
 
 
 def test_text_with_markers(folder):
@@ -88,13 +120,13 @@ def test_documents_hold_absolute_paths_and_captions_without_prompt(folder):
         "first",
         (
             Text("", "a cat"),
-            Picture(str(folder / "a.jpg")),
+            Item("image", str(folder / "a.jpg")),
             Text("", "and"),
-            Picture(str(folder / "b.jpg")),
+            Item("image", str(folder / "b.jpg")),
             Text("", "a dog"),
         ),
     )
-    assert document.pictures == document.parts[1::2] and document.texts == document.parts[::2]
+    assert document.items == document.parts[1::2] and document.texts == document.parts[::2]
 
 
 def test_forms_may_be_mixed_and_lines_are_ids(folder):

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unified_mm.config import Config
-from unified_mm.data.documents import Document, Picture
-from unified_mm.data.interleave import FewShotRows, Layout, Row, measure, pack, packed_rows
+from unified_mm.data.documents import Document, Item
+from unified_mm.data.interleave import FewShotRows, Layout, Row, pack, packed_rows, text_length
 from unified_mm.data.pipeline import Preparer, evaluation_batches, training_batches
 from unified_mm.data.records import Record, Text
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.modalities.interleaved import (
-    InterleavedImages,
+    InterleavedItems,
     InterleavedText,
     interleaved_preparers,
 )
@@ -51,7 +51,7 @@ def document_of(files, parts, id=0):
     kinds = {
         str: lambda t: Text("", t),
         tuple: lambda t: Text(*t),
-        int: lambda i: Picture(files[i]),
+        int: lambda i: Item("image", files[i]),
     }
     return Document(id, tuple(kinds[type(part)](part) for part in parts))
 
@@ -66,8 +66,8 @@ def written_out(row, tokenizer, slots, length):
     for number, document in enumerate(row.documents):
         whole = []
         for part in document.parts:
-            if isinstance(part, Picture):
-                whole.append(("image", part.path, False))
+            if isinstance(part, Item):
+                whole.append(("image", part.part, False))
             else:
                 arrays = tokenizer.encode(part.prompt, part.target, 99)
                 ids, scored = arrays["ids"][arrays["valid"]], arrays["scored"][arrays["valid"]]
@@ -157,7 +157,7 @@ def test_texts_of_a_tokenizer_without_bos_are_whole(files, modalities, tmp_path)
     got = interleaved_preparers({**modalities, "text": text}, 1, 30)["text"].prepare(row, None)
     assert got["ids"].tolist() == column(tokens, 0, 30).tolist() and 1 not in got["ids"]
     assert got["scored"].tolist() == column(tokens, 1, 30, False).tolist()
-    assert measure(row.documents[0], tokenizer) == (1, len(tokens))
+    assert text_length(row.documents[0], tokenizer) == len(tokens)
 
 
 def test_what_does_not_fit_is_cut_with_what_follows_it(files, modalities):
@@ -229,25 +229,47 @@ def test_preparers_are_values(modalities):
     assert ours == theirs and ours != others
     assert len({*ours.values(), *theirs.values(), *others.values()}) == 4
     assert isinstance(ours["image"], Preparer) and isinstance(ours["text"], Preparer)
-    assert isinstance(ours["image"], InterleavedImages)
+    assert isinstance(ours["image"], InterleavedItems)
     assert ours["text"] == InterleavedText(modalities["text"], Layout(2, 9))
 
 
-def test_other_modalities_are_refused(modalities):
+def test_items_of_any_modality_have_slots_of_their_own(files, modalities):
+    from toy_tone import Tone
+
+    read = {"image": modalities["image"], "tone": Tone("tone", 8, 4), "text": modalities["text"]}
+    high, low = [1.0] * 8, [0.5] * 8
+    parts = (Text("", "a"), Item("tone", high), Item("image", files[0]), Item("tone", low))
+    row = Row((Document(0, parts),))
+    preparers = interleaved_preparers(read, 2, 9)
+    tone, image = (preparers[name].prepare(row, None) for name in ("tone", "image"))
+    np.testing.assert_array_equal(tone["signal"], [high, low])
+    assert tone["segment"].tolist() == [1, 3] and image["segment"].tolist() == [2, 0]
+    assert tone["position"].tolist() == [3, 5] and image["position"].tolist() == [4, 0]
+    cut = interleaved_preparers(read, 1, 9)
+    assert cut["tone"].prepare(row, None)["present"].tolist() == [True]
+    again = [Document(i, parts) for i in range(5)]
+    packed = packed_rows(again, modalities["text"].tokenizer, Layout(4, 99), 0)
+    assert sorted(len(each.documents) for each in packed) == [1, 2, 2]
+    records = [Record(i, {"tone": high}, (Text("", "x"),), True) for i in range(3)]
+    (first, *_) = FewShotRows(records, 1, seed=0, of=("image", "tone"))
+    assert [type(part) for part in first.documents[0].parts] == [Item, Text, Item, Text]
+
+
+def test_texts_alone_and_other_texts_are_refused(modalities):
     image, text = modalities["image"], modalities["text"]
     for wrong, found in (
         ({"text": text}, r"is text \(TextModality\)"),
-        ({"image": text, "text": text}, r"is image \(TextModality\), text"),
-        ({"image": image, "text": text, "tone": text}, r"tone \(TextModality\)"),
+        ({"image": image, "text": image}, r"is image \(ImageModality\), text"),
+        ({"image": image}, r"is image \(ImageModality\)"),
         ({}, "is empty"),
     ):
-        with pytest.raises(ValueError, match=f"must be 'image' and 'text'.*{found}"):
+        with pytest.raises(ValueError, match=f"must have 'text'.*{found}"):
             interleaved_preparers(wrong, 2, 9)
 
 
 @pytest.mark.parametrize(("slots", "length"), [(0, 9), (2, 0)])
 def test_layouts_without_room_are_refused(modalities, slots, length):
-    with pytest.raises(ValueError, match=f"{slots} images and {length} text tokens"):
+    with pytest.raises(ValueError, match=f"{slots} slots and {length} text tokens"):
         interleaved_preparers(modalities, slots, length)
 
 
@@ -257,25 +279,25 @@ lengths = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 30)), max_size=12
 @settings(max_examples=100, deadline=None)
 @given(lengths, st.integers(1, 4), st.integers(1, 25), st.integers(0, 2**64 - 1))
 def test_packing_holds_every_document_once_and_fits(lengths, slots, length, seed):
-    packed = pack(lengths, slots, length, seed)
+    packed = pack(lengths, (slots, length), seed)
     assert sorted(itertools.chain(*packed)) == list(range(len(lengths)))
     for members in packed:
         images, tokens = (sum(lengths[i][kind] for i in members) for kind in (0, 1))
         assert len(members) == 1 or (images <= slots and tokens <= length)
-    assert packed == pack(lengths, slots, length, seed)
+    assert packed == pack(lengths, (slots, length), seed)
 
 
 def test_packing_fills_rows():
     rng = np.random.default_rng(0)
     lengths = [tuple(pair) for pair in rng.integers((0, 5), (3, 60), (3000, 2)).tolist()]
-    packed = pack(lengths, 99, 128, 0)
+    packed = pack(lengths, (99, 128), 0)
     assert len(packed) < 1.05 * sum(tokens for _, tokens in lengths) / 128
-    assert packed != pack(lengths, 99, 128, 1)
-    assert pack([], 1, 1, 0) == []
+    assert packed != pack(lengths, (99, 128), 1)
+    assert pack([], (1, 1), 0) == []
 
 
 def test_too_large_documents_are_alone():
-    packed = pack([(1, 1), (9, 0), (1, 1), (0, 99), (1, 1)], 4, 9, 0)
+    packed = pack([(1, 1), (9, 0), (1, 1), (0, 99), (1, 1)], (4, 9), 0)
     assert sorted(tuple(sorted(members)) for members in packed) == [(0, 2, 4), (1,), (3,)]
 
 
@@ -286,7 +308,7 @@ def test_packed_rows_hold_their_documents_whole(files, modalities):
         for i in range(20)
     ]
     tokenizer = modalities["text"].tokenizer
-    sizes = [measure(document, tokenizer) for document in documents]
+    sizes = [(len(each.items), text_length(each, tokenizer)) for each in documents]
     layout = Layout(5, 40)
     rows = packed_rows(documents, tokenizer, layout, 7)
     assert sorted(d.id for row in rows for d in row.documents) == list(range(20))
@@ -294,16 +316,22 @@ def test_packed_rows_hold_their_documents_whole(files, modalities):
     for row in rows:
         images, tokens = layout.fill(row, tokenizer)
         expected = np.sum([sizes[document.id] for document in row.documents], axis=0)
-        assert [len(images), len(tokens)] == expected.tolist()
+        assert [len(images["image"]), len(tokens)] == expected.tolist()
 
 
 def records(files, count=6):
     """Records with a caption and a question each, then two that few-shot rows cannot use."""
     usable = [
-        Record(i, files[i], (Text("", f"picture {i}"), Text("which?", f"it is {i}")), True)
+        Record(
+            i, {"image": files[i]}, (Text("", f"picture {i}"), Text("which?", f"it is {i}")), True
+        )
         for i in range(count)
     ]
-    return [*usable, Record(70, None, (Text("", "x"),), True), Record(71, files[0], (), True)]
+    return [
+        *usable,
+        Record(70, {}, (Text("", "x"),), True),
+        Record(71, {"image": files[0]}, (), True),
+    ]
 
 
 def test_few_shot_rows_show_others_and_then_their_own(files):
@@ -312,7 +340,7 @@ def test_few_shot_rows_show_others_and_then_their_own(files):
     shown = []
     for j, row in enumerate(rows):
         (document,) = row.documents
-        numbers = [files.index(part.path) for part in document.parts[::2]]
+        numbers = [files.index(part.part) for part in document.parts[::2]]
         assert document.parts[1::2] == tuple(Text("", f"picture {i}") for i in numbers)
         assert document.id == numbers[-1] == j % 6
         assert len(numbers) == len(set(numbers)) == 4
@@ -339,14 +367,14 @@ def test_few_shot_rows_may_ask_questions(files):
 
 def test_every_text_of_a_record_is_drawn(files):
     texts = tuple(Text("", name) for name in "abc")
-    rows = FewShotRows([Record(i, files[i], texts, True) for i in range(4)], 2, seed=0)
+    rows = FewShotRows([Record(i, {"image": files[i]}, texts, True) for i in range(4)], 2, seed=0)
     assert {t.target for row in rows for t in row.documents[0].texts} == set("abc")
 
 
 def test_few_shot_rows_of_directional_records_are_not_mirrored(files):
     some = [dataclasses.replace(r, mirrorable=r.id != 0) for r in records(files)]
     for row in FewShotRows(some, 1, seed=0):
-        assert row.mirrorable == all(p.path != files[0] for p in row.documents[0].pictures)
+        assert row.mirrorable == all(p.part != files[0] for p in row.documents[0].items)
 
 
 @pytest.mark.parametrize(("shots", "count"), [(6, 6), (0, 0), (-1, 3)])
@@ -358,7 +386,7 @@ def test_more_shots_than_others_are_refused(files, shots, count):
 def test_no_shots_are_pictures_with_their_own_text(files):
     for j, row in enumerate(FewShotRows(records(files), 0, seed=0)):
         (document,) = row.documents
-        assert document.parts == (Picture(files[j % 6]), Text("", f"picture {j % 6}"))
+        assert document.parts == (Item("image", files[j % 6]), Text("", f"picture {j % 6}"))
 
 
 def first(count, iterator):

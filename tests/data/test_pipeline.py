@@ -38,7 +38,10 @@ class Pixels:
 
 
 def records(count):
-    return [Record(i, f"{i}.jpg" if i % 3 else None, (Text("", "x"),), True) for i in range(count)]
+    return [
+        Record(i, {"image": f"{i}.jpg"} if i % 3 else {}, (Text("", "x"),), True)
+        for i in range(count)
+    ]
 
 
 def first(count, iterator):
@@ -161,7 +164,7 @@ def test_evaluation_is_shared_by_processes():
 
 
 def test_a_file_that_vanished_is_named(tmp_path):
-    record = Record(1, str(tmp_path / "gone.jpg"), (), True)
+    record = Record(1, {"image": str(tmp_path / "gone.jpg")}, (), True)
     batches = training_batches([record], {"image": Pixels()}, seed=0, batch_size=2)
     with pytest.raises(FileNotFoundError, match=r"gone\.jpg"):
         next(batches)
@@ -170,7 +173,7 @@ def test_a_file_that_vanished_is_named(tmp_path):
 
 def test_a_file_that_went_bad_is_named(tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
-    record = Record(1, str(tmp_path / "bad.jpg"), (), True)
+    record = Record(1, {"image": str(tmp_path / "bad.jpg")}, (), True)
     batches = evaluation_batches([record], {"image": Pixels()}, batch_size=2)
     with pytest.raises(ValueError, match=r"bad\.jpg cannot be decoded"):
         next(batches)

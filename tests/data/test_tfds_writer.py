@@ -266,8 +266,8 @@ def test_the_world_stays_known_as_such(tmp_path, cache):
         assert source.foils(split) == theirs.foils(split)
         assert source.questions(split) == theirs.questions(split)
         a, b = source.manifest(split).records, theirs.manifest(split).records
-        assert [dataclasses.replace(each, image=None) for each in a] == [
-            dataclasses.replace(each, image=None) for each in b
+        assert [dataclasses.replace(each, parts={}) for each in a] == [
+            dataclasses.replace(each, parts={}) for each in b
         ]
 
 

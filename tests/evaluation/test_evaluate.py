@@ -23,7 +23,7 @@ def captioned(tmp_path_factory):
     texts = [(), (Text("", "red"), Text("what?", "red")), (Text("", "blue"),)]
     paths = [str(folder / "images" / "train" / f"{number}.jpg") for number in range(3)]
     return [
-        Record(number, path, text, True)
+        Record(number, {"image": path}, text, True)
         for number, (path, text) in enumerate(zip(paths, texts, strict=True))
     ]
 
@@ -38,7 +38,7 @@ def test_captions_need_two_images_and_anything_one(task, captioned):
         check_split(split(captioned[:2]), task)
     contrast = tiny.task(objectives__captioning__weight=0.0, objectives__matching__weight=0.0)
     check_split(split(captioned[:2]), contrast)
-    for nothing in (captioned[:1], [Record(1, None, (Text("", "red"),), True)]):
+    for nothing in (captioned[:1], [Record(1, {}, (Text("", "red"),), True)]):
         with pytest.raises(ValueError, match="no image with a caption: there is nothing to score"):
             check_split(split(nothing), contrast)
 

@@ -62,7 +62,7 @@ def test_embeddings_are_those_of_the_predictor_and_of_unit_norm(run, model, pict
     task, average, _ = run
     arrays, paths = pictures
     records = [
-        Record(id=i, image=str(path), texts=(Text("", text),), mirrorable=True)
+        Record(id=i, parts={"image": str(path)}, texts=(Text("", text),), mirrorable=True)
         for i, (path, text) in enumerate(zip(paths, TEXTS, strict=True))
     ]
     batch = {

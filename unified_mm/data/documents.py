@@ -1,52 +1,63 @@
-"""Interleaved documents: images and texts in one order, read from JSON lines.
+"""Interleaved documents: items of modalities and texts in one order, read from JSON lines.
 
-One document a line, in one of three forms, which may be mixed (the form is known by its key):
+One document a line, in one of four forms, which may be mixed (the form is known by its key):
 
     {"text": "A cat <image> and a dog <image>.", "images": ["cat.jpg", "dog.jpg"]}
     {"texts": ["A cat", null], "images": [null, "cat.jpg"]}
     {"text_list": ["A cat"], "image_info": [{"image_name": "cat.jpg", "matched_text_index": 0}]}
+    {"parts": [{"text": "A cat"}, {"image": "cat.jpg"}, {"sound": [0.1, 0.2]}]}
 
 The second is that of OBELICS (Laurençon et al. 2023, arXiv:2306.16527), the third that of MMC4
-(Zhu et al. 2023, arXiv:2304.06939), where an image goes right before its text.
+(Zhu et al. 2023, arXiv:2304.06939), where an image goes right before its text. The last holds
+any modality, by its name in `model.modalities`: an image is the name of its file, others are what
+they read.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from unified_mm.data import coco
 from unified_mm.data.checked_json import Node
 from unified_mm.data.manifest import Stats, image_faults, problem_counts, refuse_bad
-from unified_mm.data.records import Image, Problem, Text
+from unified_mm.data.records import Problem, Text
 from unified_mm.files import naming, parse_json, user_path
 
 MARKER = "<image>"  # where an image lies in the text of the first form
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image of a document: the absolute path of its file, or where it is stored."""
+class Item:
+    """What a modality reads of a document at one place.
 
-    path: Image
+    Attributes:
+      modality: its name.
+      part: as in `Record.parts`: of an image the absolute path of its file, or where it is stored.
+    """
+
+    modality: str
+    part: Any
 
 
-Part = Picture | Text
+Part = Item | Text
 
 
 @dataclass(frozen=True)
 class Document:
-    """Images and texts in reading order."""
+    """Items and texts in reading order."""
 
     id: int | str
     parts: tuple[Part, ...]
 
     @property
-    def pictures(self) -> tuple[Picture, ...]:
-        return tuple(part for part in self.parts if isinstance(part, Picture))
+    def items(self) -> tuple[Item, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Item))
 
     @property
     def texts(self) -> tuple[Text, ...]:
@@ -58,8 +69,8 @@ class DocumentSet:
     """The validated documents of a file, in its order, with the problems that were found.
 
     Attributes:
-      fingerprint: SHA-256 over what training sees: ids, texts, and the images' sizes in bytes in
-        their places among the texts.
+      fingerprint: SHA-256 over what training sees: ids, texts, and in their places among the
+        texts the images' sizes in bytes and what other modalities read.
     """
 
     documents: tuple[Document, ...]
@@ -70,6 +81,7 @@ class DocumentSet:
 
 def read_documents(
     path: str | os.PathLike,
+    modalities: Mapping[str, Any],
     *,
     max_bad_share: float,
     threads: int | None = None,
@@ -80,36 +92,44 @@ def read_documents(
     An image's path is relative to the file's folder, or else to `images/` in it. Texts are
     stripped of outer spaces, empty ones are dropped, and neighbouring ones stay separate. A
     document without "id" gets the number of its line. Documents of which an image is missing or
-    unreadable, and documents without text, are left out and counted. Blank lines are skipped.
+    unreadable, or an item is bad by its modality's `fault`, and documents without text, are left
+    out and counted. Blank lines are skipped.
 
     Args:
       path: the JSON-lines file.
+      modalities: what the model reads, by name.
       max_bad_share: the largest share of documents that may be left out.
       threads: threads that decode images; as many as the machine has cores by default.
       progress: whether to show a progress bar on a terminal.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: a line is malformed (with file and line), the file holds no document, more than
+      ValueError: a line is malformed or holds a modality that is not read (with file and line), the
+        file holds no document, more than
         `max_bad_share` of the documents are left out, or none remains.
     """
     path = user_path(path, "data.documents.file").absolute()
     listed = list(_lines(path))
     if not listed:
         raise ValueError(f"{path} holds no document: give a file of JSON lines, one a document")
-    names = dict.fromkeys(str(p.path) for _, document in listed for p in document.pictures)
+    for place, document in listed:
+        if unread := [each.modality for each in document.items if each.modality not in modalities]:
+            raise ValueError(
+                f"{place}: holds {unread[0]}, and the model reads {', '.join(modalities)}"
+            )
+    names = dict.fromkeys(name for _, document in listed for name in _image_names(document))
     files = {name: _locate(path.parent, name) for name in names}
     stats = {file: file.stat() for file in files.values() if os.path.isfile(file)}
     faults = _image_faults(files, stats, threads, progress)
     kept, problems = [], []
     for place, document in listed:
-        fault = _fault(place, document, faults)
+        fault = _fault(place, document, faults, modalities)
         if fault:
             problems.append(fault)
         else:
             kept.append(document)
     refuse_bad(f"documents of {path}", len(listed), len(kept), problems, max_bad_share)
-    used = {str(picture.path) for document in kept for picture in document.pictures}
+    used = {name for document in kept for name in _image_names(document)}
     problems += [fault for name, fault in faults.items() if name in used]  # the conversions
     fingerprint = _fingerprint(kept, {name: stats[files[name]].st_size for name in used})
     documents = tuple(_located(document, files) for document in kept)
@@ -119,13 +139,14 @@ def read_documents(
 def summary(documents: DocumentSet) -> str:
     """Returns one paragraph for people: counts, and every kind of problem with its places."""
     members = documents.documents
-    pictures = sum(len(document.pictures) for document in members)
+    found = Counter(item.modality for document in members for item in document.items)
+    others = "".join(f", {found[name]:,} {name}s" for name in sorted(found) if name != "image")
     texts = sum(len(document.texts) for document in members)
     parts = [
-        f"{len(members):,} documents with {pictures:,} images and {texts:,} texts from "
-        f"{documents.path}"
+        f"{len(members):,} documents with {found['image']:,} images{others} and "
+        f"{texts:,} texts from {documents.path}"
     ]
-    bare = sum(not document.pictures for document in members)
+    bare = sum(not document.items for document in members)
     parts += [f"{bare:,} without image"] if bare else []
     return "; ".join(parts + problem_counts(documents.problems)) + "."
 
@@ -184,7 +205,7 @@ def _with_markers(node: Node) -> list[Part]:
         raise node.error(f"{counts}: the n-th {MARKER} is the n-th of images", "text")
     parts: list[Part] = [_text(first)]
     for name, piece in zip(names, pieces, strict=True):
-        parts += [Picture(name), _text(piece)]
+        parts += [Item("image", name), _text(piece)]
     return parts
 
 
@@ -197,7 +218,7 @@ def _side_by_side(node: Node) -> list[Part]:
         if (text.value is None) == (name.value is None):
             both = "both null" if text.value is None else "both given"
             raise text.error(f"and images[{i}] are {both}: exactly one must be null")
-        parts.append(_plain(text) if name.value is None else Picture(_name(name)))
+        parts.append(_plain(text) if name.value is None else Item("image", _name(name)))
     return parts
 
 
@@ -205,12 +226,31 @@ def _matched(node: Node) -> list[Part]:
     texts = [_plain(item) for item in node.items("text_list")]
     before: list[list[Part]] = [[] for _ in texts]
     for item in node.items("image_info"):
-        name = Picture(_name(item, "image_name"))
+        name = Item("image", _name(item, "image_name"))
         before[_index(item, "matched_text_index", len(texts))].append(name)
     return [part for group, text in zip(before, texts, strict=True) for part in (*group, text)]
 
 
-_FORMS = {"text": _with_markers, "texts": _side_by_side, "text_list": _matched}
+def _by_name(node: Node) -> list[Part]:
+    parts: list[Part] = []
+    for item in node.items("parts"):
+        if not isinstance(item.value, dict) or len(item.value) != 1:
+            raise item.error("must have one key, the name of a modality or 'text'")
+        (name,) = item.value
+        if name == "text":
+            parts.append(_text(_string(item.value[name], item, name)))
+        else:
+            part = _name(item, name) if name == "image" else item.value[name]
+            parts.append(Item(name, part))
+    return parts
+
+
+_FORMS = {
+    "text": _with_markers,
+    "texts": _side_by_side,
+    "text_list": _matched,
+    "parts": _by_name,
+}
 
 
 def _text(target: str) -> Text:
@@ -261,31 +301,44 @@ def _image_faults(
     return {name: fault for name, fault in faults if fault}
 
 
-def _fault(place: str, document: Document, faults: dict[str, Problem]) -> Problem | None:
+def _image_names(document: Document) -> list[str]:
+    return [item.part for item in document.items if item.modality == "image"]
+
+
+def _fault(
+    place: str, document: Document, faults: dict[str, Problem], modalities: Mapping[str, Any]
+) -> Problem | None:
     """Returns the first problem for which a document is left out, or None for one that is kept."""
     if not document.texts:
         return Problem(place, "no text", "left out")
-    for picture in document.pictures:
-        fault = faults.get(str(picture.path))
-        if fault and fault.action == "left out":
-            return dataclasses.replace(fault, file=f"{place}: {fault.file}")
+    for item in document.items:
+        if item.modality == "image":
+            fault = faults.get(item.part)
+            if fault and fault.action == "left out":
+                return dataclasses.replace(fault, file=f"{place}: {fault.file}")
+        elif what := getattr(modalities[item.modality], "fault", lambda part: "")(item.part):
+            return Problem(f"{place}: {item.modality}", what, "left out")
     return None
 
 
 def _fingerprint(documents: list[Document], sizes: dict[str, int]) -> str:
     digest = hashlib.sha256()
+
+    def seen(part: Part) -> Any:
+        if isinstance(part, Text):
+            return [part.prompt, part.target]
+        return sizes[part.part] if part.modality == "image" else {part.modality: part.part}
+
     for document in documents:
-        parts = [
-            sizes[str(part.path)] if isinstance(part, Picture) else [part.prompt, part.target]
-            for part in document.parts
-        ]
+        parts = [seen(part) for part in document.parts]
         digest.update(json.dumps([document.id, parts]).encode())
     return digest.hexdigest()
 
 
 def _located(document: Document, files: dict[str, Path]) -> Document:
-    parts = tuple(
-        Picture(str(files[str(part.path)])) if isinstance(part, Picture) else part
-        for part in document.parts
-    )
-    return dataclasses.replace(document, parts=parts)
+    def located(part: Part) -> Part:
+        if isinstance(part, Item) and part.modality == "image":
+            return Item("image", str(files[part.part]))
+        return part
+
+    return dataclasses.replace(document, parts=tuple(map(located, document.parts)))

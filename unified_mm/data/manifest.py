@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from unified_mm.data import coco, images
 from unified_mm.data.records import ByteStore, Image, Manifest, Problem, Record, StoredImage, Text
 from unified_mm.files import naming, write_atomically
 
-FORMAT = 2  # raise it when the checks change: caches of an older format are not found then
+FORMAT = 3  # raise it when the checks change: caches of an older format are not found then
 _SIDES = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
 _NAMED = 5  # files named per kind of problem in a summary
 
@@ -141,6 +142,44 @@ def with_orphans(
     return dataclasses.replace(manifest, problems=(*manifest.problems, *orphans))
 
 
+def without_bad_parts(
+    manifest: Manifest, modalities: Mapping[str, Any], max_bad_share: float
+) -> Manifest:
+    """Returns the manifest without examples of which a part is bad; they are among its problems.
+
+    Images were decoded by the source; this asks the modalities that can tell, by their `fault`.
+
+    Args:
+      manifest: as its source gives it.
+      modalities: the modalities that read the parts, by name.
+      max_bad_share: the largest share of a modality's parts that may be bad.
+
+    Raises:
+      ValueError: more of them are bad, or all.
+    """
+    checks = {name: each.fault for name, each in modalities.items() if hasattr(each, "fault")}
+    bad: set[int | str] = set()
+    problems: list[Problem] = []
+    for name, fault in checks.items():
+        held = {
+            record.id: record.parts[name] for record in manifest.records if name in record.parts
+        }
+        faults = {id: found for id, part in held.items() if (found := fault(part))}
+        found = [Problem(f"{name} of {id!r}", faults[id], "left out") for id in faults]
+        where = f"{name}s of {manifest.split!r} in {manifest.folder}"
+        if held:
+            refuse_bad(where, len(held), len(held) - len(faults), found, max_bad_share)
+        bad |= set(faults)
+        problems += found
+    if not bad:
+        return manifest
+    kept = tuple(record for record in manifest.records if record.id not in bad)
+    left_out = json.dumps(sorted(map(str, bad)))
+    sealed = hashlib.sha256((manifest.fingerprint + left_out).encode()).hexdigest()
+    all_problems = (*manifest.problems, *problems)
+    return dataclasses.replace(manifest, records=kept, problems=all_problems, fingerprint=sealed)
+
+
 def with_questions(manifest: Manifest, questions: Iterable[coco.Question]) -> Manifest:
     """Returns the manifest with the questions of its images added to the texts of their records.
 
@@ -161,17 +200,15 @@ def summary(manifest: Manifest) -> str:
     """Returns one paragraph for people: counts, and every kind of problem with its files."""
     records = manifest.records
     texts = sum(len(r.texts) for r in records)
+    found = Counter(name for record in records for name in record.parts)
+    others = "".join(f", {found[name]:,} {name}s" for name in sorted(found) if name != "image")
     parts = [
-        f"{manifest.source} {manifest.split}: {sum(r.image is not None for r in records):,} images "
+        f"{manifest.source} {manifest.split}: {found['image']:,} images{others} "
         f"and {texts:,} texts in {len(records):,} examples from {manifest.folder}"
     ]
-    counts = {
-        "without image": sum(r.image is None for r in records),
-        "without text": sum(not r.texts for r in records),
-        "never mirrored": sum(not r.mirrorable for r in records),
-    }
-    for name in sorted({name for record in records for name in record.fields}):
-        counts[f"without {name}"] = sum(name not in record.fields for record in records)
+    counts = {f"without {name}": len(records) - found[name] for name in sorted({*found, "image"})}
+    counts["without text"] = sum(not r.texts for r in records)
+    counts["never mirrored"] = sum(not r.mirrorable for r in records)
     parts += [f"{count:,} {name}" for name, count in counts.items() if count]
     return "; ".join(parts + problem_counts(manifest.problems)) + "."
 
@@ -193,10 +230,14 @@ def to_json(manifest: Manifest) -> str:
     return json.dumps(manifest, default=_members)  # ASCII: paths need not be UTF-8
 
 
+_STORED = "stored image"  # the key under which JSON keeps what lies on a shelf
+
+
 def _members(value: Any) -> dict[str, Any]:
     """Returns the fields of a dataclass that JSON keeps: all but the `shelf` of a stored image."""
     names = [field.name for field in dataclasses.fields(value) if field.name != "shelf"]
-    return {name: getattr(value, name) for name in names}
+    members = {name: getattr(value, name) for name in names}
+    return {_STORED: members} if isinstance(value, StoredImage) else members
 
 
 def from_json(text: str, shelf: ByteStore | None = None) -> Manifest:
@@ -207,13 +248,14 @@ def from_json(text: str, shelf: ByteStore | None = None) -> Manifest:
     """
     data = json.loads(text)
 
-    def image(kept: Any) -> Image | None:
-        return StoredImage(shelf, **kept) if isinstance(kept, dict) and shelf else kept
+    def record(id: int | str, parts: dict, texts: list, mirrorable: bool) -> Record:
+        if isinstance(image := parts.get("image"), dict):
+            if shelf is None:
+                raise ValueError("holds images that are stored in another file")
+            parts["image"] = StoredImage(shelf, **image[_STORED])
+        return Record(id, parts, tuple(Text(**text) for text in texts), mirrorable)
 
-    records = (
-        Record(**{**r, "image": image(r["image"]), "texts": tuple(Text(**t) for t in r["texts"])})
-        for r in data["records"]
-    )
+    records = (record(**each) for each in data["records"])
     problems = (Problem(**p) for p in data["problems"])
     return Manifest(**{**data, "records": tuple(records), "problems": tuple(problems)})
 
@@ -295,8 +337,8 @@ def image_fault(name: str, source: images.Source, named: str | None = None) -> P
 
 def _record(entry: coco.Entry, directional: bool) -> Record:
     texts = tuple(Text(prompt="", target=caption) for caption in entry.captions)
-    image = str(entry.path) if entry.path else None
-    return Record(entry.id, image, texts, mirrorable=not directional and not names_sides(texts))
+    parts = {"image": str(entry.path)} if entry.path else {}
+    return Record(entry.id, parts, texts, mirrorable=not directional and not names_sides(texts))
 
 
 def fingerprint(records: Iterable[Record], sizes: Mapping[Image, int]) -> str:

@@ -1,9 +1,9 @@
-"""Records (an image with its texts) in a validated manifest, which every data source gives."""
+"""Records (examples: their parts by modality) in a validated manifest, as every source gives."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -60,21 +60,32 @@ Image = str | StoredImage  # a file's absolute path, or what lies in a larger fi
 
 @dataclass(frozen=True)
 class Record:
-    """One example: an image, its texts, and what further modalities need.
+    """One example: its parts by modality, and its texts.
 
     Attributes:
       id: the example's id.
-      image: None where the example has no image.
+      parts: what modalities other than text read of the example, by their names: an `Image` as
+        `image`, plain JSON values for others. A modality that the example lacks has no part.
       texts: may be empty.
       mirrorable: False where flipping left and right would make a text false.
-      fields: plain JSON values by name, for modalities other than image and text.
     """
 
     id: int | str
-    image: Image | None
+    parts: Mapping[str, Any]
     texts: tuple[Text, ...]
     mirrorable: bool
-    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def image(self) -> Image | None:
+        """Returns the example's image, None where it has none."""
+        found: Image | None = self.parts.get("image")
+        return found
+
+    def has(self, modality: str) -> bool:
+        """Returns whether the example has a modality; a text is one without a prompt."""
+        if modality == "text":
+            return any(not text.prompt for text in self.texts)
+        return modality in self.parts
 
 
 @dataclass(frozen=True)

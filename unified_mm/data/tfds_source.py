@@ -170,5 +170,6 @@ class TfdsSource(AnnotatedFolder):
         image = StoredImage(shelf, number, name or place, len(data)) if data else None
         fault = image_fault(name or place, data, name) if data else None
         mirrorable = roles.mirrorable_of(example) and not names_sides(texts)
-        record = Record(roles.id_of(example, number), image, texts, mirrorable)
+        parts = {"image": image} if image else {}
+        record = Record(roles.id_of(example, number), parts, texts, mirrorable)
         return record, ([fault] if fault else []) + faults

@@ -119,7 +119,7 @@ def _plan(
 def _refuse_more(manifest: Manifest) -> None:
     """Raises ValueError for records with more than an image with captions."""
     for record in manifest.records:
-        if record.fields or any(text.prompt for text in record.texts):
+        if set(record.parts) - {"image"} or any(text.prompt for text in record.texts):
             raise ValueError(
                 f"example {record.id!r} of {manifest.folder} has more than an image with captions: "
                 "such a dataset cannot hold it"

@@ -97,7 +97,7 @@ def check_split(split: Split, task: Task) -> None:
     where = f"split {split.manifest.split!r} in {split.manifest.folder}"
     contrasts = [each for each in task.objectives if isinstance(each, Contrastive)]
     others = [pair for each in contrasts for pair in each.pairs if set(pair) != {"image", "text"}]
-    compared = any(holds(r, a) and holds(r, b) for r in split.manifest.records for a, b in others)
+    compared = any(r.has(a) and r.has(b) for r in split.manifest.records for a, b in others)
     if not images and not compared:
         raise ValueError(f"{where} has no image with a caption: there is nothing to score")
     if images == 1 and any(isinstance(objective, Captioning) for objective in task.objectives):
@@ -158,13 +158,9 @@ def score_retrieval(predictor: Predictor, split: Split, found: Scores, batch_siz
     Those with texts are taken with all captions, and with each example's first one.
     """
     named: set[frozenset[str]] = set()
-    for contrast in predictor.contrasts():
+    for contrast in predictor.task.contrasts():
         for one, other in contrast.pairs:
-            records = [
-                record
-                for record in split.manifest.records
-                if holds(record, one) and holds(record, other)
-            ]
+            records = [r for r in split.manifest.records if r.has(one) and r.has(other)]
             if one == other or not records:
                 continue
             # A pair that was learned twice bears the names of its objectives.
@@ -189,19 +185,12 @@ def score_retrieval(predictor: Predictor, split: Split, found: Scores, batch_siz
                 found.texts, found.image_of_text = [_caption(row) for row in rows], owner
 
 
-def holds(record: Record, name: str) -> bool:
-    """Returns whether a record has a modality; a text is one without a prompt."""
-    if name == "text":
-        return bool(captions_of(record))
-    return bool(record.image) if name == "image" else name in record.fields
-
-
 def _as_rows(records: Sequence[Record], of: str) -> list[Record]:
     """Returns the candidates of a modality, a row each, their `id` the number of their record."""
     if of != "text":
         return [replace(record, id=number) for number, record in enumerate(records)]
     return [
-        Record(number, None, (Text("", caption),), False)
+        Record(number, {}, (Text("", caption),), False)
         for number, record in enumerate(records)
         for caption in captions_of(record)
     ]
@@ -279,7 +268,10 @@ def score_image_gain(predictor: Predictor, found: Scores, batch_size: int) -> No
     rows = [replace(r, texts=(Text("", captions_of(r)[0]),)) for r in found.images]
     half = len(rows) // 2
     moved = [other.image for other in rows[half:] + rows[:half]]
-    strangers = [replace(row, image=image) for row, image in zip(rows, moved, strict=True)]
+    strangers = [
+        replace(row, parts={**row.parts, "image": image})
+        for row, image in zip(rows, moved, strict=True)
+    ]
 
     def nats(records: Sequence[Record]) -> np.ndarray:
         batches = _batches(predictor, records, batch_size)

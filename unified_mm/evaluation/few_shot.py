@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from unified_mm.data.coco import Question
-from unified_mm.data.documents import Document, Part, Picture
-from unified_mm.data.interleave import Row, measure
+from unified_mm.data.documents import Document, Item, Part
+from unified_mm.data.interleave import Row, text_length
 from unified_mm.data.pipeline import evaluation_batches
 from unified_mm.data.records import Record, Text
 from unified_mm.evaluation import answers
@@ -98,7 +98,7 @@ def write_after_shots(
         for number, (record, prompt) in enumerate(asked)
     ]
     text = predictor.task.modalities["text"]
-    longest = max(measure(row.documents[0], text.tokenizer)[1] for row in rows)
+    longest = max(text_length(row.documents[0], text.tokenizer) for row in rows)
     length = -(-longest // _TOKENS_TOGETHER) * _TOKENS_TOGETHER
     room = text.length - 1
     written: list[str] = []
@@ -114,19 +114,19 @@ def write_after_shots(
 
 def examples_by_kind(
     support: Sequence[Record],
-) -> Callable[[bool], list[tuple[Picture, tuple[Text, ...]]]]:
+) -> Callable[[bool], list[tuple[Item, tuple[Text, ...]]]]:
     """Returns a function that looks up training images with texts of one kind.
 
     Its argument says whether the texts have a prompt: False gives images with captions, True
     images with questions and answers.
     """
 
-    def of_kind(prompted: bool) -> list[tuple[Picture, tuple[Text, ...]]]:
+    def of_kind(prompted: bool) -> list[tuple[Item, tuple[Text, ...]]]:
         found = []
         for record in support:
             texts = tuple(text for text in record.texts if bool(text.prompt) == prompted)
             if record.image and texts:
-                found.append((Picture(record.image), texts))
+                found.append((Item("image", record.image), texts))
         return found
 
     known = {False: of_kind(False), True: of_kind(True)}
@@ -137,7 +137,7 @@ def prompt_row(
     number: int,
     record: Record,
     prompt: str,
-    examples: Sequence[tuple[Picture, tuple[Text, ...]]],
+    examples: Sequence[tuple[Item, tuple[Text, ...]]],
     shots: int,
     seed: int,
 ) -> Row:
@@ -157,7 +157,7 @@ def prompt_row(
         picture, texts = examples[index]
         parts += [picture, texts[rng.integers(len(texts))]]
     assert record.image is not None
-    parts += [Picture(record.image), Text(prompt, "")]
+    parts += [Item("image", record.image), Text(prompt, "")]
     return Row((Document(record.id, tuple(parts)),))
 
 

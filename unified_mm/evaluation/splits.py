@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from unified_mm.config import Config
+from unified_mm.data.manifest import without_bad_parts
+from unified_mm.data.records import Manifest
 from unified_mm.data.sources import Source
 from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.few_shot import FewShot
@@ -24,23 +29,34 @@ def evaluated_splits(config: Config, source: Source) -> list[str]:
     return [wanted, *(name for name in config.evaluation.also if name in there and name != wanted)]
 
 
-def open_split(config: Config, source: Source, name: str) -> Split:
+def read_manifest(
+    config: Config, source: Source, name: str, modalities: Mapping[str, Any]
+) -> Manifest:
+    """Returns the examples of a split of which every part can be read.
+
+    Raises:
+      ValueError: more than `data.max_bad_share` of what a modality reads is bad.
+    """
+    return without_bad_parts(source.manifest(name), modalities, config.data.max_bad_share)
+
+
+def open_split(config: Config, source: Source, name: str, modalities: Mapping[str, Any]) -> Split:
     """Returns what is scored of a split, up to `evaluation.max_images` images."""
     options = config.evaluation
     answering = config.data.question_share > 0 or config.data.documents.questions
     asked = answering or options.questions
     questions = source.questions(name) if asked else ()
     split = Split(
-        source.manifest(name),
+        read_manifest(config, source, name, modalities),
         source.foils(name),
         questions,
         source.questions(config.data.train_split) if questions else (),
-        few_shot(config, source) if options.shots else FewShot(),
+        few_shot(config, source, modalities) if options.shots else FewShot(),
     )
     return split.first(options.max_images)
 
 
-def few_shot(config: Config, source: Source) -> FewShot:
+def few_shot(config: Config, source: Source, modalities: Mapping[str, Any]) -> FewShot:
     """Returns the settings of few-shot scoring.
 
     Raises:
@@ -55,7 +71,7 @@ def few_shot(config: Config, source: Source) -> FewShot:
     options = config.evaluation
     return FewShot(
         shots=tuple(options.shots),
-        support=source.manifest(config.data.train_split).records,
+        support=read_manifest(config, source, config.data.train_split, modalities).records,
         images=options.few_shot_images,
         questions=options.few_shot_questions,
         seed=config.seed,

@@ -82,7 +82,9 @@ class LoadedModel:
         Raises:
           ValueError: no list, an item that cannot be read, or as `Predictor.embed` does.
         """
-        self.predictor.embedding(of, objective)  # what is wrong is said before anything is read
+        self.predictor.task.embedding(
+            of, objective
+        )  # what is wrong is said before anything is read
         if of == "text":
             encode = self.task.modalities["text"].encode
             rows = [{"text": encode("", each)} for each in listed_texts(items, "texts")]
@@ -252,7 +254,7 @@ class LoadedModel:
         """Returns a row of the context with an item of one modality and nothing else."""
         names = self.task.model.context_names
         absent = {each: self.task.modalities[each].absent() for each in names}
-        found = self.task.modalities[name].prepare(Record(0, None, (), False, {name: item}), None)
+        found = self.task.modalities[name].prepare(Record(0, {name: item}, (), False), None)
         if not found["present"]:
             raise ValueError(f"{item!r} holds no {name}")
         return {**absent, name: found}

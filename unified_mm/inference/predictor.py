@@ -23,7 +23,6 @@ from unified_mm.inference.sampling import make_sampling, sampling_arrays
 from unified_mm.models.unified import UnifiedModel
 from unified_mm.nn.attention.rules import View
 from unified_mm.objectives.captioning import Captioning, score_text
-from unified_mm.objectives.contrastive import Contrastive
 from unified_mm.parallel.processes import own_rows
 from unified_mm.parallel.sharding import serving_rules, to_global
 from unified_mm.task import Task
@@ -60,14 +59,9 @@ class Predictor:
         """Returns whether an objective of this class was trained."""
         return any(isinstance(objective, kind) for objective in self.task.objectives)
 
-    def contrasts(self, *between: str) -> list[Contrastive]:
-        """Returns the contrastive objectives that were trained and compare all these modalities."""
-        found = [each for each in self.task.objectives if isinstance(each, Contrastive)]
-        return [each for each in found if set(between) <= set(each.between)]
-
     def can_retrieve(self) -> bool:
         """Returns whether a contrastive objective of images and texts was trained."""
-        return bool(self.contrasts("image", "text"))
+        return bool(self.task.contrasts("image", "text"))
 
     def embed(self, batch: Batch, of: str, objective: str = "") -> Float[np.ndarray, "B Z"]:
         """Returns unit vectors of one modality of a batch.
@@ -81,47 +75,21 @@ class Predictor:
         Raises:
           ValueError: no contrastive objective embeds it, or several do and none is named.
         """
-        chosen = self.embedding(of, objective)
+        chosen = self.task.embedding(of, objective)
 
-        def embed(model: UnifiedModel, batch: Any) -> jax.Array:
-            return chosen.embed(model, batch, of)
+        def embed(params: Any, batch: Any) -> jax.Array:
+            return self.task.embed(params, batch, of, chosen.name)
 
         read = ("text",) if of == "text" else self.task.model.context_names
-        return self._run(f"embed {of} {chosen.name}", embed, {name: batch[name] for name in read})
-
-    def embedding(self, of: str, objective: str = "") -> Contrastive:
-        """Returns the contrastive objective that embeds a modality.
-
-        Args:
-          of: the modality.
-          objective: its name, where several embed the modality.
-
-        Raises:
-          ValueError: as `embed` does.
-        """
-        if of not in self.task.modalities:
-            there = ", ".join(self.task.modalities)
-            raise ValueError(f"this model reads no {of}: what it reads is {there}")
-        able = self.contrasts(of)
-        if objective:
-            able = [each for each in able if each.name == objective]
-        if len(able) == 1:
-            return able[0]
-        if able:
-            names = ", ".join(f"{each.name} ({', '.join(each.between)})" for each in able)
-            raise ValueError(f"{of} is embedded by several objectives, {names}: name one of them")
-        trained = ", ".join(
-            f"{each.name} ({', '.join(each.between)})" for each in self.contrasts()
-        ) or ", ".join(each.name for each in self.task.objectives)
-        asked = f"objective={objective!r} embeds no {of}" if objective else f"nothing embeds {of}"
-        raise ValueError(f"{asked}: the model was trained on {trained}")
+        inputs = self.to_device({name: batch[name] for name in read})
+        return np.asarray(self.call(f"embed {of} {chosen.name}", embed, inputs))
 
     def of_images_and_texts(self, of: str) -> str:
         """Returns the name of the contrastive objective that `embed_images` and `embed_texts` use.
 
         It is that of images and texts; '' where there is not exactly one, or for other modalities.
         """
-        both = self.contrasts("image", "text")
+        both = self.task.contrasts("image", "text")
         return both[0].name if len(both) == 1 and of in ("image", "text") else ""
 
     def embed_images(self, batch: Batch) -> Float[np.ndarray, "B Z"]:

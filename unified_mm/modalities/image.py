@@ -105,9 +105,9 @@ class ImageModality:
         )
 
     def prepare(self, record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
-        if record.image is None:
+        if self.name not in record.parts:
             return self.absent()
-        view = self.view(record.image, rng, record.mirrorable)
+        view = self.view(record.parts[self.name], rng, record.mirrorable)
         return {"pixels": view, "present": np.array(True)}
 
     def view(

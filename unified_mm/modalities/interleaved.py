@@ -1,4 +1,4 @@
-"""Interleaved documents as arrays of images and of text."""
+"""Interleaved documents as arrays of each modality and of text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,47 +6,46 @@ from typing import Any
 
 import numpy as np
 
-from unified_mm.data.interleave import NO_DOCUMENT, Layout, PlacedImage, PlacedToken, Row
+from unified_mm.data.interleave import NO_DOCUMENT, Layout, PlacedItem, PlacedToken, Row
 from unified_mm.data.pipeline import Arrays, Preparer
-from unified_mm.modalities.image import ImageModality
+from unified_mm.data.records import Record
 from unified_mm.modalities.text import TextModality
 
 
 @dataclass(frozen=True)
-class InterleavedImages:
-    """The preparer of the images of a row, in I = `layout.slots` slots of the modality's size.
+class InterleavedItems:
+    """The preparer of a modality's items of a row, in I = `layout.slots` slots.
 
-    It needs the text modality because where a text is cut, so are the images after it.
+    It needs the text modality because where a text is cut, so are the items after it.
     """
 
-    modality: ImageModality
+    modality: Any
     text: TextModality
     layout: Layout
 
     def prepare(self, row: Row, rng: np.random.Generator | None) -> Arrays:
-        """Returns the arrays of a row's images.
+        """Returns the arrays of a row's items.
 
         Returns:
-          `pixels` uint8 [I, size, size, 3], `present` bool [I], and int32 [I] each of `position`,
-          `segment` and `document` (see `PlacedImage`); unused slots hold zeros, document -1.
+          What the modality prepares, with a leading axis I (`pixels` uint8 [I, size, size, 3] and
+          `present` bool [I] of images), and int32 [I] each of `position`, `segment` and `document`
+          (see `PlacedItem`); unused slots hold what is absent, document -1.
         """
-        images, _ = self.layout.fill(row, self.text.tokenizer)
-        arrays = self._arrays(images)
-        for slot, image in enumerate(images):
-            arrays["pixels"][slot] = self.modality.view(image.path, rng, row.mirrorable)
-        return arrays
+        items, _ = self.layout.fill(row, self.text.tokenizer)
+        return self._arrays(items.get(self.modality.name, []), rng, row.mirrorable)
 
     def absent(self) -> Arrays:
-        return self._arrays([])
+        return self._arrays([], None, False)
 
-    def _arrays(self, images: Sequence[PlacedImage]) -> Arrays:
-        """Returns all arrays, with black pixels."""
-        slots, size = self.layout.slots, self.modality.size
-        return {
-            "pixels": np.zeros((slots, size, size, 3), np.uint8),
-            "present": np.arange(slots) < len(images),
-            **_where(images, slots),
-        }
+    def _arrays(
+        self, items: Sequence[PlacedItem], rng: np.random.Generator | None, mirrorable: bool
+    ) -> Arrays:
+        slots, name = self.layout.slots, self.modality.name
+        records = [Record("", {name: item.part}, (), mirrorable) for item in items]
+        prepared = [self.modality.prepare(record, rng) for record in records]
+        prepared += [self.modality.absent()] * (slots - len(items))
+        arrays = {key: np.stack([each[key] for each in prepared]) for key in prepared[0]}
+        return arrays | _where(items, slots)
 
 
 @dataclass(frozen=True)
@@ -90,27 +89,30 @@ def interleaved_preparers(
 
     Args:
       modalities: by name.
-      slots: images in a row.
+      slots: items of each modality in a row.
       length: text tokens in a row.
 
     Raises:
-      ValueError: the modalities are not 'image' and 'text' of the built-in types, or `slots` or
+      ValueError: there is no 'text' of the built-in type beside other modalities, or `slots` or
         `length` is below 1.
     """
-    kinds = {name: type(modality) for name, modality in modalities.items()}
-    if kinds != {"image": ImageModality, "text": TextModality}:
-        found = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+    text = modalities.get("text")
+    if not isinstance(text, TextModality) or len(modalities) < 2:
+        found = ", ".join(f"{name} ({type(each).__name__})" for name, each in modalities.items())
         raise ValueError(
-            "interleaved documents hold images and texts: model.modalities must be 'image' and "
-            f"'text' of those types, is {found or 'empty'}"
+            "interleaved documents hold texts and what stands between them: model.modalities must "
+            f"have 'text' of the built-in type and another one, is {found or 'empty'}"
         )
     layout = Layout(slots, length)
-    image = InterleavedImages(modalities["image"], modalities["text"], layout)
-    text = InterleavedText(modalities["text"], layout)
-    return {"image": image, "text": text}
+    return {
+        name: InterleavedText(text, layout)
+        if name == "text"
+        else InterleavedItems(modality, text, layout)
+        for name, modality in modalities.items()
+    }
 
 
-def _where(items: Sequence[PlacedImage] | Sequence[PlacedToken], length: int) -> Arrays:
+def _where(items: Sequence[PlacedItem] | Sequence[PlacedToken], length: int) -> Arrays:
     """Returns the metadata that attention rules use, int32 [length] each."""
     return {
         "position": _column([item.position for item in items], length),

@@ -25,6 +25,10 @@ class Modality(Protocol):
     no arrays. `batch[name]` is what `prepare` returns, stacked over examples; it always has the
     key `present` (bool).
 
+    What it reads of a record is `record.parts[name]`, or the record's texts. It may have a method
+    `fault(part) -> str` that returns what is wrong with such a part, '' for a good one: examples
+    with a bad one are then named, counted and left out before training.
+
     Attributes:
       name: its key under `config.model.modalities`.
     """

@@ -269,7 +269,7 @@ def missing(model: LoadedModel, index: SearchIndex | None) -> dict[str, str]:
     if not model.predictor.can(Captioning):
         why = f"this run cannot write: it was trained on {trained}"
         without |= dict.fromkeys(("/caption", "/answer", "/attention"), why)
-    if not model.predictor.contrasts():
+    if not model.predictor.task.contrasts():
         why = f"this run cannot embed: it was trained on {trained}"
         without |= dict.fromkeys(("/embed", "/classify", "/search"), why)
     elif not model.predictor.can_retrieve():

@@ -89,7 +89,9 @@ def stand_in_data(config: Config) -> Manifest:
     """Returns placeholder examples, enough for a few-shot document."""
     texts = (Text("", "a caption"), Text("a question", "an answer"))
     count = config.data.documents.shots + 1
-    records = tuple(Record(number, "absent.jpg", texts, False) for number in range(count))
+    records = tuple(
+        Record(number, {"image": "absent.jpg"}, texts, False) for number in range(count)
+    )
     return Manifest("train", records, "none", "", "none")
 
 

@@ -181,7 +181,7 @@ def phase_rows(config: Config, task: Task, train: Manifest, kind: str, name: str
     if kind == "pairs":
         return Rows(train.records, task.modalities, train.fingerprint)
     if kind == "text":
-        blind = tuple(replace(record, image=None) for record in train.records if record.texts)
+        blind = tuple(replace(record, parts={}) for record in train.records if record.texts)
         return Rows(blind, task.modalities, train.fingerprint)
     if kind != "documents":
         raise ValueError(
@@ -191,16 +191,21 @@ def phase_rows(config: Config, task: Task, train: Manifest, kind: str, name: str
     preparers = interleaved_preparers(task.modalities, options.images, options.length)
     check_places(task, options.length)
     if options.file:
-        documents = read_documents(options.file, max_bad_share=config.data.max_bad_share)
+        documents = read_documents(
+            options.file, task.modalities, max_bad_share=config.data.max_bad_share
+        )
         layout = Layout(options.images, options.length)
         rows = packed_rows(documents.documents, task.tokenizer, layout, config.seed)
         return Rows(rows, preparers, documents.fingerprint)
     if options.images <= options.shots:
         raise ValueError(
             f"data.documents.images={options.images} slots cannot hold {options.shots} examples "
-            "and the image that follows them: set it to at least data.documents.shots + 1"
+            "and the one that follows them: set it to at least data.documents.shots + 1"
         )
-    shots = FewShotRows(train.records, options.shots, config.seed, questions=options.questions)
+    names = [name for name in task.modalities if name != "text"]
+    shots = FewShotRows(
+        train.records, options.shots, config.seed, questions=options.questions, of=names
+    )
     return Rows(shots, preparers, train.fingerprint)
 
 

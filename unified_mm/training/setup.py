@@ -16,7 +16,7 @@ from unified_mm.data.records import Manifest
 from unified_mm.data.sources import Source, open_source
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.evaluation.evaluate import Split
-from unified_mm.evaluation.splits import evaluated_splits, open_split
+from unified_mm.evaluation.splits import evaluated_splits, open_split, read_manifest
 from unified_mm.files import user_path
 from unified_mm.objectives.contrastive import named_modalities
 from unified_mm.parallel.mesh import make_mesh
@@ -164,13 +164,14 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
         source = open_source(config.data)
         if source.banner:
             say(framed(source.banner))
-        train = source.manifest(config.data.train_split)
+        tokenizer = run_tokenizer(config, folder, source.manifest(config.data.train_split))
+        task = build_task(config, tokenizer)
+        train = read_manifest(config, source, config.data.train_split, task.modalities)
         say(summary(train))
         names = evaluated_splits(config, source)
-        splits = {name: open_split(config, source, name) for name in names}
+        splits = {name: open_split(config, source, name, task.modalities) for name in names}
         for split in splits.values():
             say(summary(split.manifest))
-    task = build_task(config, run_tokenizer(config, folder, train))
     check_records(task, train)
     prompts = [text.prompt for record in train.records for text in record.texts]
     asked = [question.question for split in splits.values() for question in split.questions]
