@@ -60,28 +60,30 @@ def train(setup: Setup, output: Output) -> tuple[TrainState, float]:
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(setup.mesh))
         stack.enter_context(nn.logical_axis_rules(rule_items()))
-        asked = stop_request(setup.mesh, options.log_every)
+        asked = stop_request(setup.mesh, options.logging.every)
         stop = stack.enter_context(stop_on_signals(asked))
         checkpoints = stack.enter_context(
             Checkpoints(
-                setup.folder.checkpoints, keep=options.keep, asynchronous=options.asynchronous
+                setup.folder.checkpoints,
+                keep=options.checkpoint.keep,
+                asynchronous=options.checkpoint.asynchronous,
             )
         )
         state, start, earlier = first_state(setup, checkpoints, output.say)
-        metrics = stack.enter_context(output.metrics(options.tensorboard, start or None))
+        metrics = stack.enter_context(output.metrics(options.logging.tensorboard, start or None))
         if setup.source.banner and not start:
             metrics.write_text(0, "data/notice", setup.source.banner)
         predictor = Predictor(setup.task, None, setup.mesh)
         began = time.perf_counter() - earlier
         run = Run(setup, checkpoints, metrics, stop, output.say, predictor, began)
-        with output.progress(start, options.steps) as progress:
+        with output.progress(start, options.train.steps) as progress:
             for phase in setup.phases:
                 if start < phase.stop:
                     begun = state if start > phase.start else phase.enter(state)
                     state = run.steps(phase, begun, max(start, phase.start), progress)
         checkpoints.wait()
         if stop.at_last():  # it came when all steps were done
-            raise Stopped(options.steps, stop.exit_code)
+            raise Stopped(options.train.steps, stop.exit_code)
         return state, run.seconds()
 
 
@@ -96,7 +98,7 @@ def first_state(
         later={slot: partial(first_value, setup, slot) for slot in LATER_SLOTS},
     )
     check_saved(setup, restored.metadata)
-    say(f"resuming at step {restored.step} of {setup.options.steps}")
+    say(f"resuming at step {restored.step} of {setup.options.train.steps}")
     return restored.state, restored.step, restored.metadata.get("seconds", 0.0)
 
 
@@ -133,15 +135,17 @@ class Run:
                 state, measured = step_function(state, to_global(rows, self.setup.mesh))
                 since.append(measured)
                 last = step == phase.stop
-                if step % options.log_every == 0 or last:
+                if step % options.logging.every == 0 or last:
                     # What was asked for an interval ago is done by now: reading it waits for
                     # nothing that the device still works on.
                     self.record(waiting, phase, progress)
                     waiting, since = (step, since), []
                 stopped = self.stop.after(step)
-                save = last or step % options.save_every == 0 or stopped
-                end = step == options.steps  # of the run: it is scored when all is done
-                score = options.evaluate_every and step % options.evaluate_every == 0 and not end
+                save = last or step % options.checkpoint.every == 0 or stopped
+                end = step == options.train.steps  # of the run: it is scored when all is done
+                score = (
+                    options.evaluation.every and step % options.evaluation.every == 0 and not end
+                )
                 if save or score:
                     self.record(waiting, phase, progress)
                     waiting = None
@@ -226,18 +230,20 @@ class Run:
         """
         setup, options = self.setup, self.setup.options
         predictor = self.predictor.at(evaluation_params(state))
-        split = setup.splits[options.split]
-        scores = evaluate(predictor, split, batch_size=options.evaluate_batch).scores
-        self.metrics.write(step, {f"{options.split}/{name}": v for name, v in scores.items()})
-        if not options.best_by:
+        split = setup.splits[options.evaluation.split]
+        scores = evaluate(predictor, split, batch_size=options.evaluation.batch_size).scores
+        self.metrics.write(
+            step, {f"{options.evaluation.split}/{name}": v for name, v in scores.items()}
+        )
+        if not setup.best_by:
             return
-        value = scores.get(options.best_by)
+        value = scores.get(setup.best_by)
         if value is None:
             raise ValueError(
-                f"evaluation.best_by={options.best_by!r} is no score of this run; there are "
+                f"evaluation.best_by={setup.best_by!r} is no score of this run; there are "
                 f"{', '.join(scores)}"
             )
-        self.say(f"step {step}: {options.split} {options.best_by} {value:.3f}")
+        self.say(f"step {step}: {options.evaluation.split} {setup.best_by} {value:.3f}")
         keep_best(setup, state, step, value, self.metadata(step))
 
 
@@ -252,7 +258,7 @@ def phase_step(
         phase.abstract,
         micro_batches=phase.micro_batches,
         treatment=phase.treatment,
-        ema_decay=setup.options.ema_decay,
+        ema_decay=setup.options.train.ema_decay,
     )
 
 
@@ -265,8 +271,8 @@ def phase_batches(setup: Setup, phase: Phase, start: int) -> Iterator[Any]:
         batch_size=phase.batch_size,
         start_step=start,
         rows=own_rows(setup.mesh, phase.batch_size),
-        threads=setup.options.threads,
-        workers=setup.options.workers,
+        threads=setup.options.data.threads,
+        workers=setup.options.data.workers,
     )
 
 
@@ -274,7 +280,7 @@ def keep_best(
     setup: Setup, state: TrainState, step: int, value: float, metadata: Mapping[str, Any]
 ) -> None:
     """Saves the state in `best/` if no earlier one scored as high."""
-    name = setup.options.best_by
+    name = setup.best_by
     record = {**metadata, "score": name, "value": value}
     with Checkpoints(setup.folder.best, keep=1) as best:
         if first_decides(is_better(best, step, value)):

@@ -34,23 +34,23 @@ def score_splits(setup: Setup, state: TrainState, output: Output) -> dict[str, S
     options = setup.options
     predictor = Predictor(setup.task, evaluation_params(state), setup.mesh)
     found = {}
-    step = options.steps
-    with output.metrics(options.tensorboard, resume_step=step) as metrics:
+    step = options.train.steps
+    with output.metrics(options.logging.tensorboard, resume_step=step) as metrics:
         for name, split in setup.splits.items():
             output.say(f"scoring {name}: {len(split.manifest.records)} images")
-            found[name] = evaluate(predictor, split, batch_size=options.evaluate_batch)
+            found[name] = evaluate(predictor, split, batch_size=options.evaluation.batch_size)
             # A run that was killed while it scored comes here again.
             metrics.write_new(step, {f"{name}/{k}": v for k, v in found[name].scores.items()})
-    value = found[options.split].scores.get(options.best_by)
-    if value is not None and options.evaluate_every:
+    value = found[options.evaluation.split].scores.get(setup.best_by)
+    if value is not None and options.evaluation.every:
         keep_best(setup, state, step, value, {"step": step, "data_source": setup.source.name})
     return found
 
 
 def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict[str, Any]:
     """Returns the contents of `result.json`."""
-    main = found[setup.options.split]
-    others = {name: each for name, each in found.items() if name != setup.options.split}
+    main = found[setup.options.evaluation.split]
+    others = {name: each for name, each in found.items() if name != setup.options.evaluation.split}
     return {
         "scores": main.scores | prefixed(others, "scores"),
         "chance": main.chance | prefixed(others, "chance"),
@@ -69,7 +69,7 @@ def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict
         "versions": versions(),
         "revision": revision(),
         "seed": setup.options.seed,
-        "steps": setup.options.steps,
+        "steps": setup.options.train.steps,
         "seconds": round(seconds, 1),
         "parameters": sum(parameter_counts(setup.phases[-1].abstract.params).values()),
         "flops": sum((phase.stop - phase.start) * training_flops(phase) for phase in setup.phases),

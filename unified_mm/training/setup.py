@@ -10,11 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from unified_mm.config import Config
+from unified_mm.config import Config, build_options, option
 from unified_mm.data.manifest import summary
 from unified_mm.data.records import Manifest
 from unified_mm.data.sources import Source, open_source
 from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.default_config import (
+    CheckpointOptions,
+    LoggingOptions,
+    ReadingOptions,
+    ScoringOptions,
+    TrainOptions,
+)
 from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.splits import evaluated_splits, open_split
 from unified_mm.files import user_path
@@ -35,65 +42,14 @@ from unified_mm.training.treatment import treatment_of
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """The options of the training loop, read from the config before the first step."""
+    """The options of the training loop, in the config's groups, read before the first step."""
 
-    steps: int
-    ema_decay: float
-    scale_patience: int
-    log_every: int
-    tensorboard: bool
-    save_every: int
-    keep: int
-    asynchronous: bool
-    evaluate_every: int
-    evaluate_batch: int
-    split: str
-    best_by: str
-    threads: int
-    workers: int
-    seed: int
-
-    @classmethod
-    def from_config(cls, config: Config) -> LoopOptions:
-        """Reads the options of a config.
-
-        Raises:
-          ValueError: a number is out of its range.
-        """
-        options = cls(
-            steps=config.train.steps,
-            ema_decay=config.train.ema_decay,
-            scale_patience=scale_patience(config),
-            log_every=config.logging.every,
-            tensorboard=config.logging.tensorboard,
-            save_every=config.checkpoint.every,
-            keep=config.checkpoint.keep,
-            asynchronous=config.checkpoint.asynchronous,
-            evaluate_every=config.evaluation.every,
-            evaluate_batch=config.evaluation.batch_size,
-            split=config.evaluation.split,
-            best_by=config.evaluation.best_by or usual_best(config),
-            threads=config.data.threads,
-            workers=config.data.workers,
-            seed=config.seed,
-        )
-        for field, value, least in (
-            ("seed", options.seed, 0),
-            ("train.steps", options.steps, 1),
-            ("logging.every", options.log_every, 1),
-            ("checkpoint.every", options.save_every, 1),
-            ("checkpoint.keep", options.keep, 1),
-            ("evaluation.batch_size", options.evaluate_batch, 1),
-            ("evaluation.every", options.evaluate_every, 0),
-            ("evaluation.max_images", config.evaluation.max_images, 2),
-            ("data.threads", options.threads, 1),
-            ("data.workers", options.workers, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{field}={value}: must be at least {least}")
-        if options.seed >= 2**32:
-            raise ValueError(f"seed={options.seed}: must be below 2^32")
-        return options
+    train: TrainOptions
+    logging: LoggingOptions
+    checkpoint: CheckpointOptions
+    evaluation: ScoringOptions
+    data: ReadingOptions
+    seed: int = option(least=0, below=2**32)
 
 
 def scale_patience(config: Config) -> int:
@@ -123,6 +79,7 @@ class Setup:
 
     config: Config
     options: LoopOptions
+    best_by: str
     folder: RunFolder
     source: Source
     train: Manifest
@@ -148,7 +105,7 @@ class Setup:
                 return phase
         raise ValueError(
             f"the run in {self.folder.path} is at step {step}, beyond train.steps="
-            f"{self.options.steps}: ask for at least as many steps"
+            f"{self.options.train.steps}: ask for at least as many steps"
         )
 
 
@@ -159,7 +116,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
       FileNotFoundError: data or a tokenizer that is not there.
       ValueError: data or a config that cannot be trained on.
     """
-    options = LoopOptions.from_config(config)
+    options: LoopOptions = build_options(LoopOptions, config, "")
     with first_before_others("data"):  # the others find its caches
         source = open_source(config.data)
         if source.banner:
@@ -177,7 +134,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     check_prompts(task, [*prompts, *asked])
     mesh = make_mesh(config.mesh)
     connect(mesh)
-    check_evaluation_batch(options, mesh)
+    check_evaluation_batch(options.evaluation.batch_size, mesh)
     placement = param_shardings(task.abstract_params(), mesh, config.mesh.zero)
     treatment = treatment_of(config.train)
     make_state, abstract = initial_state(
@@ -186,7 +143,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
         options.seed,
         averaged=keeps_average(config.train),
         treatment=treatment,
-        scale_patience=options.scale_patience,
+        scale_patience=scale_patience(config),
     )
     brought = weights_to_start_from(config)
 
@@ -207,7 +164,10 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
 
     phases = build_phases(config, in_training(config, task, mesh), train, abstract, placement)
     say(run_summary(mesh, phases))
-    setup = Setup(config, options, folder, source, train, splits, task, mesh, first_state, phases)
+    best_by = options.evaluation.best_by or usual_best(config)
+    setup = Setup(
+        config, options, best_by, folder, source, train, splits, task, mesh, first_state, phases
+    )
     scored = [split.manifest.fingerprint for split in splits.values()]
     refuse_unequal("the data", " ".join([setup.fingerprint, *scored]))
     refuse_unequal("the tokenizer", task.tokenizer.as_json())
@@ -265,19 +225,18 @@ def check_prompts(task: Task, prompts: Sequence[str]) -> None:
         )
 
 
-def check_evaluation_batch(options: LoopOptions, mesh: Mesh) -> None:
+def check_evaluation_batch(size: int, mesh: Mesh) -> None:
     """Checks that evaluation batches spread evenly over devices, and over processes.
 
     Raises:
       ValueError: they do not; the message has the numbers. Or as `own_rows` does.
     """
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if options.evaluate_batch % rows:
+    if size % rows:
         raise ValueError(
-            f"evaluation.batch_size={options.evaluate_batch} is not divided by mesh.data x "
-            f"mesh.fsdp ({rows})"
+            f"evaluation.batch_size={size} is not divided by mesh.data x mesh.fsdp ({rows})"
         )
-    own_rows(mesh, options.evaluate_batch)
+    own_rows(mesh, size)
 
 
 def check_goes_on(setup: Setup) -> None:
