@@ -19,14 +19,12 @@ from unified_mm.inference.predictor import Predictor
 from unified_mm.parallel.processes import first_decides, own_rows
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
-from unified_mm.runs.metrics import MetricsWriter
 from unified_mm.training.output import Output
 from unified_mm.training.phases import Phase
-from unified_mm.training.progress import Progress
 from unified_mm.training.setup import Setup, check_saved
 from unified_mm.training.signals import StopRequest, stop_on_signals, stop_request
 from unified_mm.training.state import LATER_SLOTS, TrainState, evaluation_params
-from unified_mm.training.step import StepMetrics, make_train_step
+from unified_mm.training.step import StepMetrics
 
 
 class Stopped(Exception):
@@ -113,7 +111,7 @@ class Run:
 
     setup: Setup
     checkpoints: Checkpoints
-    metrics: MetricsWriter
+    metrics: Any  # see `Output.metrics`
     stop: StopRequest
     say: Callable[[str], None]
     predictor: Predictor  # without parameters: what it compiles serves every evaluation
@@ -123,10 +121,10 @@ class Run:
         """Returns the seconds that the run has taken, over all restarts."""
         return time.perf_counter() - self.began
 
-    def steps(self, phase: Phase, state: TrainState, start: int, progress: Progress) -> TrainState:
+    def steps(self, phase: Phase, state: TrainState, start: int, progress: Any) -> TrainState:
         """Trains from step `start` to the phase's last, and returns the state."""
         options = self.setup.options
-        step_function = phase_step(self.setup, phase)
+        step_function = phase.make_step(options.train.ema_decay)
         since: list[StepMetrics] = []
         waiting: tuple[int, list[StepMetrics]] | None = None
         with closing(phase_batches(self.setup, phase, start)) as batches:  # type: ignore[type-var]
@@ -170,7 +168,10 @@ class Run:
             raise
 
     def record(
-        self, waiting: tuple[int, list[StepMetrics]] | None, phase: Phase, progress: Progress
+        self,
+        waiting: tuple[int, list[StepMetrics]] | None,
+        phase: Phase,
+        progress: Any,
     ) -> None:
         """Writes the mean metrics of an interval.
 
@@ -245,21 +246,6 @@ class Run:
             )
         self.say(f"step {step}: {options.evaluation.split} {setup.best_by} {value:.3f}")
         keep_best(setup, state, step, value, self.metadata(step))
-
-
-def phase_step(
-    setup: Setup, phase: Phase
-) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
-    """Returns the compiled step of a phase."""
-    return make_train_step(
-        phase.task,
-        phase.optimizer,
-        phase.placement,
-        phase.abstract,
-        micro_batches=phase.micro_batches,
-        treatment=phase.treatment,
-        ema_decay=setup.options.train.ema_decay,
-    )
 
 
 def phase_batches(setup: Setup, phase: Phase, start: int) -> Iterator[Any]:

@@ -22,6 +22,7 @@ from unified_mm.runs.folder import keeps_average
 from unified_mm.task import Task
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import TrainState, state_of_phase
+from unified_mm.training.step import make_train_step
 from unified_mm.training.treatment import Treatment, treatment_of
 from unified_mm.training.update import Optimizer
 
@@ -70,6 +71,18 @@ class Phase:
     abstract: TrainState
     treatment: Treatment | None
     enter: Callable[[TrainState], TrainState]
+
+    def make_step(self, ema_decay: float) -> Any:
+        """Returns the compiled step of the phase; see `make_train_step`."""
+        return make_train_step(
+            self.task,
+            self.optimizer,
+            self.placement,
+            self.abstract,
+            micro_batches=self.micro_batches,
+            treatment=self.treatment,
+            ema_decay=ema_decay,
+        )
 
 
 def phase_options(config: Config) -> dict[str, PhaseOptions]:

@@ -49,12 +49,8 @@ def score_splits(setup: Setup, state: TrainState, output: Output) -> dict[str, S
 
 def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict[str, Any]:
     """Returns the contents of `result.json`."""
-    main = found[setup.options.evaluation.split]
-    others = {name: each for name, each in found.items() if name != setup.options.evaluation.split}
     return {
-        "scores": main.scores | prefixed(others, "scores"),
-        "chance": main.chance | prefixed(others, "chance"),
-        "ceiling": main.ceiling | prefixed(others, "ceiling"),
+        **{kind: joined(found, kind, setup) for kind in ("scores", "chance", "ceiling")},
         "data": {
             "source": setup.source.name,
             "folder": setup.source.folder,
@@ -76,10 +72,11 @@ def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict
     }
 
 
-def prefixed(found: Mapping[str, Scores], kind: str) -> dict[str, float]:
-    """Returns the scores of further splits, as `split/name`."""
+def joined(found: Mapping[str, Scores], kind: str, setup: Setup) -> dict[str, float]:
+    """Returns the scores of all splits, but of `evaluation.split` as `split/name`."""
+    main = setup.options.evaluation.split
     return {
-        f"{split}/{name}": value
+        name if split == main else f"{split}/{name}": value
         for split, scores in found.items()
         for name, value in getattr(scores, kind).items()
     }

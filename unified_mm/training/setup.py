@@ -52,9 +52,26 @@ class LoopOptions:
     seed: int = option(least=0, below=2**32)
 
 
-def scale_patience(config: Config) -> int:
-    """Returns `train.scale_patience` for float16, which alone needs its loss scaled, else 0."""
-    return int(config.train.scale_patience) if config.model.dtype == "float16" else 0
+def plan(
+    config: Config, task: Task, mesh: Mesh, train: Manifest
+) -> tuple[Callable[[], TrainState], tuple[Phase, ...]]:
+    """Returns a function that makes a run's first state on a mesh, and the run's phases.
+
+    Raises:
+      ValueError: a config that cannot be trained, or a mesh that does not divide it.
+    """
+    placement = param_shardings(task.abstract_params(), mesh, config.mesh.zero)
+    make_state, abstract = initial_state(
+        task.init,
+        placement,
+        config.seed,
+        averaged=keeps_average(config.train),
+        treatment=treatment_of(config.train),
+        # Half precision alone needs its loss scaled.
+        scale_patience=config.train.scale_patience if config.model.dtype == "float16" else 0,
+    )
+    trained = in_training(config, task, mesh)
+    return make_state, build_phases(config, trained, train, abstract, placement)
 
 
 def usual_best(config: Config) -> str:
@@ -135,16 +152,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     mesh = make_mesh(config.mesh)
     connect(mesh)
     check_evaluation_batch(options.evaluation.batch_size, mesh)
-    placement = param_shardings(task.abstract_params(), mesh, config.mesh.zero)
-    treatment = treatment_of(config.train)
-    make_state, abstract = initial_state(
-        task.init,
-        placement,
-        options.seed,
-        averaged=keeps_average(config.train),
-        treatment=treatment,
-        scale_patience=scale_patience(config),
-    )
+    make_state, phases = plan(config, task, mesh, train)
     brought = weights_to_start_from(config)
 
     def first_state() -> TrainState:
@@ -157,12 +165,11 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
                 lambda new, old: jax.device_put(jnp.copy(new), old.sharding), params, average
             )
         kept = state.treatment
-        if treatment is not None:
+        if (treatment := phases[0].treatment) is not None:
             where = jax.tree.map(lambda leaf: leaf.sharding, kept)
             kept = jax.jit(treatment.init, out_shardings=where)(params)
         return state.replace(params=params, average=average, treatment=kept)  # type: ignore[attr-defined]
 
-    phases = build_phases(config, in_training(config, task, mesh), train, abstract, placement)
     say(run_summary(mesh, phases))
     best_by = options.evaluation.best_by or usual_best(config)
     setup = Setup(
