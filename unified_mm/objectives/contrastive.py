@@ -150,7 +150,8 @@ class Contrastive(TextObjective):
         """Returns the loss between all examples that are embedded."""
         head = model.head[self.name]
         scale, bias = head.scale_and_bias()
-        each = list(zip(self.compared, embedded.vectors, embedded.counts.T, strict=True))
+        named = zip(self.compared, embedded.vectors, strict=True)
+        each = [(name, x, embedded.counts[:, place]) for place, (name, x) in enumerate(named)]
         metrics: dict[str, Metric] = {}
         losses, wheres = [], []
         for (a, one, has_one), (b, other, has_other) in itertools.combinations(each, 2):
