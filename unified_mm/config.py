@@ -174,10 +174,15 @@ def build_options(kind: Any, group: Mapping[str, Any], where: str, **given: Any)
       **given: fields that are not the group's.
 
     Raises:
+      MissingField: the config lacks a field without a default.
       ValueError: a value of another type, or outside its field's range or choices.
     """
-    names = [each.name for each in dataclasses.fields(kind) if each.name not in given]
-    own = {name: group[name] for name in names if name in group}
+    asked = {each.name: each.default for each in dataclasses.fields(kind)}
+    own = {
+        name: group[name]  # without a default, an error that names it
+        for name, default in asked.items()
+        if name not in given and (name in group or default is dataclasses.MISSING)
+    }
     built = kind(**given, **read_options(kind, own, where))
     check_options(built, where)
     return built
