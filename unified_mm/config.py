@@ -85,7 +85,7 @@ class Config(Mapping[str, Any]):
         }
 
 
-def get_field(config: ConfigDict, field: str) -> Any:
+def get_field(config: Mapping[str, Any] | ConfigDict, field: str) -> Any:
     """Returns the value of a field by its dotted name."""
     node: Any = config
     for name in field.split("."):
