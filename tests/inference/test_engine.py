@@ -233,3 +233,14 @@ def test_a_written_token_copies_no_cache(fusion):
     kept = sum(leaf.nbytes for leaf in jax.tree.leaves(slots.state.read_state.cache.layers))
     assert held.alias_size_in_bytes >= kept
     assert held.temp_size_in_bytes < kept, (held.temp_size_in_bytes, kept)
+
+
+def test_each_program_is_compiled_once_for_its_shapes():
+    """What an engine begins with lies as what its programs leave: none is compiled anew."""
+    fresh = tiny.loaded()
+    with Engine(fresh, **SIZES) as engine:
+        for picture in views(3):  # one after the other: each is read and enters alone
+            engine.submit(picture).result(60.0)
+    compiled = fresh.predictor._compiled
+    sizes = {name: compiled[f"engine {name}"]._cache_size() for name in ("reads", "enters", "steps")}
+    assert sizes == {"reads": 1, "enters": 1, "steps": 1}

@@ -63,11 +63,12 @@ class Slots:
         self.padding = predictor.task.tokenizer.pad_id
         self.cache_room = self.length - 1
         cache: Cache = self._empty(self._read_images, self._views([], images))
-        self.images = written(cache, cache.slots)
+        self.images = predictor.replicated(written(cache, cache.slots))
         state: DecodeState = self._empty(self._begin, self.images, self._arrays([], count))
         cache = state.read_state.cache
         read_state = state.read_state.replace(cache=written(cache, cache.slots - self.cache_room))  # type: ignore[attr-defined]
-        self.state = state.replace(read_state=read_state, done=jnp.ones(count, bool))  # type: ignore[attr-defined]
+        state = state.replace(read_state=read_state, done=jnp.ones(count, bool))  # type: ignore[attr-defined]
+        self.state: DecodeState = predictor.replicated(state)
 
     def read(self, views: Sequence[UInt8[np.ndarray, "size size 3"]], rows: Sequence[int]) -> None:
         """Reads images into the given rows, at most `ENTERING[-1]` of them."""
