@@ -242,5 +242,7 @@ def test_each_program_is_compiled_once_for_its_shapes():
         for picture in views(3):  # one after the other: each is read and enters alone
             engine.submit(picture).result(60.0)
     compiled = fresh.predictor._compiled
-    sizes = {name: compiled[f"engine {name}"]._cache_size() for name in ("reads", "enters", "steps")}
+    sizes = {
+        name: compiled[f"engine {name}"]._cache_size() for name in ("reads", "enters", "steps")
+    }
     assert sizes == {"reads": 1, "enters": 1, "steps": 1}

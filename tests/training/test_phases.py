@@ -14,8 +14,8 @@ import tiny
 import unified_mm
 from unified_mm.config import Config
 from unified_mm.default_config import phase
-from unified_mm.parallel.sharding import path_of
 from unified_mm.inference.predictor import Predictor
+from unified_mm.parallel.sharding import path_of
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder
 from unified_mm.training.layout import in_training

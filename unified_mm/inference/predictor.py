@@ -65,9 +65,9 @@ class Predictor:
         found = [each for each in self.task.objectives if isinstance(each, Contrastive)]
         return [each for each in found if set(between) <= set(each.between)]
 
-    def can_retrieve(self) -> bool:
-        """Returns whether a contrastive objective of images and texts was trained."""
-        return bool(self.contrasts("image", "text"))
+    def can_retrieve(self, of: str = "image") -> bool:
+        """Returns whether a contrastive objective of a modality and texts was trained."""
+        return bool(self.contrasts(of, "text"))
 
     def embed(self, batch: Batch, of: str, objective: str = "") -> Float[np.ndarray, "B Z"]:
         """Returns unit vectors of one modality of a batch.
@@ -116,21 +116,21 @@ class Predictor:
         asked = f"objective={objective!r} embeds no {of}" if objective else f"nothing embeds {of}"
         raise ValueError(f"{asked}: the model was trained on {trained}")
 
-    def of_images_and_texts(self, of: str) -> str:
-        """Returns the name of the contrastive objective that `embed_images` and `embed_texts` use.
+    def shared_space(self, *modalities: str) -> str:
+        """Returns the contrastive objective that compares these modalities, by its name.
 
-        It is that of images and texts; '' where there is not exactly one, or for other modalities.
+        It is '' where there is none, or more than one.
         """
-        both = self.contrasts("image", "text")
-        return both[0].name if len(both) == 1 and of in ("image", "text") else ""
+        found = self.contrasts(*modalities)
+        return found[0].name if len(found) == 1 else ""
 
-    def embed_images(self, batch: Batch) -> Float[np.ndarray, "B Z"]:
-        """Returns unit vectors of the batch's images, in the space that they share with texts."""
-        return self.embed(batch, "image", self.of_images_and_texts("image"))
+    def space(self, of: str, objective: str = "") -> Contrastive:
+        """Returns what `embedding` does, and by default that of the modality and texts.
 
-    def embed_texts(self, batch: Batch) -> Float[np.ndarray, "B Z"]:
-        """Returns unit vectors of the batch's texts, in the space that they share with images."""
-        return self.embed(batch, "text", self.of_images_and_texts("text"))
+        Raises:
+          ValueError: as `embed` does.
+        """
+        return self.embedding(of, objective or self.shared_space(of, "text"))
 
     def log_likelihood(self, batch: Batch) -> Float[np.ndarray, "B 2"]:
         """Returns each text's log-likelihood beside its image, in nats, and its tokens scored."""
@@ -273,6 +273,10 @@ class Predictor:
     def to_device(self, inputs: Any) -> Any:
         """Puts arrays of this process's rows on the mesh."""
         return to_global(inputs, self.mesh)
+
+    def replicated(self, tree: Any) -> Any:
+        """Puts arrays on every device as `call` leaves them: it compiles anew for any other."""
+        return jax.device_put(tree, NamedSharding(self.mesh, P()))
 
     def call(self, name: str, function: Any, *args: Any, donated: tuple[int, ...] = ()) -> Any:
         """Calls `function(params, *args)` on the mesh, compiled once for each name and shapes.

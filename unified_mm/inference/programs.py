@@ -65,7 +65,7 @@ def programs(model: LoadedModel, prompt: int, cache_room: int) -> dict[str, Prog
     task = model.predictor.task
     portable = _Portable(task, task.model.with_options(attention="xla"), model.predictor.params)
     found: dict[str, Program] = {}
-    both = model.predictor.of_images_and_texts(IMAGE)
+    both = model.predictor.shared_space(IMAGE, "text")
     if not both and len(model.predictor.contrasts()) > 1:
         raise ValueError(
             "what is exported embeds into one space, and this model has several: train one with "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,10 @@ from unified_mm.nn.tokens import Group, Tokens, blank, single_document
 
 STEMS = ("linear", "hierarchical")
 POSITIONS = ("grid", "line", "random", "none")
+# What is taken for a picture by its name.
+SUFFIXES = frozenset(
+    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
+)
 PART = 4  # pixels on a side of the smallest part of a patch in the hierarchical stem
 
 
@@ -37,6 +41,8 @@ class ImageModality:
       fit: how evaluation makes an image square (`data.images.evaluation_view`).
       embedding: options of the embedder.
     """
+
+    suffixes: ClassVar[frozenset[str]] = SUFFIXES
 
     name: str
     size: int
@@ -109,6 +115,10 @@ class ImageModality:
             return self.absent()
         view = self.view(record.image, rng, record.mirrorable)
         return {"pixels": view, "present": np.array(True)}
+
+    def read(self, content: bytes) -> dict[str, np.ndarray]:
+        pixels = images.decode(content, at_least=self.size, backend=self.decoder)
+        return {"pixels": self.whole_view(pixels), "present": np.array(True)}
 
     def view(
         self, image: Image, rng: np.random.Generator | None, mirrorable: bool

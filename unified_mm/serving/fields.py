@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
@@ -29,18 +29,19 @@ def _is_text(value: str) -> str:
     return value
 
 
+def _schema(format: str, what: str) -> WithJsonSchema:
+    what = f"{what}: a form's file, in JSON base64."
+    return WithJsonSchema({"type": "string", "format": format, "description": what})
+
+
 Picture = Annotated[
-    bytes,
-    BeforeValidator(_from_base64),
-    WithJsonSchema(
-        {
-            "type": "string",
-            "format": "picture",
-            "description": "A JPEG, PNG, WebP, GIF or BMP: a form's file, in JSON base64.",
-        }
-    ),
+    bytes, BeforeValidator(_from_base64), _schema("picture", "A JPEG, PNG, WebP, GIF or BMP")
+]
+Item = Annotated[
+    bytes, BeforeValidator(_from_base64), _schema("item", "What the modality of `of` reads")
 ]
 Text = Annotated[str, AfterValidator(_is_text)]
+Of = Field("image", description="The modality of what is given as an item.")
 Said = Annotated[str, Field(min_length=1), AfterValidator(_is_text)]
 
 
@@ -75,27 +76,38 @@ class Answer(Writing):
 
 
 class Embed(Fields):
-    """Pictures and texts, at least one of either."""
+    """Pictures, texts and items of another modality, at least one of either."""
 
     images: list[Picture] = Field(default_factory=list)
     texts: list[Text] = Field(
         default_factory=list, description="Cut at the length that the model reads."
     )
+    items: list[Item] = Field(default_factory=list)
+    of: Text = Of
+    objective: Text = Field(
+        "", description="The contrast in whose space vectors lie, where several were trained."
+    )
 
 
 class Search(Fields):
-    """What to look for: a text, a picture, or both together."""
+    """What to look for: a text, a picture, an item of another modality, or several together."""
 
     text: Said | None = None
     image: Picture | None = None
+    item: Item | None = None
+    of: Text = Of
     count: int = Field(12, ge=1)
-    kind: Literal["image", "text"] = Field("image", description="What is to be found.")
+    kind: Text = Field(
+        "", description="What is to be found: 'text', or by default what the index is of."
+    )
 
 
 class Classify(Fields):
-    """A picture, and the names of the classes that it may be of."""
+    """A picture, or an item of another modality, and names of the classes that it may be of."""
 
-    image: Picture
+    image: Picture | None = None
+    item: Item | None = None
+    of: Text = Of
     classes: list[Said] = Field(min_length=1)
     templates: list[Text] | None = Field(
         None, min_length=1, description="Sentences with one {} for the class; averaged."
@@ -134,4 +146,5 @@ def _in_form(schema: dict[str, Any]) -> dict[str, Any]:
         schema = {**options[0], **rest}
     if "items" in schema:
         return {**schema, "items": _in_form(schema["items"])}
-    return {**schema, "format": "binary"} if schema.get("format") == "picture" else schema
+    is_file = schema.get("format") in ("picture", "item")
+    return {**schema, "format": "binary"} if is_file else schema
