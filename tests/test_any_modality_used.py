@@ -144,7 +144,7 @@ def test_classes_of_any_modality_are_told_by_their_names(folder, model, tmp_path
     template = "--template={} tone"
     assert ask(zero_shot, *asked, template, "--max_bad_share=0.2", f"--output={output}") == 0
     said = capsys.readouterr().out
-    assert "7 tone items of 2 classes" in said
+    assert "7 tones of 2 classes" in said
     assert "left out: low/short.json (a tone has 8 samples, this has [2])" in said
     result = json.loads(output.read_text())
     assert list(result["scores"]) == [
@@ -158,7 +158,7 @@ def test_classes_of_any_modality_are_told_by_their_names(folder, model, tmp_path
     assert result["scores"]["zero_shot/tone/accuracy_at_1"] == pytest.approx(right.mean())
     assert result["of"] == "tone" and result["images"] == 6
     assert ask(zero_shot, *asked) == 1
-    assert "1 of the 7 tone items in" in capsys.readouterr().err
+    assert "1 of the 7 tones in" in capsys.readouterr().err
 
 
 def test_a_server_takes_items_by_the_name_of_their_modality(folder, model, made):

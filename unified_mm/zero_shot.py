@@ -48,10 +48,10 @@ def classify(options: argparse.Namespace) -> int:
     model = load(options.run)
     with naming(f"--images={options.images}"):
         folder = read_class_folder(options.images, of=of, suffixes=model.in_files(of).suffixes)
-    say(f"{len(folder.files):,} {folder.noun} of {len(folder.classes):,} classes in {folder.path}")
+    say(f"{len(folder.files):,} {folder.of}s of {len(folder.classes):,} classes in {folder.path}")
     if folder.others:
         say(
-            f"passed over: {folder.others:,} files that are no {folder.noun} or lie outside the "
+            f"passed over: {folder.others:,} files that are no {folder.of}s or lie outside the "
             "classes"
         )
     found = classify_folder(model, folder, templates=templates, max_bad_share=options.max_bad_share)

@@ -9,8 +9,7 @@ cost more than the information in the modality; shuffling measures that informat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from unified_mm.analysis.intervals import Mean, mean_interval
-from unified_mm.data.pipeline import Arrays, Preparer, evaluation_batches
+from unified_mm.data.pipeline import Arrays, Preparer
 from unified_mm.data.records import Record, Text
 from unified_mm.evaluation.caption_scores import cider_d_per_image, tokenize
 from unified_mm.evaluation.evaluate import captions_of
@@ -169,8 +168,8 @@ def _nats(
     batch_size: int,
 ) -> Float[np.ndarray, " images"]:
     """Returns the negative log-likelihood of each caption, in nats per token."""
-    parts = [predictor.log_likelihood(b) for b in _batches(predictor, rows, preparers, batch_size)]
-    scored = np.concatenate(parts)[: len(rows)].astype(np.float64)
+    found = predictor.over(rows, batch_size, predictor.log_likelihood, preparers)
+    scored = np.array(found, np.float64)
     return -scored[:, 0] / scored[:, 1]
 
 
@@ -182,23 +181,10 @@ def _cider_d(
     references: Sequence[Sequence[str]],
 ) -> Float[np.ndarray, " images"]:
     """Returns the CIDEr-D of what is written about each image."""
-    written: list[str] = []
-    for batch in _batches(predictor, rows, preparers, batch_size):
-        written += predictor.write(batch, [""] * batch_size)
+    written = predictor.over(
+        rows, batch_size, lambda batch: predictor.write(batch, [""] * batch_size), preparers
+    )
     return cider_d_per_image(
-        [tokenize(text) for text in written[: len(rows)]],
+        [tokenize(text) for text in written],
         [[tokenize(text) for text in texts] for texts in references],
     )
-
-
-def _batches(
-    predictor: Predictor,
-    rows: Sequence[Record],
-    preparers: Mapping[str, Preparer],
-    batch_size: int,
-) -> Iterator[Any]:
-    batches = evaluation_batches(
-        rows, preparers, batch_size=batch_size, rows=predictor.rows(batch_size)
-    )
-    with closing(batches):  # type: ignore[type-var]
-        yield from batches

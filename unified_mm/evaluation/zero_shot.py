@@ -22,7 +22,7 @@ from unified_mm.evaluation import retrieval
 from unified_mm.inference.classes import check_finite, class_embeddings, filled, templates_of
 from unified_mm.inference.loaded import BATCH, LoadedModel, problems_of
 from unified_mm.modalities.image import SUFFIXES
-from unified_mm.search.items import files_below, is_item, noun, refuse_without_contrast, shown
+from unified_mm.search.items import files_below, is_item, refuse_without_contrast, shown
 
 ACCURACY_AT = (1, 5)
 _NAMED = 10  # files named in an error
@@ -47,11 +47,6 @@ class ClassFolder:
     class_of_file: tuple[int, ...]
     others: int
     of: str = "image"
-
-    @property
-    def noun(self) -> str:
-        """What several of the items are called to a user."""
-        return "images" if self.of == "image" else noun(self.of)
 
 
 @dataclass(frozen=True)
@@ -168,11 +163,11 @@ def classify_folder(
         embeddings are not finite, or more than `max_bad_share` of the items or a whole class
         cannot be read.
     """
-    refuse_without_contrast(model, f"classify {folder.noun}", "classification", folder.of)
+    refuse_without_contrast(model, f"classify {folder.of}s", "classification", folder.of)
     templates = templates_of(folder.of) if templates is None else templates
     if not 0 <= max_bad_share <= 1:
         raise ValueError(f"max_bad_share={max_bad_share}: must be a share in [0, 1]")
-    space = model.predictor.space(folder.of).name
+    space = model.predictor.embedding(folder.of).name
     embed_texts = partial(model.embed, of="text", objective=space)
     classes = class_embeddings(embed_texts, folder.classes, templates)
     starts = range(0, len(folder.files), BATCH)
@@ -264,7 +259,7 @@ def _refuse_bad(problems: list[Problem], folder: ClassFolder, max_bad_share: flo
         return
     first = ", ".join(f"{p.file} ({p.what})" for p in problems[:_NAMED])
     raise ValueError(
-        f"at least {bad} of the {listed} {folder.noun} in {folder.path} are bad "
+        f"at least {bad} of the {listed} {folder.of}s in {folder.path} are bad "
         f"({bad / listed:.1%}, allowed are {max_bad_share:.1%}), first {first}. Mend or remove "
         "them, or raise --max_bad_share"
     )

@@ -80,14 +80,12 @@ class DecodeState:
     def put(self, rows: Int[Array, " rows"], other: DecodeState) -> DecodeState:
         """Returns the state with the rows of `other`, of equal S, in place of the given ones."""
 
-        def put(mine: Any, others: Any) -> Any:
-            return jax.tree.map(lambda x, y: x.at[rows].set(y), mine, others)
-
-        read_state = self.read_state.put(rows, other.read_state)
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        del fields["read_state"]
-        changed = {name: put(value, getattr(other, name)) for name, value in fields.items()}
-        return DecodeState(read_state=read_state, **changed)
+        changed = {
+            name: jax.tree.map(lambda x, y: x.at[rows].set(y), value, getattr(other, name))
+            for name, value in vars(self).items()
+            if name != "read_state"
+        }
+        return DecodeState(read_state=self.read_state.put(rows, other.read_state), **changed)
 
 
 def generate(

@@ -111,7 +111,7 @@ class LoadedModel:
         Raises:
           ValueError: no list, or an image that `view` refuses.
         """
-        return self.embed(images, "image", self.predictor.shared_space("image", "text"))
+        return self.embed(images, "image")
 
     def embed_files(
         self, paths: Iterable[ImageFile]
@@ -158,8 +158,7 @@ class LoadedModel:
     ) -> tuple[list[int], Float[np.ndarray, "readable Z"]]:
         """Returns the numbers of the rows that could be read, and their unit vectors."""
         good = {number: row for number, row in enumerate(rows) if not isinstance(row, str)}
-        space = self.predictor.space(of, objective).name
-        return list(good), self.embed_rows(list(good.values()), of, space)
+        return list(good), self.embed_rows(list(good.values()), of, objective)
 
     def embed_texts(self, texts: Iterable[str]) -> Float[np.ndarray, "B Z"]:
         """Returns unit vectors, float32; a text's cosine with an image says how well it fits.
@@ -191,7 +190,7 @@ class LoadedModel:
         """
         if not self.predictor.can_retrieve(of):
             raise ValueError(f"{of}s and texts of this model have no common space")
-        space = self.predictor.space(of).name
+        space = self.predictor.embedding(of).name
         names = listed_texts(classes, "classes")
         sentences = listed_texts(templates_of(of) if templates is None else templates, "templates")
         embedded = class_embeddings(lambda each: self.embed(each, "text", space), names, sentences)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from unified_mm.data.pipeline import Arrays, Preparer, evaluation_batches
 from unified_mm.inference.beams import beam_search
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.generate import generate, start
@@ -56,6 +57,30 @@ class Predictor:
         """Returns the rows of a batch over all processes that this one gives."""
         return own_rows(self.mesh, batch_size)
 
+    def over(
+        self,
+        examples: Sequence[Any],
+        batch_size: int,
+        function: Callable[[dict[str, Arrays]], Iterable[Any]],
+        preparers: Mapping[str, Preparer] | None = None,
+    ) -> list[Any]:
+        """Returns what a function says of each example of a batch, for all examples in order.
+
+        Args:
+          examples: records, or what the preparers take.
+          batch_size: of all processes; the last batch is filled up.
+          function: of this process's rows of a batch, to results for all processes' rows.
+          preparers: by the name of each modality; by default those of the task.
+        """
+        batches = evaluation_batches(
+            examples,
+            self.task.modalities if preparers is None else preparers,
+            batch_size=batch_size,
+            rows=self.rows(batch_size),
+        )
+        with closing(batches):  # type: ignore[type-var]
+            return [each for batch in batches for each in function(batch)][: len(examples)]
+
     def can(self, kind: type) -> bool:
         """Returns whether an objective of this class was trained."""
         return any(isinstance(objective, kind) for objective in self.task.objectives)
@@ -79,7 +104,8 @@ class Predictor:
             modality.
 
         Raises:
-          ValueError: no contrastive objective embeds it, or several do and none is named.
+          ValueError: no contrastive objective embeds it, or several do and none is named, of which
+            not exactly one compares it with texts.
         """
         chosen = self.embedding(of, objective)
 
@@ -90,7 +116,7 @@ class Predictor:
         return self._run(f"embed {of} {chosen.name}", embed, {name: batch[name] for name in read})
 
     def embedding(self, of: str, objective: str = "") -> Contrastive:
-        """Returns the contrastive objective that embeds a modality.
+        """Returns the contrastive objective that embeds a modality: that with texts by default.
 
         Args:
           of: the modality.
@@ -102,17 +128,15 @@ class Predictor:
         if of not in self.task.modalities:
             there = ", ".join(self.task.modalities)
             raise ValueError(f"this model reads no {of}: what it reads is {there}")
-        able = self.contrasts(of)
-        if objective:
-            able = [each for each in able if each.name == objective]
+        able = [each for each in self.contrasts(of) if objective in ("", each.name)]
+        able = [each for each in able if "text" in each.between] or able
         if len(able) == 1:
             return able[0]
         if able:
-            names = ", ".join(f"{each.name} ({', '.join(each.between)})" for each in able)
-            raise ValueError(f"{of} is embedded by several objectives, {names}: name one of them")
-        trained = ", ".join(
-            f"{each.name} ({', '.join(each.between)})" for each in self.contrasts()
-        ) or ", ".join(each.name for each in self.task.objectives)
+            raise ValueError(
+                f"{of} is embedded by several objectives, {_said(able)}: name one of them"
+            )
+        trained = _said(self.contrasts()) or ", ".join(each.name for each in self.task.objectives)
         asked = f"objective={objective!r} embeds no {of}" if objective else f"nothing embeds {of}"
         raise ValueError(f"{asked}: the model was trained on {trained}")
 
@@ -123,14 +147,6 @@ class Predictor:
         """
         found = self.contrasts(*modalities)
         return found[0].name if len(found) == 1 else ""
-
-    def space(self, of: str, objective: str = "") -> Contrastive:
-        """Returns what `embedding` does, and by default that of the modality and texts.
-
-        Raises:
-          ValueError: as `embed` does.
-        """
-        return self.embedding(of, objective or self.shared_space(of, "text"))
 
     def log_likelihood(self, batch: Batch) -> Float[np.ndarray, "B 2"]:
         """Returns each text's log-likelihood beside its image, in nats, and its tokens scored."""
@@ -303,6 +319,10 @@ class Predictor:
         """Sets the mesh and the sharding rules for serving, for what is compiled within."""
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(serving_rules()):
             yield
+
+
+def _said(contrasts: Sequence[Contrastive]) -> str:
+    return ", ".join(f"{each.name} ({', '.join(each.between)})" for each in contrasts)
 
 
 def inputs_of(

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.inference.decoding import GREEDY, Decoding
 from unified_mm.inference.generate import DecodeState, decode_step, start
-from unified_mm.inference.predictor import Batch, Predictor
-from unified_mm.inference.sampling import make_sampling, sampling_arrays
+from unified_mm.inference.predictor import Batch, Predictor, inputs_of
+from unified_mm.inference.sampling import make_sampling
 
 
 def stream(
@@ -30,12 +28,7 @@ def stream(
     length = predictor.task.modalities["text"].length
     text, used = predictor.prompts([prompt])
     ends = decoding.stop_ids(tokenizer)
-    inputs = {
-        "batch": {**batch, "text": text},
-        "max_tokens": np.array([min(length - used[0], decoding.tokens or length)], np.int32),
-        "stop": np.array([ends], np.int32),
-        "sampling": sampling_arrays(decoding, 1),
-    }
+    inputs = inputs_of(decoding, {**batch, "text": text}, length - used, ends, 0)
     writing: dict[str, Any] = {"view": predictor.writing_view, "padding": tokenizer.pad_id}
 
     def begin(params: Any, inputs: Any) -> DecodeState:

@@ -101,7 +101,7 @@ def write_index(
     """
     if not model.predictor.contrasts(items.of):
         refuse_without_contrast(model, "search", "search", items.of)
-    space = model.predictor.space(items.of, objective)
+    space = model.predictor.embedding(items.of, objective)
     if "text" not in space.between and any(items.captions):
         say(f"captions are left out: {space.name} compares {', '.join(space.between)}")
         items = replace(items, captions=((),) * len(items.names))

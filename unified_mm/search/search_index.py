@@ -67,6 +67,7 @@ class Hit:
     picture: int
 
 
+@dataclass(frozen=True)
 class SearchIndex:
     """An opened index; threads may share it.
 
@@ -76,23 +77,18 @@ class SearchIndex:
       rows: what the vectors are of.
       pictures: the folder that the names are within.
       nearest: the vectors by kind: the items' modality and, where there are texts, 'text'.
-      of: the items' modality.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        header: Mapping[str, Any],
-        rows: Rows,
-        pictures: Path,
-        nearest: Mapping[str, Nearest],
-    ) -> None:
-        self.path = path
-        self.header = header
-        self.rows = rows
-        self.pictures = pictures
-        self.nearest = nearest
-        self.of: str = header.get("of", "image")  # earlier versions indexed images alone
+    path: Path
+    header: Mapping[str, Any]
+    rows: Rows
+    pictures: Path
+    nearest: Mapping[str, Nearest]
+
+    @property
+    def of(self) -> str:
+        """The items' modality; earlier versions indexed images alone."""
+        return str(self.header.get("of", "image"))
 
     @classmethod
     def open(
@@ -143,7 +139,7 @@ class SearchIndex:
 
     def space(self, model: LoadedModel) -> str:
         """Returns the contrastive objective in whose space the vectors lie, by its name."""
-        return self.header.get("objective") or model.predictor.space(self.of).name
+        return self.header.get("objective") or model.predictor.embedding(self.of).name
 
     def embed(self, model: LoadedModel, items: Iterable[Any], of: str) -> Float[np.ndarray, "B Z"]:
         """Returns the unit vectors of queries: items as `LoadedModel.embed` takes them.

@@ -8,6 +8,7 @@ import queue
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -41,42 +42,37 @@ class Writer(Protocol):
     def counts(self) -> Counts: ...
 
 
+@dataclass(eq=False)
 class Service:
     """A model with its index, used by many requests at a time.
 
-    Args:
-      engine: what writes texts; None where the model cannot.
-      worker: the thread for embeddings and attention maps.
-
     Attributes:
       model: the run's.
-      index: the `SearchIndex`, or None.
+      worker: the thread for embeddings and attention maps.
       limits: of each request.
+      engine: what writes texts; None where the model cannot.
+      index: the `SearchIndex`, or None.
       attend: (model, view, prompt, text) -> words and their maps, [words, rows, cols]; or None.
       missing: by route, why it cannot be served here.
       failed: whether the engine is broken for good.
     """
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        worker: Worker,
-        limits: Limits,
-        engine: Writer | None = None,
-        index: SearchIndex | None = None,
-        attend: Callable[..., Any] | None = None,
-    ) -> None:
-        self.model, self.index, self.limits = model, index, limits
-        self.missing = missing(model, index)
-        self.failed = False
-        self._engine = engine
-        self.attend = attend
-        self._worker = worker
+    model: LoadedModel
+    worker: Worker
+    limits: Limits
+    engine: Writer | None = None
+    index: SearchIndex | None = None
+    attend: Callable[..., Any] | None = None
+    failed: bool = False
+
+    def __post_init__(self) -> None:
+        self.missing = missing(self.model, self.index)
         # One thread for each text that is being written or waits for it.
-        self._readers = ThreadPoolExecutor(limits.requests, "pieces")
+        self._readers = ThreadPoolExecutor(self.limits.requests, "pieces")
         self._decoders = ThreadPoolExecutor(2, "pictures")
         # One function for each modality and space, so that jobs of the same share a call.
-        self._embedder = cache(lambda of, space: partial(model.embed_rows, of=of, objective=space))
+        rows = self.model.embed_rows
+        self._embedder = cache(lambda of, space: partial(rows, of=of, objective=space))
 
     def close(self) -> None:
         """Ends the threads once their work is done."""
@@ -97,9 +93,9 @@ class Service:
         Raises:
           Refusal: 429 a full queue, 422 a wrong prompt, 503 a broken engine.
         """
-        assert self._engine is not None
+        assert self.engine is not None
         try:
-            return self._engine.submit(view, prompt, decoding)
+            return self.engine.submit(view, prompt, decoding)
         except QueueFull as error:
             raise busy("too many texts wait to be written") from error
         except ValueError as error:
@@ -112,10 +108,10 @@ class Service:
 
     def watch(self, metrics: Metrics) -> None:
         """Adds gauges of the jobs and texts that wait for the model to the metrics."""
-        metrics.watch("unified_mm_embeddings_waiting", "Jobs.", lambda: self._worker.waiting)
-        if (engine := self._engine) is not None:
+        metrics.watch("unified_mm_embeddings_waiting", "Jobs.", lambda: self.worker.waiting)
+        if (engine := self.engine) is not None:
             for name in ("waiting", "running", "tokens", "images_read", "images_shared"):
-                value = partial(_count, engine, name)
+                value = partial(lambda each: float(getattr(engine.counts(), each)), name)
                 metrics.watch(f"unified_mm_texts_{name}", "As `Engine.counts` has it.", value)
 
     async def pieces(self, writing: Any) -> AsyncGenerator[str, None]:
@@ -166,7 +162,7 @@ class Service:
         try:
             if of == "image" and not objective and not predictor.contrasts(of):
                 of = "text"  # the run may embed texts alone
-            return predictor.space(of, objective).name
+            return predictor.embedding(of, objective).name
         except ValueError as error:
             code = "no_pictures" if of == "image" else "no_space"
             raise Refusal(422, code, str(error)) from error
@@ -294,7 +290,7 @@ class Service:
 
     async def _work(self, work: Any, items: Sequence[Any]) -> Any:
         try:
-            future = self._worker.submit(work, items)
+            future = self.worker.submit(work, items)
         except queue.Full as error:
             raise busy("too many requests wait for the model") from error
         return await asyncio.wrap_future(future)
@@ -307,10 +303,6 @@ class Service:
 def _field(of: str) -> str:
     """Returns the field in which one item of a modality comes."""
     return of if of in ("image", "text") else "item"
-
-
-def _count(engine: Writer, name: str) -> float:
-    return float(getattr(engine.counts(), name))
 
 
 def missing(model: LoadedModel, index: SearchIndex | None) -> dict[str, str]:

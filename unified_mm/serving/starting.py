@@ -19,20 +19,6 @@ from unified_mm.serving.service import Service, missing
 from unified_mm.serving.worker import Worker
 
 
-def open_index(path: str, model: LoadedModel) -> SearchIndex | None:
-    """Opens the search index in a folder; returns None for ''.
-
-    Raises:
-      FileNotFoundError: no index there.
-      ValueError: a damaged index, or one that another model made.
-    """
-    if not path:
-        return None
-    index = SearchIndex.open(path)
-    index.check_model(model)
-    return index
-
-
 @contextmanager
 def running_service(
     model: LoadedModel,
