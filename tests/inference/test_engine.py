@@ -11,7 +11,6 @@ import tiny
 
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.engine import Engine, KnownImages
-from unified_mm.inference.generate import decode_step
 from unified_mm.inference.slots import Slots
 from unified_mm.inference.writing import Cancelled, QueueFull
 
@@ -223,10 +222,7 @@ def test_a_written_token_copies_no_cache(fusion):
     """What a donated step holds beside its arguments is less than the cache."""
     model = tiny.loaded(model__layers=4, **FUSIONS[fusion])
     slots = Slots(model.predictor, 32, 4)
-
-    def step(params, state):
-        return decode_step(slots.model, params, state, slots.view, slots.padding)
-
+    step = slots.writer.decode_step
     with model.predictor.on_mesh():
         compiled = jax.jit(step, donate_argnums=1).lower(model.predictor.params, slots.state)
         held = compiled.compile().memory_analysis()

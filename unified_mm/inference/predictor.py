@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 from unified_mm.data.pipeline import Arrays, Preparer, evaluation_batches
 from unified_mm.inference.beams import beam_search
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
-from unified_mm.inference.generate import generate, start
-from unified_mm.inference.sampling import make_sampling, sampling_arrays
+from unified_mm.inference.generate import TextWriter
+from unified_mm.inference.sampling import sampling_arrays
 from unified_mm.models.unified import UnifiedModel
 from unified_mm.nn.attention.rules import View
 from unified_mm.objectives.captioning import Captioning, score_text
@@ -211,15 +211,11 @@ class Predictor:
         Returns:
           `decoding.samples` texts for each example, the best first where beams were compared.
         """
-        tokenizer, view = self.task.tokenizer, self.writing_view
+        tokenizer, writer = self.task.tokenizer, self.writer(cache_room)
         ends = decoding.stop_ids(tokenizer)
 
         def write(params: Any, inputs: Any) -> Any:
-            return write_texts(
-                self.task.model, params, inputs, view,
-                beams=decoding.beams, samples=decoding.samples,
-                cache_room=cache_room, padding=tokenizer.pad_id,
-            )  # fmt: skip
+            return write_texts(writer, params, inputs, decoding.beams, decoding.samples)
 
         name = f"write {cache_room} {decoding.beams} {decoding.samples}"
         inputs = self.to_device(inputs_of(decoding, batch, max_tokens, ends, first))
@@ -242,6 +238,15 @@ class Predictor:
         """
         view: View = self._objective(Captioning, "write").view
         return view
+
+    def writer(self, cache_room: int) -> TextWriter:
+        """Returns what writes texts of at most `cache_room` tokens.
+
+        Raises:
+          ValueError: the model did not learn to write.
+        """
+        padding = self.task.tokenizer.pad_id
+        return TextWriter(self.task.model, self.writing_view, padding, cache_room)
 
     def prompts(
         self, prompts: Sequence[str]
@@ -355,43 +360,26 @@ def inputs_of(
 
 
 def write_texts(
-    model: UnifiedModel,
-    params: Any,
-    inputs: Mapping[str, Any],
-    view: View,
-    *,
-    beams: int,
-    samples: int,
-    cache_room: int,
-    padding: int,
+    writer: TextWriter, params: Any, inputs: Mapping[str, Any], beams: int, samples: int
 ) -> tuple[Int[Array, "rows S"], Float[Array, " rows"]]:
     """Writes `samples` texts for each example.
 
     Args:
-      model, params: the model and its parameters.
+      writer: the model.
+      params: its parameters.
       inputs: as `inputs_of` makes them.
-      view: the view that the model learned to write by.
       beams: beams of each text; 1 for no beam search.
       samples: texts for each example.
-      cache_room: S, how many tokens any text may have.
-      padding: the id of padding.
 
     Returns:
       The tokens, padded, and their log-likelihoods in nats; rows by example and sample.
     """
-    given = dict(inputs)
-    batch = given.pop("batch")
     if beams > 1:
-        penalty = given.pop("length_penalty")[0]
-        found = beam_search(
-            model, params, batch, view, **given,
-            beams=beams, length_penalty=penalty, cache_room=cache_room, padding=padding,
-        )  # fmt: skip
+        given = {**inputs, "length_penalty": inputs["length_penalty"][0]}
+        found = beam_search(writer, params, **given, beams=beams)
         written, likelihood = jax.tree.map(
             lambda x: x[:, :samples].reshape(-1, *x.shape[2:]), found
         )
         return written, likelihood
-    given["sampling"] = make_sampling(**given["sampling"])
-    state = start(model, params, batch, view, **given, cache_room=cache_room, padding=padding)
-    state = generate(model, params, state, view, padding)
+    state = writer.generate(params, writer.begin(params, inputs))
     return state.written, state.likelihood
