@@ -211,6 +211,11 @@ def test_a_server_takes_items_by_the_name_of_their_modality(folder, model, made)
                 "items[0]: a tone has",
             ),
             ("/embed", {"files": {"items": b"{"}, "data": {"of": "tone"}}, "items[0]: Expecting"),
+            (
+                "/embed",
+                {"files": {"items": file}, "data": {"of": "text", "objective": "audio_contrast"}},
+                "items[0]: no text can be read from a file here",
+            ),
             ("/classify", {"json": {"classes": ["a"]}}, "one picture as image, or one item"),
             ("/embed", {"files": {"items": file}, "data": {"of": "text"}}, "text is embedded by"),
         ):

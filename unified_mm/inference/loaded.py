@@ -322,17 +322,13 @@ class LoadedModel:
         Raises:
           ValueError: the model does not read it, or it reads no files.
         """
-        there = {name: each for name, each in self.task.modalities.items() if hasattr(each, "read")}
-        if of in there:
-            return there[of]
-        raise ValueError(
-            f"no {of} can be read from a file here: "
-            + (
-                "its modality has no `read` (see unified_mm.modalities.Modality)"
-                if of in self.task.modalities
-                else f"this model reads {', '.join(self.task.modalities)}"
-            )
-        )
+        modality = self.task.modalities.get(of)
+        if hasattr(modality, "read"):
+            return modality
+        why = "its modality has no `read` (see unified_mm.modalities.Modality)"
+        if modality is None:
+            why = f"this model reads {', '.join(self.task.modalities)}"
+        raise ValueError(f"no {of} can be read from a file here: {why}")
 
     def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[Any, int]]:
         """Yields batches of few sizes (the last one filled up), and how many rows are real."""

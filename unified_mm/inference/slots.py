@@ -71,7 +71,7 @@ class Slots:
 
         size = entering(len(rows))
         inputs = self._views(views, size) | {"rows": filled(rows, size)}
-        self.images = self._call("engine reads", read, self.images, inputs, donated=(1,))
+        self.images = self.predictor.call("engine reads", read, self.images, inputs, donated=(1,))
 
     def enter(
         self, entries: Sequence[Entry]
@@ -91,7 +91,7 @@ class Slots:
             return state.put(slots, begun), begun.token, begun.done
 
         inputs = self._arrays(entries, entering(len(entries)))
-        self.state, token, done = self._call(
+        self.state, token, done = self.predictor.call(
             "engine enters", enter, self.state, self.images, inputs, donated=(1,)
         )
         token, done = jax.device_get((token, done))
@@ -108,7 +108,9 @@ class Slots:
             state = self.writer.decode_step(params, state)
             return state, state.token, state.done
 
-        self.state, token, done = self._call("engine steps", step, self.state, donated=(1,))
+        self.state, token, done = self.predictor.call(
+            "engine steps", step, self.state, donated=(1,)
+        )
         return jax.device_get((token, done))
 
     def check(self, prompt: str, decoding: Decoding) -> None:
@@ -177,9 +179,6 @@ class Slots:
         """Returns what a function of parameters returns, all zero."""
         shapes = jax.eval_shape(function, self.predictor.params, *args)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    def _call(self, name: str, function: Any, *args: Any, donated: tuple[int, ...] = ()) -> Any:
-        return self.predictor.call(name, function, *args, donated=donated)
 
 
 def written(cache: Cache, slots: int) -> Cache:

@@ -63,6 +63,9 @@ class Writing(Fields):
     stream: bool = Field(False, description="Answer with text/event-stream, piece by piece.")
 
 
+DECODING = Writing.model_fields.keys() - {"image", "stream"}  # what `Decoding` has too
+
+
 class Caption(Writing):
     """A picture to write a caption for."""
 

@@ -7,6 +7,7 @@ import logging
 import time
 from dataclasses import dataclass
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unified_mm.serving.limits import Limits, Refusal, answer, busy
@@ -75,9 +76,7 @@ class Gate:
 
     def _admit(self, scope: Scope, path: str) -> None:
         """Raises Refusal where path, headers or load forbid a request, before its body is read."""
-        headers = {
-            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
-        }
+        headers = Headers(scope=scope)
         self.doorkeeper.check(headers, public=path in PUBLIC)
         if path in LIGHT:
             return
@@ -178,9 +177,8 @@ class Exchange:
             if not (self._whole.is_set() or self.hurries or self.status in (200, 408)):
                 await self._throw_away()
             self._end_in(self._limits.seconds + GRACE)
-            headers = {**HEADERS, "cache-control": "no-store" if self._private else "no-cache"}
-            added = [(name.encode(), value.encode()) for name, value in headers.items()]
-            message = {**message, "headers": [*message.get("headers", []), *added]}
+            kept = "no-store" if self._private else "no-cache"
+            MutableHeaders(scope=message).update({**HEADERS, "cache-control": kept})
         await self._send(message)
 
     async def refuse(self, refusal: Refusal, scope: Scope) -> None:

@@ -170,13 +170,7 @@ async def metrics(request: Request) -> Response:
 async def _written(service: Service, body: fields.Writing, prompt: str) -> Response:
     view = await service.view(body.image, "image")
     try:
-        decoding = Decoding(
-            tokens=body.tokens,
-            temperature=body.temperature,
-            top_k=body.top_k,
-            top_p=body.top_p,
-            seed=body.seed,
-        )
+        decoding = Decoding(**body.model_dump(include=fields.DECODING))
     except ValueError as error:
         raise Refusal(422, "wrong_fields", str(error)) from error
     writing = service.begin(view, prompt, decoding)

@@ -182,19 +182,23 @@ class Service:
             files, or a broken file; 429 a full queue.
         """
         self.space(of, space)
-        rows = [await self._decode(self._read, of, data, place) for place, data in items.items()]
+        rows = await self._decode(self._read, of, items)
         return np.asarray(await self._work(self._embedder(of, space), rows))
 
-    def _read(self, of: str, data: str | bytes, place: str) -> Row:
-        """Returns what the model reads of a text or of an uploaded file."""
-        if of == "image" and isinstance(data, bytes):
-            return self.model.read(view_of(self.model, data, self.limits, place), of)
-        try:
-            if of != "text":
-                self.model.in_files(of)
-            return self.model.read(data, of)
-        except ValueError as error:
-            raise Refusal(422, "broken_item", f"{place}: {error}") from error
+    def _read(self, of: str, items: Mapping[str, str | bytes]) -> list[Row]:
+        """Returns what the model reads of texts or of uploaded files."""
+        rows = []
+        for place, data in items.items():
+            item: Any = data
+            try:
+                if isinstance(data, bytes):
+                    self.model.in_files(of)
+                    if of == "image":
+                        item = view_of(self.model, data, self.limits, place)
+                rows.append(self.model.read(item, of))
+            except ValueError as error:
+                raise Refusal(422, "broken_item", f"{place}: {error}") from error
+        return rows
 
     async def similarities(
         self, of: str, data: bytes, classes: Sequence[str], templates: Sequence[str] | None
