@@ -216,6 +216,7 @@ def test_a_server_takes_items_by_the_name_of_their_modality(folder, model, made)
                 {"files": {"items": file}, "data": {"of": "text", "objective": "audio_contrast"}},
                 "items[0]: no text can be read from a file here",
             ),
+            ("/search", {"json": {"text": "high", "of": "tone"}}, "of items, and none is given"),
             ("/classify", {"json": {"classes": ["a"]}}, "one picture as image, or one item"),
             ("/embed", {"files": {"items": file}, "data": {"of": "text"}}, "text is embedded by"),
         ):

@@ -9,7 +9,7 @@ Radford et al. 2021 (CLIP), section 3.1. A folder of classes:
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -163,6 +163,8 @@ def classify_folder(
         embeddings are not finite, or more than `max_bad_share` of the items or a whole class
         cannot be read.
     """
+    from tqdm import tqdm
+
     refuse_without_contrast(model, f"classify {folder.of}s", "classification", folder.of)
     templates = templates_of(folder.of) if templates is None else templates
     if not 0 <= max_bad_share <= 1:
@@ -174,7 +176,8 @@ def classify_folder(
     files = [folder.files[start : start + BATCH] for start in starts]
     parts, kept, problems = [], [], []
     read = model.read_ahead(files, folder.of)
-    for start, batch, rows in zip(_progress(starts), files, read, strict=True):
+    progress = tqdm(starts, "classifying", unit="batch", disable=None)
+    for start, batch, rows in zip(progress, files, read, strict=True):
         names = [shown(file.relative_to(folder.path)) for file in batch]
         problems += problems_of(names, rows)
         _refuse_bad(problems, folder, max_bad_share)
@@ -273,9 +276,3 @@ def _refuse_empty(labels: Int[np.ndarray, " images"], folder: ClassFolder) -> No
             f"{len(empty)} of the {len(folder.classes)} classes in {folder.path} have no "
             f"{folder.of} that can be read: {names}"
         )
-
-
-def _progress(steps: range) -> Iterator[int]:
-    from tqdm import tqdm
-
-    yield from tqdm(steps, "classifying", unit="batch", disable=None)

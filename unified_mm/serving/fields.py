@@ -6,7 +6,15 @@ import base64
 import binascii
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 
 
 def _from_base64(value: Any) -> Any:
@@ -41,7 +49,6 @@ Item = Annotated[
     bytes, BeforeValidator(_from_base64), _schema("item", "What the modality of `of` reads")
 ]
 Text = Annotated[str, AfterValidator(_is_text)]
-Of = Field("image", description="The modality of what is given as an item.")
 Said = Annotated[str, Field(min_length=1), AfterValidator(_is_text)]
 
 
@@ -78,7 +85,20 @@ class Answer(Writing):
     question: Text = Field(min_length=1)
 
 
-class Embed(Fields):
+class OfItems(Fields):
+    """Fields with items of a modality that is named."""
+
+    of: Text = Field("image", description="The modality of what is given as an item.")
+
+    @model_validator(mode="after")
+    def _is_read(self) -> OfItems:
+        given = getattr(self, "items", None) or getattr(self, "item", None) is not None
+        if "of" in self.model_fields_set and not given:
+            raise ValueError("`of` names the modality of items, and none is given")
+        return self
+
+
+class Embed(OfItems):
     """Pictures, texts and items of another modality, at least one of either."""
 
     images: list[Picture] = Field(default_factory=list)
@@ -86,31 +106,28 @@ class Embed(Fields):
         default_factory=list, description="Cut at the length that the model reads."
     )
     items: list[Item] = Field(default_factory=list)
-    of: Text = Of
     objective: Text = Field(
         "", description="The contrast in whose space vectors lie, where several were trained."
     )
 
 
-class Search(Fields):
+class Search(OfItems):
     """What to look for: a text, a picture, an item of another modality, or several together."""
 
     text: Said | None = None
     image: Picture | None = None
     item: Item | None = None
-    of: Text = Of
     count: int = Field(12, ge=1)
     kind: Text = Field(
         "", description="What is to be found: 'text', or by default what the index is of."
     )
 
 
-class Classify(Fields):
+class Classify(OfItems):
     """A picture, or an item of another modality, and names of the classes that it may be of."""
 
     image: Picture | None = None
     item: Item | None = None
-    of: Text = Of
     classes: list[Said] = Field(min_length=1)
     templates: list[Text] | None = Field(
         None, min_length=1, description="Sentences with one {} for the class; averaged."

@@ -102,10 +102,11 @@ async def classify(
     service: Asked, body: Annotated[fields.Classify, Depends(body_of(fields.Classify))]
 ) -> Response:
     """Says which of the named classes a picture, or another item, fits best (zero-shot)."""
-    of, data = ("image", body.image) if body.item is None else (body.of, body.item)
-    if data is None or (body.image and body.item):
+    asked = [("image", body.image), (body.of, body.item)]
+    given = [(of, each) for of, each in asked if each is not None]
+    if len(given) != 1:
         raise Refusal(422, "wrong_fields", "give one picture as image, or one item")
-    scores = await service.similarities(of, data, body.classes, body.templates)
+    scores = await service.similarities(*given[0], body.classes, body.templates)
     order = np.argsort(-scores, kind="stable")
     ranked = [{"name": body.classes[i], "similarity": float(scores[i])} for i in order]
     return Json({"classes": ranked})
