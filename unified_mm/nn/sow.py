@@ -17,14 +17,13 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from unified_mm.nn.attention.masks import (
+    BlockCall,
     BlockMask,
     block_bias,
     block_mask,
-    picked,
     slice_keys,
     widen,
 )
-from unified_mm.nn.attention.rules import BlockCall
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import Group
 from unified_mm.nn.unstack import LAYERS, stack_layers
@@ -55,7 +54,7 @@ def sow_attention(
     masks: Sequence[BlockMask],
     groups: tuple[tuple[Group, ...], tuple[Group, ...]],
 ) -> None:
-    """Sows the weights of an attention if the collection `ATTENTION` is mutable.
+    """Sows the weights of an attention into the collection `ATTENTION`.
 
     They come from the reference softmax, whichever backend computed the attention.
 
@@ -65,8 +64,6 @@ def sow_attention(
       calls, masks: its block calls, and the mask of each.
       groups: of the queries and of the keys.
     """
-    if module.is_initializing() or not module.is_mutable_collection(ATTENTION):
-        return
     rows, heads = query.shape[0], query.shape[2]
     values = jnp.zeros((rows, heads, query.shape[1], key.shape[1]), jnp.float32)
     for call, seen_by in zip(calls, masks, strict=True):
@@ -76,7 +73,7 @@ def sow_attention(
             bias = block_bias(seen_by.call, seen_by.queries, seen_by.keys)
         part = softmax_weights(query[:, slice(*call.queries)], slice_keys(key, call), mask, bias)
         done = 0
-        for start, stop in picked(call):
+        for start, stop, *_ in call.keys:
             piece = part[..., done : done + stop - start]
             values = values.at[:, :, slice(*call.queries), start:stop].set(piece)
             done += stop - start
@@ -163,13 +160,6 @@ def auxiliary_by_path(left: Mapping[str, Any]) -> dict[str, Array]:
 
 RESIDUAL = "residual"  # the collection
 EMBEDDED = "embedded"
-
-
-def sow_residual(module: nn.Module, name: str, x: Float[Array, "B N D"]) -> None:
-    """Sows the residual stream under a name if the collection `RESIDUAL` is mutable."""
-    if module.is_initializing() or not module.is_mutable_collection(RESIDUAL):
-        return
-    module.sow(RESIDUAL, name, x)
 
 
 def layer_names(options: TransformerOptions) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -123,7 +124,7 @@ class Contrastive(TextObjective):
                 for each in between
             ),
         )
-        rule = built.view.resolved()
+        rule = built.view.resolved
         seen = [rule.to_context(each) for each in rule.modalities()]
         seen += [rule.from_context(each) for each in rule.modalities()]
         if any(each != NONE for each in seen):
@@ -143,7 +144,7 @@ class Contrastive(TextObjective):
         """The pairs of modalities that are compared, in order."""
         return list(itertools.combinations(self.between, 2)) or [("text", "text")]
 
-    @property
+    @cached_property
     def view(self) -> View:
         return View(self.name, self.rule, with_text="text" in self.between)
 

@@ -41,16 +41,11 @@ def as_int8(x: Float[Array, "... A"]) -> Int8:
 
 def write_slots(slots: Any, new: Float[Array, "B N G A"], at: Int[Array, ""]) -> Any:
     """Writes new vectors into slots [B, G, K, A] from slot `at` on, in the type of the slots."""
-    new = as_slots(new)
+    new = jnp.swapaxes(new, 1, 2)
     given = as_int8(new) if isinstance(slots, Int8) else new
     return jax.tree.map(
         lambda old, more: jax.lax.dynamic_update_slice_in_dim(old, more, at, axis=2), slots, given
     )
-
-
-def as_slots(x: Float[Array, "B K G A"]) -> Float[Array, "B G K A"]:
-    """Returns keys or values in the layout of a cache."""
-    return jnp.swapaxes(x, 1, 2)
 
 
 def read_slots(slots: Any, dtype: Any) -> Float[Array, "B K G A"]:
