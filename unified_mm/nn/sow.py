@@ -138,9 +138,35 @@ def sow_auxiliary(module: nn.Module, name: str, x: Float[Array, "..."]) -> None:
             f"{name}: what a layer leaves has a row for each example or group, and is no scalar: "
             "where parts of a batch are joined, one number would not add up"
         )
-    if not module.is_mutable_collection(AUXILIARY):
-        return
     module.sow(AUXILIARY, name, x)
+
+
+def auxiliary_left(module: nn.Module) -> dict[str, tuple[Array, ...]]:
+    """Returns what the layers within a module have left so far, call by call, by path."""
+    left = module.variables.get(AUXILIARY, {})
+    found = jax.tree_util.tree_leaves_with_path(left, is_leaf=lambda x: isinstance(x, tuple))
+    return {path_of(path): values for path, values in found}
+
+
+def check_auxiliary(module: nn.Module, before: Mapping[str, Sequence[Array]], rows: int) -> None:
+    """Checks that what layers have left since `before` has as many groups for each example.
+
+    Args:
+      module: that the layers are in.
+      before: what `auxiliary_left` returned then.
+      rows: how many examples the layers were run on.
+
+    Raises:
+      ValueError: this is not so; the message names the layer.
+    """
+    for path, values in auxiliary_left(module).items():
+        for x in values[len(before.get(path, ())) :]:
+            if x.shape[0] % rows or not x.shape[0]:
+                raise ValueError(
+                    f"{'/'.join((*module.path, path))}: the layer leaves values of shape {x.shape} "
+                    f"for {rows} examples; their first axis must have a row for each example, or "
+                    "the same number of groups for each"
+                )
 
 
 def auxiliary_by_path(left: Mapping[str, Any]) -> dict[str, Array]:

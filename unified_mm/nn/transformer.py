@@ -15,7 +15,14 @@ from unified_mm.nn.attention.cross_attention import GatedCrossLayer
 from unified_mm.nn.layers import Norm
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.pipeline import Pipeline, run_pipeline
-from unified_mm.nn.sow import ATTENTION, AUXILIARY, EMBEDDED, RESIDUAL
+from unified_mm.nn.sow import (
+    ATTENTION,
+    AUXILIARY,
+    EMBEDDED,
+    RESIDUAL,
+    auxiliary_left,
+    check_auxiliary,
+)
 from unified_mm.nn.unstack import LAYERS
 from unified_mm.parallel.sharding import constrain
 
@@ -82,6 +89,8 @@ class Period(nn.Module):
         cached: PeriodKV,
     ) -> tuple[Float[Array, "B N D"], PeriodKV]:
         o = self.options
+        leaving = self.is_mutable_collection(AUXILIARY)
+        before = auxiliary_left(self) if leaving else {}
         kv: PeriodKV = {}
         if cross is not None:
             layer = GatedCrossLayer(o, name=CROSS)
@@ -94,6 +103,8 @@ class Period(nn.Module):
             x, kv[name] = block(x, plan, cached.get(name))
             if not self.is_initializing():
                 self.sow(RESIDUAL, f"after_{name}", x)
+        if leaving:
+            check_auxiliary(self, before, x.shape[0])
         return x, kv
 
 
