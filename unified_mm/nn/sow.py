@@ -85,17 +85,15 @@ def by_path(left: Mapping[str, Any]) -> dict[str, Weights]:
 
     Their values are [periods, B, H, Q, K]; outside a stack, periods is 1.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(stack_layers(left), is_leaf=_is_weights)
+    leaves = jax.tree_util.tree_leaves_with_path(
+        stack_layers(left), is_leaf=lambda leaf: isinstance(leaf, Weights)
+    )
     # Flax keeps it under .../weights/0.
     found = {path_of(path[:-2]): weights for path, weights in leaves}
     return {
         path: weights if weights.values.ndim == 5 else jax.tree.map(lambda x: x[None], weights)
         for path, weights in found.items()
     }
-
-
-def _is_weights(leaf: Any) -> bool:
-    return isinstance(leaf, Weights)
 
 
 def softmax_weights(

@@ -126,13 +126,13 @@ def plan_attention(
         elif backend == "chunked" or (backend == "auto" and scores > LONG):
             own, rows, columns = cut(call, queries, keys)
             block_masks.append(
-                BlockMask(None, rows, columns, None, None, own, "chunked", chunked.attend)
+                BlockMask(own, "chunked", chunked.attend, queries=rows, keys=columns)
             )
         else:
             mask = block_mask(call, queries, keys)
             bias = block_bias(call, queries, keys) if any(k.term for k in call.keys) else None
             block_masks.append(
-                BlockMask(mask, None, None, mask.any(-1), bias, call, "xla", masks.attend)
+                BlockMask(call, "xla", masks.attend, dense=mask, bias=bias, has_keys=mask.any(-1))
             )
     return AttentionPlan(
         masks=tuple(block_masks),
@@ -222,6 +222,7 @@ class Attention(nn.Module):
             )
             key, value = (read_slots(each, o.dtype) for each in kv)
         seen = attend(self, query, key, value, plan)
+        seen = constrain(seen, "batch", "length", "heads", None)
         output = partial(out_of_heads, x.shape[-1], o, o.output_bias)
         return PerModality(output, o.separate_attention, name="output")(seen, plan.groups), kv
 
@@ -262,7 +263,7 @@ def attend(
     if module.is_mutable_collection(ATTENTION) and not module.is_initializing():
         groups = plan.groups, plan.key_groups
         sow_attention(module, query, key, plan.calls, plan.masks, groups)
-    return constrain(seen, "batch", "length", "heads", None)
+    return seen
 
 
 def whole_sequences(

@@ -61,5 +61,7 @@ def kernel_mask(
     why = kernel.refusal(options, call, queries, keys, platform)
     if why and options.attention != "auto":
         raise ValueError(f"model.attention={name!r} {why}")
+    if why:
+        return None
     sees = has_keys(call, queries, keys)
-    return None if why else BlockMask(None, queries, keys, sees, None, call, name, kernel.attend)
+    return BlockMask(call, name, kernel.attend, queries=queries, keys=keys, has_keys=sees)

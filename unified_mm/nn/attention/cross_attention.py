@@ -23,6 +23,7 @@ from unified_mm.nn.feed_forward import Mlp
 from unified_mm.nn.layers import Norm, partitioned
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import TokenMetadata
+from unified_mm.parallel.sharding import constrain
 
 GATE = {"tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid}
 
@@ -49,19 +50,14 @@ class Memory:
 
     def select(self, rows: Array) -> Memory:
         """Returns the examples `rows` [rows] of the batch."""
-        return Memory(
-            features=None if self.features is None else self.features[rows],
-            layers=jax.tree.map(lambda x: take_rows(x, rows), self.layers),
-            metadata=jax.tree.map(lambda x: x[rows], self.metadata),
-        )
+        features, metadata = jax.tree.map(lambda x: x[rows], (self.features, self.metadata))
+        return Memory(features, take_rows(self.layers, rows), metadata)
 
     def put(self, rows: Array, other: Memory) -> Memory:
         """Returns the memory with the examples `rows` [rows] replaced by those of `other`."""
-        return Memory(
-            features=None if self.features is None else self.features.at[rows].set(other.features),
-            layers=jax.tree.map(lambda x, y: put_rows(x, rows, y), self.layers, other.layers),
-            metadata=jax.tree.map(lambda x, y: x.at[rows].set(y), self.metadata, other.metadata),
-        )
+        own, others = (self.features, self.metadata), (other.features, other.metadata)
+        features, metadata = jax.tree.map(lambda x, y: x.at[rows].set(y), own, others)
+        return Memory(features, put_rows(self.layers, rows, other.layers), metadata)
 
 
 class GatedCrossLayer(nn.Module):
@@ -118,6 +114,7 @@ class CrossAttention(nn.Module):
         query = whole_sequences(query, o.heads)
         key, value = (whole_sequences(each, o.heads, divided=False) for each in (key, value))
         seen = attend(self, query, key, value, plan)
+        seen = constrain(seen, "batch", "length", "heads", None)
         return out_of_heads(x.shape[-1], o, False, "output")(seen), cached
 
 

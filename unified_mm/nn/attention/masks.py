@@ -49,25 +49,25 @@ class BlockMask:
     """The mask of one block call as a backend needs it; Q are its queries, K the keys it selects.
 
     Attributes:
-      dense: bool [B, Q, K], the whole mask, or None where the backend computes it.
-      queries, keys: metadata [B, Q] and [B, K], or None where the mask is dense.
-      has_keys: bool [B, Q], whether a query sees any key: where it sees none, the output becomes
-        zero. None where the backend sees to that.
-      bias: float32 [B, Q, K], added to scores; None where nothing is.
       call: the block call, its slices counted among `queries` and `keys`, or where these are None
         among all tokens; static.
       backend: its name; static.
       attend: the backend's function (query, key, value, block mask) -> output; static.
+      dense: bool [B, Q, K], the whole mask, or None where the backend computes it.
+      bias: float32 [B, Q, K], added to scores; None where nothing is.
+      queries, keys: metadata [B, Q] and [B, K], or None where the mask is dense.
+      has_keys: bool [B, Q], whether a query sees any key: where it sees none, the output becomes
+        zero. None where the backend sees to that.
     """
 
-    dense: Any
-    queries: Any
-    keys: Any
-    has_keys: Any
-    bias: Any
     call: BlockCall = struct.field(pytree_node=False)
     backend: str = struct.field(pytree_node=False)
     attend: Callable[..., Any] = struct.field(pytree_node=False)
+    dense: Any = None
+    bias: Any = None
+    queries: Any = None
+    keys: Any = None
+    has_keys: Any = None
 
 
 def slice_keys(x: Shaped[Array, "B K *rest"], call: BlockCall) -> Shaped[Array, "B seen *rest"]:
