@@ -13,7 +13,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from unified_mm.nn.attention import chunked, masks
-from unified_mm.nn.attention.backends import KERNEL_OF, LONG, is_kernel, kernel_mask
+from unified_mm.nn.attention.backends import KERNEL_OF, LONG, PLAIN, kernel_mask
 from unified_mm.nn.attention.cache import LayerKV, read_slots, write_slots
 from unified_mm.nn.attention.masks import (
     BlockCall,
@@ -116,24 +116,30 @@ def plan_attention(
     device = jax.sharding.get_abstract_mesh().abstract_device  # this machine need not have it
     platform = jax.default_backend() if device is None else device.platform
     backend = options.attention
-    kernel = KERNEL_OF.get(platform) if backend == "auto" else is_kernel(backend) and backend
+    kernel = None if backend in PLAIN else backend
+    if backend == "auto":
+        kernel = KERNEL_OF.get(platform)
     block_masks: list[BlockMask] = []
     for call in calls:
         scores = (call.queries[1] - call.queries[0]) * sum(k.stop - k.start for k in call.keys)
-        seen_by = kernel and kernel_mask(options, kernel, call, queries, keys, platform)
-        if seen_by:
-            block_masks.append(seen_by)
-        elif backend == "chunked" or (backend == "auto" and scores > LONG):
+        seen_by = None
+        if kernel:
+            seen_by = kernel_mask(options, kernel, call, queries, keys, platform)
+        if seen_by is None and (backend == "chunked" or (backend == "auto" and scores > LONG)):
             own, rows, columns = cut(call, queries, keys)
-            block_masks.append(
-                BlockMask(own, "chunked", chunked.attend, queries=rows, keys=columns)
-            )
-        else:
+            seen_by = BlockMask(own, "chunked", chunked.attend, queries=rows, keys=columns)
+        if seen_by is None:
             mask = block_mask(call, queries, keys)
-            bias = block_bias(call, queries, keys) if any(k.term for k in call.keys) else None
-            block_masks.append(
-                BlockMask(call, "xla", masks.attend, dense=mask, bias=bias, has_keys=mask.any(-1))
+            adds = any(each.term is not None for each in call.keys)
+            seen_by = BlockMask(
+                call,
+                "xla",
+                masks.attend,
+                dense=mask,
+                bias=block_bias(call, queries, keys) if adds else None,
+                has_keys=mask.any(-1),
             )
+        block_masks.append(seen_by)
     return AttentionPlan(
         masks=tuple(block_masks),
         positions=queries.position,

@@ -234,7 +234,7 @@ class AttentionRule:
         )
 
     @property
-    def in_order(self) -> AttentionRule:
+    def with_causal_text(self) -> AttentionRule:
         """The rule with text made causal, so that no token sees one that is written later."""
         own, _ = self.between(TEXT, TEXT, (True, True))
         in_order: tuple[Pattern, Predicate] = (("written", "written"), CAUSAL)
@@ -345,7 +345,7 @@ class View:
                 "the context, so a token would see the one it must predict; use 'prefix', "
                 "'causal' or 'separate'"
             )
-        object.__setattr__(self, "resolved", rule.in_order if self.autoregressive else rule)
+        object.__setattr__(self, "resolved", rule.with_causal_text if self.autoregressive else rule)
 
 
 @dataclass(frozen=True)
