@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -79,7 +80,7 @@ class Contrastive(TextObjective):
     def __post_init__(self) -> None:
         field = f"objectives.{self.name}"
         object.__setattr__(self, "between", named_modalities(self.between, f"{field}.between"))
-        rule = self.view.resolved()
+        rule = self.view.resolved
         seen = [rule.to_context(each) for each in rule.modalities()]
         seen += [rule.from_context(each) for each in rule.modalities()]
         if any(each != NONE for each in seen):
@@ -98,7 +99,7 @@ class Contrastive(TextObjective):
         """The pairs of modalities that are compared, in order."""
         return list(itertools.combinations(self.compared, 2))
 
-    @property
+    @cached_property
     def view(self) -> View:
         return View(self.name, self.rule, with_text="text" in self.between)
 
