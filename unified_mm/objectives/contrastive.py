@@ -125,7 +125,7 @@ class Contrastive(TextObjective):
         *,
         deterministic: bool,
     ) -> ObjectiveOutput:
-        counts = counted_rows(batch, self.compared)
+        counts = counted_rows(batch, self.between)
         head = model.head[self.name]
         vectors = []
         for view in reversed(self.views()):
@@ -151,8 +151,11 @@ class Contrastive(TextObjective):
         """Returns the loss between all examples that are embedded."""
         head = model.head[self.name]
         scale, bias = head.scale_and_bias()
-        named = zip(self.compared, embedded.vectors, strict=True)
-        each = [(name, x, embedded.counts[:, place]) for place, (name, x) in enumerate(named)]
+        columns = {name: embedded.counts[:, place] for place, name in enumerate(self.between)}
+        each = [
+            (name, vectors, columns[name])
+            for name, vectors in zip(self.compared, embedded.vectors, strict=True)
+        ]
         metrics: dict[str, Metric] = {}
         losses, wheres = [], []
         for (a, one, has_one), (b, other, has_other) in itertools.combinations(each, 2):
