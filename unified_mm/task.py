@@ -97,7 +97,9 @@ class Task:
         self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool, step: Any = 0
     ) -> tuple[dict[str, Metric], dict[str, Embedded]]:
         """Returns `metrics`, and the embeddings of objectives that compare examples, by name."""
-        outcomes, _ = self._losses(params, batch, key, deterministic, step, self.leaves)
+        # Layers sow auxiliary values only where an objective reads them.
+        leave = any(getattr(each, "auxiliary", False) for each in self.objectives)
+        outcomes, _ = self._losses(params, batch, key, deterministic, step, leave)
         one = jnp.ones((), jnp.float32)
         param_metrics = self.model.param_metrics(params)
         metrics = as_metrics(outcomes) | {
@@ -105,11 +107,6 @@ class Task:
         }
         embedded = {name: each.embedded for name, each in outcomes.items() if each.embedded}
         return metrics, embedded
-
-    @property
-    def leaves(self) -> bool:
-        """Returns whether an objective reads auxiliary values, so that layers sow them."""
-        return any(getattr(each, "auxiliary", False) for each in self.objectives)
 
     def auxiliary(
         self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool

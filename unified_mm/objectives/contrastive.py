@@ -89,7 +89,7 @@ class Contrastive(TextObjective):
                 "contrast would be trivial; use 'separate'"
             )
 
-    @property
+    @cached_property
     def compared(self) -> tuple[str, ...]:
         """The modality of each array of vectors: those of `between`, or text twice."""
         return self.between if len(self.between) > 1 else ("text", "text")

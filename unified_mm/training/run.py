@@ -10,9 +10,9 @@ from unified_mm.evaluation.evaluate import Scores, evaluate
 from unified_mm.inference.predictor import Predictor
 from unified_mm.runs.environment import device_name, revision, versions
 from unified_mm.task import parameter_counts
-from unified_mm.training.flops import training_flops
 from unified_mm.training.loop import keep_best, train
 from unified_mm.training.output import Output
+from unified_mm.training.phases import training_flops
 from unified_mm.training.setup import Setup
 from unified_mm.training.state import TrainState, evaluation_params
 
