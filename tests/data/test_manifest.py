@@ -1,8 +1,10 @@
 """The manifest: every fault of a folder found, named and counted; unchanged data checked once."""
 
+import hashlib
 import io
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from unified_mm.data import coco, images
 from unified_mm.data.manifest import (
     Sidecar,
     build_manifest,
+    fingerprint,
     from_json,
+    names_sides,
     summary,
     to_json,
     with_questions,
@@ -159,6 +163,27 @@ def test_captions_that_name_sides_are_not_mirrored(tmp_path):
         [(i, text) for i, text in enumerate(texts, 1)] + [(5, "a cat")],
     )
     assert [r.mirrorable for r in build(tmp_path).records] == [False, False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("said", "sided"),
+    [("LeftHand drive", True), ("the left_side door", True), ("right-handed", True),
+     ("rightside", True), ("righty", True), ("upright", False), ("righteous", False),
+     ("leftist", False), ("brightly", False), ("left1", True)],
+)  # fmt: skip
+def test_words_made_of_sides_name_sides(said, sided):
+    assert names_sides([Text("", f"a {said} thing")]) == sided
+
+
+def test_sides_that_were_learned_later_leave_the_fingerprint(tmp_path):
+    """A run of data with such a caption was begun when the picture still counted as mirrorable."""
+    write(tmp_path, {"a.jpg": coded()}, [(1, "lefthand drive")])
+    (record,) = build(tmp_path).records
+    assert not record.mirrorable
+    sizes = {record.image: Path(record.image).stat().st_size}
+    text = [["", "lefthand drive"]]
+    then = hashlib.sha256(json.dumps([1, sizes[record.image], text, True]).encode()).hexdigest()
+    assert fingerprint([record], sizes) == build(tmp_path).fingerprint == then
 
 
 def test_directional_data_is_never_mirrored(tmp_path):

@@ -18,7 +18,13 @@ from unified_mm.data.records import ByteStore, Image, Manifest, Problem, Record,
 from unified_mm.files import naming, write_atomically
 
 FORMAT = 3  # raise it when the checks change: caches of an older format are not found then
-_SIDES = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
+# Sides in English, alone or in a word that is made of one: lefthand, left_side, rightmost.
+_SIDES = re.compile(
+    r"(?<![^\W\d_])(left|right)(most|wards?|hand(ed(ness)?|ers?)?|sides?|y|ies)?(?![^\W\d_])",
+    re.IGNORECASE,
+)
+# What was once taken for sides. Fingerprints go by these, so that those of old runs stay.
+_SIDES_ONCE = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
 _NAMED = 5  # files named per kind of problem in a summary
 
 
@@ -266,8 +272,12 @@ def _with_texts(record: Record, texts: list[Text]) -> Record:
 
 
 def names_sides(texts: Iterable[Text]) -> bool:
-    """Returns whether a text says left or right, so that flipping its image could make it false."""
-    return any(_SIDES.search(t.prompt) or _SIDES.search(t.target) for t in texts)
+    """Returns whether a text names a side in English: flipping its image could make it false."""
+    return _any_match(_SIDES, texts)
+
+
+def _any_match(pattern: re.Pattern, texts: Iterable[Text]) -> bool:
+    return any(pattern.search(t.prompt) or pattern.search(t.target) for t in texts)
 
 
 Stats = dict[Path, os.stat_result]
@@ -347,7 +357,9 @@ def fingerprint(records: Iterable[Record], sizes: Mapping[Image, int]) -> str:
     for record in records:
         texts = [[text.prompt, text.target] for text in record.texts]
         size = sizes[record.image] if record.image else None
-        digest.update(json.dumps([record.id, size, texts, record.mirrorable]).encode())
+        learned_since = names_sides(record.texts) and not _any_match(_SIDES_ONCE, record.texts)
+        mirrorable = record.mirrorable or learned_since
+        digest.update(json.dumps([record.id, size, texts, mirrorable]).encode())
     return digest.hexdigest()
 
 
