@@ -99,9 +99,3 @@ class ToneSource:
                 )
             )
         return Manifest(split, tuple(records), self.name, self.folder, f"tones-{split}")
-
-    def foils(self, split):
-        return ()
-
-    def questions(self, split):
-        return ()

@@ -183,6 +183,9 @@ def data_fields() -> dict:
         # What the features of a TFDS dataset are called; '' takes the usual names, which
         # `data.tfds_features` lists. `captions` may name a text in a group, as captions.text.
         "tfds": {"image": "", "captions": "", "id": "", "name": "", "mirrorable": ""},
+        # What lists, tables and parquet files call images and captions; '' takes the usual names.
+        "fields": {"image": "", "caption": ""},
+        "val_share": 0.1,  # of a folder without a split to score on, by the examples' names
         "cache_dir": "",  # where the world and checked manifests are kept; '' is the user's cache
         "train_split": "train",
         "image_size": 64,

@@ -47,7 +47,8 @@ def write(folder, files, captions=None, **info):
 
 
 def build(folder, **options):
-    return build_manifest(folder, "train", threads=2, progress=False, **options)
+    listed = coco.read_captions(folder, "train")
+    return build_manifest(listed, folder, "train", threads=2, progress=False, **options)
 
 
 @pytest.fixture

@@ -205,7 +205,8 @@ def on_image(image, answer, answer_type):
 
 def test_questions_on_other_images_are_passed_over(tmp_path):
     folder = tiny.write_coco(tmp_path / "coco", train=2, val=2)
-    manifest = build_manifest(folder, "val", progress=False)
+    listed = coco.read_captions(folder, "val")
+    manifest = build_manifest(listed, folder, "val", progress=False)
     asked = (on_image(0, "red", "other"), on_image(99, "red", "other"), on_image(1, "2", "number"))
     assert [len(r.texts) for r in with_questions(manifest, asked).records] == [3, 3]
     found = Scores()

@@ -290,7 +290,8 @@ def _to_rgb(image: Image.Image, at_least: int | None) -> np.ndarray:
 def _widen_key(image: Image.Image) -> None:
     """Gives the transparent colour of a PNG the range that its pixels will have once loaded."""
     key = image.info.get("transparency")
-    pixels = str(image.tile[0].args) if getattr(image, "tile", ()) else ""
+    tiles = getattr(image, "tile", ())
+    pixels = str(tiles[0].args) if tiles else ""
     scale = next((by for name, by in _GREY_SCALES.items() if name in pixels), 1)
     if isinstance(key, int):
         image.info["transparency"] = scale * key

@@ -13,7 +13,8 @@ from typing import Any
 
 import PIL
 
-from unified_mm.data import coco, images
+from unified_mm.data import images
+from unified_mm.data.listing import Entry, Key, Listing, Question, id_hint
 from unified_mm.data.records import ByteStore, Image, Manifest, Problem, Record, StoredImage, Text
 from unified_mm.files import naming, write_atomically
 
@@ -25,10 +26,12 @@ _SIDES = re.compile(
 )
 # What was once taken for sides. Fingerprints go by these, so that those of old runs stay.
 _SIDES_ONCE = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
+MISSING = "missing image"
 _NAMED = 5  # files named per kind of problem in a summary
 
 
 def build_manifest(
+    listing: Listing,
     folder: str | os.PathLike,
     split: str,
     *,
@@ -39,10 +42,11 @@ def build_manifest(
     progress: bool = True,
     sidecars: Sequence["Sidecar"] = (),
 ) -> Manifest:
-    """Reads a split, decodes every image completely, and leaves out and names what is bad.
+    """Decodes every image of a split completely, and leaves out and names what is bad.
 
     Args:
-      folder: the data folder, in the layout of MS-COCO.
+      listing: what the split lists.
+      folder: the data folder.
       split: the name of the split.
       source: the name of the data source, for the manifest.
       cache: if given, the manifest is kept in `cache/manifests/` under a hash of the annotations
@@ -53,27 +57,28 @@ def build_manifest(
       sidecars: the foils and questions beside the captions.
 
     Raises:
-      FileNotFoundError: `coco.read_captions` finds no data.
-      ValueError: `coco.read_captions` refuses the data; too many images, captions or members of
-        `sidecars` are left out, or none remains; or the cache is damaged or cannot be written.
+      ValueError: too many images, captions or members of `sidecars` are left out, or none remains;
+        or the cache is damaged or cannot be written.
     """
     folder = Path(folder).resolve()
-    captions = coco.read_captions(folder, split)
-    stats = _stat(captions)
+    stats = _stat(listing)
+    store = next((e.image.shelf for e in listing.entries if isinstance(e.image, StoredImage)), None)
     manifest = cached(
         cache,
-        _cache_key(folder, split, source, captions, stats),
-        lambda: _check(folder, split, source, captions, stats, threads, progress),
+        _cache_key(folder, split, source, listing, stats),
+        lambda: _check(folder, split, source, listing, stats, threads, progress),
+        store,
     )
     # Faults of images come before those of captions.
     listed_as, remaining = f"images of {split!r} in {folder}", len(manifest.records)
-    refuse_bad(listed_as, len(captions.listed), remaining, manifest.problems, max_bad_share)
-    if captions.annotations:
-        out = [each for each in captions.caption_problems if each.action == "left out"]
-        listed_as = f"captions of {split!r} in {captions.path}"
-        left = captions.annotations - len(out)
-        refuse_bad(listed_as, captions.annotations, left, out, max_bad_share, captions.hint)
-    return with_orphans(manifest, sidecars, captions.listed, captions.path)
+    looked = listing.looked if any(p.what == MISSING for p in manifest.problems) else ""
+    refuse_bad(listed_as, len(listing.listed), remaining, manifest.problems, max_bad_share, looked)
+    if listing.annotations:
+        out = [each for each in listing.caption_problems if each.action == "left out"]
+        listed_as = f"captions of {split!r} in {listing.path}"
+        left = listing.annotations - len(out)
+        refuse_bad(listed_as, listing.annotations, left, out, max_bad_share, listing.hint)
+    return with_orphans(manifest, sidecars, listing.listed, listing.path)
 
 
 def cached(
@@ -117,10 +122,10 @@ class Sidecar:
     """
 
     what: str
-    image_ids: Sequence[coco.Key]
+    image_ids: Sequence[Key]
     max_bad_share: float
 
-    def orphans(self, listed: Set[coco.Key], where: object) -> list[Problem]:
+    def orphans(self, listed: Set[Key], where: object) -> list[Problem]:
         """Returns a problem for each foil or question on an image that is not listed in `where`.
 
         Raises:
@@ -135,13 +140,13 @@ class Sidecar:
         if found:
             listed_as = f"{self.what}s beside {where}"
             left = len(self.image_ids) - len(found)
-            hint = coco.id_hint(listed, self.image_ids)
+            hint = id_hint(listed, self.image_ids)
             refuse_bad(listed_as, len(self.image_ids), left, found, self.max_bad_share, hint)
         return found
 
 
 def with_orphans(
-    manifest: Manifest, sidecars: Iterable[Sidecar], listed: Set[coco.Key], where: object
+    manifest: Manifest, sidecars: Iterable[Sidecar], listed: Set[Key], where: object
 ) -> Manifest:
     """Returns the manifest with the sidecars' members on unlisted images added to its problems."""
     orphans = [each for members in sidecars for each in members.orphans(listed, where)]
@@ -186,7 +191,7 @@ def without_bad_parts(
     return dataclasses.replace(manifest, records=kept, problems=all_problems, fingerprint=sealed)
 
 
-def with_questions(manifest: Manifest, questions: Iterable[coco.Question]) -> Manifest:
+def with_questions(manifest: Manifest, questions: Iterable[Question]) -> Manifest:
     """Returns the manifest with the questions of its images added to the texts of their records.
 
     A question that names sides makes its record not mirrorable. The fingerprint changes.
@@ -283,32 +288,30 @@ def _any_match(pattern: re.Pattern, texts: Iterable[Text]) -> bool:
 Stats = dict[Path, os.stat_result]
 
 
-def _stat(captions: coco.Captions) -> Stats:
-    """Returns the file status of each image that exists; a missing one has no entry."""
-    found = {}
-    for entry in captions.entries:
-        if entry.path is not None and os.path.isfile(entry.path):
-            found[entry.path] = entry.path.stat()
-    return found
+def _stat(listing: Listing) -> Stats:
+    """Returns the status of each image that is a file of its own; a missing one has no entry."""
+    files = {entry.image for entry in listing.entries if isinstance(entry.image, Path)}
+    return {file: file.stat() for file in files if os.path.isfile(file)}
 
 
 def _check(
-    folder: Path, split: str, source: str, captions: coco.Captions,
+    folder: Path, split: str, source: str, listing: Listing,
     stats: Stats, threads: int | None, progress: bool,
 ) -> Manifest:  # fmt: skip
-    faults = image_faults(captions.entries, stats, threads, progress)
+    faults = image_faults(listing.entries, stats, threads, progress)
     records = tuple(
-        _record(entry, captions.directional)
-        for entry, fault in zip(captions.entries, faults, strict=True)
+        _record(entry, listing.directional)
+        for entry, fault in zip(listing.entries, faults, strict=True)
         if fault is None or fault.action == "converted"
     )
-    problems = tuple(fault for fault in faults if fault is not None) + captions.problems
+    problems = tuple(fault for fault in faults if fault is not None) + listing.problems
     sizes: dict[Image, int] = {str(path): stat.st_size for path, stat in stats.items()}
+    sizes |= {e.image: e.image.size for e in listing.entries if isinstance(e.image, StoredImage)}
     return Manifest(split, records, source, str(folder), fingerprint(records, sizes), problems)
 
 
 def image_faults(
-    entries: Sequence[coco.Entry], stats: Stats, threads: int | None, progress: bool
+    entries: Sequence[Entry], stats: Stats, threads: int | None, progress: bool
 ) -> list[Problem | None]:
     """Returns the problem of each entry's image or None; an image that `stats` lacks is missing."""
     from tqdm import tqdm
@@ -319,13 +322,15 @@ def image_faults(
         return list(tqdm(checks, "checking images", len(entries), unit="image", disable=disable))
 
 
-def _image_fault(entry: coco.Entry, stats: Stats) -> Problem | None:
-    if entry.path is None:
+def _image_fault(entry: Entry, stats: Stats) -> Problem | None:
+    if entry.image is None:
         return None
     name = str(entry.file)
-    if entry.path not in stats:
-        return Problem(name, "missing image", "left out")
-    return image_fault(name, entry.path)
+    if isinstance(entry.image, StoredImage):
+        return image_fault(f"{entry.image.shelf}: {name}", entry.image, name)
+    if entry.image not in stats:
+        return Problem(name, MISSING, "left out")
+    return image_fault(name, entry.image)
 
 
 def image_fault(name: str, source: images.Source, named: str | None = None) -> Problem | None:
@@ -345,10 +350,11 @@ def image_fault(name: str, source: images.Source, named: str | None = None) -> P
     return Problem(name, conversion, "converted") if conversion else None
 
 
-def _record(entry: coco.Entry, directional: bool) -> Record:
-    texts = tuple(Text(prompt="", target=caption) for caption in entry.captions)
-    parts = {"image": str(entry.path)} if entry.path else {}
-    return Record(entry.id, parts, texts, mirrorable=not directional and not names_sides(texts))
+def _record(entry: Entry, directional: bool) -> Record:
+    found = str(entry.image) if isinstance(entry.image, Path) else entry.image
+    parts = {} if found is None else {"image": found}
+    mirrorable = not directional and not names_sides(entry.texts)
+    return Record(entry.id, parts, entry.texts, mirrorable)
 
 
 def fingerprint(records: Iterable[Record], sizes: Mapping[Image, int]) -> str:
@@ -396,14 +402,26 @@ def refuse_bad(
     )
 
 
-def _cache_key(folder: Path, split: str, source: str, captions: coco.Captions, stats: Stats) -> str:
-    digest = hashlib.sha256(captions.path.read_bytes())
-    setting = [FORMAT, PIL.__version__, str(folder), split, source]
-    digest.update(json.dumps(setting).encode())
-    for entry in captions.entries:
-        stat = stats.get(entry.path) if entry.path else None
-        digest.update(json.dumps([entry.file, stat and [stat.st_size, stat.st_mtime_ns]]).encode())
+def _cache_key(folder: Path, split: str, source: str, listing: Listing, stats: Stats) -> str:
+    setting = [
+        FORMAT,
+        PIL.__version__,
+        str(folder),
+        split,
+        source,
+        listing.directional,
+        listing.stamp,
+    ]
+    digest = hashlib.sha256(json.dumps([setting, listing.problems], default=_members).encode())
+    for entry in listing.entries:
+        stat = stats.get(entry.image) if isinstance(entry.image, Path) else None
+        known = [entry, stat and [stat.st_size, stat.st_mtime_ns]]
+        digest.update(json.dumps(known, default=_members_or_path).encode())
     return digest.hexdigest()
+
+
+def _members_or_path(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else _members(value)
 
 
 def _from_cache(path: Path, shelf: ByteStore | None) -> Manifest:

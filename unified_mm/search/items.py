@@ -12,7 +12,7 @@ from pathlib import Path
 from unified_mm.data import coco
 from unified_mm.data.records import Problem
 from unified_mm.inference.loaded import LoadedModel
-from unified_mm.modalities.image import SUFFIXES
+from unified_mm.data.images import SUFFIXES
 
 Stat = tuple[int, int]  # a file's size in bytes and time of change in nanoseconds
 
@@ -91,10 +91,10 @@ def read_items(
 def _coco_set(folder: Path, splits: Sequence[str]) -> ItemSet:
     found = [coco.read_captions(folder, split) for split in splits]
     pictures = [
-        (entry.path, entry.captions)
+        (entry.image, entry.captions)
         for each in found
         for entry in each.entries
-        if entry.path is not None
+        if isinstance(entry.image, Path)
     ]
     if not pictures:
         raise FileNotFoundError(f"{folder}: no example of {', '.join(splits)} has an image")

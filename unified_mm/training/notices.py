@@ -46,7 +46,9 @@ def cut_share(task: Task, train: Manifest) -> tuple[float, int]:
     texts = [each for record in train.records for each in record.texts]
     if text is None or not texts:
         return 0.0, 0
-    chosen = [texts[i] for i in np.linspace(0, len(texts) - 1, min(len(texts), LOOKED_AT), dtype=int)]
+    chosen = [
+        texts[i] for i in np.linspace(0, len(texts) - 1, min(len(texts), LOOKED_AT), dtype=int)
+    ]
     encode, ids = text.tokenizer.encode_prompt, text.tokenizer.ids
     lengths = np.array([len(encode(each.prompt)) + len(ids(each.target)) + 1 for each in chosen])
     # The smallest length that as few are above: quantiles of whole tokens, never between two.

@@ -139,6 +139,8 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
         source = open_source(config.data)
         if source.banner:
             say(framed(source.banner))
+        if described := getattr(source, "described", ""):
+            say(described)
         tokenizer = run_tokenizer(config, folder, source.manifest(config.data.train_split))
         task = build_task(config, tokenizer)
         train = read_manifest(config, source, config.data.train_split, task.modalities)
