@@ -80,6 +80,8 @@ def test_unknown_split_lists_the_known_ones(tmp_path):
 
 def test_missing_image_folder_says_what_was_looked_for(tmp_path):
     write(tmp_path, [(1, "a cat")], where="photos", name="captions_train2017.json")
+    assert coco.read_captions(tmp_path, "train").entries[0].image == tmp_path / "photos" / "a.jpg"
+    (tmp_path / "photos" / "a.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"looked for train2017/ and images/.*photos/"):
         coco.read_captions(tmp_path, "train")
 

@@ -309,9 +309,8 @@ def given_folder(data: Any) -> Source:
             f"the data folder {path} {fault}: set data.dir to a folder with images and their texts"
         )
     if data.source == "auto" and (path / "dataset_info.json").is_file():
-        from unified_mm.data.tfds_source import open_dataset
-
-        return open_dataset(data)
+        found: Source = resolve("data source", "tfds", BUILT_IN)(data)
+        return found
     folder = Folder(path, data.fields.image, data.fields.caption, cache_folder(data))
     with naming(f"data.dir={path}"):
         if data.source != "auto":
@@ -321,10 +320,10 @@ def given_folder(data: Any) -> Source:
             return ListedFolder(
                 path, splits, data, name=data.source, described=f"data: {path} is read as {what}"
             )
-        found = {name: splits for name, (_, of) in LAYOUTS.items() if (splits := of(folder))}
-    if not found:
+        laid_out = {name: splits for name, (_, of) in LAYOUTS.items() if (splits := of(folder))}
+    if not laid_out:
         raise FileNotFoundError(_not_found(folder, "none of the known layouts"))
-    (name, splits), *others = found.items()
+    (name, splits), *others = laid_out.items()
     described = f"data: {path} is read as {LAYOUTS[name][0]}"
     if others:
         also = ", ".join(f"data.source={other}" for other, _ in others)
