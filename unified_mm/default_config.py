@@ -195,6 +195,9 @@ def data_fields() -> dict:
         "decoder": "pillow",  # or 'opencv'
         "resampling": "bicubic",  # or 'bilinear'
         "fit": "crop",  # the central square; or 'crop_resized', 'squash': see `data.images`
+        # Training images that are decoded before the first step, always the same; 0: all. A bad one
+        # of the others counts as absent when it is met, is named, and falls under max_bad_share.
+        "check_at_most": 0,
         "max_bad_share": 0.05,  # of images that cannot be read, before the run is refused
         "question_share": 0.0,  # how often a question with its answer is drawn, not a caption
         "tokenizer": "",  # a tokenizer.json; '' trains one on the training captions

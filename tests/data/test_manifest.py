@@ -308,3 +308,20 @@ def test_summary_counts_everything(tmp_path):
         "1 never mirrored; converted: 1 x greyscale (d.jpg); left out: 1 x empty caption "
         "(captions_train.json: annotations[1]); left out: 2 x the file is empty (b.jpg, c.jpg)."
     )
+
+
+def test_of_a_large_set_a_fixed_sample_is_decoded(tmp_path):
+    files = {f"{number}.jpg": coded(number) for number in range(30)} | {"gone.jpg": None}
+    files |= {f"bad{number}.jpg": b"no picture" for number in range(10)}
+    write(tmp_path, files)
+    first, second = (
+        build(tmp_path, check_at_most=12, max_bad_share=0.9, cache=cache)
+        for cache in (None, tmp_path / "cache")
+    )
+    assert first == second and first.unchecked == 29
+    assert "29 images are not decoded before they are met" in summary(first)
+    out = [problem.file for problem in first.problems]
+    assert "gone.jpg" in out and 1 <= len(out) - 1 < 10  # what is not there is always known
+    more = build(tmp_path, check_at_most=20, max_bad_share=0.9)
+    assert set(out) <= {problem.file for problem in more.problems}
+    assert build(tmp_path, max_bad_share=0.9).unchecked == 0

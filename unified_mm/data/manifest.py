@@ -41,8 +41,9 @@ def build_manifest(
     threads: int | None = None,
     progress: bool = True,
     sidecars: Sequence["Sidecar"] = (),
+    check_at_most: int = 0,
 ) -> Manifest:
-    """Decodes every image of a split completely, and leaves out and names what is bad.
+    """Decodes the images of a split completely, and leaves out and names what is bad.
 
     Args:
       listing: what the split lists.
@@ -55,6 +56,8 @@ def build_manifest(
       threads: threads that decode images; as many as the machine has cores by default.
       progress: whether to show a progress bar on a terminal.
       sidecars: the foils and questions beside the captions.
+      check_at_most: images that are decoded, of a set that has more: always the same ones; the
+        others must be there. 0 for all.
 
     Raises:
       ValueError: too many images, captions or members of `sidecars` are left out, or none remains;
@@ -65,8 +68,8 @@ def build_manifest(
     store = next((e.image.shelf for e in listing.entries if isinstance(e.image, StoredImage)), None)
     manifest = cached(
         cache,
-        _cache_key(folder, split, source, listing, stats),
-        lambda: _check(folder, split, source, listing, stats, threads, progress),
+        _cache_key(folder, split, source, listing, stats, check_at_most),
+        lambda: _check(folder, split, source, listing, stats, threads, progress, check_at_most),
         store,
     )
     # Faults of images come before those of captions.
@@ -221,6 +224,8 @@ def summary(manifest: Manifest) -> str:
     counts["without text"] = sum(not r.texts for r in records)
     counts["never mirrored"] = sum(not r.mirrorable for r in records)
     parts += [f"{count:,} {name}" for name, count in counts.items() if count]
+    if manifest.unchecked:
+        parts.append(f"{manifest.unchecked:,} images are not decoded before they are met")
     return "; ".join(parts + problem_counts(manifest.problems)) + "."
 
 
@@ -296,9 +301,10 @@ def _stat(listing: Listing) -> Stats:
 
 def _check(
     folder: Path, split: str, source: str, listing: Listing,
-    stats: Stats, threads: int | None, progress: bool,
+    stats: Stats, threads: int | None, progress: bool, check_at_most: int,
 ) -> Manifest:  # fmt: skip
-    faults = image_faults(listing.entries, stats, threads, progress)
+    left_alone = _left_alone(listing.entries, check_at_most)
+    faults = image_faults(listing.entries, stats, threads, progress, left_alone)
     records = tuple(
         _record(entry, listing.directional)
         for entry, fault in zip(listing.entries, faults, strict=True)
@@ -307,29 +313,47 @@ def _check(
     problems = tuple(fault for fault in faults if fault is not None) + listing.problems
     sizes: dict[Image, int] = {str(path): stat.st_size for path, stat in stats.items()}
     sizes |= {e.image: e.image.size for e in listing.entries if isinstance(e.image, StoredImage)}
-    return Manifest(split, records, source, str(folder), fingerprint(records, sizes), problems)
+    sealed = fingerprint(records, sizes)
+    return Manifest(split, records, source, str(folder), sealed, problems, len(left_alone))
+
+
+def _left_alone(entries: Sequence[Entry], check_at_most: int) -> frozenset[Key]:
+    """Returns the ids of the images that are not decoded: those whose ids hash highest."""
+    if not 0 < check_at_most < len(entries):
+        return frozenset()
+    ranked = sorted(entries, key=lambda entry: hashlib.sha256(repr(entry.id).encode()).digest())
+    return frozenset(entry.id for entry in ranked[check_at_most:])
 
 
 def image_faults(
-    entries: Sequence[Entry], stats: Stats, threads: int | None, progress: bool
+    entries: Sequence[Entry],
+    stats: Stats,
+    threads: int | None,
+    progress: bool,
+    left_alone: Set[Key] = frozenset(),
 ) -> list[Problem | None]:
-    """Returns the problem of each entry's image or None; an image that `stats` lacks is missing."""
+    """Returns the problem of each entry's image or None; an image that `stats` lacks is missing.
+
+    Images in `left_alone` are not decoded.
+    """
     from tqdm import tqdm
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        checks = pool.map(lambda entry: _image_fault(entry, stats), entries)
+        checks = pool.map(lambda e: _image_fault(e, stats, e.id not in left_alone), entries)
         disable = None if progress else True  # None: no bar where there is no terminal
         return list(tqdm(checks, "checking images", len(entries), unit="image", disable=disable))
 
 
-def _image_fault(entry: Entry, stats: Stats) -> Problem | None:
+def _image_fault(entry: Entry, stats: Stats, decoded: bool) -> Problem | None:
     if entry.image is None:
         return None
     name = str(entry.file)
+    if isinstance(entry.image, Path) and entry.image not in stats:
+        return Problem(name, MISSING, "left out")
+    if not decoded:
+        return None
     if isinstance(entry.image, StoredImage):
         return image_fault(f"{entry.image.shelf}: {name}", entry.image, name)
-    if entry.image not in stats:
-        return Problem(name, MISSING, "left out")
     return image_fault(name, entry.image)
 
 
@@ -402,16 +426,11 @@ def refuse_bad(
     )
 
 
-def _cache_key(folder: Path, split: str, source: str, listing: Listing, stats: Stats) -> str:
-    setting = [
-        FORMAT,
-        PIL.__version__,
-        str(folder),
-        split,
-        source,
-        listing.directional,
-        listing.stamp,
-    ]
+def _cache_key(
+    folder: Path, split: str, source: str, listing: Listing, stats: Stats, check_at_most: int
+) -> str:
+    setting = [FORMAT, PIL.__version__, str(folder), split, source, check_at_most]
+    setting += [listing.directional, listing.stamp]
     digest = hashlib.sha256(json.dumps([setting, listing.problems], default=_members).encode())
     for entry in listing.entries:
         stat = stats.get(entry.image) if isinstance(entry.image, Path) else None

@@ -169,6 +169,7 @@ class ListedFolder(AnnotatedFolder):
         self._known: dict[str, Listing] = {}
         if set(splits) == {WHOLE} or (name != "coco" and {"train", "val"} - set(splits) == {"val"}):
             self._hold_out(next(iter(splits)), float(data.val_share))
+        self._check_at_most, self._train_split = int(data.check_at_most), data.train_split
         super().__init__(folder, list(self._listed), data, name=name, banner=banner)
 
     def _hold_out(self, whole: str, share: float) -> None:
@@ -223,6 +224,7 @@ class ListedFolder(AnnotatedFolder):
             cache=self._cache,
             max_bad_share=self._max_bad_share,
             sidecars=sidecars,
+            check_at_most=self._check_at_most if split == self._train_split else 0,
         )
 
 
