@@ -18,6 +18,10 @@ from unified_mm.data.records import StoredImage
 BACKENDS = ("pillow", "opencv")
 RESAMPLINGS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 FITS = ("crop", "crop_resized", "squash")
+# What is taken for a picture by its name.
+SUFFIXES = frozenset(
+    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .ppm .tif .tiff .webp".split()
+)
 Source = str | os.PathLike | bytes | StoredImage
 
 # Larger pictures are refused before they are decoded: a small file can hold a huge picture.

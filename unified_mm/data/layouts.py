@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from unified_mm.data import coco, shards
+from unified_mm.data.images import SUFFIXES
 from unified_mm.data.listing import (
-    PICTURES,
     Finder,
     Key,
     Listing,
@@ -63,7 +63,7 @@ class Folder:
     def files(self) -> list[Path]:
         """The files of the folder and of those in it, pictures apart, in order."""
         found = [*self.path.glob("*"), *self.path.glob("*/*")]
-        return sorted(p for p in found if p.is_file() and p.suffix.lower() not in PICTURES)
+        return sorted(p for p in found if p.is_file() and p.suffix.lower() not in SUFFIXES)
 
     @cached_property
     def json_lists(self) -> list[tuple[Path, Any]]:
@@ -94,7 +94,7 @@ def _grouped(files: Iterable[Path], folder: Folder) -> dict[str, list[Path]]:
         top, *rest = file.relative_to(folder.path).parts
         # A picture may be called train_station.jpg: its folder alone tells its split.
         told = split_named(top) if rest and top.isalpha() else ""
-        if not told and file.suffix.lower() not in PICTURES:
+        if not told and file.suffix.lower() not in SUFFIXES:
             told = split_named(file.name)
         found.setdefault(told or WHOLE, []).append(file)
     return found
@@ -450,7 +450,7 @@ def webdataset(folder: Folder) -> Splits:
         return _several(fields.get(folder.caption_name(fields)))
 
     return _shard_splits(
-        folder, tars, lambda tar: shards.open_tar(tar, PICTURES, folder.cache), captions
+        folder, tars, lambda tar: shards.open_tar(tar, SUFFIXES, folder.cache), captions
     )
 
 

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unified_mm.data.images import SUFFIXES
 from unified_mm.data.records import Problem, StoredImage, Text
 
 Key = int | str
-PICTURES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .mpo .avif .jp2".split()
-)
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,7 @@ def pictures_in(folder: Path) -> list[Path]:
     found = []
     for where, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        pictures = (name for name in sorted(files) if Path(name).suffix.lower() in PICTURES)
+        pictures = (name for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES)
         found += [Path(where) / name for name in pictures if not name.startswith(".")]
     return found
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from unified_mm.data.images import SUFFIXES
 from unified_mm.data.records import Problem
 from unified_mm.evaluation import retrieval
 from unified_mm.inference.classes import check_finite, class_embeddings, filled, templates_of
 from unified_mm.inference.loaded import BATCH, LoadedModel, problems_of
-from unified_mm.modalities.image import SUFFIXES
 from unified_mm.search.items import files_below, is_item, refuse_without_contrast, shown
 
 ACCURACY_AT = (1, 5)

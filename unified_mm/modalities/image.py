@@ -18,10 +18,6 @@ from unified_mm.data.records import Image, Record
 from unified_mm.nn.layers import Dense, Norm, partitioned
 from unified_mm.nn.tokens import Group, Tokens, blank, single_document
 
-# What is taken for a picture by its name.
-SUFFIXES = frozenset(
-    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
-)
 PART = 4  # pixels on a side of the smallest part of a patch in the hierarchical stem
 
 
@@ -41,7 +37,7 @@ class ImageModality:
       fit: how evaluation makes an image square (`data.images.evaluation_view`).
     """
 
-    suffixes: ClassVar[frozenset[str]] = SUFFIXES
+    suffixes: ClassVar[frozenset[str]] = images.SUFFIXES
 
     name: str
     size: int

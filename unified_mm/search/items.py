@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unified_mm.data import coco
+from unified_mm.data.images import SUFFIXES
 from unified_mm.data.records import Problem
 from unified_mm.inference.loaded import LoadedModel
-from unified_mm.data.images import SUFFIXES
 
 Stat = tuple[int, int]  # a file's size in bytes and time of change in nanoseconds
 
