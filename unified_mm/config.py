@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import operator
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from unified_mm.registry import resolve
 
 
 class MissingField(AttributeError, KeyError):
@@ -81,7 +85,7 @@ class Config(Mapping[str, Any]):
         }
 
 
-def get_field(config: ConfigDict, field: str) -> Any:
+def get_field(config: Mapping[str, Any] | ConfigDict, field: str) -> Any:
     """Returns the value of a field by its dotted name."""
     node: Any = config
     for name in field.split("."):
@@ -99,23 +103,38 @@ def set_field(config: ConfigDict, field: str, value: Any) -> None:
         node[last] = ConfigDict(value) if isinstance(value, Mapping) else value
 
 
+# What limits a number: the test that it passes, and what is said of it.
+LIMITS = {
+    "above": (operator.gt, "above {}"),
+    "least": (operator.ge, "at least {}"),
+    "most": (operator.le, "at most {}"),
+    "below": (operator.lt, "below {}"),
+}
+
+
 def option(
     default: Any = dataclasses.MISSING,
     *,
-    least: float | int | None = None,
-    below: float | int | None = None,
-    choices: Sequence[str] = (),
+    choices: Sequence[Any] = (),
+    registry: Mapping[str, Any] | None = None,
+    **limits: float | int,
 ) -> Any:
-    """Returns a dataclass field whose values `check_options` and `read_options` hold to a range.
+    """Returns a dataclass field whose values `check_options` and `build_options` hold to a range.
 
     Args:
       default: of the field; without one it must be given.
-      least: the smallest value that is allowed.
-      below: what the value must be smaller than.
       choices: all values that there are.
+      registry: the built-in names that there are, beside `package.module:NAME` from outside.
+      **limits: of `LIMITS`; `below` infinity is for what must be finite.
     """
-    metadata = {"least": least, "below": below, "choices": tuple(choices)}
+    metadata = {"choices": tuple(choices), "registry": registry, "limits": limits}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def defaults_of(kind: Any) -> dict[str, Any]:
+    """Returns the defaults of a dataclass's fields by name, of those that have one."""
+    fields = dataclasses.fields(kind)
+    return {each.name: each.default for each in fields if each.default is not dataclasses.MISSING}
 
 
 def check_options(options: Any, where: str) -> None:
@@ -127,13 +146,46 @@ def check_options(options: Any, where: str) -> None:
     """
     for each in dataclasses.fields(options):
         value, said = getattr(options, each.name), each.metadata
-        name = f"{where}.{each.name}" if where else each.name
+        name = _dotted(where, each.name)
         if said.get("choices") and value not in said["choices"]:
-            raise ValueError(f"{name}={value!r}: must be one of {', '.join(said['choices'])}")
-        least, below = said.get("least"), said.get("below")
-        if (least is not None and not value >= least) or (below is not None and not value < below):
-            words = f"at least {least}" if below is None else f"in [{least}, {below})"
-            raise ValueError(f"{name}={value}: must be {words}")
+            allowed = ", ".join(map(str, said["choices"]))
+            raise ValueError(f"{name}={value!r}: must be one of {allowed}")
+        if said.get("registry") and value not in said["registry"]:
+            resolve(name, value, said["registry"])
+        limits = said.get("limits", {})
+        if not all(LIMITS[kind][0](value, limit) for kind, limit in limits.items()):
+            words = [
+                "finite" if limit == math.inf else LIMITS[kind][1].format(limit)
+                for kind, limit in limits.items()
+            ]
+            raise ValueError(f"{name}={value}: must be {' and '.join(words)}")
+
+
+def build_options(kind: Any, group: Mapping[str, Any], where: str, **given: Any) -> Any:
+    """Returns an instance of a dataclass of options: read from a group, cast, filled and checked.
+
+    A field whose type is such a dataclass is read from the group of its name. What the group holds
+    beside the fields is not read, and a field that it lacks has its default.
+
+    Args:
+      kind: the dataclass.
+      group: of a config.
+      where: the group's dotted name, for messages.
+      **given: fields that are not the group's.
+
+    Raises:
+      MissingField: the config lacks a field without a default.
+      ValueError: a value of another type, or outside its field's range or choices.
+    """
+    asked = {each.name: each.default for each in dataclasses.fields(kind)}
+    own = {
+        name: group[name]  # without a default, an error that names it
+        for name, default in asked.items()
+        if name not in given and (name in group or default is dataclasses.MISSING)
+    }
+    built = kind(**given, **read_options(kind, own, where))
+    check_options(built, where)
+    return built
 
 
 def read_options(kind: Any, given: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -151,25 +203,37 @@ def read_options(kind: Any, given: Mapping[str, Any], where: str) -> dict[str, A
     names = [each.name for each in dataclasses.fields(kind) if each.init]
     found = {}
     for name, value in given.items():
+        path = _dotted(where, name)
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{where}.{name}: {kind.__name__} has no such option{hint}")
-        found[name] = _cast(hints.get(name), value, f"{where}.{name}")
+            raise ValueError(f"{path}: {kind.__name__} has no such option{hint}")
+        found[name] = _cast(hints.get(name), value, path)
     return found
 
 
+# Types that a value is held to, and the types of what is taken for one; `bool` is no number.
+TAKEN: dict[Any, Any] = {int: int, float: (int, float), bool: bool, str: str, tuple: (list, tuple)}
+
+
 def _cast(kind: Any, value: Any, where: str) -> Any:
-    """Returns a value as a field's type; other types than numbers, texts and tuples as it is."""
-    if kind not in (int, float, bool, str, tuple):
+    """Returns a value as a field's type; of a type that is not in `TAKEN` as it is."""
+    if dataclasses.is_dataclass(kind):
+        return build_options(kind, value, where)
+    plain = typing.get_origin(kind) or kind
+    if plain not in TAKEN:
         return value
-    fits = {
-        int: isinstance(value, int) and not isinstance(value, bool),
-        float: isinstance(value, int | float) and not isinstance(value, bool),
-        bool: isinstance(value, bool),
-        str: isinstance(value, str),
-        tuple: isinstance(value, list | tuple),
-    }
-    if not fits[kind]:
-        raise ValueError(f"{where}={value!r}: must be a {kind.__name__}")
-    return kind(value)
+    if not isinstance(value, TAKEN[plain]) or (isinstance(value, bool) and plain is not bool):
+        raise ValueError(f"{where}={value!r}: must be a {plain.__name__}")
+    parts = typing.get_args(kind)
+    if not parts:
+        return plain(value)
+    if parts[-1] is Ellipsis:
+        parts = parts[:1] * len(value)
+    if len(parts) != len(value):
+        raise ValueError(f"{where}={tuple(value)}: must be {len(parts)} values")
+    return tuple(_cast(part, each, where) for part, each in zip(parts, value, strict=True))
+
+
+def _dotted(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name

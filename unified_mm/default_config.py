@@ -6,10 +6,141 @@ of a new field is what the code did without it.
 
 from __future__ import annotations
 
+import math
+import typing
+from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from unified_mm.config import defaults_of, option
+from unified_mm.modalities.image import ImageEmbedding
+from unified_mm.modalities.text import TextEmbedding, TextModality
+from unified_mm.nn.options import OWN_OPTIONS, GateOptions, TransformerOptions
+from unified_mm.objectives.objective import BUILT_IN
+from unified_mm.registry import resolve
+
+STACK_FIELDS = TransformerOptions.config_fields()
+# Of these a context's tower has no values of its own.
+MAIN_ALONE = ("dropout", "separate_attention", "separate_feed_forward", "remat", "unroll", "dtype")
+
+
+@dataclass(frozen=True)
+class MeshOptions:
+    """The devices along each axis of the mesh; -1 takes what is left.
+
+    What each axis divides is in `parallel.sharding`.
+    """
+
+    data: int = -1  # the batch
+    fsdp: int = 1  # the batch, and what `zero` says
+    tensor: int = 1  # heads, feed-forward, vocabulary
+    sequence: int = 1  # tokens outside attention, heads within it
+    stage: int = 1  # layers: a pipeline
+    # Micro-batches that pass through it at a time; 0: four times the stages.
+    stage_micro_batches: int = option(0, least=0)
+    expert: int = 1  # reserved
+    # What fsdp divides: 1 optimizer state, 2 gradients too, 3 parameters too (ZeRO).
+    zero: int = option(3, choices=(1, 2, 3))
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The options of training; rules are (pattern of a parameter's path, value)."""
+
+    steps: int = option(1000, least=1)
+    batch_size: int = option(128, least=1)
+    micro_batches: int = option(1, least=1)  # the batch is worked off in so many parts
+    optimizer: str = "adamw"  # or 'muon', 'schedule_free' (which wants schedule 'constant')
+    learning_rate: float = option(1e-3, above=0, below=math.inf)
+    schedule: str = "cosine"  # after the warm-up; or 'linear', 'constant', 'constant_then_linear'
+    warmup_steps: int = option(50, least=0)
+    final_rate: float = option(0.02, least=0, most=1)  # of the learning rate, at the last step
+    b1: float = option(0.9, least=0, below=1)
+    b2: float = option(0.98, least=0, below=1)
+    epsilon: float = option(1e-8, above=0, below=math.inf)
+    weight_decay: float = option(0.05, least=0, below=math.inf)
+    clip_norm: float = option(1.0, above=0)
+    # That Adam's moments are kept as.
+    moments_dtype: str = option("float32", choices=("float32", "bfloat16"))
+    # With float16: finite steps after which the loss's scale doubles.
+    scale_patience: int = option(500, least=1)
+    # Of the moving average of parameters; 0 keeps none.
+    ema_decay: float = option(0.0, least=0, below=1)
+    learning_rate_rules: tuple = ((".*", 1.0),)  # factors of the learning rate
+    weight_decay_rules: tuple = ((".*/kernel", 1.0), (".*", 0.0))  # factors of the decay
+    freeze_rules: tuple = ((".*", False),)
+    # What changes gradients beside the optimizer: 'package.module:CLASS' of your own
+    # (`training.treatment`), or '' for nothing.
+    treatment: str = ""
+
+
+@dataclass(frozen=True)
+class PhaseOptions:
+    """The options of a phase of training.
+
+    Attributes:
+      objectives: weights by name, in place of those that all objectives have of their own.
+      train: other values of fields of `train`, for this phase.
+      steps: that it takes; 0 leaves it out.
+      data: 'text' is pairs whose images are withheld.
+    """
+
+    objectives: Any
+    train: Any
+    steps: int = option(0, least=0)
+    data: str = option("pairs", choices=("pairs", "text", "documents"))
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """The steps at which checkpoints are saved, and how."""
+
+    every: int = option(100, least=1)  # steps
+    keep: int = option(2, least=1)  # newest checkpoints that stay
+    asynchronous: bool = True
+
+
+@dataclass(frozen=True)
+class LoggingOptions:
+    """The steps at which metrics are written, and where."""
+
+    every: int = option(10, least=1)  # steps
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """The workers that read data ahead."""
+
+    threads: int = option(2, least=1)
+    workers: int = option(0, least=0)  # processes, beside the threads
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """The options of scores at the end, and along the way, that every run reads."""
+
+    split: str = "val"
+    every: int = option(0, least=0)  # steps between them on the way; 0 scores at the end alone
+    batch_size: int = option(100, least=1)
+    max_images: int = option(5000, least=2)  # of a split, the first ones
+    # The score that `best/` is chosen by; '' is text-to-image recall at 1 (of one caption an
+    # image) where contrast is learned, else CIDEr-D.
+    best_by: str = ""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(ScoringOptions):
+    """All options of scores."""
+
+    # Further splits, scored at the end where the data has them.
+    also: tuple = ("test_composition",)
+    questions: bool = False  # score answers also where no question is trained on
+    shots: tuple = ()  # examples in context, e.g. (0, 4, 8), for few-shot scores
+    few_shot_images: int = 200  # that these are taken on, the first ones
+    few_shot_questions: int = 200
 
 
 def default_config() -> ConfigDict:
@@ -24,18 +155,13 @@ def default_config() -> ConfigDict:
             "data": data_fields(),
             "model": model_fields(),
             "objectives": objective_fields(),
-            "train": training_fields(),
-            "mesh": mesh_fields(),
-            "checkpoint": {
-                "every": 100,  # steps
-                "keep": 2,  # newest checkpoints that stay
-                "asynchronous": True,
-            },
-            "evaluation": evaluation_fields(),
-            "logging": {
-                "every": 10,  # steps
-                "tensorboard": True,
-            },
+            # `phases`: one group a phase, gone through in the order of their names: see `phase`.
+            # Without any there is one phase of `steps`.
+            "train": {**defaults_of(TrainOptions), "phases": {}},
+            "mesh": defaults_of(MeshOptions),
+            "checkpoint": defaults_of(CheckpointOptions),
+            "evaluation": defaults_of(EvaluationOptions),
+            "logging": defaults_of(LoggingOptions),
         }
     )
 
@@ -45,24 +171,6 @@ def defaults() -> dict[str, Any]:
     found: dict[str, Any] = default_config().to_dict()
     found["train"]["phases"]["*"] = phase(0)
     return found
-
-
-def mesh_fields() -> dict:
-    """Returns the devices along each axis of the mesh; -1 takes what is left.
-
-    What each axis divides is in `parallel.sharding`.
-    """
-    return {
-        "data": -1,  # the batch
-        "fsdp": 1,  # the batch, and what `zero` says
-        "tensor": 1,  # heads, feed-forward, vocabulary
-        "sequence": 1,  # tokens outside attention, heads within it
-        "stage": 1,  # layers: a pipeline
-        "stage_micro_batches": 0,  # that pass through it at a time; 0: four times the stages
-        "expert": 1,  # reserved
-        # What fsdp divides: 1 optimizer state, 2 gradients too, 3 parameters too (ZeRO).
-        "zero": 3,
-    }
 
 
 def data_fields() -> dict:
@@ -99,46 +207,26 @@ def data_fields() -> dict:
             "images": 5,  # slots a row, for images and as many for each other modality
             "length": 160,  # text tokens a row
         },
-        "threads": 2,  # that read ahead
-        "workers": 0,  # processes that read ahead, beside the threads
+        **defaults_of(ReadingOptions),
         "world": {"train": 20000, "val": 1000, "test_composition": 1000, "seed": 0},
     }
 
 
 def model_fields() -> dict:
-    """Returns the fields of the transformers and what they read; `nn.options` explains them."""
+    """Returns the fields of the transformers and what they read.
+
+    `nn.options.TransformerOptions` explains those that are not below.
+    """
+    stack = defaults_of(TransformerOptions)
     return {
         "fusion": "early",  # or 'gated_cross_attention', 'late'
         "width": 128,
         "layers": 4,
         "heads": 4,
-        "key_value_heads": 0,  # 0: as many as heads
-        "head_width": 0,  # 0: width / heads
         "feed_forward": 512,
-        # What a layer is, and what stands in it after attention: by name, or 'package.module:CLASS'
-        # of your own with options of its own.
-        "block": "transformer",
+        **{name: value for name, value in stack.items() if name in STACK_FIELDS},
         "block_options": {},
-        "feed_forward_type": "dense",
         "feed_forward_options": {},
-        "dropout": 0.0,
-        "norm": "layer",  # or 'rms'
-        "norm_epsilon": 1e-6,
-        "norm_place": "pre",  # or 'post'
-        "final_norm": True,
-        "activation": "gelu",
-        "gated_feed_forward": False,
-        "query_bias": True,
-        "output_bias": True,
-        "feed_forward_bias": True,
-        "rotary_base": 0.0,  # 0: no rotary positions
-        "separate_attention": False,  # projections of its own for each modality
-        "separate_feed_forward": False,
-        "remat": "none",  # or 'full', 'dots', 'offload': what the backward pass recomputes
-        # 'auto' by device, shape and rule; or 'xla', 'chunked', 'cudnn', 'splash': see
-        # `nn.attention.backends`.
-        "attention": "auto",
-        "unroll": 1,  # periods a step of the scan over layers
         "dtype": "float32",  # of the computation, or 'bfloat16', 'float16'; parameters stay float32
         # Runs whose image tower or text model training starts from; '' starts afresh. A recipe may
         # name further modalities here, for their towers.
@@ -148,7 +236,7 @@ def model_fields() -> dict:
         "budget_by": "width",  # or 'layers'
         "tower": tower_fields(),
         "towers": {},  # by modality, what its tower has other than `tower`
-        "cross": cross_fields(),
+        "cross": {**defaults_of(GateOptions), "every": 1},  # in gated fusion
         "resampler": resampler_fields(),
         "modalities": modality_fields(),
     }
@@ -159,40 +247,9 @@ def tower_fields() -> dict:
 
     What is 0 or None is as in `model`.
     """
-    return {
-        "width": 0,
-        "layers": 0,
-        "heads": 0,
-        "feed_forward": 0,
-        "key_value_heads": placeholder(int),
-        "head_width": placeholder(int),
-        "norm": placeholder(str),
-        "norm_epsilon": placeholder(float),
-        "norm_place": placeholder(str),
-        "block": placeholder(str),
-        "block_options": placeholder(dict),
-        "feed_forward_type": placeholder(str),
-        "feed_forward_options": placeholder(dict),
-        "final_norm": placeholder(bool),
-        "activation": placeholder(str),
-        "gated_feed_forward": placeholder(bool),
-        "query_bias": placeholder(bool),
-        "output_bias": placeholder(bool),
-        "feed_forward_bias": placeholder(bool),
-        "rotary_base": placeholder(float),
-        "attention": placeholder(str),
-    }
-
-
-def cross_fields() -> dict:
-    """Returns the fields of the cross-attention layers in gated fusion."""
-    return {
-        "every": 1,  # one before each n-th block
-        "gate": "tanh",  # or 'sigmoid'
-        "shape": "scalar",  # or 'channel'
-        "start": 0.0,  # alpha; the layer passes gate(alpha)
-        "query_key_norm": False,
-    }
+    kinds = typing.get_type_hints(TransformerOptions) | dict.fromkeys(OWN_OPTIONS, dict)
+    own = {name: placeholder(kinds[name]) for name in STACK_FIELDS if name not in MAIN_ALONE}
+    return own | dict.fromkeys(("width", "layers", "heads", "feed_forward"), 0)
 
 
 def resampler_fields() -> dict:
@@ -216,33 +273,13 @@ def resampler_fields() -> dict:
 def modality_fields() -> dict:
     """Returns the fields of each modality, by name."""
     return {
-        "image": {
-            "type": "image",
-            "patch": 8,
-            "stem": "linear",  # or 'hierarchical'
-            # Positions of patches start as sines of row and column ('grid') or of the place in
-            # reading order ('line'), or 'random'; or there are 'none'.
-            "positions": "grid",
-            "bias": True,
-            "class_token": False,
-            "modality_embedding": True,
-            "norm": False,
-            "norm_epsilon": 1e-6,
-            "mean": (0.5, 0.5, 0.5),  # of pixels in 0..1
-            "std": (0.5, 0.5, 0.5),
-        },
+        "image": {"type": "image", **defaults_of(ImageEmbedding)},
         "text": {
             "type": "text",
-            "length": 32,
             "max_positions": 0,  # positions that are learned; 0: as many as length
-            "learned_positions": True,
-            "modality_embedding": True,
-            "scaled": True,
-            "norm": False,
-            "norm_epsilon": 1e-6,
-            "head": "tied",  # or 'own'
             "vocabulary": 0,  # tokens that have embeddings; 0: those of the tokenizer
-            "attend_padding": False,  # padding is seen as text is
+            **defaults_of(TextModality),
+            **defaults_of(TextEmbedding),
         },
     }
 
@@ -254,71 +291,10 @@ def objective_fields() -> dict:
     changes over a run: '' not at all, 'rising', 'falling', 'rising_by_half', 'falling_from_half',
     or `package.module:FUNCTION` of (step, steps) -> factor.
     """
+    kinds = {name: resolve("objective", name, BUILT_IN) for name in BUILT_IN}
     return {
-        "contrastive": {
-            "type": "contrastive",
-            "weight": 1.0,
-            "weight_schedule": "",
-            "rule": "separate",
-            "loss": "softmax",  # or 'sigmoid'
-            # Modalities that are held against each other: 'image' is against text, 'text' against
-            # itself, 'image,audio' against one another, and so on, each two with a loss.
-            "between": "image",
-            "width": 128,
-            "pool": "mean",  # of the context's tokens: or 'first', 'last', 'attention'
-            "text_pool": "mean",
-            "pool_heads": 4,  # of 'attention'
-            "pool_feed_forward": 0,  # after it; 0: four times the width
-            "projection": "linear",  # or 'affine', or 'none'
-            "text_projection": "linear",
-            "bound_scale": True,  # the logits' scale to at most 100
-            "chunk": 1024,  # texts that are compared at a time, at most; 0: all at once
-        },
-        "captioning": {
-            "type": "captioning",
-            "weight": 1.0,
-            "weight_schedule": "",
-            "rule": "prefix",
-            "chunk": 0,  # tokens of each text that are scored at a time; 0: all at once
-        },
-        "matching": {
-            "type": "matching",
-            "weight": 0.0,
-            "weight_schedule": "",
-            "rule": "prefix",
-            "mine_from": "contrastive",
-        },
-    }
-
-
-def training_fields() -> dict:
-    """Returns the fields of training; rules are (pattern of a parameter's path, value)."""
-    return {
-        "steps": 1000,
-        "batch_size": 128,
-        "micro_batches": 1,  # the batch is worked off in so many parts
-        "optimizer": "adamw",  # or 'muon', 'schedule_free' (which wants schedule 'constant')
-        "learning_rate": 1e-3,
-        "schedule": "cosine",  # after the warm-up; or 'linear', 'constant', 'constant_then_linear'
-        "warmup_steps": 50,
-        "final_rate": 0.02,  # of the learning rate, at the last step
-        "b1": 0.9,
-        "b2": 0.98,
-        "epsilon": 1e-8,
-        "weight_decay": 0.05,
-        "clip_norm": 1.0,
-        "moments_dtype": "float32",  # that Adam's moments are kept as; or 'bfloat16'
-        "scale_patience": 500,  # float16: finite steps after which the loss's scale doubles
-        "ema_decay": 0.0,  # of the moving average of parameters; 0 keeps none
-        "learning_rate_rules": ((".*", 1.0),),  # factors of the learning rate
-        "weight_decay_rules": ((".*/kernel", 1.0), (".*", 0.0)),  # factors of the decay
-        "freeze_rules": ((".*", False),),
-        # What changes gradients beside the optimizer: 'package.module:CLASS' of your own
-        # (`training.treatment`), or '' for nothing.
-        "treatment": "",
-        # One group a phase, gone through in the order of their names: see `phase`. Without any
-        # there is one phase of `steps`.
-        "phases": {},
+        name: {"type": name, "weight_schedule": "", **defaults_of(kind)}
+        for name, kind in kinds.items()
     }
 
 
@@ -327,26 +303,6 @@ def phase(steps: int, **changes: Any) -> dict:
 
     Args:
       steps: steps that it takes; 0 leaves it out.
-      changes: `data`: 'pairs', 'text' (pairs whose images are withheld) or 'documents';
-        `objectives`: weights by name, in place of those that all objectives have of their own;
-        `train`: other values of fields of `train`, for this phase.
+      changes: other values than the defaults of `PhaseOptions`.
     """
-    return {"steps": steps, "data": "pairs", "objectives": {}, "train": {}, **changes}
-
-
-def evaluation_fields() -> dict:
-    """Returns the fields of what is scored at the end, and along the way."""
-    return {
-        "split": "val",
-        "also": ("test_composition",),  # further splits, scored at the end where the data has them
-        "every": 0,  # steps between evaluations on the way; 0 scores at the end alone
-        "batch_size": 100,
-        "max_images": 5000,  # of a split, the first ones
-        "questions": False,  # score answers also where no question is trained on
-        "shots": (),  # examples in context, e.g. (0, 4, 8), for few-shot scores
-        "few_shot_images": 200,  # that these are taken on, the first ones
-        "few_shot_questions": 200,
-        # The score that `best/` is chosen by; '' is text-to-image recall at 1 (of one caption an
-        # image) where contrast is learned, else CIDEr-D.
-        "best_by": "",
-    }
+    return {**defaults_of(PhaseOptions), "objectives": {}, "train": {}, "steps": steps, **changes}

@@ -33,7 +33,7 @@ from unified_mm.cli.messages import (
     score_table,
 )
 from unified_mm.cli.recipes import DATA_FIELDS, outside, resolve, settled_fields
-from unified_mm.config import Config
+from unified_mm.config import Config, get_field
 from unified_mm.default_config import defaults
 from unified_mm.files import naming, user_path, write_json
 from unified_mm.parallel.processes import first_before_others, refuse_unequal, start, together
@@ -339,11 +339,8 @@ def run_config(saved: Config, options: argparse.Namespace) -> Config:
     fields = saved.as_dict()
     asked = options.recipe.config.to_dict() if options.recipe else {}
     for path in asked_fields(options):
-        node, source = fields, asked
-        *parents, last = path.split(".")
-        for name in parents:
-            node, source = node[name], source[name]
-        node[last] = source[last]
+        group, _, last = path.rpartition(".")
+        get_field(fields, group)[last] = get_field(asked, path)
     if options.split:
         fields["evaluation"]["split"] = options.split
     return Config(fields)

@@ -45,9 +45,9 @@ def resolve(kind: str, name: str, built_in: Mapping[str, Any]) -> Any:
             f"unknown {kind} {name!r}.{hint} Built in: {', '.join(sorted(built_in))}; "
             "anything else is given as 'package.module:attribute'."
         )
-    if moved(path) != path:
-        raise ValueError(f"{kind} {name!r}: it is called {moved(path)!r} now")
     module_name, attribute = path.split(":", 1)
+    if module_name in MOVED:
+        raise ValueError(f"{kind} {name!r}: it is called {moved(path)!r} now")
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, TypeError) as error:

@@ -25,8 +25,6 @@ from unified_mm.objectives.objective import (
     as_metrics,
     build_objectives,
     compare_embedded,
-    reads_auxiliary,
-    rngs_of,
     weight_schedules,
 )
 from unified_mm.parallel.sharding import path_of
@@ -111,7 +109,7 @@ class Task:
     @property
     def leaves(self) -> bool:
         """Returns whether an objective reads auxiliary values, so that layers sow them."""
-        return any(reads_auxiliary(each) for each in self.objectives)
+        return any(getattr(each, "auxiliary", False) for each in self.objectives)
 
     def auxiliary(
         self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool
@@ -146,7 +144,7 @@ class Task:
 
         That of 'mining' is `key` itself, as it was when there was no other stream.
         """
-        names = rngs_of(self.objectives)
+        names = [name for each in self.objectives for name in getattr(each, "rngs", ())]
         return {
             name: key if name == "mining" else jax.random.fold_in(key, zlib.crc32(name.encode()))
             for name in names

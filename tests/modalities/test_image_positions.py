@@ -16,7 +16,7 @@ GRID = (2, 3)  # patches of 4 pixels, down and across
 
 
 def embedder(positions):
-    return ImageEmbedder("image", ImageEmbedding(4, "linear", GRID, positions=positions), WIDTH)
+    return ImageEmbedder("image", ImageEmbedding(GRID, patch=4, positions=positions), WIDTH)
 
 
 def batch(seed=0):
@@ -73,5 +73,7 @@ def test_without_positions_patches_have_no_order():
 
 
 def test_other_words_are_refused():
-    with pytest.raises(ValueError, match="image.positions='2d': one of grid, line, random, none"):
+    with pytest.raises(
+        ValueError, match="image.positions='2d': must be one of grid, line, random, none"
+    ):
         tiny.task(model__modalities__image__positions="2d")

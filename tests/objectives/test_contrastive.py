@@ -11,21 +11,19 @@ import tiny
 from unified_mm.config import Config
 from unified_mm.default_config import default_config
 from unified_mm.nn.pooling import AttentionPool, pooled
-from unified_mm.objectives.contrastive import Contrastive, ContrastiveHead, Pooling, counted_rows
-from unified_mm.objectives.pair_losses import LOSSES
+from unified_mm.objectives.contrastive import Contrastive, counted_rows
 from unified_mm.parallel.sharding import without_names
 from unified_mm.task import build_task
 
 DEFAULTS = default_config().objectives.contrastive.to_dict()
 OPTIONS = {**DEFAULTS, "width": 8}
-MEAN = Pooling("mean", "linear", 2, 0)
 
 
 def test_the_head_pools_what_is_valid_projects_and_scales_to_unit_length():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, 4, 6)).astype(np.float32)
     valid = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
-    head = ContrastiveHead((("image", MEAN), ("text", MEAN)), 5, LOSSES["softmax"])
+    head = Contrastive("c", width=5).head()
     kernel = {name: rng.normal(size=(6, 5)).astype(np.float32) for name in ("image", "text")}
     params = {f"project_{name}": {"kernel": kernel[name]} for name in kernel}
     params["log_scale"] = jnp.float32(1.5)
@@ -44,7 +42,8 @@ def test_the_head_pools_what_is_valid_projects_and_scales_to_unit_length():
 
 @pytest.mark.parametrize("sigmoid, scale, bias", [(False, 1 / 0.07, 0), (True, 10, -10)])
 def test_the_temperature_starts_where_the_paper_starts(sigmoid, scale, bias):
-    head = ContrastiveHead((("text", MEAN),), 5, LOSSES["sigmoid" if sigmoid else "softmax"])
+    loss = "sigmoid" if sigmoid else "softmax"
+    head = Contrastive("c", loss=loss, between="text", width=5).head()
     ones = jnp.ones((1, 2, 6)), jnp.ones((1, 2), bool)
     params = without_names(head.init(jax.random.key(0), "text", *ones))
     found = head.apply(params, method="scale_and_bias")
@@ -64,7 +63,7 @@ def test_a_pair_is_an_image_and_a_text_that_describes_it():
 
 
 def test_above_its_bound_the_temperature_stops_and_can_come_back():
-    head = ContrastiveHead((("text", MEAN),), 5, LOSSES["softmax"])
+    head = Contrastive("c", between="text", width=5).head()
 
     def scale(log_scale):
         return head.apply({"params": {"log_scale": log_scale}}, method="scale_and_bias")[0]
@@ -111,7 +110,7 @@ def test_wrong_options_are_refused():
 
 
 def test_the_scale_is_unbounded_where_that_is_asked_for():
-    head = ContrastiveHead((("text", MEAN),), 5, LOSSES["sigmoid"], bound_scale=False)
+    head = Contrastive("c", loss="sigmoid", between="text", width=5, bound_scale=False).head()
     params = {"log_scale": jnp.float32(4.8), "bias": jnp.float32(-16.0)}
     scale, _ = head.apply({"params": params}, method="scale_and_bias")
     assert float(scale) == pytest.approx(np.exp(4.8))

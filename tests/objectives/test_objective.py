@@ -9,9 +9,15 @@ import tiny
 from unified_mm.default_config import default_config
 from unified_mm.nn.attention.rules import RULES
 from unified_mm.nn.transformer import Transformer
-from unified_mm.objectives.captioning import Captioning, scored_tokens
-from unified_mm.objectives.contrastive import Contrastive, counted_rows, text_valid
-from unified_mm.objectives.objective import as_metrics, build_objectives, masked_metric, mean
+from unified_mm.objectives.captioning import Captioning, score_text
+from unified_mm.objectives.contrastive import Contrastive, counted_rows
+from unified_mm.objectives.objective import (
+    as_metrics,
+    build_objectives,
+    masked_metric,
+    mean,
+    text_valid,
+)
 from unified_mm.parallel.sharding import without_names
 
 KEY = jax.random.key(0)
@@ -70,11 +76,13 @@ def test_what_has_slots_is_not_joined_with_what_has_none(slots):
     rows, slotted, tokens = np.ones(4, bool), np.ones((4, slots), bool), np.ones((4, 4), bool)
     text = {"present": rows, "prompted": ~rows, "valid": tokens, "scored": tokens}
     batch = jax.tree.map(jnp.asarray, {"image": {"present": slotted}, "text": text})
-    slotted_text = {"text": {**batch["text"], "valid": jnp.ones((4, slots, 4), bool)}}
+    ids, embeddings = jnp.ones((4, 4), jnp.int32), jnp.ones((4, 4, 2))
+    slotted = {"valid": jnp.ones((4, slots, 4), bool), "ids": ids}
+    slotted_text = {"text": {**batch["text"], **slotted}}
     for join, given in (
         (lambda batch: counted_rows(batch, ("image", "text")), batch),
-        (text_valid, slotted_text),
-        (lambda batch: scored_tokens(batch["text"]), slotted_text),
+        (lambda batch: text_valid(batch["text"]), slotted_text),
+        (lambda batch: score_text(lambda x: x, embeddings, batch["text"]), slotted_text),
         (lambda batch: masked_metric(jnp.ones(4), batch["image"]["present"]), batch),
     ):
         with pytest.raises(

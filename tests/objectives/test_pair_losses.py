@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unified_mm.objectives.pair_losses import compare_all, largest_divisor
+from unified_mm.objectives.pair_losses import LOSSES, compare_all, largest_divisor
 
 SCALE, BIAS = 3.0, -0.5
 
@@ -37,7 +37,7 @@ ORACLES = {"softmax": info_nce, "sigmoid": sigmoid_pairs}
 
 def compared(rows, columns, paired, loss, chunk):
     scale, bias = jnp.float32(SCALE), jnp.float32(BIAS)
-    return compare_all(rows, columns, scale, bias, paired, loss=loss, chunk=chunk)
+    return compare_all(rows, columns, scale, bias, paired, loss=LOSSES[loss], chunk=chunk)
 
 
 @pytest.mark.parametrize("loss", ORACLES)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unified_mm.objectives.contrastive import text_valid
+from unified_mm.objectives.objective import text_valid
 
 LENGTH = 12
 END = 3  # of the tokenizer's <unk>, which ends texts here
@@ -45,7 +45,7 @@ def embeddings(imported, task, images, batch):
         head = model.head[objective.name]
         scale, bias = head.scale_and_bias()
         image = head("image", encoded.outputs["image"], encoded.valid["image"])
-        text = head("text", encoded.text, text_valid(batch))
+        text = head("text", encoded.text, text_valid(batch["text"]))
         return scale * text @ image.T + bias
 
     return hf.apply(imported, task, embed, whole)

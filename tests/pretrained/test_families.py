@@ -228,7 +228,7 @@ def test_a_vocabulary_may_have_more_rows_than_the_tokenizer_has_tokens_but_no_fe
 
 @pytest.mark.parametrize(("field", "value"), [("fit", "stretch"), ("resampling", "nearest")])
 def test_views_that_we_do_not_have(field, value):
-    with pytest.raises(ValueError, match=f"data.{field}='{value}': one of"):
+    with pytest.raises(ValueError, match=f"data.{field}='{value}': must be one of"):
         tiny.task(**{f"data__{field}": value})
 
 

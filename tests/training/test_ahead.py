@@ -19,7 +19,7 @@ from unified_mm.training import estimate as estimating
 from unified_mm.training.ahead import DoesNotFit, abstract_phases, lower_step
 from unified_mm.training.estimate import estimate, lines, problem
 from unified_mm.training.flops import computed_flops, training_flops
-from unified_mm.training.loop import phase_batches, phase_step
+from unified_mm.training.loop import phase_batches
 from unified_mm.training.phases import batch_shapes
 from unified_mm.training.setup import prepare
 
@@ -57,7 +57,8 @@ def test_what_is_lowered_is_what_a_run_lowers(tmp_path):
     with jax.set_mesh(setup.mesh), nn.logical_axis_rules(rule_items()):
         with closing(phase_batches(setup, setup.phases[0], 0)) as batches:
             batch = to_global(next(batches), setup.mesh)
-        real = phase_step(setup, setup.phases[0]).lower(setup.phases[0].abstract, batch)
+        step = setup.phases[0].make_step(setup.options.train.ema_decay)
+        real = step.lower(setup.phases[0].abstract, batch)
     assert lower_step(phase, 0.0).as_text() == real.as_text()
 
 

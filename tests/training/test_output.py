@@ -7,7 +7,14 @@ import tiny
 from unified_mm.runs.folder import RunFolder, RunFolderError
 from unified_mm.runs.metrics import read_metrics
 from unified_mm.training import output
-from unified_mm.training.output import NoOutput, Output, output_of
+from unified_mm.training.output import Output, output_of
+
+
+def other(folder):
+    """The output of a process that is not the first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "is_first", lambda: False)
+        return output_of(RunFolder(folder / "run"), print)
 
 
 def use(out):
@@ -35,12 +42,12 @@ def test_the_first_process_writes(tmp_path, capsys):
 
 
 def test_the_others_write_nothing_and_say_nothing(tmp_path, capsys):
-    use(NoOutput(RunFolder(tmp_path / "run")))
+    use(other(tmp_path))
     assert not list(tmp_path.iterdir()) and not any(capsys.readouterr())
 
 
 def test_a_folder_that_the_others_do_not_see_is_refused(tmp_path):
-    out = NoOutput(RunFolder(tmp_path / "run"))
+    out = other(tmp_path)
     with pytest.raises(RunFolderError, match="must be on a disk that all processes share"):
         out.begin({"seed": 0}, tiny.tokenizer())
 
@@ -48,7 +55,7 @@ def test_a_folder_that_the_others_do_not_see_is_refused(tmp_path):
 def test_a_run_that_the_first_process_cannot_lock_is_held_by_none(tmp_path, monkeypatch):
     monkeypatch.setattr(output, "first_decides", lambda value: False)
     with pytest.raises(RunFolderError, match="process 0 cannot use the run"):
-        with NoOutput(RunFolder(tmp_path / "run")).lock():
+        with other(tmp_path).lock():
             pass
     (tmp_path / "file").touch()
     with pytest.raises(RunFolderError, match="is a file, not a folder"):

@@ -181,7 +181,7 @@ def prepared(data, tmp_path_factory):
         ({"steps": -1}, "train.phases.a.steps=-1: must be at least 0"),
         ({"steps": 0}, "train.steps=4, but train.phases have 0 steps together"),
         ({"steps": 3}, "train.steps=4, but train.phases have 3 steps together"),
-        ({"data": "sounds"}, "train.phases.a.data='sounds': must be 'pairs', 'text' or"),
+        ({"data": "sounds"}, "train.phases.a.data='sounds': must be one of pairs, text, documents"),
         ({"data": "documents"}, "set model.modalities.text.max_positions to at least 160"),
         ({"objectives": {"answering": 1.0}}, "train.phases.a.objectives.answering: no objectives"),
         ({"objectives": {"contrastive": 0.0}}, "matching needs contrastive.weight above 0"),

@@ -26,7 +26,7 @@ from unified_mm.config import Config
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.folder import RunFolder
 from unified_mm.training.flops import training_flops
-from unified_mm.training.loop import phase_batches, phase_step
+from unified_mm.training.loop import phase_batches
 from unified_mm.training.setup import Setup, prepare
 
 
@@ -81,7 +81,7 @@ class Step:
             self._state = phase.enter(setup.make_state())
             with closing(phase_batches(setup, phase, 0)) as read:  # type: ignore[type-var]
                 ready = [to_global(next(read), setup.mesh) for _ in range(batches)]
-            step: Any = phase_step(setup, phase)
+            step: Any = phase.make_step(setup.options.train.ema_decay)
             self._compiled = step.lower(self._state, ready[0]).compile()
         self._batches = cycle(ready)
         self.bytes = held_bytes(self._compiled)
@@ -167,7 +167,7 @@ def step_bytes(setup: Setup) -> int:
         lambda: jax.tree.map(jax.numpy.asarray, phase.task.example_batch(phase.batch_size))
     )
     with _on(setup):
-        step: Any = phase_step(setup, phase)
+        step: Any = phase.make_step(setup.options.train.ema_decay)
         return held_bytes(step.lower(phase.abstract, batch).compile())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from unified_mm.config import build_options, option
 from unified_mm.data import images
 from unified_mm.data.records import Image, Record
 from unified_mm.nn.layers import Dense, Norm, partitioned
 from unified_mm.nn.tokens import Group, Tokens, blank, single_document
 
-STEMS = ("linear", "hierarchical")
-POSITIONS = ("grid", "line", "random", "none")
 PART = 4  # pixels on a side of the smallest part of a patch in the hierarchical stem
 
 
@@ -29,80 +28,46 @@ class ImageModality:
     Attributes:
       name: its key under `config.model.modalities`.
       size: pixels on a side, as the model sees them.
+      embedding: options of the embedder.
       crop_scale: smallest and largest share of the image's area in a training crop.
       crop_ratio: smallest and largest width / height of a training crop.
       mirror: whether training flips left and right, where no text of the record names a side.
       decoder: 'pillow' or 'opencv'.
       resampling: 'bilinear' or 'bicubic', from the image's pixels to `size`.
       fit: how evaluation makes an image square (`data.images.evaluation_view`).
-      embedding: options of the embedder.
     """
 
     name: str
     size: int
+    embedding: ImageEmbedding
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
     mirror: bool
     decoder: str
-    resampling: str
-    fit: str
-    embedding: ImageEmbedding
+    resampling: str = option(choices=tuple(images.RESAMPLINGS))
+    fit: str = option(choices=images.FITS)
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any], resources: Any) -> ImageModality:
-        data = resources.data
-        size, patch = int(data.image_size), int(options["patch"])
-        if size < 1 or patch < 1:
+        data, where = resources.data, f"model.modalities.{name}"
+        size = data.image_size
+        embedding = build_options(ImageEmbedding, options, where, grid=(0, 0))
+        patch = embedding.patch
+        if embedding.stem == "hierarchical" and patch % PART:
             raise ValueError(
-                f"data.image_size={size}, model.modalities.{name}.patch={patch}: both at least 1"
+                f"{where}.patch={patch}: the hierarchical stem needs a multiple of {PART}"
             )
-        for field in ("crop_scale", "crop_ratio"):
-            if len(data[field]) != 2 or not 0 < data[field][0] <= data[field][1]:
-                raise ValueError(f"data.{field}={tuple(data[field])}: give (least, most) above 0")
-        if options["stem"] not in STEMS:
-            raise ValueError(
-                f"model.modalities.{name}.stem={options['stem']!r}: one of {', '.join(STEMS)}"
-            )
-        positions = options["positions"]
-        if positions not in POSITIONS:
-            raise ValueError(
-                f"model.modalities.{name}.positions={positions!r}: one of {', '.join(POSITIONS)}"
-            )
-        if options["stem"] == "hierarchical" and patch % PART:
-            raise ValueError(
-                f"model.modalities.{name}.patch={patch}: the hierarchical stem needs a multiple "
-                f"of {PART}"
-            )
-        if size % patch:
-            raise ValueError(
-                f"data.image_size={size} is no multiple of model.modalities.{name}.patch={patch}"
-            )
-        for field, allowed in (("resampling", tuple(images.RESAMPLINGS)), ("fit", images.FITS)):
-            if data[field] not in allowed:
-                raise ValueError(f"data.{field}={data[field]!r}: one of {', '.join(allowed)}")
-        return cls(
-            name=name,
-            size=size,
-            crop_scale=tuple(data.crop_scale),
-            crop_ratio=tuple(data.crop_ratio),
-            mirror=bool(data.mirror),
-            decoder=str(data.decoder),
-            resampling=str(data.resampling),
-            fit=str(data.fit),
-            embedding=ImageEmbedding(
-                patch=patch,
-                stem=str(options["stem"]),
-                grid=(size // patch, size // patch),
-                positions=str(positions),
-                bias=bool(options["bias"]),
-                class_token=bool(options["class_token"]),
-                modality=bool(options["modality_embedding"]),
-                norm=bool(options["norm"]),
-                norm_epsilon=float(options["norm_epsilon"]),
-                mean=_channels(f"model.modalities.{name}.mean", options["mean"]),
-                std=_channels(f"model.modalities.{name}.std", options["std"]),
-            ),
+        if size < 1 or size % patch:
+            raise ValueError(f"data.image_size={size} is no multiple, above 0, of {where}.{patch=}")
+        embedding = replace(embedding, grid=(size // patch, size // patch))
+        built: ImageModality = build_options(
+            cls, data, "data", name=name, size=size, embedding=embedding
         )
+        for field in ("crop_scale", "crop_ratio"):
+            least, most = getattr(built, field)
+            if not 0 < least <= most:
+                raise ValueError(f"data.{field}={(least, most)}: give (least, most) above 0")
+        return built
 
     def prepare(self, record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         if self.name not in record.parts:
@@ -154,26 +119,26 @@ class ImageEmbedding:
     """The options of `ImageEmbedder`.
 
     Attributes:
+      grid: patches (down, across) that positions are learned for; others are interpolated.
       patch: pixels on a side.
       stem: 'linear', one dense map of a patch, or 'hierarchical', an MLP of parts within parts.
-      grid: patches (down, across) that positions are learned for; others are interpolated.
       positions: initial values of the learned positions: 'grid', sines of row and column; 'line',
         sines of the index in reading order; 'random'; or 'none' for no positions.
       bias: whether the dense map to the model's width has a bias.
       class_token: whether a learned token comes before the patches.
-      modality: whether a learned embedding of the modality is added.
+      modality_embedding: whether a learned embedding of the modality is added.
       norm: whether a layer norm follows the sum (CLIP).
       norm_epsilon: of that norm.
       mean, std: of each channel, in 0..1, by which pixels are normalised.
     """
 
-    patch: int
-    stem: str
     grid: tuple[int, int]
-    positions: str = "grid"
+    patch: int = option(8, least=1)
+    stem: str = option("linear", choices=("linear", "hierarchical"))
+    positions: str = option("grid", choices=("grid", "line", "random", "none"))
     bias: bool = True
     class_token: bool = False
-    modality: bool = True
+    modality_embedding: bool = True
     norm: bool = False
     norm_epsilon: float = 1e-6
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -194,52 +159,37 @@ class ImageEmbedder(nn.Module):
         e = self.embedding
         pixels = blank(batch["pixels"].astype(jnp.float32), batch["present"])
         mean, std = (255.0 * jnp.array(value) for value in (e.mean, e.std))
-        patches = self._patches(((pixels - mean) / std).astype(self.dtype))
+        pixels = ((pixels - mean) / std).astype(self.dtype)
+        if e.stem == "linear":
+            patches = patchify(pixels, e.patch)
+        else:
+            # Touvron et al. 2022 ("Three things everyone should know about vision transformers",
+            # section 6): no patch sees another, so masked patches do not leak.
+            parts = Dense((self.width // 2,), (None,), (None,), dtype=self.dtype, name="parts")
+            features = parts(patchify(pixels, PART))
+            patches = patchify(nn.gelu(features), e.patch // PART)
         rows, down, across, _ = patches.shape
         dense = Dense(
             (self.width,), (None,), ("embed",), use_bias=e.bias, dtype=self.dtype, name="patches"
         )
         x = dense(patches.reshape(rows, down * across, -1))
+        vector = partitioned(nn.initializers.normal(0.02), "embed"), (self.width,)
         if e.positions != "none":
             start = partitioned(START[e.positions], None, None, "embed")
             table = self.param("positions", start, (*e.grid, self.width))
             positions = resize_positions(table, (down, across)).reshape(down * across, self.width)
             x = x + positions.astype(self.dtype)
         if e.class_token:
-            first = self._vector("class_token") + self._vector("class_position")
+            first = self.param("class_token", *vector) + self.param("class_position", *vector)
             first = jnp.broadcast_to(first.astype(self.dtype), (rows, 1, self.width))
             x = jnp.concatenate([first, x], axis=1)
-        if e.modality:
-            x = x + self._vector("modality").astype(self.dtype)
+        if e.modality_embedding:
+            x = x + self.param("modality", *vector).astype(self.dtype)
         if e.norm:
             x = Norm("layer", e.norm_epsilon, self.dtype, name="norm")(x)
         valid = jnp.broadcast_to(batch["present"][:, None], x.shape[:2])
         group = Group(self.name_of_group, self.name_of_group, x.shape[1])
         return Tokens(blank(x, valid), single_document(valid, group))
-
-    def _vector(self, name: str) -> Float[Array, " D"]:
-        return self.param(name, partitioned(nn.initializers.normal(0.02), "embed"), (self.width,))
-
-    def _patches(
-        self, pixels: Float[Array, "B height width 3"]
-    ) -> Float[Array, "B down across values"]:
-        """Returns patches as vectors of pixels, or of features of their parts.
-
-        The hierarchical stem follows Touvron et al. 2022 ("Three things everyone should know about
-        vision transformers", section 6): no patch sees another, so masked patches do not leak.
-        """
-        if self.embedding.stem == "linear":
-            return patchify(pixels, self.embedding.patch)
-        parts = patchify(pixels, PART)
-        features = Dense((self.width // 2,), (None,), (None,), dtype=self.dtype, name="parts")
-        return patchify(nn.gelu(features(parts)), self.embedding.patch // PART)
-
-
-def _channels(field: str, values: Any) -> tuple[float, float, float]:
-    if len(values) != 3:
-        raise ValueError(f"{field}={tuple(values)}: give one number for each of red, green, blue")
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue
 
 
 def patchify(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from unified_mm.config import build_options, option
 from unified_mm.data.records import Record, Text
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.nn.layers import Norm, partitioned
@@ -20,61 +21,47 @@ from unified_mm.nn.tokens import Group, Tokens, single_document
 VOCABULARY_MULTIPLE = 64
 
 
-HEADS = ("tied", "own")
-
-
 @dataclass(frozen=True)
 class TextModality:
     """Texts of at most `length` tokens; one text of each record is drawn.
 
     Attributes:
       name: its key under `config.model.modalities`.
-      length: T.
       question_share: probability of drawing a question with its answer rather than a caption, where
         a record has both.
       tokenizer: of the run.
-      attend_padding: whether padding counts as text: it is attended to and pooled, but not scored.
       embedding: options of the embedder.
+      length: T.
+      attend_padding: whether padding counts as text: it is attended to and pooled, but not scored.
     """
 
     name: str
-    length: int
     question_share: float
     tokenizer: TextTokenizer
-    attend_padding: bool
     embedding: TextEmbedding
+    length: int = option(32, least=3)  # begin, word and end
+    attend_padding: bool = False
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any], resources: Any) -> TextModality:
-        length = int(options["length"])
-        if length < 3:
-            raise ValueError(
-                f"model.modalities.{name}.length={length}: must be at least 3, for begin, word and "
-                "end"
-            )
+        where = f"model.modalities.{name}"
         known = resources.tokenizer.vocabulary_size
-        used = int(options["vocabulary"]) or known
+        used = options["vocabulary"] or known
         if used < known:
-            raise ValueError(
-                f"model.modalities.{name}.vocabulary={used}: the tokenizer has {known} tokens"
-            )
-        return cls(
+            raise ValueError(f"{where}.vocabulary={used}: the tokenizer has {known} tokens")
+        positions = options["max_positions"] or options["length"]
+        built: TextModality = build_options(
+            cls,
+            options,
+            where,
             name=name,
-            length=length,
             question_share=float(resources.data.question_share),
             tokenizer=resources.tokenizer,
-            attend_padding=bool(options["attend_padding"]),
-            embedding=TextEmbedding(
-                used=used,
-                max_positions=int(options["max_positions"]) or length,
-                learned_positions=bool(options["learned_positions"]),
-                modality=bool(options["modality_embedding"]),
-                scaled=bool(options["scaled"]),
-                norm=bool(options["norm"]),
-                norm_epsilon=float(options["norm_epsilon"]),
-                head=str(options["head"]),
+            embedding=build_options(
+                TextEmbedding, options, where, used=used, max_positions=positions
             ),
         )
+        return built
 
     @property
     def vocabulary(self) -> int:
@@ -126,7 +113,7 @@ class TextEmbedding:
       used: how many token ids are in use: those of the tokenizer, or more.
       max_positions: how many positions have a learned embedding.
       learned_positions: whether positions are learned (rotary positions need none).
-      modality: whether a learned embedding of the modality is added.
+      modality_embedding: whether a learned embedding of the modality is added.
       scaled: whether token embeddings are multiplied by sqrt(D) (Vaswani et al. 2017, 3.4).
       norm: whether a layer norm follows the sum (BERT).
       norm_epsilon: of that norm.
@@ -136,15 +123,11 @@ class TextEmbedding:
     used: int
     max_positions: int
     learned_positions: bool = True
-    modality: bool = True
+    modality_embedding: bool = True
     scaled: bool = True
     norm: bool = False
     norm_epsilon: float = 1e-6
-    head: str = "tied"
-
-    def __post_init__(self) -> None:
-        if self.head not in HEADS:
-            raise ValueError(f"model.modalities.text.head={self.head!r}: one of {', '.join(HEADS)}")
+    head: str = option("tied", choices=("tied", "own"))
 
     @property
     def vocabulary(self) -> int:
@@ -173,7 +156,7 @@ class TextEmbedder(nn.Module):
                 partitioned(nn.initializers.normal(0.1), None, "embed"),
                 (e.max_positions, self.width),
             )
-        if e.modality:
+        if e.modality_embedding:
             self.modality = self.param(
                 "modality", partitioned(nn.initializers.normal(0.02), "embed"), (self.width,)
             )
@@ -196,7 +179,7 @@ class TextEmbedder(nn.Module):
             x = x * self.width**0.5
         if e.learned_positions:
             x = x + self.positions[batch.get("text_position", jnp.arange(ids.shape[1]))]
-        if e.modality:
+        if e.modality_embedding:
             x = x + self.modality
         if e.norm:
             x = self.norm(x)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from unified_mm.config import check_options, option
+from unified_mm.config import check_options, option, read_options
 from unified_mm.nn.pipeline import Pipeline
 
 NORMS = ("layer", "rms")
@@ -188,6 +188,7 @@ class TransformerOptions:
         """
         known = {name: model[name] for name in cls.config_fields()}
         known |= frozen({name: known[name] for name in OWN_OPTIONS})
+        known = read_options(cls, known, "model")
         try:
             known["dtype"] = jnp.dtype(known["dtype"])
         except TypeError as error:

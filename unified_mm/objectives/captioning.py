@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from unified_mm.config import option
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.objectives.objective import (
     ObjectiveOutput,
@@ -20,6 +21,7 @@ from unified_mm.objectives.objective import (
     TextObjective,
     masked_metric,
     same_rank,
+    text_valid,
 )
 
 
@@ -32,16 +34,12 @@ class Captioning(TextObjective):
         in memory at once; 0 scores all.
     """
 
-    chunk: int = 0
+    weight: float = 1.0
+    rule: str = "prefix"
+    chunk: int = option(0, least=0)
 
     kind: ClassVar[str] = "captioning"
     autoregressive: ClassVar[bool] = True
-
-    @classmethod
-    def from_config(cls, name: str, options: Mapping[str, Any]) -> Captioning:
-        if options["chunk"] < 0:
-            raise ValueError(f"objectives.{name}.chunk={options['chunk']}: must be at least 0")
-        return cls(name, float(options["weight"]), str(options["rule"]), int(options["chunk"]))
 
     def __call__(
         self,
@@ -81,7 +79,7 @@ def score_text(
       is scored.
     """
     targets = text["ids"][:, 1:]
-    scored = scored_tokens(text)
+    scored = (text_valid(text) & text["scored"])[:, 1:]
     count = targets.shape[1]
     x = x[:, :-1]
     if not chunk or chunk >= count:
@@ -105,12 +103,6 @@ def score_text(
         values.swapaxes(0, 1).reshape(targets.shape[0], -1)[:, :count] for values in found
     )
     return likelihood, right, scored
-
-
-@same_rank
-def scored_tokens(text: Mapping[str, Array]) -> Bool[Array, "B targets"]:
-    """Returns which tokens but the first are predicted and count."""
-    return (text["valid"] & text["scored"])[:, 1:] & text["present"][:, None]
 
 
 @same_rank

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from unified_mm.config import option
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.nn.attention.rules import NONE, View
 from unified_mm.nn.layers import Dense
-from unified_mm.nn.pooling import AttentionPool, pool_of, pooled
+from unified_mm.nn.pooling import POOLS, AttentionPool, pool_of
 from unified_mm.objectives.objective import (
     Embedded,
     Metric,
@@ -24,56 +25,14 @@ from unified_mm.objectives.objective import (
     TextObjective,
     masked_metric,
     same_rank,
+    text_valid,
 )
-from unified_mm.objectives.pair_losses import PairLoss, compare_all, loss_of
+from unified_mm.objectives.pair_losses import LOSSES, PairLoss, compare_all
 from unified_mm.parallel.sharding import constrain
+from unified_mm.registry import resolve
 
 MAX_LOG_SCALE = 4.6052  # ln 100: CLIP's bound, without which training can run away.
 PROJECTIONS = ("linear", "affine", "none")
-
-
-@dataclass(frozen=True)
-class Pooling:
-    """The options by which a modality's tokens become one vector of the shared space.
-
-    Attributes:
-      pool: 'mean', 'first' (a class token), 'last' (of the valid tokens), 'attention' of a learned
-        query (Zhai et al. 2022, "Scaling vision transformers", section 3.2), or
-        `package.module:FUNCTION`.
-      projection: 'linear', 'affine' (with a bias) or 'none'.
-      heads, hidden: of that attention, and of the feed-forward that follows it.
-    """
-
-    pool: str
-    projection: str
-    heads: int
-    hidden: int
-
-    @classmethod
-    def from_config(cls, field: str, options: Mapping[str, Any], prefix: str) -> Pooling:
-        """Returns the options of `config.objectives.<name>`.
-
-        Args:
-          field: dotted name of that group, for messages.
-          options: the group; its `<prefix>pool` and `<prefix>projection` are used.
-          prefix: of these keys.
-
-        Raises:
-          ValueError: an unknown pool or projection.
-        """
-        pool, projection = options[f"{prefix}pool"], options[f"{prefix}projection"]
-        pool_of(pool, f"{field}.{prefix}pool")
-        if projection not in PROJECTIONS:
-            raise ValueError(
-                f"{field}.{prefix}projection={projection!r}: must be one of "
-                f"{', '.join(PROJECTIONS)}"
-            )
-        return cls(
-            pool=str(options[f"{prefix}pool"]),
-            projection=str(options[f"{prefix}projection"]),
-            heads=int(options["pool_heads"]),
-            hidden=int(options["pool_feed_forward"]),
-        )
 
 
 @dataclass(frozen=True)
@@ -85,82 +44,76 @@ class Contrastive(TextObjective):
 
     Attributes:
       loss: of `LOSSES`, or `package.module:NAME`.
-      between: the modalities that are compared, text last where it is among them; text alone is
-        compared with itself, encoded a second time (with dropout that is Gao et al. 2021, SimCSE,
-        section 3).
+      between: the modalities that are compared, text last where it is among them, each two with a
+        loss; text alone is compared with itself, encoded a second time (with dropout that is Gao
+        et al. 2021, SimCSE, section 3). Given as names, or as a string of them with commas; one
+        alone is against text.
       width: Z.
+      pool: of the context's tokens: 'mean', 'first' (a class token), 'last' (of the valid tokens),
+        'attention' of a learned query (Zhai et al. 2022, "Scaling vision transformers", section
+        3.2), or `package.module:FUNCTION`.
+      text_pool: of the text's.
+      pool_heads: of 'attention'.
+      pool_feed_forward: width of what follows it; 0: four times the width.
+      projection, text_projection: 'linear', 'affine' (with a bias) or 'none'.
       bound_scale: whether the logits' scale stays at 100 at most.
       chunk: the most columns that all rows are compared with at a time; 0 takes all at once.
-      pooling: of each of the modalities.
     """
+
+    weight: float = 1.0
+    rule: str = "separate"
+    loss: str = option("softmax", registry=LOSSES)
+    between: Any = "image"
+    width: int = option(128, least=1)
+    pool: str = option("mean", registry=POOLS)
+    text_pool: str = option("mean", registry=POOLS)
+    pool_heads: int = option(4, least=1)
+    pool_feed_forward: int = option(0, least=0)
+    projection: str = option("linear", choices=PROJECTIONS)
+    text_projection: str = option("linear", choices=PROJECTIONS)
+    bound_scale: bool = True
+    chunk: int = option(1024, least=0)
 
     kind: ClassVar[str] = "contrastive"
 
-    loss: str
-    between: tuple[str, ...]
-    width: int
-    bound_scale: bool
-    chunk: int
-    pooling: tuple[Pooling, ...]
-
-    @classmethod
-    def from_config(cls, name: str, options: Mapping[str, Any]) -> Contrastive:
-        loss_of(options["loss"], f"objectives.{name}.loss")
-        if options["chunk"] < 0:
-            raise ValueError(f"objectives.{name}.chunk={options['chunk']}: must be at least 0")
-        between = named_modalities(options["between"], f"objectives.{name}.between")
-        built = cls(
-            name=name,
-            weight=float(options["weight"]),
-            rule=str(options["rule"]),
-            loss=str(options["loss"]),
-            between=between,
-            width=int(options["width"]),
-            bound_scale=bool(options["bound_scale"]),
-            chunk=int(options["chunk"]),
-            pooling=tuple(
-                Pooling.from_config(f"objectives.{name}", options, "text_" * (each == "text"))
-                for each in between
-            ),
-        )
-        rule = built.view.resolved()
+    def __post_init__(self) -> None:
+        field = f"objectives.{self.name}"
+        object.__setattr__(self, "between", named_modalities(self.between, f"{field}.between"))
+        rule = self.view.resolved()
         seen = [rule.to_context(each) for each in rule.modalities()]
         seen += [rule.from_context(each) for each in rule.modalities()]
         if any(each != NONE for each in seen):
             raise ValueError(
-                f"objectives.{name}.rule={built.rule!r} lets image and text see each other, and "
+                f"{field}.rule={self.rule!r} lets image and text see each other, and "
                 "contrast would be trivial; use 'separate'"
             )
-        return built
 
     @property
-    def of_text_alone(self) -> bool:
-        """Returns whether text is compared with itself, without any context modality."""
-        return self.between == ("text",)
+    def compared(self) -> tuple[str, ...]:
+        """The modality of each array of vectors: those of `between`, or text twice."""
+        return self.between if len(self.between) > 1 else ("text", "text")
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """The pairs of modalities that are compared, in order."""
-        return list(itertools.combinations(self.between, 2)) or [("text", "text")]
+        return list(itertools.combinations(self.compared, 2))
 
     @property
     def view(self) -> View:
         return View(self.name, self.rule, with_text="text" in self.between)
 
-    @property
-    def again(self) -> View:
-        """The view for the second encoding of text, where text is compared with itself."""
-        return View(f"{self.name}_again", self.rule, alone=True)
-
     def views(self) -> tuple[View, ...]:
-        return (self.view, self.again) if self.of_text_alone else (self.view,)
+        if len(self.between) > 1:
+            return (self.view,)
+        return (self.view, View(f"{self.name}_again", self.rule, alone=True))
 
     def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
         return tuple(name for name in self.between if name != "text")
 
     def head(self) -> nn.Module | None:
-        poolings = tuple(zip(self.between, self.pooling, strict=True))
-        return ContrastiveHead(poolings, self.width, loss_of(self.loss), self.bound_scale)
+        names = {each: self.text_pool if each == "text" else self.pool for each in self.between}
+        pools = {each: pool_of(name) for each, name in names.items()}
+        return ContrastiveHead(self, resolve("contrastive loss", self.loss, LOSSES), pools)
 
     def __call__(
         self,
@@ -171,52 +124,47 @@ class Contrastive(TextObjective):
         *,
         deterministic: bool,
     ) -> ObjectiveOutput:
+        counts = counted_rows(batch, self.compared)
         head = model.head[self.name]
-        seen = encoded[self.name]
-        vectors = tuple(self._vectors(head, name, seen, batch) for name in self.between)
-        if self.of_text_alone:
-            again = self._vectors(head, "text", encoded[self.again.name], batch)
-            vectors = (again, *vectors)
-        return self.compare(model, Embedded(vectors, counted_rows(batch, self.between)))
-
-    def _vectors(self, head: Any, name: str, seen: Encoded, batch: Batch) -> Float[Array, "B Z"]:
-        """Returns the unit vectors of one modality in a pass."""
-        if name == "text":
-            vectors: Array = head("text", seen.text, text_valid(batch))
-        else:
-            vectors = head(name, seen.outputs[name], seen.valid[name])
-        return vectors
+        vectors = []
+        for view in reversed(self.views()):
+            valid = dict(encoded[view.name].valid)
+            if "text" in self.between:
+                valid["text"] = text_valid(batch["text"])
+            outputs = encoded[view.name].outputs
+            vectors += [head(name, outputs[name], valid[name]) for name in self.between]
+        return self.compare(model, Embedded(tuple(vectors), counts))
 
     def embed(self, model: UnifiedModel, batch: Batch, of: str) -> Float[Array, "B Z"]:
         """Returns the unit vectors of one modality, encoded without text or without context."""
-        head = model.head[self.name]
         if of == "text":
-            x = model.read_text(batch["text"], self.view)
-            vectors: Array = head("text", x, text_valid(batch))
-            return vectors
-        return self._vectors(head, of, model.read_context(batch, self.view), batch)
+            x, valid = model.read_text(batch["text"], self.view), text_valid(batch["text"])
+        else:
+            seen = model.read_context(batch, self.view)
+            x, valid = seen.outputs[of], seen.valid[of]
+        vectors: Array = model.head[self.name](of, x, valid)
+        return vectors
 
     @same_rank
     def compare(self, model: UnifiedModel, embedded: Embedded) -> ObjectiveOutput:
         """Returns the loss between all examples that are embedded."""
-        scale, bias = model.head[self.name].scale_and_bias()
-        count = len(embedded.vectors)
-        numbers = list(itertools.combinations(range(count), 2))
+        head = model.head[self.name]
+        scale, bias = head.scale_and_bias()
+        named = zip(self.compared, embedded.vectors, strict=True)
+        each = [(name, x, embedded.counts[:, place]) for place, (name, x) in enumerate(named)]
         metrics: dict[str, Metric] = {}
         losses, wheres = [], []
-        for (a, b), pair in zip(numbers, self.pairs, strict=True):
-            one, other = embedded.vectors[a], embedded.vectors[b]
-            # Text alone has one column of counts for both readings.
-            paired = embedded.counts[:, a] & embedded.counts[:, -1 if self.of_text_alone else b]
+        for (a, one, has_one), (b, other, has_other) in itertools.combinations(each, 2):
+            paired = has_one & has_other
             found, right = compare_all(
-                one, other, scale, bias, paired, loss=self.loss, chunk=self.chunk
+                one, other, scale, bias, paired, loss=head.loss, chunk=self.chunk
             )
             losses.append(found)
             wheres.append(paired)
-            named = "accuracy" if len(numbers) == 1 else f"accuracy_{'_'.join(pair)}"
-            metrics[named] = masked_metric(right.astype(jnp.float32), paired)
-            if len(numbers) > 1:
-                metrics[f"loss_{'_'.join(pair)}"] = masked_metric(found, paired)
+            pair = f"_{a}_{b}" if len(each) > 2 else ""
+            metrics[f"accuracy{pair}"] = masked_metric(right.astype(jnp.float32), paired)
+            if pair:
+                metrics[f"loss{pair}"] = masked_metric(found, paired)
         # Of the last pair, which is with text if any is: what negatives are mined from.
         extras = {
             # Computed only where a later objective reads it.
@@ -252,27 +200,27 @@ class ContrastiveHead(nn.Module):
     """The head of a contrastive objective: pooling, projection, temperature and bias.
 
     Attributes:
-      poolings: (modality, options) for each modality that is embedded.
-      width: Z.
+      options: of the objective.
       loss: has the initial temperature and bias.
-      bound_scale: whether the scale stays at 100 at most.
+      pools: of each modality that is embedded, 'attention' or a function of `POOLS`.
     """
 
-    poolings: tuple[tuple[str, Pooling], ...]
-    width: int
+    options: Contrastive
     loss: PairLoss
-    bound_scale: bool = True
+    pools: Mapping[str, Any]
 
     def setup(self) -> None:
+        o = self.options
+        kinds = {name: o.text_projection if name == "text" else o.projection for name in o.between}
         self.project = {
-            name: Dense((self.width,), ("embed",), (None,), use_bias=pooling.projection == "affine")
-            for name, pooling in self.poolings
-            if pooling.projection != "none"
+            name: Dense((o.width,), ("embed",), (None,), use_bias=kind == "affine")
+            for name, kind in kinds.items()
+            if kind != "none"
         }
         self.attend = {
-            name: AttentionPool(pooling.heads, pooling.hidden)
-            for name, pooling in self.poolings
-            if pooling.pool == "attention"
+            name: AttentionPool(o.pool_heads, o.pool_feed_forward)
+            for name, pool in self.pools.items()
+            if pool == "attention"
         }
         start = nn.initializers.constant(self.loss.log_scale)
         self.log_scale = self.param("log_scale", start, ())
@@ -283,8 +231,10 @@ class ContrastiveHead(nn.Module):
         self, name: str, x: Float[Array, "B N D"], valid: Bool[Array, "B N"]
     ) -> Float[Array, "B Z"]:
         """Pools and projects the tokens of modality `name` to float32 vectors of unit norm."""
-        pool = dict(self.poolings)[name].pool
-        y = self.attend[name](x, valid) if pool == "attention" else pooled(pool, x, valid)
+        if name in self.attend:
+            y = self.attend[name](x, valid)
+        else:
+            y = self.pools[name](x.astype(jnp.float32), valid)
         y = constrain(y, "batch", "activation")
         if name in self.project:
             y = self.project[name](y)
@@ -294,17 +244,11 @@ class ContrastiveHead(nn.Module):
     def scale_and_bias(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """Returns the scale and the bias of the logits; without a bias in the loss it is 0."""
         log_scale = self.log_scale
-        if self.bound_scale:
+        if self.options.bound_scale:
             # At CLIP's bound it stops growing, but its gradient goes on, so it can come back.
             bounded = jnp.minimum(log_scale, MAX_LOG_SCALE)
             log_scale = log_scale + jax.lax.stop_gradient(bounded - log_scale)
         return jnp.exp(log_scale), jnp.zeros(()) if self.loss.bias is None else self.bias
-
-
-@same_rank
-def text_valid(batch: Batch) -> Bool[Array, "B T"]:
-    """Returns which text tokens are valid, in the examples that have text."""
-    return batch["text"]["valid"] & batch["text"]["present"][:, None]
 
 
 @same_rank

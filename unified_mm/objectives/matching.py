@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -39,16 +39,9 @@ class Matching(TextObjective):
     kind: ClassVar[str] = "matching"
     rngs: ClassVar[tuple[str, ...]] = ("mining",)
 
-    mine_from: str
-
-    @classmethod
-    def from_config(cls, name: str, options: Mapping[str, Any]) -> Matching:
-        return cls(
-            name=name,
-            weight=float(options["weight"]),
-            rule=str(options["rule"]),
-            mine_from=str(options["mine_from"]),
-        )
+    weight: float = 0.0
+    rule: str = "prefix"
+    mine_from: str = "contrastive"
 
     def needs(self) -> tuple[str, ...]:
         return (self.mine_from,)

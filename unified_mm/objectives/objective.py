@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from unified_mm.config import read_options
+from unified_mm.config import check_options, read_options
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.nn.attention.rules import NONE, View, share_readings
 from unified_mm.nn.sow import AUXILIARY, auxiliary_by_path
@@ -181,11 +181,14 @@ class TextObjective:
         """Returns the objective of `config.objectives.<name>`: its fields are its options.
 
         Raises:
-          ValueError: an option is none of its fields, or is of another type.
+          ValueError: an option is none of its fields, or its value is not allowed.
         """
         given = {"weight": 1.0, "rule": "separate", **options}
         own = {key: given[key] for key in given if key not in ("type", "weight_schedule")}
-        return cls(name=name, **read_options(cls, own, f"objectives.{name}"))
+        where = f"objectives.{name}"
+        built = cls(name=name, **read_options(cls, own, where))
+        check_options(built, where)
+        return built
 
     @property
     def view(self) -> View:
@@ -229,7 +232,8 @@ def build_objectives(options: Mapping[str, Mapping[str, Any]]) -> tuple[Any, ...
     check_needs(tuple(built.values()), "objectives")
     order = TopologicalSorter({name: each.needs() for name, each in built.items()})
     found = [built[name] for name in order.static_order()]
-    return tuple(sorted(found, key=reads_auxiliary))  # stable: these come last
+    # Stable: those that read auxiliary values come last.
+    return tuple(sorted(found, key=lambda each: getattr(each, "auxiliary", False)))
 
 
 # How a weight changes over a run of so many steps: the factor of a step, in [0, 1].
@@ -265,17 +269,6 @@ def weight_schedules(
         return schedule(jnp.asarray(step, jnp.float32), steps)
 
     return {name: functools.partial(factor, each) for name, each in found.items()}
-
-
-def reads_auxiliary(objective: Any) -> bool:
-    """Returns whether an objective reads the auxiliary values of layers."""
-    return bool(getattr(objective, "auxiliary", False))
-
-
-def rngs_of(objectives: Sequence[Any]) -> tuple[str, ...]:
-    """Returns the names of the random streams that objectives draw from."""
-    names = (name for each in objectives for name in getattr(each, "rngs", ()))
-    return tuple(dict.fromkeys(names))
 
 
 def weighted(
@@ -358,12 +351,17 @@ def compare_embedded(
 
 def as_metrics(outcomes: Mapping[str, ObjectiveOutput]) -> dict[str, Metric]:
     """Returns losses and metrics by name: `contrastive/loss`, `contrastive/accuracy`, ..."""
-    metrics = {}
-    for name, outcome in outcomes.items():
-        metrics[f"{name}/loss"] = outcome.loss
-        for key, metric in outcome.metrics.items():
-            metrics[f"{name}/{key}"] = metric
-    return metrics
+    return {
+        f"{name}/{key}": metric
+        for name, outcome in outcomes.items()
+        for key, metric in {"loss": outcome.loss, **outcome.metrics}.items()
+    }
+
+
+@same_rank
+def text_valid(text: Mapping[str, Array]) -> Bool[Array, "B T"]:
+    """Returns which text tokens are valid, in the examples that have text."""
+    return text["valid"] & text["present"][:, None]
 
 
 def masked_metric(values: Float[Array, "..."], where: Bool[Array, "..."]) -> Metric:

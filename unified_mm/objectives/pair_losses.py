@@ -15,7 +15,6 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from unified_mm.parallel.sharding import constrain
-from unified_mm.registry import resolve
 
 SOFTMAX_START = 2.6593  # ln(1 / 0.07), CLIP
 SIGMOID_START = (2.3026, -10.0)  # ln 10 and the bias, SigLIP
@@ -62,7 +61,7 @@ def compare_all(
     bias: Float[Array, ""],
     paired: Bool[Array, " B"],
     *,
-    loss: str,
+    loss: PairLoss,
     chunk: int = 0,
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     """Compares each row with every column; the column of the row's own number is the right one.
@@ -71,7 +70,7 @@ def compare_all(
       rows, columns: unit vectors, for example of images and of texts.
       scale, bias: of the logits `scale * rows @ columns.T + bias`.
       paired: the numbers whose row and column both count.
-      loss: of `LOSSES`, or `package.module:NAME` of a `PairLoss`.
+      loss: how they are compared.
       chunk: the most columns at a time (lowered to a divisor of B); 0 takes all at once.
 
     Returns:
@@ -82,18 +81,21 @@ def compare_all(
     # Vectors are small: every device has all columns, and its own rows.
     columns = constrain(columns, None, None)
     own = scale * (rows * columns).sum(-1) + bias
-    kind = loss_of(loss)
     start = Rows(
-        loss=jnp.full(count, kind.start, jnp.float32),
+        loss=jnp.full(count, loss.start, jnp.float32),
         best=jnp.full(count, -jnp.inf),
         best_column=jnp.full(count, -1, jnp.int32),
     )
 
     def add(seen: Rows, block: Columns) -> tuple[Rows, Float[Array, " columns"]]:
         logits = scale * jnp.einsum("BZ,CZ->BC", rows, block.vectors) + bias
-        loss, of_columns = kind.part(seen.loss, logits, paired, block)
-        best, best_column = nearer(seen, logits, block)
-        return Rows(loss, best, best_column), of_columns
+        added, of_columns = loss.part(seen.loss, logits, paired, block)
+        # The largest logit and its column so far, the first of equals, without gradient.
+        there = jax.lax.stop_gradient(jnp.where(block.paired[None, :], logits, -jnp.inf))
+        best = there.max(1)
+        better = best > seen.best
+        column = jnp.where(better, block.number[there.argmax(1)], seen.best_column)
+        return Rows(added, jnp.where(better, best, seen.best), column), of_columns
 
     whole = Columns(columns, paired, jnp.arange(count), own)
     if size == count:
@@ -103,7 +105,7 @@ def compare_all(
         seen, of_columns = jax.lax.scan(jax.checkpoint(add), start, blocks)
         of_columns = of_columns.reshape(count)
     right = seen.best_column == jnp.arange(count)
-    return kind.finish(seen.loss, jnp.where(paired, own, NOWHERE), of_columns), right
+    return loss.finish(seen.loss, jnp.where(paired, own, NOWHERE), of_columns), right
 
 
 def softmax_part(
@@ -163,27 +165,6 @@ LOSSES = {
     # Zhai et al. 2023, equation 1, summed over a row.
     "sigmoid": PairLoss(0.0, sigmoid_part, lambda rows, own, columns: rows, *SIGMOID_START),
 }
-
-
-def loss_of(name: str, field: str = "contrastive loss") -> PairLoss:
-    """Returns a loss by its name, or `package.module:NAME` of one from outside.
-
-    Raises:
-      ValueError: there is none of that name; the message names the field.
-    """
-    found: PairLoss = resolve(field, name, LOSSES)
-    return found
-
-
-def nearer(
-    seen: Rows, logits: Float[Array, "B columns"], block: Columns
-) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
-    """Returns the largest logit and its column so far, the first of equals, without gradient."""
-    there = jax.lax.stop_gradient(jnp.where(block.paired[None, :], logits, -jnp.inf))
-    best = there.max(1)
-    better = best > seen.best
-    column = block.number[there.argmax(1)]
-    return jnp.where(better, best, seen.best), jnp.where(better, column, seen.best_column)
 
 
 def largest_divisor(count: int, most: int) -> int:

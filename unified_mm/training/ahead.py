@@ -17,16 +17,11 @@ from unified_mm.costs.hlo import Program
 from unified_mm.costs.traffic import memory_traffic
 from unified_mm.data.records import Manifest, Record, Text
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import param_shardings, rule_items
-from unified_mm.runs.folder import keeps_average
+from unified_mm.parallel.sharding import rule_items
 from unified_mm.task import build_task
-from unified_mm.training.layout import in_training
-from unified_mm.training.phases import Phase, batch_shapes, build_phases
-from unified_mm.training.setup import scale_patience
+from unified_mm.training.phases import Phase, batch_shapes
+from unified_mm.training.setup import plan
 from unified_mm.training.sizes import stand_in_tokenizer
-from unified_mm.training.state import initial_state
-from unified_mm.training.step import make_train_step
-from unified_mm.training.treatment import treatment_of
 
 
 @dataclass(frozen=True)
@@ -71,18 +66,7 @@ def abstract_phases(config: Config, devices: Sequence[Any]) -> tuple[Phase, ...]
     """
     task = build_task(config, stand_in_tokenizer(config.data.vocabulary_size))
     mesh = make_mesh(config.mesh, devices)
-    placement = param_shardings(task.abstract_params(), mesh, config.mesh.zero)
-    treatment = treatment_of(config.train)
-    _, abstract = initial_state(
-        task.init,
-        placement,
-        config.seed,
-        averaged=keeps_average(config.train),
-        treatment=treatment,
-        scale_patience=scale_patience(config),
-    )
-    trained = in_training(config, task, mesh)
-    return build_phases(config, trained, stand_in_data(config), abstract, placement)
+    return plan(config, task, mesh, stand_in_data(config))[1]
 
 
 def stand_in_data(config: Config) -> Manifest:
@@ -97,15 +81,7 @@ def stand_in_data(config: Config) -> Manifest:
 
 def lower_step(phase: Phase, ema_decay: float) -> Any:
     """Lowers the step that training runs."""
-    step: Any = make_train_step(
-        phase.task,
-        phase.optimizer,
-        phase.placement,
-        phase.abstract,
-        micro_batches=phase.micro_batches,
-        treatment=phase.treatment,
-        ema_decay=ema_decay,
-    )
+    step = phase.make_step(ema_decay)
     with jax.set_mesh(phase.placement.mesh), nn.logical_axis_rules(rule_items()):
         return step.lower(phase.abstract, batch_shapes(phase.rows, phase.batch_size))
 

@@ -11,8 +11,9 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from unified_mm.config import Config
+from unified_mm.config import Config, build_options
 from unified_mm.costs.flops import equations
+from unified_mm.default_config import MeshOptions
 from unified_mm.nn.attention.backends import SCOPE
 from unified_mm.nn.attention.rules import View, plan_passes, share_readings
 from unified_mm.nn.pipeline import Pipeline
@@ -29,9 +30,7 @@ def in_training(config: Config, task: Task, mesh: Mesh) -> Task:
       ValueError: `mesh.stage_micro_batches` is negative.
     """
     stages = mesh.shape["stage"]
-    asked = config.mesh.stage_micro_batches
-    if asked < 0:
-        raise ValueError(f"mesh.stage_micro_batches={asked}: must be at least 0")
+    asked = build_options(MeshOptions, config.mesh, "mesh").stage_micro_batches
     if stages == 1:
         return task
     return replace(task, model=task.model.pipelined(Pipeline(stages, asked or 4 * stages)))

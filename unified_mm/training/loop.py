@@ -19,14 +19,12 @@ from unified_mm.inference.predictor import Predictor
 from unified_mm.parallel.processes import first_decides, own_rows
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
-from unified_mm.runs.metrics import MetricsWriter
 from unified_mm.training.output import Output
 from unified_mm.training.phases import Phase
-from unified_mm.training.progress import Progress
 from unified_mm.training.setup import Setup, check_saved
 from unified_mm.training.signals import StopRequest, stop_on_signals, stop_request
 from unified_mm.training.state import LATER_SLOTS, TrainState, evaluation_params
-from unified_mm.training.step import StepMetrics, make_train_step
+from unified_mm.training.step import StepMetrics
 
 
 class Stopped(Exception):
@@ -60,28 +58,30 @@ def train(setup: Setup, output: Output) -> tuple[TrainState, float]:
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(setup.mesh))
         stack.enter_context(nn.logical_axis_rules(rule_items()))
-        asked = stop_request(setup.mesh, options.log_every)
+        asked = stop_request(setup.mesh, options.logging.every)
         stop = stack.enter_context(stop_on_signals(asked))
         checkpoints = stack.enter_context(
             Checkpoints(
-                setup.folder.checkpoints, keep=options.keep, asynchronous=options.asynchronous
+                setup.folder.checkpoints,
+                keep=options.checkpoint.keep,
+                asynchronous=options.checkpoint.asynchronous,
             )
         )
         state, start, earlier = first_state(setup, checkpoints, output.say)
-        metrics = stack.enter_context(output.metrics(options.tensorboard, start or None))
+        metrics = stack.enter_context(output.metrics(options.logging.tensorboard, start or None))
         if setup.source.banner and not start:
             metrics.write_text(0, "data/notice", setup.source.banner)
         predictor = Predictor(setup.task, None, setup.mesh)
         began = time.perf_counter() - earlier
         run = Run(setup, checkpoints, metrics, stop, output.say, predictor, began)
-        with output.progress(start, options.steps) as progress:
+        with output.progress(start, options.train.steps) as progress:
             for phase in setup.phases:
                 if start < phase.stop:
                     begun = state if start > phase.start else phase.enter(state)
                     state = run.steps(phase, begun, max(start, phase.start), progress)
         checkpoints.wait()
         if stop.at_last():  # it came when all steps were done
-            raise Stopped(options.steps, stop.exit_code)
+            raise Stopped(options.train.steps, stop.exit_code)
         return state, run.seconds()
 
 
@@ -96,7 +96,7 @@ def first_state(
         later={slot: partial(first_value, setup, slot) for slot in LATER_SLOTS},
     )
     check_saved(setup, restored.metadata)
-    say(f"resuming at step {restored.step} of {setup.options.steps}")
+    say(f"resuming at step {restored.step} of {setup.options.train.steps}")
     return restored.state, restored.step, restored.metadata.get("seconds", 0.0)
 
 
@@ -111,7 +111,7 @@ class Run:
 
     setup: Setup
     checkpoints: Checkpoints
-    metrics: MetricsWriter
+    metrics: Any  # see `Output.metrics`
     stop: StopRequest
     say: Callable[[str], None]
     predictor: Predictor  # without parameters: what it compiles serves every evaluation
@@ -121,10 +121,10 @@ class Run:
         """Returns the seconds that the run has taken, over all restarts."""
         return time.perf_counter() - self.began
 
-    def steps(self, phase: Phase, state: TrainState, start: int, progress: Progress) -> TrainState:
+    def steps(self, phase: Phase, state: TrainState, start: int, progress: Any) -> TrainState:
         """Trains from step `start` to the phase's last, and returns the state."""
         options = self.setup.options
-        step_function = phase_step(self.setup, phase)
+        step_function = phase.make_step(options.train.ema_decay)
         since: list[StepMetrics] = []
         waiting: tuple[int, list[StepMetrics]] | None = None
         with closing(phase_batches(self.setup, phase, start)) as batches:  # type: ignore[type-var]
@@ -133,15 +133,17 @@ class Run:
                 state, measured = step_function(state, to_global(rows, self.setup.mesh))
                 since.append(measured)
                 last = step == phase.stop
-                if step % options.log_every == 0 or last:
+                if step % options.logging.every == 0 or last:
                     # What was asked for an interval ago is done by now: reading it waits for
                     # nothing that the device still works on.
                     self.record(waiting, phase, progress)
                     waiting, since = (step, since), []
                 stopped = self.stop.after(step)
-                save = last or step % options.save_every == 0 or stopped
-                end = step == options.steps  # of the run: it is scored when all is done
-                score = options.evaluate_every and step % options.evaluate_every == 0 and not end
+                save = last or step % options.checkpoint.every == 0 or stopped
+                end = step == options.train.steps  # of the run: it is scored when all is done
+                score = (
+                    options.evaluation.every and step % options.evaluation.every == 0 and not end
+                )
                 if save or score:
                     self.record(waiting, phase, progress)
                     waiting = None
@@ -166,7 +168,10 @@ class Run:
             raise
 
     def record(
-        self, waiting: tuple[int, list[StepMetrics]] | None, phase: Phase, progress: Progress
+        self,
+        waiting: tuple[int, list[StepMetrics]] | None,
+        phase: Phase,
+        progress: Any,
     ) -> None:
         """Writes the mean metrics of an interval.
 
@@ -226,34 +231,21 @@ class Run:
         """
         setup, options = self.setup, self.setup.options
         predictor = self.predictor.at(evaluation_params(state))
-        split = setup.splits[options.split]
-        scores = evaluate(predictor, split, batch_size=options.evaluate_batch).scores
-        self.metrics.write(step, {f"{options.split}/{name}": v for name, v in scores.items()})
-        if not options.best_by:
+        split = setup.splits[options.evaluation.split]
+        scores = evaluate(predictor, split, batch_size=options.evaluation.batch_size).scores
+        self.metrics.write(
+            step, {f"{options.evaluation.split}/{name}": v for name, v in scores.items()}
+        )
+        if not setup.best_by:
             return
-        value = scores.get(options.best_by)
+        value = scores.get(setup.best_by)
         if value is None:
             raise ValueError(
-                f"evaluation.best_by={options.best_by!r} is no score of this run; there are "
+                f"evaluation.best_by={setup.best_by!r} is no score of this run; there are "
                 f"{', '.join(scores)}"
             )
-        self.say(f"step {step}: {options.split} {options.best_by} {value:.3f}")
+        self.say(f"step {step}: {options.evaluation.split} {setup.best_by} {value:.3f}")
         keep_best(setup, state, step, value, self.metadata(step))
-
-
-def phase_step(
-    setup: Setup, phase: Phase
-) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
-    """Returns the compiled step of a phase."""
-    return make_train_step(
-        phase.task,
-        phase.optimizer,
-        phase.placement,
-        phase.abstract,
-        micro_batches=phase.micro_batches,
-        treatment=phase.treatment,
-        ema_decay=setup.options.ema_decay,
-    )
 
 
 def phase_batches(setup: Setup, phase: Phase, start: int) -> Iterator[Any]:
@@ -265,8 +257,8 @@ def phase_batches(setup: Setup, phase: Phase, start: int) -> Iterator[Any]:
         batch_size=phase.batch_size,
         start_step=start,
         rows=own_rows(setup.mesh, phase.batch_size),
-        threads=setup.options.threads,
-        workers=setup.options.workers,
+        threads=setup.options.data.threads,
+        workers=setup.options.data.workers,
     )
 
 
@@ -274,7 +266,7 @@ def keep_best(
     setup: Setup, state: TrainState, step: int, value: float, metadata: Mapping[str, Any]
 ) -> None:
     """Saves the state in `best/` if no earlier one scored as high."""
-    name = setup.options.best_by
+    name = setup.best_by
     record = {**metadata, "score": name, "value": value}
     with Checkpoints(setup.folder.best, keep=1) as best:
         if first_decides(is_better(best, step, value)):

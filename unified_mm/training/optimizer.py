@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,37 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unified_mm.config import build_options
+from unified_mm.default_config import TrainOptions
 from unified_mm.parallel.sharding import path_of
 from unified_mm.registry import resolve
 from unified_mm.training.muon import scale_by_muon_or
 from unified_mm.training.schedule_free import ScheduleFree
 from unified_mm.training.update import Optimizer, select
-
-MOMENTS = ("float32", "bfloat16")
-# Field of `config.train` -> what it must be, as a test and in words.
-NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "learning_rate": (lambda x: 0 < x < math.inf, "above 0 and finite"),
-    "warmup_steps": (lambda x: x >= 0, "at least 0"),
-    "final_rate": (lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "b1": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "b2": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "epsilon": (lambda x: 0 < x < math.inf, "above 0"),
-    "weight_decay": (lambda x: 0 <= x < math.inf, "at least 0"),
-    "clip_norm": (lambda x: x > 0, "above 0"),
-    "scale_patience": (lambda x: x >= 1, "at least 1"),
-    "ema_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
-}
-
-
-def check_numbers(options: Any) -> None:
-    """Checks the numbers of `config.train`.
-
-    Raises:
-      ValueError: one is out of its range; the message names the field.
-    """
-    for name, (fits, words) in NUMBERS.items():
-        if not fits(options[name]):
-            raise ValueError(f"train.{name}={options[name]}: must be {words}")
 
 
 def _floats_as(tree: Any, dtype: str) -> Any:
@@ -52,13 +27,7 @@ def _floats_as(tree: Any, dtype: str) -> Any:
 
 
 def kept_as(transform: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """Returns the transform with its state stored as `dtype` between steps, used in float32.
-
-    Raises:
-      ValueError: another dtype than float32 or bfloat16.
-    """
-    if dtype not in MOMENTS:
-        raise ValueError(f"train.moments_dtype={dtype!r}: must be one of {', '.join(MOMENTS)}")
+    """Returns the transform with its state stored as `dtype` between steps, used in float32."""
     if dtype == "float32":
         return transform
 
@@ -84,13 +53,14 @@ def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Opt
       start: the step at which it begins.
 
     Raises:
-      ValueError: an unknown optimizer, options that it has not, a rule that covers nothing, a
-        parameter that no rule covers, or nothing to train.
+      ValueError: an option outside its range, an unknown optimizer, options that it has not, a rule
+        that covers nothing, a parameter that no rule covers, or nothing to train.
     """
-    check_numbers(options)
-    rates = match_rules("train.learning_rate_rules", options.learning_rate_rules, params)
-    decays = match_rules("train.weight_decay_rules", options.weight_decay_rules, params)
-    frozen = match_rules("train.freeze_rules", options.freeze_rules, params)
+    build_options(TrainOptions, options, "train")
+    rates, decays, frozen = (
+        match_rules(f"train.{name}", options[name], params)
+        for name in ("learning_rate_rules", "weight_decay_rules", "freeze_rules")
+    )
     trained = jax.tree.map(lambda freeze: not freeze, frozen)
     if not any(jax.tree.leaves(trained)):
         raise ValueError("train.freeze_rules leave nothing to train")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, SupportsFloat
+from dataclasses import dataclass
+from typing import Any
 
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import defaults
@@ -15,17 +16,35 @@ from unified_mm.runs.metrics import MetricsWriter
 from unified_mm.training.progress import Progress
 
 
+class Silent:
+    """The metrics and the progress of a process that is not the first: nothing comes of them."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def note(self, *given: Any) -> dict[str, float]:
+        """Takes anything, and returns that nothing was measured."""
+        return {}
+
+    write = write_new = write_text = update = pause = note
+
+
+@dataclass(frozen=True)
 class Output:
-    """The output of a run's only process, or of its first.
+    """The output of one of a run's processes.
 
     Attributes:
       folder: the run's folder.
       say: prints a line for the person at the terminal.
+      writes: whether it is the first process, which alone prints and writes.
     """
 
-    def __init__(self, folder: RunFolder, say: Callable[[str], None]) -> None:
-        self.folder = folder
-        self.say = say
+    folder: RunFolder
+    say: Callable[[str], None]
+    writes: bool = True
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -37,7 +56,8 @@ class Output:
         with ExitStack() as stack:
             failed: RunFolderError | None = None
             try:
-                self._take(stack)
+                if self.writes:
+                    stack.enter_context(self.folder.lock())
             except RunFolderError as error:
                 failed = error
             if not first_decides(failed is None):
@@ -53,7 +73,11 @@ class Output:
           ConfigDifference: as `RunFolder.create_or_check` does.
           RunFolderError: likewise, or the processes do not share the folder.
         """
-        self._begin(config, tokenizer)
+        if self.writes:
+            self.folder.create_or_check(config, defaults())
+            self.folder.set_result_aside()
+            if not self.folder.tokenizer.is_file():
+                tokenizer.save(self.folder.tokenizer)
         wait_for_all("run folder")
         if not self.folder.exists:
             raise RunFolderError(
@@ -61,85 +85,26 @@ class Output:
                 "on a disk that all processes share"
             )
 
-    def metrics(self, tensorboard: bool, resume_step: int | None) -> MetricsWriter:
+    def metrics(self, tensorboard: bool, resume_step: int | None) -> Any:
         """Returns the writer of metrics; see `MetricsWriter`."""
+        if not self.writes:
+            return Silent()
         folder = self.folder.tensorboard if tensorboard else None
         return MetricsWriter(self.folder.metrics, folder, resume_step=resume_step)
 
-    def progress(self, start: int, steps: int) -> Progress:
+    def progress(self, start: int, steps: int) -> Any:
         """Returns the display of how far training is."""
-        return Progress(start, steps)
+        return Progress(start, steps) if self.writes else Silent()
 
     def write(self, work: Callable[[], None]) -> None:
-        """Calls `work`, which writes into the folder."""
-        work()
-
-    def _take(self, stack: ExitStack) -> None:
-        stack.enter_context(self.folder.lock())
-
-    def _begin(self, config: Mapping[str, Any], tokenizer: TextTokenizer) -> None:
-        self.folder.create_or_check(config, defaults())
-        self.folder.set_result_aside()
-        if not self.folder.tokenizer.is_file():
-            tokenizer.save(self.folder.tokenizer)
-
-
-class NoOutput(Output):
-    """The output of the other processes: nothing is printed and nothing written."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        super().__init__(folder, lambda text: None)
-
-    def metrics(self, tensorboard: bool, resume_step: int | None) -> MetricsWriter:
-        return _NoMetrics()
-
-    def progress(self, start: int, steps: int) -> Progress:
-        return _NoProgress(start, steps)
-
-    def write(self, work: Callable[[], None]) -> None:
-        pass
-
-    def _take(self, stack: ExitStack) -> None:
-        pass
-
-    def _begin(self, config: Mapping[str, Any], tokenizer: TextTokenizer) -> None:
-        pass
+        """Calls `work`, which writes into the folder, if this process writes."""
+        if self.writes:
+            work()
 
 
 def output_of(folder: RunFolder, say: Callable[[str], None]) -> Output:
     """Returns this process's output: that of the first one, or none."""
-    return Output(folder, say) if is_first() else NoOutput(folder)
-
-
-class _NoMetrics(MetricsWriter):
-    def __init__(self) -> None:
-        pass
-
-    def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        pass
-
-    def write_new(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        pass
-
-    def write_text(self, step: int, name: str, text: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class _NoProgress(Progress):
-    def __init__(self, start: int, steps: int) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def pause(self) -> None:
-        pass
-
-    def update(self, step: int, metrics: Mapping[str, float], batch_size: int) -> dict[str, float]:
-        return {}
+    return Output(folder, say) if is_first() else Output(folder, lambda text: None, writes=False)
 
 
 def framed(text: str, width: int = 78) -> str:

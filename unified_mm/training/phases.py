@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from unified_mm.config import Config
+from unified_mm.config import Config, build_options
 from unified_mm.data.documents import read_documents
 from unified_mm.data.interleave import FewShotRows, Layout, packed_rows
 from unified_mm.data.records import Manifest
+from unified_mm.default_config import PhaseOptions, TrainOptions, phase
 from unified_mm.modalities.interleaved import interleaved_preparers
 from unified_mm.objectives.objective import weighted
 from unified_mm.parallel.sharding import ParamShardings
@@ -26,6 +27,7 @@ from unified_mm.runs.folder import keeps_average
 from unified_mm.task import Task
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import TrainState, state_of_phase
+from unified_mm.training.step import make_train_step
 from unified_mm.training.treatment import Treatment, treatment_of
 from unified_mm.training.update import Optimizer
 
@@ -75,23 +77,30 @@ class Phase:
     treatment: Treatment | None
     enter: Callable[[TrainState], TrainState]
 
+    def make_step(self, ema_decay: float) -> Any:
+        """Returns the compiled step of the phase; see `make_train_step`."""
+        return make_train_step(
+            self.task,
+            self.optimizer,
+            self.placement,
+            self.abstract,
+            micro_batches=self.micro_batches,
+            treatment=self.treatment,
+            ema_decay=ema_decay,
+        )
 
-def phase_options(config: Config) -> dict[str, Any]:
-    """Returns the phases of a config by name, each with `steps`, `data`, `objectives`, `train`.
 
-    Phases of 0 steps are left out.
+def phase_options(config: Config) -> dict[str, PhaseOptions]:
+    """Returns the phases of a config by name; those of 0 steps are left out.
 
     Raises:
-      ValueError: steps that do not add up, or are negative.
+      ValueError: an option that is not allowed, or steps that do not add up.
     """
-    phases = config.train.phases
-    if not phases:
-        plain = {"steps": config.train.steps, "data": "pairs", "objectives": {}, "train": {}}
-        return {"all": Config(plain)}
-    found = {name: phases[name] for name in sorted(phases)}
-    for name, options in found.items():
-        if options.steps < 0:
-            raise ValueError(f"train.phases.{name}.steps={options.steps}: must be at least 0")
+    phases = config.train.phases or {"all": phase(config.train.steps)}
+    found = {
+        name: build_options(PhaseOptions, phases[name], f"train.phases.{name}")
+        for name in sorted(phases)
+    }
     total = sum(options.steps for options in found.values())
     if config.train.steps != total:
         raise ValueError(
@@ -121,7 +130,7 @@ def build_phases(
     treatment = treatment_of(config.train)
     for name, options in phase_options(config).items():
         train_options = config.train.changed(options.train)
-        check_batch(train_options, placement.mesh)
+        check_batch(build_options(TrainOptions, train_options, "train"), placement.mesh)
         check_average(name, train_options, config.train)
         optimizer = make_optimizer(train_options, options.steps, abstract.params, start)
         state, enter = state_of_phase(abstract, optimizer, placement)
@@ -134,7 +143,7 @@ def build_phases(
                 batch_size=train_options.batch_size,
                 micro_batches=train_options.micro_batches,
                 task=replace(task, objectives=objectives),
-                rows=phase_rows(config, task, train, options.data, name),
+                rows=phase_rows(config, task, train, options.data),
                 optimizer=optimizer,
                 placement=placement,
                 abstract=state,
@@ -160,16 +169,13 @@ def check_average(name: str, options: Config, whole: Config) -> None:
         )
 
 
-def check_batch(options: Config, mesh: Mesh) -> None:
+def check_batch(options: TrainOptions, mesh: Mesh) -> None:
     """Checks that batches spread evenly over devices and micro-batches.
 
     Raises:
       ValueError: they do not; the message has the numbers.
     """
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    for name in ("batch_size", "micro_batches"):
-        if options[name] < 1:
-            raise ValueError(f"train.{name}={options[name]}: must be at least 1")
     if options.batch_size % (rows * options.micro_batches):
         raise ValueError(
             f"train.batch_size={options.batch_size} is not divided by mesh.data x mesh.fsdp "
@@ -177,21 +183,17 @@ def check_batch(options: Config, mesh: Mesh) -> None:
         )
 
 
-def phase_rows(config: Config, task: Task, train: Manifest, kind: str, name: str) -> Rows:
+def phase_rows(config: Config, task: Task, train: Manifest, kind: str) -> Rows:
     """Returns the rows of a phase.
 
     Raises:
-      ValueError: an unknown kind of data, or documents that do not fit the model or their row.
+      ValueError: documents that do not fit the model or their row.
     """
     if kind == "pairs":
         return Rows(train.records, task.modalities, train.fingerprint)
     if kind == "text":
         blind = tuple(replace(record, parts={}) for record in train.records if record.texts)
         return Rows(blind, task.modalities, train.fingerprint)
-    if kind != "documents":
-        raise ValueError(
-            f"train.phases.{name}.data={kind!r}: must be 'pairs', 'text' or 'documents'"
-        )
     options = config.data.documents
     preparers = interleaved_preparers(task.modalities, options.images, options.length)
     check_places(task, options.length)

@@ -34,27 +34,23 @@ def score_splits(setup: Setup, state: TrainState, output: Output) -> dict[str, S
     options = setup.options
     predictor = Predictor(setup.task, evaluation_params(state), setup.mesh)
     found = {}
-    step = options.steps
-    with output.metrics(options.tensorboard, resume_step=step) as metrics:
+    step = options.train.steps
+    with output.metrics(options.logging.tensorboard, resume_step=step) as metrics:
         for name, split in setup.splits.items():
             output.say(f"scoring {name}: {len(split.manifest.records)} images")
-            found[name] = evaluate(predictor, split, batch_size=options.evaluate_batch)
+            found[name] = evaluate(predictor, split, batch_size=options.evaluation.batch_size)
             # A run that was killed while it scored comes here again.
             metrics.write_new(step, {f"{name}/{k}": v for k, v in found[name].scores.items()})
-    value = found[options.split].scores.get(options.best_by)
-    if value is not None and options.evaluate_every:
+    value = found[options.evaluation.split].scores.get(setup.best_by)
+    if value is not None and options.evaluation.every:
         keep_best(setup, state, step, value, {"step": step, "data_source": setup.source.name})
     return found
 
 
 def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict[str, Any]:
     """Returns the contents of `result.json`."""
-    main = found[setup.options.split]
-    others = {name: each for name, each in found.items() if name != setup.options.split}
     return {
-        "scores": main.scores | prefixed(others, "scores"),
-        "chance": main.chance | prefixed(others, "chance"),
-        "ceiling": main.ceiling | prefixed(others, "ceiling"),
+        **{kind: joined(found, kind, setup) for kind in ("scores", "chance", "ceiling")},
         "data": {
             "source": setup.source.name,
             "folder": setup.source.folder,
@@ -69,17 +65,18 @@ def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict
         "versions": versions(),
         "revision": revision(),
         "seed": setup.options.seed,
-        "steps": setup.options.steps,
+        "steps": setup.options.train.steps,
         "seconds": round(seconds, 1),
         "parameters": sum(parameter_counts(setup.phases[-1].abstract.params).values()),
         "flops": sum((phase.stop - phase.start) * training_flops(phase) for phase in setup.phases),
     }
 
 
-def prefixed(found: Mapping[str, Scores], kind: str) -> dict[str, float]:
-    """Returns the scores of further splits, as `split/name`."""
+def joined(found: Mapping[str, Scores], kind: str, setup: Setup) -> dict[str, float]:
+    """Returns the scores of all splits, but of `evaluation.split` as `split/name`."""
+    main = setup.options.evaluation.split
     return {
-        f"{split}/{name}": value
+        name if split == main else f"{split}/{name}": value
         for split, scores in found.items()
         for name, value in getattr(scores, kind).items()
     }

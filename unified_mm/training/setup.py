@@ -10,11 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from unified_mm.config import Config
+from unified_mm.config import Config, build_options, option
 from unified_mm.data.manifest import summary
 from unified_mm.data.records import Manifest
 from unified_mm.data.sources import Source, open_source
 from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.default_config import (
+    CheckpointOptions,
+    LoggingOptions,
+    ReadingOptions,
+    ScoringOptions,
+    TrainOptions,
+)
 from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.splits import evaluated_splits, open_split, read_manifest
 from unified_mm.files import user_path
@@ -35,70 +42,36 @@ from unified_mm.training.treatment import treatment_of
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """The options of the training loop, read from the config before the first step."""
+    """The options of the training loop, in the config's groups, read before the first step."""
 
-    steps: int
-    ema_decay: float
-    scale_patience: int
-    log_every: int
-    tensorboard: bool
-    save_every: int
-    keep: int
-    asynchronous: bool
-    evaluate_every: int
-    evaluate_batch: int
-    split: str
-    best_by: str
-    threads: int
-    workers: int
-    seed: int
-
-    @classmethod
-    def from_config(cls, config: Config) -> LoopOptions:
-        """Reads the options of a config.
-
-        Raises:
-          ValueError: a number is out of its range.
-        """
-        options = cls(
-            steps=config.train.steps,
-            ema_decay=config.train.ema_decay,
-            scale_patience=scale_patience(config),
-            log_every=config.logging.every,
-            tensorboard=config.logging.tensorboard,
-            save_every=config.checkpoint.every,
-            keep=config.checkpoint.keep,
-            asynchronous=config.checkpoint.asynchronous,
-            evaluate_every=config.evaluation.every,
-            evaluate_batch=config.evaluation.batch_size,
-            split=config.evaluation.split,
-            best_by=config.evaluation.best_by or usual_best(config),
-            threads=config.data.threads,
-            workers=config.data.workers,
-            seed=config.seed,
-        )
-        for field, value, least in (
-            ("seed", options.seed, 0),
-            ("train.steps", options.steps, 1),
-            ("logging.every", options.log_every, 1),
-            ("checkpoint.every", options.save_every, 1),
-            ("checkpoint.keep", options.keep, 1),
-            ("evaluation.batch_size", options.evaluate_batch, 1),
-            ("evaluation.every", options.evaluate_every, 0),
-            ("evaluation.max_images", config.evaluation.max_images, 2),
-            ("data.threads", options.threads, 1),
-            ("data.workers", options.workers, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{field}={value}: must be at least {least}")
-        if options.seed >= 2**32:
-            raise ValueError(f"seed={options.seed}: must be below 2^32")
-        return options
+    train: TrainOptions
+    logging: LoggingOptions
+    checkpoint: CheckpointOptions
+    evaluation: ScoringOptions
+    data: ReadingOptions
+    seed: int = option(least=0, below=2**32)
 
 
-def scale_patience(config: Config) -> int:
-    """Returns `train.scale_patience` for float16, which alone needs its loss scaled, else 0."""
-    return int(config.train.scale_patience) if config.model.dtype == "float16" else 0
+def plan(
+    config: Config, task: Task, mesh: Mesh, train: Manifest
+) -> tuple[Callable[[], TrainState], tuple[Phase, ...]]:
+    """Returns a function that makes a run's first state on a mesh, and the run's phases.
+
+    Raises:
+      ValueError: a config that cannot be trained, or a mesh that does not divide it.
+    """
+    placement = param_shardings(task.abstract_params(), mesh, config.mesh.zero)
+    make_state, abstract = initial_state(
+        task.init,
+        placement,
+        config.seed,
+        averaged=keeps_average(config.train),
+        treatment=treatment_of(config.train),
+        # Half precision alone needs its loss scaled.
+        scale_patience=config.train.scale_patience if config.model.dtype == "float16" else 0,
+    )
+    trained = in_training(config, task, mesh)
+    return make_state, build_phases(config, trained, train, abstract, placement)
 
 
 def usual_best(config: Config) -> str:
@@ -123,6 +96,7 @@ class Setup:
 
     config: Config
     options: LoopOptions
+    best_by: str
     folder: RunFolder
     source: Source
     train: Manifest
@@ -148,7 +122,7 @@ class Setup:
                 return phase
         raise ValueError(
             f"the run in {self.folder.path} is at step {step}, beyond train.steps="
-            f"{self.options.steps}: ask for at least as many steps"
+            f"{self.options.train.steps}: ask for at least as many steps"
         )
 
 
@@ -159,7 +133,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
       FileNotFoundError: data or a tokenizer that is not there.
       ValueError: data or a config that cannot be trained on.
     """
-    options = LoopOptions.from_config(config)
+    options: LoopOptions = build_options(LoopOptions, config, "")
     with first_before_others("data"):  # the others find its caches
         source = open_source(config.data)
         if source.banner:
@@ -178,17 +152,8 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     check_prompts(task, [*prompts, *asked])
     mesh = make_mesh(config.mesh)
     connect(mesh)
-    check_evaluation_batch(options, mesh)
-    placement = param_shardings(task.abstract_params(), mesh, config.mesh.zero)
-    treatment = treatment_of(config.train)
-    make_state, abstract = initial_state(
-        task.init,
-        placement,
-        options.seed,
-        averaged=keeps_average(config.train),
-        treatment=treatment,
-        scale_patience=options.scale_patience,
-    )
+    check_evaluation_batch(options.evaluation.batch_size, mesh)
+    make_state, phases = plan(config, task, mesh, train)
     brought = weights_to_start_from(config)
 
     def first_state() -> TrainState:
@@ -201,14 +166,16 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
                 lambda new, old: jax.device_put(jnp.copy(new), old.sharding), params, average
             )
         kept = state.treatment
-        if treatment is not None:
+        if (treatment := phases[0].treatment) is not None:
             where = jax.tree.map(lambda leaf: leaf.sharding, kept)
             kept = jax.jit(treatment.init, out_shardings=where)(params)
         return state.replace(params=params, average=average, treatment=kept)  # type: ignore[attr-defined]
 
-    phases = build_phases(config, in_training(config, task, mesh), train, abstract, placement)
     say(run_summary(mesh, phases))
-    setup = Setup(config, options, folder, source, train, splits, task, mesh, first_state, phases)
+    best_by = options.evaluation.best_by or usual_best(config)
+    setup = Setup(
+        config, options, best_by, folder, source, train, splits, task, mesh, first_state, phases
+    )
     scored = [split.manifest.fingerprint for split in splits.values()]
     refuse_unequal("the data", " ".join([setup.fingerprint, *scored]))
     refuse_unequal("the tokenizer", task.tokenizer.as_json())
@@ -266,19 +233,18 @@ def check_prompts(task: Task, prompts: Sequence[str]) -> None:
         )
 
 
-def check_evaluation_batch(options: LoopOptions, mesh: Mesh) -> None:
+def check_evaluation_batch(size: int, mesh: Mesh) -> None:
     """Checks that evaluation batches spread evenly over devices, and over processes.
 
     Raises:
       ValueError: they do not; the message has the numbers. Or as `own_rows` does.
     """
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if options.evaluate_batch % rows:
+    if size % rows:
         raise ValueError(
-            f"evaluation.batch_size={options.evaluate_batch} is not divided by mesh.data x "
-            f"mesh.fsdp ({rows})"
+            f"evaluation.batch_size={size} is not divided by mesh.data x mesh.fsdp ({rows})"
         )
-    own_rows(mesh, options.evaluate_batch)
+    own_rows(mesh, size)
 
 
 def check_goes_on(setup: Setup) -> None:

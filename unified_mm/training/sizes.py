@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -137,7 +137,22 @@ def fit_to_budget(config: ConfigDict) -> ConfigDict:
     by = config.model.budget_by
     if by not in BY:
         raise ValueError(f"model.budget_by={by!r}: must be one of {', '.join(BY)}")
-    resized = _by_width(config) if by == "width" else _by_layers(config)
+    model = config.model
+    if by == "width":
+        step = math.lcm(4, 2 * model.heads)  # whole, even heads; sines of two coordinates in fours
+    else:
+        step = model.cross.every if model.fusion == "gated_cross_attention" else 1
+
+    def resized(count: int) -> ConfigDict:
+        other = ConfigDict(config.to_dict())
+        if by == "width":
+            other.model.width = step * count
+            ratio = model.feed_forward / model.width
+            other.model.feed_forward = max(1, round(ratio * step * count))
+        else:
+            other.model.layers = step * count
+            other.model.unroll = 1
+        return other
 
     @cache
     def cost(count: int) -> int:
@@ -160,30 +175,3 @@ def fit_to_budget(config: ConfigDict) -> ConfigDict:
             count += 1
         else:
             return resized(count)
-
-
-def _by_width(config: ConfigDict) -> Callable[[int], ConfigDict]:
-    model = config.model
-    step = math.lcm(4, 2 * model.heads)  # whole, even heads; sines of two coordinates in fours
-    ratio = model.feed_forward / model.width
-
-    def resized(count: int) -> ConfigDict:
-        other = ConfigDict(config.to_dict())
-        other.model.width = step * count
-        other.model.feed_forward = max(1, round(ratio * step * count))
-        return other
-
-    return resized
-
-
-def _by_layers(config: ConfigDict) -> Callable[[int], ConfigDict]:
-    model = config.model
-    step = model.cross.every if model.fusion == "gated_cross_attention" else 1
-
-    def resized(count: int) -> ConfigDict:
-        other = ConfigDict(config.to_dict())
-        other.model.layers = step * count
-        other.model.unroll = 1
-        return other
-
-    return resized

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from unified_mm.config import Config, get_field, set_field
 from unified_mm.data.text_tokenizer import TextTokenizer
-from unified_mm.default_config import defaults
+from unified_mm.default_config import MAIN_ALONE, STACK_FIELDS, defaults
 from unified_mm.inference.quantized_params import dequantized, saved_shapes
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.parallel.sharding import path_of, without_names
@@ -24,16 +24,7 @@ from unified_mm.runs.folder import RunFolder, keeps_average
 from unified_mm.task import build_task
 
 # How a stack is computed and regularised is the new run's own affair.
-OWN = (
-    "dropout",
-    "separate_attention",
-    "separate_feed_forward",
-    "remat",
-    "attention",
-    "unroll",
-    "dtype",
-)
-STACK = tuple(name for name in TransformerOptions.config_fields() if name not in OWN)
+STACK = tuple(name for name in STACK_FIELDS if name not in (*MAIN_ALONE, "attention"))
 BLOCK = re.compile(r"(.*/layers)/block_(\d+)/(.*)")
 
 

@@ -128,30 +128,15 @@ def initial_state(
             treatment=treatment.init(params) if treatment else None,
         )
 
+    shapes = jax.eval_shape(make)
     replicated = NamedSharding(placement.mesh, P())
-    scale = LossScale(replicated, replicated, scale_patience) if scale_patience else None
-    shardings = TrainState(
-        step=replicated,
+    shardings = jax.tree.map(lambda leaf: replicated, shapes).replace(
         params=placement.params,
-        optimizer=None,
         average=placement.moments if averaged else None,
-        key=replicated,
-        bad_step=replicated,
-        loss_scale=scale,
-        treatment=treatment_shardings(treatment, init_params, placement),
+        # As the parameters that it copies.
+        treatment=shardings_like(shapes.params, placement.moments, shapes.treatment, replicated),
     )
-    return jax.jit(make, out_shardings=shardings), _abstract(jax.eval_shape(make), shardings)
-
-
-def treatment_shardings(
-    treatment: Treatment | None, init_params: Callable[[jax.Array], Any], placement: ParamShardings
-) -> Any:
-    """Returns shardings of a treatment's state: as the parameters it copies, else replicated."""
-    if treatment is None:
-        return None
-    params = without_names(jax.eval_shape(init_params, jax.random.key(0)))
-    kept = jax.eval_shape(treatment.init, params)
-    return shardings_like(params, placement.moments, kept, NamedSharding(placement.mesh, P()))
+    return jax.jit(make, out_shardings=shardings), _abstract(shapes, shardings)
 
 
 def state_of_phase(

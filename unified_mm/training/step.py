@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -110,6 +111,7 @@ def gradients(
     return total, jax.tree.map(lambda g: g / scale, gradient), metrics
 
 
+@dataclass
 class Accumulation:
     """Gradient accumulation that is exact, also for objectives that compare examples.
 
@@ -122,24 +124,18 @@ class Accumulation:
     limited setup", section 3.2). Negatives that matching mines come from the same micro-batch.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        optimizer: Optimizer,
-        params: Any,
-        scale: Any,
-        laid_out: Any,
-        step: Any = 0,
-    ) -> None:
-        self.task = task
-        self.step = step
-        self.factors = task.weight_factors(step)
-        self.optimizer = optimizer
-        self.params = params
-        self.scale = scale
-        self.laid_out = laid_out
-        self.comparing: list[Any] = [x for x in task.objectives if isinstance(x, CrossExampleLoss)]
-        self.own: list[Any] = [x for x in task.objectives if x not in self.comparing]
+    task: Task
+    optimizer: Optimizer
+    params: Any
+    scale: Any
+    laid_out: Callable[[Any], Any]
+    step: Any
+
+    def __post_init__(self) -> None:
+        self.factors = self.task.weight_factors(self.step)
+        every = self.task.objectives
+        self.comparing: list[Any] = [x for x in every if isinstance(x, CrossExampleLoss)]
+        self.own: list[Any] = [x for x in every if x not in self.comparing]
 
     def run(self, batch: Any, key: jax.Array, micro_batches: int) -> tuple[Any, Any, Metrics]:
         """Returns the total loss, the gradient of `scale` times it, and metrics."""
