@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from unified_mm.data.layouts import LAYOUTS
+from unified_mm.data.sources import BUILT_IN
 
 from experiments import draw_fusions
 from unified_mm.default_config import default_config
@@ -74,10 +74,19 @@ def test_commands_have_the_flags_that_are_given(page, capsys):
         assert not wrong, f"{module}: {wrong}"
 
 
-def test_the_readme_lists_the_layouts_that_are_read():
+def test_fields_of_the_config_exist(page):
+    for name in re.findall(r"`((?:data|model|train|objectives|mesh)\.[a-z_.]+)`", page.read_text()):
+        value = default_config()
+        for part in name.split("."):
+            value = value[part]
+
+
+def test_the_readme_lists_the_sources_that_are_read():
     text = (ROOT / "README.md").read_text()
     listed = text[text.index("| `data.source` |") :].partition("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)`", listed, re.M) == [*LAYOUTS, "tfds"]
+    assert re.findall(r"^\| `(\w+)`", listed, re.M) == [
+        name for name in BUILT_IN if name not in ("auto", "world")
+    ]
 
 
 def test_python_in_the_readme_is_python():
