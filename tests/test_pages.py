@@ -7,9 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from unified_mm.data.sources import BUILT_IN
 
 from experiments import draw_fusions
+from unified_mm.data.sources import BUILT_IN
 from unified_mm.default_config import default_config
 
 ROOT = Path(__file__).parents[1]
