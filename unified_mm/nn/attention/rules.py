@@ -20,7 +20,9 @@ context, each under a rule of its own; these texts never see one another.
 
 Tokens lie by group, [context | text | text ...], so a rule runs as a few attention calls on static
 slices; and the context is encoded once for all objectives whose rules keep it blind to the text. A
-text that several objectives read alike is read once; the first lines of a run print the passes.
+text that several objectives read alike is read once; matching reads its mined negatives against the
+keys and values saved from that pass, and generation uses the same cache. The first lines of a run
+print the passes.
 """
 
 from __future__ import annotations
