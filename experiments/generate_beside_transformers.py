@@ -17,6 +17,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -33,9 +34,8 @@ from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.files import write_json
 from unified_mm.import_weights import import_directory, write_run
 from unified_mm.inference.decoding import GREEDY
-from unified_mm.inference.generate import generate, start
 from unified_mm.inference.loaded import LoadedModel
-from unified_mm.inference.sampling import make_sampling, sampling_arrays
+from unified_mm.inference.sampling import sampling_arrays
 
 SHAPE: dict[str, Any] = {
     "n_embd": 512,
@@ -127,16 +127,10 @@ def compare(ours: LoadedModel, theirs: Any, batch: int, turns: int) -> dict[str,
 def our_generate(model: LoadedModel) -> Generate:
     """Returns a compiled function from prompts [B, T] to the generated tokens [B, S]."""
     predictor = model.predictor
-    stream = predictor.writing_view
+    writer = replace(predictor.writer(NEW), padding=0)
 
     def run(params: Any, inputs: Any) -> Any:
-        sampling = make_sampling(**inputs["sampling"])
-        state = start(
-            predictor.task.model, params, {"text": inputs["text"]}, stream,
-            max_tokens=inputs["max_tokens"], stop=inputs["stop"], sampling=sampling,
-            cache_room=NEW, padding=0,
-        )  # fmt: skip
-        return generate(predictor.task.model, params, state, stream, 0).written
+        return writer.generate(params, writer.begin(params, inputs)).written
 
     def write(prompts: np.ndarray) -> np.ndarray:
         rows = len(prompts)
@@ -146,7 +140,7 @@ def our_generate(model: LoadedModel) -> Generate:
             "present": np.ones(rows, bool),
         }
         inputs = {
-            "text": text,
+            "batch": {"text": text},
             "sampling": sampling_arrays(GREEDY, rows, 0),
             "max_tokens": np.full(rows, NEW, np.int32),
             "stop": np.full((rows, 1), -1, np.int32),  # nothing ends a text

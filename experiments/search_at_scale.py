@@ -31,8 +31,8 @@ from unified_mm.files import write_json
 from unified_mm.inference.loaded import LoadedModel, load
 from unified_mm.search.evaluation import recall_of_exact
 from unified_mm.search.index_writer import write_index
+from unified_mm.search.items import read_items
 from unified_mm.search.nearest import write_vectors
-from unified_mm.search.pictures import read_picture_set
 from unified_mm.search.search_index import Rows, SearchIndex, model_identity, write_metadata
 
 SEED, TOP, WARM_UP = 0, 10, 20
@@ -63,11 +63,11 @@ def measure(options: argparse.Namespace) -> int:
     """Builds the index, measures it, writes and prints the result, and returns the exit code."""
     output = new_file(options.output)
     model = load(options.run)
-    asking = read_picture_set(options.images, [options.queries])
+    asking = read_items(options.images, [options.queries])
     texts = [captions[0] for captions in asking.captions if captions][: options.asked]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        write_index(model, read_picture_set(options.images, [options.split]), folder / "real", say)
+        write_index(model, read_items(options.images, [options.split]), folder / "real", say)
         real = SearchIndex.open(folder / "real").nearest
         base = np.concatenate([real[kind].vectors for kind in real])
         (built,) = times_of(lambda: build(model, base, folder / "large", options), 1)

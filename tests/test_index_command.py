@@ -17,7 +17,7 @@ from PIL import Image
 
 from unified_mm import index as command
 from unified_mm.inference import loaded
-from unified_mm.search import index_shards
+from unified_mm.search import index_writer
 from unified_mm.search.search_index import SearchIndex
 
 
@@ -116,7 +116,10 @@ def test_it_is_scored(trained, coco, tmp_path, capsys, exact_up_to):
         ((), "nothing to do: give --images or --query"),
         (("--query= ",), "--query is empty"),
         (("--query=x", "--top=0"), "--top: 0 must be at least 1"),
-        (("--evaluate", "--top=3"), "--top is read beside --query or --query_image alone"),
+        (
+            ("--evaluate", "--top=3"),
+            "--top is read beside --query or --query_image or --query_item alone",
+        ),
         (("--query=x", "--shard=3"), "--shard is read beside --images alone"),
         (("--query=x", "--image_weight=0.3"), "--query and --query_image are both"),
         (
@@ -163,7 +166,7 @@ def test_a_disk_that_fills_up_is_told(trained, coco, tmp_path, monkeypatch, caps
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         path.write_bytes(content)
 
-    monkeypatch.setattr(index_shards, "write_atomically", write)
+    monkeypatch.setattr(index_writer, "write_atomically", write)
     out = tmp_path / "index"
     assert run(f"--run={trained}", f"--images={coco}", f"--out={out}", "--shard=4") == 1
     error = capsys.readouterr().err

@@ -183,6 +183,9 @@ def data_fields() -> dict:
         # What the features of a TFDS dataset are called; '' takes the usual names, which
         # `data.tfds_features` lists. `captions` may name a text in a group, as captions.text.
         "tfds": {"image": "", "captions": "", "id": "", "name": "", "mirrorable": ""},
+        # What lists, tables and parquet files call images and captions; '' takes the usual names.
+        "fields": {"image": "", "caption": ""},
+        "val_share": 0.1,  # of a folder without a split to score on, by the examples' names
         "cache_dir": "",  # where the world and checked manifests are kept; '' is the user's cache
         "train_split": "train",
         "image_size": 64,
@@ -192,6 +195,9 @@ def data_fields() -> dict:
         "decoder": "pillow",  # or 'opencv'
         "resampling": "bicubic",  # or 'bilinear'
         "fit": "crop",  # the central square; or 'crop_resized', 'squash': see `data.images`
+        # Training images that are decoded before the first step, always the same; 0: all. A bad one
+        # of the others counts as absent when it is met, is named, and falls under max_bad_share.
+        "check_at_most": 0,
         "max_bad_share": 0.05,  # of images that cannot be read, before the run is refused
         "question_share": 0.0,  # how often a question with its answer is drawn, not a caption
         "tokenizer": "",  # a tokenizer.json; '' trains one on the training captions

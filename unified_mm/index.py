@@ -1,9 +1,11 @@
-"""Builds a search index of a folder of images or a COCO set, and searches it.
+"""Builds a search index of a folder of images, or other items, or a COCO set, and searches it.
 
     python -m unified_mm.index --run=RUN --images=DIR --out=INDEX
     python -m unified_mm.index --run=RUN --index=INDEX --query="a red cube" --top=10
     python -m unified_mm.index --run=RUN --index=INDEX --query_image=photo.jpg
     python -m unified_mm.index --run=RUN --index=INDEX --evaluate
+    python -m unified_mm.index --run=RUN --images=DIR --out=INDEX --of=tone
+    python -m unified_mm.index --run=RUN --index=INDEX --query_item=tone:a.wav
 
 --out and --index are two names of one option. Images are taken from DIR and all folders below it;
 if DIR holds annotations/captions_*.json, images and captions of its splits are taken. A command
@@ -21,26 +23,30 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from unified_mm.cli.command import command
-from unified_mm.cli.flags import refuse_unread
+from unified_mm.cli.flags import ANY_MODALITY, refuse_unread
 from unified_mm.cli.messages import disk_is_full, new_file, say, score_table
 from unified_mm.files import naming, user_path, write_json
 
 if TYPE_CHECKING:
     from unified_mm.inference.loaded import LoadedModel
+    from unified_mm.search.items import ItemSet
     from unified_mm.search.search_index import SearchIndex
 
+QUERIES = ("query", "query_image", "query_item")
 # What each option is read beside, one at least.
 READ_WITH = {
     "split": ("images",),
+    "of": ("images",),
+    "objective": ("images",),
     "shard": ("images",),
     "exact_up_to": ("images",),
-    "kind": ("query", "query_image"),
-    "top": ("query", "query_image"),
+    "kind": QUERIES,
+    "top": QUERIES,
     "output": ("evaluate",),
 }
 
@@ -54,10 +60,13 @@ READ_WITH = {
         "index",
         "images",
         "split",
+        "of",
+        "objective",
         "shard",
         "exact_up_to",
         "query",
         "query_image",
+        "query_item",
         "image_weight",
         "kind",
         "top",
@@ -65,6 +74,13 @@ READ_WITH = {
         "output",
     ),
     split={"action": "append", "help": "of a COCO set; may be repeated; without: all"},
+    of=ANY_MODALITY,
+    kind={
+        "choices": None,
+        "default": "",
+        "metavar": "NAME",
+        "help": "text, or what --of named",
+    },
     interrupted="interrupted; the same command goes on from the last whole shard",
 )
 def main(options: argparse.Namespace) -> int:
@@ -75,18 +91,16 @@ def main(options: argparse.Namespace) -> int:
     from unified_mm.inference.loaded import load
     from unified_mm.search.search_index import SearchIndex
 
-    # What is wrong with the index or the pictures is said before a model is loaded.
+    # What is wrong with an index is said before a model is loaded.
     opened = None if options.images else SearchIndex.open(out)
-    pictures = listed(options) if options.images else None
     model = load(options.run)
-    if pictures is not None:
-        if not written(model, pictures, out, options):
+    if opened is None:
+        if not written(model, listed(model, options), out, options):
             return 1
         opened = SearchIndex.open(out)
         say(contents(opened))
-    assert opened is not None
     opened.check_model(model)
-    if options.query is not None or options.query_image is not None:
+    if options.given & set(QUERIES):
         search(model, opened, options)
     if options.evaluate:
         evaluate(opened, output)
@@ -95,37 +109,43 @@ def main(options: argparse.Namespace) -> int:
 
 def refuse_wrong(options: argparse.Namespace) -> None:
     """Raises ValueError if the flags ask for nothing, or do not go together."""
-    actions = ("images", "query", "query_image", "evaluate")
+    actions = ("images", *QUERIES, "evaluate")
     if not options.given & set(actions):
         raise ValueError(f"nothing to do: give {' or '.join(f'--{name}' for name in actions)}")
     if bool(options.out) == bool(options.index):
         raise ValueError("give the folder of the index once, as --out or as --index")
     refuse_unread(options, READ_WITH)
-    if "image_weight" in options.given and not {"query", "query_image"} <= options.given:
+    items = options.given & {"query_image", "query_item"}
+    if "image_weight" in options.given and not ("query" in options.given and items):
         raise ValueError("--image_weight is read where --query and --query_image are both")
     if options.query is not None and not options.query.strip():
         raise ValueError('--query is empty: --query="what to look for"')
+    of, colon, file = (options.query_item or "").partition(":")
+    if options.query_item is not None and not (of and colon and file):
+        raise ValueError(f"--query_item={options.query_item}: give a modality and a file, OF:FILE")
 
 
-def listed(options: argparse.Namespace) -> Any:
-    """Returns the images that `--images` and `--split` name, and prints how many there are."""
-    from unified_mm.search.pictures import read_picture_set
+def listed(model: LoadedModel, options: argparse.Namespace) -> ItemSet:
+    """Returns the items that `--images`, `--of` and `--split` name, and prints how many."""
+    from unified_mm.search.items import read_items
 
+    suffixes = model.in_files(options.of).suffixes
     with naming(f"--images={options.images}"):
-        pictures = read_picture_set(user_path(options.images, "--images"), options.split)
-    captions = sum(map(len, pictures.captions))
-    of_splits = f" and {captions:,} captions of {', '.join(pictures.splits)}" * bool(captions)
-    say(f"{len(pictures.names):,} pictures{of_splits} in {pictures.folder}")
-    return pictures
+        folder = user_path(options.images, "--images")
+        items = read_items(folder, options.split, of=options.of, suffixes=suffixes)
+    captions = sum(map(len, items.captions))
+    of_splits = f" and {captions:,} captions of {', '.join(items.splits)}" * bool(captions)
+    say(f"{len(items.names):,} {items.noun}{of_splits} in {items.folder}")
+    return items
 
 
-def written(model: LoadedModel, pictures: Any, out: Path, options: argparse.Namespace) -> bool:
+def written(model: LoadedModel, items: ItemSet, out: Path, options: argparse.Namespace) -> bool:
     """Builds the index if it is missing, and returns False, with a message, if the disk is full."""
     from unified_mm.search.index_writer import progress, write_index
 
-    sizes = {"shard": options.shard, "exact_up_to": options.exact_up_to}
+    chosen = {name: getattr(options, name) for name in ("objective", "shard", "exact_up_to")}
     try:
-        write_index(model, pictures, out, say, **sizes)
+        write_index(model, items, out, say, **chosen)
     except Exception as error:
         if not disk_is_full(error):
             raise
@@ -140,9 +160,11 @@ def written(model: LoadedModel, pictures: Any, out: Path, options: argparse.Name
 
 def contents(index: SearchIndex) -> str:
     """Returns a line that says what an index holds and how it is searched."""
-    kinds = {"image": "pictures", "text": "captions"}
+    from unified_mm.search.items import noun
+
     held = " and ".join(
-        f"{len(nearest):,} {kinds[kind]} ({'all compared' if nearest.graph is None else 'a graph'})"
+        f"{len(nearest):,} {'captions' if kind == 'text' else noun(kind)} "
+        f"({'all compared' if nearest.graph is None else 'a graph'})"
         for kind, nearest in index.nearest.items()
     )
     return f"index of {held} in {index.path}"
@@ -150,21 +172,22 @@ def contents(index: SearchIndex) -> str:
 
 def search(model: LoadedModel, index: SearchIndex, options: argparse.Namespace) -> None:
     """Prints the nearest neighbours of the query."""
-    from unified_mm.search.pictures import shown
+    from unified_mm.search.items import shown
     from unified_mm.search.search_index import mixed
 
-    weight = options.image_weight
-    vectors, weights = [], []
+    asked: list[tuple[str, str | Path, float]] = []
     if options.query is not None:
-        vectors.append(model.embed_texts([options.query])[0])
-        weights.append(1 - weight)
-    if options.query_image is not None:
-        with naming(f"--query_image={options.query_image}"):
-            vectors.append(model.embed_images([options.query_image])[0])
-        weights.append(weight)
+        asked.append(("text", options.query, 1 - options.image_weight))
+    pictured = options.query_image and f"image:{options.query_image}"
+    for query in filter(None, (pictured, options.query_item)):
+        of, _, file = query.partition(":")
+        model.in_files(of)
+        asked.append((of, Path(file), options.image_weight))
+    vectors = [index.embed(model, [item], of)[0] for of, item, _ in asked]
+    weights = [weight for *_, weight in asked]
     alone = len(vectors) == 1
-    query = vectors[0] if alone else mixed(np.stack(vectors), weights)
-    for hit in index.search(query, options.top, options.kind):
+    vector = vectors[0] if alone else mixed(np.stack(vectors), weights)
+    for hit in index.search(vector, options.top, options.kind):
         of_picture = "" if options.kind != "text" else f"  ({index.rows.names[hit.picture]})"
         say(shown(f"{hit.score:.3f}  {hit.name}{of_picture}"))
 

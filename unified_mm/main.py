@@ -297,7 +297,7 @@ def search(options: argparse.Namespace) -> int:
 
     from unified_mm.data.manifest import problem_counts
     from unified_mm.inference.loaded import load
-    from unified_mm.search.pictures import refuse_without_contrast
+    from unified_mm.search.items import refuse_without_contrast
 
     if not (options.query or "").strip():
         raise ValueError('--mode=search needs --query="what to look for"')
@@ -327,10 +327,10 @@ def searched_images(model: Any, options: argparse.Namespace) -> list[Any]:
         )
         refuse_unread(config, asked_fields(options))
         return [record.image for record in split.manifest.records if record.image]
-    from unified_mm.search.pictures import read_picture_set
+    from unified_mm.search.items import read_items
 
     with naming(f"--images={options.images}"):
-        found = read_picture_set(user_path(options.images, "--images"))
+        found = read_items(user_path(options.images, "--images"))
     return [str(found.folder / name) for name in found.names]
 
 

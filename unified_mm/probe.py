@@ -162,15 +162,16 @@ def folder_of_classes(
     from unified_mm.analysis.examples import evenly_spread
     from unified_mm.analysis.layer_features import image_features
     from unified_mm.evaluation.zero_shot import read_class_folder
-    from unified_mm.search.pictures import shown, view_or_fault
+    from unified_mm.search.items import shown
 
     with naming(f"--images={options.images}"):
         folder = read_class_folder(options.images)
     kept: list[list[int]] = [[] for _ in folder.classes]
-    for number, (file, label) in enumerate(zip(folder.files, folder.class_of_file, strict=True)):
-        fault = view_or_fault(model, file)
-        if isinstance(fault, str):
-            say(f"left out: {shown(file.relative_to(folder.path))} ({fault})")
+    rows = model.read_ahead([[file] for file in folder.files])
+    read = zip(folder.files, folder.class_of_file, rows, strict=True)
+    for number, (file, label, (row,)) in enumerate(read):
+        if isinstance(row, str):
+            say(f"left out: {shown(file.relative_to(folder.path))} ({row})")
         else:
             kept[label].append(number)
     few = [name for name, numbers in zip(folder.classes, kept, strict=True) if len(numbers) < 2]

@@ -58,9 +58,10 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(message) from error
     from unified_mm.analysis.attention_maps import attention_over_patches
     from unified_mm.inference.loaded import load
+    from unified_mm.search.search_index import SearchIndex
     from unified_mm.serving.gate import Traffic
     from unified_mm.serving.security import check_binding, read_token
-    from unified_mm.serving.starting import open_index, running_service, warm_up
+    from unified_mm.serving.starting import running_service, warm_up
 
     token = read_token(options.token_file, os.environ)
     check_binding(options.host, token, options.allow_anyone)
@@ -69,7 +70,9 @@ def main(options: argparse.Namespace) -> int:
     with closing(bind(options.host, options.port)) as bound:
         model = load(options.run)
         say(f"step {model.step} of {options.run}, fusion {model.config.model.fusion}")
-        index = open_index(options.index, model)
+        index = SearchIndex.open(options.index) if options.index else None
+        if index is not None:
+            index.check_model(model)
         with running_service(
             model,
             limits,

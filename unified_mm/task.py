@@ -97,7 +97,9 @@ class Task:
         self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool, step: Any = 0
     ) -> tuple[dict[str, Metric], dict[str, Embedded]]:
         """Returns `metrics`, and the embeddings of objectives that compare examples, by name."""
-        outcomes, _ = self._losses(params, batch, key, deterministic, step, self.leaves)
+        # Layers sow auxiliary values only where an objective reads them.
+        leave = any(getattr(each, "auxiliary", False) for each in self.objectives)
+        outcomes, _ = self._losses(params, batch, key, deterministic, step, leave)
         one = jnp.ones((), jnp.float32)
         param_metrics = self.model.param_metrics(params)
         metrics = as_metrics(outcomes) | {
@@ -105,11 +107,6 @@ class Task:
         }
         embedded = {name: each.embedded for name, each in outcomes.items() if each.embedded}
         return metrics, embedded
-
-    @property
-    def leaves(self) -> bool:
-        """Returns whether an objective reads auxiliary values, so that layers sow them."""
-        return any(getattr(each, "auxiliary", False) for each in self.objectives)
 
     def auxiliary(
         self, params: Any, batch: Any, key: jax.Array, *, deterministic: bool
@@ -189,19 +186,34 @@ class Task:
         if of not in self.modalities:
             there = ", ".join(self.modalities)
             raise ValueError(f"this model reads no {of}: what it reads is {there}")
-        able = self.contrasts(of)
-        if objective:
-            able = [each for each in able if each.name == objective]
+        able = [each for each in self.contrasts(of) if objective in ("", each.name)]
         if len(able) == 1:
             return able[0]
         if able:
-            names = ", ".join(f"{each.name} ({', '.join(each.between)})" for each in able)
-            raise ValueError(f"{of} is embedded by several objectives, {names}: name one of them")
-        trained = ", ".join(
-            f"{each.name} ({', '.join(each.between)})" for each in self.contrasts()
-        ) or ", ".join(each.name for each in self.objectives)
+            raise ValueError(
+                f"{of} is embedded by several objectives, {_said(able)}: name one of them"
+            )
+        trained = _said(self.contrasts()) or ", ".join(each.name for each in self.objectives)
         asked = f"objective={objective!r} embeds no {of}" if objective else f"nothing embeds {of}"
         raise ValueError(f"{asked}: the model was trained on {trained}")
+
+    def shared_space(self, *modalities: str) -> str:
+        """Returns the contrastive objective that compares these modalities, by its name.
+
+        It is '' where there is none, or more than one.
+        """
+        found = self.contrasts(*modalities)
+        return found[0].name if len(found) == 1 else ""
+
+    def space_of(self, of: str, objective: str = "") -> Contrastive:
+        """Returns the contrastive objective in whose space a modality's items are looked for.
+
+        It is the one that is named, else the only one with texts, else as in `embedding`.
+
+        Raises:
+          ValueError: as `embedding` does.
+        """
+        return self.embedding(of, objective or self.shared_space(of, "text"))
 
     def compared(self, params: Any, embedded: Mapping[str, Embedded]) -> dict[str, Metric]:
         """Returns loss and metrics of the objectives that compare examples, over all embedded."""
@@ -209,6 +221,10 @@ class Task:
             {"params": params}, embedded, self.objectives, method=compare_embedded
         )
         return as_metrics(outcomes)
+
+
+def _said(contrasts: Sequence[Contrastive]) -> str:
+    return ", ".join(f"{each.name} ({', '.join(each.between)})" for each in contrasts)
 
 
 def build_task(config: Config, tokenizer: TextTokenizer) -> Task:

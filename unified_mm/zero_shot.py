@@ -1,7 +1,8 @@
-"""Classifies a folder of images by the names of their classes (zero-shot), with a trained run.
+"""Classifies a folder of images, or of other items, by the names of their classes (zero-shot).
 
     python -m unified_mm.zero_shot --run runs/first --images DIR
     python -m unified_mm.zero_shot --run runs/first --images DIR --template "a photo of a {}."
+    python -m unified_mm.zero_shot --run runs/tones --images DIR --of tone
 
 DIR holds one directory per class, with its name. The last line printed is JSON.
 """
@@ -13,6 +14,7 @@ import json
 import sys
 
 from unified_mm.cli.command import command
+from unified_mm.cli.flags import ANY_MODALITY
 from unified_mm.cli.messages import new_file, say, score_table
 from unified_mm.files import naming, write_json
 
@@ -21,23 +23,27 @@ from unified_mm.files import naming, write_json
     "zero_shot",
     __doc__,
     needs=("run", "images"),
-    takes=("template", "output", "max_bad_share"),
+    takes=("of", "template", "output", "max_bad_share"),
+    of=ANY_MODALITY,
 )
 def main(options: argparse.Namespace) -> int:
     """Scores the run on the folder, prints the scores and returns the exit code."""
     from unified_mm.evaluation.zero_shot import classify_folder, read_class_folder
-    from unified_mm.inference.classes import TEMPLATES, filled
+    from unified_mm.inference.classes import filled, templates_of
     from unified_mm.inference.loaded import load
 
     output = new_file(options.output)
-    templates = options.template or list(TEMPLATES)
-    with naming(f"--images={options.images}"):
-        folder = read_class_folder(options.images)
-    filled(templates, folder.classes)  # says what is wrong before a model is loaded
+    of, templates = options.of, options.template or list(templates_of(options.of))
+    filled(templates, [""])  # says what is wrong before a model is loaded
     model = load(options.run)
-    say(f"{len(folder.files):,} images of {len(folder.classes):,} classes in {folder.path}")
+    with naming(f"--images={options.images}"):
+        folder = read_class_folder(options.images, of=of, suffixes=model.in_files(of).suffixes)
+    say(f"{len(folder.files):,} {folder.of}s of {len(folder.classes):,} classes in {folder.path}")
     if folder.others:
-        say(f"passed over: {folder.others:,} files that are no images or lie outside the classes")
+        say(
+            f"passed over: {folder.others:,} files that are no {folder.of}s or lie outside the "
+            "classes"
+        )
     found = classify_folder(model, folder, templates=templates, max_bad_share=options.max_bad_share)
     for problem in found.problems:
         say(f"left out: {problem.file} ({problem.what})")
@@ -55,6 +61,7 @@ def main(options: argparse.Namespace) -> int:
         "classes": list(folder.classes),
         "templates": templates,
         "texts_cut": found.texts_cut,
+        "of": of,
         "step": model.step,
         "data": {"source": "classes", "folder": str(folder.path)},
     }

@@ -56,7 +56,9 @@ def test_the_output_is_what_the_model_gives(name):
             return model.task.model.apply({"params": params}, *args, method=method)
 
         return (
-            ask("image", batch["image"], method="embed_apart").embeddings,
+            ask(
+                batch["image"], method=lambda model, image: model.embedders["image"](image)
+            ).embeddings,
             ask(batch, stream, method="read_context").outputs["image"],
             ask(batch["text"], stream, method="read_text"),
         )

@@ -9,7 +9,14 @@ import tiny
 from PIL import Image
 
 from unified_mm.benchmarks import generation, requests
-from unified_mm.benchmarks.generation import Way, costs, lengthened, step_bytes, ways, writer
+from unified_mm.benchmarks.generation import (
+    Way,
+    costs,
+    lengthened,
+    step_bytes,
+    ways,
+    write_function,
+)
 from unified_mm.data.records import Record, Text
 from unified_mm.inference.decoding import Decoding
 
@@ -35,7 +42,7 @@ def write(way, views, room=11):
     predictor = way.model.predictor
     inputs = generation._inputs(predictor, 4, room, views[:4], way.model.task.tokenizer.eos_id)
     with predictor.on_mesh():
-        run = jax.jit(writer(way, room))
+        run = jax.jit(write_function(way, room))
         return jax.device_get(run(predictor.params, predictor.to_device(inputs)))
 
 

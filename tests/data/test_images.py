@@ -28,7 +28,7 @@ def coded(picture, format="JPEG", **options):
     return out.getvalue()
 
 
-def png(rows, depth, colour, width, height):
+def png(rows, depth, colour, width, height, key=b""):
     """A PNG written by hand (W3C PNG, section 5): what Pillow itself does not write."""
 
     def chunk(kind, body):
@@ -39,7 +39,11 @@ def png(rows, depth, colour, width, height):
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row for row in rows))
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + (chunk(b"tRNS", key) if key else b"")
+        + chunk(b"IDAT", data)
+        + chunk(b"IEND", b"")
     )
 
 
@@ -119,6 +123,43 @@ def test_transparency_lies_over_white():
     palette.putpixel((1, 0), 1)
     got = images.decode(coded(palette, "PNG", transparency=0))
     assert got.tolist() == [[[255, 255, 255], [200, 0, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "key", "kept"),
+    [
+        (1, bytes([0b10000000]), 1, 0),
+        (2, bytes([0b01100000]), 1, 170),
+        (4, bytes([0x3C]), 3, 204),
+        (8, bytes([30, 200]), 30, 200),
+        (16, struct.pack(">HH", 300, 60000), 300, 233),
+    ],
+)
+def test_a_transparent_grey_is_white_at_every_depth(depth, row, key, kept):
+    got = images.decode(png([row], depth, 0, 2, 1, struct.pack(">H", key)))
+    assert got[0].tolist() == [[255] * 3, [kept] * 3]
+
+
+def test_a_transparent_colour_is_white_or_refused():
+    eight = png([bytes([9, 8, 7, 200, 1, 1])], 8, 2, 2, 1, struct.pack(">HHH", 9, 8, 7))
+    assert images.decode(eight)[0].tolist() == [[255] * 3, [200, 1, 1]]
+    # Pillow keeps the high bytes alone, where two colours may be one.
+    row, key = struct.pack(">6H", 300, 400, 501, 60000, 1, 1), struct.pack(">HHH", 300, 400, 500)
+    with pytest.raises(images.ImageError, match="transparent colour of 16 bits"):
+        images.decode(png([row], 16, 2, 2, 1, key))
+
+
+def test_pixels_of_32_bits_are_refused():
+    grey = np.array([[0, 1000, 65535]])
+    for format, kind in (("TIFF", np.int32), ("TIFF", np.uint16), ("PPM", np.uint16)):
+        data = coded(Image.fromarray(grey.astype(kind)), format)
+        if kind is np.int32:
+            with pytest.raises(images.ImageError, match="pixels of 32 bits have no defined white"):
+                images.decode(data)
+        else:
+            assert images.decode(data)[0, :, 0].tolist() == [0, 4, 255]
+    with pytest.raises(images.ImageError, match="32 bits"):
+        images.from_pil(Image.fromarray(np.array([[-1, 70000]], np.int32)))
 
 
 @pytest.mark.parametrize("backend", ["pillow", "opencv"])

@@ -1,8 +1,10 @@
 """The manifest: every fault of a folder found, named and counted; unchanged data checked once."""
 
+import hashlib
 import io
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from unified_mm.data import coco, images
 from unified_mm.data.manifest import (
     Sidecar,
     build_manifest,
+    fingerprint,
     from_json,
+    names_sides,
     summary,
     to_json,
     with_questions,
@@ -43,7 +47,8 @@ def write(folder, files, captions=None, **info):
 
 
 def build(folder, **options):
-    return build_manifest(folder, "train", threads=2, progress=False, **options)
+    listed = coco.read_captions(folder, "train")
+    return build_manifest(listed, folder, "train", threads=2, progress=False, **options)
 
 
 @pytest.fixture
@@ -159,6 +164,27 @@ def test_captions_that_name_sides_are_not_mirrored(tmp_path):
         [(i, text) for i, text in enumerate(texts, 1)] + [(5, "a cat")],
     )
     assert [r.mirrorable for r in build(tmp_path).records] == [False, False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("said", "sided"),
+    [("LeftHand drive", True), ("the left_side door", True), ("right-handed", True),
+     ("rightside", True), ("righty", True), ("upright", False), ("righteous", False),
+     ("leftist", False), ("brightly", False), ("left1", True)],
+)  # fmt: skip
+def test_words_made_of_sides_name_sides(said, sided):
+    assert names_sides([Text("", f"a {said} thing")]) == sided
+
+
+def test_sides_that_were_learned_later_leave_the_fingerprint(tmp_path):
+    """A run of data with such a caption was begun when the picture still counted as mirrorable."""
+    write(tmp_path, {"a.jpg": coded()}, [(1, "lefthand drive")])
+    (record,) = build(tmp_path).records
+    assert not record.mirrorable
+    sizes = {record.image: Path(record.image).stat().st_size}
+    text = [["", "lefthand drive"]]
+    then = hashlib.sha256(json.dumps([1, sizes[record.image], text, True]).encode()).hexdigest()
+    assert fingerprint([record], sizes) == build(tmp_path).fingerprint == then
 
 
 def test_directional_data_is_never_mirrored(tmp_path):
@@ -282,3 +308,20 @@ def test_summary_counts_everything(tmp_path):
         "1 never mirrored; converted: 1 x greyscale (d.jpg); left out: 1 x empty caption "
         "(captions_train.json: annotations[1]); left out: 2 x the file is empty (b.jpg, c.jpg)."
     )
+
+
+def test_of_a_large_set_a_fixed_sample_is_decoded(tmp_path):
+    files = {f"{number}.jpg": coded(number) for number in range(30)} | {"gone.jpg": None}
+    files |= {f"bad{number}.jpg": b"no picture" for number in range(10)}
+    write(tmp_path, files)
+    first, second = (
+        build(tmp_path, check_at_most=12, max_bad_share=0.9, cache=cache)
+        for cache in (None, tmp_path / "cache")
+    )
+    assert first == second and first.unchecked == 29
+    assert "29 images are not decoded before they are met" in summary(first)
+    out = [problem.file for problem in first.problems]
+    assert "gone.jpg" in out and 1 <= len(out) - 1 < 10  # what is not there is always known
+    more = build(tmp_path, check_at_most=20, max_bad_share=0.9)
+    assert set(out) <= {problem.file for problem in more.problems}
+    assert build(tmp_path, max_bad_share=0.9).unchecked == 0

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from unified_mm.data import images
-from unified_mm.data.pipeline import evaluation_batches, training_batches
+from unified_mm.data.pipeline import Unreadable, evaluation_batches, training_batches
 from unified_mm.data.records import Record, Text
 
 
@@ -194,3 +195,29 @@ def test_a_file_that_went_bad_is_named(tmp_path):
 def test_wrong_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         train(1, **options)
+
+
+class Small(Pixels):
+    def absent(self):
+        return {"pixels": np.zeros((4, 4, 3), np.uint8), "present": np.array(False)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_part_met_later_that_cannot_be_read_is_absent_and_named(tmp_path, workers):
+    paths = [tmp_path / f"{number}.png" for number in range(6)]
+    for number, path in enumerate(paths):
+        Image.fromarray(np.full((4, 4, 3), number, np.uint8)).save(path)
+    paths[2].write_bytes(b"no picture")
+    paths[4].unlink()
+    records = [Record(n, {"image": str(path)}, (), True) for n, path in enumerate(paths)]
+    unreadable = Unreadable(str(tmp_path / "unreadable.txt"))
+    assert unreadable.lines() == []
+    batches = training_batches(
+        records, {"image": Small()}, seed=0, batch_size=6, workers=workers, unreadable=unreadable
+    )
+    batch = next(batches)
+    batches.close()
+    assert batch["image"]["present"].sum() == 4
+    named = {line.partition("\t")[2] for line in unreadable.lines()}
+    assert any("2.png cannot be decoded" in line for line in named)
+    assert any("4.png" in line and "No such file" in line for line in named)

@@ -323,8 +323,8 @@ def test_damaged_descriptions_are_named(copied, tmp_path, name, content, message
 def test_the_folder_above_a_dataset_says_where_it_is(copied, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"but there is one in .*/dataset$"):
         opened(copied.parent, tmp_path)
-    with pytest.raises(ValueError, match="is a TFDS dataset: set data.source to 'tfds'"):
-        open_source(tiny_tfds.options(copied, tmp_path))
+    found = open_source(tiny_tfds.options(copied, tmp_path, source="auto"))
+    assert found.name == "tfds" and found.splits() == ("train", "val")
     with pytest.raises(ValueError, match="needs data.dir: the folder with dataset_info.json"):
         opened("", tmp_path)
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from unified_mm.data import coco
 from unified_mm.data.manifest import build_manifest, with_questions
 from unified_mm.evaluation.answers import (
-    Question,
     answer_accuracy,
     answer_scores,
     normalize_answer,
@@ -19,6 +18,17 @@ from unified_mm.evaluation.answers import (
 from unified_mm.evaluation.evaluate import Scores, Split, score_answers
 from unified_mm.inference.loaded import one_device_mesh
 from unified_mm.inference.predictor import Predictor
+
+
+def asked_of(text, answers, kind, answer_type=""):
+    """A question about some image."""
+    return coco.Question(0, 0, text, answers[0] if answers else "", answers, answer_type, kind)
+
+
+def typed(answers, types, answer_types=None):
+    """Questions of these types, in order, that have these answers."""
+    rows = zip(answers, types, answer_types or [""] * len(types), strict=True)
+    return [asked_of("", tuple(given), kind, of_answer) for given, kind, of_answer in rows]
 
 
 @pytest.mark.parametrize(
@@ -84,8 +94,7 @@ def test_few_people():
 def test_scores_by_type():
     scores = answer_scores(
         ["red", "two", "three", "yes"],
-        [["red"], ["2"], ["4"], ["no"]],
-        ["colour", "count", "count", "exists"],
+        typed([["red"], ["2"], ["4"], ["no"]], ["colour", "count", "count", "exists"]),
     )
     assert scores == {
         "answer/accuracy": 0.5,
@@ -98,9 +107,11 @@ def test_scores_by_type():
 def test_scores_by_type_of_answer():
     scores = answer_scores(
         ["red", "two", "three", "yes"],
-        [["red"], ["2"], ["4"], ["no"]],
-        ["what", "how many", "how many", "is"],
-        ["other", "number", "number", "yes/no"],
+        typed(
+            [["red"], ["2"], ["4"], ["no"]],
+            ["what", "how many", "how many", "is"],
+            ["other", "number", "number", "yes/no"],
+        ),
     )
     assert scores == {
         "answer/accuracy": 0.5,
@@ -111,7 +122,7 @@ def test_scores_by_type_of_answer():
         "answer/accuracy/answer_type/other": 1.0,
         "answer/accuracy/answer_type/yes/no": 0.0,
     }
-    known = answer_scores(["a", "b"], [["a"], ["c"]], ["x", "x"], ["other", ""])
+    known = answer_scores(["a", "b"], typed([["a"], ["c"]], ["x", "x"], ["other", ""]))
     assert known == {
         "answer/accuracy": 0.5,
         "answer/accuracy/x": 0.5,
@@ -121,12 +132,12 @@ def test_scores_by_type_of_answer():
 
 def test_prior_by_type_of_answer():
     train = [
-        Question("How many cubes?", ("2",), "count", "number"),
-        Question("Is there a cube?", ("no",), "exists", "yes/no"),
+        asked_of("How many cubes?", ("2",), "count", "number"),
+        asked_of("Is there a cube?", ("no",), "exists", "yes/no"),
     ]
     asked = [
-        Question("How many cubes?", ("2",), "count", "number"),
-        Question("Is there a cube?", ("yes",), "exists", "yes/no"),
+        asked_of("How many cubes?", ("2",), "count", "number"),
+        asked_of("Is there a cube?", ("yes",), "exists", "yes/no"),
     ]
     prior = question_prior(train, asked)
     assert prior["answer/accuracy/answer_type/number"] == 1.0
@@ -135,19 +146,19 @@ def test_prior_by_type_of_answer():
 
 def test_prior_falls_back_from_words_to_type_to_all():
     train = [
-        Question("How many cubes?", ("two",), "count"),
-        Question("how many  cubes?", ("2",), "count"),
-        Question("How many cubes?", ("three",), "count"),
-        Question("How many balls?", ("five",), "count"),
-        Question("How many balls?", ("5",), "count"),
-        Question("How many balls?", ("5",), "count"),
-        Question("Is there a cube?", ("no",), "exists"),
+        asked_of("How many cubes?", ("two",), "count"),
+        asked_of("how many  cubes?", ("2",), "count"),
+        asked_of("How many cubes?", ("three",), "count"),
+        asked_of("How many balls?", ("five",), "count"),
+        asked_of("How many balls?", ("5",), "count"),
+        asked_of("How many balls?", ("5",), "count"),
+        asked_of("Is there a cube?", ("no",), "exists"),
     ]
     asked = [
-        Question("How many cubes?", ("2",), "count"),
-        Question("How many cones?", ("5",), "count"),
-        Question("Which is left?", ("5",), "side"),
-        Question("Is there a cube?", ("yes",), "exists"),
+        asked_of("How many cubes?", ("2",), "count"),
+        asked_of("How many cones?", ("5",), "count"),
+        asked_of("Which is left?", ("5",), "side"),
+        asked_of("Is there a cube?", ("yes",), "exists"),
     ]
     assert question_prior(train, asked) == {
         "answer/accuracy": 0.75,
@@ -158,24 +169,22 @@ def test_prior_falls_back_from_words_to_type_to_all():
 
 
 def test_prior_breaks_ties_by_the_alphabet():
-    train = [Question("Is it?", ("yes",), "is"), Question("Is it?", ("no",), "is")]
-    assert question_prior(train, [Question("Is it?", ("no",), "is")])["answer/accuracy"] == 1.0
-    assert question_prior(train[::-1], [Question("Is it?", ("no",), "is")])["answer/accuracy"] == 1
+    train = [asked_of("Is it?", ("yes",), "is"), asked_of("Is it?", ("no",), "is")]
+    assert question_prior(train, [asked_of("Is it?", ("no",), "is")])["answer/accuracy"] == 1.0
+    assert question_prior(train[::-1], [asked_of("Is it?", ("no",), "is")])["answer/accuracy"] == 1
 
 
 def test_errors():
     with pytest.raises(ValueError, match="2 predictions, answers to 1"):
-        answer_scores(["a", "b"], [["a"]], ["x"])
-    with pytest.raises(ValueError, match="1 types and 2 types of answers"):
-        answer_scores(["a"], [["a"]], ["x"], ["other", "other"])
+        answer_scores(["a", "b"], typed([["a"]], ["x"]))
     with pytest.raises(ValueError, match="empty"):
-        answer_scores([], [], [])
+        answer_scores([], [])
     with pytest.raises(ValueError, match="question 1 .count. has no answer"):
-        answer_scores(["a", "b"], [["a"], []], ["count", "count"])
+        answer_scores(["a", "b"], typed([["a"], []], ["count", "count"]))
     with pytest.raises(ValueError, match="without an answer"):
         answer_accuracy("a", [])
     with pytest.raises(ValueError, match="no prior"):
-        question_prior([], [Question("Is it?", ("no",), "is")])
+        question_prior([], [asked_of("Is it?", ("no",), "is")])
 
 
 class SaysRed(Predictor):
@@ -196,7 +205,8 @@ def on_image(image, answer, answer_type):
 
 def test_questions_on_other_images_are_passed_over(tmp_path):
     folder = tiny.write_coco(tmp_path / "coco", train=2, val=2)
-    manifest = build_manifest(folder, "val", progress=False)
+    listed = coco.read_captions(folder, "val")
+    manifest = build_manifest(listed, folder, "val", progress=False)
     asked = (on_image(0, "red", "other"), on_image(99, "red", "other"), on_image(1, "2", "number"))
     assert [len(r.texts) for r in with_questions(manifest, asked).records] == [3, 3]
     found = Scores()

@@ -12,7 +12,7 @@ from experiments.sweeping.runs import asked_config, recipe_of, runs_of
 from unified_mm.cli.recipes import load_recipe
 from unified_mm.config import Config
 from unified_mm.training.ahead import abstract_phases
-from unified_mm.training.flops import training_flops
+from unified_mm.training.phases import training_flops
 
 OURS = sorted(Path(ROOT / "experiments" / "ablations").glob("*.py"))
 WORDS = 374  # that the tokenizer finds in the world's captions

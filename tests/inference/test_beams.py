@@ -10,6 +10,7 @@ import tiny
 
 from unified_mm.inference.beams import beam_search
 from unified_mm.inference.decoding import Decoding
+from unified_mm.inference.generate import TextWriter
 from unified_mm.nn.attention.rules import View
 
 END, PADDING, ROOM = 5, 0, 6
@@ -39,10 +40,14 @@ def search(task, params):
             "present": jnp.ones(rows, bool),
         }
         return beam_search(
-            task.model, params, {"image": image, "text": text}, STREAM,
-            max_tokens=max_tokens, stop=jnp.full((rows, 1), END), beams=beams,
-            length_penalty=penalty, cache_room=cache_room, padding=PADDING,
-        )  # fmt: skip
+            TextWriter(task.model, STREAM, PADDING, cache_room),
+            params,
+            {"image": image, "text": text},
+            max_tokens=max_tokens,
+            stop=jnp.full((rows, 1), END),
+            beams=beams,
+            length_penalty=penalty,
+        )
 
     def ask(image, beams, penalty, cache_room, max_tokens=None):
         max_tokens = (

@@ -11,7 +11,6 @@ import tiny
 
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.engine import Engine, KnownImages
-from unified_mm.inference.generate import decode_step
 from unified_mm.inference.slots import Slots
 from unified_mm.inference.writing import Cancelled, QueueFull
 
@@ -223,13 +222,23 @@ def test_a_written_token_copies_no_cache(fusion):
     """What a donated step holds beside its arguments is less than the cache."""
     model = tiny.loaded(model__layers=4, **FUSIONS[fusion])
     slots = Slots(model.predictor, 32, 4)
-
-    def step(params, state):
-        return decode_step(slots.model, params, state, slots.view, slots.padding)
-
+    step = slots.writer.decode_step
     with model.predictor.on_mesh():
         compiled = jax.jit(step, donate_argnums=1).lower(model.predictor.params, slots.state)
         held = compiled.compile().memory_analysis()
     kept = sum(leaf.nbytes for leaf in jax.tree.leaves(slots.state.read_state.cache.layers))
     assert held.alias_size_in_bytes >= kept
     assert held.temp_size_in_bytes < kept, (held.temp_size_in_bytes, kept)
+
+
+def test_each_program_is_compiled_once_for_its_shapes():
+    """What an engine begins with lies as what its programs leave: none is compiled anew."""
+    fresh = tiny.loaded()
+    with Engine(fresh, **SIZES) as engine:
+        for picture in views(3):  # one after the other: each is read and enters alone
+            engine.submit(picture).result(60.0)
+    compiled = fresh.predictor._compiled
+    sizes = {
+        name: compiled[f"engine {name}"]._cache_size() for name in ("reads", "enters", "steps")
+    }
+    assert sizes == {"reads": 1, "enters": 1, "steps": 1}

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from unified_mm.inference.decoding import GREEDY
-from unified_mm.inference.generate import generate, start
+from unified_mm.inference.generate import TextWriter
 from unified_mm.inference.sampling import make_sampling, sampling_arrays
 from unified_mm.nn.attention.rules import View
 
@@ -39,10 +39,9 @@ class Model:
             "valid": jnp.arange(LENGTH) < lengths[:, None],
             "present": jnp.ones(ROWS, bool),
         }
-        state = start(
-            self.task.model, params, {"image": image, "text": text}, view, **starts(lengths)
-        )
-        return generate(self.task.model, params, state, view, PADDING).written
+        writer = TextWriter(self.task.model, view, PADDING, LENGTH - 1)
+        state = writer.start(params, {"image": image, "text": text}, **starts(lengths))
+        return writer.generate(params, state).written
 
     @partial(jax.jit, static_argnums=(0, 5))
     def next_logits(self, params, image, ids, valid, view):
@@ -77,8 +76,6 @@ def starts(lengths):
         "max_tokens": LENGTH - lengths,
         "stop": jnp.full((rows, 1), END),
         "sampling": make_sampling(**jax.tree.map(jnp.asarray, sampling_arrays(GREEDY, rows))),
-        "cache_room": LENGTH - 1,
-        "padding": PADDING,
     }
 
 

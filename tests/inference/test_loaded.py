@@ -74,8 +74,8 @@ def test_embeddings_are_those_of_the_predictor_and_of_unit_norm(run, model, pict
     predictor = Predictor(task, average, one_device_mesh())
     images, texts = model.embed_images(paths), model.embed_texts(TEXTS)
     assert images.dtype == texts.dtype == np.float32 and images.shape == texts.shape == (3, 8)
-    np.testing.assert_allclose(images, predictor.embed_images(batch), atol=1e-5)
-    np.testing.assert_allclose(texts, predictor.embed_texts(batch), atol=1e-5)
+    np.testing.assert_allclose(images, predictor.embed(batch, "image"), atol=1e-5)
+    np.testing.assert_allclose(texts, predictor.embed(batch, "text"), atol=1e-5)
     for vectors in (images, texts):
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
         assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
@@ -235,4 +235,4 @@ def test_a_model_says_what_it_was_not_trained_for(run):
         predictor.write(batch, ["", ""])
     task = tiny.task(objectives__contrastive__weight=0.0, objectives__matching__weight=0.0)
     with pytest.raises(ValueError, match="nothing embeds text: the model was trained on capt"):
-        Predictor(task, run[1], one_device_mesh()).embed_texts(batch)
+        Predictor(task, run[1], one_device_mesh()).embed(batch, "text")

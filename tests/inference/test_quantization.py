@@ -121,7 +121,10 @@ def outputs(predictor):
     batch = jax.tree.map(np.asarray, tiny.batch(predictor.task))
     found = {}
     if predictor.can_retrieve() and not isinstance(predictor.task.model, GatedCrossAttention):
-        found |= {"images": predictor.embed_images(batch), "texts": predictor.embed_texts(batch)}
+        found |= {
+            "images": predictor.embed(batch, "image"),
+            "texts": predictor.embed(batch, "text"),
+        }
     if predictor.can(Captioning):
         found["likelihood"] = predictor.log_likelihood(batch)[:, 0]
     return found

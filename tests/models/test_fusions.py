@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from unified_mm.nn.attention.cross_attention import GatedCrossLayer, Memory, plan_cross_attention
+from unified_mm.nn.attention.attention import plan_attention
+from unified_mm.nn.attention.cross_attention import GatedCrossLayer
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import GateOptions, TransformerOptions
 from unified_mm.nn.resampler import PerceiverResampler, ResamplerOptions
@@ -76,9 +77,10 @@ def test_a_gated_layer_written_out(gate, shape):
     queries = queries.replace(segment=jnp.asarray(segment))
     kept = single_document(jnp.asarray([[1, 1, 1, 1], [1, 1, 0, 1]], bool), Group("i", "image", 4))
     kept = kept.replace(segment=jnp.asarray([[1, 1, 2, 2], [1, 1, 2, 2]]))
-    memory = Memory(jnp.asarray(features), None, kept)
     view = View("t", "interleaved_latest", autoregressive=True)
-    plan = plan_cross_attention(options, MaskTable((view,)), queries, memory)
+    plan = plan_attention(
+        options, MaskTable((view,)), queries, kept, features=jnp.asarray(features)
+    )
     layer = GatedCrossLayer(options)
     x_ = jnp.asarray(x)
     shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x_, plan, None))

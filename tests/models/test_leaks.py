@@ -87,7 +87,7 @@ NAMES = {predicate: name for name, predicate in PREDICATES.items()}
 def expected(rule, query, key, q, k):
     """BlockMask by the rule's definition in words, for one example; text 12 tokens, image 4."""
     groups = [Group(name, name, 1) for name in (query, key)]
-    predicate = rule.predicate(*groups, (query == "text", key == "text"))
+    predicate, _ = rule.between(*groups, (query == "text", key == "text"))
     before = k <= q if query == key else query == "text"  # the image comes first
     return {"none": False, "all": True, "causal": before}[NAMES[predicate]]
 
@@ -108,7 +108,7 @@ def check_sight(task, params, views):
     valid = np.asarray(batch["text"]["valid"])
     seen = seen_by(task, params, views, batch)
     for view in views:
-        rule = view.resolved()
+        rule = view.resolved
         for query, key in itertools.product(("image", "text"), repeat=2):
             sizes = seen[view.name][query][key]  # [b, q, b', k]
             for b, other in itertools.product(range(2), repeat=2):
@@ -256,7 +256,7 @@ def test_nan_where_nothing_is_changes_nothing(built, loss_and_gradient, absent):
 
 def test_an_autoregressive_text_under_a_leaking_rule_is_refused():
     with pytest.raises(ValueError, match="would see the one it must predict"):
-        View("captioning", "joint", autoregressive=True).resolved()
+        View("captioning", "joint", autoregressive=True)
 
 
 def test_cache_slots_that_hold_nothing_are_never_seen(built):

@@ -1,7 +1,7 @@
 """The residual stream that stacks hand out, against models that end after fewer layers."""
 
+import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -109,5 +109,5 @@ def test_nothing_is_left_where_nobody_asks(monkeypatch):
     assert program("intermediates") == usual != program("residual")
     for module in (residual_stream, transformer):
         monkeypatch.setattr(module, "RESIDUAL", "nobody's")
-    monkeypatch.setattr(transformer, "sow_residual", lambda module, name, x: jnp.zeros(()))
+    monkeypatch.setattr(nn.Module, "sow", lambda *args: False)
     assert program() == usual

@@ -1,13 +1,18 @@
-"""What a stack keeps for its backward pass."""
+"""What a stack keeps for its backward pass, and what its layers leave for objectives."""
 
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unified_mm.nn import sow_auxiliary
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import REMAT, TransformerOptions
+from unified_mm.nn.pipeline import Pipeline
 from unified_mm.nn.tokens import Group, single_document
 from unified_mm.nn.transformer import Transformer
 from unified_mm.parallel.sharding import without_names
@@ -58,3 +63,43 @@ def test_the_less_is_kept_the_less_memory_is_held(gradients):
 def test_an_unknown_policy_is_refused():
     with pytest.raises(ValueError, match="model.remat='some': must be one of none, full, dots"):
         TransformerOptions(8, 1, 2, 8, remat="some")
+
+
+class Leaving(nn.Module):
+    """A feed-forward that leaves a number for each of so many groups."""
+
+    options: Any
+    groups: int = 1
+
+    @nn.compact
+    def __call__(self, x, plan):
+        sow_auxiliary(self, "load", jnp.zeros((self.groups, 5)))
+        return x
+
+
+@pytest.mark.parametrize("changes", [{}, {"remat": "full"}, {"unstacked": True}, {"pipeline": 2}])
+def test_layers_leave_as_many_groups_for_each_example(changes):
+    rows = 4 // changes.get("pipeline", 1)  # the layers' share of four examples
+    pipeline = Pipeline(1, changes["pipeline"]) if "pipeline" in changes else None
+    changes = {**changes, "pipeline": pipeline, "feed_forward_type": f"{__name__}:Leaving"}
+    x = jnp.ones((4, 3, 8))
+    metadata = single_document(jnp.ones((4, 3), bool), Group("t", "text", 3))
+
+    def run(groups):
+        own = (("groups", groups),)
+        options = TransformerOptions(8, 2, 2, 8, feed_forward_options=own, **changes)
+        plan = plan_attention(options, MaskTable((View("t", "joint"),)), metadata, metadata)
+        stack = Transformer(options)
+        plain = Transformer(options.changed({"feed_forward_options": {"groups": 4}}))
+        params = without_names(plain.init(jax.random.key(0), x, plan)["params"])
+        _, left = stack.apply({"params": params}, x, plan, mutable=["auxiliary"])
+        # A second pass of the same stack may be over other examples.
+        variables = {"params": params, **left}
+        stack.apply(variables, x, plan, mutable=["auxiliary"])
+        return [leaf.shape for leaf in jax.tree.leaves(left)]
+
+    assert run(2 * rows) == ([(8, 5)] * 2 if "unstacked" in changes else [(2, 8, 5)])
+    for groups in (rows + 1, 0):
+        message = rf"block_0/feed_forward/load: the layer leaves values of shape \({groups}, 5\)"
+        with pytest.raises(ValueError, match=f"{message} for {rows} examples; their first axis"):
+            run(groups)

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from unified_mm.inference.decoding import GREEDY
-from unified_mm.inference.generate import generate, start
+from unified_mm.inference.generate import TextWriter
 from unified_mm.inference.sampling import make_sampling, sampling_arrays
 from unified_mm.nn.attention.rules import View
 from unified_mm.nn.unstack import stack_layers, unstack_layers
@@ -44,8 +44,8 @@ def test_the_same_text_and_embeddings(changes, cache):
         @jax.jit
         def run(params, batch):
             encoded = task.model.apply({"params": params}, batch, (STREAM,), method="encode")
-            state = start(task.model, params, batch, STREAM, **asked, cache_room=6, padding=0)
-            state = generate(task.model, params, state, STREAM, 0)
+            writer = TextWriter(task.model, STREAM, padding=0, cache_room=6)
+            state = writer.generate(params, writer.start(params, batch, **asked))
             return encoded[STREAM.name].text, state.written, state.likelihood
 
         return run

@@ -17,7 +17,7 @@ from unified_mm.data.images import decode
 from unified_mm.inference.loaded import LoadedModel, one_device_mesh
 from unified_mm.search import index_writer
 from unified_mm.search.index_writer import write_index
-from unified_mm.search.pictures import read_picture_set
+from unified_mm.search.items import read_items
 from unified_mm.search.search_index import SearchIndex, mixed
 
 
@@ -52,7 +52,7 @@ def coco(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(model, coco, tmp_path_factory):
     out = tmp_path_factory.mktemp("indexes") / "val"
-    write_index(model, read_picture_set(coco, ["val"]), out, print, shard=4)
+    write_index(model, read_items(coco, ["val"]), out, print, shard=4)
     return out
 
 
@@ -108,7 +108,7 @@ def test_a_folder_is_read_with_all_below_it(model, tmp_path, capsys):
     (folder / "deep" / "half.jpg").write_bytes((folder / "b.png").read_bytes()[:40])
     (folder / "gone.jpg").symlink_to("nowhere")
     (folder / "notes.txt").write_text("no picture")
-    write_index(model, read_picture_set(folder), tmp_path / "index", print)
+    write_index(model, read_items(folder), tmp_path / "index", print)
     said = capsys.readouterr().out
     assert "left out: 1 x the file is empty (deep/empty.jpg)" in said
     assert "left out: 1 x missing image (gone.jpg)" in said
@@ -133,14 +133,14 @@ def test_a_folder_is_read_with_all_below_it(model, tmp_path, capsys):
 def test_wrong_folders_are_refused(tmp_path, make, splits, error, message):
     make(tmp_path / "folder")
     with pytest.raises(error, match=message):
-        read_picture_set(tmp_path / "folder", splits)
+        read_items(tmp_path / "folder", splits)
 
 
 def test_a_folder_without_a_readable_picture_is_refused(model, tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.jpg").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="none of the 1 pictures can be read"):
-        write_index(model, read_picture_set(tmp_path / "pictures"), tmp_path / "out", print)
+        write_index(model, read_items(tmp_path / "pictures"), tmp_path / "out", print)
     assert not (tmp_path / "out").exists()
 
 
@@ -157,7 +157,7 @@ def stopped(model, coco, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(index_writer, "embed_shard", embed)
         with pytest.raises((StopIteration, RuntimeError)):
-            write_index(model, read_picture_set(coco, ["val"]), tmp_path / "out", print, shard=4)
+            write_index(model, read_items(coco, ["val"]), tmp_path / "out", print, shard=4)
     assert not (tmp_path / "out").exists()
     return tmp_path / "out"
 
@@ -167,12 +167,12 @@ def go_on(model, coco, out, monkeypatch, **changes):
     embedded = []
     index_shard = index_writer.embed_shard
 
-    def embed(model, pictures, numbers, views):
+    def embed(model, items, numbers, *rest):
         embedded.extend(numbers)
-        return index_shard(model, pictures, numbers, views)
+        return index_shard(model, items, numbers, *rest)
 
     monkeypatch.setattr(index_writer, "embed_shard", embed)
-    write_index(model, read_picture_set(coco, ["val"]), out, print, **{"shard": 4, **changes})
+    write_index(model, read_items(coco, ["val"]), out, print, **{"shard": 4, **changes})
     return embedded
 
 
@@ -221,7 +221,7 @@ def test_what_changed_meanwhile_is_refused(model, coco, stopped, tmp_path, monke
 
 def test_what_is_there_is_not_overwritten(model, coco, made, tmp_path):
     before = contents(made)
-    pictures = read_picture_set(coco, ["val"])
+    pictures = read_items(coco, ["val"])
     with pytest.raises(ValueError, match="another run or checkpoint: name a new one"):
         write_index(changed(model, step=8), pictures, made, print, shard=4)
     assert contents(made) == before
@@ -238,7 +238,7 @@ def test_one_process_at_a_time(model, coco, stopped):
     with processes.started(dict(os.environ), sys.executable, "-c", hold, str(lock)) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match=r"process \d+ is at work"):
-            write_index(model, read_picture_set(coco, ["val"]), stopped, print, shard=4)
+            write_index(model, read_items(coco, ["val"]), stopped, print, shard=4)
 
 
 @pytest.mark.parametrize("name", ["image.npy", "text.npy", "rows.json", "index.json"])
@@ -255,7 +255,7 @@ def test_damage_is_noticed(copy, name, damage):
 
 def test_a_damaged_graph_and_a_missing_seal_are_noticed(model, coco, copy, tmp_path):
     out = tmp_path / "graph"
-    write_index(model, read_picture_set(coco, ["train"]), out, print, exact_up_to=2)
+    write_index(model, read_items(coco, ["train"]), out, print, exact_up_to=2)
     assert SearchIndex.open(out).nearest["text"].graph is not None
     graph = out / "image.usearch"
     graph.write_bytes(graph.read_bytes()[:-8])
@@ -329,5 +329,5 @@ def test_a_model_without_contrast_is_refused(coco, tmp_path):
     task = tiny.task(objectives__contrastive__weight=0.0, objectives__matching__weight=0.0)
     model = LoadedModel(task, {}, one_device_mesh(), Config({}), 7)
     with pytest.raises(ValueError, match="this run cannot search: it was trained on captioning"):
-        write_index(model, read_picture_set(coco), tmp_path / "out", print)
+        write_index(model, read_items(coco), tmp_path / "out", print)
     assert not list(tmp_path.iterdir())

@@ -253,7 +253,7 @@ def test_a_prompt_that_the_engine_refuses(running):
 
 
 def test_an_error_of_ours_says_nothing_of_the_inside_and_harms_no_other(running, caplog):
-    engine = running.service._engine
+    engine = running.service.engine
     answers = []
     asked = {"files": {"image": GOOD}, "data": {"prompt": "broken"}}
     asking = threading.Thread(

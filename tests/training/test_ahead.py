@@ -18,9 +18,8 @@ from unified_mm.task import parameter_counts
 from unified_mm.training import estimate as estimating
 from unified_mm.training.ahead import DoesNotFit, abstract_phases, lower_step
 from unified_mm.training.estimate import estimate, lines, problem
-from unified_mm.training.flops import computed_flops, training_flops
 from unified_mm.training.loop import phase_batches
-from unified_mm.training.phases import batch_shapes
+from unified_mm.training.phases import batch_shapes, computed_flops, training_flops
 from unified_mm.training.setup import prepare
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -14,6 +14,7 @@ import tiny
 import unified_mm
 from unified_mm.config import Config
 from unified_mm.default_config import phase
+from unified_mm.inference.predictor import Predictor
 from unified_mm.parallel.sharding import path_of
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder
@@ -149,7 +150,8 @@ def test_a_run_that_stopped_anywhere_ends_in_the_same_bits(
         shutil.rmtree(workdir / "checkpoints" / str(later))
     again = replace(setup, folder=RunFolder(workdir))
     said = []
-    train(again, output_of(again.folder, said.append))
+    predictor = Predictor(again.task, None, again.mesh)
+    train(again, output_of(again.folder, said.append), predictor)
     assert f"resuming at step {step} of {STEPS}" in said
     expected, found = params_at(finished, STEPS), params_at(workdir, STEPS)
     for name, value in expected.items():

@@ -59,7 +59,7 @@ def test_questions_are_in_vqas_layout(world):
 
 def test_pictures_are_the_rendered_scenes(world):
     for number, entry in enumerate(coco.read_captions(world, "val").entries):
-        picture = np.asarray(Image.open(entry.path))
+        picture = np.asarray(Image.open(entry.image))
         expected = render(sample_scene(SPEC, "val", number), 32, SPEC.supersample)
         assert picture.shape == (32, 32, 3)
         assert abs(picture.astype(int) - expected).mean() < 4  # JPEG at quality 95

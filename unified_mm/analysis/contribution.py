@@ -10,7 +10,6 @@ cost more than the information in the modality; shuffling measures that informat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from jaxtyping import Float
 
 from unified_mm.analysis.captions import cider_d
 from unified_mm.analysis.intervals import Mean, mean_interval
-from unified_mm.data.pipeline import Arrays, Preparer, evaluation_batches
+from unified_mm.data.pipeline import Arrays, Preparer
 from unified_mm.data.records import Record, Text
 from unified_mm.evaluation.evaluate import captions_of
 from unified_mm.inference.predictor import Predictor
@@ -145,14 +144,11 @@ def _scores(
     batch_size: int,
 ) -> tuple[Float[np.ndarray, " images"], Float[np.ndarray, " images"]]:
     """Returns each caption's nats per token, and the CIDEr-D of what is written about its image."""
-    likelihoods: list[np.ndarray] = []
-    written: list[str] = []
-    batches = evaluation_batches(
-        rows, preparers, batch_size=batch_size, rows=predictor.rows(batch_size)
-    )
-    with closing(batches):  # type: ignore[type-var]
-        for batch in batches:
-            likelihoods.append(predictor.log_likelihood(batch))
-            written += predictor.write(batch, [""] * batch_size)
-    scored = np.concatenate(likelihoods)[: len(rows)].astype(np.float64)
-    return -scored[:, 0] / scored[:, 1], cider_d(written[: len(rows)], references)
+
+    def both(batch: Any) -> Any:
+        written = predictor.write(batch, [""] * batch_size)
+        return zip(predictor.log_likelihood(batch), written, strict=True)
+
+    found = predictor.over(rows, batch_size, both, preparers)
+    scored = np.array([likelihood for likelihood, _ in found], np.float64)
+    return -scored[:, 0] / scored[:, 1], cider_d([text for _, text in found], references)

@@ -23,13 +23,11 @@ from unified_mm.data.records import Record
 from unified_mm.evaluation.caption_scores import caption_scores
 from unified_mm.evaluation.evaluate import captions_of
 from unified_mm.inference.decoding import GREEDY, Written
-from unified_mm.inference.generate import decode_step, start
+from unified_mm.inference.generate import TextWriter
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.inference.predictor import Predictor, inputs_of, write_texts
 from unified_mm.inference.quantization import quantized
-from unified_mm.inference.sampling import make_sampling
 from unified_mm.models.unified import UnifiedModel
-from unified_mm.nn.attention.rules import View
 
 NEVER = -1  # no token ends a text that is timed
 QUALITY_BATCH = 50
@@ -70,18 +68,13 @@ def ways(model: LoadedModel) -> Iterator[Way]:
 
 
 def recompute(
-    model: UnifiedModel,
-    params: Any,
-    inputs: Mapping[str, Any],
-    view: View,
-    *,
-    cache_room: int,
-    padding: int,
+    writer: TextWriter, params: Any, inputs: Mapping[str, Any]
 ) -> tuple[Int[Array, "B S"], Array]:
     """Decodes greedily without a cache: context and text are read anew for each token.
 
     Takes and returns the same as `write_texts`.
     """
+    model, view, cache_room = writer.model, writer.view, writer.cache_room
     batch, max_tokens, stop = (inputs[name] for name in ("batch", "max_tokens", "stop"))
     prompt = batch["text"]
     rows, width = prompt["ids"].shape
@@ -102,7 +95,7 @@ def recompute(
     def decode_step(carry: Any) -> Any:
         ids, count, done, gained = carry
         logits: Any = model.apply({"params": params}, ids, count, method=read)
-        token = jnp.where(done, padding, logits.argmax(-1)).astype(ids.dtype)
+        token = jnp.where(done, writer.padding, logits.argmax(-1)).astype(ids.dtype)
         at = jnp.where(done, width + cache_room, begun + count)
         likelihood = jax.nn.log_softmax(logits).max(-1)
         ended = (token[:, None] == stop).any(1) | (count + 1 >= max_tokens)
@@ -119,16 +112,14 @@ def recompute(
     return written, gained
 
 
-def writer(way: Way, cache_room: int) -> Callable[[Any, Any], tuple[Any, Any]]:
+def write_function(way: Way, cache_room: int) -> Callable[[Any, Any], tuple[Any, Any]]:
     """Returns a way's function to compile: (params, inputs) -> tokens and their log-likelihood."""
-    task = way.model.predictor.task
-    common = {"cache_room": cache_room, "padding": task.tokenizer.pad_id}
-    view = way.model.predictor.writing_view
+    writer = way.model.predictor.writer(cache_room)
 
     def write(params: Any, inputs: Any) -> Any:
         if way.cached:
-            return write_texts(task.model, params, inputs, view, beams=1, samples=1, **common)
-        return recompute(task.model, params, inputs, view, **common)
+            return write_texts(writer, params, inputs, beams=1, samples=1)
+        return recompute(writer, params, inputs)
 
     return write
 
@@ -180,7 +171,7 @@ def costs(way: Way, batch: int, tokens: int, repeats: int) -> dict[str, Any]:
     predictor = longer.predictor
     inputs = predictor.to_device(_inputs(predictor, batch, tokens))
     with predictor.on_mesh():
-        compiled = jax.jit(writer(timed, tokens)).lower(predictor.params, inputs).compile()
+        compiled = jax.jit(write_function(timed, tokens)).lower(predictor.params, inputs).compile()
         compiled(predictor.params, inputs)
         seconds = times_of(lambda: compiled(predictor.params, inputs), repeats)
         found = {
@@ -195,28 +186,9 @@ def costs(way: Way, batch: int, tokens: int, repeats: int) -> dict[str, Any]:
 
 def step_bytes(way: Way, inputs: Any, tokens: int) -> dict[str, int]:
     """Returns the bytes that one compiled decoding step holds, and those that it has to read."""
-    model, view = way.model.predictor.task.model, way.model.predictor.writing_view
-    padding = way.model.task.tokenizer.pad_id
-
-    def begin(params: Any, inputs: Any) -> Any:
-        given = dict(inputs)
-        sampling = make_sampling(**given.pop("sampling"))
-        batch = given.pop("batch")
-        return start(
-            model,
-            params,
-            batch,
-            view,
-            **given,
-            sampling=sampling,
-            cache_room=tokens,
-            padding=padding,
-        )
-
-    state = jax.eval_shape(begin, way.model.predictor.params, inputs)
-    step = jax.jit(
-        lambda params, state: decode_step(model, params, state, view, padding), donate_argnums=1
-    )
+    cached = way.model.predictor.writer(tokens)
+    state = jax.eval_shape(cached.begin, way.model.predictor.params, inputs)
+    step = jax.jit(cached.decode_step, donate_argnums=1)
     held = held_bytes(step.lower(way.model.predictor.params, state).compile())
     cache = tree_bytes(state.read_state.cache)
     read = tree_bytes(text_side(way.model.predictor.params)) + cache
@@ -237,7 +209,7 @@ def caption_quality(way: Way, records: Sequence[Record]) -> float:
     predictor = way.model.predictor
     cache_room = way.model.task.modalities["text"].length - 1
     tokenizer = way.model.task.tokenizer
-    compiled = jax.jit(writer(way, cache_room))
+    compiled = jax.jit(write_function(way, cache_room))
     captions: list[str] = []
     views = [way.model.view(record.image) for record in records]
     for first in range(0, len(views), QUALITY_BATCH):

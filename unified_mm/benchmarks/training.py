@@ -25,8 +25,8 @@ from unified_mm.benchmarks.timing import (
 from unified_mm.config import Config
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.folder import RunFolder
-from unified_mm.training.flops import training_flops
 from unified_mm.training.loop import phase_batches
+from unified_mm.training.phases import training_flops
 from unified_mm.training.setup import Setup, prepare
 
 

@@ -64,9 +64,13 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
     "index": _text("INDEX", "the folder of a search index"),
     "from": _text("DIR", "as save_pretrained writes it: config.json and safetensors"),
     "data_dir": _text("DIR", "where the run's data lies now, if elsewhere"),
-    "images": _text("DIR", "a folder of pictures; one folder a class, where classes are asked for"),
+    "images": _text(
+        "DIR", "a folder of pictures, or of files of --of; for classes, one folder each"
+    ),
     "image": _many("FILE", "a picture"),
     "query_image": _text("FILE", "a picture like what is looked for", None),
+    "query_item": _text("OF:FILE", "an item of another modality, such as tone:a.wav", None),
+    "objective": _text("NAME", "the contrast in whose space vectors lie; that of --of and text"),
     # What is done, and to what.
     "mode": {
         "choices": ("train", "evaluate", "caption", "search"),
@@ -153,6 +157,12 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
     ),
     "start_timeout": _number("S", "seconds until all have met (300)", 300, int),
     "heartbeat_timeout": _number("S", "of silence, then a process is dead (100)", 100, int),
+}
+# --of where any modality of the run may be named, by those from outside the package too.
+ANY_MODALITY = {
+    "choices": None,
+    "metavar": "NAME",
+    "help": "of which modality the items are (image)",
 }
 CLUSTER = (
     "coordinator",

@@ -15,100 +15,26 @@ Questions with answers beside them (see `read_questions`), under our names or VQ
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from unified_mm.data import checked_json
 from unified_mm.data.checked_json import Node
+from unified_mm.data.listing import (
+    Entry,
+    Finder,
+    Foil,
+    Key,
+    Listing,
+    Question,
+    id_hint,
+    no_text,
+    what_is_there,
+)
 from unified_mm.data.records import Problem, Text
 from unified_mm.files import naming
 
-Key = int | str
 _PREFIX = "captions_"
 _VQA_FILES = ("v2_OpenEnded_mscoco_{}_questions.json", "v2_mscoco_{}_annotations.json")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An image that the annotations list, with its captions.
-
-    Attributes:
-      id: the image id.
-      file: the file name in the annotations; None for an example without image.
-      path: the file on disk; None for an example without image.
-      captions: the captions, in the order of the file.
-    """
-
-    id: Key
-    file: str | None
-    path: Path | None
-    captions: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Captions:
-    """The content of a captions file.
-
-    Attributes:
-      path: the captions file.
-      entries: the images that are kept, with their captions.
-      listed: the distinct image ids, those that were left out included.
-      annotations: the number of captions, those that were left out included.
-      directional: whether the captions name left and right throughout, so that no image may be
-        flipped.
-      image_problems: what is wrong with the list of images.
-      caption_problems: what is wrong with the captions.
-      hint: a likely cause of captions of unlisted images, for error messages; '' for none.
-    """
-
-    path: Path
-    entries: tuple[Entry, ...]
-    listed: frozenset[Key]
-    annotations: int
-    directional: bool
-    image_problems: tuple[Problem, ...]
-    caption_problems: tuple[Problem, ...]
-    hint: str
-
-    @property
-    def problems(self) -> tuple[Problem, ...]:
-        return (*self.image_problems, *self.caption_problems)
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question of VQA v2 with its answers.
-
-    Attributes:
-      answer: the most frequent of `answers`.
-    """
-
-    id: Key
-    image_id: Key
-    question: str
-    answer: str
-    answers: tuple[str, ...]
-    answer_type: str
-    question_type: str
-
-    @property
-    def text(self) -> Text:
-        return Text(prompt=self.question, target=self.answer)
-
-
-@dataclass(frozen=True)
-class Foil:
-    """A caption and the same caption made false in one way.
-
-    Attributes:
-      kind: what was changed.
-    """
-
-    image_id: Key
-    caption: str
-    foil: str
-    kind: str
 
 
 def find_splits(folder: str | Path) -> dict[str, Path]:
@@ -135,7 +61,7 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
         if (folder / "dataset_info.json").is_file():
             raise ValueError(f"{folder} is a TFDS dataset: set data.source to 'tfds'")
         raise FileNotFoundError(
-            f"no annotations/{_PREFIX}*.json in {folder}; {_what_is_there(folder)}. Set data.dir "
+            f"no annotations/{_PREFIX}*.json in {folder}; {what_is_there(folder)}. Set data.dir "
             "to a folder in MS-COCO's layout: train2017/ or images/ beside annotations/"
         )
     short = Counter(_without_year(_suffix(file)) for file in files)
@@ -143,7 +69,7 @@ def find_splits(folder: str | Path) -> dict[str, Path]:
     return {name if short[name] == 1 else _suffix(file): file for file, name in names.items()}
 
 
-def read_captions(folder: str | Path, split: str) -> Captions:
+def read_captions(folder: str | Path, split: str) -> Listing:
     """Reads the images and captions of a split in the order of the file, without decoding images.
 
     Images without captions are kept, and so are entries whose file_name is null or empty (examples
@@ -158,18 +84,24 @@ def read_captions(folder: str | Path, split: str) -> Captions:
     folder = Path(folder)
     path = _captions_file(folder, split)
     data = checked_json.read(path)
-    listed, image_problems = _image_files(data.items("images"))
+    listed, image_problems = _image_files(data.items("images"), folder)
     annotations = data.items("annotations")
     captions, caption_problems, orphans = _captions(annotations, set(listed))
     if not listed:
         raise data.error("is empty: the file lists no image", "images")
     files = {key: names[0] for key, names in listed.items() if len(names) == 1}
     home = _image_folder(folder, _suffix(path), [f for f in files.values() if f])
+    finder = Finder(folder, [home] if home else [])
     entries = tuple(
-        Entry(key, file, home / file if home and file else None, tuple(captions.get(key, ())))
+        Entry(
+            key,
+            file,
+            finder.find(file) if file else None,
+            tuple(Text("", caption) for caption in captions.get(key, ())),
+        )
         for key, file in files.items()
     )
-    return Captions(
+    return Listing(
         path,
         entries,
         frozenset(listed),
@@ -178,28 +110,8 @@ def read_captions(folder: str | Path, split: str) -> Captions:
         tuple(image_problems),
         tuple(caption_problems),
         id_hint(listed, orphans),
+        finder.looked,
     )
-
-
-def id_hint(listed: Iterable[Key], used: Iterable[Key]) -> str:
-    """Returns a hint that a used id and a listed id differ only in type, number or string.
-
-    Args:
-      listed: the image ids of the captions file.
-      used: the image ids of annotations.
-
-    Returns:
-      The hint, to be appended to an error message; '' if all such ids agree.
-    """
-    numbers = {str(key): key for key in listed}
-    for key in used:
-        other = numbers.get(str(key), key)
-        if other != key:
-            return (
-                f". The id {other!r} of images is written {key!r} here, a "
-                f"{'string' if isinstance(key, str) else 'number'}: write ids alike"
-            )
-    return ""
 
 
 def has_questions(folder: str | Path, split: str) -> bool:
@@ -304,7 +216,9 @@ def _directional(data: Node) -> bool:
     return info is not None and info.has("directional") and info.get("directional") is True
 
 
-def _image_files(images: list[Node]) -> tuple[dict[Key, list[str | None]], list[Problem]]:
+def _image_files(
+    images: list[Node], folder: Path
+) -> tuple[dict[Key, list[str | None]], list[Problem]]:
     """Returns the distinct file names of each image id, and the problems found.
 
     A file name of None is an example without image.
@@ -313,7 +227,7 @@ def _image_files(images: list[Node]) -> tuple[dict[Key, list[str | None]], list[
     owners: dict[str, Key] = {}
     problems = []
     for node in images:
-        name = _file_name(node)
+        name = _file_name(node, folder)
         if name and owners.setdefault(name, node.id("id")) != node.id("id"):
             problems.append(Problem(node.place, "file of another image id too", "converted"))
         names = files.setdefault(node.id("id"), [])
@@ -326,7 +240,7 @@ def _image_files(images: list[Node]) -> tuple[dict[Key, list[str | None]], list[
     return files, problems
 
 
-def _file_name(node: Node) -> str | None:
+def _file_name(node: Node, folder: Path) -> str | None:
     """Returns the name of an image's file, or None for an example without image.
 
     Raises:
@@ -336,8 +250,8 @@ def _file_name(node: Node) -> str | None:
         return None
     name = node.string("file_name")
     # Below one folder at least, the images' own.
-    inside = os.path.normpath(os.path.join("images", name))
-    if os.path.isabs(name) or inside == ".." or inside.startswith("../"):
+    inside = os.path.relpath(os.path.join(folder, "images", name), folder)
+    if inside == ".." or inside.startswith("../"):
         raise node.error(f"leads out of the data folder: {name!r}", "file_name")
     return name
 
@@ -351,7 +265,11 @@ def _captions(
     problems = []
     orphans = []
     for node in annotations:
-        image, caption = node.id("image_id"), node.string("caption").strip()
+        image, given = node.id("image_id"), node.get("caption")
+        if what := no_text(given):
+            problems.append(Problem(node.place, what, "left out"))
+            continue
+        caption = given.strip()
         earlier = None
         if node.has("id"):
             earlier = by_id.get(node.id("id"))
@@ -379,8 +297,6 @@ def _caption_fault(
     """
     if image not in images:
         return "caption of an image that is not listed", "left out"
-    if not caption:
-        return "empty caption", "left out"
     if earlier == (image, caption):
         return "annotation listed twice", "left out"
     if earlier is not None:
@@ -460,28 +376,24 @@ def _other_years(places: tuple[Path, ...], suffix: str) -> list[str]:
 def _image_folder(folder: Path, suffix: str, files: list[str]) -> Path | None:
     """Returns the folder of a split's images: the first known place that holds one of them.
 
-    A split without image files has none.
+    A split without image files has none, nor has one whose names are relative to the data folder.
 
     Raises:
-      FileNotFoundError: none of the places exists.
+      FileNotFoundError: none of the places exists, and no image is found elsewhere in the folder.
     """
     if not files:
         return None
     places = (folder / suffix, folder / "images" / suffix, folder / "images")
     there = [place for place in places if place.is_dir()]
+    if not there and any(Finder(folder).find(file).is_file() for file in files[:100]):
+        return None
     if not there:
         raise FileNotFoundError(
             f"no images of {_PREFIX}{suffix}.json: looked for {suffix}/ and images/ in {folder}; "
-            f"{_what_is_there(folder)}. Put the pictures (such as {files[0]}) into one of the two"
+            f"{what_is_there(folder)}. Put the pictures (such as {files[0]}) into one of the two"
         )
     sample = files[:100]
     return next((p for p in there if any(os.path.isfile(p / f) for f in sample)), there[0])
-
-
-def _what_is_there(folder: Path) -> str:
-    names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"there is {', '.join(names[:10])}{more}" if names else "it is empty"
 
 
 def _suffix(captions: Path) -> str:

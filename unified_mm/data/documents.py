@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unified_mm.data import coco
 from unified_mm.data.checked_json import Node
+from unified_mm.data.listing import Entry
 from unified_mm.data.manifest import Stats, image_faults, problem_counts, refuse_bad
 from unified_mm.data.records import Problem, Text
 from unified_mm.files import naming, parse_json, user_path
@@ -296,7 +296,7 @@ def _image_faults(
     files: dict[str, Path], stats: Stats, threads: int | None, progress: bool
 ) -> dict[str, Problem]:
     """Returns the problems of images, by the images' names; good images have no entry."""
-    entries = [coco.Entry(name, name, file, ()) for name, file in files.items()]
+    entries = [Entry(name, name, file, ()) for name, file in files.items()]
     faults = zip(files, image_faults(entries, stats, threads, progress), strict=True)
     return {name: fault for name, fault in faults if fault}
 

@@ -23,6 +23,8 @@ Source = str | os.PathLike | bytes | StoredImage
 # Larger pictures are refused before they are decoded: a small file can hold a huge picture.
 MAX_PIXELS = 64 * 1024 * 1024
 _TURNED = range(2, 9)  # values of the EXIF tag 274 that turn or mirror the picture
+# What a PNG's transparent grey is multiplied by where its pixels are: Pillow widens those alone.
+_GREY_SCALES = {"L;2": 85, "L;4": 17}
 _WITH_ALPHA = {"RGBA", "LA", "PA", "RGBa", "La"}
 _SUFFIXES = {
     "JPEG": {".jpg", ".jpeg", ".jpe", ".jfif"},
@@ -271,17 +273,40 @@ def _conversion(image: Image.Image, suffix: str | None) -> str | None:
 def _to_rgb(image: Image.Image, at_least: int | None) -> np.ndarray:
     if at_least is not None:
         image.draft(None, (at_least, at_least))
+    _widen_key(image)
+    known_white = image.mode != "I" or image.format in ("PNG", "PPM", None)
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white: save it with 8 or 16 bits")
     if image.mode.startswith("I"):
-        grey = np.clip(np.asarray(image, np.int64), 0, 65535) / 257  # 65535 is white: 255
-        return np.repeat(np.rint(grey).astype(np.uint8)[:, :, None], 3, axis=2)
+        return _grey_to_rgb(image, known_white)
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _widen_key(image: Image.Image) -> None:
+    """Gives the transparent colour of a PNG the range that its pixels will have once loaded."""
+    key = image.info.get("transparency")
+    tiles = getattr(image, "tile", ())
+    pixels = str(tiles[0].args) if tiles else ""
+    scale = next((by for name, by in _GREY_SCALES.items() if name in pixels), 1)
+    if isinstance(key, int):
+        image.info["transparency"] = scale * key
+    elif isinstance(key, tuple) and ";16" in pixels:
+        raise ValueError("a transparent colour of 16 bits: save it with 8 bits or an alpha channel")
+
+
+def _grey_to_rgb(image: Image.Image, known_white: bool) -> np.ndarray:
+    """Returns grey pixels of 16 bits, 65535 white, as RGB; the transparent grey is white too."""
+    grey = np.asarray(image, np.int64)
+    if not known_white or grey.min() < 0 or grey.max() > 65535:
+        raise ValueError("pixels of 32 bits have no defined white: save it with 8 or 16 bits")
+    if isinstance(key := image.info.get("transparency"), int):
+        grey = np.where(grey == key, 65535, grey)
+    return np.repeat(np.rint(grey / 257).astype(np.uint8)[:, :, None], 3, axis=2)
 
 
 def _decode_opencv(data: bytes, size: tuple[int, int], at_least: int | None) -> np.ndarray:

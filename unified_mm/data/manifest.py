@@ -13,16 +13,25 @@ from typing import Any
 
 import PIL
 
-from unified_mm.data import coco, images
+from unified_mm.data import images
+from unified_mm.data.listing import Entry, Key, Listing, Question, id_hint
 from unified_mm.data.records import ByteStore, Image, Manifest, Problem, Record, StoredImage, Text
 from unified_mm.files import naming, write_atomically
 
 FORMAT = 3  # raise it when the checks change: caches of an older format are not found then
-_SIDES = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
+# Sides in English, alone or in a word that is made of one: lefthand, left_side, rightmost.
+_SIDES = re.compile(
+    r"(?<![^\W\d_])(left|right)(most|wards?|hand(ed(ness)?|ers?)?|sides?|y|ies)?(?![^\W\d_])",
+    re.IGNORECASE,
+)
+# What was once taken for sides. Fingerprints go by these, so that those of old runs stay.
+_SIDES_ONCE = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
+MISSING = "missing image"
 _NAMED = 5  # files named per kind of problem in a summary
 
 
 def build_manifest(
+    listing: Listing,
     folder: str | os.PathLike,
     split: str,
     *,
@@ -32,11 +41,13 @@ def build_manifest(
     threads: int | None = None,
     progress: bool = True,
     sidecars: Sequence["Sidecar"] = (),
+    check_at_most: int = 0,
 ) -> Manifest:
-    """Reads a split, decodes every image completely, and leaves out and names what is bad.
+    """Decodes the images of a split completely, and leaves out and names what is bad.
 
     Args:
-      folder: the data folder, in the layout of MS-COCO.
+      listing: what the split lists.
+      folder: the data folder.
       split: the name of the split.
       source: the name of the data source, for the manifest.
       cache: if given, the manifest is kept in `cache/manifests/` under a hash of the annotations
@@ -45,29 +56,32 @@ def build_manifest(
       threads: threads that decode images; as many as the machine has cores by default.
       progress: whether to show a progress bar on a terminal.
       sidecars: the foils and questions beside the captions.
+      check_at_most: images that are decoded, of a set that has more: always the same ones; the
+        others must be there. 0 for all.
 
     Raises:
-      FileNotFoundError: `coco.read_captions` finds no data.
-      ValueError: `coco.read_captions` refuses the data; too many images, captions or members of
-        `sidecars` are left out, or none remains; or the cache is damaged or cannot be written.
+      ValueError: too many images, captions or members of `sidecars` are left out, or none remains;
+        or the cache is damaged or cannot be written.
     """
     folder = Path(folder).resolve()
-    captions = coco.read_captions(folder, split)
-    stats = _stat(captions)
+    stats = _stat(listing)
+    store = next((e.image.shelf for e in listing.entries if isinstance(e.image, StoredImage)), None)
     manifest = cached(
         cache,
-        _cache_key(folder, split, source, captions, stats),
-        lambda: _check(folder, split, source, captions, stats, threads, progress),
+        _cache_key(folder, split, source, listing, stats, check_at_most),
+        lambda: _check(folder, split, source, listing, stats, threads, progress, check_at_most),
+        store,
     )
     # Faults of images come before those of captions.
     listed_as, remaining = f"images of {split!r} in {folder}", len(manifest.records)
-    refuse_bad(listed_as, len(captions.listed), remaining, manifest.problems, max_bad_share)
-    if captions.annotations:
-        out = [each for each in captions.caption_problems if each.action == "left out"]
-        listed_as = f"captions of {split!r} in {captions.path}"
-        left = captions.annotations - len(out)
-        refuse_bad(listed_as, captions.annotations, left, out, max_bad_share, captions.hint)
-    return with_orphans(manifest, sidecars, captions.listed, captions.path)
+    looked = listing.looked if any(p.what == MISSING for p in manifest.problems) else ""
+    refuse_bad(listed_as, len(listing.listed), remaining, manifest.problems, max_bad_share, looked)
+    if listing.annotations:
+        out = [each for each in listing.caption_problems if each.action == "left out"]
+        listed_as = f"captions of {split!r} in {listing.path}"
+        left = listing.annotations - len(out)
+        refuse_bad(listed_as, listing.annotations, left, out, max_bad_share, listing.hint)
+    return with_orphans(manifest, sidecars, listing.listed, listing.path)
 
 
 def cached(
@@ -111,10 +125,10 @@ class Sidecar:
     """
 
     what: str
-    image_ids: Sequence[coco.Key]
+    image_ids: Sequence[Key]
     max_bad_share: float
 
-    def orphans(self, listed: Set[coco.Key], where: object) -> list[Problem]:
+    def orphans(self, listed: Set[Key], where: object) -> list[Problem]:
         """Returns a problem for each foil or question on an image that is not listed in `where`.
 
         Raises:
@@ -129,13 +143,13 @@ class Sidecar:
         if found:
             listed_as = f"{self.what}s beside {where}"
             left = len(self.image_ids) - len(found)
-            hint = coco.id_hint(listed, self.image_ids)
+            hint = id_hint(listed, self.image_ids)
             refuse_bad(listed_as, len(self.image_ids), left, found, self.max_bad_share, hint)
         return found
 
 
 def with_orphans(
-    manifest: Manifest, sidecars: Iterable[Sidecar], listed: Set[coco.Key], where: object
+    manifest: Manifest, sidecars: Iterable[Sidecar], listed: Set[Key], where: object
 ) -> Manifest:
     """Returns the manifest with the sidecars' members on unlisted images added to its problems."""
     orphans = [each for members in sidecars for each in members.orphans(listed, where)]
@@ -180,7 +194,7 @@ def without_bad_parts(
     return dataclasses.replace(manifest, records=kept, problems=all_problems, fingerprint=sealed)
 
 
-def with_questions(manifest: Manifest, questions: Iterable[coco.Question]) -> Manifest:
+def with_questions(manifest: Manifest, questions: Iterable[Question]) -> Manifest:
     """Returns the manifest with the questions of its images added to the texts of their records.
 
     A question that names sides makes its record not mirrorable. The fingerprint changes.
@@ -210,6 +224,8 @@ def summary(manifest: Manifest) -> str:
     counts["without text"] = sum(not r.texts for r in records)
     counts["never mirrored"] = sum(not r.mirrorable for r in records)
     parts += [f"{count:,} {name}" for name, count in counts.items() if count]
+    if manifest.unchecked:
+        parts.append(f"{manifest.unchecked:,} images are not decoded before they are met")
     return "; ".join(parts + problem_counts(manifest.problems)) + "."
 
 
@@ -266,56 +282,79 @@ def _with_texts(record: Record, texts: list[Text]) -> Record:
 
 
 def names_sides(texts: Iterable[Text]) -> bool:
-    """Returns whether a text says left or right, so that flipping its image could make it false."""
-    return any(_SIDES.search(t.prompt) or _SIDES.search(t.target) for t in texts)
+    """Returns whether a text names a side in English: flipping its image could make it false."""
+    return _any_match(_SIDES, texts)
+
+
+def _any_match(pattern: re.Pattern, texts: Iterable[Text]) -> bool:
+    return any(pattern.search(t.prompt) or pattern.search(t.target) for t in texts)
 
 
 Stats = dict[Path, os.stat_result]
 
 
-def _stat(captions: coco.Captions) -> Stats:
-    """Returns the file status of each image that exists; a missing one has no entry."""
-    found = {}
-    for entry in captions.entries:
-        if entry.path is not None and os.path.isfile(entry.path):
-            found[entry.path] = entry.path.stat()
-    return found
+def _stat(listing: Listing) -> Stats:
+    """Returns the status of each image that is a file of its own; a missing one has no entry."""
+    files = {entry.image for entry in listing.entries if isinstance(entry.image, Path)}
+    return {file: file.stat() for file in files if os.path.isfile(file)}
 
 
 def _check(
-    folder: Path, split: str, source: str, captions: coco.Captions,
-    stats: Stats, threads: int | None, progress: bool,
+    folder: Path, split: str, source: str, listing: Listing,
+    stats: Stats, threads: int | None, progress: bool, check_at_most: int,
 ) -> Manifest:  # fmt: skip
-    faults = image_faults(captions.entries, stats, threads, progress)
+    left_alone = _left_alone(listing.entries, check_at_most)
+    faults = image_faults(listing.entries, stats, threads, progress, left_alone)
     records = tuple(
-        _record(entry, captions.directional)
-        for entry, fault in zip(captions.entries, faults, strict=True)
+        _record(entry, listing.directional)
+        for entry, fault in zip(listing.entries, faults, strict=True)
         if fault is None or fault.action == "converted"
     )
-    problems = tuple(fault for fault in faults if fault is not None) + captions.problems
+    problems = tuple(fault for fault in faults if fault is not None) + listing.problems
     sizes: dict[Image, int] = {str(path): stat.st_size for path, stat in stats.items()}
-    return Manifest(split, records, source, str(folder), fingerprint(records, sizes), problems)
+    sizes |= {e.image: e.image.size for e in listing.entries if isinstance(e.image, StoredImage)}
+    sealed = fingerprint(records, sizes)
+    return Manifest(split, records, source, str(folder), sealed, problems, len(left_alone))
+
+
+def _left_alone(entries: Sequence[Entry], check_at_most: int) -> frozenset[Key]:
+    """Returns the ids of the images that are not decoded: those whose ids hash highest."""
+    if not 0 < check_at_most < len(entries):
+        return frozenset()
+    ranked = sorted(entries, key=lambda entry: hashlib.sha256(repr(entry.id).encode()).digest())
+    return frozenset(entry.id for entry in ranked[check_at_most:])
 
 
 def image_faults(
-    entries: Sequence[coco.Entry], stats: Stats, threads: int | None, progress: bool
+    entries: Sequence[Entry],
+    stats: Stats,
+    threads: int | None,
+    progress: bool,
+    left_alone: Set[Key] = frozenset(),
 ) -> list[Problem | None]:
-    """Returns the problem of each entry's image or None; an image that `stats` lacks is missing."""
+    """Returns the problem of each entry's image or None; an image that `stats` lacks is missing.
+
+    Images in `left_alone` are not decoded.
+    """
     from tqdm import tqdm
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        checks = pool.map(lambda entry: _image_fault(entry, stats), entries)
+        checks = pool.map(lambda e: _image_fault(e, stats, e.id not in left_alone), entries)
         disable = None if progress else True  # None: no bar where there is no terminal
         return list(tqdm(checks, "checking images", len(entries), unit="image", disable=disable))
 
 
-def _image_fault(entry: coco.Entry, stats: Stats) -> Problem | None:
-    if entry.path is None:
+def _image_fault(entry: Entry, stats: Stats, decoded: bool) -> Problem | None:
+    if entry.image is None:
         return None
     name = str(entry.file)
-    if entry.path not in stats:
-        return Problem(name, "missing image", "left out")
-    return image_fault(name, entry.path)
+    if isinstance(entry.image, Path) and entry.image not in stats:
+        return Problem(name, MISSING, "left out")
+    if not decoded:
+        return None
+    if isinstance(entry.image, StoredImage):
+        return image_fault(f"{entry.image.shelf}: {name}", entry.image, name)
+    return image_fault(name, entry.image)
 
 
 def image_fault(name: str, source: images.Source, named: str | None = None) -> Problem | None:
@@ -335,10 +374,11 @@ def image_fault(name: str, source: images.Source, named: str | None = None) -> P
     return Problem(name, conversion, "converted") if conversion else None
 
 
-def _record(entry: coco.Entry, directional: bool) -> Record:
-    texts = tuple(Text(prompt="", target=caption) for caption in entry.captions)
-    parts = {"image": str(entry.path)} if entry.path else {}
-    return Record(entry.id, parts, texts, mirrorable=not directional and not names_sides(texts))
+def _record(entry: Entry, directional: bool) -> Record:
+    found = str(entry.image) if isinstance(entry.image, Path) else entry.image
+    parts = {} if found is None else {"image": found}
+    mirrorable = not directional and not names_sides(entry.texts)
+    return Record(entry.id, parts, entry.texts, mirrorable)
 
 
 def fingerprint(records: Iterable[Record], sizes: Mapping[Image, int]) -> str:
@@ -347,7 +387,9 @@ def fingerprint(records: Iterable[Record], sizes: Mapping[Image, int]) -> str:
     for record in records:
         texts = [[text.prompt, text.target] for text in record.texts]
         size = sizes[record.image] if record.image else None
-        digest.update(json.dumps([record.id, size, texts, record.mirrorable]).encode())
+        learned_since = names_sides(record.texts) and not _any_match(_SIDES_ONCE, record.texts)
+        mirrorable = record.mirrorable or learned_since
+        digest.update(json.dumps([record.id, size, texts, mirrorable]).encode())
     return digest.hexdigest()
 
 
@@ -384,14 +426,21 @@ def refuse_bad(
     )
 
 
-def _cache_key(folder: Path, split: str, source: str, captions: coco.Captions, stats: Stats) -> str:
-    digest = hashlib.sha256(captions.path.read_bytes())
-    setting = [FORMAT, PIL.__version__, str(folder), split, source]
-    digest.update(json.dumps(setting).encode())
-    for entry in captions.entries:
-        stat = stats.get(entry.path) if entry.path else None
-        digest.update(json.dumps([entry.file, stat and [stat.st_size, stat.st_mtime_ns]]).encode())
+def _cache_key(
+    folder: Path, split: str, source: str, listing: Listing, stats: Stats, check_at_most: int
+) -> str:
+    setting = [FORMAT, PIL.__version__, str(folder), split, source, check_at_most]
+    setting += [listing.directional, listing.stamp]
+    digest = hashlib.sha256(json.dumps([setting, listing.problems], default=_members).encode())
+    for entry in listing.entries:
+        stat = stats.get(entry.image) if isinstance(entry.image, Path) else None
+        known = [entry, stat and [stat.st_size, stat.st_mtime_ns]]
+        digest.update(json.dumps(known, default=_members_or_path).encode())
     return digest.hexdigest()
+
+
+def _members_or_path(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else _members(value)
 
 
 def _from_cache(path: Path, shelf: ByteStore | None) -> Manifest:

@@ -1,5 +1,6 @@
 """Records to batches of arrays, where the global batch depends on seed and step alone."""
 
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,33 @@ class Preparer(Protocol):
     def absent(self) -> Arrays:
         """Returns the arrays of an example that lacks the modality: `present` is False."""
         ...
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """What to do with an example's part that cannot be read: it counts as absent, and is named.
+
+    Attributes:
+      log: a file to which every process of the reader appends, a line for each part that is met.
+    """
+
+    log: str
+
+    def add(self, name: str, error: Exception) -> None:
+        """Notes a part that could not be read; a line is written whole or not at all."""
+        line = f"{name}\t{error}".replace("\n", " ") + "\n"
+        file = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(file, line.encode(errors="backslashreplace"))
+        finally:
+            os.close(file)
+
+    def lines(self) -> list[str]:
+        """Returns what was noted, each part as often as it was met."""
+        if not os.path.isfile(self.log):
+            return []
+        with open(self.log, encoding="utf-8", errors="replace") as file:
+            return file.read().splitlines()
 
 
 @dataclass(frozen=True)
@@ -68,12 +96,18 @@ class _TrainingRows:
     """Grain's random-access source of the endless training rows."""
 
     def __init__(
-        self, records: Sequence[Any], preparers: Mapping[str, Preparer], seed: int, rows: _Rows
+        self,
+        records: Sequence[Any],
+        preparers: Mapping[str, Preparer],
+        seed: int,
+        rows: _Rows,
+        unreadable: Unreadable | None,
     ):
         self._records = records
         self._preparers = {name: (p, zlib.crc32(name.encode())) for name, p in preparers.items()}
         self._seed = seed
         self._rows = rows
+        self._unreadable = unreadable
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
@@ -84,9 +118,18 @@ class _TrainingRows:
         epoch, position = divmod(sample, len(self._records))
         record = self._records[int(self._epoch_order(epoch)[position])]
         return {
-            name: preparer.prepare(record, _generator(self._seed, number, sample))
+            name: self._prepared(name, preparer, record, _generator(self._seed, number, sample))
             for name, (preparer, number) in self._preparers.items()
         }
+
+    def _prepared(self, name: str, preparer: Preparer, record: Any, rng: Any) -> Arrays:
+        try:
+            return preparer.prepare(record, rng)
+        except (ValueError, OSError) as error:  # an image that cannot be decoded, or is gone
+            if self._unreadable is None:
+                raise
+            self._unreadable.add(name, error)
+            return preparer.absent()
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         # One tuple is read and replaced whole, so threads at the turn of an epoch may both
@@ -130,6 +173,7 @@ def training_batches(
     threads: int = 2,
     workers: int = 0,
     prefetch: int = 2,
+    unreadable: Unreadable | None = None,
 ) -> Iterator[Batch]:
     """Returns the endless training batches from `start_step` on; call `.close()` when done.
 
@@ -148,6 +192,7 @@ def training_batches(
       threads: threads that prepare examples.
       workers: processes that prepare examples; 0 for none beside this one.
       prefetch: batches that are prepared ahead.
+      unreadable: where parts that cannot be read are named; None raises what is wrong with them.
 
     Raises:
       ValueError: there are no records or no preparers, no batch has such `rows`, or the seed is
@@ -155,7 +200,7 @@ def training_batches(
     """
     _require(records, preparers)
     read = _Rows.of(batch_size, start_step, rows, workers)
-    source = _TrainingRows(records, preparers, _checked_seed(seed), read)
+    source = _TrainingRows(records, preparers, _checked_seed(seed), read, unreadable)
     return _read(source, read, threads, workers, prefetch)
 
 

@@ -115,6 +115,7 @@ class Manifest:
       fingerprint: SHA-256 over what training sees: ids, texts and the images' sizes in bytes.
         Manifests with equal fingerprints train alike.
       problems: the faults that were found.
+      unchecked: how many images were not decoded.
     """
 
     split: str
@@ -123,3 +124,4 @@ class Manifest:
     folder: str
     fingerprint: str
     problems: tuple[Problem, ...] = ()
+    unchecked: int = 0

@@ -5,10 +5,14 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from unified_mm.data import coco
+from unified_mm.data.layouts import LAYOUTS, WHOLE, Folder, Splits, nearest
+from unified_mm.data.listing import Foil, Listing, Question, held_out, what_is_there
 from unified_mm.data.manifest import Sidecar, build_manifest, with_questions
 from unified_mm.data.records import Manifest
 from unified_mm.files import naming, user_path
@@ -16,7 +20,7 @@ from unified_mm.registry import resolve
 
 BUILT_IN = {
     "auto": "unified_mm.data.sources:find_source",
-    "coco": "unified_mm.data.sources:given_folder",
+    **dict.fromkeys(LAYOUTS, "unified_mm.data.sources:given_folder"),
     "tfds": "unified_mm.data.tfds_source:open_dataset",
     "world": "unified_mm.data.sources:embedded_world",
 }
@@ -34,6 +38,9 @@ WORLD_BANNER = (
 class Source(Protocol):
     """A named origin of examples, split by split.
 
+    It may have `foils(split)` and `questions(split)` too, and a text `described`: what it took its
+    folder for.
+
     Attributes:
       name: the name of the source, such as 'coco'.
       folder: where the data lie.
@@ -50,11 +57,20 @@ class Source(Protocol):
     def manifest(self, split: str) -> Manifest:
         """Returns the validated examples of a split."""
 
-    def foils(self, split: str) -> Sequence[coco.Foil]:
-        """Returns captions made false by one word; empty if there are none."""
 
-    def questions(self, split: str) -> Sequence[coco.Question]:
-        """Returns questions with answers; empty if there are none."""
+def foils_of(source: Source, split: str) -> Sequence[Foil]:
+    """Returns captions made false by one word, of a source that has them (`foils(split)`)."""
+    return _of(source, "foils", split)
+
+
+def questions_of(source: Source, split: str) -> Sequence[Question]:
+    """Returns questions with answers, of a source that has them (`questions(split)`)."""
+    return _of(source, "questions", split)
+
+
+def _of(source: Source, what: str, split: str) -> Sequence[Any]:
+    found: Sequence[Any] = getattr(source, what)(split) if hasattr(source, what) else ()
+    return found
 
 
 class AnnotatedFolder:
@@ -73,7 +89,7 @@ class AnnotatedFolder:
         self._max_bad_share = float(data.max_bad_share)
         self._max_orphans = self._max_bad_share  # share that may be on unlisted images
         self._asking = asking_field(data)
-        self._questions: dict[str, Sequence[coco.Question]] = {}  # those that were read
+        self._questions: dict[str, Sequence[Question]] = {}  # those that were read
         self._splits = tuple(splits)
 
     def splits(self) -> Sequence[str]:
@@ -101,10 +117,10 @@ class AnnotatedFolder:
     def _build(self, split: str, sidecars: Sequence[Sidecar]) -> Manifest:
         raise NotImplementedError
 
-    def foils(self, split: str) -> Sequence[coco.Foil]:
+    def foils(self, split: str) -> Sequence[Foil]:
         return coco.read_foils(self.folder, split) if coco.has_foils(self.folder, split) else ()
 
-    def questions(self, split: str) -> Sequence[coco.Question]:
+    def questions(self, split: str) -> Sequence[Question]:
         if split not in self._splits or not coco.has_questions(self.folder, split):
             return ()
         if split not in self._questions:
@@ -115,14 +131,14 @@ class AnnotatedFolder:
         """Returns an error message: the split has no questions, and what was looked for."""
         return coco.no_questions(self.folder, split)
 
-    def _beside_all(self, split: str, questions: Sequence[coco.Question]) -> tuple[Sidecar, ...]:
+    def _beside_all(self, split: str, questions: Sequence[Question]) -> tuple[Sidecar, ...]:
         return (
             self._beside("foil", self.foils(split), self._max_orphans),
             self._beside("question", questions, self._share_of_questions(split)),
         )
 
     def _beside(
-        self, what: str, members: Sequence[coco.Foil] | Sequence[coco.Question], share: float
+        self, what: str, members: Sequence[Foil] | Sequence[Question], share: float
     ) -> Sidecar:
         return Sidecar(what, [member.image_id for member in members], share)
 
@@ -131,24 +147,95 @@ class AnnotatedFolder:
         return 1.0 if coco.questions_serve_others(self.folder, split) else self._max_orphans
 
 
-class CocoFolder(AnnotatedFolder):
-    """A folder in the layout of MS-COCO captions."""
+class ListedFolder(AnnotatedFolder):
+    """A folder in one of the layouts of `data.layouts`.
+
+    Attributes:
+      described: what the folder was taken for, and where its splits come from.
+    """
 
     def __init__(
-        self, folder: Path, data: Any, *, name: str = "coco", banner: str | None = None
+        self,
+        folder: Path,
+        splits: Splits,
+        data: Any,
+        *,
+        name: str,
+        described: str = "",
+        banner: str | None = None,
     ) -> None:
-        splits = tuple(coco.find_splits(folder))
-        super().__init__(folder, splits, data, name=name, banner=banner)
+        self.described = described
+        self._listed = dict(splits)
+        self._known: dict[str, Listing] = {}
+        if set(splits) == {WHOLE} or (name != "coco" and {"train", "val"} - set(splits) == {"val"}):
+            self._hold_out(next(iter(splits)), float(data.val_share))
+        self._check_at_most, self._train_split = int(data.check_at_most), data.train_split
+        super().__init__(folder, list(self._listed), data, name=name, banner=banner)
+
+    def _hold_out(self, whole: str, share: float) -> None:
+        """Makes 'train' and 'val' of one split, by the examples' ids alone."""
+        if not 0 < share < 1:
+            raise ValueError(f"data.val_share={share}: must be between 0 and 1")
+        listed = self._listed.pop(whole)
+
+        def part(val: bool) -> Listing:
+            found = self._known.setdefault(whole, listed()) if whole == WHOLE else listed()
+            kept = tuple(e for e in found.entries if held_out(e.id, share) == val)
+            if not kept:
+                raise ValueError(
+                    f"{found.path} lists {len(found.entries)} example(s), and none of them falls "
+                    f"into {'val' if val else 'train'} by data.val_share={share}: change it"
+                )
+            ids = {entry.id for entry in kept}
+            asked = tuple(each for each in found.questions if each.image_id in ids)
+            return replace(found, entries=kept, listed=frozenset(ids), questions=asked)
+
+        self._listed |= {"train": partial(part, False), "val": partial(part, True)}
+        self.described += f"; 'val' is {share:.0%} of it, by name (data.val_share)"
+
+    def _listing(self, split: str) -> Listing:
+        if split not in self._listed:
+            raise ValueError(
+                f"{self.folder} has no split {split!r}: it has {', '.join(self._listed)}"
+            )
+        if split not in self._known:
+            self._known[split] = self._listed[split]()
+        return self._known[split]
+
+    def manifest(self, split: str) -> Manifest:
+        """Returns the validated examples of a split; questions are texts where nothing else is."""
+        found = super().manifest(split)
+        listing = self._listing(split)
+        if listing.questions and not self._asking and not listing.annotations:
+            return with_questions(found, listing.questions)
+        return found
+
+    def questions(self, split: str) -> Sequence[Question]:
+        if split in self._listed and (found := self._listing(split).questions):
+            return found
+        return super().questions(split)
 
     def _build(self, split: str, sidecars: Sequence[Sidecar]) -> Manifest:
         return build_manifest(
+            self._listing(split),
             self.folder,
             split,
             source=self.name,
             cache=self._cache,
             max_bad_share=self._max_bad_share,
             sidecars=sidecars,
+            check_at_most=self._check_at_most if split == self._train_split else 0,
         )
+
+
+def coco_folder(
+    folder: Path, data: Any, *, name: str = "coco", banner: str | None = None
+) -> ListedFolder:
+    """Returns a folder in the layout of MS-COCO captions as a source."""
+    splits = {
+        split: partial(coco.read_captions, folder, split) for split in coco.find_splits(folder)
+    }
+    return ListedFolder(folder, splits, data, name=name, banner=banner)
 
 
 def asking_field(data: Any) -> str:
@@ -177,7 +264,7 @@ def open_source(data: Any) -> Source:
         raise ValueError(f"data.source={data.source!r} cannot be called with the data options")
     source = make(data)
     if not isinstance(source, Source):
-        wanted = ("name", "folder", "banner", "splits", "manifest", "foils", "questions")
+        wanted = ("name", "folder", "banner", "splits", "manifest")
         lacking = ", ".join(name for name in wanted if not hasattr(source, name))
         raise ValueError(
             f"data.source={data.source!r} gives a {type(source).__name__}, which is no data "
@@ -204,20 +291,55 @@ def find_source(data: Any) -> Source:
     for place in PLACES:
         folder = Path(place).expanduser()
         if (folder / "annotations").is_dir():
-            return CocoFolder(folder, data)
+            return coco_folder(folder, data)
     return embedded_world(data)
 
 
 def given_folder(data: Any) -> Source:
-    """Returns the folder `data.dir` as a source.
+    """Returns the folder `data.dir` as a source, by its layout or by the one in `data.source`.
 
     Raises:
-      FileNotFoundError: there is no such folder, or no captions file in it.
-      ValueError: no folder is given, or it is a TFDS dataset or cannot be read.
+      FileNotFoundError: there is no such folder, or it is laid out in no known way.
+      ValueError: no folder is given, or it cannot be read.
     """
     if not data.dir:
-        raise ValueError("data.source='coco' needs data.dir, a folder in COCO captions layout")
-    return CocoFolder(user_path(data.dir, "data.dir"), data)
+        raise ValueError(f"data.source={data.source!r} needs data.dir, the folder of the data")
+    path = user_path(data.dir, "data.dir")
+    if not os.path.isdir(path):
+        fault = "is a file" if os.path.exists(path) else "does not exist"
+        raise FileNotFoundError(
+            f"the data folder {path} {fault}: set data.dir to a folder with images and their texts"
+        )
+    if data.source == "auto" and (path / "dataset_info.json").is_file():
+        found: Source = resolve("data source", "tfds", BUILT_IN)(data)
+        return found
+    folder = Folder(path, data.fields.image, data.fields.caption, cache_folder(data))
+    with naming(f"data.dir={path}"):
+        if data.source != "auto":
+            what, splits_of = LAYOUTS[data.source]
+            if not (splits := splits_of(folder)):
+                raise FileNotFoundError(_not_found(folder, f"it is not laid out as {what}"))
+            return ListedFolder(
+                path, splits, data, name=data.source, described=f"data: {path} is read as {what}"
+            )
+        laid_out = {name: splits for name, (_, of) in LAYOUTS.items() if (splits := of(folder))}
+    if not laid_out:
+        raise FileNotFoundError(_not_found(folder, "none of the known layouts"))
+    (name, splits), *others = laid_out.items()
+    described = f"data: {path} is read as {LAYOUTS[name][0]}"
+    if others:
+        also = ", ".join(f"data.source={other}" for other, _ in others)
+        described += f"; what could be read too: {also}"
+    return ListedFolder(path, splits, data, name=name, described=described)
+
+
+def _not_found(folder: Folder, fault: str) -> str:
+    """Returns the error message of a folder that cannot be read, with the nearest layout."""
+    known = "; ".join(f"{name}: {what}" for name, (what, _) in LAYOUTS.items())
+    return (
+        f"{folder.path}: {fault}; {what_is_there(folder.path)}. {nearest(folder)}"
+        f"What is read (data.source): {known}"
+    )
 
 
 def embedded_world(data: Any) -> Source:
@@ -232,7 +354,7 @@ def embedded_world(data: Any) -> Source:
     cache = cache_folder(data)
     with naming(f"data.cache_dir={cache}"):
         folder = ensure_world(spec, cache)
-    return CocoFolder(folder, data, name="world", banner=WORLD_BANNER)
+    return coco_folder(folder, data, name="world", banner=WORLD_BANNER)
 
 
 def cache_folder(data: Any) -> Path:

@@ -10,7 +10,9 @@ import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from statistics import fmean
+
+from unified_mm.data.coco import Question
 
 _CONSENSUS = 3  # people who have to have said an answer before it counts fully
 
@@ -57,23 +59,6 @@ _FULL_STOP = re.compile(r"\.(?!\d)")
 _PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
 
 
-@dataclass(frozen=True)
-class Question:
-    """A question with its type and the answers that people gave.
-
-    Attributes:
-      text: the question.
-      answers: the answers that people gave.
-      type: the type of the question, such as "how many" or "what colour".
-      answer_type: 'yes/no', 'number' or 'other', as in VQA v2; '' where it is not known.
-    """
-
-    text: str
-    answers: tuple[str, ...]
-    type: str
-    answer_type: str = ""
-
-
 def normalize_answer(answer: str) -> str:
     """Returns an answer in the form in which VQA v2 compares answers.
 
@@ -110,12 +95,7 @@ def answer_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return sum(left_out) / len(matches)
 
 
-def answer_scores(
-    predictions: Sequence[str],
-    answers: Sequence[Sequence[str]],
-    types: Sequence[str],
-    answer_types: Sequence[str] | None = None,
-) -> dict[str, float]:
+def answer_scores(predictions: Sequence[str], questions: Sequence[Question]) -> dict[str, float]:
     """Returns the mean accuracy over all questions and over those of each type, in [0, 1].
 
     Returns:
@@ -126,31 +106,28 @@ def answer_scores(
     Raises:
       ValueError: there is no question, lengths differ, or a question has no answer.
     """
-    if answer_types is None:
-        answer_types = [""] * len(predictions)
-    if not len(predictions) == len(answers) == len(types) == len(answer_types):
+    if len(predictions) != len(questions):
         raise ValueError(
-            f"{len(predictions)} predictions, answers to {len(answers)} questions, "
-            f"{len(types)} types and {len(answer_types)} types of answers: give one of each per "
-            "question, in the same order."
+            f"{len(predictions)} predictions, answers to {len(questions)} questions: give one of "
+            "each per question, in the same order."
         )
     if not predictions:
         raise ValueError("no answers to score: the list of questions is empty.")
+    every: list[float] = []
     by_type: defaultdict[str, list[float]] = defaultdict(list)
     by_answer: defaultdict[str, list[float]] = defaultdict(list)
-    rows = zip(predictions, answers, types, answer_types, strict=True)
-    for i, (prediction, given, kind, answer_type) in enumerate(rows):
-        if not given:
+    for i, (prediction, question) in enumerate(zip(predictions, questions, strict=True)):
+        kind = question.question_type
+        if not question.answers:
             raise ValueError(f"question {i} ({kind}) has no answer to compare with: leave it out.")
-        accuracy = answer_accuracy(prediction, given)
-        by_type[kind].append(accuracy)
-        if answer_type:
-            by_answer[answer_type].append(accuracy)
-    every = [accuracy for accuracies in by_type.values() for accuracy in accuracies]
+        every.append(answer_accuracy(prediction, question.answers))
+        by_type[kind].append(every[-1])
+        if question.answer_type:
+            by_answer[question.answer_type].append(every[-1])
     return {
-        "answer/accuracy": _mean(every),
-        **{f"answer/accuracy/{kind}": _mean(by_type[kind]) for kind in sorted(by_type)},
-        **{f"answer/accuracy/answer_type/{k}": _mean(by_answer[k]) for k in sorted(by_answer)},
+        "answer/accuracy": fmean(every),
+        **{f"answer/accuracy/{kind}": fmean(by_type[kind]) for kind in sorted(by_type)},
+        **{f"answer/accuracy/answer_type/{k}": fmean(by_answer[k]) for k in sorted(by_answer)},
     }
 
 
@@ -173,26 +150,19 @@ def question_prior(
     overall: Counter[str] = Counter()
     for question in train_questions:
         answers = [normalize_answer(answer) for answer in question.answers]
-        for count in (by_text[_same_words(question.text)], by_type[question.type], overall):
+        kind = question.question_type
+        for count in (by_text[_same_words(question.question)], by_type[kind], overall):
             count.update(answers)
     if not overall:
         raise ValueError("no training question has an answer: there is no prior to measure.")
 
     def guess(question: Question) -> str:
-        known = by_text.get(_same_words(question.text)) or by_type.get(question.type) or overall
+        same = by_text.get(_same_words(question.question))
+        known = same or by_type.get(question.question_type) or overall
         return min(known, key=lambda answer: (-known[answer], answer))
 
-    return answer_scores(
-        [guess(question) for question in questions],
-        [question.answers for question in questions],
-        [question.type for question in questions],
-        [question.answer_type for question in questions],
-    )
+    return answer_scores([guess(question) for question in questions], questions)
 
 
 def _same_words(text: str) -> str:
     return " ".join(text.lower().split())
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from unified_mm.data.coco import Foil, Question
-from unified_mm.data.pipeline import evaluation_batches
 from unified_mm.data.records import Manifest, Record, Text
 from unified_mm.evaluation import answers, retrieval
 from unified_mm.evaluation.caption_scores import caption_scores
@@ -169,12 +169,10 @@ def score_retrieval(predictor: Predictor, split: Split, found: Scores, batch_siz
             named.add(both)
             rows = _as_rows(records, other)
             vectors = [
-                _gather(
-                    (
-                        predictor.embed(batch, of, contrast.name)
-                        for batch in _batches(predictor, each, batch_size)
-                    ),
-                    len(each),
+                np.array(
+                    predictor.over(
+                        each, batch_size, partial(predictor.embed, of=of, objective=contrast.name)
+                    )
                 )
                 for of, each in ((one, records), (other, rows))
             ]
@@ -245,10 +243,9 @@ def score_captions(predictor: Predictor, found: Scores, batch_size: int) -> None
 
     Chance is the score of the captions against the references of other images.
     """
-    written: list[str] = []
-    for batch in _batches(predictor, found.images, batch_size):
-        written += predictor.write(batch, [""] * batch_size)
-    found.captions = written[: len(found.images)]
+    found.captions = predictor.over(
+        found.images, batch_size, lambda batch: predictor.write(batch, [""] * batch_size)
+    )
     references = [captions_of(record) for record in found.images]
     scores = caption_scores(found.captions, references)
     found.add({f"caption/{name}": value for name, value in scores.items()})
@@ -274,8 +271,7 @@ def score_image_gain(predictor: Predictor, found: Scores, batch_size: int) -> No
     ]
 
     def nats(records: Sequence[Record]) -> np.ndarray:
-        batches = _batches(predictor, records, batch_size)
-        scored = _gather(map(predictor.log_likelihood, batches), len(records))
+        scored = np.array(predictor.over(records, batch_size, predictor.log_likelihood))
         return -scored[:, 0] / scored[:, 1]
 
     own, other = nats(rows), nats(strangers)
@@ -307,8 +303,7 @@ def score_foils(predictor: Predictor, split: Split, found: Scores, batch_size: i
             replace(by_id[foil.image_id], texts=(Text("", text),))
             for foil, text in zip(foils, texts, strict=True)
         ]
-        batches = _batches(predictor, rows, batch_size)
-        return _gather(map(predictor.log_likelihood, batches), len(rows))[:, 0]
+        return np.array(predictor.over(rows, batch_size, predictor.log_likelihood))[:, 0]
 
     right = likelihoods([f.caption for f in foils]) > likelihoods([f.foil for f in foils])
     kinds = np.array([foil.kind for foil in foils])
@@ -328,44 +323,12 @@ def score_answers(predictor: Predictor, split: Split, found: Scores, batch_size:
     if not asked:
         return
     rows = [by_id[question.image_id] for question in asked]
-    prompts = [question.question for question in asked]
-    prompts += [""] * (-len(prompts) % batch_size)
-    written: list[str] = []
-    for start, batch in enumerate(_batches(predictor, rows, batch_size)):
-        written += predictor.write(batch, prompts[start * batch_size :][:batch_size])
-
-    def as_scored(questions: Sequence[Question]) -> list[answers.Question]:
-        return [
-            answers.Question(q.question, q.answers, q.question_type, q.answer_type)
-            for q in questions
-        ]
-
-    scored = as_scored(asked)
-    found.add(
-        answers.answer_scores(
-            written[: len(asked)],
-            [q.answers for q in scored],
-            [q.type for q in scored],
-            [q.answer_type for q in scored],
-        ),
-        answers.question_prior(as_scored(split.train_questions), scored)
-        if split.train_questions
-        else None,
+    prompts = itertools.chain((question.question for question in asked), itertools.repeat(""))
+    written = predictor.over(
+        rows,
+        batch_size,
+        lambda batch: predictor.write(batch, list(itertools.islice(prompts, batch_size))),
     )
 
-
-def _batches(
-    predictor: Predictor, records: Sequence[Record], batch_size: int
-) -> Iterator[dict[str, dict[str, np.ndarray]]]:
-    batches = evaluation_batches(
-        records,
-        predictor.task.modalities,
-        batch_size=batch_size,
-        rows=predictor.rows(batch_size),
-    )
-    with closing(batches):  # type: ignore[type-var]
-        yield from batches
-
-
-def _gather(parts: Iterator[np.ndarray], rows: int) -> np.ndarray:
-    return np.concatenate(list(parts))[:rows]
+    prior = answers.question_prior(split.train_questions, asked) if split.train_questions else None
+    found.add(answers.answer_scores(written, asked), prior)

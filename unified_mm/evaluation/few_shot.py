@@ -6,8 +6,7 @@ texts, then one more image, whose text the model writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,6 @@ import numpy as np
 from unified_mm.data.coco import Question
 from unified_mm.data.documents import Document, Item, Part
 from unified_mm.data.interleave import Row, text_length
-from unified_mm.data.pipeline import evaluation_batches
 from unified_mm.data.records import Record, Text
 from unified_mm.evaluation import answers
 from unified_mm.evaluation.caption_scores import caption_scores
@@ -74,9 +72,7 @@ def few_shot_scores(
         if asked:
             pairs = [(by_id[each.image_id], each.question) for each in asked]
             written = write_after_shots(predictor, pairs, shots, options, batch_size)
-            found = answers.answer_scores(
-                written, [each.answers for each in asked], [each.question_type for each in asked]
-            )
+            found = answers.answer_scores(written, asked)
             scores |= {f"few_shot/{shots}/{name}": value for name, value in found.items()}
     return scores
 
@@ -92,45 +88,37 @@ def write_after_shots(
 
     The examples are questions with answers where the prompt is a question, else captions.
     """
-    draw = examples_by_kind(options.support)
+    kinds = {bool(prompt) for _, prompt in asked}
+    examples = {prompted: examples_of(options.support, prompted) for prompted in kinds}
     rows = [
-        prompt_row(number, record, prompt, draw(bool(prompt)), shots, options.seed)
+        prompt_row(number, record, prompt, examples[bool(prompt)], shots, options.seed)
         for number, (record, prompt) in enumerate(asked)
     ]
     text = predictor.task.modalities["text"]
     longest = max(text_length(row.documents[0], text.tokenizer) for row in rows)
     length = -(-longest // _TOKENS_TOGETHER) * _TOKENS_TOGETHER
     room = text.length - 1
-    written: list[str] = []
-    for batch in _batches(predictor, rows, shots + 1, length, batch_size):
+
+    def write(batch: Any) -> list[str]:
         beginning = {**batch, "text": without_answer(batch["text"])}
         most = np.full(len(beginning["text"]["valid"]), room)
         if text.embedding.learned_positions:
             used = beginning["text"]["valid"].sum(1)
             most = np.minimum(most, text.embedding.max_positions - used)
-        written += [texts[0].text for texts in predictor.continue_text(beginning, most, room)]
-    return written[: len(rows)]
+        return [texts[0].text for texts in predictor.continue_text(beginning, most, room)]
+
+    preparers = interleaved_preparers(predictor.task.modalities, shots + 1, length)
+    return predictor.over(rows, batch_size, write, preparers)
 
 
-def examples_by_kind(
-    support: Sequence[Record],
-) -> Callable[[bool], list[tuple[Item, tuple[Text, ...]]]]:
-    """Returns a function that looks up training images with texts of one kind.
-
-    Its argument says whether the texts have a prompt: False gives images with captions, True
-    images with questions and answers.
-    """
-
-    def of_kind(prompted: bool) -> list[tuple[Item, tuple[Text, ...]]]:
-        found = []
-        for record in support:
-            texts = tuple(text for text in record.texts if bool(text.prompt) == prompted)
-            if record.image and texts:
-                found.append((Item("image", record.image), texts))
-        return found
-
-    known = {False: of_kind(False), True: of_kind(True)}
-    return known.__getitem__
+def examples_of(support: Sequence[Record], prompted: bool) -> list[tuple[Item, tuple[Text, ...]]]:
+    """Returns images with their captions, or where `prompted` with their questions and answers."""
+    found = []
+    for record in support:
+        texts = tuple(text for text in record.texts if bool(text.prompt) == prompted)
+        if record.image and texts:
+            found.append((Item("image", record.image), texts))
+    return found
 
 
 def prompt_row(
@@ -167,13 +155,3 @@ def without_answer(text: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     places = np.arange(given.shape[1])
     last = np.where(given, places, 0).max(1)
     return {**text, "valid": text["valid"] & (places <= last[:, None])}
-
-
-def _batches(
-    predictor: Predictor, rows: Sequence[Row], slots: int, length: int, batch_size: int
-) -> Iterator[Any]:
-    preparers = interleaved_preparers(predictor.task.modalities, slots, length)
-    own = predictor.rows(batch_size)
-    batches = evaluation_batches(rows, preparers, batch_size=batch_size, rows=own)
-    with closing(batches):  # type: ignore[type-var]
-        yield from batches

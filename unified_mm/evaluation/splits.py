@@ -8,7 +8,7 @@ from typing import Any
 from unified_mm.config import Config
 from unified_mm.data.manifest import without_bad_parts
 from unified_mm.data.records import Manifest
-from unified_mm.data.sources import Source
+from unified_mm.data.sources import Source, foils_of, questions_of
 from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.few_shot import FewShot
 
@@ -45,12 +45,12 @@ def open_split(config: Config, source: Source, name: str, modalities: Mapping[st
     options = config.evaluation
     answering = config.data.question_share > 0 or config.data.documents.questions
     asked = answering or options.questions
-    questions = source.questions(name) if asked else ()
+    questions = questions_of(source, name) if asked else ()
     split = Split(
         read_manifest(config, source, name, modalities),
-        source.foils(name),
+        foils_of(source, name),
         questions,
-        source.questions(config.data.train_split) if questions else (),
+        questions_of(source, config.data.train_split) if questions else (),
         few_shot(config, source, modalities) if options.shots else FewShot(),
     )
     return split.first(options.max_images)

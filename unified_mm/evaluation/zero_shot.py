@@ -1,4 +1,4 @@
-"""Zero-shot classification: images against the names of their classes.
+"""Zero-shot classification: images, or items of another modality, against the names of classes.
 
 Radford et al. 2021 (CLIP), section 3.1. A folder of classes:
 
@@ -9,9 +9,9 @@ Radford et al. 2021 (CLIP), section 3.1. A folder of classes:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +19,10 @@ from jaxtyping import Float, Int
 
 from unified_mm.data.records import Problem
 from unified_mm.evaluation import retrieval
-from unified_mm.inference.classes import TEMPLATES, check_finite, class_embeddings, filled
-from unified_mm.inference.loaded import BATCH, LoadedModel
-from unified_mm.search.pictures import (
-    SUFFIXES,
-    files_below,
-    is_picture,
-    refuse_without_contrast,
-    shown,
-    view_or_fault,
-)
+from unified_mm.inference.classes import check_finite, class_embeddings, filled, templates_of
+from unified_mm.inference.loaded import BATCH, LoadedModel, problems_of
+from unified_mm.modalities.image import SUFFIXES
+from unified_mm.search.items import files_below, is_item, refuse_without_contrast, shown
 
 ACCURACY_AT = (1, 5)
 _NAMED = 10  # files named in an error
@@ -36,14 +30,15 @@ _NAMED = 10  # files named in an error
 
 @dataclass(frozen=True)
 class ClassFolder:
-    """Images by class, in the order of their names.
+    """Items of a modality by class, in the order of their names.
 
     Attributes:
       path: the folder.
       classes: names of the classes in words.
-      files: images, class by class.
+      files: of the items, class by class.
       class_of_file: for each file, the index of its class in `classes`.
-      others: number of files that are not images by their suffix, or lie outside the classes.
+      others: number of files that are no items by their suffix, or lie outside the classes.
+      of: the modality.
     """
 
     path: Path
@@ -51,6 +46,7 @@ class ClassFolder:
     files: tuple[Path, ...]
     class_of_file: tuple[int, ...]
     others: int
+    of: str = "image"
 
 
 @dataclass(frozen=True)
@@ -60,8 +56,8 @@ class ZeroShot:
     Attributes:
       scores: what the model reaches, by fixed names.
       chance: what guessing reaches, by the same names.
-      images: number of images that were scored.
-      problems: the images that were left out, and why.
+      images: number of items that were scored.
+      problems: the items that were left out, and why.
       texts: number of sentences that stand for the classes.
       texts_cut: number of these sentences that are longer than the model reads.
     """
@@ -74,14 +70,21 @@ class ZeroShot:
     texts_cut: int
 
 
-def read_class_folder(folder: str | os.PathLike[str]) -> ClassFolder:
-    """Lists the images in the folder's directories, each of which is a class; decodes nothing.
+def read_class_folder(
+    folder: str | os.PathLike[str], *, of: str = "image", suffixes: Collection[str] = SUFFIXES
+) -> ClassFolder:
+    """Lists the items in the folder's directories, each of which is a class; decodes nothing.
 
     Underscores and hyphens of a directory's name become spaces. Names that begin with a dot are
     skipped.
 
+    Args:
+      folder: holds a directory for each class.
+      of: the items' modality.
+      suffixes: of their files.
+
     Raises:
-      FileNotFoundError: there is no such folder, no directory in it, or one without an image.
+      FileNotFoundError: there is no such folder, no directory in it, or one without an item.
       ValueError: there is only one class, or a name has no words, is not UTF-8, or is the same as
         another.
     """
@@ -92,7 +95,7 @@ def read_class_folder(folder: str | os.PathLike[str]) -> ClassFolder:
     directories = [entry for entry in there if entry.is_dir()]
     if not directories:
         raise FileNotFoundError(
-            f"{path} holds no directories: images must lie in one directory per class, named "
+            f"{path} holds no directories: {of}s must lie in one directory per class, named "
             "like the class"
         )
     if len(directories) == 1:
@@ -103,16 +106,16 @@ def read_class_folder(folder: str | os.PathLike[str]) -> ClassFolder:
     others = len(there) - len(directories)
     for number, directory in enumerate(directories):
         found = list(files_below(directory))
-        images = [file for file in found if is_picture(file)]
-        if not images:
+        items = [file for file in found if is_item(file, suffixes)]
+        if not items:
             raise FileNotFoundError(
-                f"the class {directory} holds no image ({', '.join(sorted(SUFFIXES))}); remove "
-                "its directory or put images into it"
+                f"the class {directory} holds no {of} ({', '.join(sorted(suffixes))}); remove "
+                f"its directory or put {of}s into it"
             )
-        files += images
-        class_of_file += [number] * len(images)
-        others += len(found) - len(images)
-    return ClassFolder(path, classes, tuple(files), tuple(class_of_file), others)
+        files += items
+        class_of_file += [number] * len(items)
+        others += len(found) - len(items)
+    return ClassFolder(path, classes, tuple(files), tuple(class_of_file), others, of)
 
 
 def class_names(directories: Sequence[Path]) -> tuple[str, ...]:
@@ -142,44 +145,52 @@ def classify_folder(
     model: LoadedModel,
     folder: ClassFolder,
     *,
-    templates: Sequence[str] = TEMPLATES,
+    templates: Sequence[str] | None = None,
     max_bad_share: float = 0.05,
 ) -> ZeroShot:
     """Returns the accuracies of a model that knows the classes only by name.
 
-    Images are read and embedded a batch at a time; those that cannot be read are left out.
+    Items are read and embedded a batch at a time; those that cannot be read are left out.
+
+    Args:
+      model: the loaded model.
+      folder: the items by class.
+      templates: sentences with one `{}` for the class; by default those of `templates_of`.
+      max_bad_share: of the items, how many may be left out.
 
     Raises:
-      ValueError: the model has no contrast of image and text, a template is wrong, embeddings are
-        not finite, or more than `max_bad_share` of the images or a whole class cannot be read.
+      ValueError: the model has no contrast of the modality and text, a template is wrong,
+        embeddings are not finite, or more than `max_bad_share` of the items or a whole class
+        cannot be read.
     """
-    refuse_without_contrast(model, "classify images", "classification")
+    from tqdm import tqdm
+
+    refuse_without_contrast(model, f"classify {folder.of}s", "classification", folder.of)
+    templates = templates_of(folder.of) if templates is None else templates
     if not 0 <= max_bad_share <= 1:
         raise ValueError(f"max_bad_share={max_bad_share}: must be a share in [0, 1]")
-    classes = class_embeddings(model.embed_texts, folder.classes, templates)
+    space = model.predictor.task.space_of(folder.of).name
+    embed_texts = partial(model.embed, of="text", objective=space)
+    classes = class_embeddings(embed_texts, folder.classes, templates)
+    starts = range(0, len(folder.files), BATCH)
+    files = [folder.files[start : start + BATCH] for start in starts]
     parts, kept, problems = [], [], []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in _progress(range(0, len(folder.files), BATCH)):
-            files = folder.files[start : start + BATCH]
-            views = list(pool.map(lambda file: view_or_fault(model, file), files))
-            problems += [
-                Problem(shown(file.relative_to(folder.path)), view, "left out")
-                for file, view in zip(files, views, strict=True)
-                if isinstance(view, str)
-            ]
-            _refuse_bad(problems, folder, max_bad_share)
-            read = [i for i, view in enumerate(views) if not isinstance(view, str)]
-            if read:
-                embedded = model.embed_images([views[i] for i in read])
-                check_finite(embedded, [shown(files[i]) for i in read])
-                parts.append(embedded)
-                kept += [start + i for i in read]
+    read = model.read_ahead(files, folder.of)
+    progress = tqdm(starts, "classifying", unit="batch", disable=None)
+    for start, batch, rows in zip(progress, files, read, strict=True):
+        names = [shown(file.relative_to(folder.path)) for file in batch]
+        problems += problems_of(names, rows)
+        _refuse_bad(problems, folder, max_bad_share)
+        good, embedded = model.embed_readable(rows, folder.of, space)
+        check_finite(embedded, [shown(batch[i]) for i in good])
+        parts.append(embedded)
+        kept += [start + i for i in good]
     labels = np.array(folder.class_of_file)[kept]
     _refuse_empty(labels, folder)
     texts = filled(templates, folder.classes)
     return ZeroShot(
-        zero_shot_scores(np.concatenate(parts), classes, labels, folder.classes),
-        chance(folder.classes),
+        zero_shot_scores(np.concatenate(parts), classes, labels, folder.classes, folder.of),
+        chance(folder.classes, folder.of),
         len(kept),
         tuple(problems),
         len(texts),
@@ -192,8 +203,9 @@ def zero_shot_scores(
     classes: Float[np.ndarray, "C Z"],
     class_of_image: Int[np.ndarray, " images"],
     names: Sequence[str],
+    of: str = "image",
 ) -> dict[str, float]:
-    """Returns the shares of images whose class is among the nearest, by inner product.
+    """Returns the shares of images, or other items, whose class is among the nearest.
 
     A class that scores as high as the right one counts as nearer (see `retrieval.ranks`).
 
@@ -202,11 +214,12 @@ def zero_shot_scores(
       classes: class embeddings [C, Z].
       class_of_image: index of each image's class [images]; every class has an image.
       names: names of the classes.
+      of: the items' modality; of others than images the scores bear its name: `zero_shot/audio/...`
 
     Returns:
-      `zero_shot/accuracy_at_1`, `zero_shot/accuracy_at_5` where there are over 5 classes,
-      `zero_shot/mean_per_class` (every class counts alike, however many images it has) and for
-      each class `zero_shot/accuracy/<class>`.
+      By inner product, `zero_shot/accuracy_at_1`, `zero_shot/accuracy_at_5` where there are over 5
+      classes, `zero_shot/mean_per_class` (every class counts alike, however many images it has) and
+      for each class `zero_shot/accuracy/<class>`.
 
     Raises:
       ValueError: embeddings are not finite, there is no image, or an index is out of range.
@@ -214,13 +227,13 @@ def zero_shot_scores(
     # The rank of the class for each image: in retrieval, of the image for each text.
     rank = retrieval.ranks(classes, images, class_of_image).text_to_image
     by_class = [float(np.mean(rank[class_of_image == i] <= 1)) for i in range(len(names))]
-    return _named({k: float(np.mean(rank <= k)) for k in _places(names)}, by_class, names)
+    return _named({k: float(np.mean(rank <= k)) for k in _places(names)}, by_class, names, of)
 
 
-def chance(names: Sequence[str]) -> dict[str, float]:
+def chance(names: Sequence[str], of: str = "image") -> dict[str, float]:
     """Returns the mean scores of random guessing, named as in `zero_shot_scores`."""
     count = len(names)
-    return _named({k: k / count for k in _places(names)}, [1 / count] * count, names)
+    return _named({k: k / count for k in _places(names)}, [1 / count] * count, names, of)
 
 
 def _places(names: Sequence[str]) -> list[int]:
@@ -228,12 +241,13 @@ def _places(names: Sequence[str]) -> list[int]:
 
 
 def _named(
-    overall: dict[int, float], by_class: list[float], names: Sequence[str]
+    overall: dict[int, float], by_class: list[float], names: Sequence[str], of: str
 ) -> dict[str, float]:
+    prefix = "zero_shot" if of == "image" else f"zero_shot/{of}"
     return {
-        **{f"zero_shot/accuracy_at_{k}": value for k, value in overall.items()},
-        "zero_shot/mean_per_class": float(np.mean(by_class)),
-        **{f"zero_shot/accuracy/{name}": value for name, value in zip(names, by_class)},
+        **{f"{prefix}/accuracy_at_{k}": value for k, value in overall.items()},
+        f"{prefix}/mean_per_class": float(np.mean(by_class)),
+        **{f"{prefix}/accuracy/{name}": value for name, value in zip(names, by_class)},
     }
 
 
@@ -248,9 +262,9 @@ def _refuse_bad(problems: list[Problem], folder: ClassFolder, max_bad_share: flo
         return
     first = ", ".join(f"{p.file} ({p.what})" for p in problems[:_NAMED])
     raise ValueError(
-        f"at least {bad} of the {listed} images in {folder.path} are bad ({bad / listed:.1%}, "
-        f"allowed are {max_bad_share:.1%}), first {first}. Mend or remove them, or raise "
-        "--max_bad_share"
+        f"at least {bad} of the {listed} {folder.of}s in {folder.path} are bad "
+        f"({bad / listed:.1%}, allowed are {max_bad_share:.1%}), first {first}. Mend or remove "
+        "them, or raise --max_bad_share"
     )
 
 
@@ -259,12 +273,6 @@ def _refuse_empty(labels: Int[np.ndarray, " images"], folder: ClassFolder) -> No
     if empty:
         names = ", ".join(folder.classes[i] for i in empty[:_NAMED])
         raise ValueError(
-            f"{len(empty)} of the {len(folder.classes)} classes in {folder.path} have no image "
-            f"that can be read: {names}"
+            f"{len(empty)} of the {len(folder.classes)} classes in {folder.path} have no "
+            f"{folder.of} that can be read: {names}"
         )
-
-
-def _progress(steps: range) -> Iterator[int]:
-    from tqdm import tqdm
-
-    yield from tqdm(steps, "classifying", unit="batch", disable=None)

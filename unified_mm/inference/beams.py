@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from unified_mm.inference.generate import ReadState, Text, read_prompts, read_token
-from unified_mm.models.unified import UnifiedModel
-from unified_mm.nn.attention.rules import View
+from unified_mm.inference.generate import ReadState, Text, TextWriter
 
 NEVER = -1e30  # log-likelihood of a beam that does not exist; finite, so that sums stay numbers
 
@@ -41,17 +39,14 @@ class Beams:
 
 
 def beam_search(
-    model: UnifiedModel,
+    writer: TextWriter,
     params: Any,
     batch: Mapping[str, Text],
-    view: View,
     *,
     max_tokens: Int[Array, " B"],
     stop: Int[Array, "B stops"],
     beams: int,
     length_penalty: float | Float[Array, ""],
-    cache_room: int,
-    padding: int,
 ) -> tuple[Int[Array, "B beams S"], Float[Array, "B beams"]]:
     """Returns the best texts, best first, by log-likelihood / length ** length_penalty.
 
@@ -59,20 +54,19 @@ def beam_search(
     could, at its longest, be better than the worst of those that have ended.
 
     Args:
-      model, params, batch, view: as `generate.start` takes them.
-      max_tokens, stop: as `generate.start` takes them, a row for each example.
+      writer: the model, and the most tokens that any text may have.
+      params, batch: as `TextWriter.start` takes them.
+      max_tokens, stop: as there, a row for each example.
       beams: beams of each text, which is also how many texts are returned.
       length_penalty: the exponent of the length.
-      cache_room: S, the most tokens that any text may have.
-      padding: the id of padding.
 
     Returns:
       The tokens, padded, and their log-likelihoods in nats: -inf where there are fewer texts.
     """
-    logits, read_state = read_prompts(model, params, batch, view, cache_room)
+    logits, read_state = writer.read_prompts(params, batch)
     texts = logits.shape[0]
-    max_tokens = jnp.minimum(max_tokens, cache_room)
-    blank = jnp.full((texts, beams, cache_room), padding, jnp.int32)
+    max_tokens = jnp.minimum(max_tokens, writer.cache_room)
+    blank = jnp.full((texts, beams, writer.cache_room), writer.padding, jnp.int32)
     nothing = jnp.full((texts, beams), NEVER, jnp.float32)
     start = Beams(
         read_state=read_state.select(jnp.repeat(jnp.arange(texts), beams)),
@@ -91,9 +85,7 @@ def beam_search(
 
     def decode_step(state: Beams) -> Beams:
         token = jax.lax.dynamic_index_in_dim(state.live, state.step - 1, axis=2, keepdims=False)
-        logits, read_state = read_token(
-            model, params, state.read_state, token.reshape(-1), view, cache_room
-        )
+        logits, read_state = writer.read_token(params, state.read_state, token.reshape(-1))
         state = state.replace(read_state=read_state)  # type: ignore[attr-defined]
         return choose(state, logits, max_tokens, stop, length_penalty)
 

@@ -21,6 +21,11 @@ TEMPLATES = (
 )
 
 
+def templates_of(modality: str) -> tuple[str, ...]:
+    """Returns the default templates of a modality; of others than images the name alone."""
+    return TEMPLATES if modality == "image" else ("{}",)
+
+
 def class_embeddings(
     embed_texts: Callable[[Sequence[str]], np.ndarray],
     classes: Sequence[str],

@@ -80,7 +80,6 @@ class Engine:
         self._known = KnownImages(images)
         self._limit = queue
         self._waiting: deque[Request] = deque()
-        self._entering: list[Request] = []
         self._running: dict[int, tuple[Request, Spelling]] = {}
         self._free = list(range(slots))
         self._tokens = 0
@@ -153,7 +152,7 @@ class Engine:
         done = not self._thread.is_alive()
         if not done:
             with self._changed:
-                for request in [*self._waiting, *(each for each, _ in self._running.values())]:
+                for request in self._pending():
                     request.writing.cancel()
             self._thread.join()
         return done
@@ -184,21 +183,20 @@ class Engine:
     def _enter(self) -> None:
         """Gives free slots to the requests that have waited longest."""
         while self._free and (requests := self._next(min(len(self._free), ENTERING[-1]))):
-            self._entering = requests
+            slots = [self._free.pop() for _ in requests]
+            tokenizer = self._model.task.tokenizer
+            for slot, request in zip(slots, requests, strict=True):
+                spelling = Spelling(tokenizer, request.decoding.stop_ids(tokenizer))
+                self._running[slot] = request, spelling
             fresh, rows = self._known.rows([request.view for request in requests])
             if fresh:
                 self._slots.read([requests[i].view for i in fresh], [rows[i] for i in fresh])
             entries = [
-                Entry(self._free.pop(), row, request.prompt, request.decoding)
-                for request, row in zip(requests, rows, strict=True)
+                Entry(slot, row, request.prompt, request.decoding)
+                for slot, row, request in zip(slots, rows, requests, strict=True)
             ]
-            tokens, done = self._slots.enter(entries)
-            for entry, request, token, last in zip(entries, requests, tokens, done, strict=True):
-                tokenizer = self._model.task.tokenizer
-                spelling = Spelling(tokenizer, request.decoding.stop_ids(tokenizer))
-                self._running[entry.slot] = request, spelling
-                self._entering = self._entering[1:]
-                self._say(entry.slot, int(token), bool(last))
+            for slot, token, last in zip(slots, *self._slots.enter(entries), strict=True):
+                self._say(slot, int(token), bool(last))
 
     def _next(self, count: int) -> list[Request]:
         """Takes up to `count` requests from the queue and ends those that were cancelled."""
@@ -233,11 +231,13 @@ class Engine:
         self._free.append(slot)
         request.writing.end(error)
 
+    def _pending(self) -> list[Request]:
+        return [*self._waiting, *(request for request, _ in self._running.values())]
+
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self._failure = error
-            running = [request for request, _ in self._running.values()]
-            pending = [*self._waiting, *self._entering, *running]
+            pending = self._pending()
             self._waiting.clear()
             self._running.clear()
         for request in pending:

@@ -1,19 +1,21 @@
-"""Autoregressive decoding with a cache: a `DecodeState`, and `decode_step`, which adds one token.
+"""Autoregressive decoding with a cache: a `TextWriter` begins a `DecodeState` and adds tokens.
 
-`generate` runs it in a loop on the device; streaming and the engine take single, donated steps.
+`TextWriter.generate` writes in a loop on the device; streaming and the engine take single, donated
+steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from unified_mm.inference.sampling import Sampling, draw
+from unified_mm.inference.sampling import Sampling, draw, make_sampling
 from unified_mm.models.unified import UnifiedModel, text_group
 from unified_mm.nn.attention.cache import Cache
 from unified_mm.nn.attention.rules import View
@@ -80,187 +82,189 @@ class DecodeState:
     def put(self, rows: Int[Array, " rows"], other: DecodeState) -> DecodeState:
         """Returns the state with the rows of `other`, of equal S, in place of the given ones."""
 
-        def put(mine: Any, others: Any) -> Any:
-            return jax.tree.map(lambda x, y: x.at[rows].set(y), mine, others)
-
-        read_state = self.read_state.put(rows, other.read_state)
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        del fields["read_state"]
-        changed = {name: put(value, getattr(other, name)) for name, value in fields.items()}
-        return DecodeState(read_state=read_state, **changed)
+        changed = {
+            name: jax.tree.map(lambda x, y: x.at[rows].set(y), value, getattr(other, name))
+            for name, value in vars(self).items()
+            if name != "read_state"
+        }
+        return DecodeState(read_state=self.read_state.put(rows, other.read_state), **changed)
 
 
-def generate(
-    model: UnifiedModel, params: Any, state: DecodeState, view: View, padding: int
-) -> DecodeState:
-    """Writes tokens until every text has ended or is full, and returns the last state."""
-    return jax.lax.while_loop(
-        lambda state: ~state.done.all(),
-        lambda state: decode_step(model, params, state, view, padding),
-        state,
-    )
+@dataclass(frozen=True)
+class TextWriter:
+    """A model that writes texts; its methods are pure functions of parameters and states.
 
-
-def start(
-    model: UnifiedModel,
-    params: Any,
-    batch: Mapping[str, Text],
-    view: View,
-    *,
-    max_tokens: Int[Array, " B"],
-    stop: Int[Array, "B stops"],
-    sampling: Sampling,
-    cache_room: int,
-    padding: int,
-) -> DecodeState:
-    """Reads context and prompts and draws the first token of each text.
-
-    Args:
-      model, params: the model and its parameters.
-      batch: the context modalities, and as `text` what each text starts with (`ids`, `valid`
-        [B, T]: at least one token, then padding; documents carry `POSITION_KEYS` too).
-      view: the objective's view that the model learned to write by.
-      max_tokens: how many tokens each text may have.
-      stop: tokens that end it; -1 where there are fewer.
-      sampling: how each text is drawn. It, `max_tokens` and `stop` have as many rows as the batch,
-        or so many times more: then that many texts are written for each prompt.
-      cache_room: S, how many tokens any text may have.
+    Attributes:
+      model: the model.
+      view: the objective's view that it learned to write by.
       padding: the id of padding.
-    """
-    logits, read_state = read_prompts(model, params, batch, view, cache_room)
-    copies = max_tokens.shape[0] // logits.shape[0]
-    if copies > 1:
-        rows = jnp.repeat(jnp.arange(logits.shape[0]), copies)
-        logits, read_state = logits[rows], read_state.select(rows)
-    return first_token(logits, read_state, max_tokens, stop, sampling, cache_room, padding)
-
-
-def first_token(
-    logits: Float[Array, "B V"],
-    read_state: ReadState,
-    max_tokens: Int[Array, " B"],
-    stop: Int[Array, "B stops"],
-    sampling: Sampling,
-    cache_room: int,
-    padding: int,
-) -> DecodeState:
-    """Draws the first token of each text, by the logits after its prompt."""
-    rows = logits.shape[0]
-    max_tokens = jnp.minimum(max_tokens, cache_room)
-    blank = DecodeState(
-        read_state=read_state,
-        token=jnp.full(rows, padding, jnp.int32),
-        written=jnp.full((rows, cache_room), padding, jnp.int32),
-        count=jnp.zeros(rows, jnp.int32),
-        max_tokens=max_tokens,
-        done=max_tokens < 1,
-        likelihood=jnp.zeros(rows, jnp.float32),
-        stop=stop,
-        sampling=sampling,
-    )
-    return append(blank, logits, padding)
-
-
-def decode_step(
-    model: UnifiedModel, params: Any, state: DecodeState, view: View, padding: int
-) -> DecodeState:
-    """Reads the last token of each text and draws the next; texts that are done stay unchanged."""
-    logits, read_state = read_token(
-        model, params, state.read_state, state.token, view, state.written.shape[1]
-    )
-    return append(state.replace(read_state=read_state), logits, padding)  # type: ignore[attr-defined]
-
-
-def append(state: DecodeState, logits: Float[Array, "B V"], padding: int) -> DecodeState:
-    """Appends one token to each text, drawn by its logits."""
-    rows = jnp.arange(logits.shape[0])
-    drawn = draw(logits, state.sampling, state.count)
-    gained = logits[rows, drawn] - jax.nn.logsumexp(logits, axis=-1)
-    token = jnp.where(state.done, padding, drawn)
-    count = state.count + (~state.done).astype(jnp.int32)
-    ended = (drawn[:, None] == state.stop).any(1) | (count >= state.max_tokens)
-    # What is done writes past the end, that is, nowhere.
-    at = jnp.where(state.done, state.written.shape[1], state.count)
-    return state.replace(  # type: ignore[attr-defined]
-        token=token,
-        written=state.written.at[rows, at].set(token, mode="drop"),
-        count=count,
-        likelihood=state.likelihood + jnp.where(state.done, 0.0, gained),
-        done=state.done | ended,
-    )
-
-
-def read_prompts(
-    model: UnifiedModel, params: Any, batch: Mapping[str, Text], view: View, cache_room: int
-) -> tuple[Float[Array, "B V"], ReadState]:
-    """Reads context and prompts into a cache with room for `cache_room` more tokens.
-
-    Returns:
-      Logits of the next token, and the state of what was read.
-    """
-    prompt = batch["text"]
-
-    def read_first(module: UnifiedModel) -> Any:
-        x, cache = module.prefill(batch, view, cache_room)
-        return module.logits(last_token(x, prompt["valid"]))[:, 0], in_its_form(model, cache)
-
-    logits, cache = _apply(model, params, read_first)
-    return logits, ReadState(cache, *after(prompt))
-
-
-def read_beside(
-    model: UnifiedModel, params: Any, prefix: Cache, prompt: Text, view: View, cache_room: int
-) -> tuple[Float[Array, "B V"], ReadState]:
-    """Reads prompts beside a context that was read before (`UnifiedModel.prefix`).
-
-    Returns:
-      As `read_prompts`.
+      cache_room: S, how many tokens any text may have after its prompt.
     """
 
-    def read_first(module: UnifiedModel) -> Any:
-        group = text_group(view, cache_room)
-        x, cache = module.extend(prefix.reserve(group), prompt, view)
-        return module.logits(last_token(x, prompt["valid"]))[:, 0], cache
+    model: UnifiedModel
+    view: View
+    padding: int
+    cache_room: int
 
-    logits, cache = _apply(model, params, read_first)
-    return logits, ReadState(cache, *after(prompt))
+    def begin(self, params: Any, inputs: Mapping[str, Any]) -> DecodeState:
+        """Does what `start` does, with its arguments as `predictor.inputs_of` makes them."""
+        given = dict(inputs)
+        sampling = make_sampling(**given.pop("sampling"))
+        return self.start(params, **given, sampling=sampling)
 
+    def start(
+        self,
+        params: Any,
+        batch: Mapping[str, Text],
+        max_tokens: Int[Array, " B"],
+        stop: Int[Array, "B stops"],
+        sampling: Sampling,
+    ) -> DecodeState:
+        """Reads context and prompts and draws the first token of each text.
 
-def read_token(
-    model: UnifiedModel,
-    params: Any,
-    read_state: ReadState,
-    token: Int[Array, " B"],
-    view: View,
-    cache_room: int,
-) -> tuple[Float[Array, "B V"], ReadState]:
-    """Reads one more token of each text.
+        Args:
+          params: the model's parameters.
+          batch: the context modalities, and as `text` what each text starts with (`ids`, `valid`
+            [B, T]: at least one token, then padding; documents carry `POSITION_KEYS` too).
+          max_tokens: how many tokens each text may have.
+          stop: tokens that end it; -1 where there are fewer.
+          sampling: how each text is drawn. It, `max_tokens` and `stop` have as many rows as the
+            batch, or so many times more: then that many texts are written for each prompt.
+        """
+        logits, read_state = self.read_prompts(params, batch)
+        copies = max_tokens.shape[0] // logits.shape[0]
+        if copies > 1:
+            rows = jnp.repeat(jnp.arange(logits.shape[0]), copies)
+            logits, read_state = logits[rows], read_state.select(rows)
+        return self.first_token(logits, read_state, max_tokens, stop, sampling)
 
-    The last `cache_room` slots of the cache are a ring: a text that began later than the others
-    goes on where they began, and none is longer than the ring.
+    def first_token(
+        self,
+        logits: Float[Array, "B V"],
+        read_state: ReadState,
+        max_tokens: Int[Array, " B"],
+        stop: Int[Array, "B stops"],
+        sampling: Sampling,
+    ) -> DecodeState:
+        """Draws the first token of each text, by the logits after its prompt."""
+        rows = logits.shape[0]
+        max_tokens = jnp.minimum(max_tokens, self.cache_room)
+        blank = DecodeState(
+            read_state=read_state,
+            token=jnp.full(rows, self.padding, jnp.int32),
+            written=jnp.full((rows, self.cache_room), self.padding, jnp.int32),
+            count=jnp.zeros(rows, jnp.int32),
+            max_tokens=max_tokens,
+            done=max_tokens < 1,
+            likelihood=jnp.zeros(rows, jnp.float32),
+            stop=stop,
+            sampling=sampling,
+        )
+        return self.append(blank, logits)
 
-    Returns:
-      Logits of the next token, and the state of what was read.
-    """
-    rows = token.shape[0]
-    text = {
-        "ids": token[:, None],
-        "valid": jnp.ones((rows, 1), bool),
-        "present": jnp.ones(rows, bool),
-        "text_position": read_state.place[:, None],
-        **{key: value[:, None] for key, value in read_state.where.items()},
-    }
+    def generate(self, params: Any, state: DecodeState) -> DecodeState:
+        """Writes tokens until every text has ended or is full, and returns the last state."""
+        return jax.lax.while_loop(
+            lambda state: ~state.done.all(), lambda state: self.decode_step(params, state), state
+        )
 
-    def extend(module: UnifiedModel) -> Any:
-        x, cache = module.extend(read_state.cache, text, view)
-        return module.logits(x)[:, 0], cache
+    def decode_step(self, params: Any, state: DecodeState) -> DecodeState:
+        """Reads the last token of each text and draws the next; those that are done stay as is."""
+        logits, read_state = self.read_token(params, state.read_state, state.token)
+        return self.append(state.replace(read_state=read_state), logits)  # type: ignore[attr-defined]
 
-    logits, cache = _apply(model, params, extend)
-    length = jnp.where(cache.length < cache.slots, cache.length, cache.slots - cache_room)
-    where = dict(read_state.where)
-    if "position" in where:
-        where["position"] = where["position"] + 1
-    return logits, ReadState(cache.replace(length=length), read_state.place + 1, where)
+    def append(self, state: DecodeState, logits: Float[Array, "B V"]) -> DecodeState:
+        """Appends one token to each text, drawn by its logits."""
+        rows = jnp.arange(logits.shape[0])
+        drawn = draw(logits, state.sampling, state.count)
+        gained = logits[rows, drawn] - jax.nn.logsumexp(logits, axis=-1)
+        token = jnp.where(state.done, self.padding, drawn)
+        count = state.count + (~state.done).astype(jnp.int32)
+        ended = (drawn[:, None] == state.stop).any(1) | (count >= state.max_tokens)
+        # What is done writes past the end, that is, nowhere.
+        at = jnp.where(state.done, state.written.shape[1], state.count)
+        return state.replace(  # type: ignore[attr-defined]
+            token=token,
+            written=state.written.at[rows, at].set(token, mode="drop"),
+            count=count,
+            likelihood=state.likelihood + jnp.where(state.done, 0.0, gained),
+            done=state.done | ended,
+        )
+
+    def read_prompts(
+        self, params: Any, batch: Mapping[str, Text]
+    ) -> tuple[Float[Array, "B V"], ReadState]:
+        """Reads context and prompts into a cache with room for `cache_room` more tokens.
+
+        Returns:
+          Logits of the next token, and the state of what was read.
+        """
+        prompt = batch["text"]
+
+        def read_first(module: UnifiedModel) -> Any:
+            x, cache = module.prefill(batch, self.view, self.cache_room)
+            return next_logits(module, x, prompt), in_its_form(self.model, cache)
+
+        logits, cache = self._apply(params, read_first)
+        return logits, ReadState(cache, *after(prompt))
+
+    def read_beside(
+        self, params: Any, prefix: Cache, prompt: Text, room: int
+    ) -> tuple[Float[Array, "B V"], ReadState]:
+        """Reads prompts beside a context that was read before (`UnifiedModel.prefix`).
+
+        Args:
+          params: the model's parameters.
+          prefix: the context.
+          prompt: as `start` takes it in `batch`.
+          room: slots of the cache for the prompt and what is written.
+
+        Returns:
+          As `read_prompts`.
+        """
+
+        def read_first(module: UnifiedModel) -> Any:
+            reserved = prefix.reserve(text_group(self.view, room))
+            x, cache = module.extend(reserved, prompt, self.view)
+            return next_logits(module, x, prompt), cache
+
+        logits, cache = self._apply(params, read_first)
+        return logits, ReadState(cache, *after(prompt))
+
+    def read_token(
+        self, params: Any, read_state: ReadState, token: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B V"], ReadState]:
+        """Reads one more token of each text.
+
+        The last `cache_room` slots of the cache are a ring: a text that began later than the others
+        goes on where they began, and none is longer than the ring.
+
+        Returns:
+          Logits of the next token, and the state of what was read.
+        """
+        rows = token.shape[0]
+        text = {
+            "ids": token[:, None],
+            "valid": jnp.ones((rows, 1), bool),
+            "present": jnp.ones(rows, bool),
+            "text_position": read_state.place[:, None],
+            **{key: value[:, None] for key, value in read_state.where.items()},
+        }
+
+        def extend(module: UnifiedModel) -> Any:
+            x, cache = module.extend(read_state.cache, text, self.view)
+            return module.logits(x)[:, 0], cache
+
+        logits, cache = self._apply(params, extend)
+        ring = cache.slots - self.cache_room
+        length = jnp.where(cache.length < cache.slots, cache.length, ring)
+        where = dict(read_state.where)
+        if "position" in where:
+            where["position"] = where["position"] + 1
+        return logits, ReadState(cache.replace(length=length), read_state.place + 1, where)
+
+    def _apply(self, params: Any, function: Any) -> Any:
+        return self.model.apply({"params": params}, method=function)
 
 
 def in_its_form(model: UnifiedModel, cache: Cache) -> Cache:
@@ -268,10 +272,10 @@ def in_its_form(model: UnifiedModel, cache: Cache) -> Cache:
     return cache.in_int8() if model.options.cache == "int8" else cache
 
 
-def last_token(x: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> Float[Array, "B 1 D"]:
-    """Returns the embedding of the last valid token."""
-    last = jnp.maximum(valid.sum(1) - 1, 0)
-    return jnp.take_along_axis(x, last[:, None, None], axis=1)
+def next_logits(model: UnifiedModel, x: Float[Array, "B T D"], prompt: Text) -> Float[Array, "B V"]:
+    """Returns the logits of the token after each prompt."""
+    last = jnp.maximum(prompt["valid"].sum(1) - 1, 0)
+    return model.logits(jnp.take_along_axis(x, last[:, None, None], axis=1))[:, 0]
 
 
 def after(prompt: Text) -> tuple[Int[Array, " B"], dict[str, Array]]:
@@ -288,7 +292,3 @@ def after(prompt: Text) -> tuple[Int[Array, " B"], dict[str, Array]]:
     if "text_position" not in prompt:
         return length.astype(jnp.int32), where
     return jnp.take_along_axis(prompt["text_position"], last, axis=1)[:, 0] + 1, where
-
-
-def _apply(model: UnifiedModel, params: Any, function: Any) -> Any:
-    return model.apply({"params": params}, method=function)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ from unified_mm.data.records import Image as ImageFile
 from unified_mm.data.records import Problem, Record, StoredImage
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import defaults
-from unified_mm.inference.classes import TEMPLATES, class_embeddings
+from unified_mm.inference.classes import class_embeddings, templates_of
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.predictor import Predictor
 from unified_mm.inference.quantized_params import in_dtype, saved_shapes
@@ -31,6 +33,7 @@ from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, RunFolderError, keeps_average
 from unified_mm.task import Task, build_task
 
+Row = dict[str, dict[str, np.ndarray]]  # of a batch: by modality its arrays
 Picture = Any  # a path, a stored image, a PIL image, or uint8 [height, width, 3]
 BATCH = 32
 BATCHES = (1, 8, BATCH)  # sizes that are compiled
@@ -73,8 +76,7 @@ class LoadedModel:
         """Returns unit vectors, float32, of items of any modality that was trained by contrast.
 
         Args:
-          items: images as `embed_images` takes them, texts, or what a `Record` holds of another
-            modality under its name.
+          items: texts, or what `read` takes.
           of: the modality.
           objective: the contrastive objective in whose space they lie, where several embed the
             modality.
@@ -82,17 +84,23 @@ class LoadedModel:
         Raises:
           ValueError: no list, an item that cannot be read, or as `Predictor.embed` does.
         """
-        self.predictor.task.embedding(
-            of, objective
-        )  # what is wrong is said before anything is read
+        self.task.embedding(of, objective)  # what is wrong is said before anything is read
         if of == "text":
-            encode = self.task.modalities["text"].encode
-            rows = [{"text": encode("", each)} for each in listed_texts(items, "texts")]
-        elif of == "image":
-            rows = [self._beside(image) for image in listed(items, "images")]
-        else:
-            rows = [self._with(of, item) for item in listed(items, "items")]
-        return self._embed(lambda batch: self.predictor.embed(batch, of, objective), rows)
+            items = listed_texts(items, "texts")
+        items = listed(items, "images" if of == "image" else "items")
+        return self.embed_rows([self.read(each, of) for each in items], of, objective)
+
+    def embed_rows(
+        self, rows: Sequence[Row], of: str, objective: str = ""
+    ) -> Float[np.ndarray, "B Z"]:
+        """Returns what `embed` does, of items that `read` has read."""
+        if not rows:  # only the model knows the width
+            return self.predictor.embed(self.task.example_batch(BATCH), of, objective)[:0]
+        parts = (
+            self.predictor.embed(batch, of, objective)[:count]
+            for batch, count in self._batches(rows)
+        )
+        return np.concatenate(list(parts))
 
     def embed_images(self, images: Iterable[Picture]) -> Float[np.ndarray, "B Z"]:
         """Returns unit vectors, float32, in the space that images share with texts.
@@ -103,7 +111,7 @@ class LoadedModel:
         Raises:
           ValueError: no list, or an image that `view` refuses.
         """
-        return self.embed(images, "image", self.predictor.of_images_and_texts("image"))
+        return self.embed(images, "image", self.task.shared_space("image", "text"))
 
     def embed_files(
         self, paths: Iterable[ImageFile]
@@ -113,22 +121,44 @@ class LoadedModel:
         Returns:
           The files that can be read, their embeddings, and what is wrong with the others.
         """
-        files = listed(paths, "paths")
-        kept, problems = [], []
-        parts = [self.embed_images([])]
-        for start in range(0, len(files), BATCH):
-            views = []
-            for path in files[start : start + BATCH]:
-                try:
-                    views.append(self.view(path))
-                    kept.append(path)
-                except pictures.ImageError as error:
-                    problems.append(Problem(str(path), error.what, "left out"))
-                except FileNotFoundError:
-                    problems.append(Problem(str(path), "no file", "left out"))
-            if views:
-                parts.append(self.embed_images(views))
+        files, space = listed(paths, "paths"), self.task.shared_space("image", "text")
+        kept, problems, parts = [], [], [self.embed_images([])]
+        parts_of_files = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
+        for part, rows in zip(parts_of_files, self.read_ahead(parts_of_files), strict=True):
+            good, vectors = self.embed_readable(rows, "image", space)
+            kept += [part[number] for number in good]
+            parts.append(vectors)
+            problems += problems_of(map(str, part), rows)
         return kept, np.concatenate(parts), problems
+
+    def read_ahead(
+        self, parts: Sequence[Sequence[ImageFile | Path]], of: str = "image"
+    ) -> Iterator[list[Row | str]]:
+        """Yields what threads read of each part's files; the next part is read meanwhile.
+
+        For a file that cannot be read it is a text that says what is wrong with it.
+        """
+
+        def read(file: Any) -> Row | str:
+            try:
+                return self.read(file, of)
+            except pictures.ImageError as error:
+                return error.what
+            except FileNotFoundError:
+                return "unreadable: no file"
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            coming: Iterable[Row | str] = pool.map(read, parts[0]) if parts else ()
+            for following in (*parts[1:], ()):
+                current, coming = list(coming), pool.map(read, following)
+                yield current
+
+    def embed_readable(
+        self, rows: Sequence[Row | str], of: str = "image", objective: str = ""
+    ) -> tuple[list[int], Float[np.ndarray, "readable Z"]]:
+        """Returns the numbers of the rows that could be read, and their unit vectors."""
+        good = {number: row for number, row in enumerate(rows) if not isinstance(row, str)}
+        return list(good), self.embed_rows(list(good.values()), of, objective)
 
     def embed_texts(self, texts: Iterable[str]) -> Float[np.ndarray, "B Z"]:
         """Returns unit vectors, float32; a text's cosine with an image says how well it fits.
@@ -138,23 +168,33 @@ class LoadedModel:
         Raises:
           ValueError: no list, or an item that is no text; the message gives its index.
         """
-        return self.embed(texts, "text", self.predictor.of_images_and_texts("text"))
+        return self.embed(texts, "text", self.task.shared_space("image", "text"))
 
     def classify(
         self,
         images: Iterable[Picture],
         classes: Iterable[str],
-        templates: Iterable[str] = TEMPLATES,
+        templates: Iterable[str] | None = None,
+        of: str = "image",
     ) -> Float[np.ndarray, "B C"]:
         """Returns cosine similarities of images and named classes, float32: the largest fits best.
+
+        Args:
+          images: items of `of`, as `embed` takes them.
+          classes: their names.
+          templates: sentences with one `{}`; by default those of `templates_of`.
+          of: the modality.
 
         Raises:
           ValueError: no lists, or as `class_embeddings` does.
         """
-        if not self.predictor.can_retrieve():
-            raise ValueError("images and texts of this model have no common space")
-        names, sentences = listed_texts(classes, "classes"), listed_texts(templates, "templates")
-        return self.embed_images(images) @ class_embeddings(self.embed_texts, names, sentences).T
+        if not self.predictor.can_retrieve(of):
+            raise ValueError(f"{of}s and texts of this model have no common space")
+        space = self.task.space_of(of).name
+        names = listed_texts(classes, "classes")
+        sentences = listed_texts(templates_of(of) if templates is None else templates, "templates")
+        embedded = class_embeddings(lambda each: self.embed(each, "text", space), names, sentences)
+        return self.embed(images, of, space) @ embedded.T
 
     def caption(self, images: Iterable[Picture], decoding: Decoding = GREEDY) -> list[str]:
         """Writes a text about each image: greedily, or as `decoding` says."""
@@ -185,7 +225,7 @@ class LoadedModel:
         """
         images, prompts = as_many(images, prompts, "prompts")
         written: list[list[Written]] = []
-        for batch, count in self._batches([self._beside(image) for image in images]):
+        for batch, count in self._batches([self.read(image, "image") for image in images]):
             asked = prompts[len(written) : len(written) + count]
             asked += [""] * (len(batch["image"]["present"]) - count)
             texts = self.predictor.generate(batch, asked, decoding, first=len(written))
@@ -200,7 +240,7 @@ class LoadedModel:
         Raises:
           ValueError: as `generate` does, and for beams or several samples, which have no order.
         """
-        batch = jax.tree.map(lambda leaf: leaf[None], self._beside(image))
+        batch = jax.tree.map(lambda leaf: leaf[None], self.read(image, "image"))
         return stream(self.predictor, batch, prompt, decoding)
 
     def with_options(self, **changes: Any) -> LoadedModel:
@@ -226,10 +266,12 @@ class LoadedModel:
         """
         modality = self.task.modalities.get("image")
         if modality is None:
-            raise ValueError("this model reads no images: it is of text alone")
+            there = " and ".join(self.task.modalities)
+            raise ValueError(f"this model reads no images: it is of {there} alone")
         if isinstance(image, (str, os.PathLike)):
-            pixels = read_picture(image, modality.size, modality.decoder)
-        elif isinstance(image, StoredImage):
+            view: np.ndarray = read_file(modality, image)["pixels"]
+            return view
+        if isinstance(image, (bytes, StoredImage)):
             pixels = pictures.decode(image, at_least=modality.size, backend=modality.decoder)
         elif isinstance(image, Image.Image):
             pixels = pictures.from_pil(image)
@@ -244,33 +286,57 @@ class LoadedModel:
             raise ValueError(f"an image of {list(pixels.shape)} has no pixel")
         return modality.whole_view(pixels)
 
-    def _beside(self, image: Picture) -> dict[str, dict[str, np.ndarray]]:
-        """Returns a row of the context with this image and nothing else."""
-        names = self.task.model.context_names
-        absent = {name: self.task.modalities[name].absent() for name in names}
-        return {**absent, "image": {"pixels": self.view(image), "present": np.array(True)}}
+    def read(self, item: Any, of: str) -> Row:
+        """Returns a row of a batch with one item and nothing else.
 
-    def _with(self, name: str, item: Any) -> dict[str, dict[str, np.ndarray]]:
-        """Returns a row of the context with an item of one modality and nothing else."""
-        names = self.task.model.context_names
-        absent = {each: self.task.modalities[each].absent() for each in names}
-        found = self.task.modalities[name].prepare(Record(0, {name: item}, (), False), None)
-        if not found["present"]:
-            raise ValueError(f"{item!r} holds no {name}")
-        return {**absent, name: found}
+        Args:
+          item: a text; of another modality the path or the bytes of a file; an image also as `view`
+            takes it, and of the others what a `Record` holds under their name.
+          of: the modality.
 
-    def _batches(self, rows: list[dict]) -> Iterator[tuple[Any, int]]:
+        Raises:
+          FileNotFoundError: a file that is not there.
+          ValueError: a file that cannot be read (`ImageError`, naming it), or no item.
+        """
+        modality: Any = self.task.modalities.get(of)
+        if of == "text":
+            return {"text": modality.encode("", item)}
+        if of == "image":
+            arrays = {"pixels": self.view(item), "present": np.array(True)}
+        elif isinstance(item, bytes):
+            arrays = modality.read(item)
+        elif isinstance(item, os.PathLike):
+            arrays = read_file(modality, item)
+        else:
+            arrays = modality.prepare(Record(0, {of: item}, (), False), None)
+        if not arrays["present"]:
+            raise ValueError(f"{item!r} holds no {of}")
+        absent = {
+            each: self.task.modalities[each].absent() for each in self.task.model.context_names
+        }
+        return {**absent, of: arrays}
+
+    def in_files(self, of: str) -> Any:
+        """Returns the modality of that name, whose items lie in files.
+
+        Raises:
+          ValueError: the model does not read it, or it reads no files.
+        """
+        modality = self.task.modalities.get(of)
+        if hasattr(modality, "read"):
+            return modality
+        why = "its modality has no `read` (see unified_mm.modalities.Modality)"
+        if modality is None:
+            why = f"this model reads {', '.join(self.task.modalities)}"
+        raise ValueError(f"no {of} can be read from a file here: {why}")
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[tuple[Any, int]]:
         """Yields batches of few sizes (the last one filled up), and how many rows are real."""
         for start in range(0, len(rows), BATCH):
-            part = rows[start : start + BATCH]
+            part = list(rows[start : start + BATCH])
             size = next(size for size in BATCHES if size >= len(part))
             full = part + [part[0]] * (size - len(part))
             yield jax.tree.map(lambda *leaves: np.stack(leaves), *full), len(part)
-
-    def _embed(self, embed: Any, rows: list[dict]) -> np.ndarray:
-        if not rows:  # only the model knows the width
-            return embed(self.task.example_batch(BATCH))[:0]
-        return np.concatenate([embed(batch)[:count] for batch, count in self._batches(rows)])
 
 
 def listed(values: Any, what: str) -> list[Any]:
@@ -318,10 +384,8 @@ def listed_texts(values: Any, what: str) -> list[str]:
     return texts
 
 
-def read_picture(
-    path: str | os.PathLike[str], size: int, decoder: str
-) -> UInt8[np.ndarray, "height width 3"]:
-    """Reads the picture of a file.
+def read_file(modality: Any, path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Returns the arrays of the one item in a file.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -330,11 +394,23 @@ def read_picture(
     if not os.path.isfile(path):
         if os.path.exists(path):
             raise pictures.ImageError(str(path), "is no file but a folder or a device")
-        raise FileNotFoundError(f"there is no image {str(path)!r}")
+        raise FileNotFoundError(f"there is no {modality.name} {str(path)!r}")
     try:
-        return pictures.decode(path, at_least=size, backend=decoder)
+        arrays: dict[str, np.ndarray] = modality.read(Path(path).read_bytes())
     except OSError as error:
         raise pictures.ImageError(str(path), f"unreadable: {error.strerror or error}") from error
+    except ValueError as error:
+        raise pictures.ImageError(str(path), getattr(error, "what", str(error))) from error
+    return arrays
+
+
+def problems_of(names: Iterable[str], rows: Sequence[Row | str]) -> list[Problem]:
+    """Returns a problem for each file that `LoadedModel.read_ahead` could not read."""
+    return [
+        Problem(name, row, "left out")
+        for name, row in zip(names, rows, strict=True)
+        if isinstance(row, str)
+    ]
 
 
 def load(

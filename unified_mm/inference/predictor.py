@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +16,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from unified_mm.data.pipeline import Arrays, Preparer, evaluation_batches
 from unified_mm.inference.beams import beam_search
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
-from unified_mm.inference.generate import generate, start
-from unified_mm.inference.sampling import make_sampling, sampling_arrays
+from unified_mm.inference.generate import TextWriter
+from unified_mm.inference.sampling import sampling_arrays
 from unified_mm.models.unified import UnifiedModel
 from unified_mm.nn.attention.rules import View
 from unified_mm.objectives.captioning import Captioning, score_text
@@ -55,13 +56,37 @@ class Predictor:
         """Returns the rows of a batch over all processes that this one gives."""
         return own_rows(self.mesh, batch_size)
 
+    def over(
+        self,
+        examples: Sequence[Any],
+        batch_size: int,
+        function: Callable[[dict[str, Arrays]], Iterable[Any]],
+        preparers: Mapping[str, Preparer] | None = None,
+    ) -> list[Any]:
+        """Returns what a function says of each example of a batch, for all examples in order.
+
+        Args:
+          examples: records, or what the preparers take.
+          batch_size: of all processes; the last batch is filled up.
+          function: of this process's rows of a batch, to results for all processes' rows.
+          preparers: by the name of each modality; by default those of the task.
+        """
+        batches = evaluation_batches(
+            examples,
+            self.task.modalities if preparers is None else preparers,
+            batch_size=batch_size,
+            rows=self.rows(batch_size),
+        )
+        with closing(batches):  # type: ignore[type-var]
+            return [each for batch in batches for each in function(batch)][: len(examples)]
+
     def can(self, kind: type) -> bool:
         """Returns whether an objective of this class was trained."""
         return any(isinstance(objective, kind) for objective in self.task.objectives)
 
-    def can_retrieve(self) -> bool:
-        """Returns whether a contrastive objective of images and texts was trained."""
-        return bool(self.task.contrasts("image", "text"))
+    def can_retrieve(self, of: str = "image") -> bool:
+        """Returns whether a contrastive objective of a modality and texts was trained."""
+        return bool(self.task.contrasts(of, "text"))
 
     def embed(self, batch: Batch, of: str, objective: str = "") -> Float[np.ndarray, "B Z"]:
         """Returns unit vectors of one modality of a batch.
@@ -83,22 +108,7 @@ class Predictor:
         read = ("text",) if of == "text" else self.task.model.context_names
         inputs = self.to_device({name: batch[name] for name in read})
         return np.asarray(self.call(f"embed {of} {chosen.name}", embed, inputs))
-
-    def of_images_and_texts(self, of: str) -> str:
-        """Returns the name of the contrastive objective that `embed_images` and `embed_texts` use.
-
-        It is that of images and texts; '' where there is not exactly one, or for other modalities.
-        """
-        both = self.task.contrasts("image", "text")
-        return both[0].name if len(both) == 1 and of in ("image", "text") else ""
-
-    def embed_images(self, batch: Batch) -> Float[np.ndarray, "B Z"]:
-        """Returns unit vectors of the batch's images, in the space that they share with texts."""
-        return self.embed(batch, "image", self.of_images_and_texts("image"))
-
-    def embed_texts(self, batch: Batch) -> Float[np.ndarray, "B Z"]:
-        """Returns unit vectors of the batch's texts, in the space that they share with images."""
-        return self.embed(batch, "text", self.of_images_and_texts("text"))
+        return self._run(f"embed {of} {chosen.name}", embed, {name: batch[name] for name in read})
 
     def log_likelihood(self, batch: Batch) -> Float[np.ndarray, "B 2"]:
         """Returns each text's log-likelihood beside its image, in nats, and its tokens scored."""
@@ -163,15 +173,11 @@ class Predictor:
         Returns:
           `decoding.samples` texts for each example, the best first where beams were compared.
         """
-        tokenizer, view = self.task.tokenizer, self.writing_view
+        tokenizer, writer = self.task.tokenizer, self.writer(cache_room)
         ends = decoding.stop_ids(tokenizer)
 
         def write(params: Any, inputs: Any) -> Any:
-            return write_texts(
-                self.task.model, params, inputs, view,
-                beams=decoding.beams, samples=decoding.samples,
-                cache_room=cache_room, padding=tokenizer.pad_id,
-            )  # fmt: skip
+            return write_texts(writer, params, inputs, decoding.beams, decoding.samples)
 
         name = f"write {cache_room} {decoding.beams} {decoding.samples}"
         inputs = self.to_device(inputs_of(decoding, batch, max_tokens, ends, first))
@@ -194,6 +200,15 @@ class Predictor:
         """
         view: View = self._objective(Captioning, "write").view
         return view
+
+    def writer(self, cache_room: int) -> TextWriter:
+        """Returns what writes texts of at most `cache_room` tokens.
+
+        Raises:
+          ValueError: the model did not learn to write.
+        """
+        padding = self.task.tokenizer.pad_id
+        return TextWriter(self.task.model, self.writing_view, padding, cache_room)
 
     def prompts(
         self, prompts: Sequence[str]
@@ -241,6 +256,10 @@ class Predictor:
     def to_device(self, inputs: Any) -> Any:
         """Puts arrays of this process's rows on the mesh."""
         return to_global(inputs, self.mesh)
+
+    def replicated(self, tree: Any) -> Any:
+        """Puts arrays on every device as `call` leaves them: it compiles anew for any other."""
+        return jax.device_put(tree, NamedSharding(self.mesh, P()))
 
     def call(self, name: str, function: Any, *args: Any, donated: tuple[int, ...] = ()) -> Any:
         """Calls `function(params, *args)` on the mesh, compiled once for each name and shapes.
@@ -299,43 +318,26 @@ def inputs_of(
 
 
 def write_texts(
-    model: UnifiedModel,
-    params: Any,
-    inputs: Mapping[str, Any],
-    view: View,
-    *,
-    beams: int,
-    samples: int,
-    cache_room: int,
-    padding: int,
+    writer: TextWriter, params: Any, inputs: Mapping[str, Any], beams: int, samples: int
 ) -> tuple[Int[Array, "rows S"], Float[Array, " rows"]]:
     """Writes `samples` texts for each example.
 
     Args:
-      model, params: the model and its parameters.
+      writer: the model.
+      params: its parameters.
       inputs: as `inputs_of` makes them.
-      view: the view that the model learned to write by.
       beams: beams of each text; 1 for no beam search.
       samples: texts for each example.
-      cache_room: S, how many tokens any text may have.
-      padding: the id of padding.
 
     Returns:
       The tokens, padded, and their log-likelihoods in nats; rows by example and sample.
     """
-    given = dict(inputs)
-    batch = given.pop("batch")
     if beams > 1:
-        penalty = given.pop("length_penalty")[0]
-        found = beam_search(
-            model, params, batch, view, **given,
-            beams=beams, length_penalty=penalty, cache_room=cache_room, padding=padding,
-        )  # fmt: skip
+        given = {**inputs, "length_penalty": inputs["length_penalty"][0]}
+        found = beam_search(writer, params, **given, beams=beams)
         written, likelihood = jax.tree.map(
             lambda x: x[:, :samples].reshape(-1, *x.shape[2:]), found
         )
         return written, likelihood
-    given["sampling"] = make_sampling(**given["sampling"])
-    state = start(model, params, batch, view, **given, cache_room=cache_room, padding=padding)
-    state = generate(model, params, state, view, padding)
+    state = writer.generate(params, writer.begin(params, inputs))
     return state.written, state.likelihood

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import export
 from jaxtyping import Array
 
-from unified_mm.inference.generate import ReadState, read_prompts, read_token
+from unified_mm.inference.generate import ReadState, TextWriter
 from unified_mm.inference.loaded import LoadedModel
 from unified_mm.models.unified import UnifiedModel
 from unified_mm.objectives.captioning import Captioning
@@ -65,8 +65,8 @@ def programs(model: LoadedModel, prompt: int, cache_room: int) -> dict[str, Prog
     task = model.predictor.task
     portable = _Portable(task, task.model.with_options(attention="xla"), model.predictor.params)
     found: dict[str, Program] = {}
-    both = model.predictor.of_images_and_texts(IMAGE)
-    if not both and len(model.predictor.task.contrasts()) > 1:
+    both = task.shared_space(IMAGE, "text")
+    if not both and len(task.contrasts()) > 1:
         raise ValueError(
             "what is exported embeds into one space, and this model has several: train one with "
             "one contrast between image and text"
@@ -107,11 +107,12 @@ class _Portable:
         return found
 
     def writing(self, objective: Captioning, prompt: int, cache_room: int) -> dict[str, Program]:
-        view = objective.view
+        padding = self.task.tokenizer.pad_id
+        writer = TextWriter(self.model, objective.view, padding, cache_room)
 
         def start(params: Any, inputs: Any) -> tuple[Array, ReadState]:
             batch = {**self._context(inputs), "text": _text(inputs)}
-            return read_prompts(self.model, self._tree(params), batch, view, cache_room)
+            return writer.read_prompts(self._tree(params), batch)
 
         def prefill(params: Any, inputs: Any, state: Any) -> tuple[Array, list[Array]]:
             logits, read_state = start(params, inputs)
@@ -124,9 +125,7 @@ class _Portable:
         def decode(params: Any, inputs: Any, state: Any) -> tuple[Array, list[Array]]:
             read_state = jax.tree.unflatten(structure, state)
             token = inputs["token"]
-            logits, read_state = read_token(
-                self.model, self._tree(params), read_state, token, view, cache_room
-            )
+            logits, read_state = writer.read_token(self._tree(params), read_state, token)
             return logits, jax.tree.leaves(read_state)
 
         token = {"token": _shape((), jnp.int32)}

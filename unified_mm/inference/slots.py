@@ -16,13 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from unified_mm.inference.decoding import Decoding
-from unified_mm.inference.generate import (
-    DecodeState,
-    decode_step,
-    first_token,
-    in_its_form,
-    read_beside,
-)
+from unified_mm.inference.generate import DecodeState, in_its_form
 from unified_mm.inference.predictor import Predictor
 from unified_mm.inference.sampling import make_sampling, sampling_arrays
 from unified_mm.nn.attention.cache import Cache
@@ -57,17 +51,16 @@ class Slots:
 
     def __init__(self, predictor: Predictor, count: int, images: int) -> None:
         self.predictor = predictor
-        self.model = predictor.task.model
-        self.view = predictor.writing_view
         self.length = predictor.task.modalities["text"].length
-        self.padding = predictor.task.tokenizer.pad_id
-        self.cache_room = self.length - 1
+        self.writer = predictor.writer(self.length - 1)
         cache: Cache = self._empty(self._read_images, self._views([], images))
-        self.images = written(cache, cache.slots)
+        self.images = predictor.replicated(written(cache, cache.slots))
         state: DecodeState = self._empty(self._begin, self.images, self._arrays([], count))
         cache = state.read_state.cache
-        read_state = state.read_state.replace(cache=written(cache, cache.slots - self.cache_room))  # type: ignore[attr-defined]
-        self.state = state.replace(read_state=read_state, done=jnp.ones(count, bool))  # type: ignore[attr-defined]
+        cache = written(cache, cache.slots - self.writer.cache_room)
+        read_state = state.read_state.replace(cache=cache)  # type: ignore[attr-defined]
+        state = state.replace(read_state=read_state, done=jnp.ones(count, bool))  # type: ignore[attr-defined]
+        self.state: DecodeState = predictor.replicated(state)
 
     def read(self, views: Sequence[UInt8[np.ndarray, "size size 3"]], rows: Sequence[int]) -> None:
         """Reads images into the given rows, at most `ENTERING[-1]` of them."""
@@ -78,7 +71,7 @@ class Slots:
 
         size = entering(len(rows))
         inputs = self._views(views, size) | {"rows": filled(rows, size)}
-        self.images = self._call("engine reads", read, self.images, inputs, donated=(1,))
+        self.images = self.predictor.call("engine reads", read, self.images, inputs, donated=(1,))
 
     def enter(
         self, entries: Sequence[Entry]
@@ -98,7 +91,7 @@ class Slots:
             return state.put(slots, begun), begun.token, begun.done
 
         inputs = self._arrays(entries, entering(len(entries)))
-        self.state, token, done = self._call(
+        self.state, token, done = self.predictor.call(
             "engine enters", enter, self.state, self.images, inputs, donated=(1,)
         )
         token, done = jax.device_get((token, done))
@@ -112,10 +105,12 @@ class Slots:
         """
 
         def step(params: Any, state: DecodeState) -> Any:
-            state = decode_step(self.model, params, state, self.view, self.padding)
+            state = self.writer.decode_step(params, state)
             return state, state.token, state.done
 
-        self.state, token, done = self._call("engine steps", step, self.state, donated=(1,))
+        self.state, token, done = self.predictor.call(
+            "engine steps", step, self.state, donated=(1,)
+        )
         return jax.device_get((token, done))
 
     def check(self, prompt: str, decoding: Decoding) -> None:
@@ -138,22 +133,17 @@ class Slots:
         prefix = images.select(inputs.pop("images"))
         prompt = inputs.pop("prompt")
         sampling = make_sampling(**inputs.pop("sampling"))
-        cache_room = self.length + self.cache_room  # for the longest prompt, then the ring
-        logits, read_state = read_beside(self.model, params, prefix, prompt, self.view, cache_room)
-        return first_token(
-            logits,
-            read_state,
-            sampling=sampling,
-            cache_room=self.cache_room,
-            padding=self.padding,
-            **inputs,
-        )
+        room = self.length + self.writer.cache_room  # for the longest prompt, then the ring
+        read = self.writer.read_beside(params, prefix, prompt, room)
+        return self.writer.first_token(*read, **inputs, sampling=sampling)
 
     def _read_images(self, params: Any, inputs: Any) -> Cache:
-        def read(model: Any) -> Cache:
-            return in_its_form(self.model, model.prefix(inputs, self.view))
+        model, view = self.writer.model, self.writer.view
 
-        cache: Any = self.model.apply({"params": params}, method=read)
+        def read(module: Any) -> Cache:
+            return in_its_form(model, module.prefix(inputs, view))
+
+        cache: Any = model.apply({"params": params}, method=read)
         return cache
 
     def _views(self, views: Sequence[Any], size: int) -> dict[str, Any]:
@@ -189,9 +179,6 @@ class Slots:
         """Returns what a function of parameters returns, all zero."""
         shapes = jax.eval_shape(function, self.predictor.params, *args)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    def _call(self, name: str, function: Any, *args: Any, donated: tuple[int, ...] = ()) -> Any:
-        return self.predictor.call(name, function, *args, donated=donated)
 
 
 def written(cache: Cache, slots: int) -> Cache:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.inference.decoding import GREEDY, Decoding
-from unified_mm.inference.generate import DecodeState, decode_step, start
-from unified_mm.inference.predictor import Batch, Predictor
-from unified_mm.inference.sampling import make_sampling, sampling_arrays
+from unified_mm.inference.generate import TextWriter
+from unified_mm.inference.predictor import Batch, Predictor, inputs_of
 
 
 def stream(
@@ -26,32 +23,23 @@ def stream(
     """
     if decoding.beams > 1 or decoding.samples > 1:
         raise ValueError("one text can be streamed: give neither beams nor samples")
-    model, tokenizer = predictor.task.model, predictor.task.tokenizer
+    tokenizer = predictor.task.tokenizer
     length = predictor.task.modalities["text"].length
     text, used = predictor.prompts([prompt])
     ends = decoding.stop_ids(tokenizer)
-    inputs = {
-        "batch": {**batch, "text": text},
-        "max_tokens": np.array([min(length - used[0], decoding.tokens or length)], np.int32),
-        "stop": np.array([ends], np.int32),
-        "sampling": sampling_arrays(decoding, 1),
-    }
-    writing: dict[str, Any] = {"view": predictor.writing_view, "padding": tokenizer.pad_id}
-
-    def begin(params: Any, inputs: Any) -> DecodeState:
-        sampling = make_sampling(**inputs.pop("sampling"))
-        return start(model, params, **inputs, **writing, sampling=sampling, cache_room=length - 1)
-
-    def go_on(params: Any, state: DecodeState) -> DecodeState:
-        return decode_step(model, params, state, **writing)
-
-    return _pieces(predictor, begin, go_on, predictor.to_device(inputs), Spelling(tokenizer, ends))
+    inputs = inputs_of(decoding, {**batch, "text": text}, length - used, ends, 0)
+    return _pieces(
+        predictor,
+        predictor.writer(length - 1),
+        predictor.to_device(inputs),
+        Spelling(tokenizer, ends),
+    )
 
 
 def _pieces(
-    predictor: Predictor, begin: Any, go_on: Any, inputs: Any, spelling: Spelling
+    predictor: Predictor, writer: TextWriter, inputs: Any, spelling: Spelling
 ) -> Iterator[str]:
-    state = predictor.call("stream", begin, inputs)
+    state = predictor.call("stream", writer.begin, inputs)
     while True:
         done = bool(state.done[0])
         piece = spelling.add(int(state.token[0]), last=done)
@@ -59,7 +47,7 @@ def _pieces(
             yield piece
         if done:
             return
-        state = predictor.call("stream on", go_on, state, donated=(1,))
+        state = predictor.call("stream on", writer.decode_step, state, donated=(1,))
 
 
 class Spelling:

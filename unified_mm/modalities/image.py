@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,10 @@ from unified_mm.data.records import Image, Record
 from unified_mm.nn.layers import Dense, Norm, partitioned
 from unified_mm.nn.tokens import Group, Tokens, blank, single_document
 
+# What is taken for a picture by its name.
+SUFFIXES = frozenset(
+    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()
+)
 PART = 4  # pixels on a side of the smallest part of a patch in the hierarchical stem
 
 
@@ -36,6 +40,8 @@ class ImageModality:
       resampling: 'bilinear' or 'bicubic', from the image's pixels to `size`.
       fit: how evaluation makes an image square (`data.images.evaluation_view`).
     """
+
+    suffixes: ClassVar[frozenset[str]] = SUFFIXES
 
     name: str
     size: int
@@ -74,6 +80,10 @@ class ImageModality:
             return self.absent()
         view = self.view(record.parts[self.name], rng, record.mirrorable)
         return {"pixels": view, "present": np.array(True)}
+
+    def read(self, content: bytes) -> dict[str, np.ndarray]:
+        pixels = images.decode(content, at_least=self.size, backend=self.decoder)
+        return {"pixels": self.whole_view(pixels), "present": np.array(True)}
 
     def view(
         self, image: Image, rng: np.random.Generator | None, mirrorable: bool

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -31,9 +31,13 @@ class Modality(Protocol):
 
     Attributes:
       name: its key under `config.model.modalities`.
+      suffixes: what the names of its files end with, in lower case, such as '.wav'. With `read` it
+        is owed by a modality whose items lie in files: those that are indexed, classified or sent
+        to a server. Text has neither, for a text is given as it is.
     """
 
     name: str
+    suffixes: Collection[str]
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any], resources: Any) -> Modality:
@@ -44,6 +48,15 @@ class Modality(Protocol):
 
     def absent(self) -> dict[str, np.ndarray]:
         """Returns arrays of the same keys and shapes for an example that lacks this modality."""
+
+    def read(self, content: bytes) -> dict[str, np.ndarray]:
+        """Returns the arrays of the one item that a file holds, as `prepare` does for evaluation.
+
+        The file may be anybody's upload: what would take too much memory or time is refused.
+
+        Raises:
+          ValueError: what is wrong with it, without its name.
+        """
 
     def embedder(self, width: int, dtype: Any) -> nn.Module:
         """Returns a module, `batch[name] -> Tokens` with one group of the modality's name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import flax.linen as nn
@@ -129,7 +130,7 @@ class TextEmbedding:
     norm_epsilon: float = 1e-6
     head: str = option("tied", choices=("tied", "own"))
 
-    @property
+    @cached_property
     def vocabulary(self) -> int:
         """V: `used`, rounded up to a multiple of `VOCABULARY_MULTIPLE` that meshes can divide."""
         return -(-self.used // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -13,12 +14,11 @@ from unified_mm.models.unified import (
     Encoded,
     UnifiedModel,
     text_group,
-    valid_by_name,
 )
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.cache import Cache
 from unified_mm.nn.attention.rules import MaskTable, View, plan_passes
-from unified_mm.nn.tokens import Tokens, concatenate, spans, take, unfold_items
+from unified_mm.nn.tokens import Tokens, concatenate, fold_items, spans, unfold_items
 
 
 class EarlyFusion(UnifiedModel):
@@ -29,10 +29,11 @@ class EarlyFusion(UnifiedModel):
     def embed_context(self, batch: Batch) -> list[Tokens]:
         """Returns the tokens of each context modality, before any layer, in sequence order."""
         parts: list[Tokens] = []
+        before = 0
         for name in self.context_names:
-            tokens = self.embed_apart(name, batch[name])
-            before = _length(parts)
+            tokens = self.embedders[name](fold_items(batch[name]))
             parts.append(unfold_items(tokens.embeddings, tokens.metadata, batch[name], before))
+            before += parts[-1].embeddings.shape[1]
         return parts
 
     def encode(
@@ -41,7 +42,7 @@ class EarlyFusion(UnifiedModel):
         encoded: dict[str, Encoded] = {}
         for sharing in plan_passes(views, self.context_names):
             context = self.embed_context(batch)
-            after = _length(context)
+            after = sum(part.embeddings.shape[1] for part in context)
             texts = [
                 self.embed_text(batch["text"], view.name, after)
                 for view in sharing
@@ -56,16 +57,24 @@ class EarlyFusion(UnifiedModel):
         texts: Sequence[Tokens],
         views: Sequence[View],
         *,
-        keep: int | None = None,
+        keep_text: bool = False,
         deterministic: bool = True,
     ) -> dict[str, Encoded]:
-        """Runs one pass over [context | text | text ...], the texts' groups named as their views.
+        """Runs one pass over [context | text | text ...].
+
+        Args:
+          context: tokens of each modality.
+          texts: tokens of each text, the groups named as their views.
+          views: of the pass.
+          keep_text: whether the cache holds the texts too, beside the context.
+          deterministic: whether there is no dropout.
 
         Returns:
-          By view name; the cache holds the first `keep` tokens, by default the context.
+          By view name.
         """
         tokens = concatenate([*context, *texts])
-        keep = _length(context) if keep is None else keep
+        kept_parts = [*context, *texts] if keep_text else context
+        keep = sum(part.embeddings.shape[1] for part in kept_parts)
         plan = plan_attention(
             self.options,
             MaskTable(tuple(views)),
@@ -75,18 +84,19 @@ class EarlyFusion(UnifiedModel):
         )
         x, layers = self.transformer(tokens.embeddings, plan, deterministic=deterministic)
         where = spans(tokens.metadata.groups)
+        kept = tuple(g for g in tokens.metadata.groups if where[g.name].stop <= keep)
+        metadata = jax.tree.map(lambda x: x[:, :keep], tokens.metadata).replace(groups=kept)
+        cache = Cache(layers, metadata, jnp.array(keep, jnp.int32))
         names = [part.metadata.groups[0].name for part in context]
-        kept = [group.name for group in tokens.metadata.groups if where[group.name].stop <= keep]
-        cache = Cache(layers, take(tokens.metadata, kept), jnp.array(keep, jnp.int32))
-        valid = valid_by_name(tokens.metadata)
-        written = {part.metadata.groups[0].name for part in texts}
+        written = [part.metadata.groups[0].name for part in texts]
+        seen = {name: x[:, where[name]] for name in names}
+        valid = {name: tokens.metadata.valid[:, where[name]] for name in names}
         return {
-            view.name: Encoded.of(
-                x[:, where[view.name]] if view.name in written else None,
-                {name: x[:, where[name]] for name in names},
-                {name: valid[name] for name in names},
+            view.name: Encoded(
+                seen | ({"text": x[:, where[view.name]]} if view.name in written else {}),
+                valid,
                 cache,
-                view,
+                view.resolved,
             )
             for view in views
         }
@@ -107,9 +117,9 @@ class EarlyFusion(UnifiedModel):
         self, batch: Batch, view: View, cache_room: int
     ) -> tuple[Float[Array, "B T D"], Cache]:
         context = self.embed_context(batch)
-        text = self.embed_text(batch["text"], view.name, _length(context))
-        keep = _length([*context, text])
-        encoded = self.encode_together(context, (text,), (view,), keep=keep)[view.name]
+        after = sum(part.embeddings.shape[1] for part in context)
+        text = self.embed_text(batch["text"], view.name, after)
+        encoded = self.encode_together(context, (text,), (view,), keep_text=True)[view.name]
         assert encoded.cache is not None
         return encoded.text, encoded.cache.reserve(text_group(view, cache_room))
 
@@ -125,7 +135,3 @@ class EarlyFusion(UnifiedModel):
         after = sum(group.length for group in groups if group.name != view.name)
         tokens = self.embed_text(text, view.name, after)
         return self.write_on(cache, tokens, view, None, deterministic)
-
-
-def _length(parts: Sequence[Tokens]) -> int:
-    return sum(part.embeddings.shape[1] for part in parts)

@@ -13,15 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from unified_mm.models.late import WithTowers
-from unified_mm.models.unified import Batch, Encoded, UnifiedModel, text_group
+from unified_mm.models.unified import Batch, UnifiedModel, text_group
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.cache import Cache
-from unified_mm.nn.attention.cross_attention import (
-    GATE,
-    CrossPlan,
-    Memory,
-    plan_cross_attention,
-)
+from unified_mm.nn.attention.cross_attention import GATE, Memory
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import GateOptions
 from unified_mm.nn.resampler import PerceiverResampler, ResamplerOptions
@@ -30,7 +25,6 @@ from unified_mm.nn.tokens import (
     Tokens,
     concatenate,
     single_document,
-    spans,
     take,
     unfold_items,
 )
@@ -78,50 +72,29 @@ class GatedCrossAttention(WithTowers):
         resampler = replace(self.resampler, blocks=replace(self.resampler.blocks, **changes))
         return super().with_options(**changes).clone(resampler=resampler)
 
-    def encode(
-        self, batch: Batch, views: Sequence[View], *, deterministic: bool = True
-    ) -> dict[str, Encoded]:
-        looked = self._look_at_all(batch, deterministic)
-        alone = {
-            view.name: _encoded(None, looked, batch, view) for view in views if not view.with_text
-        }
-        read = [view for view in views if view.with_text]
-        if not read:
-            return alone
-        memory = self._memory(looked, batch)
-        texts = [self.embed_text(batch["text"], each.name, memory.length) for each in read]
-        tokens = concatenate(texts)
-        x, layers = self._read(tokens, memory, read, deterministic)
-        where = spans(tokens.metadata.groups)
-        found = {v.name: _encoded(x[:, where[v.name]], looked, batch, v) for v in read}
-        return alone | found
-
-    def read_context(self, batch: Batch, view: View) -> Encoded:
-        return _encoded(None, self._look_at_all(batch, True), batch, view)
-
     def read_text(self, text: Mapping[str, Array], view: View) -> Float[Array, "B T D"]:
         tokens = self.embed_text(text, view.name)
         rows = tokens.embeddings.shape[0]
         features = jnp.zeros((rows, 0, self.tower.width), self.options.dtype)
         nothing = Memory(features, None, take(tokens.metadata, ()))
-        return self._read(tokens, nothing, (view,), True)[0]
+        return self.read(tokens, nothing, (view,))[0]
 
     def prefix(self, batch: Batch, view: View) -> Cache:
-        memory = self._memory(self._look_at_all(batch, True), batch)
+        memory = self.memory(self.look_at_all(batch), batch)
         # An invalid token is run: that computes the cross layers' keys and values.
         absent = jnp.zeros((memory.metadata.valid.shape[0], 1), bool)
         text = {"ids": absent.astype(jnp.int32), "valid": absent, "present": absent[:, 0]}
         tokens = self.embed_text(text, view.name, memory.length)
-        _, layers = self._read(tokens, memory, (view,), True)
+        _, layers = self.read(tokens, memory, (view,))
         return _beside(memory, layers, take(tokens.metadata, ()))
 
     def prefill(
         self, batch: Batch, view: View, cache_room: int
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        memory = self._memory(self._look_at_all(batch, True), batch)
+        memory = self.memory(self.look_at_all(batch), batch)
         tokens = self.embed_text(batch["text"], view.name, memory.length)
         length = tokens.embeddings.shape[1]
-        x, layers = self._read(tokens, memory, (view,), True, keep=(0, length))
+        x, layers = self.read(tokens, memory, (view,), keep=(0, length))
         cache = _beside(memory, layers, tokens.metadata)
         return x, cache.reserve(text_group(view, cache_room))
 
@@ -135,8 +108,8 @@ class GatedCrossAttention(WithTowers):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         assert cache.memory is not None
         tokens = self.embed_text(text, view.name, cache.memory.length)
-        cross = plan_cross_attention(
-            self.options, MaskTable((view,)), tokens.metadata, cache.memory
+        cross = plan_attention(
+            self.options, MaskTable((view,)), tokens.metadata, cache.memory.metadata
         )
         with_memory = cache.replace(layers=cache.layers | {CROSS: cache.memory.layers})  # type: ignore[attr-defined]
         x, written = self.write_on(with_memory, tokens, view, cross, deterministic)
@@ -153,13 +126,7 @@ class GatedCrossAttention(WithTowers):
                 found[f"gate/{kind}_{period}"] = opened[period]
         return found
 
-    def _look_at_all(self, batch: Batch, deterministic: bool) -> dict[str, Tokens]:
-        return {
-            name: self.look(name, batch, deterministic=deterministic) for name in self.context_names
-        }
-
-    def _memory(self, looked: Mapping[str, Tokens], batch: Batch) -> Memory:
-        """Returns the memory of the language model: the features of all items, resampled."""
+    def memory(self, looked: Mapping[str, Tokens], batch: Batch) -> Memory:
         parts: list[Tokens] = []
         for name, features in looked.items():
             x, metadata = features.embeddings, features.metadata
@@ -174,19 +141,20 @@ class GatedCrossAttention(WithTowers):
         memory = concatenate(parts)
         return Memory(memory.embeddings, None, memory.metadata)
 
-    def _read(
+    def read(
         self,
         tokens: Tokens,
-        memory: Memory,
+        memory: Memory | None,
         views: Sequence[View],
-        deterministic: bool,
+        *,
         keep: tuple[int, int] = (0, 0),
+        **more: Any,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        table = MaskTable(tuple(views))
-        o = self.options
-        plan = plan_attention(o, table, tokens.metadata, tokens.metadata, keep=keep)
-        cross: CrossPlan = plan_cross_attention(o, table, tokens.metadata, memory)
-        return self.transformer(tokens.embeddings, plan, cross=cross, deterministic=deterministic)
+        assert memory is not None
+        o, table, text = self.options, MaskTable(tuple(views)), tokens.metadata
+        plan = plan_attention(o, table, text, text, keep=keep)
+        cross = plan_attention(o, table, text, memory.metadata, features=memory.features)
+        return self.transformer(tokens.embeddings, plan, cross=cross, **more)
 
 
 def _beside(memory: Memory, layers: Any, metadata: TokenMetadata) -> Cache:
@@ -195,13 +163,3 @@ def _beside(memory: Memory, layers: Any, metadata: TokenMetadata) -> Cache:
     seen = memory.replace(features=None, layers=layers[CROSS])  # type: ignore[attr-defined]
     length = jnp.array(metadata.valid.shape[1], jnp.int32)
     return Cache(kept, metadata, length, seen)
-
-
-def _encoded(text: Array | None, looked: Mapping[str, Tokens], batch: Batch, view: View) -> Encoded:
-    context = {
-        name: unfold_items(features.embeddings, features.metadata, batch[name], 0)
-        for name, features in looked.items()
-    }
-    embeddings = {name: tokens.embeddings for name, tokens in context.items()}
-    valid = {name: tokens.metadata.valid for name, tokens in context.items()}
-    return Encoded.of(text, embeddings, valid, None, view)

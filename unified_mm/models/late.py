@@ -11,9 +11,10 @@ from jaxtyping import Array, Float
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.backends import is_kernel
+from unified_mm.nn.attention.cross_attention import Memory
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import TransformerOptions
-from unified_mm.nn.tokens import Tokens, concatenate, spans, unfold_items
+from unified_mm.nn.tokens import Tokens, concatenate, fold_items, spans, unfold_items
 from unified_mm.nn.transformer import Transformer
 
 ALONE = MaskTable((View("none", "separate"),))
@@ -62,12 +63,58 @@ class WithTowers(UnifiedModel):
         kernel = any(is_kernel(each.attention) for each in stacks)
         return self.with_options(attention="auto") if kernel else self
 
-    def look(self, name: str, batch: Any, *, deterministic: bool = True) -> Tokens:
+    def look(self, name: str, batch: Batch, *, deterministic: bool = True) -> Tokens:
         """Returns the features of a context modality's items (images, clips), one item a row."""
-        tokens = self.embed_apart(name, batch[name])
+        tokens = self.embedders[name](fold_items(batch[name]))
         plan = plan_attention(self.tower_of(name), ALONE, tokens.metadata, tokens.metadata)
         x, _ = self.towers[name](tokens.embeddings, plan, deterministic=deterministic)
         return Tokens(x, tokens.metadata)
+
+    def look_at_all(self, batch: Batch, *, deterministic: bool = True) -> dict[str, Tokens]:
+        """Returns the features of every context modality."""
+        return {
+            name: self.look(name, batch, deterministic=deterministic) for name in self.context_names
+        }
+
+    def memory(self, looked: Mapping[str, Tokens], batch: Batch) -> Memory | None:
+        """Returns what the text attends to of the features; None where it attends to none."""
+        return None
+
+    def read(
+        self, tokens: Tokens, memory: Memory | None, views: Sequence[View], **more: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Runs the main transformer over texts: embeddings, and keys and values to keep."""
+        raise NotImplementedError
+
+    def encode(
+        self, batch: Batch, views: Sequence[View], *, deterministic: bool = True
+    ) -> dict[str, Encoded]:
+        looked = self.look_at_all(batch, deterministic=deterministic)
+        read = [view for view in views if view.with_text]
+        texts: dict[str, Array] = {}
+        if read:
+            memory = self.memory(looked, batch)
+            after = memory.length if memory else 0
+            tokens = concatenate(
+                [self.embed_text(batch["text"], view.name, after) for view in read]
+            )
+            x, _ = self.read(tokens, memory, read, deterministic=deterministic)
+            where = spans(tokens.metadata.groups)
+            texts = {name: x[:, span] for name, span in where.items()}
+        return {view.name: _encoded(texts.get(view.name), looked, batch, view) for view in views}
+
+    def read_context(self, batch: Batch, view: View) -> Encoded:
+        return _encoded(None, self.look_at_all(batch), batch, view)
+
+
+def _encoded(text: Array | None, looked: Mapping[str, Tokens], batch: Batch, view: View) -> Encoded:
+    context = {
+        name: unfold_items(features.embeddings, features.metadata, batch[name], 0)
+        for name, features in looked.items()
+    }
+    outputs = {name: tokens.embeddings for name, tokens in context.items()}
+    valid = {name: tokens.metadata.valid for name, tokens in context.items()}
+    return Encoded(outputs | ({} if text is None else {"text": text}), valid, None, view.resolved)
 
 
 class LateFusion(WithTowers):
@@ -75,41 +122,12 @@ class LateFusion(WithTowers):
 
     abilities: ClassVar[frozenset[str]] = frozenset({"contrastive"})
 
-    def encode(
-        self, batch: Batch, views: Sequence[View], *, deterministic: bool = True
-    ) -> dict[str, Encoded]:
-        context = self._look_at_all(batch, deterministic)
-        read = [view for view in views if view.with_text]
-        alone = {view.name: _encoded(None, context, view) for view in views if not view.with_text}
-        if not read:
-            return alone
-        texts = [self.embed_text(batch["text"], view.name) for view in read]
-        tokens = concatenate(texts)
-        table = MaskTable(tuple(read))
-        plan = plan_attention(self.options, table, tokens.metadata, tokens.metadata)
-        x, _ = self.transformer(tokens.embeddings, plan, deterministic=deterministic)
-        where = spans(tokens.metadata.groups)
-        found = {view.name: _encoded(x[:, where[view.name]], context, view) for view in read}
-        return alone | found
-
-    def read_context(self, batch: Batch, view: View) -> Encoded:
-        return _encoded(None, self._look_at_all(batch, True), view)
-
     def read_text(self, text: Mapping[str, Array], view: View) -> Float[Array, "B T D"]:
-        tokens = self.embed_text(text, view.name)
-        table = MaskTable((view,))
+        return self.read(self.embed_text(text, view.name), None, (view,))[0]
+
+    def read(
+        self, tokens: Tokens, memory: Memory | None, views: Sequence[View], **more: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        table = MaskTable(tuple(views))
         plan = plan_attention(self.options, table, tokens.metadata, tokens.metadata)
-        return self.transformer(tokens.embeddings, plan)[0]
-
-    def _look_at_all(self, batch: Batch, deterministic: bool) -> dict[str, Tokens]:
-        found = {}
-        for name in self.context_names:
-            features = self.look(name, batch, deterministic=deterministic)
-            found[name] = unfold_items(features.embeddings, features.metadata, batch[name], 0)
-        return found
-
-
-def _encoded(text: Array | None, context: Mapping[str, Tokens], view: View) -> Encoded:
-    embeddings = {name: tokens.embeddings for name, tokens in context.items()}
-    valid = {name: tokens.metadata.valid for name, tokens in context.items()}
-    return Encoded.of(text, embeddings, valid, None, view)
+        return self.transformer(tokens.embeddings, plan, **more)

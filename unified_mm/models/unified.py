@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.backends import is_kernel
@@ -22,11 +22,8 @@ from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.pipeline import Pipeline
 from unified_mm.nn.tokens import (
     Group,
-    TokenMetadata,
     Tokens,
-    fold_items,
     offset_positions,
-    spans,
     with_positions,
 )
 from unified_mm.nn.transformer import Transformer
@@ -63,27 +60,6 @@ class Encoded:
     valid: dict[str, Any]
     cache: Cache | None
     rule: AttentionRule = struct.field(pytree_node=False)
-
-    @classmethod
-    def of(
-        cls,
-        text: Array | None,
-        context: Mapping[str, Array],
-        valid: Mapping[str, Array],
-        cache: Cache | None,
-        view: View,
-    ) -> Encoded:
-        """Returns the output for a view.
-
-        Args:
-          text: contextual embeddings [B, T, D]; None without a text.
-          context: contextual embeddings [B, N, D] by modality.
-          valid: bool [B, N] by modality.
-          cache: of the context, or None.
-          view: as which it was read.
-        """
-        written = {} if text is None else {"text": text}
-        return cls({**context, **written}, dict(valid), cache, view.resolved())
 
     @property
     def text(self) -> Any:
@@ -234,10 +210,6 @@ class UnifiedModel(nn.Module):
         """Returns numbers about the parameters for the metrics, each []."""
         return {}
 
-    def embed_apart(self, name: str, arrays: Mapping[str, Array]) -> Tokens:
-        """Returns the tokens of a context modality before any layer, one item a row."""
-        return self.embedders[name](fold_items(arrays))
-
     def embed_text(self, text: Mapping[str, Array], name: str, after: int = 0) -> Tokens:
         """Returns the tokens of `text` before any layer, as the group `name`.
 
@@ -289,8 +261,3 @@ def fusion(name: str) -> type[UnifiedModel]:
 def text_group(view: View, length: int) -> Group:
     """Returns the token group of a view's text in a cache."""
     return Group(view.name, "text", length)
-
-
-def valid_by_name(metadata: TokenMetadata) -> dict[str, Bool[Array, "B N"]]:
-    """Returns which tokens of each group are valid, by group name."""
-    return {name: metadata.valid[:, where] for name, where in spans(metadata.groups).items()}

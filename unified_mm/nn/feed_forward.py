@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from unified_mm.config import read_options
-from unified_mm.nn.attention.attention import AttentionPlan, branch_scale
+from unified_mm.nn.attention.attention import AttentionPlan
 from unified_mm.nn.layers import Dense, PerModality
 from unified_mm.nn.options import TransformerOptions
-from unified_mm.registry import resolve
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=True),  # Hendrycks & Gimpel 2016, the tanh form
@@ -29,58 +25,30 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Mlp(nn.Module):
     """Two dense maps with an activation between (Vaswani et al. 2017, eq. 2): [..., D] -> [..., D].
 
-    With `gated`, the hidden layer is `activation(gate(x)) * up(x)` (Shazeer 2020, equation 6).
+    With `gated_feed_forward`, the hidden layer is `activation(gate(x)) * up(x)` (Shazeer 2020,
+    equation 6).
 
     Attributes:
-      hidden: F.
-      activation: a name of `ACTIVATIONS`.
-      output_scale: multiplies the initial standard deviation of the last map.
+      options: of the stack.
+      use_bias: unless None, it overrides the option of the stack.
     """
 
-    hidden: int
-    activation: str = "gelu"
-    gated: bool = False
-    use_bias: bool = True
-    output_scale: float = 1.0
-    dtype: Any = jnp.float32
+    options: TransformerOptions
+    use_bias: bool | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        def widen(name: str) -> Array:
-            return Dense(
-                (self.hidden,),
-                ("embed",),
-                ("feed_forward",),
-                use_bias=self.use_bias,
-                dtype=self.dtype,
-                name=name,
-            )(x)
-
-        act = ACTIVATIONS[self.activation]
-        hidden = act(widen("gate")) * widen("up") if self.gated else act(widen("up"))
-        down = Dense(
-            x.shape[-1:],
-            ("feed_forward",),
-            ("embed",),
-            scale=self.output_scale,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            name="down",
-        )
-        return down(hidden)
-
-
-def make_mlp(options: TransformerOptions, *, name: str, use_bias: bool | None = None) -> Mlp:
-    """Returns the MLP of a stack; `use_bias`, unless None, overrides the option of the stack."""
-    return Mlp(
-        options.feed_forward,
-        options.activation,
-        options.gated_feed_forward,
-        options.feed_forward_bias if use_bias is None else use_bias,
-        branch_scale(options),
-        options.dtype,
-        name=name,
-    )
+        o = self.options
+        use_bias = o.feed_forward_bias if self.use_bias is None else self.use_bias
+        dense = partial(Dense, use_bias=use_bias, dtype=o.dtype)
+        widen = partial(dense, (o.feed_forward,), ("embed",), ("feed_forward",))
+        act = ACTIVATIONS[o.activation]
+        if o.gated_feed_forward:
+            hidden = act(widen(name="gate")(x)) * widen(name="up")(x)
+        else:
+            hidden = act(widen(name="up")(x))
+        out = x.shape[-1:], ("feed_forward",), ("embed",)
+        return dense(*out, scale=o.branch_scale, name="down")(hidden)
 
 
 class FeedForward(nn.Module):
@@ -90,22 +58,5 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"], plan: AttentionPlan) -> Float[Array, "B N D"]:
-        make = partial(make_mlp, self.options)
-        return PerModality(make, self.options.separate_feed_forward, name="mlp")(x, plan.groups)
-
-
-# By name: a module of `options` and of fields of its own, (x [B, N, D], plan) -> [B, N, D].
-FEED_FORWARDS = {"dense": "unified_mm.nn.feed_forward:FeedForward"}
-
-
-def make_feed_forward(options: TransformerOptions, name: str) -> nn.Module:
-    """Returns the feed-forward part of a block, which the options name.
-
-    Raises:
-      ValueError: it is unknown, or does not have the options given.
-    """
-    kind = resolve("feed-forward", options.feed_forward_type, FEED_FORWARDS)
-    own = dict(options.feed_forward_options)
-    own = read_options(kind, own, "model.feed_forward_options")
-    made: nn.Module = kind(options=options, **own, name=name)
-    return made
+        o = self.options
+        return PerModality(partial(Mlp, o), o.separate_feed_forward, name="mlp")(x, plan.groups)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 
 from unified_mm.config import check_options, option, read_options
 from unified_mm.nn.pipeline import Pipeline
+from unified_mm.registry import resolve
 
 NORMS = ("layer", "rms")
 NORM_PLACES = ("pre", "post")
@@ -19,7 +21,11 @@ ATTENTION = ("auto", "xla", "chunked", "cudnn", "splash")
 CACHE = ("same", "int8")
 GATES = ("tanh", "sigmoid")
 GATE_SHAPES = ("scalar", "channel")
-
+# Kinds of blocks: modules of `options`, `deterministic` and fields of their own,
+# (x [B, N, D], plan, cached keys and values or None) -> (x, keys and values).
+BLOCKS = {"transformer": "unified_mm.nn.transformer:Block"}
+# Kinds of feed-forwards: modules of `options` and fields of their own, (x, plan) -> [B, N, D].
+FEED_FORWARDS = {"dense": "unified_mm.nn.feed_forward:FeedForward"}
 
 # Options of a class that the config names, as pairs: options are hashed.
 OWN_OPTIONS = ("block_options", "feed_forward_options")
@@ -58,6 +64,27 @@ class GateOptions:
         check_options(self, "model.cross")
 
 
+def derived() -> Any:
+    """Returns a dataclass field that follows from the others."""
+    return field(init=False, default=None, repr=False, compare=False)
+
+
+def constructor(what: str, name: str, built_in: Mapping[str, str], own: Any) -> Any:
+    """Returns the constructor of the module that a name stands for.
+
+    Args:
+      what: "block" or "feed_forward".
+      name: of a kind, or `package.module:CLASS`.
+      built_in: the kinds that there are.
+      own: pairs of name and value, fields that this kind has of its own.
+
+    Raises:
+      ValueError: the kind is unknown, or does not have the options given.
+    """
+    kind = resolve(what.replace("_", "-"), name, built_in)
+    return partial(kind, **read_options(kind, dict(own), f"model.{what}_options"))
+
+
 @dataclass(frozen=True)
 class TransformerOptions:
     """The shape and kind of a stack; the defaults are those of a pre-norm transformer.
@@ -72,10 +99,10 @@ class TransformerOptions:
       norm_epsilon: added to the variance or mean square in a norm.
       norm_place: 'pre', before each branch, or 'post', after its sum with the residual stream.
       final_norm: whether a norm follows the last block.
-      block: kind of the blocks, by name or `package.module:CLASS` (`nn.transformer.BLOCKS`).
+      block: kind of the blocks, by name or `package.module:CLASS` (`BLOCKS`).
       block_options: fields that this kind of block has of its own.
       feed_forward_type: kind of the feed-forward part, by name or `package.module:CLASS`
-        (`nn.feed_forward.FEED_FORWARDS`).
+        (`FEED_FORWARDS`).
       feed_forward_options: fields that this kind of feed-forward has of its own.
       activation: of the feed-forward; see `ACTIVATIONS` ('gelu' is its tanh form).
       gated_feed_forward: whether it is `act(gate(x)) * up(x)` (Shazeer 2020) rather than
@@ -98,6 +125,13 @@ class TransformerOptions:
       cache: type of cached keys and values in generation: 'same', which is `dtype`, or 'int8'.
       cross: the gated cross-attention layers between the blocks.
       pipeline: the stages that its periods are divided among in training; None for one stage.
+      make_block, make_feed_forward: constructors of the kinds that `block` and `feed_forward_type`
+        name, with the fields of their own.
+      head_dim: A, the width of a head.
+      num_kv_heads: G, the number of heads of keys and of values.
+      blocks_per_period: the number of blocks in each period, the repeated part of the stack.
+      periods: the number of periods.
+      branch_scale: initial scale of each of the 2 L residual branches (GPT-2, section 2.3).
     """
 
     width: int = option(least=1)
@@ -131,9 +165,31 @@ class TransformerOptions:
     cache: str = option("same", choices=CACHE)
     cross: GateOptions = GateOptions()
     pipeline: Pipeline | None = None
+    # What follows from the fields above.
+    make_block: Any = derived()
+    make_feed_forward: Any = derived()
+    head_dim: int = derived()
+    num_kv_heads: int = derived()
+    blocks_per_period: int = derived()
+    periods: int = derived()
+    branch_scale: float = derived()
 
     def __post_init__(self) -> None:
         check_options(self, "model")
+        blocks_per_period = self.cross.every or 1
+        found = {
+            "make_block": constructor("block", self.block, BLOCKS, self.block_options),
+            "make_feed_forward": constructor(
+                "feed_forward", self.feed_forward_type, FEED_FORWARDS, self.feed_forward_options
+            ),
+            "head_dim": self.head_width or self.width // self.heads,
+            "num_kv_heads": self.key_value_heads or self.heads,
+            "blocks_per_period": blocks_per_period,
+            "periods": self.layers // blocks_per_period,
+            "branch_scale": (2 * self.layers) ** -0.5,
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
         if ":" not in self.attention and self.attention not in ATTENTION:
             raise ValueError(
                 f"model.attention={self.attention!r}: must be one of {', '.join(ATTENTION)}, or "
@@ -153,31 +209,11 @@ class TransformerOptions:
         if self.rotary_base and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even width of heads, not {self.head_dim}")
 
-    @property
-    def head_dim(self) -> int:
-        """A, the width of a head."""
-        return self.head_width or self.width // self.heads
-
-    @property
-    def num_kv_heads(self) -> int:
-        """G, the number of heads of keys and of values."""
-        return self.key_value_heads or self.heads
-
-    @property
-    def blocks_per_period(self) -> int:
-        """The number of blocks in each period, the repeated part of the stack."""
-        return self.cross.every or 1
-
-    @property
-    def periods(self) -> int:
-        """The number of periods."""
-        return self.layers // self.blocks_per_period
-
     @classmethod
     def config_fields(cls) -> tuple[str, ...]:
         """Returns the names of the fields that `config.model` has under the same names."""
         elsewhere = ("unstacked", "cache", "cross", "pipeline")
-        return tuple(field.name for field in fields(cls) if field.name not in elsewhere)
+        return tuple(each.name for each in fields(cls) if each.init and each.name not in elsewhere)
 
     @classmethod
     def from_config(cls, model: Mapping[str, Any]) -> TransformerOptions:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from unified_mm.nn.attention.attention import into_heads, out_of_heads
 from unified_mm.nn.attention.masks import masked_attention
-from unified_mm.nn.feed_forward import make_mlp
+from unified_mm.nn.feed_forward import Mlp
 from unified_mm.nn.layers import Norm, partitioned
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.registry import resolve
@@ -85,4 +85,4 @@ class AttentionPool(nn.Module):
         )
         y = out_of_heads(width, o, True, "output")(y)
         norm = Norm("layer", self.epsilon, name="norm")
-        return (y + make_mlp(o, name="feed_forward")(norm(y)))[:, 0]
+        return (y + Mlp(o, name="feed_forward")(norm(y)))[:, 0]

@@ -14,16 +14,22 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from unified_mm.nn.attention.attention import into_heads, out_of_heads
-from unified_mm.nn.attention.backends import attend, prepare_block
+from unified_mm.nn.attention.attention import (
+    AttentionPlan,
+    attend,
+    into_heads,
+    out_of_heads,
+    plan_attention,
+)
 from unified_mm.nn.attention.cross_attention import head_norm
-from unified_mm.nn.attention.masks import BlockMask
-from unified_mm.nn.attention.rules import ALL, BlockCall, KeySlice
-from unified_mm.nn.feed_forward import make_mlp
+from unified_mm.nn.attention.rules import MaskTable, View
+from unified_mm.nn.feed_forward import Mlp
 from unified_mm.nn.layers import Norm, partitioned
 from unified_mm.nn.options import GateOptions, TransformerOptions
-from unified_mm.nn.sow import sow_attention
 from unified_mm.nn.tokens import Group, single_document
+
+# Each latent sees all features and all latents.
+ALL = MaskTable((View("none", "joint"),))
 
 
 @dataclass(frozen=True)
@@ -96,26 +102,29 @@ class PerceiverResampler(nn.Module):
             times = self.param("times", table, (o.frames, width))
             features = features + times[:frames, None].astype(features.dtype)
         features = features.reshape(rows, -1, width)
-        seen_by = look_at_all(b, valid.reshape(rows, -1), o.latents)
+        plan = plan_latents(b, valid.reshape(rows, -1), o.latents)
         start = partitioned(nn.initializers.normal(1.0), None, "embed")
         latents = self.param("latents", start, (o.latents, width)).astype(b.dtype)
         x = jnp.broadcast_to(latents, (rows, *latents.shape))
         for layer in range(b.layers):
             attention = ResamplerAttention(b, o.head_norm, name=f"attention_{layer}")
-            x = x + attention(x, features, seen_by)
+            x = x + attention(x, features, plan)
             norm = Norm("layer", b.norm_epsilon, b.dtype, name=f"feed_forward_norm_{layer}")
-            x = x + make_mlp(b, name=f"feed_forward_{layer}")(norm(x))
+            x = x + Mlp(b, name=f"feed_forward_{layer}")(norm(x))
         return Norm("layer", b.norm_epsilon, b.dtype, name="norm")(x)
 
 
-def look_at_all(options: TransformerOptions, valid: Bool[Array, "B K"], latents: int) -> BlockMask:
-    """Returns the mask under which each latent sees all valid features and all latents."""
+def plan_latents(
+    options: TransformerOptions, valid: Bool[Array, "B K"], latents: int
+) -> AttentionPlan:
+    """Returns the plan by which each latent sees all valid features and all latents."""
     seen = jnp.pad(valid, ((0, 0), (0, latents)), constant_values=True)
-    keys = single_document(seen, Group("features", "features", seen.shape[1]))
+    features = Group("features", "features", valid.shape[1], 0)
     queries = single_document(seen[:, -latents:], Group("latents", "features", latents))
-    return prepare_block(
-        options, BlockCall((0, latents), (KeySlice(0, seen.shape[1], ALL),)), queries, keys
-    )
+    after = queries.groups[0]._replace(start=features.length)
+    keys = single_document(seen, features)
+    keys = keys.replace(groups=(features, after))  # type: ignore[attr-defined]
+    return plan_attention(options, ALL, queries, keys)
 
 
 class ResamplerAttention(nn.Module):
@@ -129,7 +138,7 @@ class ResamplerAttention(nn.Module):
         self,
         latents: Float[Array, "B latents D"],
         features: Float[Array, "B K D"],
-        seen_by: BlockMask,
+        plan: AttentionPlan,
     ) -> Float[Array, "B latents D"]:
         o = self.options
         latents = Norm("layer", o.norm_epsilon, o.dtype, name="latents_norm")(latents)
@@ -141,7 +150,5 @@ class ResamplerAttention(nn.Module):
         if o.cross.query_key_norm:
             query = head_norm("query_norm", o, self.head_norm)(query)
             key = head_norm("key_norm", o, self.head_norm)(key)
-        latent = Group("latents", "features", latents.shape[1])
-        groups = (latent,), (Group("features", "features", features.shape[1]), latent)
-        sow_attention(self, query, key, (seen_by.call,), (seen_by,), groups)
-        return out_of_heads(o.width, o, False, "output")(attend(query, key, value, seen_by))
+        seen = attend(self, query, key, value, plan)
+        return out_of_heads(o.width, o, False, "output")(seen)

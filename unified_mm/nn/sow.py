@@ -17,14 +17,13 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from unified_mm.nn.attention.masks import (
+    BlockCall,
     BlockMask,
     block_bias,
     block_mask,
-    picked,
     slice_keys,
     widen,
 )
-from unified_mm.nn.attention.rules import BlockCall
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import Group
 from unified_mm.nn.unstack import LAYERS, stack_layers
@@ -55,7 +54,7 @@ def sow_attention(
     masks: Sequence[BlockMask],
     groups: tuple[tuple[Group, ...], tuple[Group, ...]],
 ) -> None:
-    """Sows the weights of an attention if the collection `ATTENTION` is mutable.
+    """Sows the weights of an attention into the collection `ATTENTION`.
 
     They come from the reference softmax, whichever backend computed the attention.
 
@@ -65,8 +64,6 @@ def sow_attention(
       calls, masks: its block calls, and the mask of each.
       groups: of the queries and of the keys.
     """
-    if module.is_initializing() or not module.is_mutable_collection(ATTENTION):
-        return
     rows, heads = query.shape[0], query.shape[2]
     values = jnp.zeros((rows, heads, query.shape[1], key.shape[1]), jnp.float32)
     for call, seen_by in zip(calls, masks, strict=True):
@@ -76,7 +73,7 @@ def sow_attention(
             bias = block_bias(seen_by.call, seen_by.queries, seen_by.keys)
         part = softmax_weights(query[:, slice(*call.queries)], slice_keys(key, call), mask, bias)
         done = 0
-        for start, stop in picked(call):
+        for start, stop, *_ in call.keys:
             piece = part[..., done : done + stop - start]
             values = values.at[:, :, slice(*call.queries), start:stop].set(piece)
             done += stop - start
@@ -88,17 +85,15 @@ def by_path(left: Mapping[str, Any]) -> dict[str, Weights]:
 
     Their values are [periods, B, H, Q, K]; outside a stack, periods is 1.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(stack_layers(left), is_leaf=_is_weights)
+    leaves = jax.tree_util.tree_leaves_with_path(
+        stack_layers(left), is_leaf=lambda leaf: isinstance(leaf, Weights)
+    )
     # Flax keeps it under .../weights/0.
     found = {path_of(path[:-2]): weights for path, weights in leaves}
     return {
         path: weights if weights.values.ndim == 5 else jax.tree.map(lambda x: x[None], weights)
         for path, weights in found.items()
     }
-
-
-def _is_weights(leaf: Any) -> bool:
-    return isinstance(leaf, Weights)
 
 
 def softmax_weights(
@@ -141,9 +136,35 @@ def sow_auxiliary(module: nn.Module, name: str, x: Float[Array, "..."]) -> None:
             f"{name}: what a layer leaves has a row for each example or group, and is no scalar: "
             "where parts of a batch are joined, one number would not add up"
         )
-    if not module.is_mutable_collection(AUXILIARY):
-        return
     module.sow(AUXILIARY, name, x)
+
+
+def auxiliary_left(module: nn.Module) -> dict[str, tuple[Array, ...]]:
+    """Returns what the layers within a module have left so far, call by call, by path."""
+    left = module.variables.get(AUXILIARY, {})
+    found = jax.tree_util.tree_leaves_with_path(left, is_leaf=lambda x: isinstance(x, tuple))
+    return {path_of(path): values for path, values in found}
+
+
+def check_auxiliary(module: nn.Module, before: Mapping[str, Sequence[Array]], rows: int) -> None:
+    """Checks that what layers have left since `before` has as many groups for each example.
+
+    Args:
+      module: that the layers are in.
+      before: what `auxiliary_left` returned then.
+      rows: how many examples the layers were run on.
+
+    Raises:
+      ValueError: this is not so; the message names the layer.
+    """
+    for path, values in auxiliary_left(module).items():
+        for x in values[len(before.get(path, ())) :]:
+            if x.shape[0] % rows or not x.shape[0]:
+                raise ValueError(
+                    f"{'/'.join((*module.path, path))}: the layer leaves values of shape {x.shape} "
+                    f"for {rows} examples; their first axis must have a row for each example, or "
+                    "the same number of groups for each"
+                )
 
 
 def auxiliary_by_path(left: Mapping[str, Any]) -> dict[str, Array]:
@@ -163,13 +184,6 @@ def auxiliary_by_path(left: Mapping[str, Any]) -> dict[str, Array]:
 
 RESIDUAL = "residual"  # the collection
 EMBEDDED = "embedded"
-
-
-def sow_residual(module: nn.Module, name: str, x: Float[Array, "B N D"]) -> None:
-    """Sows the residual stream under a name if the collection `RESIDUAL` is mutable."""
-    if module.is_initializing() or not module.is_mutable_collection(RESIDUAL):
-        return
-    module.sow(RESIDUAL, name, x)
 
 
 def layer_names(options: TransformerOptions) -> list[str]:

@@ -155,13 +155,7 @@ def take(metadata: TokenMetadata, names: Sequence[str]) -> TokenMetadata:
         raise ValueError(f"no token groups {list(names)} in {[g.name for g in metadata.groups]}")
     where = spans(metadata.groups)
     cut = slice(where[groups[0].name].start, where[groups[-1].name].stop) if groups else slice(0)
-    return TokenMetadata(
-        position=metadata.position[:, cut],
-        segment=metadata.segment[:, cut],
-        document=metadata.document[:, cut],
-        valid=metadata.valid[:, cut],
-        groups=groups,
-    )
+    return jax.tree.map(lambda x: x[:, cut], metadata).replace(groups=groups)
 
 
 def join_metadata(parts: Sequence[TokenMetadata]) -> TokenMetadata:
@@ -170,20 +164,12 @@ def join_metadata(parts: Sequence[TokenMetadata]) -> TokenMetadata:
     Raises:
       ValueError: two groups share a name.
     """
-    names = [group.name for part in parts for group in part.groups]
+    groups = tuple(group for part in parts for group in part.groups)
+    names = [group.name for group in groups]
     if len(set(names)) != len(names):
         raise ValueError(f"two token groups share a name: {names}")
-
-    def side_by_side(field: str) -> jax.Array:
-        return jnp.concatenate([getattr(part, field) for part in parts], axis=1)
-
-    return TokenMetadata(
-        position=side_by_side("position"),
-        segment=side_by_side("segment"),
-        document=side_by_side("document"),
-        valid=side_by_side("valid"),
-        groups=tuple(group for part in parts for group in part.groups),
-    )
+    alike = [part.replace(groups=groups) for part in parts]  # type: ignore[attr-defined]
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=1), *alike)
 
 
 def lengthen(metadata: TokenMetadata, more: TokenMetadata) -> TokenMetadata:

@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
-from unified_mm.config import read_options
 from unified_mm.nn.attention.attention import Attention, AttentionPlan
 from unified_mm.nn.attention.cache import LayerKV
-from unified_mm.nn.attention.cross_attention import CrossPlan, GatedCrossLayer
-from unified_mm.nn.feed_forward import make_feed_forward
+from unified_mm.nn.attention.cross_attention import GatedCrossLayer
 from unified_mm.nn.layers import Norm
 from unified_mm.nn.options import TransformerOptions
-from unified_mm.nn.pipeline import run_pipeline
-from unified_mm.nn.sow import ATTENTION, AUXILIARY, EMBEDDED, RESIDUAL, sow_residual
+from unified_mm.nn.pipeline import Pipeline, run_pipeline
+from unified_mm.nn.sow import (
+    ATTENTION,
+    AUXILIARY,
+    EMBEDDED,
+    RESIDUAL,
+    auxiliary_left,
+    check_auxiliary,
+)
 from unified_mm.nn.unstack import LAYERS
 from unified_mm.parallel.sharding import constrain
-from unified_mm.registry import resolve
 
 # By name of each layer of a period, its keys and values; in an unstacked stack, a tuple of these.
 PeriodKV = dict[str, Any]
 CROSS = "cross"
+
+# How the backward pass recomputes what `TransformerOptions.remat` says (Chen et al. 2016, "Training
+# deep nets with sublinear memory cost"). Under a scan nothing can be merged with the first
+# computation.
+RECOMPUTED: dict[str, dict[str, Any]] = {
+    name: {"prevent_cse": False, "policy": policy}
+    for name, policy in {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    }.items()
+}
 
 
 class Block(nn.Module):
@@ -43,9 +59,10 @@ class Block(nn.Module):
         o = self.options
         dropout = nn.Dropout(o.dropout, deterministic=self.deterministic)
         attention = Attention(o, name="attention")
-        feed_forward = make_feed_forward(o, "feed_forward")
-        attention_norm = make_norm(o, "attention_norm")
-        feed_forward_norm = make_norm(o, "feed_forward_norm")
+        feed_forward = o.make_feed_forward(options=o, name="feed_forward")
+        norm = partial(Norm, o.norm, o.norm_epsilon, o.dtype)
+        attention_norm = norm(name="attention_norm")
+        feed_forward_norm = norm(name="feed_forward_norm")
         if o.norm_place == "pre":
             y, kv = attention(attention_norm(x), plan, cached)
             x = x + dropout(y)
@@ -55,22 +72,6 @@ class Block(nn.Module):
             x = attention_norm(x + dropout(y))
             x = feed_forward_norm(x + dropout(feed_forward(x, plan)))
         return constrain(x, "batch", "length", "activation"), kv
-
-
-# By name: a module of `options`, `deterministic` and of fields of its own,
-# (x [B, N, D], plan, cached keys and values or None) -> (x, keys and values).
-BLOCKS = {"transformer": "unified_mm.nn.transformer:Block"}
-
-
-def make_block(options: TransformerOptions, deterministic: bool, name: str) -> Any:
-    """Returns a block of a stack, of the kind that the options name.
-
-    Raises:
-      ValueError: the kind is unknown, or does not have the options given.
-    """
-    kind = resolve("block", options.block, BLOCKS)
-    own = read_options(kind, dict(options.block_options), "model.block_options")
-    return kind(options=options, deterministic=deterministic, **own, name=name)
 
 
 class Period(nn.Module):
@@ -84,19 +85,26 @@ class Period(nn.Module):
         self,
         x: Float[Array, "B N D"],
         plan: AttentionPlan,
-        cross: CrossPlan | None,
+        cross: AttentionPlan | None,
         cached: PeriodKV,
     ) -> tuple[Float[Array, "B N D"], PeriodKV]:
+        o = self.options
+        leaving = self.is_mutable_collection(AUXILIARY)
+        before = auxiliary_left(self) if leaving else {}
         kv: PeriodKV = {}
         if cross is not None:
-            layer = GatedCrossLayer(self.options, name=CROSS)
+            layer = GatedCrossLayer(o, name=CROSS)
             x, kv[CROSS] = layer(x, cross, cached.get(CROSS))
-            sow_residual(self, f"after_{CROSS}", x)
-        for number in range(self.options.blocks_per_period):
+            if not self.is_initializing():
+                self.sow(RESIDUAL, f"after_{CROSS}", x)
+        for number in range(o.blocks_per_period):
             name = f"block_{number}"
-            block = make_block(self.options, self.deterministic, name)
+            block = o.make_block(options=o, deterministic=self.deterministic, name=name)
             x, kv[name] = block(x, plan, cached.get(name))
-            sow_residual(self, f"after_{name}", x)
+            if not self.is_initializing():
+                self.sow(RESIDUAL, f"after_{name}", x)
+        if leaving:
+            check_auxiliary(self, before, x.shape[0])
         return x, kv
 
 
@@ -115,7 +123,7 @@ class Transformer(nn.Module):
         plan: AttentionPlan,
         cached: PeriodKV | None = None,
         *,
-        cross: CrossPlan | None = None,
+        cross: AttentionPlan | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "B N D"], PeriodKV]:
         """Runs the stack.
@@ -134,29 +142,27 @@ class Transformer(nn.Module):
         """
         o = self.options
         x = constrain(x, "batch", "length", "activation")
-        sow_residual(self, EMBEDDED, x)
+        if not self.is_initializing():
+            self.sow(RESIDUAL, EMBEDDED, x)
+        cached = cached or {}
         if o.unstacked:
-            x, kv = self._one_by_one(x, plan, cross, cached or {}, deterministic)
-        elif o.pipeline is None or self.is_initializing():
-            x, kv = self._scanned(x, plan, cross, cached or {}, deterministic)
+            x, kv = self._one_by_one(x, plan, cross, cached, deterministic)
+        elif o.pipeline and not self.is_initializing():
+            x, kv = self._pipelined(o.pipeline, x, plan, cross, cached, deterministic)
         else:
-            x, kv = self._pipelined(x, plan, cross, cached or {}, deterministic)
-        return make_norm(o, "norm")(x) if o.final_norm else x, kv
-
-    def _scanned(
-        self, x: Array, plan: AttentionPlan, cross: Any, cached: PeriodKV, deterministic: bool
-    ) -> tuple[Array, PeriodKV]:
-        o = self.options
-        layers = nn.scan(
-            recomputed(Period, o.remat, nn.remat),
-            variable_axes={"params": 0, ATTENTION: 0, RESIDUAL: 0, AUXILIARY: 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0),
-            length=o.periods,
-            unroll=o.unroll if o.remat == "none" else 1,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        return layers(o, deterministic, name=LAYERS)(x, plan, cross, cached)
+            layers = nn.scan(
+                Period if o.remat == "none" else nn.remat(Period, **RECOMPUTED[o.remat]),
+                variable_axes={"params": 0, ATTENTION: 0, RESIDUAL: 0, AUXILIARY: 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, nn.broadcast, 0),
+                length=o.periods,
+                unroll=o.unroll if o.remat == "none" else 1,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x, kv = layers(o, deterministic, name=LAYERS)(x, plan, cross, cached)
+        if o.final_norm:
+            x = Norm(o.norm, o.norm_epsilon, o.dtype, name="norm")(x)
+        return x, kv
 
     def _one_by_one(
         self, x: Array, plan: AttentionPlan, cross: Any, cached: PeriodKV, deterministic: bool
@@ -172,11 +178,16 @@ class Transformer(nn.Module):
         return x, {name: tuple(each) for name, each in kv.items()}
 
     def _pipelined(
-        self, x: Array, plan: AttentionPlan, cross: Any, cached: PeriodKV, deterministic: bool
+        self,
+        pipeline: Pipeline,
+        x: Array,
+        plan: AttentionPlan,
+        cross: Any,
+        cached: PeriodKV,
+        deterministic: bool,
     ) -> tuple[Array, PeriodKV]:
-        """Runs the periods as a pipeline of stages, on the same parameters as `_scanned`."""
+        """Runs the periods as a pipeline of stages, on the same parameters as the scan."""
         o = self.options
-        assert o.pipeline is not None
         module = Period(o, deterministic, parent=None)
         leaving = self.is_mutable_collection(AUXILIARY)
         dropping = bool(o.dropout) and not deterministic
@@ -196,8 +207,9 @@ class Transformer(nn.Module):
             return x, (kv, left.get(AUXILIARY, {}))
 
         layers: Any = (self.get_variable("params", LAYERS), keys)
-        period = recomputed(period, o.remat, jax.checkpoint)
-        x, (kv, left) = run_pipeline(o.pipeline, period, layers, cached, x, (plan, cross))
+        if o.remat != "none":
+            period = jax.checkpoint(period, **RECOMPUTED[o.remat])
+        x, (kv, left) = run_pipeline(pipeline, period, layers, cached, x, (plan, cross))
         if left:
             before: Any = self.get_variable(AUXILIARY, LAYERS, {})
             self.put_variable(AUXILIARY, LAYERS, after_what_is_left(before, left))
@@ -209,25 +221,3 @@ def after_what_is_left(before: Any, left: Any) -> Any:
     if isinstance(left, tuple):
         return (*before, *left) if before else left
     return {name: after_what_is_left(before.get(name, {}), each) for name, each in left.items()}
-
-
-def recomputed(period: Any, remat: str, checkpoint: Callable[..., Any]) -> Any:
-    """Returns a period whose backward pass recomputes what `TransformerOptions.remat` says.
-
-    Chen et al. 2016, "Training deep nets with sublinear memory cost".
-    """
-    policies = jax.checkpoint_policies
-    if remat == "none":
-        return period
-    policy = {
-        "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
-    }[remat]
-    # Under a scan nothing can be merged with the first computation.
-    return checkpoint(period, prevent_cse=False, policy=policy)
-
-
-def make_norm(options: TransformerOptions, name: str) -> Norm:
-    """Returns a norm of the stack's kind."""
-    return Norm(options.norm, options.norm_epsilon, options.dtype, name=name)

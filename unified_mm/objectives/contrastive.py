@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -79,7 +80,7 @@ class Contrastive(TextObjective):
     def __post_init__(self) -> None:
         field = f"objectives.{self.name}"
         object.__setattr__(self, "between", named_modalities(self.between, f"{field}.between"))
-        rule = self.view.resolved()
+        rule = self.view.resolved
         seen = [rule.to_context(each) for each in rule.modalities()]
         seen += [rule.from_context(each) for each in rule.modalities()]
         if any(each != NONE for each in seen):
@@ -88,7 +89,7 @@ class Contrastive(TextObjective):
                 "contrast would be trivial; use 'separate'"
             )
 
-    @property
+    @cached_property
     def compared(self) -> tuple[str, ...]:
         """The modality of each array of vectors: those of `between`, or text twice."""
         return self.between if len(self.between) > 1 else ("text", "text")
@@ -98,7 +99,7 @@ class Contrastive(TextObjective):
         """The pairs of modalities that are compared, in order."""
         return list(itertools.combinations(self.compared, 2))
 
-    @property
+    @cached_property
     def view(self) -> View:
         return View(self.name, self.rule, with_text="text" in self.between)
 
@@ -124,7 +125,7 @@ class Contrastive(TextObjective):
         *,
         deterministic: bool,
     ) -> ObjectiveOutput:
-        counts = counted_rows(batch, self.compared)
+        counts = counted_rows(batch, self.between)
         head = model.head[self.name]
         vectors = []
         for view in reversed(self.views()):
@@ -150,8 +151,11 @@ class Contrastive(TextObjective):
         """Returns the loss between all examples that are embedded."""
         head = model.head[self.name]
         scale, bias = head.scale_and_bias()
-        named = zip(self.compared, embedded.vectors, strict=True)
-        each = [(name, x, embedded.counts[:, place]) for place, (name, x) in enumerate(named)]
+        columns = {name: embedded.counts[:, place] for place, name in enumerate(self.between)}
+        each = [
+            (name, vectors, columns[name])
+            for name, vectors in zip(self.compared, embedded.vectors, strict=True)
+        ]
         metrics: dict[str, Metric] = {}
         losses, wheres = [], []
         for (a, one, has_one), (b, other, has_other) in itertools.combinations(each, 2):

@@ -105,7 +105,7 @@ class Matching(TextObjective):
         return model.encode(both, (self.view,), deterministic=deterministic)[self.name].text
 
     def _can_reuse(self, encoded: Mapping[str, Encoded], contexts: Sequence[str]) -> bool:
-        view = self.view.resolved().context_view(contexts)
+        view = self.view.resolved.context_view(contexts)
         return view is not None and view == encoded[self.mine_from].rule.context_view(contexts)
 
 

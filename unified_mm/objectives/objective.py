@@ -190,7 +190,7 @@ class TextObjective:
         check_options(built, where)
         return built
 
-    @property
+    @functools.cached_property
     def view(self) -> View:
         return View(self.name, self.rule, self.autoregressive)
 
@@ -201,7 +201,7 @@ class TextObjective:
         return (self.view,)
 
     def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
-        rule = self.view.resolved()
+        rule = self.view.resolved
         return tuple(name for name in contexts if rule.to_context(name) != NONE)
 
     def head(self) -> nn.Module | None:
@@ -331,7 +331,7 @@ def all_losses(
     read = list(dict.fromkeys(read_as.values()))
     once = model.encode(batch, read, deterministic=deterministic) if read else {}
     encoded = {name: once[view.name] for name, view in read_as.items()}
-    left = auxiliary_by_path(model.variables.get(AUXILIARY, {}))
+    left = auxiliary_by_path(model.variables[AUXILIARY]) if AUXILIARY in model.variables else {}
     outcomes: dict[str, ObjectiveOutput] = {}
     for objective in objectives:
         context = StepContext(step, left, dict(outcomes))

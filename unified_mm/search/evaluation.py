@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -27,19 +26,19 @@ def search_scores(index: SearchIndex) -> SearchScores:
     """Returns the scores of an index with its own vectors as queries.
 
     They are `index/A_to_B/recall_at_10`, the share of the exact ten nearest that the index finds,
-    and, where it has texts, `text_to_image/map_at_10` and `image_to_text/map_at_10`.
+    and, where it has texts, `text_to_A/map_at_10` and `A_to_text/map_at_10`, A being the modality.
     """
-    nearest = index.nearest
-    pairs = [("image", "image")]
+    nearest, of = index.nearest, index.of
+    pairs = [(of, of)]
     if "text" in nearest:
-        pairs += [("text", "image"), ("image", "text")]
+        pairs += [("text", of), (of, "text")]
     scores, chances = {}, {}
     for asked, sought in pairs:
         name = f"index/{asked}_to_{sought}/recall_at_{PLACES}"
         scores[name] = recall_of_exact(nearest[sought], _drawn(nearest[asked].vectors), PLACES)
         chances[name] = min(1.0, PLACES / len(nearest[sought]))
     if "text" in nearest:
-        for name, (value, chance) in _precisions(nearest, np.array(index.rows.owners)).items():
+        for name, (value, chance) in _precisions(index).items():
             scores[name], chances[name] = value, chance
     return SearchScores(scores, chances)
 
@@ -86,24 +85,19 @@ def chance_average_precision(
     return expected / np.minimum(total, k)
 
 
-def _precisions(
-    nearest: Mapping[str, Nearest], owners: Int[np.ndarray, " texts"]
-) -> dict[str, tuple[float, float]]:
-    """Returns the mean average precision of both directions by name, each with that of chance.
-
-    Args:
-      owners: the number of each text's image.
-    """
-    images, texts = nearest["image"], nearest["text"]
-    captions = np.bincount(owners, minlength=len(images))
+def _precisions(index: SearchIndex) -> dict[str, tuple[float, float]]:
+    """Returns the mean average precision of both directions by name, each with that of chance."""
+    items, texts = index.nearest[index.of], index.nearest["text"]
+    owners = np.array(index.rows.owners)
+    captions = np.bincount(owners, minlength=len(items))
     asking = np.flatnonzero(captions)
-    to_image = images.search(np.asarray(texts.vectors), PLACES).numbers == owners[:, None]
-    found = texts.search(np.asarray(images.vectors[asking]), PLACES).numbers
+    to_item = items.search(np.asarray(texts.vectors), PLACES).numbers == owners[:, None]
+    found = texts.search(np.asarray(items.vectors[asking]), PLACES).numbers
     to_text = owners[found] == asking[:, None]
     one = np.ones(len(owners), np.int64)
     measured = {
-        "text_to_image": (to_image, one, len(images)),
-        "image_to_text": (to_text, captions[asking], len(texts)),
+        f"text_to_{index.of}": (to_item, one, len(items)),
+        f"{index.of}_to_text": (to_text, captions[asking], len(texts)),
     }
     return {
         f"{name}/map_at_{PLACES}": (

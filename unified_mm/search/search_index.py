@@ -1,8 +1,8 @@
-"""A search index on disk: vectors of pictures and captions, and what they are of.
+"""A search index on disk: vectors of items of one modality and of captions, and what they are of.
 
-    index.json      what it was made of: the model, the folder, what was left out
-    rows.json       names and sizes of the pictures; the texts, and the picture of each
-    image.npy       vectors of the pictures; with image.usearch where they are many
+    index.json      what it was made of: the model, modality and folder, what was left out
+    rows.json       names and sizes of the items; the texts, and the item of each
+    image.npy       vectors of the items, by their modality; with image.usearch where they are many
     text.npy        vectors of the texts, if there are any; with text.usearch likewise
     SHA256SUMS      of all files, written last
 
@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,20 +29,19 @@ from unified_mm.runs.seal import broken_files, is_sealed, tree_checksums, write_
 from unified_mm.search.nearest import Nearest
 
 FORMAT = 1  # of the files above
-Kind = Literal["image", "text"]
 _HEADER, _ROWS = "index.json", "rows.json"
 _AGAIN = "make it again with python -m unified_mm.index --run=RUN --images=DIR --out=NEW"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The pictures and texts that the vectors are of, in the order of the vectors.
+    """The items and texts that the vectors are of, in the order of the vectors.
 
     Attributes:
-      names: the pictures' files within the folder.
+      names: the items' files within the folder.
       sizes: the sizes of these files in bytes.
       texts: the captions.
-      owners: the number of each text's picture.
+      owners: the number of each text's item.
     """
 
     names: Sequence[str]
@@ -53,13 +52,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture or text that was found.
+    """An item or text that was found.
 
     Attributes:
-      number: of the picture or text in the index; it does not reveal where the files lie.
+      number: of the item or text in the index; it does not reveal where the files lie.
       score: cosine similarity with the query.
-      name: the picture's file within its folder, or the text.
-      picture: number of the picture that this is, or that the text is of.
+      name: the item's file within its folder, or the text.
+      picture: number of the item that this is, or that the text is of.
     """
 
     number: int
@@ -68,6 +67,7 @@ class Hit:
     picture: int
 
 
+@dataclass(frozen=True)
 class SearchIndex:
     """An opened index; threads may share it.
 
@@ -76,22 +76,19 @@ class SearchIndex:
       header: what index.json holds.
       rows: what the vectors are of.
       pictures: the folder that the names are within.
-      nearest: the vectors by kind, 'image' and, where there are texts, 'text'.
+      nearest: the vectors by kind: the items' modality and, where there are texts, 'text'.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        header: Mapping[str, Any],
-        rows: Rows,
-        pictures: Path,
-        nearest: Mapping[str, Nearest],
-    ) -> None:
-        self.path = path
-        self.header = header
-        self.rows = rows
-        self.pictures = pictures
-        self.nearest = nearest
+    path: Path
+    header: Mapping[str, Any]
+    rows: Rows
+    pictures: Path
+    nearest: Mapping[str, Nearest]
+
+    @property
+    def of(self) -> str:
+        """The items' modality; earlier versions indexed images alone."""
+        return str(self.header.get("of", "image"))
 
     @classmethod
     def open(
@@ -101,7 +98,7 @@ class SearchIndex:
 
         Args:
           path: the index's folder.
-          pictures: where the pictures lie now; by default, where they lay when it was made.
+          pictures: where the items lie now; by default, where they lay when it was made.
 
         Raises:
           FileNotFoundError: no index there.
@@ -126,7 +123,8 @@ class SearchIndex:
                 f"{FORMAT}: {_AGAIN}"
             )
         rows = Rows(**read_json(folder / _ROWS))
-        kinds = ("image", "text") if rows.texts else ("image",)
+        of = header.get("of", "image")
+        kinds = (of, "text") if rows.texts else (of,)
         nearest = {kind: Nearest.open(folder, kind) for kind in kinds}
         return cls(folder, header, rows, Path(pictures or header["folder"]), nearest)
 
@@ -139,15 +137,25 @@ class SearchIndex:
                 f"{_told(asked)}. Give the run and checkpoint it was made with, or {_AGAIN}"
             )
 
-    def search(
-        self, vector: Float[np.ndarray, " Z"], count: int, kind: Kind = "image"
-    ) -> list[Hit]:
+    def space(self, model: LoadedModel) -> str:
+        """Returns the contrastive objective in whose space the vectors lie, by its name."""
+        return self.header.get("objective") or model.predictor.task.space_of(self.of).name
+
+    def embed(self, model: LoadedModel, items: Iterable[Any], of: str) -> Float[np.ndarray, "B Z"]:
+        """Returns the unit vectors of queries: items as `LoadedModel.embed` takes them.
+
+        Raises:
+          ValueError: as there, and for a modality that the space has not.
+        """
+        return model.embed(items, of, self.space(model))
+
+    def search(self, vector: Float[np.ndarray, " Z"], count: int, kind: str = "") -> list[Hit]:
         """Returns the `count` nearest to a vector, best first, or all where there are fewer.
 
         Args:
-          vector: of a picture, a text or `mixed`; its length does not matter.
+          vector: of `embed` or `mixed`; its length does not matter.
           count: 1 or more.
-          kind: what is looked for.
+          kind: what is looked for: 'text', or by default items.
 
         Raises:
           ValueError: a vector that is no direction or of another width, a count below 1, or no
@@ -165,15 +173,15 @@ class SearchIndex:
             for number, score in zip(found.numbers[0], found.scores[0], strict=True)
         ]
 
-    def vector(self, number: int, kind: Kind = "image") -> Float[np.ndarray, " Z"]:
-        """Returns the vector of a picture or text.
+    def vector(self, number: int, kind: str = "") -> Float[np.ndarray, " Z"]:
+        """Returns the vector of an item or text.
 
         Raises:
           IndexError: there is no such number.
           ValueError: there are no texts in the index.
         """
         vectors = self._of(kind).vectors
-        return np.array(vectors[_within(number, len(vectors), kind)])
+        return np.array(vectors[_within(number, len(vectors), kind or self.of)])
 
     def read_picture(self, number: Any) -> bytes:
         """Returns the bytes of a picture's file, which shows it without taking or revealing a path.
@@ -182,7 +190,7 @@ class SearchIndex:
           IndexError: there is no such number, or it is no number.
           FileNotFoundError: its file is gone, or has another size than when it was embedded.
         """
-        number = _within(number, len(self.rows.names), "image")
+        number = _within(number, len(self.rows.names), self.of)
         changed = FileNotFoundError(f"picture {number} is not there as it was indexed")
         try:
             with open(self.pictures / self.rows.names[number], "rb") as file:
@@ -194,6 +202,7 @@ class SearchIndex:
         return content
 
     def _of(self, kind: str) -> Nearest:
+        kind = kind or self.of
         if kind not in self.nearest:
             raise ValueError(
                 f"the index {self.path} holds no {kind!r}, but {', '.join(self.nearest)}: texts "
@@ -202,9 +211,9 @@ class SearchIndex:
         return self.nearest[kind]
 
     def _hit(self, number: int, score: float, kind: str) -> Hit:
-        if kind == "image":
-            return Hit(number, score, self.rows.names[number], number)
-        return Hit(number, score, self.rows.texts[number], self.rows.owners[number])
+        if kind == "text":
+            return Hit(number, score, self.rows.texts[number], self.rows.owners[number])
+        return Hit(number, score, self.rows.names[number], number)
 
 
 def mixed(

@@ -26,20 +26,23 @@ class Vectors(BaseModel):
 
     images: list[list[float]]
     texts: list[list[float]]
+    items: list[list[float]] = Field(default=[], description="Of the modality that was named.")
 
 
 class Hit(BaseModel):
     """Something found."""
 
-    picture: int = Field(description="To be seen at `/pictures/{number}`; the text is of it.")
+    picture: int = Field(
+        description="Number of the item, a picture to be seen at `/pictures/{number}`; the text's."
+    )
     score: float = Field(description="The cosine with what was asked.")
-    text: str | None = Field(description="None where pictures were looked for.")
+    text: str | None = Field(description="None where items were looked for.")
 
 
 class Hits(BaseModel):
     """What was found, best first."""
 
-    kind: Literal["image", "text"]
+    kind: str = Field(description="'text', or the modality that the index is of.")
     results: list[Hit]
 
 

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 
 
 def _from_base64(value: Any) -> Any:
@@ -29,16 +37,16 @@ def _is_text(value: str) -> str:
     return value
 
 
+def _schema(format: str, what: str) -> WithJsonSchema:
+    what = f"{what}: a form's file, in JSON base64."
+    return WithJsonSchema({"type": "string", "format": format, "description": what})
+
+
 Picture = Annotated[
-    bytes,
-    BeforeValidator(_from_base64),
-    WithJsonSchema(
-        {
-            "type": "string",
-            "format": "picture",
-            "description": "A JPEG, PNG, WebP, GIF or BMP: a form's file, in JSON base64.",
-        }
-    ),
+    bytes, BeforeValidator(_from_base64), _schema("picture", "A JPEG, PNG, WebP, GIF or BMP")
+]
+Item = Annotated[
+    bytes, BeforeValidator(_from_base64), _schema("item", "What the modality of `of` reads")
 ]
 Text = Annotated[str, AfterValidator(_is_text)]
 Said = Annotated[str, Field(min_length=1), AfterValidator(_is_text)]
@@ -62,6 +70,9 @@ class Writing(Fields):
     stream: bool = Field(False, description="Answer with text/event-stream, piece by piece.")
 
 
+DECODING = Writing.model_fields.keys() - {"image", "stream"}  # what `Decoding` has too
+
+
 class Caption(Writing):
     """A picture to write a caption for."""
 
@@ -74,28 +85,49 @@ class Answer(Writing):
     question: Text = Field(min_length=1)
 
 
-class Embed(Fields):
-    """Pictures and texts, at least one of either."""
+class OfItems(Fields):
+    """Fields with items of a modality that is named."""
+
+    of: Text = Field("image", description="The modality of what is given as an item.")
+
+    @model_validator(mode="after")
+    def _is_read(self) -> OfItems:
+        given = getattr(self, "items", None) or getattr(self, "item", None) is not None
+        if "of" in self.model_fields_set and not given:
+            raise ValueError("`of` names the modality of items, and none is given")
+        return self
+
+
+class Embed(OfItems):
+    """Pictures, texts and items of another modality, at least one of either."""
 
     images: list[Picture] = Field(default_factory=list)
     texts: list[Text] = Field(
         default_factory=list, description="Cut at the length that the model reads."
     )
+    items: list[Item] = Field(default_factory=list)
+    objective: Text = Field(
+        "", description="The contrast in whose space vectors lie, where several were trained."
+    )
 
 
-class Search(Fields):
-    """What to look for: a text, a picture, or both together."""
+class Search(OfItems):
+    """What to look for: a text, a picture, an item of another modality, or several together."""
 
     text: Said | None = None
     image: Picture | None = None
+    item: Item | None = None
     count: int = Field(12, ge=1)
-    kind: Literal["image", "text"] = Field("image", description="What is to be found.")
+    kind: Text = Field(
+        "", description="What is to be found: 'text', or by default what the index is of."
+    )
 
 
-class Classify(Fields):
-    """A picture, and the names of the classes that it may be of."""
+class Classify(OfItems):
+    """A picture, or an item of another modality, and names of the classes that it may be of."""
 
-    image: Picture
+    image: Picture | None = None
+    item: Item | None = None
     classes: list[Said] = Field(min_length=1)
     templates: list[Text] | None = Field(
         None, min_length=1, description="Sentences with one {} for the class; averaged."
@@ -134,4 +166,5 @@ def _in_form(schema: dict[str, Any]) -> dict[str, Any]:
         schema = {**options[0], **rest}
     if "items" in schema:
         return {**schema, "items": _in_form(schema["items"])}
-    return {**schema, "format": "binary"} if schema.get("format") == "picture" else schema
+    is_file = schema.get("format") in ("picture", "item")
+    return {**schema, "format": "binary"} if is_file else schema

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
 from dataclasses import dataclass
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unified_mm.serving.limits import Limits, Refusal, answer, busy
@@ -37,66 +37,57 @@ class Traffic:
     draining: bool = False
 
 
+@dataclass(frozen=True)
 class Gate:
     """An ASGI application around the routes that admits, limits and counts requests."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        doorkeeper: Authenticator,
-        limits: Limits,
-        traffic: Traffic,
-        metrics: Metrics,
-    ) -> None:
-        self._app = app
-        self._doorkeeper = doorkeeper
-        self._limits = limits
-        self._traffic = traffic
-        self._metrics = metrics
+    app: ASGIApp
+    doorkeeper: Authenticator
+    limits: Limits
+    traffic: Traffic
+    metrics: Metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # the server's own start and end
-            return await self._app(scope, receive, send)
+            return await self.app(scope, receive, send)
         path = scope["path"]
-        exchange = Exchange(receive, send, self._limits, private=path not in PUBLIC)
+        exchange = Exchange(receive, send, self.limits, private=path not in PUBLIC)
         began = time.perf_counter()
-        self._traffic.under_way += path not in LIGHT
+        self.traffic.under_way += path not in LIGHT
         try:
             try:
                 self._admit(scope, path)
-                await exchange.run(self._app, scope)
+                await exchange.run(self.app, scope)
             except Refusal as refusal:
                 await exchange.refuse(refusal, scope)
             except Exception:  # the routes have answered 500 by now
                 log.exception("a request failed: %s %s", scope["method"], path)
             except asyncio.CancelledError:
-                if self._traffic.draining:
+                if self.traffic.draining:
                     exchange.hurries = True
                     message = "the server stops and could not finish this"
                     await exchange.refuse(Refusal(503, "stopping", message), scope)
                 raise
         finally:
-            self._traffic.under_way -= path not in LIGHT
+            self.traffic.under_way -= path not in LIGHT
             route = getattr(scope.get("route"), "path", "other")
             seconds = time.perf_counter() - began
-            self._metrics.answered(route, exchange.status, seconds)
+            self.metrics.answered(route, exchange.status, seconds)
 
     def _admit(self, scope: Scope, path: str) -> None:
         """Raises Refusal where path, headers or load forbid a request, before its body is read."""
-        headers = {
-            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
-        }
-        self._doorkeeper.check(headers, public=path in PUBLIC)
+        headers = Headers(scope=scope)
+        self.doorkeeper.check(headers, public=path in PUBLIC)
         if path in LIGHT:
             return
-        if self._traffic.draining:
+        if self.traffic.draining:
             message = "the server is stopping and takes no new requests"
             raise Refusal(503, "draining", message, {"Retry-After": "5"})
-        if self._traffic.under_way > self._limits.requests:
-            raise busy(f"{self._limits.requests} requests are under way")
+        if self.traffic.under_way > self.limits.requests:
+            raise busy(f"{self.limits.requests} requests are under way")
         length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._limits.upload_bytes:
-            raise _too_large(self._limits)
+        if length.isdecimal() and int(length) > self.limits.upload_bytes:
+            raise _too_large(self.limits)
 
 
 class Exchange:
@@ -128,7 +119,7 @@ class Exchange:
         Raises:
           Refusal: 504 no answer in time.
         """
-        task = asyncio.create_task(_of(app(scope, self.receive, self.send)))
+        task = asyncio.ensure_future(app(scope, self.receive, self.send))
         watch = asyncio.create_task(self._watch(task))
         try:
             async with asyncio.timeout(None) as self._deadline:
@@ -186,9 +177,8 @@ class Exchange:
             if not (self._whole.is_set() or self.hurries or self.status in (200, 408)):
                 await self._throw_away()
             self._end_in(self._limits.seconds + GRACE)
-            headers = {**HEADERS, "cache-control": "no-store" if self._private else "no-cache"}
-            added = [(name.encode(), value.encode()) for name, value in headers.items()]
-            message = {**message, "headers": [*message.get("headers", []), *added]}
+            kept = "no-store" if self._private else "no-cache"
+            MutableHeaders(scope=message).update({**HEADERS, "cache-control": kept})
         await self._send(message)
 
     async def refuse(self, refusal: Refusal, scope: Scope) -> None:
@@ -214,17 +204,13 @@ class Exchange:
         except TimeoutError:
             return
 
-    async def _watch(self, task: asyncio.Task) -> None:
+    async def _watch(self, task: asyncio.Future) -> None:
         """Cancels the work when the client disconnects."""
         await self._whole.wait()
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self._gone.set()
         task.cancel()
-
-
-async def _of(awaitable: Awaitable[None]) -> None:
-    await awaitable
 
 
 def _too_large(limits: Limits) -> Refusal:

@@ -67,43 +67,46 @@ async def answer_question(
 async def embed(
     service: Asked, body: Annotated[fields.Embed, Depends(body_of(fields.Embed))]
 ) -> Response:
-    """Embeds pictures and texts."""
-    if not (body.images or body.texts):
-        raise Refusal(422, "wrong_fields", "give images, texts or both")
-    if body.images and not service.model.predictor.can_retrieve():
-        raise Refusal(422, "no_pictures", "this run embeds texts alone")
-    views = [
-        await service.view(data, f"images[{number}]") for number, data in enumerate(body.images)
-    ]
-    pictures = (await service.embed_views(views)).tolist() if views else []
-    texts = (await service.embed_texts(body.texts)).tolist() if body.texts else []
-    return Json({"images": pictures, "texts": texts})
+    """Embeds pictures, texts and items of another modality, into one space."""
+    if not (body.images or body.texts or body.items):
+        raise Refusal(422, "wrong_fields", "give images, texts or both; or items")
+    space = service.space(body.of if body.items else "image", body.objective)
+    found = {}
+    for name, of in (("images", "image"), ("texts", "text"), ("items", body.of)):
+        items = {f"{name}[{i}]": each for i, each in enumerate(getattr(body, name))}
+        found[name] = (await service.embed(of, items, space)).tolist() if items else []
+    return Json(found)
 
 
 @read("/search", response_model=answers.Hits, openapi_extra=fields.documented(fields.Search))
 async def search(
     service: Asked, body: Annotated[fields.Search, Depends(body_of(fields.Search))]
 ) -> Response:
-    """Finds what is nearest to a text, a picture, or both (their mean direction)."""
-    if body.text is None and body.image is None:
-        raise Refusal(422, "wrong_fields", "give text, image or both")
-    view = None if body.image is None else await service.view(body.image, "image")
-    of_texts = body.kind == "text"
-    found = await service.search(view, body.text, body.count, body.kind)
+    """Finds what is nearest to a text, a picture, an item, or several (their mean direction)."""
+    asked = [("text", body.text), ("image", body.image), (body.of, body.item)]
+    given = [(of, each) for of, each in asked if each is not None]
+    if not given:
+        raise Refusal(422, "wrong_fields", "give text, image or both; or an item")
+    assert service.index is not None
+    kind = body.kind or service.index.of
+    found = await service.search(given, body.count, kind)
     results = [
-        {"picture": hit.picture, "score": hit.score, "text": hit.name if of_texts else None}
+        {"picture": hit.picture, "score": hit.score, "text": hit.name if kind == "text" else None}
         for hit in found
     ]
-    return Json({"kind": body.kind, "results": results})
+    return Json({"kind": kind, "results": results})
 
 
 @read("/classify", response_model=answers.Classes, openapi_extra=fields.documented(fields.Classify))
 async def classify(
     service: Asked, body: Annotated[fields.Classify, Depends(body_of(fields.Classify))]
 ) -> Response:
-    """Says which of the named classes a picture fits best (zero-shot)."""
-    view = await service.view(body.image, "image")
-    scores = await service.similarities(view, body.classes, body.templates)
+    """Says which of the named classes a picture, or another item, fits best (zero-shot)."""
+    asked = [("image", body.image), (body.of, body.item)]
+    given = [(of, each) for of, each in asked if each is not None]
+    if len(given) != 1:
+        raise Refusal(422, "wrong_fields", "give one picture as image, or one item")
+    scores = await service.similarities(*given[0], body.classes, body.templates)
     order = np.argsort(-scores, kind="stable")
     ranked = [{"name": body.classes[i], "similarity": float(scores[i])} for i in order]
     return Json({"classes": ranked})
@@ -168,13 +171,7 @@ async def metrics(request: Request) -> Response:
 async def _written(service: Service, body: fields.Writing, prompt: str) -> Response:
     view = await service.view(body.image, "image")
     try:
-        decoding = Decoding(
-            tokens=body.tokens,
-            temperature=body.temperature,
-            top_k=body.top_k,
-            top_p=body.top_p,
-            seed=body.seed,
-        )
+        decoding = Decoding(**body.model_dump(include=fields.DECODING))
     except ValueError as error:
         raise Refusal(422, "wrong_fields", str(error)) from error
     writing = service.begin(view, prompt, decoding)

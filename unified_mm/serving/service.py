@@ -6,21 +6,23 @@ import asyncio
 import logging
 import queue
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from unified_mm.data.images import ImageError
-from unified_mm.inference.classes import TEMPLATES, class_embeddings, filled
+from unified_mm.inference.classes import class_embeddings, filled, templates_of
 from unified_mm.inference.decoding import Decoding
 from unified_mm.inference.engine import Counts
-from unified_mm.inference.loaded import LoadedModel
+from unified_mm.inference.loaded import LoadedModel, Row
 from unified_mm.inference.writing import QueueFull
 from unified_mm.objectives.captioning import Captioning
+from unified_mm.search.items import noun
 from unified_mm.search.search_index import Hit, SearchIndex, mixed
 from unified_mm.serving.limits import Limits, Refusal, busy
 from unified_mm.serving.metrics import Metrics
@@ -40,40 +42,37 @@ class Writer(Protocol):
     def counts(self) -> Counts: ...
 
 
+@dataclass(eq=False)
 class Service:
     """A model with its index, used by many requests at a time.
 
-    Args:
-      engine: what writes texts; None where the model cannot.
-      worker: the thread for embeddings and attention maps.
-
     Attributes:
       model: the run's.
-      index: the `SearchIndex`, or None.
+      worker: the thread for embeddings and attention maps.
       limits: of each request.
+      engine: what writes texts; None where the model cannot.
+      index: the `SearchIndex`, or None.
       attend: (model, view, prompt, text) -> words and their maps, [words, rows, cols]; or None.
       missing: by route, why it cannot be served here.
       failed: whether the engine is broken for good.
     """
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        worker: Worker,
-        limits: Limits,
-        engine: Writer | None = None,
-        index: SearchIndex | None = None,
-        attend: Callable[..., Any] | None = None,
-    ) -> None:
-        self.model, self.index, self.limits = model, index, limits
-        self.missing = missing(model, index)
-        self.failed = False
-        self._engine = engine
-        self.attend = attend
-        self._worker = worker
+    model: LoadedModel
+    worker: Worker
+    limits: Limits
+    engine: Writer | None = None
+    index: SearchIndex | None = None
+    attend: Callable[..., Any] | None = None
+    failed: bool = False
+
+    def __post_init__(self) -> None:
+        self.missing = missing(self.model, self.index)
         # One thread for each text that is being written or waits for it.
-        self._readers = ThreadPoolExecutor(limits.requests, "pieces")
+        self._readers = ThreadPoolExecutor(self.limits.requests, "pieces")
         self._decoders = ThreadPoolExecutor(2, "pictures")
+        # One function for each modality and space, so that jobs of the same share a call.
+        rows = self.model.embed_rows
+        self._embedder = cache(lambda of, space: partial(rows, of=of, objective=space))
 
     def close(self) -> None:
         """Ends the threads once their work is done."""
@@ -94,9 +93,9 @@ class Service:
         Raises:
           Refusal: 429 a full queue, 422 a wrong prompt, 503 a broken engine.
         """
-        assert self._engine is not None
+        assert self.engine is not None
         try:
-            return self._engine.submit(view, prompt, decoding)
+            return self.engine.submit(view, prompt, decoding)
         except QueueFull as error:
             raise busy("too many texts wait to be written") from error
         except ValueError as error:
@@ -109,10 +108,10 @@ class Service:
 
     def watch(self, metrics: Metrics) -> None:
         """Adds gauges of the jobs and texts that wait for the model to the metrics."""
-        metrics.watch("unified_mm_embeddings_waiting", "Jobs.", lambda: self._worker.waiting)
-        if (engine := self._engine) is not None:
+        metrics.watch("unified_mm_embeddings_waiting", "Jobs.", lambda: self.worker.waiting)
+        if (engine := self.engine) is not None:
             for name in ("waiting", "running", "tokens", "images_read", "images_shared"):
-                value = partial(_count, engine, name)
+                value = partial(lambda each: float(getattr(engine.counts(), each)), name)
                 metrics.watch(f"unified_mm_texts_{name}", "As `Engine.counts` has it.", value)
 
     async def pieces(self, writing: Any) -> AsyncGenerator[str, None]:
@@ -153,23 +152,63 @@ class Service:
             if not reading.done():
                 writing.cancel()
 
-    async def embed_views(self, views: Sequence[View]) -> Float[np.ndarray, "B Z"]:
-        """Returns the unit vectors of pictures."""
-        return np.asarray(await self._work(self.model.embed_images, views))
-
-    async def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "B Z"]:
-        """Returns the unit vectors of texts."""
-        return np.asarray(await self._work(self.model.embed_texts, texts))
-
-    async def similarities(
-        self, view: View, classes: Sequence[str], templates: Sequence[str] | None
-    ) -> Float[np.ndarray, " C"]:
-        """Returns a picture's cosine similarity with each class.
+    def space(self, of: str, objective: str = "") -> str:
+        """Returns the name of the space that items of a modality are embedded into.
 
         Raises:
-          Refusal: 422 wrong or too many sentences, 429 a full queue.
+          Refusal: 422 none, or several and none is named; it says what there is.
         """
-        sentences = TEMPLATES if templates is None else templates
+        predictor = self.model.predictor
+        try:
+            if of == "image" and not objective and not predictor.task.contrasts(of):
+                of = "text"  # the run may embed texts alone
+            return predictor.task.space_of(of, objective).name
+        except ValueError as error:
+            code = "no_pictures" if of == "image" else "no_space"
+            raise Refusal(422, code, str(error)) from error
+
+    async def embed(
+        self, of: str, items: Mapping[str, str | bytes], space: str
+    ) -> Float[np.ndarray, "B Z"]:
+        """Returns the unit vectors of items of a modality: of texts, or of uploaded files.
+
+        Args:
+          of: the modality.
+          items: by the field that each came in, for messages.
+          space: that they are embedded into.
+
+        Raises:
+          Refusal: as `view_of` does; 422 a modality that the space has not or that is not read from
+            files, or a broken file; 429 a full queue.
+        """
+        self.space(of, space)
+        rows = await self._decode(self._read, of, items)
+        return np.asarray(await self._work(self._embedder(of, space), rows))
+
+    def _read(self, of: str, items: Mapping[str, str | bytes]) -> list[Row]:
+        """Returns what the model reads of texts or of uploaded files."""
+        rows = []
+        for place, data in items.items():
+            item: Any = data
+            try:
+                if isinstance(data, bytes):
+                    self.model.in_files(of)
+                    if of == "image":
+                        item = view_of(self.model, data, self.limits, place)
+                rows.append(self.model.read(item, of))
+            except ValueError as error:
+                raise Refusal(422, "broken_item", f"{place}: {error}") from error
+        return rows
+
+    async def similarities(
+        self, of: str, data: bytes, classes: Sequence[str], templates: Sequence[str] | None
+    ) -> Float[np.ndarray, " C"]:
+        """Returns an item's cosine similarity with each class.
+
+        Raises:
+          Refusal: 422 wrong or too many sentences, or no contrast with texts; 429 a full queue.
+        """
+        sentences = templates_of(of) if templates is None else templates
         try:
             texts = filled(sentences, classes)
         except ValueError as error:
@@ -177,30 +216,41 @@ class Service:
         if len(texts) > (most := self.limits.sentences):
             message = f"{len(classes)} classes in {len(sentences)} templates: at most {most} in all"
             raise Refusal(422, "too_many", message)
-        picture, vectors = await asyncio.gather(self.embed_views([view]), self.embed_texts(texts))
-        return picture[0] @ class_embeddings(lambda _: vectors, classes, sentences).T
+        space, named = self.space(of), {f"classes[{i}]": text for i, text in enumerate(texts)}
+        item, embedded = await asyncio.gather(
+            self.embed(of, {_field(of): data}, space), self.embed("text", named, space)
+        )
+        return item[0] @ class_embeddings(lambda _: embedded, classes, sentences).T
 
     async def search(
-        self, view: View | None, text: str | None, count: int, kind: Literal["image", "text"]
+        self, given: Sequence[tuple[str, str | bytes]], count: int, kind: str
     ) -> list[Hit]:
-        """Returns what is nearest to a text, a picture, or the mean of both; the best first.
+        """Returns what is nearest to an item, or to the mean of several; the best first.
+
+        Args:
+          given: modality and text, or file's bytes, of each.
+          count: how many are wanted.
+          kind: of what is wanted: 'text', or the modality of the index.
 
         Raises:
-          Refusal: 422 the index holds no texts, or text and picture cancel out; 429 a full queue.
+          Refusal: 422 the index holds no such kind, a modality that is not embedded as its items
+            are, or items that cancel out; 429 a full queue.
         """
-        parts = []
-        if text is not None:
-            parts.append(await self.embed_texts([text]))
-        if view is not None:
-            parts.append(await self.embed_views([view]))
+        index = self.index
+        assert index is not None
+        if kind not in (index.of, "text"):
+            message = f"kind: Input should be {index.of!r} or 'text'"
+            raise Refusal(422, "wrong_fields", message)
+        if kind not in index.nearest:
+            message = f"this index holds {noun(index.of)} alone: ask for kind {index.of}"
+            raise Refusal(422, "no_texts", message)
+        space = index.space(self.model)
+        parts = [await self.embed(of, {_field(of): data}, space) for of, data in given]
         vectors = np.concatenate(parts)
 
         def find() -> list[Hit]:
-            assert self.index is not None
-            return self.index.search(mixed(vectors, [1.0] * len(vectors)), count, kind)
+            return index.search(mixed(vectors, [1.0] * len(vectors)), count, kind)
 
-        if self.index is not None and kind not in self.index.nearest:
-            raise Refusal(422, "no_texts", "this index holds pictures alone: ask for kind image")
         try:
             return await self._decode(find)
         except ValueError as error:
@@ -244,7 +294,7 @@ class Service:
 
     async def _work(self, work: Any, items: Sequence[Any]) -> Any:
         try:
-            future = self._worker.submit(work, items)
+            future = self.worker.submit(work, items)
         except queue.Full as error:
             raise busy("too many requests wait for the model") from error
         return await asyncio.wrap_future(future)
@@ -254,8 +304,9 @@ class Service:
         return await loop.run_in_executor(self._decoders, function, *arguments)
 
 
-def _count(engine: Writer, name: str) -> float:
-    return float(getattr(engine.counts(), name))
+def _field(of: str) -> str:
+    """Returns the field in which one item of a modality comes."""
+    return of if of in ("image", "text") else "item"
 
 
 def missing(model: LoadedModel, index: SearchIndex | None) -> dict[str, str]:
@@ -264,18 +315,22 @@ def missing(model: LoadedModel, index: SearchIndex | None) -> dict[str, str]:
     trained = ", ".join(objective.name for objective in task.objectives)
     without: dict[str, str] = {}
     if "image" not in task.modalities:
-        why = "this run reads no images: it is of text alone"
-        without |= dict.fromkeys(("/caption", "/answer", "/attention", "/classify"), why)
+        why = f"this run reads no images: it is of {' and '.join(task.modalities)} alone"
+        without |= dict.fromkeys(("/caption", "/answer", "/attention"), why)
     if not model.predictor.can(Captioning):
         why = f"this run cannot write: it was trained on {trained}"
         without |= dict.fromkeys(("/caption", "/answer", "/attention"), why)
     if not model.predictor.task.contrasts():
         why = f"this run cannot embed: it was trained on {trained}"
         without |= dict.fromkeys(("/embed", "/classify", "/search"), why)
-    elif not model.predictor.can_retrieve():
+    elif all(len(contrast.between) == 1 for contrast in model.predictor.task.contrasts()):
         why = "this run embeds texts alone"
         without |= dict.fromkeys(("/classify", "/search"), why)
+    elif not model.predictor.task.contrasts("text"):
+        without["/classify"] = f"this run embeds no texts, which name classes: it has {trained}"
     if index is None:
         why = "the server was started without --index"
         without |= {"/search": why, "/pictures/{number}": why}
+    elif index.of != "image":
+        without["/pictures/{number}"] = f"the index is of {noun(index.of)}"
     return without

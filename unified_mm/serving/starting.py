@@ -19,20 +19,6 @@ from unified_mm.serving.service import Service, missing
 from unified_mm.serving.worker import Worker
 
 
-def open_index(path: str, model: LoadedModel) -> SearchIndex | None:
-    """Opens the search index in a folder; returns None for ''.
-
-    Raises:
-      FileNotFoundError: no index there.
-      ValueError: a damaged index, or one that another model made.
-    """
-    if not path:
-        return None
-    index = SearchIndex.open(path)
-    index.check_model(model)
-    return index
-
-
 @contextmanager
 def running_service(
     model: LoadedModel,
@@ -64,9 +50,9 @@ def warm_up(service: Service) -> float:
     model, without = service.model, service.missing
     for size in BATCHES:
         if "/embed" not in without:
-            model.embed_texts([""] * size)
-        if "/classify" not in without:
-            model.embed_images([_blank()] * size)
+            for contrast in model.predictor.task.contrasts():
+                for of in contrast.between:
+                    model.predictor.embed(model.task.example_batch(size), of, contrast.name)
     if "/caption" not in without:
         for prompt in prompts_of_each_width(model):
             for together in ENTERING:
@@ -99,7 +85,3 @@ def _noise(model: LoadedModel) -> np.ndarray:
     """Returns a picture of random pixels, which the engine has not seen before."""
     size = model.task.modalities["image"].size
     return np.random.default_rng().integers(0, 256, (size, size, 3), np.uint8)
-
-
-def _blank() -> np.ndarray:
-    return np.zeros((2, 2, 3), np.uint8)

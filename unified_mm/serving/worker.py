@@ -6,7 +6,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,19 +35,14 @@ class Worker:
         self._limit = waiting
         self._together = together
         self._jobs: deque[_Job] = deque()
-        self._closing = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="embeddings", daemon=True)
+        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "embeddings")
 
     def __enter__(self) -> Worker:
-        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join()
+        self._thread.shutdown()
 
     @property
     def waiting(self) -> int:
@@ -61,30 +56,25 @@ class Worker:
           queue.Full: too many jobs wait.
         """
         job = _Job(work, items)
-        with self._changed:
+        with self._lock:
             if len(self._jobs) >= self._limit:
                 raise queue.Full
             self._jobs.append(job)
-            self._changed.notify()
+        self._thread.submit(self._run)
         return job.result
 
     def _run(self) -> None:
-        while jobs := self._next():
-            _run_together([each for each in jobs if each.result.set_running_or_notify_cancel()])
-
-    def _next(self) -> list[_Job]:
-        """Returns the first job and those right behind it that share its call; [] at the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._closing)
-            taken: list[_Job] = []
-            count = 0
+        """Runs the first job and those right behind it that share its call, if any are left."""
+        taken: list[_Job] = []
+        count = 0
+        with self._lock:
             while self._jobs:
                 job = self._jobs[0]
                 count += len(job.items)
                 if taken and (job.work != taken[0].work or count > self._together):
                     break
                 taken.append(self._jobs.popleft())
-            return taken
+        _run_together([each for each in taken if each.result.set_running_or_notify_cancel()])
 
 
 def _run_together(jobs: list[_Job]) -> None:

@@ -10,8 +10,7 @@ from unified_mm.costs.roofline import roofline, utilisation
 from unified_mm.parallel.sharding import shard_bytes
 from unified_mm.task import parameter_counts
 from unified_mm.training.ahead import DoesNotFit, compile_step, footprint
-from unified_mm.training.flops import computed_flops, training_flops
-from unified_mm.training.phases import Phase
+from unified_mm.training.phases import Phase, computed_flops, training_flops
 
 Facts = dict[str, Any]
 

@@ -40,11 +40,16 @@ class NotFinite(RuntimeError):
     """The error that a loss or gradient became infinite or NaN."""
 
 
-def train(setup: Setup, output: Output) -> tuple[TrainState, float]:
+def train(setup: Setup, output: Output, predictor: Predictor) -> tuple[TrainState, float]:
     """Trains from the newest whole checkpoint, or from the start, to the last step.
 
     Everything after a step is a function of the config and of the checkpoint before it, so a run
     that was killed ends in the same bits as one that was not.
+
+    Args:
+      setup: of the run.
+      output: where it says how far it is.
+      predictor: without parameters; what it compiles serves every evaluation.
 
     Returns:
       The last state, and the seconds that the run took up to it, over all restarts.
@@ -71,7 +76,6 @@ def train(setup: Setup, output: Output) -> tuple[TrainState, float]:
         metrics = stack.enter_context(output.metrics(options.logging.tensorboard, start or None))
         if setup.source.banner and not start:
             metrics.write_text(0, "data/notice", setup.source.banner)
-        predictor = Predictor(setup.task, None, setup.mesh)
         began = time.perf_counter() - earlier
         run = Run(setup, checkpoints, metrics, stop, output.say, predictor, began)
         with output.progress(start, options.train.steps) as progress:
@@ -114,7 +118,7 @@ class Run:
     metrics: Any  # see `Output.metrics`
     stop: StopRequest
     say: Callable[[str], None]
-    predictor: Predictor  # without parameters: what it compiles serves every evaluation
+    predictor: Predictor
     began: float  # on this process's clock, moved back by what earlier processes took
 
     def seconds(self) -> float:

@@ -11,23 +11,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from unified_mm.config import Config, build_options
+from unified_mm.costs.flops import matmul_flops
 from unified_mm.data.documents import read_documents
 from unified_mm.data.interleave import FewShotRows, Layout, packed_rows
 from unified_mm.data.records import Manifest
 from unified_mm.default_config import PhaseOptions, TrainOptions, phase
 from unified_mm.modalities.interleaved import interleaved_preparers
 from unified_mm.objectives.objective import weighted
-from unified_mm.parallel.sharding import ParamShardings
+from unified_mm.parallel.sharding import ParamShardings, rule_items
 from unified_mm.runs.folder import keeps_average
 from unified_mm.task import Task
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import TrainState, state_of_phase
-from unified_mm.training.step import make_train_step
+from unified_mm.training.step import gradients, make_train_step
 from unified_mm.training.treatment import Treatment, treatment_of
 from unified_mm.training.update import Optimizer
 
@@ -240,3 +242,30 @@ def batch_shapes(rows: Rows, size: int) -> dict[str, dict[str, Any]]:
 
     shapes: dict[str, dict[str, Any]] = jax.eval_shape(batch)
     return shapes
+
+
+def training_flops(phase: Phase) -> int:
+    """Counts the FLOPs of the loss and of its gradient by what a phase trains.
+
+    Recomputation is left out.
+    """
+    plain = phase.task.model.without_recomputation()
+    return _gradient_flops(phase, replace(phase.task, model=plain), 1)
+
+
+def computed_flops(phase: Phase) -> int:
+    """Counts the same FLOPs as a step computes them, with recomputation."""
+    return _gradient_flops(phase, phase.task, phase.micro_batches)
+
+
+def _gradient_flops(phase: Phase, task: Task, micro_batches: int) -> int:
+    def gradient(params: Any, batch: Any, key: jax.Array) -> Any:
+        return gradients(task, phase.optimizer, params, batch, key, micro_batches)[1]
+
+    with jax.set_mesh(phase.placement.mesh), nn.logical_axis_rules(rule_items()):
+        return matmul_flops(
+            gradient,
+            phase.abstract.params,
+            batch_shapes(phase.rows, phase.batch_size),
+            jax.eval_shape(lambda: jax.random.key(0)),
+        )

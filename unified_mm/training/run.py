@@ -10,9 +10,9 @@ from unified_mm.evaluation.evaluate import Scores, evaluate
 from unified_mm.inference.predictor import Predictor
 from unified_mm.runs.environment import device_name, revision, versions
 from unified_mm.task import parameter_counts
-from unified_mm.training.flops import training_flops
 from unified_mm.training.loop import keep_best, train
 from unified_mm.training.output import Output
+from unified_mm.training.phases import training_flops
 from unified_mm.training.setup import Setup
 from unified_mm.training.state import TrainState, evaluation_params
 
@@ -23,16 +23,18 @@ def train_and_score(setup: Setup, output: Output) -> tuple[dict[str, Any], dict[
     Returns:
       The contents of `result.json`, and the scores of each split.
     """
-    state, seconds = train(setup, output)
+    predictor = Predictor(setup.task, None, setup.mesh)
+    state, seconds = train(setup, output, predictor)
     began = time.perf_counter()
-    found = score_splits(setup, state, output)
+    found = score_splits(setup, state, output, predictor.at(evaluation_params(state)))
     return summarise(setup, found, seconds + time.perf_counter() - began), found
 
 
-def score_splits(setup: Setup, state: TrainState, output: Output) -> dict[str, Scores]:
+def score_splits(
+    setup: Setup, state: TrainState, output: Output, predictor: Predictor
+) -> dict[str, Scores]:
     """Scores each split; the scores of `evaluation.split` count for `best/`."""
     options = setup.options
-    predictor = Predictor(setup.task, evaluation_params(state), setup.mesh)
     found = {}
     step = options.train.steps
     with output.metrics(options.logging.tensorboard, resume_step=step) as metrics:

@@ -33,6 +33,7 @@ from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, keeps_average
 from unified_mm.task import Task, build_task
 from unified_mm.training.layout import in_training, run_summary
+from unified_mm.training.notices import notices
 from unified_mm.training.output import framed
 from unified_mm.training.phases import Phase, build_phases
 from unified_mm.training.start_from import load_params, weights_to_start_from
@@ -138,10 +139,14 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
         source = open_source(config.data)
         if source.banner:
             say(framed(source.banner))
+        if described := getattr(source, "described", ""):
+            say(described)
         tokenizer = run_tokenizer(config, folder, source.manifest(config.data.train_split))
         task = build_task(config, tokenizer)
         train = read_manifest(config, source, config.data.train_split, task.modalities)
         say(summary(train))
+        for line in notices(config, task, train):
+            say(line)
         names = evaluated_splits(config, source)
         splits = {name: open_split(config, source, name, task.modalities) for name in names}
         for split in splits.values():

@@ -1,7 +1,9 @@
 """Every attention backend against softmax under the whole mask, written out in float64."""
 
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,19 +16,12 @@ from hypothesis import strategies as st
 
 from unified_mm.inference.predictor import Predictor
 from unified_mm.models.unified import text_group
-from unified_mm.nn.attention import backends, chunked, cudnn, splash
-from unified_mm.nn.attention.backends import prepare_block
-from unified_mm.nn.attention.masks import (
-    block_mask,
-    of_call,
-    rebase,
-    reference_mask,
-    slice_keys,
-    static_mask,
-)
-from unified_mm.nn.attention.rules import RULES, MaskTable, View, block_calls
+from unified_mm.nn.attention import attention, chunked, cudnn, masks, splash
+from unified_mm.nn.attention.attention import plan_attention
+from unified_mm.nn.attention.masks import block_mask, cut, reference_mask, static_mask
+from unified_mm.nn.attention.rules import RULES, MaskTable, View
 from unified_mm.nn.options import TransformerOptions
-from unified_mm.nn.resampler import look_at_all
+from unified_mm.nn.resampler import plan_latents
 from unified_mm.nn.tokens import (
     Group,
     TokenMetadata,
@@ -34,6 +29,7 @@ from unified_mm.nn.tokens import (
     lengthen,
     offset_positions,
     single_document,
+    take,
     with_positions,
 )
 from unified_mm.parallel.mesh import make_mesh
@@ -52,7 +48,7 @@ GROUPS = (
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 CLOSE_GRADIENTS = {"rtol": 1e-4, "atol": 2e-5}
 # Blocks of a few queries, whatever the length.
-ATTEND = {"xla": backends.attend, "chunked": partial(chunked.attend, scores=60)}
+ATTEND = {"xla": masks.attend, "chunked": partial(chunked.attend, scores=60)}
 
 
 def options(name, heads=4, key_value_heads=2, width=WIDTH, **more):
@@ -106,23 +102,49 @@ def written_out(query, key, value, cotangent, mask, bias=0.0):
     )
 
 
+class Attending(nn.Module):
+    """Attention of queries to keys and values, as layers do it under a plan."""
+
+    plan: Any
+
+    @nn.compact
+    def __call__(self, *arrays):
+        return attention.attend(self, *arrays, self.plan)
+
+
+def attended(plan, attend, *arrays):
+    """Attention under a plan, each call by `attend` instead of its backend's function."""
+    plan = plan.replace(masks=tuple(each.replace(attend=attend) for each in plan.masks))
+    return Attending(plan).apply({}, *arrays)
+
+
 def by_calls(name, table, queries, keys, attend=None):
     """query, key, value -> what all block calls of a rule give, side by side."""
-    attend = attend or ATTEND[name]
 
     def run(query, key, value):
-        parts = []
-        for call in block_calls(table, queries.groups, keys.groups):
-            rows = query[:, slice(*call.queries)]
-            if not call.keys:
-                parts.append(jnp.zeros_like(rows))
-                continue
-            chosen = options(name, query.shape[2], key.shape[2], query.shape[3])
-            seen_by = prepare_block(chosen, call, queries, keys)
-            parts.append(attend(rows, slice_keys(key, call), slice_keys(value, call), seen_by))
-        return jnp.concatenate(parts, axis=1)
+        chosen = options(name, query.shape[2], key.shape[2], query.shape[3])
+        plan = plan_attention(chosen, table, queries, keys)
+        return attended(plan, attend or ATTEND[name], query, key, value)
 
     return run
+
+
+@contextmanager
+def on(platform):
+    """Plans as on another platform."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: platform)
+        yield
+
+
+def backend_of(asked, platform, rule="prefix", query="t", metadata=None, **lengths):
+    """The backend that computes what one group sees."""
+    metadata = metadata or in_order(lengths or {"image": 128, "t": 128})
+    table = MaskTable((View("t", rule),))
+    with on(platform):
+        plan = plan_attention(asked, table, take(metadata, [query]), metadata)
+    (seen_by,) = plan.masks
+    return seen_by.backend
 
 
 def agree(run, arrays, mask, bias=0.0):
@@ -183,19 +205,15 @@ def test_predicates_and_score_terms_from_outside(name, rule):
 def test_kernels_refuse_what_they_do_not_know(monkeypatch, rule, message):
     monkeypatch.setattr(cudnn, "widest_head", lambda: 128)
     metadata = in_order({"image": 128, "t": 128})
-    table, groups = MaskTable((View("t", f"toy_rules:{rule}"),)), metadata.groups
-    whole = block_calls(table, groups, groups)[-1]
-    call, (queries, keys) = rebase(whole), of_call(whole, metadata, metadata)
+    rule = f"toy_rules:{rule}"
     for name, platform, dtype in (("cudnn", "gpu", "bfloat16"), ("splash", "tpu", "float32")):
         asked = options(name, width=64, dtype=jnp.dtype(dtype))
         with pytest.raises(ValueError, match=message):
-            backends.choose(asked, call, queries, keys, platform)
+            backend_of(asked, platform, rule, metadata=metadata)
         auto = options("auto", width=64, dtype=jnp.dtype(dtype))
-        assert backends.choose(auto, call, queries, keys, platform) in ("xla", "chunked")
+        assert backend_of(auto, platform, rule, metadata=metadata) in ("xla", "chunked")
         # What the package brings is known to both.
-        plain = block_calls(MaskTable((View("t", "prefix"),)), groups, groups)[-1]
-        parts = of_call(plain, metadata, metadata)
-        assert backends.choose(auto, rebase(plain), *parts, platform) == name
+        assert backend_of(auto, platform, metadata=metadata) == name
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -227,12 +245,12 @@ def test_latents_that_look_at_what_is_there(name):
     """The resampler's: features with holes, and all latents."""
     latents, features = 5, 14
     valid = jnp.asarray(np.random.default_rng(6).random((2, features)) < 0.5).at[1].set(False)
-    seen_by = look_at_all(options(name, 2, 2), valid, latents)
+    plan = plan_latents(options(name, 2, 2), valid, latents)
     mask = np.pad(np.asarray(valid), ((0, 0), (0, latents)), constant_values=True)
     mask = np.broadcast_to(mask[:, None], (2, latents, features + latents))
     queries, keys = filled([Group("l", "l", latents)], 0), filled([Group("k", "k", 19)], 0)
     arrays = heads_of(queries, keys, 7, 2, 2)
-    agree(lambda q, k, v: ATTEND[name](q, k, v, seen_by), arrays, mask)
+    agree(partial(attended, plan, ATTEND[name]), arrays, mask)
 
 
 @settings(max_examples=6, deadline=None)
@@ -265,7 +283,8 @@ def compiled_gradient(name, length, rule="prefix"):
 
     def total(arrays, metadata):
         table = MaskTable((View("t", rule),))
-        return by_calls(name, table, metadata, metadata, backends.attend)(*arrays).sum()
+        attend = {"xla": masks.attend, "chunked": chunked.attend}[name]
+        return by_calls(name, table, metadata, metadata, attend)(*arrays).sum()
 
     arrays = [jax.ShapeDtypeStruct((1, length, 4, 32), jnp.float32)] * 3
     return jax.jit(jax.value_and_grad(total)).lower(arrays, metadata).compile()
@@ -376,32 +395,33 @@ def in_order(lengths, batch=2, seed=0):
         pytest.param("interleaved", marks=pytest.mark.slow),
     ],
 )
-def test_splash_as_a_tpu_would_run_it(rule, monkeypatch):
+def test_splash_as_a_tpu_would_run_it(rule):
     """Its program interpreted on a CPU: 256 tokens of text, 4 heads on 2, holes, blind rows."""
-    monkeypatch.setattr(backends, "platform", lambda: "tpu")
     metadata = in_order({"image": 128, "t": 256})
     metadata = metadata.replace(valid=metadata.valid.at[0, :140].set(False))
     table = MaskTable((View("t", rule),))
     mask = reference_mask(table, metadata, metadata)
     assert not np.asarray(mask)[0].any(-1).all() or rule == "joint"
     run = by_calls("splash", table, metadata, metadata, partial(splash.attend, interpret=True))
-    agree(run, heads_of(metadata, metadata, 8, 4, 2, 64), mask)
+    with on("tpu"):
+        agree(run, heads_of(metadata, metadata, 8, 4, 2, 64), mask)
 
 
-def test_splash_in_packed_documents_that_see_all(monkeypatch):
-    monkeypatch.setattr(backends, "platform", lambda: "tpu")
+def test_splash_in_packed_documents_that_see_all():
     metadata = filled([Group("image", "image", 128), Group("t", "text", 128)], seed=2, documents=3)
     table = MaskTable((View("t", "joint"),))
     run = by_calls("splash", table, metadata, metadata, partial(splash.attend, interpret=True))
     mask = reference_mask(table, metadata, metadata)
-    agree(run, heads_of(metadata, metadata, 9, 2, 2, 64), mask)
+    with on("tpu"):
+        agree(run, heads_of(metadata, metadata, 9, 2, 2, 64), mask)
 
 
-def test_splash_on_a_mesh_divides_examples_and_heads(monkeypatch):
-    monkeypatch.setattr(backends, "platform", lambda: "tpu")
+def test_splash_on_a_mesh_divides_examples_and_heads():
     metadata = in_order({"image": 128, "t": 128})
     table = MaskTable((View("t", "prefix"),))
-    run = by_calls("splash", table, metadata, metadata, partial(splash.attend, interpret=True))
+    with on("tpu"):
+        plan = plan_attention(options("splash", 4, 2, 64), table, metadata, metadata)
+    run = partial(attended, plan, partial(splash.attend, interpret=True))
     arrays = heads_of(metadata, metadata, 10, 4, 2, 64)[:3]
     alone = jax.jit(run)(*arrays)
     mesh = make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])
@@ -411,30 +431,22 @@ def test_splash_on_a_mesh_divides_examples_and_heads(monkeypatch):
     assert {shard.data.shape for shard in divided.addressable_shards} == {(1, 256, 2, 64)}
 
 
-def called(rule="prefix", query=1, **lengths):
-    """A rule's block call, counted among its own queries and keys, and their metadata."""
-    metadata = in_order(lengths or {"image": 128, "t": 128})
-    call = block_calls(MaskTable((View("t", rule),)), metadata.groups, metadata.groups)[query]
-    return rebase(call), *of_call(call, metadata, metadata)
-
-
 def test_what_splash_cannot_do_it_refuses():
     wide = options("splash", width=64)
 
-    def why(chosen=wide, platform="tpu", call=None):
+    def why(asked=wide, platform="tpu", *what, **more):
         with pytest.raises(ValueError, match="model.attention='splash'") as caught:
-            backends.choose(chosen, *(call or called()), platform)
+            backend_of(asked, platform, *what, **more)
         return str(caught.value)
 
-    assert backends.choose(wide, *called(), "tpu") == "splash"
+    assert backend_of(wide, "tpu") == "splash"
     assert "needs a TPU, and this runs on cpu: set model.attention='auto'" in why(platform="cpu")
     assert "multiple of 64, not 4: set model.head_width" in why(options("splash"))
-    assert "multiples of 128, not 100 queries" in why(call=called(image=128, t=100))
-    assert "multiples of 128, not 228 keys" in why(call=called(image=100, t=128))
-    metadata = with_positions(in_order({"image": 128, "t": 128}))
-    call = block_calls(MaskTable((View("t", "causal"),)), metadata.groups, metadata.groups)[0]
-    documents = (rebase(call), *of_call(call, metadata, metadata))
-    assert "in packed documents or beside a cache" in why(call=documents)
+    assert "multiples of 128, not 100 queries" in why(image=128, t=100)
+    assert "multiples of 128, not 228 keys" in why(image=100, t=128)
+    documents = with_positions(in_order({"image": 128, "t": 128}))
+    because = why(wide, "tpu", "causal", "image", documents)
+    assert "in packed documents or beside a cache" in because
 
 
 def test_order_is_forgotten_where_it_becomes_data():
@@ -458,9 +470,10 @@ def test_order_is_forgotten_where_it_becomes_data():
 def test_a_mask_known_beforehand_is_the_mask_of_the_metadata(rule, image, text, seed):
     metadata = in_order({"image": image, "t": text}, seed=seed)
     metadata = metadata.replace(valid=jnp.ones_like(metadata.valid))
-    for call in block_calls(MaskTable((View("t", rule),)), metadata.groups, metadata.groups):
+    table = MaskTable((View("t", rule),))
+    for call in plan_attention(options("xla"), table, metadata, metadata).calls:
         mask = np.asarray(block_mask(call, metadata, metadata))[0]
-        known = static_mask(rebase(call), *of_call(call, metadata, metadata))
+        known = static_mask(*cut(call, metadata, metadata))
         np.testing.assert_array_equal(known, mask)
 
 
@@ -470,28 +483,27 @@ HALF = {"width": 64, "dtype": jnp.bfloat16}
 def test_what_cudnn_cannot_do_it_refuses(monkeypatch):
     half = options("cudnn", **HALF)
 
-    def why(chosen=half, platform="gpu", call=None):
+    def why(asked=half, platform="gpu", **lengths):
         with pytest.raises(ValueError, match="model.attention='cudnn'") as caught:
-            backends.choose(chosen, *(call or called()), platform)
+            backend_of(asked, platform, **lengths)
         return str(caught.value)
 
-    assert backends.choose(half, *called(), "gpu") == "cudnn"
+    assert backend_of(half, "gpu") == "cudnn"
     assert "needs an NVIDIA GPU, and this runs on cpu" in why(platform="cpu")
     assert "not in float32: set model.dtype='bfloat16'" in why(options("cudnn", width=64))
     assert "up to 128 here, not 4: set" in why(options("cudnn", dtype=jnp.bfloat16))
     too_wide = options("cudnn", width=192, dtype=jnp.bfloat16)
     assert "up to 128 here, not 192: set model.head_width" in why(too_wide)
-    assert "not 127 x 255: change the number" in why(call=called(image=128, t=127))
+    assert "not 127 x 255: change the number" in why(image=128, t=127)
     # Where all is seen there is no mask, and any length will do.
-    assert backends.choose(half, *called("joint", 0, image=128, t=127), "gpu") == "cudnn"
+    assert backend_of(half, "gpu", "joint", image=128, t=127) == "cudnn"
     monkeypatch.setattr(cudnn, "widest_head", lambda: 256)
-    assert backends.choose(too_wide, *called(), "gpu") == "cudnn"
+    assert backend_of(too_wide, "gpu") == "cudnn"
 
 
 @pytest.mark.parametrize("rule", ["prefix", "joint", "separate"])
 def test_what_cudnn_is_given_means_what_the_rule_says(rule, monkeypatch):
     """Its kernel runs on NVIDIA alone: here XLA computes what the kernel is asked for."""
-    monkeypatch.setattr(backends, "platform", lambda: "gpu")
     asked = []
     plain = jax.nn.dot_product_attention
 
@@ -504,20 +516,10 @@ def test_what_cudnn_is_given_means_what_the_rule_says(rule, monkeypatch):
     metadata = in_order({"image": 8, "t": 6})
     metadata = metadata.replace(valid=metadata.valid.at[1, :8].set(False))
     table = MaskTable((View("t", rule),))
-    half = options("cudnn", **HALF)
-
-    def run(query, key, value):
-        parts = []
-        for call in block_calls(table, metadata.groups, metadata.groups):
-            seen_by = prepare_block(half, call, metadata, metadata)
-            rows = query[:, slice(*call.queries)]
-            parts.append(
-                backends.attend(rows, slice_keys(key, call), slice_keys(value, call), seen_by)
-            )
-        return jnp.concatenate(parts, axis=1)
-
+    with on("gpu"):
+        plan = plan_attention(options("cudnn", **HALF), table, metadata, metadata)
     agree(
-        run,
+        partial(attended, plan, cudnn.attend),
         heads_of(metadata, metadata, 11, 4, 2, 64),
         reference_mask(table, metadata, metadata),
     )
@@ -527,21 +529,20 @@ def test_what_cudnn_is_given_means_what_the_rule_says(rule, monkeypatch):
 
 def test_auto_goes_by_device_shape_and_rule():
     half, whole = options("auto", **HALF), options("auto", width=64)
-    short, long = called(), called(image=256, t=1024)
-    assert backends.choose(whole, *short, "cpu") == "xla"
-    assert backends.choose(whole, *long, "cpu") == "chunked"
-    assert backends.choose(half, *short, "gpu") == "cudnn"
-    assert backends.choose(whole, *short, "gpu") == "xla"
-    assert backends.choose(whole, *long, "gpu") == "chunked"
-    assert backends.choose(half, *short, "tpu") == "splash"
-    assert backends.choose(half, *called(image=100, t=100), "tpu") == "xla"
+    long = {"image": 256, "t": 1024}
+    assert backend_of(whole, "cpu") == "xla"
+    assert backend_of(whole, "cpu", **long) == "chunked"
+    assert backend_of(half, "gpu") == "cudnn"
+    assert backend_of(whole, "gpu") == "xla"
+    assert backend_of(whole, "gpu", **long) == "chunked"
+    assert backend_of(half, "tpu") == "splash"
+    assert backend_of(whole, "tpu", image=100, t=100) == "xla"
 
 
 def test_what_was_chosen_is_read_off_the_traced_program():
     metadata = in_order({"image": 8, "t": 6})
-    run = by_calls(
-        "chunked", MaskTable((View("t", "prefix"),)), metadata, metadata, backends.attend
-    )
+    table = MaskTable((View("t", "prefix"),))
+    run = by_calls("chunked", table, metadata, metadata, chunked.attend)
     arrays = heads_of(metadata, metadata, 0)[:3]
     gradient = jax.grad(lambda *arrays: jax.jit(run)(*arrays).sum())
     assert chosen(gradient, *arrays) == "chunked for 6 x 14, 8 x 8"

@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from unified_mm.costs.hlo import Program, array_bytes
-from unified_mm.inference.generate import read_prompts, read_token
+from unified_mm.inference.generate import TextWriter
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import TransformerOptions
@@ -110,14 +110,16 @@ def test_a_step_of_writing(unstacked):
     params = unstack_layers(params) if unstacked else params
     batch = tiny.batch(task, 1)
 
+    writer = TextWriter(task.model, STREAM, padding=0, cache_room=11)
+
     def begin(params, batch):
-        return read_prompts(task.model, params, batch, STREAM, 11)[1]
+        return writer.read_prompts(params, batch)[1]
 
     read_state = jax.eval_shape(begin, params, batch)
     token = jax.ShapeDtypeStruct((1,), np.int32)
 
     def step(params, read_state, token):
-        return read_token(task.model, params, read_state, token, STREAM, 11)
+        return writer.read_token(params, read_state, token)
 
     program = compiled(step, params, read_state, token, donated=1)
     assert not alone(Program.parse(program.as_text()))

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from unified_mm.nn.attention.backends import attend, prepare_block
-from unified_mm.nn.attention.cache import LayerKV, as_slots, read_slots, write_slots
-from unified_mm.nn.attention.masks import BlockMask, slice_keys
-from unified_mm.nn.attention.rules import BlockCall, MaskTable, block_calls
+from unified_mm.nn.attention import chunked, masks
+from unified_mm.nn.attention.backends import KERNEL_OF, LONG, PLAIN, kernel_mask
+from unified_mm.nn.attention.cache import LayerKV, read_slots, write_slots
+from unified_mm.nn.attention.masks import (
+    BlockCall,
+    BlockMask,
+    KeySlice,
+    block_bias,
+    block_mask,
+    cut,
+    slice_keys,
+)
+from unified_mm.nn.attention.rules import NONE, MaskTable
 from unified_mm.nn.layers import Dense, PerModality
 from unified_mm.nn.options import TransformerOptions
-from unified_mm.nn.sow import sow_attention
+from unified_mm.nn.sow import ATTENTION, sow_attention
 from unified_mm.nn.tokens import Group, TokenMetadata
 from unified_mm.parallel.sharding import constrain
 
@@ -31,6 +41,7 @@ class AttentionPlan:
       positions: int32 [B, Q] of the queries, for rotary positions.
       valid: bool [B, Q], which of the queries are valid, for layers that leave padding out.
       write_at: int32 [], the slot of the cache where new keys begin; None without a cache.
+      features: [B, K, width], what a cross layer attends to; None where its keys are cached.
       calls: the block calls; static.
       groups, key_groups: the groups of queries and of keys; static.
       keep: bounds of the keys and values to return when there is no cache yet; static.
@@ -40,6 +51,7 @@ class AttentionPlan:
     positions: Any
     valid: Any
     write_at: Any
+    features: Any
     calls: tuple[BlockCall, ...] = struct.field(pytree_node=False)
     groups: tuple[Group, ...] = struct.field(pytree_node=False)
     key_groups: tuple[Group, ...] = struct.field(pytree_node=False)
@@ -52,29 +64,89 @@ def plan_attention(
     queries: TokenMetadata,
     keys: TokenMetadata,
     *,
+    features: Float[Array, "B K width"] | None = None,
     write_at: Array | None = None,
     keep: tuple[int, int] = (0, 0),
 ) -> AttentionPlan:
-    """Returns the plan of a pass.
+    """Returns the plan of a pass: who sees whom, as block calls, and the mask of each.
 
     Args:
       options: of the stack.
       table: the rules of the pass.
       queries, keys: metadata of the two sequences.
+      features: of the keys, for cross layers.
       write_at: int32 [], the slot of the cache where new keys begin.
       keep: bounds of the keys and values to return when there is no cache yet.
 
     Raises:
       ValueError: `options.attention` names a backend that cannot do what the rules need.
     """
-    # Queries that see nothing get zero: a call without keys is none.
-    calls = tuple(call for call in block_calls(table, queries.groups, keys.groups) if call.keys)
+    # Static: the first pattern that fits two groups gives their predicate and their score term, and
+    # neighbouring queries that see the same share a call. Queries that see nothing have none.
+    views = {view.name: view for view in table.views}
+    calls: list[BlockCall] = []
+    first = 0
+    for query in queries.groups:
+        mine = views.get(query.name)
+        asking = {"*", query.modality, "written" if mine else "read"}
+        row: list[KeySlice] = []
+        start = 0
+        for key in keys.groups:
+            other = views.get(key.name)
+            rule = (mine or other or table.views[0]).resolved
+            asked = {"*", key.modality, "written" if other else "read"}
+            asked |= {"same"} if query.modality == key.modality else set()
+            predicate = next((p for (q, k), p in rule.table if q in asking and k in asked), NONE)
+            term = next((t for (q, k), t in rule.terms if q in asking and k in asked), None)
+            stop = start + key.length
+            if predicate == NONE or (mine and other and mine != other):
+                pass  # texts never see one another
+            elif row and row[-1][1:] == (start, predicate, term):
+                row[-1] = row[-1]._replace(stop=stop)
+            else:
+                row.append(KeySlice(start, stop, predicate, term))
+            start = stop
+        last = first + query.length
+        if calls and calls[-1] == BlockCall((calls[-1].queries[0], first), tuple(row)):
+            calls[-1] = BlockCall((calls[-1].queries[0], last), tuple(row))
+        elif row:
+            calls.append(BlockCall((first, last), tuple(row)))
+        first = last
+    # The backend of each call, and what it needs of the metadata.
+    device = jax.sharding.get_abstract_mesh().abstract_device  # this machine need not have it
+    platform = jax.default_backend() if device is None else device.platform
+    backend = options.attention
+    kernel = None if backend in PLAIN else backend
+    if backend == "auto":
+        kernel = KERNEL_OF.get(platform)
+    block_masks: list[BlockMask] = []
+    for call in calls:
+        scores = (call.queries[1] - call.queries[0]) * sum(k.stop - k.start for k in call.keys)
+        seen_by = None
+        if kernel:
+            seen_by = kernel_mask(options, kernel, call, queries, keys, platform)
+        if seen_by is None and (backend == "chunked" or (backend == "auto" and scores > LONG)):
+            own, rows, columns = cut(call, queries, keys)
+            seen_by = BlockMask(own, "chunked", chunked.attend, queries=rows, keys=columns)
+        if seen_by is None:
+            mask = block_mask(call, queries, keys)
+            adds = any(each.term is not None for each in call.keys)
+            seen_by = BlockMask(
+                call,
+                "xla",
+                masks.attend,
+                dense=mask,
+                bias=block_bias(call, queries, keys) if adds else None,
+                has_keys=mask.any(-1),
+            )
+        block_masks.append(seen_by)
     return AttentionPlan(
-        masks=tuple(prepare_block(options, call, queries, keys) for call in calls),
+        masks=tuple(block_masks),
         positions=queries.position,
         valid=queries.valid,
         write_at=write_at,
-        calls=calls,
+        features=features,
+        calls=tuple(calls),
         groups=queries.groups,
         key_groups=keys.groups,
         keep=keep,
@@ -111,21 +183,16 @@ def into_heads(heads: int, options: TransformerOptions, use_bias: bool, name: st
 
 
 def out_of_heads(width: int, options: TransformerOptions, use_bias: bool, name: str) -> Dense:
-    """Returns a projection [..., H, A] -> [..., width], initially scaled by `branch_scale`."""
+    """Returns a projection [..., H, A] -> [..., width], of the initial scale of a branch."""
     return Dense(
         (width,),
         ("heads", None),
         ("embed",),
-        scale=branch_scale(options),
+        scale=options.branch_scale,
         use_bias=use_bias,
         dtype=options.dtype,
         name=name,
     )
-
-
-def branch_scale(options: TransformerOptions) -> float:
-    """Returns the initial scale of each of the 2 L residual branches (GPT-2, section 2.3)."""
-    return (2 * options.layers) ** -0.5
 
 
 class Attention(nn.Module):
@@ -139,64 +206,81 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B N D"], LayerKV]:
         o = self.options
 
-        def project(make: Callable[..., nn.Module], name: str, inputs: Array) -> Array:
-            return PerModality(make, o.separate_attention, name=name)(inputs, plan.groups)
-
-        query = project(partial(into_heads, o.heads, o, o.query_bias), "query", x)
-        key = project(partial(into_heads, o.num_kv_heads, o, o.query_bias), "key", x)
-        value = project(partial(into_heads, o.num_kv_heads, o, o.query_bias), "value", x)
+        sizes = {"query": o.heads, "key": o.num_kv_heads, "value": o.num_kv_heads}
+        query, key, value = (
+            PerModality(
+                partial(into_heads, heads, o, o.query_bias), o.separate_attention, name=name
+            )(x, plan.groups)
+            for name, heads in sizes.items()
+        )
         if o.rotary_base:
             query = rotate(query, plan.positions, o.rotary_base)
             key = rotate(key, plan.positions, o.rotary_base)
         query, key, value = (whole_sequences(each, o.heads) for each in (query, key, value))
         kv: LayerKV
         if cached is None:
-            kv = (
-                as_slots(key[:, slice(*plan.keep)]),
-                as_slots(value[:, slice(*plan.keep)]),
-            )
+            kept = slice(*plan.keep)  # in the layout of a cache
+            kv = key[:, kept].swapaxes(1, 2), value[:, kept].swapaxes(1, 2)
         else:
             kv = (
                 write_slots(cached[0], key, plan.write_at),
                 write_slots(cached[1], value, plan.write_at),
             )
             key, value = (read_slots(each, o.dtype) for each in kv)
-        parts = [
-            attend(
-                query[:, slice(*call.queries)],
-                slice_keys(key, call),
-                slice_keys(value, call),
-                seen_by,
-            )
-            for call, seen_by in zip(plan.calls, plan.masks, strict=True)
-        ]
-        if sum(part.shape[1] for part in parts) == query.shape[1]:
-            seen = jnp.concatenate(parts, axis=1)
-        else:
-            seen = jnp.zeros_like(query)
-            for call, part in zip(plan.calls, parts, strict=True):
-                seen = seen.at[:, slice(*call.queries)].set(part)
-        groups = plan.groups, plan.key_groups
-        sow_attention(self, query, key, plan.calls, plan.masks, groups)
+        seen = attend(self, query, key, value, plan)
+        seen = constrain(seen, "batch", "length", "heads", None)
         output = partial(out_of_heads, x.shape[-1], o, o.output_bias)
-        return project(output, "output", divided_sequences(seen)), kv
+        return PerModality(output, o.separate_attention, name="output")(seen, plan.groups), kv
 
 
-def share_of_heads(x: Float[Array, "B N G A"], heads: int) -> Float[Array, "B N G A"]:
-    """Constrains queries, keys or values to all tokens and a share of the heads per device."""
-    axis = "attending_heads" if x.shape[2] == heads else "key_value_heads"
-    return constrain(x, "batch", None, axis, None)
+def attend(
+    module: nn.Module,
+    query: Float[Array, "B Q H A"],
+    key: Float[Array, "B K G A"],
+    value: Float[Array, "B K G A"],
+    plan: AttentionPlan,
+) -> Float[Array, "B Q H A"]:
+    """Computes attention call by call; a query that sees no key gets zero.
 
-
-def whole_sequences(x: Float[Array, "B N G A"], heads: int) -> Float[Array, "B N G A"]:
-    """Reshards queries, keys or values from a share of the tokens to a share of the heads.
-
-    Both layouts are constrained, so that there is one exchange between them, forward and backward.
+    Args:
+      module: the attention module, which hands out the weights where they are asked for.
+      query, key, value: all Q and all K.
+      plan: of the pass.
     """
-    axis = "heads" if x.shape[2] == heads else "key_value_heads"
-    return share_of_heads(constrain(x, "batch", "length", axis, None), heads)
+    parts = []
+    for call, seen_by in zip(plan.calls, plan.masks, strict=True):
+        rows, keys, values = (
+            query[:, slice(*call.queries)],
+            slice_keys(key, call),
+            slice_keys(value, call),
+        )
+        name = re.sub(r"\W.*", "", seen_by.backend)
+        with jax.named_scope(f"attention_{name}_{rows.shape[1]}x{keys.shape[1]}"):
+            part = seen_by.attend(rows, keys, values, seen_by)
+            if seen_by.has_keys is not None:
+                part = jnp.where(seen_by.has_keys[:, :, None, None], part, 0)
+        parts.append(part)
+    if sum(part.shape[1] for part in parts) == query.shape[1]:
+        seen = jnp.concatenate(parts, axis=1)
+    else:
+        seen = jnp.zeros_like(query)
+        for call, part in zip(plan.calls, parts, strict=True):
+            seen = seen.at[:, slice(*call.queries)].set(part)
+    if module.is_mutable_collection(ATTENTION) and not module.is_initializing():
+        groups = plan.groups, plan.key_groups
+        sow_attention(module, query, key, plan.calls, plan.masks, groups)
+    return seen
 
 
-def divided_sequences(x: Float[Array, "B N H A"]) -> Float[Array, "B N H A"]:
-    """Constrains the output of attention to a share of the tokens per device."""
-    return constrain(x, "batch", "length", "heads", None)
+def whole_sequences(
+    x: Float[Array, "B N G A"], heads: int, *, divided: bool = True
+) -> Float[Array, "B N G A"]:
+    """Constrains queries, keys or values to all tokens and a share of the heads per device.
+
+    Where they are `divided`, into a share of the tokens, that layout is constrained before, so that
+    there is one exchange between the two, forward and backward.
+    """
+    fewer = None if x.shape[2] == heads else "key_value_heads"
+    if divided:
+        x = constrain(x, "batch", "length", fewer or "heads", None)
+    return constrain(x, "batch", None, fewer or "attending_heads", None)

@@ -17,24 +17,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import jax
-from jaxtyping import Array, Float
-
-from unified_mm.nn.attention import chunked, cudnn, splash
-from unified_mm.nn.attention.masks import (
-    BlockMask,
-    block_bias,
-    block_mask,
-    has_keys,
-    masked_attention,
-    of_call,
-    rebase,
-    zero_unattended,
-)
-from unified_mm.nn.attention.rules import BlockCall
+from unified_mm.nn.attention import cudnn, splash
+from unified_mm.nn.attention.masks import BlockCall, BlockMask, cut, has_keys
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import TokenMetadata
-from unified_mm.parallel.mesh import platform
 from unified_mm.registry import resolve
 
 # Scores (queries x keys) of a call above which 'auto' works in blocks: from there on these are
@@ -48,82 +34,37 @@ KERNEL_OF = {"gpu": "cudnn", "tpu": "splash"}
 SCOPE = re.compile(r"attention_(\w+?)_(\d+)x(\d+)")
 
 
-def prepare_block(
-    options: TransformerOptions, call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
-) -> BlockMask:
-    """Returns the mask of a block call in the form that its backend needs.
-
-    Args:
-      options: with the backend asked for.
-      call: its slices count among all of `queries` and `keys`.
-      queries, keys: metadata of whole sequences.
-
-    Raises:
-      ValueError: the backend is asked for by name and cannot compute this call.
-    """
-    queries, keys = of_call(call, queries, keys)
-    call = rebase(call)
-    name = choose(options, call, queries, keys, platform())
-    if name == "xla":
-        mask = block_mask(call, queries, keys)
-        bias = block_bias(call, queries, keys)
-        return BlockMask(mask, None, None, mask.any(-1), bias, call, name)
-    sees = has_keys(call, queries, keys) if is_kernel(name) else None
-    return BlockMask(None, queries, keys, sees, None, call, name)
+def is_kernel(name: str) -> bool:
+    """Returns whether a backend may refuse a call: a kernel, or one from outside the package."""
+    return name not in PLAIN
 
 
-def choose(
+def kernel_mask(
     options: TransformerOptions,
+    name: str,
     call: BlockCall,
     queries: TokenMetadata,
     keys: TokenMetadata,
     platform: str,
-) -> str:
-    """Returns the backend of a call, whose slices count among its own queries and keys.
+) -> BlockMask | None:
+    """Returns the mask of a block call for a kernel; None where 'auto' must do without it.
+
+    Args:
+      options: of the stack.
+      name: of the kernel.
+      call: its slices count among all of `queries` and `keys`.
+      queries, keys: metadata of whole sequences.
+      platform: that the program runs on.
 
     Raises:
-      ValueError: the backend is asked for by name and cannot compute this call.
+      ValueError: there is no such kernel, or it is asked for by name and cannot compute this call.
     """
-    asked = options.attention
-    kernel = KERNEL_OF.get(platform, "") if asked == "auto" else asked
-    if is_kernel(kernel):
-        why = kernel_of(kernel).refusal(options, call, queries, keys, platform)
-        if not why:
-            return kernel
-        if asked != "auto":
-            raise ValueError(f"model.attention={asked!r} {why}")
-    if asked != "auto":
-        return asked
-    return "chunked" if queries.valid.shape[1] * keys.valid.shape[1] > LONG else "xla"
-
-
-def is_kernel(name: str) -> bool:
-    """Returns whether a backend may refuse a call: a kernel, or one from outside the package."""
-    return bool(name) and name not in PLAIN
-
-
-def kernel_of(name: str) -> Any:
-    """Returns a backend by its name, or `package.module:NAME`.
-
-    Raises:
-      ValueError: there is none of that name.
-    """
-    return resolve("attention backend (model.attention)", name, KERNELS)
-
-
-def attend(
-    query: Float[Array, "B Q H A"],
-    key: Float[Array, "B K G A"],
-    value: Float[Array, "B K G A"],
-    seen_by: BlockMask,
-) -> Float[Array, "B Q H A"]:
-    """Computes attention of a block call by its backend; a query that sees no key gets zero."""
-    name = re.sub(r"\W.*", "", seen_by.backend)
-    with jax.named_scope(f"attention_{name}_{query.shape[1]}x{key.shape[1]}"):
-        if seen_by.backend == "chunked":
-            return chunked.attend(query, key, value, seen_by)
-        if is_kernel(seen_by.backend):
-            found: Array = kernel_of(seen_by.backend).attend(query, key, value, seen_by)
-            return found
-        seen = masked_attention(query, key, value, seen_by.dense, seen_by.bias)
-        return zero_unattended(seen, seen_by.has_keys)
+    kernel = resolve("attention backend (model.attention)", name, KERNELS)
+    call, queries, keys = cut(call, queries, keys)
+    why = kernel.refusal(options, call, queries, keys, platform)
+    if why and options.attention != "auto":
+        raise ValueError(f"model.attention={name!r} {why}")
+    if why:
+        return None
+    sees = has_keys(call, queries, keys)
+    return BlockMask(call, name, kernel.attend, queries=queries, keys=keys, has_keys=sees)

@@ -41,16 +41,11 @@ def as_int8(x: Float[Array, "... A"]) -> Int8:
 
 def write_slots(slots: Any, new: Float[Array, "B N G A"], at: Int[Array, ""]) -> Any:
     """Writes new vectors into slots [B, G, K, A] from slot `at` on, in the type of the slots."""
-    new = as_slots(new)
+    new = jnp.swapaxes(new, 1, 2)
     given = as_int8(new) if isinstance(slots, Int8) else new
     return jax.tree.map(
         lambda old, more: jax.lax.dynamic_update_slice_in_dim(old, more, at, axis=2), slots, given
     )
-
-
-def as_slots(x: Float[Array, "B K G A"]) -> Float[Array, "B G K A"]:
-    """Returns keys or values in the layout of a cache."""
-    return jnp.swapaxes(x, 1, 2)
 
 
 def read_slots(slots: Any, dtype: Any) -> Float[Array, "B K G A"]:
@@ -60,14 +55,14 @@ def read_slots(slots: Any, dtype: Any) -> Float[Array, "B K G A"]:
     return jnp.swapaxes(slots, 1, 2)
 
 
-def take_rows(x: Float[Array, "*periods B G K A"], rows: Int[Array, " rows"]) -> Array:
-    """Returns the examples `rows` of the cached arrays of a layer or a stack."""
-    return jnp.take(x, rows, axis=x.ndim - 4)
+def take_rows(layers: Any, rows: Int[Array, " rows"]) -> Any:
+    """Returns the examples `rows` of cached arrays, each [*periods, B, G, K, A]."""
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=x.ndim - 4), layers)
 
 
-def put_rows(x: Float[Array, "*periods B G K A"], rows: Int[Array, " rows"], other: Array) -> Array:
-    """Returns cached arrays with the examples `rows` replaced by those of `other`."""
-    return x.at[rows].set(other) if x.ndim == 4 else x.at[:, rows].set(other)
+def put_rows(layers: Any, rows: Int[Array, " rows"], others: Any) -> Any:
+    """Returns cached arrays with the examples `rows` replaced by those of `others`."""
+    return jax.tree.map(lambda x, y: x.at[..., rows, :, :, :].set(y), layers, others)
 
 
 @struct.dataclass
@@ -109,7 +104,7 @@ class Cache:
     def select(self, rows: Int[Array, " rows"]) -> Cache:
         """Returns the examples `rows` of the batch, for mined negatives or for beams."""
         return self.replace(  # type: ignore[attr-defined]
-            layers=jax.tree.map(lambda x: take_rows(x, rows), self.layers),
+            layers=take_rows(self.layers, rows),
             metadata=jax.tree.map(lambda x: x[rows], self.metadata),
             memory=self.memory and self.memory.select(rows),
         )
@@ -117,7 +112,7 @@ class Cache:
     def put(self, rows: Int[Array, " rows"], other: Cache) -> Cache:
         """Returns the cache with the examples `rows` replaced by those of `other`."""
         return self.replace(  # type: ignore[attr-defined]
-            layers=jax.tree.map(lambda x, y: put_rows(x, rows, y), self.layers, other.layers),
+            layers=put_rows(self.layers, rows, other.layers),
             metadata=jax.tree.map(lambda x, y: x.at[rows].set(y), self.metadata, other.metadata),
             memory=self.memory and self.memory.put(rows, other.memory),
         )

@@ -14,13 +14,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from unified_mm.nn.attention.masks import (
+    BlockCall,
     BlockMask,
     block_bias,
     block_mask,
     masked_attention,
-    zero_unattended,
 )
-from unified_mm.nn.attention.rules import BlockCall
 from unified_mm.nn.tokens import TokenMetadata
 
 # Scores of one block, for each example and head: large enough for fast matrix products.
@@ -48,7 +47,8 @@ def attend(
         call = BlockCall((0, rows.shape[1]), seen_by.call.keys)
         mask = block_mask(call, queries, seen_by.keys)
         bias = block_bias(call, queries, seen_by.keys)
-        return zero_unattended(masked_attention(rows, key, value, mask, bias), mask.any(-1))
+        seen = masked_attention(rows, key, value, mask, bias)
+        return jnp.where(mask.any(-1)[:, :, None, None], seen, 0)
 
     length = query.shape[1]
     blocks = block_count(length, key.shape[1], SCORES if scores is None else scores)

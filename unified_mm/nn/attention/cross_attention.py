@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -11,21 +12,18 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from unified_mm.nn.attention.attention import (
-    divided_sequences,
+    AttentionPlan,
+    attend,
     into_heads,
     out_of_heads,
-    share_of_heads,
     whole_sequences,
 )
-from unified_mm.nn.attention.backends import attend, prepare_block
-from unified_mm.nn.attention.cache import LayerKV, as_slots, put_rows, read_slots, take_rows
-from unified_mm.nn.attention.masks import BlockMask, slice_keys
-from unified_mm.nn.attention.rules import BlockCall, MaskTable, block_calls
-from unified_mm.nn.feed_forward import make_mlp
+from unified_mm.nn.attention.cache import LayerKV, put_rows, read_slots, take_rows
+from unified_mm.nn.feed_forward import Mlp
 from unified_mm.nn.layers import Norm, partitioned
 from unified_mm.nn.options import TransformerOptions
-from unified_mm.nn.sow import sow_attention
-from unified_mm.nn.tokens import Group, TokenMetadata
+from unified_mm.nn.tokens import TokenMetadata
+from unified_mm.parallel.sharding import constrain
 
 GATE = {"tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid}
 
@@ -52,51 +50,14 @@ class Memory:
 
     def select(self, rows: Array) -> Memory:
         """Returns the examples `rows` [rows] of the batch."""
-        return Memory(
-            features=None if self.features is None else self.features[rows],
-            layers=jax.tree.map(lambda x: take_rows(x, rows), self.layers),
-            metadata=jax.tree.map(lambda x: x[rows], self.metadata),
-        )
+        features, metadata = jax.tree.map(lambda x: x[rows], (self.features, self.metadata))
+        return Memory(features, take_rows(self.layers, rows), metadata)
 
     def put(self, rows: Array, other: Memory) -> Memory:
         """Returns the memory with the examples `rows` [rows] replaced by those of `other`."""
-        return Memory(
-            features=None if self.features is None else self.features.at[rows].set(other.features),
-            layers=jax.tree.map(lambda x, y: put_rows(x, rows, y), self.layers, other.layers),
-            metadata=jax.tree.map(lambda x, y: x.at[rows].set(y), self.metadata, other.metadata),
-        )
-
-
-@struct.dataclass
-class CrossPlan:
-    """The features and masks of one pass, shared by all its cross layers.
-
-    Attributes:
-      features: [B, K, width], or None where keys and values are cached.
-      masks: of the block calls.
-      calls: the block calls of the queries that see any feature; static. All others get zero.
-      groups: of the queries and of the features; static.
-    """
-
-    features: Any
-    masks: tuple[BlockMask, ...]
-    calls: tuple[BlockCall, ...] = struct.field(pytree_node=False)
-    groups: tuple[tuple[Group, ...], tuple[Group, ...]] = struct.field(pytree_node=False)
-
-
-def plan_cross_attention(
-    options: TransformerOptions, table: MaskTable, queries: TokenMetadata, memory: Memory
-) -> CrossPlan:
-    """Returns the plan of a pass, by the same rules as within one sequence.
-
-    Raises:
-      ValueError: `options.attention` names a backend that cannot do what the rules need.
-    """
-    calls = block_calls(table, queries.groups, memory.metadata.groups)
-    calls = tuple(call for call in calls if call.keys)
-    masks = tuple(prepare_block(options, call, queries, memory.metadata) for call in calls)
-    groups = queries.groups, memory.metadata.groups
-    return CrossPlan(memory.features, masks, calls, groups)
+        own, others = (self.features, self.metadata), (other.features, other.metadata)
+        features, metadata = jax.tree.map(lambda x, y: x.at[rows].set(y), own, others)
+        return Memory(features, put_rows(self.layers, rows, other.layers), metadata)
 
 
 class GatedCrossLayer(nn.Module):
@@ -110,14 +71,15 @@ class GatedCrossLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B Q D"], plan: CrossPlan, cached: LayerKV | None
+        self, x: Float[Array, "B Q D"], plan: AttentionPlan, cached: LayerKV | None
     ) -> tuple[Float[Array, "B Q D"], LayerKV]:
         o = self.options
-        norm = Norm(o.norm, o.norm_epsilon, o.dtype, name="attention_norm")
-        y, kv = CrossAttention(o, name="attention")(norm(x), plan, cached)
+        norm = partial(Norm, o.norm, o.norm_epsilon, o.dtype)
+        y = norm(name="attention_norm")(x)
+        y, kv = CrossAttention(o, name="attention")(y, plan, cached)
         x = x + self._gate("attention_gate", x.shape[-1]) * y
-        norm = Norm(o.norm, o.norm_epsilon, o.dtype, name="feed_forward_norm")
-        y = make_mlp(o, name="feed_forward", use_bias=False)(norm(x))
+        y = norm(name="feed_forward_norm")(x)
+        y = Mlp(o, use_bias=False, name="feed_forward")(y)
         return x + self._gate("feed_forward_gate", x.shape[-1]) * y, kv
 
     def _gate(self, name: str, width: int) -> Float[Array, "#D"]:
@@ -135,7 +97,7 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B Q D"], plan: CrossPlan, cached: LayerKV | None
+        self, x: Float[Array, "B Q D"], plan: AttentionPlan, cached: LayerKV | None
     ) -> tuple[Float[Array, "B Q D"], LayerKV]:
         o = self.options
         query = into_heads(o.heads, o, False, "query")(x)
@@ -144,20 +106,15 @@ class CrossAttention(nn.Module):
             value = into_heads(o.num_kv_heads, o, False, "value")(plan.features)
             if o.cross.query_key_norm:
                 key = head_norm("key_norm", o)(key)
-            cached = as_slots(key), as_slots(value)
+            cached = key.swapaxes(1, 2), value.swapaxes(1, 2)  # in the layout of a cache
         else:
             key, value = (read_slots(each, o.dtype) for each in cached)
         if o.cross.query_key_norm:
             query = head_norm("query_norm", o)(query)
         query = whole_sequences(query, o.heads)
-        key, value = (share_of_heads(each, o.heads) for each in (key, value))
-        seen = jnp.zeros_like(query)
-        for call, seen_by in zip(plan.calls, plan.masks, strict=True):
-            rows = slice(*call.queries)
-            part = attend(query[:, rows], slice_keys(key, call), slice_keys(value, call), seen_by)
-            seen = seen.at[:, rows].set(part)
-        sow_attention(self, query, key, plan.calls, plan.masks, plan.groups)
-        seen = divided_sequences(seen)
+        key, value = (whole_sequences(each, o.heads, divided=False) for each in (key, value))
+        seen = attend(self, query, key, value, plan)
+        seen = constrain(seen, "batch", "length", "heads", None)
         return out_of_heads(x.shape[-1], o, False, "output")(seen), cached
 
 

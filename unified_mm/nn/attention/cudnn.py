@@ -7,15 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from unified_mm.nn.attention.masks import (
+    BlockCall,
     BlockMask,
     block_mask,
     one_document,
     static_mask,
     unknown_to_kernels,
     widen,
-    zero_unattended,
 )
-from unified_mm.nn.attention.rules import BlockCall
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import TokenMetadata
 
@@ -70,24 +69,22 @@ def attend(
     value: Float[Array, "B K G A"],
     seen_by: BlockMask,
 ) -> Float[Array, "B Q H A"]:
-    """Computes attention of a block call; a query that sees no key gets zero.
+    """Computes attention of a block call.
 
     Args:
       query, key, value: of the block call.
-      seen_by: with `queries`, `keys` and `has_keys`.
+      seen_by: with `queries` and `keys`.
     """
     if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1:
         # The kernel is divided by heads only where all three have the same.
         key, value = widen(key, query.shape[2]), widen(value, query.shape[2])
     if by_length(seen_by.call, seen_by.queries, seen_by.keys):
         key, value, lengths = valid_first(key, value, seen_by.keys.valid)
-        seen = jax.nn.dot_product_attention(
+        return jax.nn.dot_product_attention(
             query, key, value, key_value_seq_lengths=lengths, implementation="cudnn"
         )
-    else:
-        mask = block_mask(seen_by.call, seen_by.queries, seen_by.keys)[:, None]
-        seen = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
-    return zero_unattended(seen, seen_by.has_keys)
+    mask = block_mask(seen_by.call, seen_by.queries, seen_by.keys)[:, None]
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
 
 
 def valid_first(

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
-from unified_mm.nn.attention.rules import (
-    ALL,
-    FIELDS,
-    BlockCall,
-    KeySlice,
-    MaskTable,
-    Predicate,
-)
+from unified_mm.nn.attention.rules import ALL, FIELDS, MaskTable, Predicate, ScoreTerm
 from unified_mm.nn.tokens import Group, TokenMetadata, spans
 from unified_mm.parallel.mesh import platform
+
+
+class KeySlice(NamedTuple):
+    """A slice of keys that a block call sees, with its predicate and its score term."""
+
+    start: int
+    stop: int
+    predicate: Predicate
+    term: ScoreTerm | None = None
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """Queries that share one row of the table, and the keys that they see; all static.
+
+    Attributes:
+      queries: bounds of a slice of the query sequence.
+      keys: slices of the key sequence.
+    """
+
+    queries: tuple[int, int]
+    keys: tuple[KeySlice, ...]
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether anything is added to scores."""
+        return any(each.term is not None for each in self.keys)
 
 
 @struct.dataclass
@@ -28,75 +49,63 @@ class BlockMask:
     """The mask of one block call as a backend needs it; Q are its queries, K the keys it selects.
 
     Attributes:
-      dense: bool [B, Q, K], the whole mask, or None where the backend computes it.
-      queries, keys: metadata [B, Q] and [B, K], or None where the mask is dense.
-      has_keys: bool [B, Q], whether a query sees any key, or None where the backend computes it.
-      bias: float32 [B, Q, K], added to scores; None where nothing is.
-      call: the block call, its slices counted from the first of the Q and of the K; static.
+      call: the block call, its slices counted among `queries` and `keys`, or where these are None
+        among all tokens; static.
       backend: its name; static.
+      attend: the backend's function (query, key, value, block mask) -> output; static.
+      dense: bool [B, Q, K], the whole mask, or None where the backend computes it.
+      bias: float32 [B, Q, K], added to scores; None where nothing is.
+      queries, keys: metadata [B, Q] and [B, K], or None where the mask is dense.
+      has_keys: bool [B, Q], whether a query sees any key: where it sees none, the output becomes
+        zero. None where the backend sees to that.
     """
 
-    dense: Any
-    queries: Any
-    keys: Any
-    has_keys: Any
-    bias: Any
     call: BlockCall = struct.field(pytree_node=False)
     backend: str = struct.field(pytree_node=False)
+    attend: Callable[..., Any] = struct.field(pytree_node=False)
+    dense: Any = None
+    bias: Any = None
+    queries: Any = None
+    keys: Any = None
+    has_keys: Any = None
 
 
-def slice_keys(x: Float[Array, "B K *rest"], call: BlockCall) -> Float[Array, "B seen *rest"]:
-    """Returns the slices of keys (or of values) that a block call sees, concatenated."""
-    parts = [x[:, start:stop] for start, stop in picked(call)]
+def slice_keys(x: Shaped[Array, "B K *rest"], call: BlockCall) -> Shaped[Array, "B seen *rest"]:
+    """Returns the slices of keys (or values, or metadata) that a block call sees, concatenated."""
+    bounds: list[tuple[int, int]] = []
+    for start, stop, *_ in call.keys:
+        if bounds and bounds[-1][1] == start:
+            bounds[-1] = (bounds[-1][0], stop)
+        else:
+            bounds.append((start, stop))
+    parts = [x[:, start:stop] for start, stop in bounds]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
-def picked(call: BlockCall) -> list[tuple[int, int]]:
-    """Returns the bounds of the slices of keys that a block call sees, neighbours merged."""
-    merged: list[tuple[int, int]] = []
-    for start, stop, *_ in call.keys:
-        if merged and merged[-1][1] == start:
-            merged[-1] = (merged[-1][0], stop)
-        else:
-            merged.append((start, stop))
-    return merged
-
-
-def rebase(call: BlockCall) -> BlockCall:
-    """Returns the call with its slices counted among its own queries and the keys it selects."""
-    keys = []
-    count = 0
-    for each in call.keys:
-        stop = count + each.stop - each.start
-        keys.append(each._replace(start=count, stop=stop))
-        count = stop
-    return BlockCall((0, call.queries[1] - call.queries[0]), tuple(keys))
-
-
-def of_call(
+def cut(
     call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
-) -> tuple[TokenMetadata, TokenMetadata]:
-    """Returns the metadata of a call's queries [B, Q] and of the keys that it selects [B, K]."""
+) -> tuple[BlockCall, TokenMetadata, TokenMetadata]:
+    """Returns the metadata of a call's own queries and keys, and the call counted among these."""
+    own = jax.tree.map(lambda x: x[:, slice(*call.queries)], queries)
+    seen = jax.tree.map(lambda x: slice_keys(x, call), keys)
+    slices, count = [], 0
+    for each in call.keys:
+        start, count = count, count + each.stop - each.start
+        slices.append(each._replace(start=start, stop=count))
     return (
-        _cut(queries, [call.queries]),
-        _cut(keys, picked(call)),
+        BlockCall((0, call.queries[1] - call.queries[0]), tuple(slices)),
+        own.replace(groups=_within(queries.groups, [call.queries])),
+        seen.replace(groups=_within(keys.groups, [each[:2] for each in call.keys])),
     )
 
 
-def _cut(metadata: TokenMetadata, bounds: list[tuple[int, int]]) -> TokenMetadata:
-    """Returns the metadata of slices, given by their bounds, that hold whole groups."""
-    groups = []
-    stop = 0
-    for group in metadata.groups:
-        start, stop = stop, stop + group.length
-        if any(low <= start and stop <= high for low, high in bounds):
-            groups.append(group)
-
-    def cut(x: Array) -> Array:
-        parts = [x[:, low:high] for low, high in bounds]
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-
-    return jax.tree.map(cut, metadata).replace(groups=tuple(groups))
+def _within(groups: Sequence[Group], bounds: Sequence[tuple[int, int]]) -> tuple[Group, ...]:
+    """Returns the groups that lie within one of the bounds."""
+    return tuple(
+        group
+        for group, where in zip(groups, spans(groups).values(), strict=True)
+        if any(low <= where.start and where.stop <= high for low, high in bounds)
+    )
 
 
 def has_keys(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) -> Bool[Array, "B Q"]:
@@ -120,7 +129,7 @@ def masked_attention(
     """Computes scaled dot-product attention (Vaswani et al. 2017, eq. 1), softmax in float32.
 
     Where G < H, H / G heads of queries share a head of keys. A query that sees no key gets the mean
-    of all values: see `zero_unattended`.
+    of all values: softmax under an empty mask is uniform.
     """
     if query.dtype == jnp.float16 and platform() == "cpu":
         # No CPU has products of float16 that add up in float32.
@@ -130,11 +139,14 @@ def masked_attention(
     return jax.nn.dot_product_attention(query, key, value, added, mask[:, None])
 
 
-def zero_unattended(
-    x: Float[Array, "B Q H A"], has_keys: Bool[Array, "B Q"]
+def attend(
+    query: Float[Array, "B Q H A"],
+    key: Float[Array, "B K G A"],
+    value: Float[Array, "B K G A"],
+    seen_by: BlockMask,
 ) -> Float[Array, "B Q H A"]:
-    """Sets to zero where a query sees no key: softmax under an empty mask is uniform and leaks."""
-    return jnp.where(has_keys[:, :, None, None], x, 0)
+    """Computes attention of a block call by its dense mask: the backend `xla`."""
+    return masked_attention(query, key, value, seen_by.dense, seen_by.bias)
 
 
 def static_mask(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) -> np.ndarray | None:
@@ -173,13 +185,10 @@ def unknown_to_kernels(call: BlockCall) -> str:
 def _positions(groups: Sequence[Group], bounds: tuple[int, int]) -> np.ndarray | None:
     """Returns the positions of the tokens of whole groups within bounds; None if they are data."""
     found = []
-    stop = 0
-    for group in groups:
-        start, stop = stop, stop + group.length
-        if bounds[0] <= start and stop <= bounds[1] and group.length:
-            if group.start is None:
-                return None
-            found.append(group.start + np.arange(group.length))
+    for group in _within(groups, [bounds]):
+        if group.length and group.start is None:
+            return None
+        found.append((group.start or 0) + np.arange(group.length))
     return np.concatenate(found)
 
 
@@ -193,25 +202,17 @@ def widen(x: Float[Array, "B K G A"], heads: int) -> Float[Array, "B K H A"]:
     return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
-def pair_fields(
-    call: BlockCall, each: KeySlice, queries: TokenMetadata, keys: TokenMetadata
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Returns the metadata of a call's queries, [B, Q, 1], and of a slice of keys, [B, 1, K]."""
-    rows, columns = slice(*call.queries), slice(each.start, each.stop)
-    query = {name: getattr(queries, name)[:, rows, None] for name in FIELDS}
-    key = {name: getattr(keys, name)[:, None, columns] for name in (*FIELDS, "valid")}
-    return query, key
-
-
 def block_mask(
     call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
 ) -> Bool[Array, "B Q K"]:
     """Returns the mask of a block call: valid keys of the same document, by predicate."""
+    rows = slice(*call.queries)
+    query = {name: getattr(queries, name)[:, rows, None] for name in FIELDS}
     parts = []
-    for each in call.keys:
-        query, key = pair_fields(call, each, queries, keys)
+    for start, stop, predicate, _ in call.keys:
+        key = {name: getattr(keys, name)[:, None, start:stop] for name in (*FIELDS, "valid")}
         allowed = key["valid"] & (key["document"] == query["document"])
-        parts.append(allowed & each.predicate(query, key))
+        parts.append(allowed & predicate(query, key))
     return jnp.concatenate(parts, axis=2)
 
 
@@ -221,11 +222,13 @@ def block_bias(
     """Returns what is added to the scores of a block call; None where nothing is."""
     if not call.has_terms:
         return None
+    rows = slice(*call.queries)
+    query = {name: getattr(queries, name)[:, rows, None] for name in FIELDS}
     parts = []
-    for each in call.keys:
-        query, key = pair_fields(call, each, queries, keys)
-        shape = key["valid"].shape[0], query["position"].shape[1], key["valid"].shape[2]
-        added = jnp.zeros((), jnp.float32) if each.term is None else each.term(query, key)
+    for start, stop, _, term in call.keys:
+        key = {name: getattr(keys, name)[:, None, start:stop] for name in (*FIELDS, "valid")}
+        shape = key["valid"].shape[0], query["position"].shape[1], stop - start
+        added = jnp.zeros((), jnp.float32) if term is None else term(query, key)
         parts.append(jnp.broadcast_to(added.astype(jnp.float32), shape))
     return jnp.concatenate(parts, axis=2)
 

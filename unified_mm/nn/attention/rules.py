@@ -28,14 +28,14 @@ print the passes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from unified_mm.nn.tokens import Group, spans
+from unified_mm.nn.tokens import Group
 from unified_mm.registry import resolve
 
 # The metadata that predicates and score terms get, each broadcastable to [B, Q, K].
@@ -154,21 +154,6 @@ class ScoreTerm:
 Pattern = tuple[str, str]  # of the query's group and of the key's
 
 
-def fits(pattern: Pattern, query: Group, key: Group, written: tuple[bool, bool]) -> bool:
-    """Returns whether a pattern matches two groups.
-
-    Args:
-      pattern: of the query's group and of the key's.
-      query, key: the groups.
-      written: for each of the two, whether its role is `written` rather than `read`.
-    """
-    roles = tuple("written" if each else "read" for each in written)
-    known = {"*", query.modality, roles[0]}, {"*", key.modality, roles[1]}
-    if query.modality == key.modality:
-        known[1].add("same")
-    return pattern[0] in known[0] and pattern[1] in known[1]
-
-
 @dataclass(frozen=True)
 class AttentionRule:
     """An ordered table, in which the first pattern that matches two groups gives their predicate.
@@ -198,34 +183,39 @@ class AttentionRule:
         rows = tuple((pattern, predicate_of(each)) for pattern, each in table.items())
         return cls(name, rows, tuple((terms or {}).items()))
 
-    def predicate(self, query: Group, key: Group, written: tuple[bool, bool]) -> Predicate:
-        """Returns the predicate of two groups: which of the keys the queries see."""
-        return next((each for p, each in self.table if fits(p, query, key, written)), NONE)
+    def between(
+        self, query: Group, key: Group, written: tuple[bool, bool]
+    ) -> tuple[Predicate, ScoreTerm | None]:
+        """Returns the predicate and the score term of two groups.
 
-    def term(self, query: Group, key: Group, written: tuple[bool, bool]) -> ScoreTerm | None:
-        """Returns the score term of two groups, or None."""
-        return next((each for p, each in self.terms if fits(p, query, key, written)), None)
-
-    def between(self, query: Group, key: Group, written: tuple[bool, bool]) -> tuple[Any, Any]:
-        """Returns the predicate and the score term of two groups."""
-        return self.predicate(query, key, written), self.term(query, key, written)
+        Args:
+          query, key: the groups.
+          written: for each of the two, whether its role is `written` rather than `read`.
+        """
+        roles = ["written" if each else "read" for each in written]
+        same = ("same",) if query.modality == key.modality else ()
+        asking, asked = {"*", query.modality, roles[0]}, {"*", key.modality, roles[1], *same}
+        return (
+            next((p for (q, k), p in self.table if q in asking and k in asked), NONE),
+            next((t for (q, k), t in self.terms if q in asking and k in asked), None),
+        )
 
     def to_context(self, context: str) -> Predicate:
         """Returns the predicate by which a text sees a context modality."""
-        return self.predicate(TEXT, Group(context, context, 1), (True, False))
+        return self.between(TEXT, Group(context, context, 1), (True, False))[0]
 
     def from_context(self, context: str) -> Predicate:
         """Returns the predicate by which a context modality sees the text."""
-        return self.predicate(Group(context, context, 1), TEXT, (False, True))
+        return self.between(Group(context, context, 1), TEXT, (False, True))[0]
 
     def context_view(self, contexts: Sequence[str]) -> tuple[Any, ...] | None:
         """Returns how context modalities see each other; None where they see the text too.
 
         Texts whose rules return the same value can share one pass over the context.
         """
-        if any(self.from_context(name) != NONE for name in contexts):
-            return None
         groups = [Group(name, name, 1) for name in contexts]
+        if any(self.between(each, TEXT, (False, True))[0] != NONE for each in groups):
+            return None
         return tuple(self.between(q, k, (False, False)) for q in groups for k in groups)
 
     def reading(self, contexts: Sequence[str]) -> tuple[Any, ...]:
@@ -237,6 +227,35 @@ class AttentionRule:
         """Returns the context modalities that its patterns name, and one that they do not."""
         words = {word for pattern, _ in self.table for word in pattern}
         return [*sorted(words - {"written", "read", "same", "*", "text"}), "any other"]
+
+    @property
+    def shows_the_future(self) -> bool:
+        """Whether a text token could see a later one through the context.
+
+        It could where the context sees the text, text sees the context, and any step on the way
+        may lead forward. What is not known to lead backward alone is taken to lead forward.
+        """
+        contexts = self.modalities()
+        to_text = [self.to_context(name) for name in contexts]
+        from_text = [self.from_context(name) for name in contexts]
+        if all(each == NONE for each in to_text) or all(each == NONE for each in from_text):
+            return False
+        groups = [Group(name, name, 1) for name in (*contexts, "one more")]
+        among = {(a, b): self.between(a, b, (False, False))[0] for a in groups for b in groups}
+        # The segment of a text token is an earlier image, and an image sees no text within its own.
+        segments = PREDICATES["same_segment"], PREDICATES["block_causal"]
+        return not (
+            all(each.causal for each in from_text)
+            and all(each.causal or each in segments for each in to_text)
+            and all(each.causal or (a == b and each in segments) for (a, b), each in among.items())
+        )
+
+    @property
+    def with_causal_text(self) -> AttentionRule:
+        """The rule with text made causal, so that no token sees one that is written later."""
+        own, _ = self.between(TEXT, TEXT, (True, True))
+        in_order: tuple[Pattern, Predicate] = (("written", "written"), CAUSAL)
+        return self if own.causal else replace(self, table=(in_order, *self.table))
 
 
 TEXT = Group("text", "text", 1)  # any text, where a rule is asked about it
@@ -319,6 +338,10 @@ class View:
       alone: whether it is read on its own (with dropout of its own) even where another view is read
         in the same way.
       with_text: whether there is a text; else the context alone is read.
+      resolved: the rule, with text made causal if the view is autoregressive.
+
+    Raises:
+      ValueError: the rule is unknown, or lets a token see the one it must predict.
     """
 
     name: str
@@ -327,53 +350,19 @@ class View:
     alone: bool = False
     with_text: bool = True
 
-    def resolved(self) -> AttentionRule:
-        """Returns the rule, with text made causal if the view is autoregressive.
+    resolved: AttentionRule = field(init=False, repr=False, compare=False)
 
-        Raises:
-          ValueError: the rule is unknown, or lets a token see the one it must predict.
-        """
+    def __post_init__(self) -> None:
         rule = resolve("attention rule", self.rule, RULES)
         if not isinstance(rule, AttentionRule):
             raise ValueError(f"attention rule {self.rule!r} is a {type(rule).__name__}")
-        if not self.autoregressive:
-            return rule
-        if shows_the_future(rule):
+        if self.autoregressive and rule.shows_the_future:
             raise ValueError(
                 f"{self.name}: rule {self.rule!r} lets the context see the text and the text see "
                 "the context, so a token would see the one it must predict; use 'prefix', "
                 "'causal' or 'separate'"
             )
-        in_order: tuple[Pattern, Predicate] = (("written", "written"), CAUSAL)
-        own = rule.predicate(TEXT, TEXT, (True, True))
-        return rule if own.causal else replace(rule, table=(in_order, *rule.table))
-
-
-def shows_the_future(rule: AttentionRule) -> bool:
-    """Returns whether a text token could see a later one through the context.
-
-    It could where the context sees the text, text sees the context, and any step on the way may
-    lead forward. What is not known to lead backward alone is taken to lead forward.
-    """
-    contexts = rule.modalities()
-    to_text = [rule.to_context(name) for name in contexts]
-    if all(rule.from_context(name) == NONE for name in contexts):
-        return False
-    if all(each == NONE for each in to_text):
-        return False
-    groups = [Group(name, name, 1) for name in (*contexts, "one more")]
-    across = [
-        rule.predicate(a, b, (False, False)) for a in groups for b in groups if a.name != b.name
-    ]
-    within = [rule.predicate(each, each, (False, False)) for each in groups]
-    # The segment of a text token is an earlier image, and an image sees no text within its own.
-    segments = PREDICATES["same_segment"], PREDICATES["block_causal"]
-    return not (
-        all(rule.from_context(name).causal for name in contexts)
-        and all(each.causal or each in segments for each in to_text)
-        and all(each.causal for each in across)
-        and all(each.causal or each in segments for each in within)
-    )
+        object.__setattr__(self, "resolved", rule.with_causal_text if self.autoregressive else rule)
 
 
 @dataclass(frozen=True)
@@ -394,7 +383,7 @@ class MaskTable:
             return NONE, None
         owner = owners[0] or owners[1] or self.views[0]
         written = owners[0] is not None, owners[1] is not None
-        return owner.resolved().between(query, key, written)
+        return owner.resolved.between(query, key, written)
 
 
 def plan_passes(views: Sequence[View], contexts: Sequence[str]) -> list[tuple[View, ...]]:
@@ -405,7 +394,7 @@ def plan_passes(views: Sequence[View], contexts: Sequence[str]) -> list[tuple[Vi
     """
     passes: dict[Any, list[View]] = {}
     for view in views:
-        seen = view.resolved().context_view(contexts)
+        seen = view.resolved.context_view(contexts)
         passes.setdefault(view.name if seen is None else seen, []).append(view)
     return [tuple(group) for group in passes.values()]
 
@@ -415,65 +404,8 @@ def share_readings(views: Sequence[View], contexts: Sequence[str]) -> dict[str, 
     first: dict[Any, View] = {}
     return {
         view.name: first.setdefault(
-            view.name if view.alone else (view.with_text, view.resolved().reading(contexts)),
+            view.name if view.alone else (view.with_text, view.resolved.reading(contexts)),
             view,
         )
         for view in views
     }
-
-
-class KeySlice(NamedTuple):
-    """A slice of keys that a block call sees, with its predicate and its score term."""
-
-    start: int
-    stop: int
-    predicate: Predicate
-    term: ScoreTerm | None = None
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """Queries that share one row of the table, and the keys that they see; all static.
-
-    Attributes:
-      queries: bounds of a slice of the query sequence.
-      keys: slices of the key sequence.
-    """
-
-    queries: tuple[int, int]
-    keys: tuple[KeySlice, ...]
-
-    @property
-    def has_terms(self) -> bool:
-        """Returns whether anything is added to scores."""
-        return any(each.term is not None for each in self.keys)
-
-
-def block_calls(
-    table: MaskTable, queries: Sequence[Group], keys: Sequence[Group]
-) -> tuple[BlockCall, ...]:
-    """Returns the block calls of a table: neighbouring groups of queries with equal rows share one.
-
-    Queries that see no key have a call without keys.
-    """
-    key_spans = spans(keys)
-    calls: list[BlockCall] = []
-    start = 0
-    for query in queries:
-        row: list[KeySlice] = []
-        for key in keys:
-            predicate, term = table.between(query, key)
-            if predicate == NONE:
-                continue
-            span = key_spans[key.name]
-            if row and row[-1][1:] == (span.start, predicate, term):
-                row[-1] = row[-1]._replace(stop=span.stop)
-            else:
-                row.append(KeySlice(span.start, span.stop, predicate, term))
-        stop = start + query.length
-        if calls and calls[-1].keys == tuple(row) and calls[-1].queries[1] == start:
-            calls[-1] = BlockCall((calls[-1].queries[0], stop), tuple(row))
-        else:
-            calls.append(BlockCall((start, stop), tuple(row)))
-        start = stop
-    return tuple(calls)

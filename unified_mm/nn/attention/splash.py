@@ -12,13 +12,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from unified_mm.nn.attention.masks import (
+    BlockCall,
     BlockMask,
     static_mask,
     unknown_to_kernels,
     widen,
-    zero_unattended,
 )
-from unified_mm.nn.attention.rules import BlockCall
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import TokenMetadata
 
@@ -70,11 +69,11 @@ def attend(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B Q H A"]:
-    """Computes attention of a block call; a query that sees no key gets zero.
+    """Computes attention of a block call.
 
     Args:
       query, key, value: of the block call.
-      seen_by: with `queries`, `keys` and `has_keys`.
+      seen_by: with `queries` and `keys`.
       interpret: whether to interpret the kernel, which works on any device.
     """
     mask = static_mask(seen_by.call, seen_by.queries, seen_by.keys)
@@ -102,7 +101,7 @@ def attend(
             local, in_specs=(heads, heads, heads, P(*rows), P(*rows)), out_specs=heads,
             check_vma=False,
         )  # fmt: skip
-    return zero_unattended(local(query, key, value, *documents), seen_by.has_keys)
+    return local(query, key, value, *documents)
 
 
 def spec(x: Float[Array, "B N H A"]) -> P:

@@ -93,6 +93,7 @@ async function during(button, work) {
 }
 
 const can = (route) => server.routes.includes(route);
+const canShow = () => can("/search") && can("/pictures/{number}"); // what is found
 
 // ---- the picture and what is said about it
 
@@ -111,7 +112,7 @@ function look(blob) {
   $("picture").src = URL.createObjectURL(blob);
   $("drop").classList.add("small");
   $("looked-at").hidden = false;
-  $("together-part").hidden = !can("/search");
+  $("together-part").hidden = !canShow();
   if (can("/caption")) during(null, () => write("/caption", {}, "", ""));
 }
 
@@ -336,6 +337,6 @@ during(null, async () => {
   $("status").textContent = `${server.fusion.replaceAll("_", " ")}, step ${server.step.toLocaleString("en")}${pictures}${state}`;
   $("ask").hidden = !can("/answer");
   $("classify").hidden = !can("/classify");
-  $("like").hidden = $("search-part").hidden = !can("/search");
-  document.querySelector("main").classList.toggle("alone", !can("/search"));
+  $("like").hidden = $("search-part").hidden = !canShow();
+  document.querySelector("main").classList.toggle("alone", !canShow());
 });

@@ -1,0 +1,565 @@
+"""How people lay out images with texts: a function a layout, each giving the splits of a folder.
+
+A layout's function takes a `Folder` and returns how to list each split, by name, or nothing where
+the folder is laid out otherwise. A folder without splits of its own has the one split `WHOLE`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from unified_mm.data import coco, shards
+from unified_mm.data.listing import (
+    PICTURES,
+    Finder,
+    Key,
+    Listing,
+    Question,
+    Row,
+    listing_of,
+    pictures_in,
+    split_named,
+    usual,
+)
+from unified_mm.data.records import StoredImage
+from unified_mm.files import naming, read_json
+
+WHOLE = "all"  # the only split of a folder that has none of its own
+# What columns and keys are called, in lists that people have; the first that is there is read.
+IMAGE_NAMES = (
+    "filepath", "file_name", "filename", "image", "image_path", "image_name", "path", "file", "img",
+)  # fmt: skip
+CAPTION_NAMES = ("title", "caption", "captions", "text", "raw", "comment", "description")
+ID_NAMES = ("image_id", "img_id", "imgid", "cocoid", "id")
+
+Splits = Mapping[str, Callable[[], Listing]]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A data folder, with what its layout may need to know.
+
+    Attributes:
+      path: the folder.
+      image, caption: what the user calls the fields of images and captions; '' for usual names.
+      cache: where what is costly to find out is kept.
+    """
+
+    path: Path
+    image: str = ""
+    caption: str = ""
+    cache: Path | None = None
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The files of the folder and of those in it, pictures apart, in order."""
+        found = [*self.path.glob("*"), *self.path.glob("*/*")]
+        return sorted(p for p in found if p.is_file() and p.suffix.lower() not in PICTURES)
+
+    @cached_property
+    def json_lists(self) -> list[tuple[Path, Any]]:
+        """The JSON files of the folder, with what they hold."""
+        return [(file, read_json(file)) for file in self.files if file.suffix == ".json"]
+
+    @cached_property
+    def finder(self) -> Finder:
+        roots = [self.path / "images", *(p for p in sorted(self.path.glob("*")) if p.is_dir())]
+        return Finder(self.path, roots)
+
+    def near(self, file: Path, name: str) -> str:
+        """Returns the name within the folder of an image that is named beside `file`, if it is."""
+        beside = file.parent / name.replace("\\", "/")
+        return beside.relative_to(self.path).as_posix() if os.path.isfile(beside) else name
+
+    def image_name(self, fields: Mapping[str, Any]) -> str:
+        return self.image if self.image in fields else usual(fields, IMAGE_NAMES)
+
+    def caption_name(self, fields: Mapping[str, Any]) -> str:
+        return self.caption if self.caption in fields else usual(fields, CAPTION_NAMES)
+
+
+def _grouped(files: Iterable[Path], folder: Folder) -> dict[str, list[Path]]:
+    """Returns files by the split that their names tell, or the first folder they are in."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        top, *rest = file.relative_to(folder.path).parts
+        # A picture may be called train_station.jpg: its folder alone tells its split.
+        told = split_named(top) if rest and top.isalpha() else ""
+        if not told and file.suffix.lower() not in PICTURES:
+            told = split_named(file.name)
+        found.setdefault(told or WHOLE, []).append(file)
+    return found
+
+
+def _by_split(
+    files: Iterable[Path], read: Callable[[Path], Iterable[Row]], folder: Folder
+) -> Splits:
+    """Returns the splits of files; what files of one split list is put together."""
+
+    def listed(these: Sequence[Path]) -> Listing:
+        rows = (row for file in these for row in read(file))
+        return listing_of(these[0], rows, folder.finder)
+
+    return {split: partial(listed, these) for split, these in _grouped(files, folder).items()}
+
+
+def coco_captions(folder: Folder) -> Splits:
+    """Reads MS-COCO's `annotations/captions_*.json`."""
+    if not any((folder.path / "annotations").glob("captions_*.json")):
+        return {}
+    names = coco.find_splits(folder.path)
+    return {name: partial(coco.read_captions, folder.path, name) for name in names}
+
+
+def karpathy(folder: Folder) -> Splits:
+    """Reads Karpathy's `dataset_coco.json`: images with `sentences` and their `split`."""
+    for file, data in folder.json_lists:
+        images = data.get("images") if isinstance(data, dict) else None
+        if isinstance(images, list) and images and "sentences" in _first(images):
+            return _karpathy_splits(folder, file, images)
+    return {}
+
+
+def _karpathy_splits(folder: Folder, file: Path, images: list) -> Splits:
+    rows: dict[str, list[Row]] = {}
+    for number, image in enumerate(images):
+        place = f"{file.name}: images[{number}]"
+        names = [_string(image, key, place) for key in ("filepath", "filename") if image.get(key)]
+        captions = [each.get("raw") for each in image["sentences"]]
+        key = next((image[name] for name in ("cocoid", "imgid") if name in image), None)
+        split = split_named(_string(image, "split", place)) or image["split"]
+        rows.setdefault(split, []).append(Row(place, key, "/".join(names), captions))
+    return {
+        split: partial(listing_of, file, members, folder.finder) for split, members in rows.items()
+    }
+
+
+def lavis(folder: Folder) -> Splits:
+    """Reads JSON lists of `image` and `caption`, as LAVIS has them."""
+    files = {
+        file: data
+        for file, data in folder.json_lists
+        if isinstance(data, list) and data
+        and folder.image_name(_first(data)) and folder.caption_name(_first(data))
+    }  # fmt: skip
+
+    def rows(file: Path) -> Iterator[Row]:
+        for number, each in enumerate(files[file]):
+            yield _object_row(folder, file, f"{file.name}[{number}]", each)
+
+    return _by_split(files, rows, folder)
+
+
+def _object_row(folder: Folder, file: Path, place: str, fields: Any) -> Row:
+    """Returns the row of an object that names an image and one caption or several."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: {place} must be an object, is {json.dumps(fields):.40}")
+    image = fields.get(folder.image_name(fields)) or None
+    if image is not None and not isinstance(image, str):
+        raise ValueError(f"{file}: {place}: {json.dumps(image):.40} is no name of an image")
+    captions = _several(fields.get(folder.caption_name(fields)))
+    return Row(place, _key(fields), image and folder.near(file, image), captions)
+
+
+def _key(fields: Mapping[str, Any]) -> Key | None:
+    name = usual(fields, ID_NAMES)
+    key = fields.get(name)
+    return key if isinstance(key, int | str) and not isinstance(key, bool) and key != "" else None
+
+
+def llava(folder: Folder) -> Splits:
+    """Reads LLaVA's conversations: what a person asks is a prompt, what is answered the target."""
+    files = {
+        file: data
+        for file, data in folder.json_lists
+        if isinstance(data, list) and data and "conversations" in _first(data)
+    }
+
+    def rows(file: Path) -> Iterator[Row]:
+        for number, each in enumerate(files[file]):
+            place = f"{file.name}[{number}]"
+            said = each.get("conversations") or []
+            pairs = []
+            for asked, answered in zip(said[::2], said[1::2], strict=False):
+                if asked.get("from") != "human" or answered.get("from") != "gpt":
+                    raise ValueError(f"{place}: human and gpt must take turns")
+                prompt = str(asked.get("value", "")).replace("<image>", "").strip()
+                pairs.append((prompt, answered.get("value")))
+            yield Row(place, None, each.get("image") or None, pairs=pairs)
+
+    return _by_split(files, rows, folder)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the fields of a file of questions are called; a name may have '{}', the question's id.
+
+    Attributes:
+      image: the image's file or id.
+      answers: a list of texts or of objects with `answer`, or one text.
+    """
+
+    image: str
+    answers: str
+    question: str = "question"
+
+
+# VizWiz; TextVQA; GQA; OK-VQA and VQA v2 with their answers put in.
+ASKED = (
+    Asked("image", "answers"),
+    Asked("image_id", "answers"),
+    Asked("imageId", "answer"),
+    Asked("image", "answer"),
+)
+
+
+def questions(folder: Folder) -> Splits:
+    """Reads files of questions: OK-VQA, VizWiz, TextVQA, GQA, by a table of the fields' names."""
+    answers = _answers(folder)
+    files = {}
+    for file, data in folder.json_lists:
+        asked = _asked(data)
+        if asked and _fields_of(asked[0][1], bool(answers)):
+            files[file] = asked
+
+    def rows(file: Path) -> Iterator[Row]:
+        for key, each in files[file]:
+            yield _question_row(folder, f"{file.name}: question {key!r}", key, each, answers)
+
+    return _by_split(files, rows, folder)
+
+
+def _asked(data: Any) -> list[tuple[Key, dict]]:
+    """Returns the questions of a file by id: of a list, of `data` or `questions`, or by key."""
+    if isinstance(data, dict):
+        for name in ("data", "questions"):
+            if isinstance(data.get(name), list):
+                return _asked(data[name])
+        if data and all(isinstance(each, dict) and "question" in each for each in data.values()):
+            return list(data.items())
+        return []
+    if not isinstance(data, list) or not data or "question" not in _first(data):
+        return []
+    return [(each.get("question_id", number), each) for number, each in enumerate(data)]
+
+
+def _answers(folder: Folder) -> dict[Key, dict]:
+    """Returns the answers that lie in files of their own, as VQA's do, by question."""
+    found: dict[Key, dict] = {}
+    for _, data in folder.json_lists:
+        members = data.get("annotations") if isinstance(data, dict) else None
+        if isinstance(members, list) and members and "answers" in _first(members):
+            found |= {each["question_id"]: each for each in members}
+    return found
+
+
+def _fields_of(question: Mapping[str, Any], answered: bool) -> Asked | None:
+    fits = (f for f in ASKED if f.image in question and (f.answers in question or answered))
+    return next(fits, None)
+
+
+def _question_row(
+    folder: Folder, place: str, key: Key, each: dict, answers: Mapping[Key, dict]
+) -> Row:
+    merged = {**answers.get(key, {}), **each}
+    fields = _fields_of(merged, False)
+    if fields is None:
+        raise ValueError(f"{place} has no image or no answer")
+    image, given = merged[fields.image], merged[fields.answers]
+    said: list[Any] = [a.get("answer") if isinstance(a, dict) else a for a in _several(given)]
+    if not said or not all(isinstance(a, str) and a.strip() for a in said):
+        raise ValueError(f"{place} has no answer, or one that is no text")
+    best = merged.get("multiple_choice_answer") or Counter(said).most_common(1)[0][0]
+    found = Question(
+        key, image, _string(merged, fields.question, place), best, tuple(said),
+        str(merged.get("answer_type", "other")), str(merged.get("question_type", "")),
+    )  # fmt: skip
+    return Row(place, image, _file_of(folder, image), questions=[found])
+
+
+def _file_of(folder: Folder, image: Key) -> str:
+    """Returns the name of an image that is given by its file or its number, as MS-COCO's are."""
+    names = [f"{image}.jpg", f"{image}.png"]
+    if isinstance(image, int):
+        names += [f"{image:012d}.jpg"]
+        names += [f"COCO_{split}2014_{image:012d}.jpg" for split in ("train", "val", "test")]
+    elif Path(image).suffix:
+        names.insert(0, image)
+    return next((name for name in names if folder.finder.find(name).is_file()), names[0])
+
+
+def tables(folder: Folder) -> Splits:
+    """Reads CSV, TSV and Flickr's .token files of an image and a caption a line."""
+    found = [f for f in folder.files if f.suffix in (".csv", ".tsv", ".token", ".txt")]
+    files = {file: table for file in found if (table := _table(folder, file))}
+    if any("split" in table[1] for table in files.values()):
+        return _table_splits(folder, files)
+
+    def rows(file: Path) -> Iterator[Row]:
+        return (_table_row(folder, file, *each) for each in _table_lines(file, files[file]))
+
+    return _by_split(files, rows, folder)
+
+
+Table = tuple[str, list[str]]  # its delimiter, the names of its columns
+
+
+def _table(folder: Folder, file: Path) -> Table | None:
+    """Returns the delimiter and the columns of a file that is a table of images and captions."""
+    with naming(file), file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        first = lines.readline().rstrip("\r\n")
+    if file.suffix == ".token" or re.match(r"\S+\.\w{3,4}#\d+\t", first):
+        return "\t", []
+    for delimiter in (",", "\t", "|", ";"):
+        names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+        fields = dict.fromkeys(names)
+        if len(names) > 1 and folder.image_name(fields) and folder.caption_name(fields):
+            return delimiter, names
+    return None
+
+
+def _table_lines(file: Path, table: Table) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields the lines of a table by column, with their places."""
+    delimiter, names = table
+    with naming(file), file.open(encoding="utf-8-sig", newline="") as lines:
+        try:
+            if not names:
+                for number, line in enumerate(lines, 1):
+                    image, _, caption = line.rstrip("\r\n").partition("\t")
+                    image = image.rpartition("#")[0] or image
+                    yield f"{file.name}:{number}", {"image": image, "caption": caption}
+                return
+            next(lines)
+            # Flickr30k's own file has spaces beside its bars and no quotes that mean anything.
+            quoting: Any = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
+            reader = csv.reader(lines, delimiter=delimiter, quoting=quoting)
+            for cells in reader:
+                if cells:
+                    cells = [cell.strip() for cell in cells]
+                    yield (
+                        f"{file.name}:{reader.line_num + 1}",
+                        dict(zip(names, cells, strict=False)),
+                    )
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is no table that can be read: {error}") from error
+
+
+def _table_row(folder: Folder, file: Path, place: str, line: Mapping[str, str]) -> Row:
+    caption = line.get(folder.caption_name(line) or CAPTION_NAMES[0], "")
+    captions: list[Any] = [caption]
+    if caption.startswith("[") and caption.endswith("]"):
+        try:
+            captions = json.loads(caption)
+        except json.JSONDecodeError:
+            captions = [caption]  # a caption in brackets
+    image = line.get(folder.image_name(line))
+    return Row(place, None, folder.near(file, image) if image else None, captions)
+
+
+def _table_splits(folder: Folder, files: Mapping[Path, Table]) -> Splits:
+    """Returns the splits that a column of a table names."""
+    rows: dict[str, list[Row]] = {}
+    for file, table in files.items():
+        for place, line in _table_lines(file, table):
+            split = line.get("split", "")
+            row = _table_row(folder, file, place, line)
+            rows.setdefault(split_named(split) or split or WHOLE, []).append(row)
+    first = next(iter(files))
+    return {split: partial(listing_of, first, each, folder.finder) for split, each in rows.items()}
+
+
+def image_folder(folder: Folder) -> Splits:
+    """Reads Hugging Face's imagefolder: `metadata.jsonl` beside the pictures that it names.
+
+    (`metadata.csv` is read as a table.)
+    """
+    files = [file for file in folder.files if file.name == "metadata.jsonl"]
+
+    def rows(file: Path) -> Iterator[Row]:
+        with naming(file), file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    place = f"{file.name}:{number}"
+                    yield _object_row(folder, file, place, _line_object(place, line))
+
+    return _by_split(files, rows, folder)
+
+
+def _line_object(place: str, line: str | bytes) -> dict[str, Any]:
+    """Returns the object that a line or a small file holds."""
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{place}: must be an object, is {json.dumps(found):.40}")
+    return found
+
+
+def texts_beside(folder: Folder) -> Splits:
+    """Reads pictures with a `.txt` of the same name beside them, a caption a line."""
+    pictures = [p for p in pictures_in(folder.path) if p.with_suffix(".txt").is_file()]
+
+    def rows(picture: Path) -> Iterator[Row]:
+        text = picture.with_suffix(".txt")
+        with naming(text):
+            try:
+                lines = text.read_text(encoding="utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{text}, byte {error.start}: not UTF-8") from error
+        relative = picture.relative_to(folder.path).as_posix()
+        yield Row(relative, None, relative, [line for line in lines if line.strip()] or [""])
+
+    return _by_split(pictures, rows, folder)
+
+
+def class_folders(folder: Folder) -> Splits:
+    """Reads a folder of pictures for each class, whose name is the caption: `cat/1.jpg`."""
+    pictures = [p for p in pictures_in(folder.path) if len(p.relative_to(folder.path).parts) > 1]
+    classes = {p.parent.name for p in pictures if p.parent.name != "images"}
+    if len({name for name in classes if not split_named(name)}) < 2:
+        return {}
+
+    def rows(picture: Path) -> Iterator[Row]:
+        relative = picture.relative_to(folder.path).as_posix()
+        yield Row(relative, None, relative, [re.sub(r"[_\s]+", " ", picture.parent.name)])
+
+    return _by_split(pictures, rows, folder)
+
+
+def webdataset(folder: Folder) -> Splits:
+    """Reads WebDataset tars as img2dataset writes them: `KEY.jpg` beside `KEY.txt` or `.json`."""
+    tars = [file for file in folder.files if file.suffix == ".tar"]
+
+    def captions(place: str, texts: Mapping[str, str]) -> list[Any]:
+        for suffix in (".txt", ".caption"):
+            if suffix in texts:
+                return [texts[suffix]]
+        if ".json" not in texts:
+            return []
+        fields = _line_object(f"{place}.json", texts[".json"])
+        return _several(fields.get(folder.caption_name(fields)))
+
+    return _shard_splits(
+        folder, tars, lambda tar: shards.open_tar(tar, PICTURES, folder.cache), captions
+    )
+
+
+def parquet(folder: Folder) -> Splits:
+    """Reads parquet files with the bytes of images, as Hugging Face's datasets write them."""
+    files = {}
+    for file in (each for each in folder.files if each.suffix == ".parquet"):
+        columns = shards.parquet_columns(file)
+        image, caption = folder.image_name(columns), folder.caption_name(columns)
+        if image and caption and "binary" in columns[image]:
+            files[file] = (image, caption)
+
+    def opened(file: Path) -> shards.Shard:
+        if folder.cache is None:
+            raise ValueError(f"{file}: pictures of parquet files need a cache: set data.cache_dir")
+        return shards.open_parquet(file, *files[file], folder.cache)
+
+    def captions(place: str, texts: Mapping[str, Any]) -> list[Any]:
+        return [each for value in texts.values() for each in _several(value)]
+
+    return _shard_splits(folder, files, opened, captions)
+
+
+def _shard_splits(
+    folder: Folder,
+    files: Iterable[Path],
+    opened: Callable[[Path], shards.Shard],
+    captions: Callable[[str, Mapping[str, Any]], list[Any]],
+) -> Splits:
+    """Returns the splits of files that hold pictures with their texts."""
+
+    def listed(these: Sequence[Path]) -> Listing:
+        found = [opened(file) for file in these]
+        spans, rows = shards.spans_of(found), []
+        samples = ((shard.file.name, sample) for shard in found for sample in shard.samples)
+        for number, (file, each) in enumerate(samples):
+            place = f"{file}/{each.key}"
+            image = StoredImage(spans, number, each.name, each.size) if each.name else None
+            rows.append(Row(place, place, image, captions(place, each.texts)))
+        stamp = json.dumps([shard.stamp for shard in found])
+        return replace(listing_of(these[0], rows, folder.finder), stamp=stamp)
+
+    return {split: partial(listed, these) for split, these in _grouped(files, folder).items()}
+
+
+def _several(value: Any) -> list[Any]:
+    """Returns a caption, or a list of them, as a list."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _first(members: Sequence[Any]) -> Mapping[str, Any]:
+    """Returns the first member of a list where that is an object."""
+    return members[0] if isinstance(members[0], dict) else {}
+
+
+def _string(fields: Mapping[str, Any], key: str, place: str) -> str:
+    value = fields.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{place}: {key} must be a text, is {json.dumps(value):.40}")
+    return value
+
+
+# In the order in which a folder is looked at: the more a layout asks for, the earlier.
+LAYOUTS: dict[str, tuple[str, Callable[[Folder], Splits]]] = {
+    "coco": ("MS-COCO: annotations/captions_*.json", coco_captions),
+    "karpathy": ("Karpathy's dataset_*.json with sentences and splits", karpathy),
+    "llava": ("LLaVA's conversations in JSON", llava),
+    "lavis": ("JSON lists of image and caption", lavis),
+    "questions": ("JSON files of questions (OK-VQA, VizWiz, TextVQA, GQA)", questions),
+    "imagefolder": ("metadata.jsonl with file_name and text", image_folder),
+    "table": ("CSV, TSV or .token of image and caption", tables),
+    "webdataset": ("WebDataset tars: KEY.jpg with KEY.txt or KEY.json", webdataset),
+    "parquet": ("parquet files with the bytes of images and captions", parquet),
+    "text_files": ("pictures with a .txt of the same name", texts_beside),
+    "classes": ("a folder of pictures for each class", class_folders),
+}
+
+
+_NEEDED = (
+    f"an image ({', '.join(IMAGE_NAMES)}) and a caption ({', '.join(CAPTION_NAMES)}), or "
+    "data.fields.image and data.fields.caption name them. "
+)
+
+
+def nearest(folder: Folder) -> str:
+    """Says what a folder without a known layout comes closest to, and lacks; '' for nothing."""
+    for sub in (p for p in sorted(folder.path.glob("*")) if p.is_dir() and p.name[0] != "."):
+        inner = replace(folder, path=sub)
+        named = (name for name, (_, of) in LAYOUTS.items() if name != "classes" and of(inner))
+        if name := next(named, ""):
+            return f"Nearest is {sub}, which is laid out as {name}: set data.dir={sub}. "
+    for file in folder.files:
+        if file.name.startswith("captions_") and file.suffix == ".json":
+            return f"Nearest is coco: move {file.name} into {folder.path / 'annotations'}. "
+        if file.suffix in (".csv", ".tsv", ".jsonl"):
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                first = lines.readline().strip()
+            return f"Nearest is {file.name}, which begins {first[:80]!r}: it must name {_NEEDED}"
+        if file.suffix in (".tar", ".parquet"):
+            return f"Nearest is {file.name}, in which no picture with a caption was found. "
+    for file, data in folder.json_lists:
+        fields = _first(data) if isinstance(data, list) and data else data
+        if isinstance(fields, dict):
+            keys = ", ".join(list(fields)[:8])
+            return f"Nearest is {file.name}, which has {keys}: a list of objects needs {_NEEDED}"
+    if pictures := pictures_in(folder.path):
+        first, text = pictures[0].name, pictures[0].with_suffix(".txt").name
+        return (
+            f"Nearest is text_files: {len(pictures):,} pictures have no texts; put {text} beside "
+            f"{first}, or a metadata.csv with file_name,text into the folder. "
+        )
+    return ""

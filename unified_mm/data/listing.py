@@ -1,0 +1,315 @@
+"""What a layout lists of a split: images and their texts, found on disk, not yet decoded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unified_mm.data.records import Problem, StoredImage, Text
+
+Key = int | str
+PICTURES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .mpo .avif .jp2".split()
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An image that is listed, with its texts.
+
+    Attributes:
+      id: the image id.
+      file: its name where it is listed; None for an example without image.
+      image: the file on disk, or where it is stored; None for an example without image.
+      texts: captions, and questions with answers, in order.
+    """
+
+    id: Key
+    file: str | None
+    image: Path | StoredImage | None
+    texts: tuple[Text, ...]
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Returns the texts without a prompt."""
+        return tuple(text.target for text in self.texts if not text.prompt)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question on an image, with its answers.
+
+    Attributes:
+      answer: the most frequent of `answers`.
+    """
+
+    id: Key
+    image_id: Key
+    question: str
+    answer: str
+    answers: tuple[str, ...]
+    answer_type: str
+    question_type: str
+
+    @property
+    def text(self) -> Text:
+        return Text(prompt=self.question, target=self.answer)
+
+
+@dataclass(frozen=True)
+class Foil:
+    """A caption and the same caption made false in one way.
+
+    Attributes:
+      kind: what was changed.
+    """
+
+    image_id: Key
+    caption: str
+    foil: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images and texts of a split.
+
+    Attributes:
+      path: the file or folder that lists them.
+      entries: the images that are kept, with their texts.
+      listed: the distinct image ids, those that were left out included.
+      annotations: the number of texts, those that were left out included.
+      directional: whether the texts name left and right throughout, so that no image may be
+        flipped.
+      image_problems: what is wrong with the list of images.
+      caption_problems: what is wrong with the texts.
+      hint: a likely cause of texts of unlisted images, for error messages; '' for none.
+      looked: where image files were looked for, for error messages.
+      questions: questions that are listed with the images.
+      stamp: what tells whether the files that images are stored in have changed.
+    """
+
+    path: Path
+    entries: tuple[Entry, ...]
+    listed: frozenset[Key]
+    annotations: int
+    directional: bool = False
+    image_problems: tuple[Problem, ...] = ()
+    caption_problems: tuple[Problem, ...] = ()
+    hint: str = ""
+    looked: str = ""
+    questions: tuple[Question, ...] = ()
+    stamp: str = ""
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        return (*self.image_problems, *self.caption_problems)
+
+
+class Finder:
+    """Finds image files by the names that lists give them.
+
+    A name is looked for below each of `roots`, as it is; then by any file of the folder whose path
+    ends alike, whatever the Unicode form: by the longest ending that just one file has.
+
+    Args:
+      folder: the data folder; nothing outside of it is found.
+      roots: folders in it that names are relative to, beside the folder itself.
+    """
+
+    def __init__(self, folder: Path, roots: Sequence[Path] = ()) -> None:
+        self.folder = folder
+        self._roots = [root for root in dict.fromkeys((*roots, folder)) if root.is_dir()]
+        self._by_ending: dict[str, Path | None] | None = None  # made when it is first needed
+
+    @property
+    def looked(self) -> str:
+        """Says where files were looked for."""
+        roots = ", ".join(f"{root}/" for root in self._roots)
+        return f" (looked for them below {roots} and by the ends of their paths)"
+
+    def find(self, name: str) -> Path:
+        """Returns the file of a name; the first place where it should be if there is none."""
+        inside = os.path.normpath(self.folder)
+        plain = name.replace("\\", "/")
+        for root in self._roots:
+            for form in (name, plain):
+                path = os.path.normpath(os.path.join(root, form))
+                if os.path.isfile(path) and Path(path).is_relative_to(inside):
+                    return Path(path)
+        parts = [part for part in plain.split("/") if part not in ("", ".", "..")]
+        for start in range(len(parts)):
+            if found := self._endings.get(_normal("/".join(parts[start:]))):
+                return found
+        return self._roots[0] / "/".join(parts)
+
+    @property
+    def _endings(self) -> dict[str, Path | None]:
+        """Returns every ending of the path of every picture: its file, None where two share it."""
+        if self._by_ending is None:
+            found: dict[str, Path | None] = {}
+            for path in pictures_in(self.folder):
+                parts = path.relative_to(self.folder).parts
+                for start in range(len(parts)):
+                    ending = _normal("/".join(parts[start:]))
+                    found[ending] = None if ending in found else path
+            self._by_ending = found
+        return self._by_ending
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Returns the picture files below a folder, in order; hidden folders are left out."""
+    found = []
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        pictures = (name for name in sorted(files) if Path(name).suffix.lower() in PICTURES)
+        found += [Path(where) / name for name in pictures if not name.startswith(".")]
+    return found
+
+
+def _normal(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+class Row(NamedTuple):
+    """What one place of a list says of an image; rows of one id are put together.
+
+    Attributes:
+      place: where it stands, for messages.
+      id: the image id; None for the name of the file.
+      image: the name of its file, or where it is stored; None for an example without image.
+      captions: what should be texts.
+      pairs: questions with answers, to learn from.
+      questions: questions to be scored on too.
+    """
+
+    place: str
+    id: Key | None
+    image: str | StoredImage | None
+    captions: Sequence[Any] = ()
+    pairs: Sequence[tuple[Any, Any]] = ()
+    questions: Sequence[Question] = ()
+
+
+def listing_of(path: Path, rows: Iterable[Row], finder: Finder) -> Listing:
+    """Returns the listing of rows; texts that are none are left out, counted and named.
+
+    Raises:
+      ValueError: there is no row.
+    """
+    images: dict[Key, str | StoredImage | None] = {}
+    texts: dict[Key, list[Text]] = {}
+    questions: list[Question] = []
+    image_problems, text_problems = [], []
+    count = 0
+    for row in rows:
+        named = row.place if row.image is None else str(row.image)
+        key: Key = named if row.id is None else row.id
+        if images.setdefault(key, row.image) != row.image:
+            image_problems.append(Problem(row.place, "image id with two files", "left out"))
+            continue
+        known = texts.setdefault(key, [])
+        for prompt, target in [("", each) for each in row.captions] + list(row.pairs):
+            count += 1
+            fault = no_text(target) or (no_text(prompt, "question") if prompt else "")
+            if fault:
+                text_problems.append(Problem(row.place, fault, "left out"))
+            else:
+                known.append(Text(prompt.strip(), target.strip()))
+        questions += row.questions
+    if not images:
+        raise ValueError(f"{path} lists no image")
+    entries = []
+    for each, image in images.items():
+        found = finder.find(image) if isinstance(image, str) else image
+        name = image if isinstance(image, str | None) else image.name
+        entries.append(Entry(each, name, found, tuple(texts[each])))
+    return Listing(
+        path,
+        tuple(entries),
+        frozenset(images),
+        count,
+        image_problems=tuple(image_problems),
+        caption_problems=tuple(text_problems),
+        looked=finder.looked,
+        questions=tuple(questions),
+    )
+
+
+def no_text(value: Any, what: str = "caption") -> str:
+    """Returns what is wrong with a text of a list, '' for a good one."""
+    if not isinstance(value, str):
+        return f"{what} that is no text"
+    if not value.strip():
+        return f"empty {what}"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return f"{what} with half of a surrogate pair"
+    return ""
+
+
+def id_hint(listed: Iterable[Key], used: Iterable[Key]) -> str:
+    """Returns a hint that a used id and a listed id differ only in type, number or string.
+
+    Args:
+      listed: the image ids of the captions file.
+      used: the image ids of annotations.
+
+    Returns:
+      The hint, to be appended to an error message; '' if all such ids agree.
+    """
+    numbers = {str(key): key for key in listed}
+    for key in used:
+        other = numbers.get(str(key), key)
+        if other != key:
+            return (
+                f". The id {other!r} of images is written {key!r} here, a "
+                f"{'string' if isinstance(key, str) else 'number'}: write ids alike"
+            )
+    return ""
+
+
+_SPLITS = {
+    "train": ("train", "training", "restval"),
+    "val": ("val", "valid", "validation", "dev", "minival"),
+    "test": ("test", "testing", "testdev"),
+}
+
+
+def split_named(name: str) -> str:
+    """Returns the split that the name of a file or folder tells: train, val, test, '' for none."""
+    words = re.split(r"[^a-z]+", name.lower())
+    for split, known in _SPLITS.items():
+        if any(word in known for word in words):
+            return split
+    return ""
+
+
+def held_out(key: Key, share: float) -> bool:
+    """Returns whether an example of a folder without splits is in 'val', by its id alone.
+
+    So more pictures change no other's side.
+    """
+    import zlib
+
+    return zlib.crc32(json.dumps(key).encode()) < share * 2**32
+
+
+def what_is_there(folder: Path) -> str:
+    """Says what a folder holds, for messages."""
+    names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"there is {', '.join(names[:10])}{more}" if names else "it is empty"
+
+
+def usual(found: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Returns the first of `names` that a list has, whatever its case; '' if it has none."""
+    there = {name.strip().lower(): name for name in found}
+    return next((there[name] for name in names if name in there), "")

@@ -1,0 +1,76 @@
+"""What a person should know of a run before its first step, though nothing of it is wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from unified_mm.config import Config
+from unified_mm.data.records import Manifest
+from unified_mm.task import Task
+
+LOOKED_AT = 20000  # texts of which the lengths are taken
+MAY_BE_CUT = 0.01  # share of texts for which a sufficient length is named
+
+
+def notices(config: Config, task: Task, train: Manifest) -> list[str]:
+    """Returns a line for each thing to know about the training data and what becomes of it."""
+    return [
+        line
+        for line in (
+            epochs_line(len(train.records), config.train.steps, config.train.batch_size),
+            cut_line(task, train),
+            mirror_line(config, task),
+        )
+        if line
+    ]
+
+
+def epochs_line(examples: int, steps: int, batch_size: int) -> str:
+    """Says how many epochs the steps are, and where a batch holds examples more than once."""
+    line = f"{steps:,} steps of {batch_size:,} examples are {steps * batch_size / examples:.3g} "
+    line += f"epochs of {examples:,}"
+    if batch_size > examples:
+        line += (
+            f"; a batch holds every example {batch_size / examples:.3g} times: contrast takes a "
+            "copy for a wrong answer unless its same_item_negatives is False"
+        )
+    return line
+
+
+def cut_share(task: Task, train: Manifest) -> tuple[float, int]:
+    """Returns the share of training texts that are cut, and the length that would cut 1%.
+
+    Of more than 20,000 texts, as many are looked at, evenly spread.
+    """
+    text = task.modalities.get("text")
+    texts = [each for record in train.records for each in record.texts]
+    if text is None or not texts:
+        return 0.0, 0
+    chosen = [
+        texts[i] for i in np.linspace(0, len(texts) - 1, min(len(texts), LOOKED_AT), dtype=int)
+    ]
+    encode, ids = text.tokenizer.encode_prompt, text.tokenizer.ids
+    lengths = np.array([len(encode(each.prompt)) + len(ids(each.target)) + 1 for each in chosen])
+    # The smallest length that as few are above: quantiles of whole tokens, never between two.
+    enough = int(np.quantile(lengths, 1 - MAY_BE_CUT, method="inverted_cdf"))
+    return float((lengths > text.length).mean()), enough
+
+
+def cut_line(task: Task, train: Manifest) -> str:
+    """Says what share of the texts loses its end, and the length at which 1% would."""
+    share, enough = cut_share(task, train)
+    if not share:
+        return ""
+    field = "model.modalities.text.length"
+    length = task.modalities["text"].length
+    return f"{share:.1%} of texts are cut at {field}={length}: {enough} would cut at most 1%"
+
+
+def mirror_line(config: Config, task: Task) -> str:
+    """Says that mirroring knows the sides that captions name in English, and no others."""
+    if not any(getattr(modality, "mirror", False) for modality in task.modalities.values()):
+        return ""
+    return (
+        "training mirrors half of the pictures, but for those of which a text says left or right "
+        "in English: where texts name sides in another language, set data.mirror=False"
+    )
