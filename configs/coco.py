@@ -14,7 +14,7 @@
 Parameters are those of `python -m unified_mm.sizes`, with the largest vocabulary that the tokenizer
 may have: the world's captions fill a smaller one (`tiny` then has 0.9 M, `large` 305 M).
 One caption an image; chance is 0.001 and 0.010. `tiny` for 6,500 steps, an hour, reaches 0.601
-and 0.953. All other scores: README.md and experiments/results/.
+and 0.953. All other scores: experiments/RESULTS.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Tables in README.md, written from stored results: `python -m experiments.readme_tables`.
+"""Tables in RESULTS.md, written from stored results: `python -m experiments.readme_tables`.
 
 A table stands between `<!-- table: FILE[:SIZE] [NAME] -->` and `<!-- end of table -->`: FILE of
 experiments/ablations, and the name of its results under experiments/results if that is another
@@ -21,7 +21,7 @@ from experiments.sweeping.ablation import load_ablation
 from unified_mm.cli.messages import exit_code, say
 from unified_mm.files import naming, write_atomically
 
-ROOT = Path(__file__).parents[1]
+PAGE = Path(__file__).with_name("RESULTS.md")
 ABLATIONS = Path(__file__).parent / "ablations"
 BLOCK = re.compile(r"(<!-- table: ([^>]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
@@ -30,15 +30,15 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, say what is stale")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", "--readme", type=Path, default=PAGE, help="holds the tables")
     args = parser.parse_args()
-    sys.exit(exit_code(lambda: update(args.readme, check=args.check)))
+    sys.exit(exit_code(lambda: update(args.page, check=args.check)))
 
 
-def update(readme: Path, *, check: bool) -> int:
+def update(page: Path, *, check: bool) -> int:
     """Rewrites the tables, or with `check` only prints which are stale and returns 1 if any is."""
-    with naming(f"--readme={readme}"):
-        before = readme.read_text(encoding="utf-8")
+    with naming(f"--page={page}"):
+        before = page.read_text(encoding="utf-8")
     after = rewritten(before)
     old, new = (BLOCK.findall(text) for text in (before, after))
     stale = [was[1] for was, now in zip(old, new, strict=True) if was != now]
@@ -46,7 +46,7 @@ def update(readme: Path, *, check: bool) -> int:
         say(f"stale: {', '.join(stale)}; python -m experiments.readme_tables writes them anew")
         return 1
     if stale:
-        write_atomically(readme, after.encode())
+        write_atomically(page, after.encode())
     say(f"{len(old)} tables, {len(stale)} {'stale' if check else 'written anew'}")
     return 0
 

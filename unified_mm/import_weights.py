@@ -4,7 +4,9 @@
 
 DIR is what Hugging Face's `save_pretrained` writes: config.json, model.safetensors (or shards with
 model.safetensors.index.json) and the tokenizer's files. `unified_mm.load("runs/clip")` loads the
-new run.
+new run. The families: CLIP and SigLIP (usable at once for retrieval and zero-shot classification),
+ViT, GPT-2, Llama, Qwen2 and SmolLM, BERT and MiniLM sentence encoders, IDEFICS. Tokenizer and image
+preprocessing come along. --config.model.start_from.text=RUN (or .image) trains on from a run.
 """
 
 from __future__ import annotations

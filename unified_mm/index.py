@@ -11,6 +11,10 @@
 if DIR holds annotations/captions_*.json, images and captions of its splits are taken. A command
 that was stopped resumes; an existing index is never changed. With both --query and --query_image,
 the query is the weighted mean of their embeddings. With --evaluate the last line printed is JSON.
+
+Pictures that cannot be read are named and left out. Up to --exact_up_to vectors all are compared;
+above that a graph (HNSW, usearch) proposes and exact scores decide. An index is checked byte by
+byte when it is opened, and refuses another run or checkpoint than its own.
 """
 
 from __future__ import annotations

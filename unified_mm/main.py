@@ -4,6 +4,11 @@ python -m unified_mm.main --config=configs/coco.py --workdir=runs/first
 python -m unified_mm.main --mode=evaluate --run=runs/first --split=test_composition
 python -m unified_mm.main --mode=caption --run=runs/first --image=photo.jpg
 python -m unified_mm.main --mode=search --run=runs/first --query="a red cube"
+
+--config.FIELD=VALUE overrides any field of the config. The same command goes on where a run was
+stopped or killed; taken on to more steps, a run keeps its old result as result_STEPS.json. With
+--config and --config.data.dir, --mode=evaluate scores a run on other data. Several processes are
+one run: --coordinator, --processes and --process, or --distributed, see `parallel.processes`.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
     python -m unified_mm.quantize --run runs/first --out runs/first_int8
     python -m unified_mm.quantize --run runs/first --out runs/first_w8a8 --activations=int8
 
-Both runs are scored on the same images of the same split. RUN is not changed. Every command accepts
-the new run, except training, which needs floats. The last line printed is JSON.
+Weights have one scale for each channel and layer, the table of token embeddings included; with
+--activations=int8 products are int8 x int8 with int32 sums. Both runs are scored on the same images
+of the same split. RUN is not changed. Every command accepts the new run, except training, which
+needs floats; `export_weights` and `start_from` get floats back. The last line printed is JSON.
 """
 
 from __future__ import annotations

@@ -6,6 +6,12 @@
 The server listens on this machine only, unless --host says otherwise; then it requires a token. On
 SIGTERM or Ctrl-C it accepts no new requests, finishes those in flight (for at most --drain_seconds)
 and ends: exit code 0 if all were finished, 143 (or 130) if some were cut off.
+
+It offers captions (streamed too), answers, embeddings, search, zero-shot classes and attention
+maps: /docs lists the routes, /metrics is for Prometheus, and / is a page to find pictures by words,
+and to drop one to caption it, ask about it, find its like, and see where attention lay at each
+word. Uploads, pixels, texts, queues and times are limited, and a refusal says why in JSON. Beyond
+loopback put a proxy in front: slow headers and the number of connections are not limited.
 """
 
 from __future__ import annotations

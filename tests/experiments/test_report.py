@@ -214,14 +214,14 @@ def test_a_score_that_no_run_has_is_an_error(kept):
         summarise(wrong, read_kept(kept, ABLATION))
 
 
-def test_readme_tables_are_as_the_results():
+def test_tables_are_as_the_results():
     """Where this fails: python -m experiments.readme_tables."""
-    assert readme_tables.update(readme_tables.ROOT / "README.md", check=True) == 0
+    assert readme_tables.update(readme_tables.PAGE, check=True) == 0
 
 
-def test_every_ablation_that_is_kept_is_in_the_readme():
+def test_every_ablation_that_is_kept_is_on_the_page():
     kept = {path.parent.name for path in RESULTS.glob("*/*-*.json")}
-    markers = readme_tables.BLOCK.findall((readme_tables.ROOT / "README.md").read_text())
+    markers = readme_tables.BLOCK.findall(readme_tables.PAGE.read_text())
     shown = {said.partition(" ")[2] or said.removesuffix(".py") for _, said, _, _ in markers}
     assert kept == shown
 
@@ -242,17 +242,17 @@ def test_every_ablation_has_been_carried_out(path):
 
 def test_a_stale_table_is_said_and_mended(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(readme_tables, "table_of", lambda said, results: f"new {said}\n")
-    readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- table: f.py x -->\nold\n<!-- end of table -->\nb\n")
-    assert readme_tables.update(readme, check=True) == 1
+    page = tmp_path / "RESULTS.md"
+    page.write_text("a\n<!-- table: f.py x -->\nold\n<!-- end of table -->\nb\n")
+    assert readme_tables.update(page, check=True) == 1
     assert "stale: f.py x" in capsys.readouterr().out
-    assert readme_tables.update(readme, check=False) == 0
-    assert readme.read_text() == "a\n<!-- table: f.py x -->\nnew f.py x\n<!-- end of table -->\nb\n"
-    assert readme_tables.update(readme, check=True) == 0
+    assert readme_tables.update(page, check=False) == 0
+    assert page.read_text() == "a\n<!-- table: f.py x -->\nnew f.py x\n<!-- end of table -->\nb\n"
+    assert readme_tables.update(page, check=True) == 0
     twice = "<!-- table: f.py -->\n{}\n<!-- end of table -->\n"
-    readme.write_text(twice.format("old") + twice.format("new f.py"))
-    assert readme_tables.update(readme, check=True) == 1
+    page.write_text(twice.format("old") + twice.format("new f.py"))
+    assert readme_tables.update(page, check=True) == 1
     for text in ("<!-- table: f.py -->\n", "<!--table: f.py -->\nx\n<!-- end of table -->\n"):
-        readme.write_text(text)
+        page.write_text(text)
         with pytest.raises(ValueError, match="ends with <!-- end of table -->: there is one"):
-            readme_tables.update(readme, check=True)
+            readme_tables.update(page, check=True)

@@ -1,7 +1,8 @@
 """Continuous batching: requests of different lengths enter and leave a fixed number of slots.
 
 Yu et al. 2022, "Orca", section 3.1: after every token, texts that have ended make room for others.
-Requests about the same image share its cached keys and values.
+Requests about the same image share its cached keys and values. `submit` returns the pieces as they
+come; what is drawn for a request does not depend on the others.
 """
 
 from __future__ import annotations

@@ -5,6 +5,14 @@ once where they wait for its data over TCP (CPU devices) or where process 0 died
 has sent no heartbeat for `heartbeat_timeout` seconds.
 
 In a run of one process nothing here waits.
+
+The same command runs once a process, with `--coordinator=HOST:PORT --processes=N --process=I`, or
+with `--distributed=auto` under Slurm, Open MPI, Kubernetes or on a TPU pod. `--workdir` must be on
+a disk that all share; the data may lie on each. Every example comes once an epoch whatever the
+number of processes; process 0 alone writes metrics and scores and speaks; all save one checkpoint,
+which any number of processes on any mesh goes on from. SIGTERM to one stops all at the same step
+(at most twice `logging.every` steps later), saved. After a death the same commands go on from the
+last whole checkpoint.
 """
 
 from __future__ import annotations

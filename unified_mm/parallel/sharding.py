@@ -1,4 +1,17 @@
-"""One table from logical axes to mesh axes, and the shardings that follow from it."""
+"""One table from logical axes to mesh axes, and the shardings that follow from it.
+
+| axis | divides | what is sent |
+| --- | --- | --- |
+| `data` | the batch | gradients |
+| `fsdp` | the batch, and what `mesh.zero` says | parameters, gradients |
+| `tensor` | heads, feed-forward, vocabulary | activations |
+| `sequence` | tokens outside attention, heads within it | one exchange each way |
+| `stage` | layers, in a pipeline of micro-batches | one stage's output to the next |
+
+`mesh.zero` is 1 for optimizer state, 2 for gradients too, 3 for parameters too. Contrast is always
+among the whole global batch: over devices, in `train.micro_batches` (embeddings first, then each
+part again; exact), and in blocks of `objectives.contrastive.chunk` columns.
+"""
 
 from __future__ import annotations
 

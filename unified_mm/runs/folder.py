@@ -1,7 +1,8 @@
 """The run folder: its files, its config, and the lock that keeps a run to one process.
 
 Its files: config.json, tokenizer.json, checkpoints/, best/, metrics.jsonl, tensorboard/,
-result.json (written last: the run is finished) and report.html.
+result.json (written last: the run is finished) and report.html. A run that is taken on to more
+steps keeps its old result as result_STEPS.json.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Phases of training: what is learned, on what, and by which rules, one after another."""
+"""Phases of training: what is learned, on what, and by which rules, one after another.
+
+`train.phases` holds stretches by name, each with steps, data (`pairs`, `text`, `documents`),
+weights of objectives and any other field of `train`: see `configs/coco_flamingo.py`. What a phase
+freezes keeps its bits and has no optimizer state.
+"""
 
 from __future__ import annotations
 

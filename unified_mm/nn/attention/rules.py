@@ -6,6 +6,23 @@ the text of an objective; `read`: the context that it is about), `same` (of a ke
 the query), or `*`. A predicate decides by metadata which tokens of two groups see each other; a
 score term adds to their scores. A pass over one sequence may hold several texts about the same
 context, each under a rule of its own; these texts never see one another.
+
+| rule | context sees | text sees | made for |
+| --- | --- | --- | --- |
+| `separate` | its own modality | itself | contrast, retrieval |
+| `separate_causal` | its own modality | itself so far | the same by a language model |
+| `prefix` | the context | the context, and text so far | captioning, answering, matching |
+| `prefix_separate` | its own modality | as `prefix` | the same, in one pass with `separate` |
+| `joint` | everything | everything | matching |
+| `causal` | what came before in it | what came before | captioning |
+| `interleaved` | itself, and what came before | what came before | documents |
+| `interleaved_latest` | as `interleaved` | the latest image, and text before | documents |
+
+Tokens lie by group, [context | text | text ...], so a rule runs as a few attention calls on static
+slices; and the context is encoded once for all objectives whose rules keep it blind to the text. A
+text that several objectives read alike is read once; matching reads its mined negatives against the
+keys and values saved from that pass, and generation uses the same cache. The first lines of a run
+print the passes.
 """
 
 from __future__ import annotations
