@@ -1,6 +1,7 @@
 """A modality, its data and its recipe from outside the package, through the command."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +19,14 @@ from unified_mm.data.manifest import summary, without_bad_parts
 from unified_mm.task import build_task
 
 
-def test_a_third_modality_is_new_files_alone(tmp_path):
+def test_a_third_modality_is_new_files_alone(tmp_path, capfd):
     recipe = Path(__file__).parent / "toy_recipe.py"
     (tmp_path / "data").mkdir()
     flags = (f"--config={recipe}", f"--config.data.dir={tmp_path / 'data'}")
     assert commands.run(*flags, f"--workdir={tmp_path / 'run'}") == 0
+    # Captions under `prefix` cannot share the pass of contrast; under the other rule they can.
+    told = re.search(r"by rule: prefix ([\d.]+), prefix_separate ([\d.]+)", capfd.readouterr().out)
+    assert told and float(told[2]) < 0.9 * float(told[1])
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [line["captioning/loss"] for line in lines if "captioning/loss" in line]
     assert losses[-1] < 0.5 * losses[0]

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from unified_mm.config import Config, build_options
-from unified_mm.costs.flops import equations
+from unified_mm.costs.flops import equations, matmul_flops
 from unified_mm.default_config import MeshOptions
 from unified_mm.nn.attention.backends import SCOPE
 from unified_mm.nn.attention.rules import View, plan_passes, share_readings
@@ -58,7 +58,10 @@ def run_summary(mesh: Mesh, phases: Sequence[Phase]) -> str:
         f"on a device: parameters {megabytes(params)}, optimizer {megabytes(state.optimizer)}\n"
         + "\n".join(
             [
-                *(f"{phase_line(phase)}; {passes_of(phase.task)}" for phase in phases),
+                *(
+                    f"{phase_line(phase)}; {passes_of(phase.task)}{offered(phase, mesh)}"
+                    for phase in phases
+                ),
                 attention_line(phases, mesh),
             ]
         )
@@ -95,6 +98,33 @@ def passes_of(task: Task) -> str:
         for sharing in plan_passes(list(alike), contexts)
     ]
     return f"reads [{'] ['.join(passes)}]" if passes else "reads no text"
+
+
+def offered(phase: Phase, mesh: Mesh) -> str:
+    """Says what the losses cost by either rule for captions, where several contexts are read.
+
+    With `prefix` the contexts see each other, with `prefix_separate` they do not, and share their
+    pass with `separate`.
+    """
+    rules = ("prefix", "prefix_separate")
+    objectives = phase.task.objectives
+    if len(phase.task.model.context_names) < 2 or not any(
+        getattr(each, "rule", "") in rules for each in objectives
+    ):
+        return ""
+    params, batch, key = examples(phase)
+    rows = phase.batch_size // phase.micro_batches
+    costs = []
+    for rule in rules:
+        by_rule = [
+            replace(each, rule=rule) if getattr(each, "rule", "") in rules else each
+            for each in objectives
+        ]
+        task = replace(phase.task, objectives=tuple(by_rule))
+        with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+            flops = matmul_flops(partial(task.metrics, deterministic=False), params, batch, key)
+        costs.append(f"{rule} {flops / rows / 1e6:,.1f}")
+    return f"; MFLOPs of an example's losses by rule: {', '.join(costs)}"
 
 
 def attention_line(phases: Sequence[Phase], mesh: Mesh) -> str:
