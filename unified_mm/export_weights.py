@@ -145,7 +145,8 @@ def said_of_model(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kind(options: TransformerOptions) -> dict[str, Any]:
     """Returns the options that define a transformer, with KV heads and head width resolved."""
-    names = [each.name for each in fields(options) if each.name not in (*FREE, "cross")]
+    given = [each.name for each in fields(options) if each.init]
+    names = [name for name in given if name not in (*FREE, "cross")]
     said = {name: getattr(options, name) for name in names}
     return said | {"key_value_heads": options.num_kv_heads, "head_width": options.head_dim}
 

@@ -317,7 +317,7 @@ def test_what_a_fusion_cannot_do_is_refused_with_the_table(fusion, weight, named
     ("changes", "named"),
     [
         ({"model__heads": 0}, "model.heads=0: must be at least 1"),
-        ({"model__dropout": 1.0}, "model.dropout=1.0: must be in"),
+        ({"model__dropout": 1.0}, "model.dropout=1.0: must be at least 0 and below 1"),
         ({"model__dtype": "float99"}, "model.dtype='float99' is no type"),
         ({"model__norm": "batch"}, "model.norm='batch': must be one of layer, rms"),
         ({"model__key_value_heads": 3}, "no multiple of key_value_heads=3"),
