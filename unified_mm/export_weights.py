@@ -27,6 +27,7 @@ from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.files import new_folder, refuse_existing, user_path, write_json
 from unified_mm.import_weights import run_config
 from unified_mm.nn.options import TransformerOptions
+from unified_mm.objectives.contrastive import MAX_LOG_SCALE
 from unified_mm.pretrained.families import FAMILIES
 from unified_mm.pretrained.family import Family
 from unified_mm.pretrained.source import WEIGHTS, Source
@@ -34,6 +35,9 @@ from unified_mm.pretrained.tables import to_theirs
 
 # What a run may have otherwise than its family: none of it is part of the weights.
 FREE = ("dropout", "remat", "attention", "unroll", "dtype")
+# And of its contrast: none of these changes an embedding, and the scale is written as it is used.
+FREE_OF_CONTRAST = ("weight", "weight_schedule", "chunk", "bound_scale")
+LOG_SCALE = "heads_contrastive/log_scale"
 
 
 def export(
@@ -61,6 +65,9 @@ def _write(
 ) -> Family:
     ours = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     family = family_that_fits(config, tokenizer, folder)
+    if LOG_SCALE in ours and config["objectives"]["contrastive"]["bound_scale"]:
+        # Others know no bound: they get the scale that the run has computed with.
+        ours[LOG_SCALE] = np.minimum(ours[LOG_SCALE], np.float32(MAX_LOG_SCALE))
     tensors = to_theirs(family.table(config, frozenset()), ours)
     tokenizer.save(folder / "tokenizer.json")
     named = tokenizer.special_tokens
@@ -137,7 +144,9 @@ def said_of_model(config: Mapping[str, Any]) -> dict[str, Any]:
     model: dict[str, Any] = {"fusion": m["fusion"], **_kind(options), "modalities": modalities}
     if m["fusion"] != "early":
         model["tower"] = _kind(options.changed(m["tower"]))
-    contrastive = {**config["objectives"]["contrastive"], "weight": 0.0}
+    contrastive = dict(config["objectives"]["contrastive"])
+    for name in FREE_OF_CONTRAST:
+        del contrastive[name]
     said = {"model": model, "objectives": {"contrastive": contrastive}, "data": config["data"]}
     plain: dict[str, Any] = json.loads(json.dumps(said))
     return plain

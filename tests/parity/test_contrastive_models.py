@@ -1,5 +1,7 @@
 """CLIP and SigLIP: the same embeddings, scale and bias; ViT: the same class token."""
 
+import json
+
 import hugging_face as hf
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,8 @@ def test_clip(text, vision, tmp_path):
         text_config=TEXT | text, vision_config=VISION | vision, projection_dim=8
     )
     model = hf.randomised(transformers.CLIPModel(config))
+    with torch.no_grad():
+        model.logit_scale.fill_(5.6)  # above 100: it is used as it is saved
     hf.saved(model, tmp_path / "clip")
     hf.write_tokenizer(tmp_path / "clip", eos_token="<unk>")
     imported, task = hf.opened(tmp_path / "clip")
@@ -78,6 +82,40 @@ def test_clip(text, vision, tmp_path):
         )
     hf.assert_close(embeddings(imported, task, images, batch), theirs.logits_per_text)
     assert imported.part == "both"
+
+
+@pytest.mark.parametrize(
+    ("said", "end"), [(4, "<unk>"), (2, "<eos>")], ids=("another", "the highest id")
+)
+def test_clip_that_pools_where_its_tokenizer_does_not_end(said, end, tmp_path):
+    import transformers
+
+    text = TEXT | {"eos_token_id": said}
+    config = transformers.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=8)
+    hf.saved(transformers.CLIPModel(config), tmp_path / "clip")
+    hf.write_tokenizer(tmp_path / "clip", eos_token=end)
+    with pytest.raises(ValueError, match=f"text_config: eos_token_id={said} pools texts at"):
+        hf.opened(tmp_path / "clip")
+
+
+def test_clip_that_pools_at_the_highest_id_where_that_ends_a_text(tmp_path):
+    import torch
+    import transformers
+
+    text = TEXT | {"eos_token_id": 2}  # as the first published files have it
+    config = transformers.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=8)
+    model = hf.randomised(transformers.CLIPModel(config))
+    hf.saved(model, tmp_path / "clip")
+    known = json.loads((tmp_path / "clip" / "tokenizer.json").read_text())["model"]["vocab"]
+    hf.write_tokenizer(tmp_path / "clip", eos_token=max(known, key=known.__getitem__))
+    imported, task = hf.opened(tmp_path / "clip")
+    ids, batch = texts(task, imported)
+    images = hf.pixels(3, 16)
+    with torch.no_grad():
+        theirs = model(
+            input_ids=torch.tensor(ids), pixel_values=torch.tensor(hf.normalised(images, imported))
+        )
+    hf.assert_close(embeddings(imported, task, images, batch), theirs.logits_per_text)
 
 
 @pytest.mark.parametrize("vision", [vision for _, vision in SHAPES], ids=("small", "large"))

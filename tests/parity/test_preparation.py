@@ -85,10 +85,11 @@ def test_clip_from_its_two_files_and_from_one(tmp_path):
         vocabulary[token] = len(vocabulary)
     theirs = transformers.CLIPTokenizer(vocab=vocabulary, merges=merges)
     write_pairs(tmp_path, vocabulary, merges)
-    same(opened(tmp_path, CLIP), theirs)
+    end = {"text_config": {"eos_token_id": vocabulary["<|endoftext|>"]}}
+    same(opened(tmp_path, CLIP, **end), theirs)
     theirs.save_pretrained(tmp_path / "one")
     assert (tmp_path / "one" / "tokenizer.json").is_file()
-    same(opened(tmp_path / "one", CLIP), theirs)
+    same(opened(tmp_path / "one", CLIP, **end), theirs)
 
 
 def test_gpt2_puts_its_end_token_before_a_text(tmp_path):

@@ -71,6 +71,7 @@ def test_clip(tmp_path):
     import transformers
 
     text = TEXT | {"num_attention_heads": 2, "max_position_embeddings": 12, "hidden_act": "gelu"}
+    text["eos_token_id"] = 3
     vision = TEXT | {"num_attention_heads": 4, "image_size": 16, "patch_size": 4, "hidden_size": 24}
     del vision["vocab_size"]
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
@@ -86,3 +87,23 @@ def test_clip(tmp_path):
     assert processor.crop_size["height"] == 16
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert tokenizer.eos_token == "<unk>" and again.config.text_config.eos_token_id == 3
+
+
+def test_a_bounded_scale_is_exported_as_it_was_used(tmp_path):
+    import transformers
+
+    sizes = TEXT | {"num_attention_heads": 2, "max_position_embeddings": 12, "eos_token_id": 3}
+    vision = {**sizes, "image_size": 16, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=8)
+    model = transformers.CLIPModel(config)
+    model.logit_scale.data.fill_(5.6)
+    hf.saved(model, tmp_path / "theirs")
+    hf.write_tokenizer(tmp_path / "theirs", eos_token="<unk>")
+    imported = import_directory(tmp_path / "theirs")
+    assert not imported.config["objectives"]["contrastive"]["bound_scale"]
+    for bounded, scale in ((False, np.exp(5.6)), (True, 100.0)):
+        imported.config["objectives"]["contrastive"]["bound_scale"] = bounded
+        out = tmp_path / f"bounded {bounded}"
+        export(imported.config, imported.params, imported.tokenizer, out)
+        again = transformers.CLIPModel.from_pretrained(out)
+        assert np.isclose(again.logit_scale.exp().item(), scale, rtol=1e-4)

@@ -44,7 +44,15 @@ def fields(folder, config, **files):
 REFUSED = {
     "llama scaled": (
         {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}},
-        "config.json: rope_scaling=.* rotary positions are not scaled",
+        "config.json: rope_scaling: type='linear' .* rotary positions are not scaled",
+    ),
+    "llama scaled in the later key": (
+        {"model_type": "llama", "rope_parameters": {"type": "dynamic", "factor": 2.0}},
+        "config.json: rope_parameters: type='dynamic'",
+    ),
+    "llama by layer": (
+        {"model_type": "llama", "rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        "rope_parameters: full_attention=.* all layers are alike",
     ),
     "llama yarn": (
         {"model_type": "llama", "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
@@ -132,6 +140,13 @@ def test_preprocessing_is_a_part_of_the_run(said, fit, resampling, tmp_path):
     assert config["data"]["image_size"] == 224
     image = config["model"]["modalities"]["image"]
     assert image["mean"][0] == pytest.approx(0.48145466) and image["norm"]
+
+
+@pytest.mark.parametrize("key", ("rope_scaling", "rope_parameters"))
+@pytest.mark.parametrize("kind", ("type", "rope_type"))
+def test_rotary_positions_that_are_said_not_to_be_scaled(key, kind, tmp_path):
+    said = {kind: "default", "rope_theta": 500.0}
+    assert fields(tmp_path, {"model_type": "llama", key: said})["model"]["rotary_base"] == 500
 
 
 def test_published_configs_that_say_only_what_is_unusual_have_the_usual_rest(tmp_path):

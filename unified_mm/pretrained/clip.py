@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.pretrained.family import Export, Family, token_ids
 from unified_mm.pretrained.fields import STACK, Fields, read, text_fields, usual, written
 from unified_mm.pretrained.layers import (
@@ -37,6 +38,8 @@ CLIP_TEXT = usual(CLIP_VISION, width=512, heads=8, feed_forward=2048)
 SIGLIP_STACK = usual(STACK, activation="gelu_pytorch_tanh", norm_epsilon=1e-6)
 SIGLIP_TEXT = usual(TEXT, vocabulary=32000, max_positions=64)
 CONTRAST = "heads_contrastive"
+END = 49407  # of a text, where config.json names no other
+HIGHEST = 2  # where it says that this is the end, its readers take the highest id of a text
 
 
 def tower_image(tower: Fields, patch: int) -> Fields:
@@ -86,8 +89,26 @@ def clip_fields(source: Source) -> Fields:
         "text_pool": "last",
         "projection": "linear",
         "text_projection": "linear",
+        "bound_scale": False,  # the scale is used as it is saved
     }
     return fields | {"objectives": {"contrastive": contrast}}
+
+
+def refuse_other_end(source: Source, tokenizer: TextTokenizer) -> None:
+    """Checks that texts are pooled at the token that the tokenizer puts at their end.
+
+    Raises:
+      ValueError: if config.json names another.
+    """
+    c = source.config.section("text_config")
+    said = c.get("eos_token_id", END)
+    end = tokenizer.vocabulary_size - 1 if said == HIGHEST else said
+    if end != tokenizer.eos_id:
+        raise ValueError(
+            f"{c.where}: eos_token_id={said} pools texts at the token {end}, but the tokenizer "
+            f"ends them with {tokenizer.eos_id} ({tokenizer.special_tokens['eos']}): their files "
+            "are not of one model"
+        )
 
 
 def clip_table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
@@ -185,7 +206,7 @@ def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     model = config["model"]
     image, text = model["modalities"]["image"], model["modalities"]["text"]
     width = {"projection_dim": config["objectives"]["contrastive"]["width"]}
-    if tokenizer.eos_id == 2:
+    if tokenizer.eos_id == HIGHEST:
         raise ValueError(
             "its end token has id 2, which readers of CLIP take to mean the highest id there is"
         )
@@ -220,6 +241,7 @@ CLIP = Family(
         clip_files,
         defaults={"bos": "<|startoftext|>", "eos": "<|endoftext|>", "pad": "<|endoftext|>"},
         eos_when_cut=True,
+        check=refuse_other_end,
     ),
     export=Export(
         "CLIPModel",

@@ -55,14 +55,18 @@ def rotary_base(c: Section) -> float:
     """Returns the base of the rotary positions, from either of the two keys that may hold it.
 
     Raises:
-      ValueError: if positions are scaled, or only a part of each head is rotated.
+      ValueError: if positions are scaled, or not alike in all layers, or only a part of each head
+        is rotated.
     """
-    c.refuse_unless("rope_scaling", None, why="rotary positions are not scaled here")
-    c.refuse_unless("partial_rotary_factor", None, 1.0, why="whole heads are turned here")
-    inner = c.section("rope_parameters")
-    inner.refuse_unless("rope_type", "default", why="rotary positions are not scaled here")
-    inner.refuse_unless("partial_rotary_factor", None, 1.0, why="whole heads are turned here")
-    return float(inner.get("rope_theta", c.get("rope_theta", ROPE)))
+    said = c.section("rope_scaling" if c.get("rope_scaling") else "rope_parameters")
+    for key in ("rope_type", "type"):  # the second in older files
+        said.refuse_unless(key, "default", why="rotary positions are not scaled here")
+    for key, value in said.items():
+        if isinstance(value, Mapping):
+            said.refuse_unless(key, why="the positions of all layers are alike here")
+    for section in (c, said):
+        section.refuse_unless("partial_rotary_factor", None, 1.0, why="whole heads turn here")
+    return float(said.get("rope_theta", c.get("rope_theta", ROPE)))
 
 
 def refuse_windows(c: Section) -> None:

@@ -25,6 +25,7 @@ class TokenLayout:
       eos: key of tokenizer_config.json that names the end token.
       defaults: the family's names for 'bos', 'eos' and 'pad', where no file names them.
       eos_when_cut: whether a text that is cut because it is too long still ends in `eos`.
+      check: raises ValueError where config.json and the tokenizer contradict each other.
     """
 
     build: Callable[[Source], tokenizers.Tokenizer | None]
@@ -33,6 +34,7 @@ class TokenLayout:
     eos: str = "eos_token"
     defaults: Mapping[str, str] | None = None
     eos_when_cut: bool = False
+    check: Callable[[Source, TextTokenizer], None] = lambda source, tokenizer: None
 
 
 NAMING = ("tokenizer_config.json", "special_tokens_map.json")
@@ -43,7 +45,8 @@ def read_tokenizer(source: Source, layout: TokenLayout) -> TextTokenizer:
 
     Raises:
       FileNotFoundError: if there are no tokenizer files.
-      ValueError: if a file holds no tokenizer, or the tokenizer lacks special tokens.
+      ValueError: if a file holds no tokenizer, or the tokenizer lacks special tokens or is not
+        the one that config.json was written for.
     """
     path = source.path / "tokenizer.json"
     if path.is_file():
@@ -60,9 +63,11 @@ def read_tokenizer(source: Source, layout: TokenLayout) -> TextTokenizer:
             )
         tokenizer = built
     try:
-        return TextTokenizer(tokenizer, **special_tokens(source, tokenizer, layout))
+        found = TextTokenizer(tokenizer, **special_tokens(source, tokenizer, layout))
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
+    layout.check(source, found)
+    return found
 
 
 def special_tokens(
