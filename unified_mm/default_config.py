@@ -140,9 +140,10 @@ def model_fields() -> dict:
         "attention": "auto",
         "unroll": 1,  # periods a step of the scan over layers
         "dtype": "float32",  # of the computation, or 'bfloat16', 'float16'; parameters stay float32
-        # Runs whose image tower or text model training starts from; '' starts afresh. A recipe may
-        # name further modalities here, for their towers.
-        "start_from": {"image": "", "text": ""},
+        # Runs whose image tower or text model training starts from, or that it goes on with as a
+        # whole, heads and all; '' starts afresh. A recipe may name further modalities here, for
+        # their towers.
+        "start_from": {"image": "", "text": "", "whole": ""},
         # Width or depth matched to so many FLOPs a training example (0: as they stand).
         "budget": 0.0,
         "budget_by": "width",  # or 'layers'

@@ -3,7 +3,8 @@
     python -m unified_mm.export_weights --run runs/clip --out DIR
 
 DIR gets config.json, model.safetensors, tokenizer.json and, for images, preprocessor_config.json.
-The run's model has to be one of the families that can be written: CLIP, GPT-2, Llama.
+The run's model has to be one of the families that can be written: CLIP, SigLIP, GPT-2, Llama,
+Qwen 2.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def family_that_fits(config: Mapping[str, Any], tokenizer: TextTokenizer, folder
             for name, content in family.files(config, tokenizer).items():
                 write_json(folder / name, content)
             again = run_config(family, _ConfigOnly(folder), tokenizer)
-        except (KeyError, TypeError, ValueError, StopIteration) as error:
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             why.append(f"{family.name}: {error or type(error).__name__}")
             continue
         other = differing(config, again, family.export.compared)
@@ -140,7 +141,8 @@ def said_of_model(config: Mapping[str, Any]) -> dict[str, Any]:
     m = config["model"]
     options = TransformerOptions.from_config(m)
     modalities = {name: dict(each) for name, each in m["modalities"].items()}
-    modalities["text"].pop("length")
+    if not modalities["text"]["attend_padding"]:  # else it is a part of what is computed
+        modalities["text"].pop("length")
     model: dict[str, Any] = {"fusion": m["fusion"], **_kind(options), "modalities": modalities}
     if m["fusion"] != "early":
         model["tower"] = _kind(options.changed(m["tower"]))

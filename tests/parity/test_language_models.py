@@ -20,13 +20,6 @@ LLAMA = [
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
     },
 ]
-SMALL = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "max_position_embeddings": 20,
-    "vocab_size": hf.VOCABULARY,
-}
 
 
 def gpt2(**options):
@@ -39,7 +32,7 @@ def gpt2(**options):
 def llama(**options):
     import transformers
 
-    config = transformers.LlamaConfig(**SMALL | options)
+    config = transformers.LlamaConfig(**hf.SMALL | options)
     return hf.randomised(transformers.LlamaForCausalLM(config))
 
 
@@ -101,6 +94,6 @@ def test_qwen2(tied, tmp_path):
     import transformers
 
     config = transformers.Qwen2Config(
-        **SMALL, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied
+        **hf.SMALL, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied
     )
     check(hf.randomised(transformers.Qwen2ForCausalLM(config)), tmp_path / "qwen2")

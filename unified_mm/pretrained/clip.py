@@ -19,6 +19,7 @@ from unified_mm.pretrained.layers import (
     main_options,
     norm,
     projections,
+    tower_options,
     vocabulary,
 )
 from unified_mm.pretrained.preprocessing import (
@@ -222,7 +223,7 @@ def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         },
         "vision_config": {
             "model_type": "clip_vision_model",
-            **written(model["tower"], STACK),
+            **written(vars(tower_options(model)), STACK),
             **width,
             "image_size": config["data"]["image_size"],
             "patch_size": image["patch"],
@@ -231,6 +232,35 @@ def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def their_siglip_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Returns the contents of config.json for a SigLIP run."""
+    model = config["model"]
+    image, text = model["modalities"]["image"], model["modalities"]["text"]
+    return {
+        "text_config": {
+            "model_type": "siglip_text_model",
+            **written(vars(main_options(model)), SIGLIP_STACK),
+            **written(text, SIGLIP_TEXT),
+            "projection_size": config["objectives"]["contrastive"]["width"],
+            **token_ids(tokenizer),
+            "pad_token_id": tokenizer.pad_id,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            **written(vars(tower_options(model)), SIGLIP_STACK),
+            "image_size": config["data"]["image_size"],
+            "patch_size": image["patch"],
+            "num_channels": 3,
+        },
+    }
+
+
+def preprocessing_files(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the further files of a family that reads pictures."""
+    return {"preprocessor_config.json": preprocessor_config(config)}
+
+
+COMPARED = ("model", "objectives.contrastive", "data.image_size")
 CLIP = Family(
     name="CLIP",
     types=("clip",),
@@ -246,8 +276,8 @@ CLIP = Family(
     export=Export(
         "CLIPModel",
         their_config,
-        ("model", "objectives.contrastive", "data.image_size"),
-        lambda config: {"preprocessor_config.json": preprocessor_config(config)},
+        COMPARED,
+        preprocessing_files,
     ),
 )
 SIGLIP = Family(
@@ -259,4 +289,5 @@ SIGLIP = Family(
     tokens=TokenLayout(
         only_json, begins=False, defaults={"eos": "</s>", "pad": "</s>"}, eos_when_cut=True
     ),
+    export=Export("SiglipModel", their_siglip_config, COMPARED, preprocessing_files),
 )

@@ -119,9 +119,15 @@ def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
 def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Returns the contents of config.json for a run."""
     model = config["model"]
-    keys = {**STACK_KEYS, **HEAD_KEYS, **BIASES, "rotary_base": ("rope_theta", ROPE)}
-    text = written(model["modalities"]["text"], TEXT)
-    return {**text, **written(model, keys), **token_ids(tokenizer)}
+    options = main_options(model)
+    keys = {**STACK_KEYS, **BIASES, "rotary_base": ("rope_theta", ROPE)}
+    return {
+        **written(model["modalities"]["text"], TEXT),
+        **written(model, keys),
+        "num_key_value_heads": options.num_kv_heads,
+        "head_dim": options.head_dim,
+        **token_ids(tokenizer),
+    }
 
 
 TOKENS = TokenLayout(gpt2_files)
@@ -134,4 +140,12 @@ LLAMA = Family(
     tokens=TOKENS,
     export=Export("LlamaForCausalLM", their_config, ("model",)),
 )
-QWEN2 = Family("Qwen 2", ("qwen2",), "text", qwen2_fields, table, TOKENS)
+QWEN2 = Family(
+    name="Qwen 2",
+    types=("qwen2",),
+    part="text",
+    fields=qwen2_fields,
+    table=table,
+    tokens=TOKENS,
+    export=Export("Qwen2ForCausalLM", their_config, ("model",)),
+)
