@@ -224,6 +224,7 @@ def modality_fields() -> dict:
             # Positions of patches start as sines of row and column ('grid') or of the place in
             # reading order ('line'), or 'random'; or there are 'none'.
             "positions": "grid",
+            "cut_rest": False,  # leave out pixels that fill no patch, as convolutions do
             "bias": True,
             "class_token": False,
             "modality_embedding": True,

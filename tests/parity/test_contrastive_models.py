@@ -71,7 +71,12 @@ def test_clip_that_pools_at_the_highest_id_where_that_ends_a_text(tmp_path):
     hf.assert_close(hf.contrast(imported, task, images, batch), theirs.logits_per_text)
 
 
-@pytest.mark.parametrize("vision", [vision for _, vision in SHAPES], ids=("small", "large"))
+CUT = {"image_size": 19, "patch_size": 4}  # three pixels on a side fill no patch
+
+
+@pytest.mark.parametrize(
+    "vision", [*(vision for _, vision in SHAPES), CUT], ids=("small", "large", "cut")
+)
 def test_siglip(vision, tmp_path):
     import torch
     import transformers

@@ -145,6 +145,32 @@ def test_siglip_ends_a_text_and_pads_with_ends(tmp_path):
     same(ours, theirs)
 
 
+def test_siglip2_lowers_the_case_of_its_texts(tmp_path):
+    import transformers
+
+    known = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581"]
+    known += [f"<0x{byte:02X}>" for byte in range(256)]
+    known += list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'?!,")
+    pairs = [("r", "e"), ("re", "d"), ("D", "O"), ("d", "o"), ("do", "g")]
+    known += ["".join(pair) for pair in pairs]
+    vocabulary = {token: number for number, token in enumerate(known)}
+    theirs = transformers.Siglip2Tokenizer(vocab=vocabulary, merges=pairs)
+    theirs._tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    theirs.padding_side = "right"
+    theirs.save_pretrained(tmp_path / "lower")
+    same(opened(tmp_path / "lower", SIGLIP), theirs)
+    # As it was published, before their library had a class of its own for it.
+    plain = json.loads((tmp_path / "lower" / "tokenizer.json").read_text())
+    plain["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    named = json.loads((tmp_path / "lower" / "tokenizer_config.json").read_text())
+    named["tokenizer_class"] = "GemmaTokenizer"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    same(opened(tmp_path, SIGLIP), theirs)
+
+
 def photograph(height, width):
     """Smooth waves with hard edges in them: uint8 [height, width, 3]."""
     y, x = np.mgrid[0:height, 0:width]

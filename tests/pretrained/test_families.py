@@ -211,6 +211,28 @@ def test_layers_after_the_pooling_are_refused(tmp_path):
         fields(tmp_path, {"model_type": "bert"}, modules=modules)
 
 
+def test_pixels_that_fill_no_patch_are_left_out_where_that_is_asked_for(tmp_path):
+    said = {"model_type": "siglip", "text_config": {}, "vision_config": {"image_size": 384}}
+    said["vision_config"]["patch_size"] = 14
+    assert fields(tmp_path, said)["model"]["modalities"]["image"]["cut_rest"]
+    sizes = {"data__image_size": 19, "model__modalities__image__patch": 8}
+    with pytest.raises(ValueError, match="image_size=19 is no multiple .*image.cut_rest"):
+        tiny.task(**sizes)
+    task = tiny.task(**sizes, model__modalities__image__cut_rest=True)
+    params, batch = tiny.params(task), tiny.batch(task)
+
+    def look(pixels):
+        given = {"image": {**batch["image"], "pixels": pixels}}
+        method = lambda model, given: model.embedders["image"](given["image"]).embeddings  # noqa: E731
+        return task.model.apply({"params": params}, given, method=method)
+
+    pixels = batch["image"]["pixels"]
+    whole = look(pixels)
+    assert whole.shape[1] == 4
+    assert np.array_equal(whole, look(pixels.at[:, 16:].set(0).at[:, :, 16:].set(0)))
+    assert not np.array_equal(whole, look(pixels.at[:, 15:].set(0)))
+
+
 def test_an_image_tower_is_one_to_start_from(tmp_path):
     imported = import_directory(published.write_vit(tmp_path / "vit"))
     assert imported.part == "image" and imported.tokenizer is None

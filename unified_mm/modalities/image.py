@@ -73,9 +73,10 @@ class ImageModality:
                 f"model.modalities.{name}.patch={patch}: the hierarchical stem needs a multiple "
                 f"of {PART}"
             )
-        if size % patch:
+        if size < patch or (size % patch and not options["cut_rest"]):
             raise ValueError(
-                f"data.image_size={size} is no multiple of model.modalities.{name}.patch={patch}"
+                f"data.image_size={size} is no multiple of model.modalities.{name}.patch={patch}: "
+                f"model.modalities.{name}.cut_rest leaves out the pixels that fill no patch"
             )
         for field, allowed in (("resampling", tuple(images.RESAMPLINGS)), ("fit", images.FITS)):
             if data[field] not in allowed:
@@ -94,6 +95,7 @@ class ImageModality:
                 stem=str(options["stem"]),
                 grid=(size // patch, size // patch),
                 positions=str(positions),
+                cut_rest=bool(options["cut_rest"]),
                 bias=bool(options["bias"]),
                 class_token=bool(options["class_token"]),
                 modality=bool(options["modality_embedding"]),
@@ -159,6 +161,8 @@ class ImageEmbedding:
       grid: patches (down, across) that positions are learned for; others are interpolated.
       positions: initial values of the learned positions: 'grid', sines of row and column; 'line',
         sines of the index in reading order; 'random'; or 'none' for no positions.
+      cut_rest: whether pixels at the right and at the bottom that fill no patch are left out, as a
+        convolution does (SigLIP at 384 pixels has patches of 14), and not refused.
       bias: whether the dense map to the model's width has a bias.
       class_token: whether a learned token comes before the patches.
       modality: whether a learned embedding of the modality is added.
@@ -171,6 +175,7 @@ class ImageEmbedding:
     stem: str
     grid: tuple[int, int]
     positions: str = "grid"
+    cut_rest: bool = False
     bias: bool = True
     class_token: bool = False
     modality: bool = True
@@ -193,6 +198,9 @@ class ImageEmbedder(nn.Module):
         """Embeds `pixels`, uint8 or float [B, height, width, 3] in 0..255, and `present` [B]."""
         e = self.embedding
         pixels = blank(batch["pixels"].astype(jnp.float32), batch["present"])
+        if e.cut_rest:
+            height, width = (side // e.patch * e.patch for side in pixels.shape[1:3])
+            pixels = pixels[:, :height, :width]
         mean, std = (255.0 * jnp.array(value) for value in (e.mean, e.std))
         patches = self._patches(((pixels - mean) / std).astype(self.dtype))
         rows, down, across, _ = patches.shape

@@ -31,7 +31,7 @@ from unified_mm.pretrained.preprocessing import (
 )
 from unified_mm.pretrained.source import Source
 from unified_mm.pretrained.tables import SCALAR, Entry, Table, rearranged
-from unified_mm.pretrained.vocabularies import TokenLayout, clip_files, only_json
+from unified_mm.pretrained.vocabularies import TokenLayout, clip_files, lower_gemma, only_json
 
 TEXT = {"vocabulary": ("vocab_size", 49408), "max_positions": ("max_position_embeddings", 77)}
 CLIP_VISION = usual(STACK, activation="quick_gelu")
@@ -43,10 +43,9 @@ END = 49407  # of a text, where config.json names no other
 HIGHEST = 2  # where it says that this is the end, its readers take the highest id of a text
 
 
-def tower_image(tower: Fields, patch: int) -> Fields:
+def tower_image(tower: Fields) -> Fields:
     """Returns the fields of the images of CLIP's tower: a class token, and a norm before it."""
     return {
-        "patch": patch,
         "modality_embedding": False,
         "bias": False,
         "class_token": True,
@@ -77,9 +76,9 @@ def clip_fields(source: Source) -> Fields:
     Text is causal and pooled at its end token; images are pooled at a class token.
     """
     c, vision = source.config.section("text_config"), source.config.section("vision_config")
-    kind = Preprocessing("crop_resized", mean=CLIP_MEAN, std=CLIP_DEVIATION)
+    kind = Preprocessing("crop_resized", mean=CLIP_MEAN, std=CLIP_DEVIATION, patch=32)
     tower = read(vision, CLIP_VISION)
-    image = tower_image(tower, vision.get("patch_size", 32))
+    image = tower_image(tower)
     fields = _two_towers(source, read(c, CLIP_TEXT), tower, read(c, TEXT), image, kind)
     contrast = {
         "weight": 1.0,
@@ -153,9 +152,8 @@ def siglip_fields(source: Source) -> Fields:
         raise ValueError(
             f"{c.where}: projection_size={width} is not the {tower['width']} of pictures"
         )
-    image = {"patch": vision.get("patch_size", 16), "modality_embedding": False}
     text, kind = read(c, SIGLIP_TEXT), Preprocessing("squash")
-    fields = _two_towers(source, main, tower, text, image, kind)
+    fields = _two_towers(source, main, tower, text, {"modality_embedding": False}, kind)
     fields["model"]["modalities"]["text"]["attend_padding"] = True
     contrast = {
         "weight": 1.0,
@@ -287,7 +285,11 @@ SIGLIP = Family(
     fields=siglip_fields,
     table=siglip_table,
     tokens=TokenLayout(
-        only_json, begins=False, defaults={"eos": "</s>", "pad": "</s>"}, eos_when_cut=True
+        only_json,
+        begins=False,
+        defaults={"eos": "</s>", "pad": "</s>"},
+        eos_when_cut=True,
+        adapt=lower_gemma,
     ),
     export=Export("SiglipModel", their_siglip_config, COMPARED, preprocessing_files),
 )

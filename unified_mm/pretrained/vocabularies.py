@@ -25,6 +25,7 @@ class TokenLayout:
       eos: key of tokenizer_config.json that names the end token.
       defaults: the family's names for 'bos', 'eos' and 'pad', where no file names them.
       eos_when_cut: whether a text that is cut because it is too long still ends in `eos`.
+      adapt: does to the tokenizer what their library does to it when it reads it.
       check: raises ValueError where config.json and the tokenizer contradict each other.
     """
 
@@ -34,6 +35,7 @@ class TokenLayout:
     eos: str = "eos_token"
     defaults: Mapping[str, str] | None = None
     eos_when_cut: bool = False
+    adapt: Callable[[Source, tokenizers.Tokenizer], None] = lambda source, tokenizer: None
     check: Callable[[Source, TextTokenizer], None] = lambda source, tokenizer: None
 
 
@@ -62,6 +64,7 @@ def read_tokenizer(source: Source, layout: TokenLayout) -> TextTokenizer:
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes it"
             )
         tokenizer = built
+    layout.adapt(source, tokenizer)
     try:
         found = TextTokenizer(tokenizer, **special_tokens(source, tokenizer, layout))
     except ValueError as error:
@@ -112,6 +115,22 @@ def _content(token: Any) -> str:
 
 def only_json(source: Source) -> None:
     """Returns None, for families that have no older tokenizer files."""
+
+
+GEMMA = ("GemmaTokenizer", "GemmaTokenizerFast", "Siglip2Tokenizer")
+
+
+def lower_gemma(source: Source, tokenizer: tokenizers.Tokenizer) -> None:
+    """Makes Gemma's tokenizer lower-case its texts, as SigLIP 2 was trained on them.
+
+    Their files do not say so; their library does it (Tschannen et al. 2025, section 2.1).
+    """
+    if (source.json("tokenizer_config.json") or {}).get("tokenizer_class") not in GEMMA:
+        return
+    steps = [normalizers.Lowercase()]
+    if tokenizer.normalizer is not None:
+        steps.append(tokenizer.normalizer)
+    tokenizer.normalizer = normalizers.Sequence(steps)
 
 
 def gpt2_files(source: Source) -> tokenizers.Tokenizer | None:
