@@ -131,7 +131,10 @@ def model_fields() -> dict:
         "query_bias": True,
         "output_bias": True,
         "feed_forward_bias": True,
+        "query_key_norm": False,  # of each head's queries and keys
         "rotary_base": 0.0,  # 0: no rotary positions
+        # Their scaling to longer texts: {"type": "linear", "factor": 2.0}, or 'llama3' with more.
+        "rotary_options": {},
         "separate_attention": False,  # projections of its own for each modality
         "separate_feed_forward": False,
         "remat": "none",  # or 'full', 'dots', 'offload': what the backward pass recomputes
@@ -180,7 +183,9 @@ def tower_fields() -> dict:
         "query_bias": placeholder(bool),
         "output_bias": placeholder(bool),
         "feed_forward_bias": placeholder(bool),
+        "query_key_norm": placeholder(bool),
         "rotary_base": placeholder(float),
+        "rotary_options": placeholder(dict),
         "attention": placeholder(str),
     }
 

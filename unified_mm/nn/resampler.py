@@ -14,9 +14,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from unified_mm.nn.attention.attention import into_heads, out_of_heads
+from unified_mm.nn.attention.attention import head_norm, into_heads, out_of_heads
 from unified_mm.nn.attention.backends import attend, prepare_block
-from unified_mm.nn.attention.cross_attention import head_norm
 from unified_mm.nn.attention.masks import BlockMask
 from unified_mm.nn.attention.rules import ALL, BlockCall, KeySlice
 from unified_mm.nn.feed_forward import make_mlp

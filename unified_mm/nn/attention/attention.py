@@ -9,13 +9,14 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from unified_mm.nn.attention.backends import attend, prepare_block
 from unified_mm.nn.attention.cache import LayerKV, as_slots, read_slots, write_slots
 from unified_mm.nn.attention.masks import BlockMask, slice_keys
+from unified_mm.nn.attention.rotary import rotary_rates, rotate
 from unified_mm.nn.attention.rules import BlockCall, MaskTable, block_calls
-from unified_mm.nn.layers import Dense, PerModality
+from unified_mm.nn.layers import Dense, Norm, PerModality
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.sow import sow_attention
 from unified_mm.nn.tokens import Group, TokenMetadata
@@ -81,19 +82,6 @@ def plan_attention(
     )
 
 
-def rotate(
-    x: Float[Array, "B N H A"], positions: Int[Array, "B N"], base: float
-) -> Float[Array, "B N H A"]:
-    """Applies rotary positions (Su et al. 2021, equation 34), pairing the two halves of A."""
-    half = x.shape[-1] // 2
-    rates = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * rates
-    cosine, sine = jnp.cos(angles), jnp.sin(angles)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
 def into_heads(heads: int, options: TransformerOptions, use_bias: bool, name: str) -> Dense:
     """Returns a projection [..., D] -> [..., heads, A].
 
@@ -123,6 +111,11 @@ def out_of_heads(width: int, options: TransformerOptions, use_bias: bool, name: 
     )
 
 
+def head_norm(name: str, options: TransformerOptions, kind: str = "rms") -> Norm:
+    """Returns a norm over the width of each head."""
+    return Norm(kind, options.norm_epsilon, options.dtype, axis=None, name=name)
+
+
 def branch_scale(options: TransformerOptions) -> float:
     """Returns the initial scale of each of the 2 L residual branches (GPT-2, section 2.3)."""
     return (2 * options.layers) ** -0.5
@@ -145,9 +138,14 @@ class Attention(nn.Module):
         query = project(partial(into_heads, o.heads, o, o.query_bias), "query", x)
         key = project(partial(into_heads, o.num_kv_heads, o, o.query_bias), "key", x)
         value = project(partial(into_heads, o.num_kv_heads, o, o.query_bias), "value", x)
+        if o.query_key_norm:
+            query, key = (
+                head_norm(name, o)(heads)
+                for name, heads in (("query_norm", query), ("key_norm", key))
+            )
         if o.rotary_base:
-            query = rotate(query, plan.positions, o.rotary_base)
-            key = rotate(key, plan.positions, o.rotary_base)
+            rates = rotary_rates(o.head_dim, o.rotary_base, dict(o.rotary_options))
+            query, key = (rotate(each, plan.positions, rates) for each in (query, key))
         query, key, value = (whole_sequences(each, o.heads) for each in (query, key, value))
         kv: LayerKV
         if cached is None:

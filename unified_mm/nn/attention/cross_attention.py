@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from unified_mm.nn.attention.attention import (
     divided_sequences,
+    head_norm,
     into_heads,
     out_of_heads,
     share_of_heads,
@@ -159,8 +160,3 @@ class CrossAttention(nn.Module):
         sow_attention(self, query, key, plan.calls, plan.masks, plan.groups)
         seen = divided_sequences(seen)
         return out_of_heads(x.shape[-1], o, False, "output")(seen), cached
-
-
-def head_norm(name: str, options: TransformerOptions, kind: str = "rms") -> Norm:
-    """Returns a norm over the width of each head."""
-    return Norm(kind, options.norm_epsilon, options.dtype, axis=None, name=name)
