@@ -4,7 +4,7 @@
 
 DIR gets config.json, model.safetensors, tokenizer.json and, for images, preprocessor_config.json.
 The run's model has to be one of the families that can be written: CLIP, SigLIP, GPT-2, Llama,
-Qwen 2.
+Mistral, Qwen 2, Qwen 3. Mistral that was trained on is written as the Llama that it is.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def family_that_fits(config: Mapping[str, Any], tokenizer: TextTokenizer, folder
       ValueError: if there is no such family; the message names the fields that differ.
     """
     why = []
-    for family in FAMILIES:
+    began = config.get("imported", {}).get("family")
+    # Of two that are alike, such as Llama and Mistral, the one that the weights came from.
+    for family in sorted(FAMILIES, key=lambda each: each.name != began):
         if family.export is None:
             continue
         try:

@@ -134,3 +134,54 @@ def test_vit(options, classifier, tmp_path):
         backbone = model.vit if classifier else model
         values = torch.tensor(hf.normalised(images, imported))
         hf.assert_close(np.asarray(ours), backbone(pixel_values=values).last_hidden_state)
+
+
+@pytest.mark.parametrize("projected", (False, True), ids=("plain", "projected"))
+def test_the_text_tower_of_clip_alone(projected, tmp_path):
+    import torch
+    import transformers
+
+    kind = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
+    config = transformers.CLIPTextConfig(**hf.TEXT, projection_dim=8)
+    model = hf.randomised(getattr(transformers, kind)(config))
+    hf.saved(model, tmp_path / "clip")
+    hf.write_tokenizer(tmp_path / "clip", eos_token="<unk>")
+    imported, task = hf.opened(tmp_path / "clip")
+    ids, batch = hf.texts(task)
+    (objective,) = task.objectives
+    ours = hf.apply(imported, task, lambda m, b: objective.embed(m, b, "text"), batch)
+    with torch.no_grad():
+        found = model(input_ids=torch.tensor(ids))
+    theirs = found.text_embeds if projected else found.pooler_output
+    hf.assert_close(ours, theirs / theirs.norm(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize("projected", (False, True), ids=("plain", "projected"))
+def test_the_image_tower_of_clip_alone(projected, tmp_path):
+    import jax
+    import torch
+    import transformers
+
+    from unified_mm.config import Config
+    from unified_mm.import_weights import import_directory
+    from unified_mm.task import build_task
+
+    kind = "CLIPVisionModelWithProjection" if projected else "CLIPVisionModel"
+    config = transformers.CLIPVisionConfig(**hf.VISION, projection_dim=8)
+    model = hf.randomised(getattr(transformers, kind)(config))
+    model.save_pretrained(tmp_path / "clip")
+    imported = import_directory(tmp_path / "clip")
+    assert imported.part == "image" and bool(imported.ignored) == projected
+    task = build_task(Config(imported.config), hf.tiny.tokenizer())
+    images = hf.pixels(2, 16)
+    batch = {"image": {"pixels": jnp.asarray(images), "present": jnp.ones(2, bool)}}
+
+    def look(params, batch):
+        method = lambda m, b: m.look("image", b).embeddings[:, 0]  # noqa: E731
+        return task.model.apply({"params": params}, batch, method=method)
+
+    with torch.no_grad():
+        found = model(pixel_values=torch.tensor(hf.normalised(images, imported)))
+        last = found.last_hidden_state[:, 0]
+        theirs = (model.vision_model if projected else model).post_layernorm(last)
+    hf.assert_close(np.asarray(jax.jit(look)(imported.params, batch)), theirs)

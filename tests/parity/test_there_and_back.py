@@ -66,6 +66,56 @@ def test_llama(shape, tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+SCALED = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+MORE = {
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 12},
+    "Mistral": {"sliding_window": None},
+    "Llama": {"rope_parameters": {**SCALED, "rope_theta": 100.0}},
+}
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_those_built_like_llama(kind, tmp_path):
+    import torch
+    import transformers
+
+    class_ = getattr(transformers, f"{kind}ForCausalLM")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 20}
+    model = hf.randomised(class_(class_.config_class(**TEXT, **heads, **MORE[kind])))
+    again = check(model, tmp_path / "theirs", tmp_path / "ours")
+    assert type(again) is class_
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_siglip(tmp_path):
+    import torch
+    import transformers
+
+    text = TEXT | {"num_attention_heads": 2, "max_position_embeddings": 12}
+    text |= {"projection_size": 24, "eos_token_id": 2, "pad_token_id": 2}
+    vision = TEXT | {"num_attention_heads": 4, "image_size": 19, "patch_size": 4}
+    vision |= {"hidden_size": 24}
+    del vision["vocab_size"]
+    config = transformers.SiglipConfig(text_config=text, vision_config=vision)
+    model = hf.randomised(transformers.SiglipModel(config))
+    again = check(model, tmp_path / "theirs", tmp_path / "ours")
+    values, ids = torch.randn(2, 3, 19, 19), torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        one, other = (
+            each(input_ids=ids, pixel_values=values).logits_per_text for each in (again, model)
+        )
+    assert torch.equal(one, other)
+
+
 def test_clip(tmp_path):
     import torch
     import transformers

@@ -43,13 +43,18 @@ def fields(folder, config, **files):
 
 REFUSED = {
     "llama scaled": (
-        {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}},
-        "config.json: rope_scaling: type='linear' .* rotary positions are not scaled",
+        {"model_type": "llama", "rope_scaling": {"type": "longrope", "factor": 2.0}},
+        "config.json: rope_scaling: type='longrope' .* no scaling but linear, llama3",
     ),
     "llama scaled in the later key": (
         {"model_type": "llama", "rope_parameters": {"type": "dynamic", "factor": 2.0}},
         "config.json: rope_parameters: type='dynamic'",
     ),
+    "llama half scaled": (
+        {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        "rope_scaling: has no low_freq_factor, high_freq_factor, original_max",
+    ),
+    "mistral window": ({"model_type": "mistral"}, "sliding_window=4096"),
     "llama by layer": (
         {"model_type": "llama", "rope_parameters": {"full_attention": {"rope_type": "default"}}},
         "rope_parameters: full_attention=.* all layers are alike",
@@ -167,6 +172,10 @@ def test_published_configs_that_say_only_what_is_unusual_have_the_usual_rest(tmp
         {"model_type": "vit", **SMALL, "image_size": 16, "patch_size": 8},
         {"model_type": "idefics", **SMALL, "vision_config": EYE, "use_resampler": True},
         {"model_type": "clip", "text_config": SMALL, "vision_config": SMALL},
+        {"model_type": "clip_vision_model", **SMALL},
+        {"model_type": "clip_text_model", **SMALL},
+        {"model_type": "qwen3", **SMALL, "num_key_value_heads": 1},
+        {"model_type": "mistral", **SMALL, "sliding_window": 64, "max_position_embeddings": 64},
     ],
     ids=lambda config: config["model_type"],
 )

@@ -39,6 +39,7 @@ CLIP_TEXT = usual(CLIP_VISION, width=512, heads=8, feed_forward=2048)
 SIGLIP_STACK = usual(STACK, activation="gelu_pytorch_tanh", norm_epsilon=1e-6)
 SIGLIP_TEXT = usual(TEXT, vocabulary=32000, max_positions=64)
 CONTRAST = "heads_contrastive"
+CLIP_PICTURES = Preprocessing("crop_resized", mean=CLIP_MEAN, std=CLIP_DEVIATION, patch=32)
 END = 49407  # of a text, where config.json names no other
 HIGHEST = 2  # where it says that this is the end, its readers take the highest id of a text
 
@@ -76,10 +77,9 @@ def clip_fields(source: Source) -> Fields:
     Text is causal and pooled at its end token; images are pooled at a class token.
     """
     c, vision = source.config.section("text_config"), source.config.section("vision_config")
-    kind = Preprocessing("crop_resized", mean=CLIP_MEAN, std=CLIP_DEVIATION, patch=32)
     tower = read(vision, CLIP_VISION)
     image = tower_image(tower)
-    fields = _two_towers(source, read(c, CLIP_TEXT), tower, read(c, TEXT), image, kind)
+    fields = _two_towers(source, read(c, CLIP_TEXT), tower, read(c, TEXT), image, CLIP_PICTURES)
     contrast = {
         "weight": 1.0,
         "rule": "separate_causal",
@@ -100,7 +100,8 @@ def refuse_other_end(source: Source, tokenizer: TextTokenizer) -> None:
     Raises:
       ValueError: if config.json names another.
     """
-    c = source.config.section("text_config")
+    c = source.config
+    c = c.section("text_config") if "text_config" in c else c  # or the text tower alone
     said = c.get("eos_token_id", END)
     end = tokenizer.vocabulary_size - 1 if said == HIGHEST else said
     if end != tokenizer.eos_id:
@@ -114,8 +115,8 @@ def refuse_other_end(source: Source, tokenizer: TextTokenizer) -> None:
 def clip_table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
     """Returns the table of CLIP's weights: two towers, their embeddings and projections."""
     entries = [
-        *_text(config),
-        *clip_tower(config, "vision_model"),
+        *text_tower(config),
+        *clip_tower(config, "vision_model."),
         *dense("visual_projection", f"{CONTRAST}/project_image", False),
         *dense("text_projection", f"{CONTRAST}/project_text", False),
         line("logit_scale", f"{CONTRAST}/log_scale"),
@@ -123,15 +124,16 @@ def clip_table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
     return Table(entries, POSITION_IDS)
 
 
-def _text(config: Mapping[str, Any]) -> list[Entry]:
-    model, before = config["model"], "text_model"
+def text_tower(config: Mapping[str, Any], theirs: str = "text_model.") -> list[Entry]:
+    """Returns the entries of the text tower of CLIP and of SigLIP, whose names begin so."""
+    model, before = config["model"], f"{theirs}embeddings"
     return [
-        *vocabulary(model, [f"{before}.embeddings.token_embedding.weight"])[0],
-        line(f"{before}.embeddings.position_embedding.weight", "embedders_text/positions"),
+        *vocabulary(model, [f"{before}.token_embedding.weight"])[0],
+        line(f"{before}.position_embedding.weight", "embedders_text/positions"),
         *blocks(
-            f"{before}.encoder.layers.{{layer}}", "transformer", CLIP_BLOCK, main_options(model)
+            f"{theirs}encoder.layers.{{layer}}", "transformer", CLIP_BLOCK, main_options(model)
         ),
-        *norm(f"{before}.final_layer_norm", "transformer/norm"),
+        *norm(f"{theirs}final_layer_norm", "transformer/norm"),
     ]
 
 
@@ -174,8 +176,8 @@ def siglip_fields(source: Source) -> Fields:
 def siglip_table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
     """Returns the table of SigLIP's weights: no class token, and a pooling with parameters."""
     entries = [
-        *_text(config),
-        *clip_tower(config, "vision_model"),
+        *text_tower(config),
+        *clip_tower(config, "vision_model."),
         *_pooling(config),
         *dense("text_model.head", f"{CONTRAST}/project_text", True),
         line("logit_scale", f"{CONTRAST}/log_scale", SCALAR),
@@ -258,6 +260,12 @@ def preprocessing_files(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {"preprocessor_config.json": preprocessor_config(config)}
 
 
+CLIP_TOKENS = TokenLayout(
+    clip_files,
+    defaults={"bos": "<|startoftext|>", "eos": "<|endoftext|>", "pad": "<|endoftext|>"},
+    eos_when_cut=True,
+    check=refuse_other_end,
+)
 COMPARED = ("model", "objectives.contrastive", "data.image_size")
 CLIP = Family(
     name="CLIP",
@@ -265,12 +273,7 @@ CLIP = Family(
     part="both",
     fields=clip_fields,
     table=clip_table,
-    tokens=TokenLayout(
-        clip_files,
-        defaults={"bos": "<|startoftext|>", "eos": "<|endoftext|>", "pad": "<|endoftext|>"},
-        eos_when_cut=True,
-        check=refuse_other_end,
-    ),
+    tokens=CLIP_TOKENS,
     export=Export(
         "CLIPModel",
         their_config,

@@ -134,7 +134,7 @@ def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
         *blocks("model.layers.{layer}", "transformer", LLAMA_BLOCK, main_options(model)),
         *norm("model.norm", "transformer/norm", "rms"),
         *_cross(model),
-        *clip_tower(config, "model.vision_model"),
+        *clip_tower(config, "model.vision_model."),
         *_resampler(model["resampler"]),
     ]
     ignored = {
