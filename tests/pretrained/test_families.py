@@ -67,7 +67,7 @@ REFUSED = {
         {"model_type": "llama", "partial_rotary_factor": 0.5},
         "partial_rotary_factor=0.5",
     ),
-    "llama window": ({"model_type": "llama", "sliding_window": 4096}, "sliding_window=4096"),
+    "llama window": ({"model_type": "llama", "sliding_window": 1024}, "sliding_window=1024"),
     "qwen window": (
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32},
         "sliding_window=32",
@@ -175,7 +175,7 @@ def test_published_configs_that_say_only_what_is_unusual_have_the_usual_rest(tmp
         {"model_type": "clip_vision_model", **SMALL},
         {"model_type": "clip_text_model", **SMALL},
         {"model_type": "qwen3", **SMALL, "num_key_value_heads": 1},
-        {"model_type": "mistral", **SMALL, "sliding_window": 64, "max_position_embeddings": 64},
+        {"model_type": "mistral", **SMALL, "sliding_window": None, "num_key_value_heads": 1},
     ],
     ids=lambda config: config["model_type"],
 )

@@ -1,6 +1,7 @@
 """A run that starts from the weights of others has them, layer by layer, wherever they lie."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import commands
@@ -12,7 +13,9 @@ from ml_collections import ConfigDict
 
 import unified_mm
 from unified_mm.config import Config
+from unified_mm.data.sources import open_source
 from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.evaluation.evaluate import Split, check_split
 from unified_mm.parallel.sharding import path_of
 from unified_mm.runs.folder import RunFolder
 from unified_mm.task import build_task
@@ -250,3 +253,26 @@ def test_the_length_of_texts_is_free_but_where_padding_is_seen(clip):
     assert config_from_run(config, ()).model.modalities.text.length == 12
     found = config_from_run(config, (length,)).model.modalities.text
     assert (found.length, found.max_positions) == (9, 12)
+
+
+def test_a_captioner_without_a_begin_token_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    """And may be given one, as a model whose texts had none is."""
+    monkeypatch.setenv("UNIFIED_MM_CACHE", str(tmp_path / "cache"))
+    built = tiny.config_dict(objectives__matching__weight=0.0)
+    built.data.special_tokens.bos = ""
+    task = tiny.task(objectives__matching__weight=0.0)
+    run = tiny.write_run(tmp_path / "run", built, tiny.params(task))
+    bos = "data.special_tokens.bos"
+    config = tiny.config_dict(model__start_from__text=str(run), data__special_tokens__bos="<eos>")
+    assert config_from_run(config, (bos,)).data.special_tokens.bos == "<eos>"
+    assert config_from_run(config, ()).data.special_tokens.bos == ""
+    config.data.special_tokens.eos = "<bos>"
+    with pytest.raises(ValueError, match="special_tokens.eos='<bos>', but the weights"):
+        config_from_run(config, ("data.special_tokens.eos",))
+    data = tiny.write_coco(tmp_path / "coco")
+    config.data.dir = str(data)
+    split = open_source(Config(config.to_dict()).data).manifest("val")
+    begun = replace(task, tokenizer=TextTokenizer.load(run / "tokenizer.json", bos=""))
+    check_split(Split(split), task)
+    with pytest.raises(ValueError, match="no begin token.* name one"):
+        check_split(Split(split), begun)

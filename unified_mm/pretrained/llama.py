@@ -141,8 +141,8 @@ def qwen3_fields(source: Source) -> Fields:
 def mistral_fields(source: Source) -> Fields:
     """Returns the fields of Mistral: Llama's, without any bias."""
     c = source.config
-    c.setdefault("sliding_window", WINDOW)
-    return _model(c, MISTRAL_KEYS, MISTRAL_TEXT)
+    whole = Section(c.where, {"sliding_window": WINDOW, **c})
+    return _model(whole, MISTRAL_KEYS, MISTRAL_TEXT)
 
 
 def _model(c: Section, keys: Keys, text: Keys) -> Fields:

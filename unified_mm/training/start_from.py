@@ -77,6 +77,7 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
             take_whole(chosen, saved, run, asked)
             continue
         taken = text_of(saved, run) if part == "text" else tower_of(saved, part)
+        leave_begin_token(taken, asked)
         if part not in config.model.modalities or part in config.model.towers:
             raise ValueError(
                 f"model.start_from.{part}: model.modalities must declare {part}, and model.towers "
@@ -91,6 +92,13 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
 def begun_parts(config: Any) -> dict[str, str]:
     """Returns the parts that start from other runs, and these runs."""
     return {part: run for part, run in config.model.start_from.items() if run}
+
+
+def leave_begin_token(taken: dict[str, Any], asked: Collection[str]) -> None:
+    """Leaves a begin token that the command line names to a model whose texts have had none."""
+    field = "data.special_tokens.bos"
+    if field in asked and taken.get(field) == "":
+        del taken[field]
 
 
 def refuse_contradiction(
@@ -120,6 +128,7 @@ def take_whole(
       ValueError: the command line set one to another value.
     """
     groups = whole_of(saved, run)
+    leave_begin_token(groups, asked)
     text = saved["model"]["modalities"]["text"]
     length = "model.modalities.text.length"
     if length in asked and not text["attend_padding"]:  # else padding would be other, and is seen
@@ -198,7 +207,7 @@ def tokens_of(saved: Mapping[str, Any], run: str) -> dict[str, Any]:
     """Returns the fields of the tokenizer that a run's weights know, by dotted name."""
     return {
         "data.tokenizer": str(RunFolder(run).tokenizer.absolute()),
-        "data.special_tokens": saved["data"]["special_tokens"],
+        **{f"data.special_tokens.{name}": x for name, x in saved["data"]["special_tokens"].items()},
     }
 
 
