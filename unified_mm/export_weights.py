@@ -26,7 +26,7 @@ from unified_mm.cli.command import command
 from unified_mm.cli.messages import say
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.files import new_folder, refuse_existing, user_path, write_json
-from unified_mm.import_weights import run_config
+from unified_mm.inference.imported import run_config
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.objectives.contrastive import MAX_LOG_SCALE
 from unified_mm.pretrained.families import FAMILIES

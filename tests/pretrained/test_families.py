@@ -9,7 +9,8 @@ import tiny
 
 import unified_mm
 from unified_mm.config import Config
-from unified_mm.import_weights import import_directory, parameter_shapes, run_config, write_run
+from unified_mm.import_weights import import_directory, write_run
+from unified_mm.inference.imported import parameter_shapes, run_config
 from unified_mm.pretrained.families import FAMILIES, family_of
 from unified_mm.pretrained.source import Source
 from unified_mm.task import build_task
