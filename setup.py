@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 # What a part of the package needs beyond the core; imported where it is used.
 PARTS = {
     "export": ["flatbuffers>=24.3"],  # by which jax.export writes and reads
+    "hub": ["huggingface_hub>=0.30"],
     "notebook": ["ipykernel>=6.30", "nbclient>=0.10", "nbformat>=5.10"],
     "opencv": ["opencv-python-headless>=4.10"],
     "quantize": ["qwix>=0.1.8"],

@@ -13,9 +13,38 @@ import tiny
 
 from unified_mm.config import Config
 from unified_mm.import_weights import Imported, import_directory
+from unified_mm.objectives.contrastive import text_valid
 from unified_mm.task import Task, build_task
 
 VOCABULARY = 310  # more than the tokenizer's 300, and no multiple of 64
+LENGTH = 12
+END = 3  # of the tokenizer's <unk>, which ends texts here
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": LENGTH,
+    "bos_token_id": 1,
+    "eos_token_id": END,  # 2 would mean the highest id, as in the first published files
+    "pad_token_id": 0,
+}
+VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "image_size": 16,
+    "patch_size": 4,
+}
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 20,
+    "vocab_size": VOCABULARY,
+}
 NAMES = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 
 
@@ -87,6 +116,30 @@ def logits(imported: Imported, task: Task, batch: Any) -> np.ndarray:
 
     used = task.modalities["text"].embedding.used
     return apply(imported, task, score, batch)[..., :used]
+
+
+def contrast(imported: Imported, task: Task, images: np.ndarray, batch: Any) -> np.ndarray:
+    """Scores of texts (rows) and pictures (columns), with scale and bias."""
+    (objective,) = task.objectives
+    rows = jnp.ones(len(images), bool)
+    whole = {"image": {"pixels": jnp.asarray(images), "present": rows}, **batch}
+
+    def embed(model: Any, batch: Any) -> Any:
+        encoded = model.encode(batch, objective.views())[objective.name]
+        head = model.head[objective.name]
+        scale, bias = head.scale_and_bias()
+        image = head("image", encoded.outputs["image"], encoded.valid["image"])
+        text = head("text", encoded.text, text_valid(batch))
+        return scale * text @ image.T + bias
+
+    return apply(imported, task, embed, whole)
+
+
+def texts(task: Task) -> tuple[np.ndarray, dict[str, Any]]:
+    """Rows of different lengths, as our tokenizer ends and pads them."""
+    rows = [task.modalities["text"].encode("", text) for text in ("red", "a red square", "of size")]
+    ids, valid = (np.stack([row[key] for row in rows]) for key in ("ids", "valid"))
+    return ids, text_batch(ids, valid)
 
 
 def assert_close(ours: np.ndarray, theirs: Any, relative: float = 1e-4) -> None:

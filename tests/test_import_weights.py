@@ -50,6 +50,69 @@ def test_a_run_that_loads_and_writes(run):
         model.caption([np.zeros((8, 8, 3), np.uint8)])
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def in_cache(folder, name="someone/small-gpt2"):
+    """A model in the layout of the Hub's cache: snapshots are links to blobs."""
+    model = folder / f"models--{name.replace('/', '--')}"
+    whole = published.write(folder / "whole")
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(COMMIT)
+    snapshot = model / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (model / "blobs").mkdir()
+    for number, path in enumerate(sorted(whole.iterdir())):
+        path.rename(model / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(model / "blobs" / str(number))
+    return snapshot
+
+
+@pytest.mark.parametrize("variable", ("HF_HUB_CACHE", "HF_HOME"))
+@pytest.mark.parametrize("revision", ("", f"@{COMMIT}"), ids=("main", "commit"))
+def test_a_model_by_its_name(variable, revision, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path))
+    in_cache(tmp_path / "hub" if variable == "HF_HOME" else tmp_path)
+    assert imported_by_command(f"someone/small-gpt2{revision}", tmp_path / "run") == 0
+    origin = json.loads((tmp_path / "run" / "config.json").read_text())["imported"]
+    assert (origin["name"], origin["revision"]) == ("someone/small-gpt2", COMMIT)
+
+
+def test_a_model_by_its_name_without_a_run(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    in_cache(tmp_path)
+    model, same = unified_mm.load("someone/small-gpt2"), unified_mm.load(run[1])
+    assert all(np.array_equal(x, leaves(same.params)[n]) for n, x in leaves(model.params).items())
+    assert model.predictor.write({}, ["a red"]) == same.predictor.write({}, ["a red"])
+    with pytest.raises(ValueError, match="has no step 3"):
+        unified_mm.load("someone/small-gpt2", step=3)
+
+
+def test_a_name_that_is_not_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (in_cache(tmp_path) / "model.safetensors").unlink()  # half of it: as good as none
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert imported_by_command("someone/small-gpt2@v2", tmp_path / "run") == 1
+    said = capsys.readouterr().err
+    assert re.search(r"small-gpt2 \(revision v2\) is no directory.*unified_mm\[hub\]", said), said
+    assert imported_by_command("someone/small-gpt2", tmp_path / "run") == 1
+
+
+def test_a_name_that_the_hub_is_asked_for(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    asked = []
+
+    def fetch(name, **options):
+        asked.append((name, options["revision"], options["cache_dir"]))
+        return str(in_cache(tmp_path))
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    assert imported_by_command("someone/small-gpt2", tmp_path / "run") == 0
+    assert asked == [("someone/small-gpt2", "main", tmp_path)]
+
+
 def test_what_is_said(run, tmp_path, capsys):
     source, _ = run
     weights = published.tensors()
@@ -212,7 +275,7 @@ WRONG = {
     truncated: "model.safetensors is no whole safetensors file",
     missing_shard: "has no model-2-of-2.safetensors",
     shard_without_its_tensor: "model-2-of-2.safetensors: has no transformer.wte.weight",
-    unknown: "model_type='mamba' is no architecture .* clip, gpt2, idefics, llama",
+    unknown: "model_type='mamba' is no architecture .* clip, .* gpt2, idefics, llama",
     naflex: r"pictures of any shape \(naflex\)",
     further_tensor: "no place in our model for transformer.h.0.gate",
     missing_tensor: "has no transformer.h.1.ln_2.bias, for our .*/feed_forward_norm/bias",

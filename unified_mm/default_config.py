@@ -232,11 +232,14 @@ def model_fields() -> dict:
         "feed_forward": 512,
         **{name: value for name, value in stack.items() if name in STACK_FIELDS},
         "block_options": {},
+        # Rotary scaling to longer texts: {"type": "linear", "factor": 2.0}, or 'llama3' with more.
+        "rotary_options": {},
         "feed_forward_options": {},
         "dtype": "float32",  # of the computation, or 'bfloat16', 'float16'; parameters stay float32
-        # Runs whose image tower or text model training starts from; '' starts afresh. A recipe may
-        # name further modalities here, for their towers.
-        "start_from": {"image": "", "text": ""},
+        # Runs whose image tower or text model training starts from, or that it goes on with as a
+        # whole, heads and all; '' starts afresh. A recipe may name further modalities here, for
+        # their towers.
+        "start_from": {"image": "", "text": "", "whole": ""},
         # Width or depth matched to so many FLOPs a training example (0: as they stand).
         "budget": 0.0,
         "budget_by": "width",  # or 'layers'

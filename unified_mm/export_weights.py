@@ -3,7 +3,8 @@
     python -m unified_mm.export_weights --run runs/clip --out DIR
 
 DIR gets config.json, model.safetensors, tokenizer.json and, for images, preprocessor_config.json.
-The run's model has to be one of the families that can be written: CLIP, GPT-2, Llama.
+The run's model has to be one of the families that can be written: CLIP, SigLIP, GPT-2, Llama,
+Mistral, Qwen 2, Qwen 3. Mistral that was trained on is written as the Llama that it is.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from unified_mm.cli.command import command
 from unified_mm.cli.messages import say
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.files import new_folder, refuse_existing, user_path, write_json
-from unified_mm.import_weights import run_config
+from unified_mm.inference.imported import run_config
 from unified_mm.nn.options import TransformerOptions
+from unified_mm.objectives.contrastive import MAX_LOG_SCALE
 from unified_mm.pretrained.families import FAMILIES
 from unified_mm.pretrained.family import Family
 from unified_mm.pretrained.source import WEIGHTS, Source
@@ -34,6 +36,9 @@ from unified_mm.pretrained.tables import to_theirs
 
 # What a run may have otherwise than its family: none of it is part of the weights.
 FREE = ("dropout", "remat", "attention", "unroll", "dtype")
+# And of its contrast: none of these changes an embedding, and the scale is written as it is used.
+FREE_OF_CONTRAST = ("weight", "weight_schedule", "chunk", "bound_scale")
+LOG_SCALE = "heads_contrastive/log_scale"
 
 
 def export(
@@ -61,6 +66,9 @@ def _write(
 ) -> Family:
     ours = {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     family = family_that_fits(config, tokenizer, folder)
+    if LOG_SCALE in ours and config["objectives"]["contrastive"]["bound_scale"]:
+        # Others know no bound: they get the scale that the run has computed with.
+        ours[LOG_SCALE] = np.minimum(ours[LOG_SCALE], np.float32(MAX_LOG_SCALE))
     tensors = to_theirs(family.table(config, frozenset()), ours)
     tokenizer.save(folder / "tokenizer.json")
     named = tokenizer.special_tokens
@@ -87,14 +95,16 @@ def family_that_fits(config: Mapping[str, Any], tokenizer: TextTokenizer, folder
       ValueError: if there is no such family; the message names the fields that differ.
     """
     why = []
-    for family in FAMILIES:
+    began = config.get("imported", {}).get("family")
+    # Of two that are alike, such as Llama and Mistral, the one that the weights came from.
+    for family in sorted(FAMILIES, key=lambda each: each.name != began):
         if family.export is None:
             continue
         try:
             for name, content in family.files(config, tokenizer).items():
                 write_json(folder / name, content)
             again = run_config(family, _ConfigOnly(folder), tokenizer)
-        except (KeyError, TypeError, ValueError, StopIteration) as error:
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             why.append(f"{family.name}: {error or type(error).__name__}")
             continue
         other = differing(config, again, family.export.compared)
@@ -133,11 +143,14 @@ def said_of_model(config: Mapping[str, Any]) -> dict[str, Any]:
     m = config["model"]
     options = TransformerOptions.from_config(m)
     modalities = {name: dict(each) for name, each in m["modalities"].items()}
-    modalities["text"].pop("length")
+    if not modalities["text"]["attend_padding"]:  # else it is a part of what is computed
+        modalities["text"].pop("length")
     model: dict[str, Any] = {"fusion": m["fusion"], **_kind(options), "modalities": modalities}
     if m["fusion"] != "early":
         model["tower"] = _kind(options.changed(m["tower"]))
-    contrastive = {**config["objectives"]["contrastive"], "weight": 0.0}
+    contrastive = dict(config["objectives"]["contrastive"])
+    for name in FREE_OF_CONTRAST:
+        del contrastive[name]
     said = {"model": model, "objectives": {"contrastive": contrastive}, "data": config["data"]}
     plain: dict[str, Any] = json.loads(json.dumps(said))
     return plain

@@ -1,140 +1,33 @@
 """Makes a run from weights that were trained elsewhere.
 
     python -m unified_mm.import_weights --from DIR --out runs/clip
+    python -m unified_mm.import_weights --from openai/clip-vit-base-patch32 --out runs/clip
 
 DIR is what Hugging Face's `save_pretrained` writes: config.json, model.safetensors (or shards with
-model.safetensors.index.json) and the tokenizer's files. `unified_mm.load("runs/clip")` loads the
-new run. The families: CLIP and SigLIP (usable at once for retrieval and zero-shot classification),
-ViT, GPT-2, Llama, Qwen2 and SmolLM, BERT and MiniLM sentence encoders, IDEFICS. Tokenizer and image
-preprocessing come along. --config.model.start_from.text=RUN (or .image) trains on from a run.
+model.safetensors.index.json) and the tokenizer's files. A name of the Hugging Face Hub, as NAME or
+NAME@REVISION, is looked for in the Hub's cache on this machine (HF_HUB_CACHE, HF_HOME), and fetched
+where huggingface_hub is installed (the extra `hub`); the run's config keeps its revision.
+`unified_mm.load("runs/clip")` loads the new run. Usable at once for retrieval and zero-shot
+classification: CLIP and SigLIP. Tokenizer and image preprocessing come along.
+--config.model.start_from.text=RUN (or .image, .whole) trains on from a run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unified_mm.cli.command import command
 from unified_mm.cli.messages import say
-from unified_mm.config import Config, set_field
-from unified_mm.data.text_tokenizer import TextTokenizer
-from unified_mm.default_config import default_config
 from unified_mm.files import new_folder, refuse_existing, write_json
-from unified_mm.parallel.sharding import without_names
-from unified_mm.pretrained.families import family_of
-from unified_mm.pretrained.family import Family, Part
-from unified_mm.pretrained.source import Source
-from unified_mm.pretrained.tables import to_ours
-from unified_mm.pretrained.vocabularies import read_tokenizer
+from unified_mm.inference.imported import Imported, import_directory
+from unified_mm.pretrained.hub import directory_of
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder
-from unified_mm.task import build_task, parameter_counts
-
-IMAGE_PARTS = ("embedders_image/", "towers_image/")
-
-
-@dataclass(frozen=True)
-class Imported:
-    """Weights converted to the parameters of a run.
-
-    Attributes:
-      config: the whole config of the run.
-      params: float32, a tree as `build_task(config, tokenizer).init` returns it, or its image part.
-      tokenizer: the tokenizer; None if there is no text.
-      part: which part of a model the weights are.
-      family: the family of the weights.
-      ignored: the names of tensors that are not used, by reason.
-    """
-
-    config: dict[str, Any]
-    params: Any
-    tokenizer: TextTokenizer | None
-    part: Part
-    family: str
-    ignored: Mapping[str, tuple[str, ...]]
-
-
-def import_directory(directory: str | os.PathLike[str]) -> Imported:
-    """Reads and converts weights of a known family.
-
-    Raises:
-      FileNotFoundError: if a file is missing.
-      ValueError: if an architecture, an option or a tensor is not known, or a file is damaged; the
-        message names it.
-    """
-    with Source(directory) as source:
-        family = family_of(source)
-        tokenizer = read_tokenizer(source, family.tokens) if family.tokens else None
-        config = run_config(family, source, tokenizer)
-        places = parameter_shapes(config, tokenizer, family.part)
-        table = family.table(config, source.names)
-        where = str(source.path)
-        found, ignored = to_ours(table, source.names, source.tensor, places, where)
-    params = unflatten_dict(found, sep="/")
-    return Imported(config, params, tokenizer, family.part, family.name, ignored)
-
-
-def run_config(family: Family, source: Source, tokenizer: TextTokenizer | None) -> dict[str, Any]:
-    """Returns the default config with the family's fields set, in plain values as JSON has them.
-
-    Raises:
-      ValueError: if the tokenizer has more tokens than there are embeddings.
-    """
-    fields = family.fields(source)
-    chosen = default_config()
-    usual = chosen.model.modalities.to_dict()
-    asked = fields["model"].pop("modalities")
-    chosen.model.modalities = {name: usual[name] | more for name, more in asked.items()}
-    for objective in chosen.objectives.values():
-        objective.weight = 0.0
-    for field, value in flatten_dict(fields, sep=".").items():
-        set_field(chosen, field, value)
-    config = chosen.to_dict()
-    if tokenizer is not None:
-        config["data"]["special_tokens"] = dict(tokenizer.special_tokens)
-        known, rows = tokenizer.vocabulary_size, asked["text"]["vocabulary"]
-        if known > rows:
-            raise ValueError(
-                f"{source.path}: its tokenizer has {known} tokens, but config.json has embeddings "
-                f"for {rows}"
-            )
-    config["imported"] = {
-        "family": family.name,
-        "part": family.part,
-        "from": str(source.path.absolute()),
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(config))
-    return plain
-
-
-def parameter_shapes(
-    config: Mapping[str, Any], tokenizer: TextTokenizer | None, part: Part
-) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each parameter of a run by path, or of its image part only.
-
-    Args:
-      config: the whole config of the run.
-      tokenizer: the tokenizer; None if there is no text.
-      part: 'image' for the image part only.
-
-    Raises:
-      ValueError: if no model can be built from the config.
-    """
-    # An image tower stands beside a text model that is yet to be chosen: any will do here.
-    task = build_task(Config(config), tokenizer or TextTokenizer.train([], 260))
-    shapes = without_names(jax.eval_shape(task.init, jax.random.key(0)))
-    found = {path: tuple(leaf.shape) for path, leaf in flatten_dict(shapes, sep="/").items()}
-    if part == "image":
-        return {path: shape for path, shape in found.items() if path.startswith(IMAGE_PARTS)}
-    return found
+from unified_mm.task import parameter_counts
 
 
 def write_run(imported: Imported, out: str | os.PathLike[str]) -> RunFolder:
@@ -159,7 +52,7 @@ def write_run(imported: Imported, out: str | os.PathLike[str]) -> RunFolder:
 def main(options: argparse.Namespace) -> int:
     """Imports the weights, writes the run, prints a summary and returns the exit code."""
     refuse_existing(RunFolder(options.out).path)
-    imported = import_directory(getattr(options, "from"))
+    imported = import_directory(directory_of(getattr(options, "from")))
     folder = write_run(imported, options.out)
     counts = parameter_counts(imported.params)
     say(f"family: {imported.family} (part: {imported.part})")

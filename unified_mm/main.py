@@ -149,7 +149,7 @@ def train(options: argparse.Namespace) -> int:
     output = output_of(folder, say)
     chosen = resolve(options.recipe, output.say)
     refuse_unequal("the config", shared_fields(chosen))
-    refuse_int8(folder)
+    refuse_untrained(folder)
     with output.lock():
         new = folder.check(chosen.to_dict(), defaults())
         if folder.finished and folder.finished_steps() >= chosen.train.steps:
@@ -190,14 +190,21 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
-def refuse_int8(folder: RunFolder) -> None:
-    """Raises ValueError if the run's weights are int8, which cannot be trained."""
-    made = folder.saved_config().get("quantized") if folder.exists else None
-    if made:
+def refuse_untrained(folder: RunFolder) -> None:
+    """Raises ValueError if the run's weights are int8, or imported: training begins elsewhere."""
+    saved = folder.saved_config() if folder.exists else {}
+    if made := saved.get("quantized"):
         raise ValueError(
             f"{folder.path} holds {made['weights']} weights, which cannot be trained: train the "
             f"run that they were made from ({made['from']}), or start a new one with "
             f"--config.model.start_from.text={folder.path}"
+        )
+    if imported := saved.get("imported"):
+        part = {"both": "whole"}.get(imported["part"], imported["part"])
+        raise ValueError(
+            f"{folder.path} holds imported weights ({imported['family']}) without the data, the "
+            "optimizer and its state that a run goes on with: start a new run with them, in "
+            f"another --workdir, with --config.model.start_from.{part}={folder.path}"
         )
 
 

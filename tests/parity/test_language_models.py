@@ -20,13 +20,6 @@ LLAMA = [
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
     },
 ]
-SMALL = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "max_position_embeddings": 20,
-    "vocab_size": hf.VOCABULARY,
-}
 
 
 def gpt2(**options):
@@ -39,7 +32,7 @@ def gpt2(**options):
 def llama(**options):
     import transformers
 
-    config = transformers.LlamaConfig(**SMALL | options)
+    config = transformers.LlamaConfig(**hf.SMALL | options)
     return hf.randomised(transformers.LlamaForCausalLM(config))
 
 
@@ -96,11 +89,51 @@ def test_llama_in_sixteen_bits(tmp_path):
     hf.assert_close(hf.logits(imported, task, hf.text_batch(ids)), theirs)
 
 
+SCALED = {
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_llama_with_scaled_positions(kind, tmp_path):
+    said = {**SCALED[kind], "rope_theta": 100.0}
+    imported = check(
+        llama(num_attention_heads=2, head_dim=16, rope_parameters=said), tmp_path / "llama"
+    )
+    assert imported.config["model"]["rotary_options"]["type"] == kind
+
+
+@pytest.mark.parametrize("more", ({}, {"attention_bias": True, "tie_word_embeddings": True}))
+def test_qwen3(more, tmp_path):
+    import transformers
+
+    config = transformers.Qwen3Config(
+        **hf.SMALL, num_attention_heads=4, num_key_value_heads=2, head_dim=6, **more
+    )
+    check(hf.randomised(transformers.Qwen3ForCausalLM(config)), tmp_path / "qwen3")
+
+
+@pytest.mark.parametrize("window", (None, 20))
+def test_mistral(window, tmp_path):
+    import transformers
+
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
+    config = transformers.MistralConfig(**hf.SMALL, **heads, sliding_window=window)
+    check(hf.randomised(transformers.MistralForCausalLM(config)), tmp_path / "mistral")
+
+
 @pytest.mark.parametrize("tied", (True, False), ids=("tied", "untied"))
 def test_qwen2(tied, tmp_path):
     import transformers
 
     config = transformers.Qwen2Config(
-        **SMALL, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied
+        **hf.SMALL, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied
     )
     check(hf.randomised(transformers.Qwen2ForCausalLM(config)), tmp_path / "qwen2")

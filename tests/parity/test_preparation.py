@@ -85,10 +85,11 @@ def test_clip_from_its_two_files_and_from_one(tmp_path):
         vocabulary[token] = len(vocabulary)
     theirs = transformers.CLIPTokenizer(vocab=vocabulary, merges=merges)
     write_pairs(tmp_path, vocabulary, merges)
-    same(opened(tmp_path, CLIP), theirs)
+    end = {"text_config": {"eos_token_id": vocabulary["<|endoftext|>"]}}
+    same(opened(tmp_path, CLIP, **end), theirs)
     theirs.save_pretrained(tmp_path / "one")
     assert (tmp_path / "one" / "tokenizer.json").is_file()
-    same(opened(tmp_path / "one", CLIP), theirs)
+    same(opened(tmp_path / "one", CLIP, **end), theirs)
 
 
 def test_gpt2_puts_its_end_token_before_a_text(tmp_path):
@@ -142,6 +143,32 @@ def test_siglip_ends_a_text_and_pads_with_ends(tmp_path):
     ours = opened(tmp_path, SIGLIP)
     assert ours.bos_id is None and ours.special_tokens["eos_when_cut"]
     same(ours, theirs)
+
+
+def test_siglip2_lowers_the_case_of_its_texts(tmp_path):
+    import transformers
+
+    known = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581"]
+    known += [f"<0x{byte:02X}>" for byte in range(256)]
+    known += list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789'?!,")
+    pairs = [("r", "e"), ("re", "d"), ("D", "O"), ("d", "o"), ("do", "g")]
+    known += ["".join(pair) for pair in pairs]
+    vocabulary = {token: number for number, token in enumerate(known)}
+    theirs = transformers.Siglip2Tokenizer(vocab=vocabulary, merges=pairs)
+    theirs._tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    theirs.padding_side = "right"
+    theirs.save_pretrained(tmp_path / "lower")
+    same(opened(tmp_path / "lower", SIGLIP), theirs)
+    # As it was published, before their library had a class of its own for it.
+    plain = json.loads((tmp_path / "lower" / "tokenizer.json").read_text())
+    plain["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    named = json.loads((tmp_path / "lower" / "tokenizer_config.json").read_text())
+    named["tokenizer_class"] = "GemmaTokenizer"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    same(opened(tmp_path, SIGLIP), theirs)
 
 
 def photograph(height, width):

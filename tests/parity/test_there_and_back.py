@@ -66,11 +66,62 @@ def test_llama(shape, tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+SCALED = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+MORE = {
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 12},
+    "Mistral": {"sliding_window": None},
+    "Llama": {"rope_parameters": {**SCALED, "rope_theta": 100.0}},
+}
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_those_built_like_llama(kind, tmp_path):
+    import torch
+    import transformers
+
+    class_ = getattr(transformers, f"{kind}ForCausalLM")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 20}
+    model = hf.randomised(class_(class_.config_class(**TEXT, **heads, **MORE[kind])))
+    again = check(model, tmp_path / "theirs", tmp_path / "ours")
+    assert type(again) is class_
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_siglip(tmp_path):
+    import torch
+    import transformers
+
+    text = TEXT | {"num_attention_heads": 2, "max_position_embeddings": 12}
+    text |= {"projection_size": 24, "eos_token_id": 2, "pad_token_id": 2}
+    vision = TEXT | {"num_attention_heads": 4, "image_size": 19, "patch_size": 4}
+    vision |= {"hidden_size": 24}
+    del vision["vocab_size"]
+    config = transformers.SiglipConfig(text_config=text, vision_config=vision)
+    model = hf.randomised(transformers.SiglipModel(config))
+    again = check(model, tmp_path / "theirs", tmp_path / "ours")
+    values, ids = torch.randn(2, 3, 19, 19), torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        one, other = (
+            each(input_ids=ids, pixel_values=values).logits_per_text for each in (again, model)
+        )
+    assert torch.equal(one, other)
+
+
 def test_clip(tmp_path):
     import torch
     import transformers
 
     text = TEXT | {"num_attention_heads": 2, "max_position_embeddings": 12, "hidden_act": "gelu"}
+    text["eos_token_id"] = 3
     vision = TEXT | {"num_attention_heads": 4, "image_size": 16, "patch_size": 4, "hidden_size": 24}
     del vision["vocab_size"]
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
@@ -86,3 +137,23 @@ def test_clip(tmp_path):
     assert processor.crop_size["height"] == 16
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert tokenizer.eos_token == "<unk>" and again.config.text_config.eos_token_id == 3
+
+
+def test_a_bounded_scale_is_exported_as_it_was_used(tmp_path):
+    import transformers
+
+    sizes = TEXT | {"num_attention_heads": 2, "max_position_embeddings": 12, "eos_token_id": 3}
+    vision = {**sizes, "image_size": 16, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=8)
+    model = transformers.CLIPModel(config)
+    model.logit_scale.data.fill_(5.6)
+    hf.saved(model, tmp_path / "theirs")
+    hf.write_tokenizer(tmp_path / "theirs", eos_token="<unk>")
+    imported = import_directory(tmp_path / "theirs")
+    assert not imported.config["objectives"]["contrastive"]["bound_scale"]
+    for bounded, scale in ((False, np.exp(5.6)), (True, 100.0)):
+        imported.config["objectives"]["contrastive"]["bound_scale"] = bounded
+        out = tmp_path / f"bounded {bounded}"
+        export(imported.config, imported.params, imported.tokenizer, out)
+        again = transformers.CLIPModel.from_pretrained(out)
+        assert np.isclose(again.logit_scale.exp().item(), scale, rtol=1e-4)

@@ -9,7 +9,8 @@ import tiny
 
 import unified_mm
 from unified_mm.config import Config
-from unified_mm.import_weights import import_directory, parameter_shapes, run_config, write_run
+from unified_mm.import_weights import import_directory, write_run
+from unified_mm.inference.imported import parameter_shapes, run_config
 from unified_mm.pretrained.families import FAMILIES, family_of
 from unified_mm.pretrained.source import Source
 from unified_mm.task import build_task
@@ -43,8 +44,21 @@ def fields(folder, config, **files):
 
 REFUSED = {
     "llama scaled": (
-        {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}},
-        "config.json: rope_scaling=.* rotary positions are not scaled",
+        {"model_type": "llama", "rope_scaling": {"type": "longrope", "factor": 2.0}},
+        "config.json: rope_scaling: type='longrope' .* no scaling but linear, llama3",
+    ),
+    "llama scaled in the later key": (
+        {"model_type": "llama", "rope_parameters": {"type": "dynamic", "factor": 2.0}},
+        "config.json: rope_parameters: type='dynamic'",
+    ),
+    "llama half scaled": (
+        {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        "rope_scaling: has no low_freq_factor, high_freq_factor, original_max",
+    ),
+    "mistral window": ({"model_type": "mistral"}, "sliding_window=4096"),
+    "llama by layer": (
+        {"model_type": "llama", "rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        "rope_parameters: full_attention=.* all layers are alike",
     ),
     "llama yarn": (
         {"model_type": "llama", "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
@@ -54,7 +68,7 @@ REFUSED = {
         {"model_type": "llama", "partial_rotary_factor": 0.5},
         "partial_rotary_factor=0.5",
     ),
-    "llama window": ({"model_type": "llama", "sliding_window": 4096}, "sliding_window=4096"),
+    "llama window": ({"model_type": "llama", "sliding_window": 1024}, "sliding_window=1024"),
     "qwen window": (
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32},
         "sliding_window=32",
@@ -134,6 +148,13 @@ def test_preprocessing_is_a_part_of_the_run(said, fit, resampling, tmp_path):
     assert image["mean"][0] == pytest.approx(0.48145466) and image["norm"]
 
 
+@pytest.mark.parametrize("key", ("rope_scaling", "rope_parameters"))
+@pytest.mark.parametrize("kind", ("type", "rope_type"))
+def test_rotary_positions_that_are_said_not_to_be_scaled(key, kind, tmp_path):
+    said = {kind: "default", "rope_theta": 500.0}
+    assert fields(tmp_path, {"model_type": "llama", key: said})["model"]["rotary_base"] == 500
+
+
 def test_published_configs_that_say_only_what_is_unusual_have_the_usual_rest(tmp_path):
     config = fields(tmp_path, {"model_type": "siglip", **TOWERS})
     model, contrastive = config["model"], config["objectives"]["contrastive"]
@@ -152,6 +173,10 @@ def test_published_configs_that_say_only_what_is_unusual_have_the_usual_rest(tmp
         {"model_type": "vit", **SMALL, "image_size": 16, "patch_size": 8},
         {"model_type": "idefics", **SMALL, "vision_config": EYE, "use_resampler": True},
         {"model_type": "clip", "text_config": SMALL, "vision_config": SMALL},
+        {"model_type": "clip_vision_model", **SMALL},
+        {"model_type": "clip_text_model", **SMALL},
+        {"model_type": "qwen3", **SMALL, "num_key_value_heads": 1},
+        {"model_type": "mistral", **SMALL, "sliding_window": None, "num_key_value_heads": 1},
     ],
     ids=lambda config: config["model_type"],
 )
@@ -194,6 +219,28 @@ def test_layers_after_the_pooling_are_refused(tmp_path):
     modules = [{"type": "sentence_transformers.models.Dense"}]
     with pytest.raises(ValueError, match="modules.json: sentence_transformers.models.Dense"):
         fields(tmp_path, {"model_type": "bert"}, modules=modules)
+
+
+def test_pixels_that_fill_no_patch_are_left_out_where_that_is_asked_for(tmp_path):
+    said = {"model_type": "siglip", "text_config": {}, "vision_config": {"image_size": 384}}
+    said["vision_config"]["patch_size"] = 14
+    assert fields(tmp_path, said)["model"]["modalities"]["image"]["cut_rest"]
+    sizes = {"data__image_size": 19, "model__modalities__image__patch": 8}
+    with pytest.raises(ValueError, match="image_size=19 is no multiple .*image.cut_rest"):
+        tiny.task(**sizes)
+    task = tiny.task(**sizes, model__modalities__image__cut_rest=True)
+    params, batch = tiny.params(task), tiny.batch(task)
+
+    def look(pixels):
+        given = {"image": {**batch["image"], "pixels": pixels}}
+        method = lambda model, given: model.embedders["image"](given["image"]).embeddings  # noqa: E731
+        return task.model.apply({"params": params}, given, method=method)
+
+    pixels = batch["image"]["pixels"]
+    whole = look(pixels)
+    assert whole.shape[1] == 4
+    assert np.array_equal(whole, look(pixels.at[:, 16:].set(0).at[:, :, 16:].set(0)))
+    assert not np.array_equal(whole, look(pixels.at[:, 15:].set(0)))
 
 
 def test_an_image_tower_is_one_to_start_from(tmp_path):

@@ -62,7 +62,7 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
     "out": _text("DIR", "a new folder for what is made"),
     "output": _text("FILE", "a new file for what is measured"),
     "index": _text("INDEX", "the folder of a search index"),
-    "from": _text("DIR", "as save_pretrained writes it: config.json and safetensors"),
+    "from": _text("DIR", "published weights, or their name on the Hub: ORG/MODEL[@REVISION]"),
     "data_dir": _text("DIR", "where the run's data lies now, if elsewhere"),
     "images": _text(
         "DIR", "a folder of pictures, or of files of --of; for classes, one folder each"

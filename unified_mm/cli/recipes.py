@@ -169,8 +169,8 @@ def resolve(recipe: Recipe, tell: Callable[[str], None]) -> ConfigDict:
         chosen.data.decoder = resolve_backend(chosen.data.decoder)
     except ImportError as error:
         raise ValueError(f"data.decoder={chosen.data.decoder!r}: {error}") from error
-    chosen = serve_what_can_be(chosen, recipe.overrides, tell)
-    return fit_to_budget(config_from_run(chosen, recipe.overrides))
+    chosen = config_from_run(chosen, recipe.overrides)  # with its fusion
+    return fit_to_budget(serve_what_can_be(chosen, recipe.overrides, tell))
 
 
 def settled_fields(config: ConfigDict) -> list[str]:

@@ -46,7 +46,7 @@ _FULL_SPELLING = {
 _CURLY_APOSTROPHES = str.maketrans("\u2018\u2019", "''")
 _THOUSANDS_COMMA = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
-_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def normalize_answer(answer: str) -> str:

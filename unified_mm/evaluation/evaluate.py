@@ -91,7 +91,8 @@ def check_split(split: Split, task: Task) -> None:
     """Checks that a split can be scored, before a run is trained.
 
     Raises:
-      ValueError: no image has a caption, or only one has and the model writes captions.
+      ValueError: no image has a caption, or the model writes captions and only one image has one,
+        or its texts have no begin token.
     """
     images = sum(1 for record in split.manifest.records if is_scored(record))
     where = f"split {split.manifest.split!r} in {split.manifest.folder}"
@@ -100,7 +101,14 @@ def check_split(split: Split, task: Task) -> None:
     compared = any(r.has(a) and r.has(b) for r in split.manifest.records for a, b in others)
     if not images and not compared:
         raise ValueError(f"{where} has no image with a caption: there is nothing to score")
-    if images == 1 and any(isinstance(objective, Captioning) for objective in task.objectives):
+    writes = any(isinstance(objective, Captioning) for objective in task.objectives)
+    if images and writes and task.tokenizer.bos_id is None:
+        raise ValueError(
+            "this model's texts have no begin token, so that no caption could be begun or scored: "
+            "name one that the tokenizer knows with data.special_tokens.bos, such as the "
+            "<|endoftext|> of Qwen"
+        )
+    if images == 1 and writes:
         raise ValueError(
             f"{where} has 1 image with a caption to be scored, and captions are scored over two at "
             "least: CIDEr-D compares images. Add images, raise evaluation.max_images, or choose "

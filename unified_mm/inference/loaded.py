@@ -23,12 +23,14 @@ from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import defaults
 from unified_mm.inference.classes import class_embeddings, templates_of
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
+from unified_mm.inference.imported import import_directory
 from unified_mm.inference.predictor import Predictor
 from unified_mm.inference.quantized_params import in_dtype, saved_shapes
 from unified_mm.inference.streaming import stream
 from unified_mm.nn.unstack import stack_layers, unstack_layers
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import shardings_of, without_names
+from unified_mm.pretrained.hub import directory_of, is_name
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, RunFolderError, keeps_average
 from unified_mm.task import Task, build_task
@@ -419,23 +421,29 @@ def load(
     """Loads the newest whole checkpoint of a run, or that of a step.
 
     Args:
-      run: the run folder.
+      run: the run folder, or the name of a published model on the Hugging Face Hub, ORG/MODEL,
+        which is found or fetched as `pretrained.hub.directory_of` says.
       mesh: the mesh that the parameters are laid out on; by default of one device.
       step: step of a checkpoint that the run still has.
 
     Raises:
-      FileNotFoundError: no run there.
+      FileNotFoundError: no run there, nor a model of that name.
       RunFolderError: a damaged config, or another tokenizer than the run was trained with.
-      ValueError: imported weights of an image tower alone.
+      ValueError: weights of an image tower alone; a step of a published model; or weights that
+        cannot be read.
       CheckpointError: no whole checkpoint.
     """
     folder = RunFolder(run)
+    if not folder.exists and is_name(run):
+        if step is not None:
+            raise ValueError(f"{run} is a published model, which has no step {step}")
+        return published(run, mesh or one_device_mesh())
     if not folder.exists:
         raise FileNotFoundError(
             f"{folder.path} is no run (it has no config.json); give the folder of a training run"
         )
     config = Config(folder.read_config(defaults()))
-    refuse_image_tower(config, folder)
+    refuse_image_tower(config, folder.path)
     try:
         tokenizer = TextTokenizer.load(folder.tokenizer, **config.data.special_tokens)
         task = build_task(config, tokenizer)
@@ -454,7 +462,24 @@ def load(
     return LoadedModel(task, params, mesh, config, restored.step, saved)
 
 
-def refuse_image_tower(config: Config, folder: RunFolder) -> None:
+def published(name: str | os.PathLike[str], mesh: Mesh) -> LoadedModel:
+    """Returns a published model by its name on the Hugging Face Hub, without a run.
+
+    Raises:
+      FileNotFoundError: it is not in the Hub's cache, and cannot be fetched.
+      ValueError: weights that cannot be read, or of an image tower alone.
+    """
+    imported = import_directory(directory_of(name))
+    config = Config(imported.config)
+    refuse_image_tower(config, name)
+    assert imported.tokenizer is not None  # what is no image tower alone reads texts
+    task = build_task(config, imported.tokenizer)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(task, mesh, config))
+    params = jax.tree.map(jax.device_put, imported.params, places)
+    return LoadedModel(task, params, mesh, config, 0)
+
+
+def refuse_image_tower(config: Config, where: object) -> None:
     """Checks that a run is not an imported image tower alone.
 
     Raises:
@@ -462,7 +487,7 @@ def refuse_image_tower(config: Config, folder: RunFolder) -> None:
     """
     if "imported" in config and config.imported.part == "image":
         raise ValueError(
-            f"{folder.path} holds an image tower ({config.imported.family}) and no text model: it "
+            f"{where} holds an image tower ({config.imported.family}) and no text model: it "
             "is one to start training from, and cannot be asked anything"
         )
 

@@ -59,8 +59,11 @@ class ImageModality:
             raise ValueError(
                 f"{where}.patch={patch}: the hierarchical stem needs a multiple of {PART}"
             )
-        if size < 1 or size % patch:
-            raise ValueError(f"data.image_size={size} is no multiple, above 0, of {where}.{patch=}")
+        if size < patch or (size % patch and not embedding.cut_rest):
+            raise ValueError(
+                f"data.image_size={size} is no multiple, above 0, of {where}.{patch=}: "
+                f"{where}.cut_rest leaves out the pixels that fill no patch"
+            )
         embedding = replace(embedding, grid=(size // patch, size // patch))
         built: ImageModality = build_options(
             cls, data, "data", name=name, size=size, embedding=embedding
@@ -130,6 +133,8 @@ class ImageEmbedding:
       stem: 'linear', one dense map of a patch, or 'hierarchical', an MLP of parts within parts.
       positions: initial values of the learned positions: 'grid', sines of row and column; 'line',
         sines of the index in reading order; 'random'; or 'none' for no positions.
+      cut_rest: whether pixels at the right and at the bottom that fill no patch are left out, as a
+        convolution does (SigLIP at 384 pixels has patches of 14), and not refused.
       bias: whether the dense map to the model's width has a bias.
       class_token: whether a learned token comes before the patches.
       modality_embedding: whether a learned embedding of the modality is added.
@@ -142,6 +147,7 @@ class ImageEmbedding:
     patch: int = option(8, least=1)
     stem: str = option("linear", choices=("linear", "hierarchical"))
     positions: str = option("grid", choices=("grid", "line", "random", "none"))
+    cut_rest: bool = False
     bias: bool = True
     class_token: bool = False
     modality_embedding: bool = True
@@ -164,6 +170,9 @@ class ImageEmbedder(nn.Module):
         """Embeds `pixels`, uint8 or float [B, height, width, 3] in 0..255, and `present` [B]."""
         e = self.embedding
         pixels = blank(batch["pixels"].astype(jnp.float32), batch["present"])
+        if e.cut_rest:
+            height, width = (side // e.patch * e.patch for side in pixels.shape[1:3])
+            pixels = pixels[:, :height, :width]
         mean, std = (255.0 * jnp.array(value) for value in (e.mean, e.std))
         pixels = ((pixels - mean) / std).astype(self.dtype)
         if e.stem == "linear":

@@ -28,7 +28,7 @@ BLOCKS = {"transformer": "unified_mm.nn.transformer:Block"}
 FEED_FORWARDS = {"dense": "unified_mm.nn.feed_forward:FeedForward"}
 
 # Options of a class that the config names, as pairs: options are hashed.
-OWN_OPTIONS = ("block_options", "feed_forward_options")
+OWN_OPTIONS = ("block_options", "feed_forward_options", "rotary_options")
 
 
 def frozen(groups: Mapping[str, Any]) -> dict[str, tuple[tuple[str, Any], ...]]:
@@ -110,7 +110,9 @@ class TransformerOptions:
       query_bias: whether the projections to queries, keys and values have biases.
       output_bias: whether the output projection of attention has a bias.
       feed_forward_bias: whether the dense maps of the feed-forward have biases.
+      query_key_norm: whether each head's queries and keys have an RMS norm (Qwen 3).
       rotary_base: of rotary positions (Su et al. 2021); 0 means no rotary positions.
+      rotary_options: their scaling to longer texts, by `type` (`nn.attention.rotary.SCALINGS`).
       separate_attention, separate_feed_forward: whether each modality has parameters of its own.
       remat: which of a period's activations the backward pass recomputes instead of storing them:
         'none'; 'full', all but its input; 'dots', all but products with weights (attention's
@@ -154,7 +156,9 @@ class TransformerOptions:
     query_bias: bool = True
     output_bias: bool = True
     feed_forward_bias: bool = True
+    query_key_norm: bool = False
     rotary_base: float = 0.0
+    rotary_options: tuple[tuple[str, Any], ...] = ()
     separate_attention: bool = False
     separate_feed_forward: bool = False
     remat: str = option("none", choices=REMAT)

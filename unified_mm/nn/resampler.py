@@ -17,11 +17,11 @@ from jaxtyping import Array, Bool, Float
 from unified_mm.nn.attention.attention import (
     AttentionPlan,
     attend,
+    head_norm,
     into_heads,
     out_of_heads,
     plan_attention,
 )
-from unified_mm.nn.attention.cross_attention import head_norm
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.feed_forward import Mlp
 from unified_mm.nn.layers import Norm, partitioned

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.pretrained.family import Export, Family, token_ids
 from unified_mm.pretrained.fields import STACK, Fields, read, text_fields, usual, written
 from unified_mm.pretrained.layers import (
@@ -18,6 +19,7 @@ from unified_mm.pretrained.layers import (
     main_options,
     norm,
     projections,
+    tower_options,
     vocabulary,
 )
 from unified_mm.pretrained.preprocessing import (
@@ -29,7 +31,7 @@ from unified_mm.pretrained.preprocessing import (
 )
 from unified_mm.pretrained.source import Source
 from unified_mm.pretrained.tables import SCALAR, Entry, Table, rearranged
-from unified_mm.pretrained.vocabularies import TokenLayout, clip_files, only_json
+from unified_mm.pretrained.vocabularies import TokenLayout, clip_files, lower_gemma, only_json
 
 TEXT = {"vocabulary": ("vocab_size", 49408), "max_positions": ("max_position_embeddings", 77)}
 CLIP_VISION = usual(STACK, activation="quick_gelu")
@@ -37,12 +39,14 @@ CLIP_TEXT = usual(CLIP_VISION, width=512, heads=8, feed_forward=2048)
 SIGLIP_STACK = usual(STACK, activation="gelu_pytorch_tanh", norm_epsilon=1e-6)
 SIGLIP_TEXT = usual(TEXT, vocabulary=32000, max_positions=64)
 CONTRAST = "heads_contrastive"
+CLIP_PICTURES = Preprocessing("crop_resized", mean=CLIP_MEAN, std=CLIP_DEVIATION, patch=32)
+END = 49407  # of a text, where config.json names no other
+HIGHEST = 2  # where it says that this is the end, its readers take the highest id of a text
 
 
-def tower_image(tower: Fields, patch: int) -> Fields:
+def tower_image(tower: Fields) -> Fields:
     """Returns the fields of the images of CLIP's tower: a class token, and a norm before it."""
     return {
-        "patch": patch,
         "modality_embedding": False,
         "bias": False,
         "class_token": True,
@@ -73,10 +77,9 @@ def clip_fields(source: Source) -> Fields:
     Text is causal and pooled at its end token; images are pooled at a class token.
     """
     c, vision = source.config.section("text_config"), source.config.section("vision_config")
-    kind = Preprocessing("crop_resized", mean=CLIP_MEAN, std=CLIP_DEVIATION)
     tower = read(vision, CLIP_VISION)
-    image = tower_image(tower, vision.get("patch_size", 32))
-    fields = _two_towers(source, read(c, CLIP_TEXT), tower, read(c, TEXT), image, kind)
+    image = tower_image(tower)
+    fields = _two_towers(source, read(c, CLIP_TEXT), tower, read(c, TEXT), image, CLIP_PICTURES)
     contrast = {
         "weight": 1.0,
         "rule": "separate_causal",
@@ -86,15 +89,34 @@ def clip_fields(source: Source) -> Fields:
         "text_pool": "last",
         "projection": "linear",
         "text_projection": "linear",
+        "bound_scale": False,  # the scale is used as it is saved
     }
     return fields | {"objectives": {"contrastive": contrast}}
+
+
+def refuse_other_end(source: Source, tokenizer: TextTokenizer) -> None:
+    """Checks that texts are pooled at the token that the tokenizer puts at their end.
+
+    Raises:
+      ValueError: if config.json names another.
+    """
+    c = source.config
+    c = c.section("text_config") if "text_config" in c else c  # or the text tower alone
+    said = c.get("eos_token_id", END)
+    end = tokenizer.vocabulary_size - 1 if said == HIGHEST else said
+    if end != tokenizer.eos_id:
+        raise ValueError(
+            f"{c.where}: eos_token_id={said} pools texts at the token {end}, but the tokenizer "
+            f"ends them with {tokenizer.eos_id} ({tokenizer.special_tokens['eos']}): their files "
+            "are not of one model"
+        )
 
 
 def clip_table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
     """Returns the table of CLIP's weights: two towers, their embeddings and projections."""
     entries = [
-        *_text(config),
-        *clip_tower(config, "vision_model"),
+        *text_tower(config),
+        *clip_tower(config, "vision_model."),
         *dense("visual_projection", f"{CONTRAST}/project_image", False),
         *dense("text_projection", f"{CONTRAST}/project_text", False),
         line("logit_scale", f"{CONTRAST}/log_scale"),
@@ -102,15 +124,16 @@ def clip_table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
     return Table(entries, POSITION_IDS)
 
 
-def _text(config: Mapping[str, Any]) -> list[Entry]:
-    model, before = config["model"], "text_model"
+def text_tower(config: Mapping[str, Any], theirs: str = "text_model.") -> list[Entry]:
+    """Returns the entries of the text tower of CLIP and of SigLIP, whose names begin so."""
+    model, before = config["model"], f"{theirs}embeddings"
     return [
-        *vocabulary(model, [f"{before}.embeddings.token_embedding.weight"])[0],
-        line(f"{before}.embeddings.position_embedding.weight", "embedders_text/positions"),
+        *vocabulary(model, [f"{before}.token_embedding.weight"])[0],
+        line(f"{before}.position_embedding.weight", "embedders_text/positions"),
         *blocks(
-            f"{before}.encoder.layers.{{layer}}", "transformer", CLIP_BLOCK, main_options(model)
+            f"{theirs}encoder.layers.{{layer}}", "transformer", CLIP_BLOCK, main_options(model)
         ),
-        *norm(f"{before}.final_layer_norm", "transformer/norm"),
+        *norm(f"{theirs}final_layer_norm", "transformer/norm"),
     ]
 
 
@@ -131,9 +154,8 @@ def siglip_fields(source: Source) -> Fields:
         raise ValueError(
             f"{c.where}: projection_size={width} is not the {tower['width']} of pictures"
         )
-    image = {"patch": vision.get("patch_size", 16), "modality_embedding": False}
     text, kind = read(c, SIGLIP_TEXT), Preprocessing("squash")
-    fields = _two_towers(source, main, tower, text, image, kind)
+    fields = _two_towers(source, main, tower, text, {"modality_embedding": False}, kind)
     fields["model"]["modalities"]["text"]["attend_padding"] = True
     contrast = {
         "weight": 1.0,
@@ -154,8 +176,8 @@ def siglip_fields(source: Source) -> Fields:
 def siglip_table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
     """Returns the table of SigLIP's weights: no class token, and a pooling with parameters."""
     entries = [
-        *_text(config),
-        *clip_tower(config, "vision_model"),
+        *text_tower(config),
+        *clip_tower(config, "vision_model."),
         *_pooling(config),
         *dense("text_model.head", f"{CONTRAST}/project_text", True),
         line("logit_scale", f"{CONTRAST}/log_scale", SCALAR),
@@ -185,7 +207,7 @@ def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     model = config["model"]
     image, text = model["modalities"]["image"], model["modalities"]["text"]
     width = {"projection_dim": config["objectives"]["contrastive"]["width"]}
-    if tokenizer.eos_id == 2:
+    if tokenizer.eos_id == HIGHEST:
         raise ValueError(
             "its end token has id 2, which readers of CLIP take to mean the highest id there is"
         )
@@ -201,7 +223,7 @@ def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         },
         "vision_config": {
             "model_type": "clip_vision_model",
-            **written(model["tower"], STACK),
+            **written(vars(tower_options(model)), STACK),
             **width,
             "image_size": config["data"]["image_size"],
             "patch_size": image["patch"],
@@ -210,22 +232,53 @@ def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def their_siglip_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Returns the contents of config.json for a SigLIP run."""
+    model = config["model"]
+    image, text = model["modalities"]["image"], model["modalities"]["text"]
+    return {
+        "text_config": {
+            "model_type": "siglip_text_model",
+            **written(vars(main_options(model)), SIGLIP_STACK),
+            **written(text, SIGLIP_TEXT),
+            "projection_size": config["objectives"]["contrastive"]["width"],
+            **token_ids(tokenizer),
+            "pad_token_id": tokenizer.pad_id,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            **written(vars(tower_options(model)), SIGLIP_STACK),
+            "image_size": config["data"]["image_size"],
+            "patch_size": image["patch"],
+            "num_channels": 3,
+        },
+    }
+
+
+def preprocessing_files(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the further files of a family that reads pictures."""
+    return {"preprocessor_config.json": preprocessor_config(config)}
+
+
+CLIP_TOKENS = TokenLayout(
+    clip_files,
+    defaults={"bos": "<|startoftext|>", "eos": "<|endoftext|>", "pad": "<|endoftext|>"},
+    eos_when_cut=True,
+    check=refuse_other_end,
+)
+COMPARED = ("model", "objectives.contrastive", "data.image_size")
 CLIP = Family(
     name="CLIP",
     types=("clip",),
     part="both",
     fields=clip_fields,
     table=clip_table,
-    tokens=TokenLayout(
-        clip_files,
-        defaults={"bos": "<|startoftext|>", "eos": "<|endoftext|>", "pad": "<|endoftext|>"},
-        eos_when_cut=True,
-    ),
+    tokens=CLIP_TOKENS,
     export=Export(
         "CLIPModel",
         their_config,
-        ("model", "objectives.contrastive", "data.image_size"),
-        lambda config: {"preprocessor_config.json": preprocessor_config(config)},
+        COMPARED,
+        preprocessing_files,
     ),
 )
 SIGLIP = Family(
@@ -235,6 +288,11 @@ SIGLIP = Family(
     fields=siglip_fields,
     table=siglip_table,
     tokens=TokenLayout(
-        only_json, begins=False, defaults={"eos": "</s>", "pad": "</s>"}, eos_when_cut=True
+        only_json,
+        begins=False,
+        defaults={"eos": "</s>", "pad": "</s>"},
+        eos_when_cut=True,
+        adapt=lower_gemma,
     ),
+    export=Export("SiglipModel", their_siglip_config, COMPARED, preprocessing_files),
 )

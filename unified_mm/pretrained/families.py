@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from unified_mm.pretrained.bert import BERT
 from unified_mm.pretrained.clip import CLIP, SIGLIP
+from unified_mm.pretrained.clip_towers import CLIP_IMAGE_TOWER, CLIP_TEXT_TOWER
 from unified_mm.pretrained.family import Family
 from unified_mm.pretrained.gpt2 import GPT2
 from unified_mm.pretrained.idefics import IDEFICS
-from unified_mm.pretrained.llama import LLAMA, QWEN2
+from unified_mm.pretrained.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from unified_mm.pretrained.source import Source
 from unified_mm.pretrained.vit import VIT
 
-FAMILIES: tuple[Family, ...] = (CLIP, SIGLIP, VIT, GPT2, LLAMA, QWEN2, BERT, IDEFICS)
+FAMILIES: tuple[Family, ...] = (
+    CLIP,
+    CLIP_IMAGE_TOWER,
+    CLIP_TEXT_TOWER,
+    SIGLIP,
+    VIT,
+    GPT2,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    BERT,
+    IDEFICS,
+)
 # Near relatives that are something else, and why.
 OTHERS = {"siglip2": "it takes pictures of any shape (naflex); other SigLIP 2 weights say 'siglip'"}
 

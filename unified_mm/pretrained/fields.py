@@ -20,7 +20,8 @@ STACK: Keys = {
     "norm_epsilon": ("layer_norm_eps", 1e-5),
     "activation": ("hidden_act", "gelu"),
 }
-# What they call an activation -> what we call it. Of several names, the first is written.
+# What they call an activation -> what we call it. Of several names, a family's
+# default is written, or else the first.
 ACTIVATIONS = {
     "gelu": "gelu_exact",
     "gelu_new": "gelu",
@@ -64,9 +65,9 @@ def written(fields: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
     """Returns their keys with the values of our fields, the reverse of `read`."""
     found = {theirs: fields[ours] for ours, (theirs, _) in keys.items()}
     if "activation" in keys:
-        found[keys["activation"][0]] = next(
-            theirs for theirs, ours in ACTIVATIONS.items() if ours == fields["activation"]
-        )
+        key, default = keys["activation"]
+        names = [theirs for theirs, ours in ACTIVATIONS.items() if ours == fields["activation"]]
+        found[key] = default if default in names else names[0]
     if "head" in keys:
         found[keys["head"][0]] = fields["head"] == "tied"
     return found

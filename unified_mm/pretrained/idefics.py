@@ -69,9 +69,9 @@ def fields(source: Source) -> Fields:
             f"{c.where}: num_hidden_layers={stack['layers']} is no multiple of "
             f"cross_layer_interval={every}, as it has to be here"
         )
-    kind = Preprocessing("squash", mean=CLIP_MEAN, std=CLIP_DEVIATION)
+    kind = Preprocessing("squash", mean=CLIP_MEAN, std=CLIP_DEVIATION, patch=14)
     data, embedding = image_fields(source, vision, kind)
-    image = tower_image(tower, vision.get("patch_size", 14)) | embedding
+    image = tower_image(tower) | embedding
     text = language_text(c, TEXT, learned_positions=False)
     text["vocabulary"] += c.get("additional_vocab_size", 0)
     return {
@@ -134,7 +134,7 @@ def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
         *blocks("model.layers.{layer}", "transformer", LLAMA_BLOCK, main_options(model)),
         *norm("model.norm", "transformer/norm", "rms"),
         *_cross(model),
-        *clip_tower(config, "model.vision_model"),
+        *clip_tower(config, "model.vision_model."),
         *_resampler(model["resampler"]),
     ]
     ignored = {

@@ -115,14 +115,17 @@ def blocks(
       theirs: prefix of one of their layers, with `{layer}` for its number.
       ours: prefix of our stack.
       names: their module for each of 'query', 'key', 'value' and 'output', or as `attention` takes
-        them, 'attention_norm', 'feed_forward_norm', 'up', 'down', and 'gate' where the
-        feed-forward has one.
+        them, 'attention_norm', 'feed_forward_norm', 'up', 'down', 'gate' where the feed-forward
+        has one, and 'query_norm', 'key_norm' where heads have them.
       options: options of the stack.
     """
     biases = {"query_bias": options.query_bias, "output_bias": options.output_bias}
     found = attention(names, OUR_ATTENTION, options.head_dim, **biases)
     for place in ("attention_norm", "feed_forward_norm"):
         found += norm(names[place], place, options.norm)
+    if options.query_key_norm:
+        for place in ("query_norm", "key_norm"):
+            found += norm(names[place], f"attention/{place}", "rms")
     for place in ("up", "down", *(["gate"] if options.gated_feed_forward else [])):
         found += dense(names[place], f"feed_forward/mlp/shared/{place}", options.feed_forward_bias)
     per_period = options.blocks_per_period
@@ -177,9 +180,14 @@ def patches(
 
 
 def clip_tower(config: Mapping[str, Any], theirs: str) -> list[Entry]:
-    """Returns the entries of the image tower of CLIP and of those built like it."""
+    """Returns the entries of the image tower of CLIP and of those built like it.
+
+    Args:
+      config: the whole config of the run.
+      theirs: what the names of the tower's tensors begin with, such as 'vision_model.' or ''.
+    """
     options = tower_options(config["model"])
-    before = f"{theirs}.embeddings"
+    before = f"{theirs}embeddings"
     found = patches(
         config,
         f"{before}.patch_embedding",
@@ -187,10 +195,10 @@ def clip_tower(config: Mapping[str, Any], theirs: str) -> list[Entry]:
         f"{before}.class_embedding",
     )
     if config["model"]["modalities"]["image"]["norm"]:
-        found += norm(f"{theirs}.pre_layrnorm", "embedders_image/norm")
-    found += blocks(f"{theirs}.encoder.layers.{{layer}}", "towers_image", CLIP_BLOCK, options)
+        found += norm(f"{theirs}pre_layrnorm", "embedders_image/norm")
+    found += blocks(f"{theirs}encoder.layers.{{layer}}", "towers_image", CLIP_BLOCK, options)
     if options.final_norm:
-        found += norm(f"{theirs}.post_layernorm", "towers_image/norm")
+        found += norm(f"{theirs}post_layernorm", "towers_image/norm")
     return found
 
 
@@ -202,9 +210,11 @@ CLIP_BLOCK = {
     "up": "mlp.fc1",
     "down": "mlp.fc2",
 }
-# Blocks of Llama, Qwen 2 and the language model of IDEFICS.
+# Blocks of Llama and those built like it, such as the language model of IDEFICS.
 LLAMA_BLOCK = {
     **projections("self_attn.{letter}_proj", "self_attn.o_proj"),
+    "query_norm": "self_attn.q_norm",
+    "key_norm": "self_attn.k_norm",
     "attention_norm": "input_layernorm",
     "feed_forward_norm": "post_attention_layernorm",
     "gate": "mlp.gate_proj",

@@ -1,10 +1,11 @@
-"""Llama (Touvron et al. 2023) and models of the same architecture: SmolLM, Qwen 2."""
+"""Llama (Touvron et al. 2023) and those built like it: SmolLM, Mistral, Qwen 2, Qwen 3."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from unified_mm.nn.options import TransformerOptions
 from unified_mm.pretrained.family import Export, Family, prefix, token_ids
 from unified_mm.pretrained.fields import (
     STACK,
@@ -35,6 +36,20 @@ TEXT = {
 }
 QWEN2_KEYS = usual(STACK_KEYS | HEAD_KEYS, feed_forward=22016, key_value_heads=32)
 QWEN2_TEXT = usual(TEXT, vocabulary=151936, max_positions=32768)
+QWEN3_KEYS = {**QWEN2_KEYS, "head_width": ("head_dim", 128)}
+MISTRAL_KEYS = usual(STACK_KEYS | HEAD_KEYS, feed_forward=14336, key_value_heads=8)
+MISTRAL_TEXT = usual(TEXT, max_positions=131072)
+WINDOW = 4096  # of Mistral, where config.json has no such key
+# By the type of scaled rotary positions, the fields of it that are read.
+SCALED = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
 ROTARY_BUFFERS = {r".*rotary_emb\.inv_freq": "rates of rotary positions, not learned"}
 
 
@@ -46,33 +61,54 @@ def stack_fields(c: Section, keys: Keys) -> Fields:
         "query_bias": False,
         "output_bias": False,
         "feed_forward_bias": False,
-        "rotary_base": rotary_base(c),
+        **rotary_fields(c),
         **read(c, keys),
     }
 
 
-def rotary_base(c: Section) -> float:
-    """Returns the base of the rotary positions, from either of the two keys that may hold it.
+def rotary_fields(c: Section) -> Fields:
+    """Returns the fields of the rotary positions, from either of the two keys that may hold them.
 
     Raises:
-      ValueError: if positions are scaled, or only a part of each head is rotated.
+      ValueError: if positions are scaled in a way that is none of `SCALED`, or not alike in all
+        layers, or only a part of each head is rotated.
     """
-    c.refuse_unless("rope_scaling", None, why="rotary positions are not scaled here")
-    c.refuse_unless("partial_rotary_factor", None, 1.0, why="whole heads are turned here")
-    inner = c.section("rope_parameters")
-    inner.refuse_unless("rope_type", "default", why="rotary positions are not scaled here")
-    inner.refuse_unless("partial_rotary_factor", None, 1.0, why="whole heads are turned here")
-    return float(inner.get("rope_theta", c.get("rope_theta", ROPE)))
+    said = c.section("rope_scaling" if c.get("rope_scaling") else "rope_parameters")
+    for key in ("type", "rope_type"):  # the first in older files
+        said.refuse_unless(key, "default", *SCALED, why=f"no scaling but {', '.join(SCALED)}")
+    for key, value in said.items():
+        if isinstance(value, Mapping):
+            said.refuse_unless(key, why="the positions of all layers are alike here")
+    for section in (c, said):
+        section.refuse_unless("partial_rotary_factor", None, 1.0, why="whole heads turn here")
+    kind = said.get("rope_type", said.get("type", "default"))
+    missing = [name for name in SCALED.get(kind, ()) if name not in said]
+    if missing:
+        raise ValueError(f"{said.where}: has no {', '.join(missing)}, which {kind!r} needs")
+    scaling = {name: said[name] for name in SCALED.get(kind, ())}
+    return {
+        "rotary_base": float(said.get("rope_theta", c.get("rope_theta", ROPE))),
+        "rotary_options": {"type": kind, **scaling} if scaling else {},
+    }
 
 
-def refuse_windows(c: Section) -> None:
+def refuse_windows(c: Section, longest: int = 0) -> None:
     """Checks that every layer attends to all earlier tokens.
+
+    Args:
+      c: their config.
+      longest: tokens that the model knows at most; a window of as many hides none.
 
     Raises:
       ValueError: if attention has a sliding window, or layers of another type.
     """
-    if c.get("use_sliding_window", c.get("sliding_window") is not None):
-        c.refuse_unless("sliding_window", None, why="there is no sliding window here")
+    window = c.get("sliding_window")
+    if c.get("use_sliding_window", True) and window is not None and not 0 < longest <= window:
+        why = (
+            "there is no sliding window here; up to as many tokens all is the same without it: a "
+            "config.json with max_position_embeddings of no more than that can be read"
+        )
+        c.refuse_unless("sliding_window", None, why=why)
     if set(c.get("layer_types") or ()) - {"full_attention"}:
         c.refuse_unless("layer_types", why="all layers attend to all that came before here")
 
@@ -94,8 +130,23 @@ def qwen2_fields(source: Source) -> Fields:
     return fields
 
 
+def qwen3_fields(source: Source) -> Fields:
+    """Returns the fields of Qwen 3: Llama's, with a norm of each head's queries and keys."""
+    fields = _model(source.config, QWEN3_KEYS, QWEN2_TEXT)
+    fields["model"]["output_bias"] = fields["model"]["query_bias"]
+    fields["model"]["query_key_norm"] = True
+    return fields
+
+
+def mistral_fields(source: Source) -> Fields:
+    """Returns the fields of Mistral: Llama's, without any bias."""
+    c = source.config
+    whole = Section(c.where, {"sliding_window": WINDOW, **c})
+    return _model(whole, MISTRAL_KEYS, MISTRAL_TEXT)
+
+
 def _model(c: Section, keys: Keys, text: Keys) -> Fields:
-    refuse_windows(c)
+    refuse_windows(c, read(c, text)["max_positions"])
     stack = stack_fields(c, {**keys, **BIASES})
     stack["key_value_heads"] = stack["key_value_heads"] or stack["heads"]
     stack["head_width"] = stack["head_width"] or stack["width"] // stack["heads"]
@@ -115,9 +166,27 @@ def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
 def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Returns the contents of config.json for a run."""
     model = config["model"]
-    keys = {**STACK_KEYS, **HEAD_KEYS, **BIASES, "rotary_base": ("rope_theta", ROPE)}
-    text = written(model["modalities"]["text"], TEXT)
-    return {**text, **written(model, keys), **token_ids(tokenizer)}
+    options = main_options(model)
+    keys = {**STACK_KEYS, **BIASES, "rotary_base": ("rope_theta", ROPE)}
+    return {
+        **written(model["modalities"]["text"], TEXT),
+        **written(model, keys),
+        "num_key_value_heads": options.num_kv_heads,
+        "head_dim": options.head_dim,
+        **their_scaling(options),
+        **token_ids(tokenizer),
+    }
+
+
+def their_scaling(options: TransformerOptions) -> dict[str, Any]:
+    """Returns their key of scaled rotary positions, if these are."""
+    said = dict(options.rotary_options)
+    return {"rope_scaling": {"rope_type": said.pop("type"), **said}} if said else {}
+
+
+def mistral_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Returns the contents of config.json for a Mistral run."""
+    return {**their_config(config, tokenizer), "sliding_window": None}
 
 
 TOKENS = TokenLayout(gpt2_files)
@@ -130,4 +199,30 @@ LLAMA = Family(
     tokens=TOKENS,
     export=Export("LlamaForCausalLM", their_config, ("model",)),
 )
-QWEN2 = Family("Qwen 2", ("qwen2",), "text", qwen2_fields, table, TOKENS)
+QWEN2 = Family(
+    name="Qwen 2",
+    types=("qwen2",),
+    part="text",
+    fields=qwen2_fields,
+    table=table,
+    tokens=TOKENS,
+    export=Export("Qwen2ForCausalLM", their_config, ("model",)),
+)
+QWEN3 = Family(
+    name="Qwen 3",
+    types=("qwen3",),
+    part="text",
+    fields=qwen3_fields,
+    table=table,
+    tokens=TOKENS,
+    export=Export("Qwen3ForCausalLM", their_config, ("model",)),
+)
+MISTRAL = Family(
+    name="Mistral",
+    types=("mistral",),
+    part="text",
+    fields=mistral_fields,
+    table=table,
+    tokens=TOKENS,
+    export=Export("MistralForCausalLM", mistral_config, ("model",)),
+)

@@ -17,19 +17,21 @@ FILES = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The usual preprocessing of a family, for what no file says.
+    """The usual preprocessing of a family, and its patches, for what no file says.
 
     Attributes:
       fit: how an image that is not square becomes one (`data.images.evaluation_view`).
       resampling: filter that resizes images, as in `config.data.resampling`.
       mean: mean of each colour, as in `config.model.modalities.image`.
       std: standard deviation of each colour, as in `config.model.modalities.image`.
+      patch: pixels on a side of a patch.
     """
 
     fit: str
     resampling: str = "bicubic"
     mean: tuple[float, float, float] = HALF
     std: tuple[float, float, float] = HALF
+    patch: int = 16
 
 
 def image_fields(source: Source, vision: Section, usual: Preprocessing) -> tuple[dict, dict]:
@@ -38,7 +40,7 @@ def image_fields(source: Source, vision: Section, usual: Preprocessing) -> tuple
     Args:
       source: directory that may hold a preprocessor_config.json, or a processor_config.json with
         the same inside; without either, `usual` holds.
-      vision: the image tower's section of config.json: side and colours of the images it takes.
+      vision: the image tower's section of config.json: side, colours and patches of its images.
       usual: the usual preprocessing of the family.
 
     Raises:
@@ -60,7 +62,10 @@ def image_fields(source: Source, vision: Section, usual: Preprocessing) -> tuple
         "resampling": usual.resampling if number is None else RESAMPLINGS[number],
         "fit": _fit(section, size, usual.fit),
     }
+    patch = vision.get("patch_size", usual.patch)
     embedding = {
+        "patch": patch,
+        "cut_rest": bool(size % patch),
         "mean": list(section.get("image_mean") or usual.mean),
         "std": list(section.get("image_std") or usual.std),
     }

@@ -17,6 +17,7 @@ from unified_mm.files import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+WEIGHTS_OF_ANY_FORM = (WEIGHTS, INDEX)
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 

@@ -27,7 +27,6 @@ def fields(source: Source) -> Fields:
     c = source.config
     data, embedding = image_fields(source, c, Preprocessing("squash", resampling="bilinear"))
     image = {
-        "patch": c.get("patch_size", 16),
         "class_token": True,
         "modality_embedding": False,
         **embedding,

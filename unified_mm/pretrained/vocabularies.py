@@ -25,6 +25,8 @@ class TokenLayout:
       eos: key of tokenizer_config.json that names the end token.
       defaults: the family's names for 'bos', 'eos' and 'pad', where no file names them.
       eos_when_cut: whether a text that is cut because it is too long still ends in `eos`.
+      adapt: does to the tokenizer what their library does to it when it reads it.
+      check: raises ValueError where config.json and the tokenizer contradict each other.
     """
 
     build: Callable[[Source], tokenizers.Tokenizer | None]
@@ -33,6 +35,8 @@ class TokenLayout:
     eos: str = "eos_token"
     defaults: Mapping[str, str] | None = None
     eos_when_cut: bool = False
+    adapt: Callable[[Source, tokenizers.Tokenizer], None] = lambda source, tokenizer: None
+    check: Callable[[Source, TextTokenizer], None] = lambda source, tokenizer: None
 
 
 NAMING = ("tokenizer_config.json", "special_tokens_map.json")
@@ -43,7 +47,8 @@ def read_tokenizer(source: Source, layout: TokenLayout) -> TextTokenizer:
 
     Raises:
       FileNotFoundError: if there are no tokenizer files.
-      ValueError: if a file holds no tokenizer, or the tokenizer lacks special tokens.
+      ValueError: if a file holds no tokenizer, or the tokenizer lacks special tokens or is not
+        the one that config.json was written for.
     """
     path = source.path / "tokenizer.json"
     if path.is_file():
@@ -59,10 +64,13 @@ def read_tokenizer(source: Source, layout: TokenLayout) -> TextTokenizer:
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers writes it"
             )
         tokenizer = built
+    layout.adapt(source, tokenizer)
     try:
-        return TextTokenizer(tokenizer, **special_tokens(source, tokenizer, layout))
+        found = TextTokenizer(tokenizer, **special_tokens(source, tokenizer, layout))
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
+    layout.check(source, found)
+    return found
 
 
 def special_tokens(
@@ -107,6 +115,22 @@ def _content(token: Any) -> str:
 
 def only_json(source: Source) -> None:
     """Returns None, for families that have no older tokenizer files."""
+
+
+GEMMA = ("GemmaTokenizer", "GemmaTokenizerFast", "Siglip2Tokenizer")
+
+
+def lower_gemma(source: Source, tokenizer: tokenizers.Tokenizer) -> None:
+    """Makes Gemma's tokenizer lower-case its texts, as SigLIP 2 was trained on them.
+
+    Their files do not say so; their library does it (Tschannen et al. 2025, section 2.1).
+    """
+    if (source.json("tokenizer_config.json") or {}).get("tokenizer_class") not in GEMMA:
+        return
+    steps = [normalizers.Lowercase()]
+    if tokenizer.normalizer is not None:
+        steps.append(tokenizer.normalizer)
+    tokenizer.normalizer = normalizers.Sequence(steps)
 
 
 def gpt2_files(source: Source) -> tokenizers.Tokenizer | None:

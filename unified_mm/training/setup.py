@@ -36,7 +36,7 @@ from unified_mm.training.layout import in_training, run_summary
 from unified_mm.training.notices import notices
 from unified_mm.training.output import framed
 from unified_mm.training.phases import Phase, build_phases
-from unified_mm.training.start_from import load_params, weights_to_start_from
+from unified_mm.training.start_from import load_params, news_of_start, weights_to_start_from
 from unified_mm.training.state import TrainState, initial_state
 from unified_mm.training.treatment import treatment_of
 
@@ -160,6 +160,8 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     check_evaluation_batch(options.evaluation.batch_size, mesh)
     make_state, phases = plan(config, task, mesh, train)
     brought = weights_to_start_from(config)
+    if news := news_of_start(phases[0].abstract.params, config, brought):
+        say(news)
 
     def first_state() -> TrainState:
         """Makes the first state, with the weights of the runs in `model.start_from`."""

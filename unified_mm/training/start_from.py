@@ -1,5 +1,7 @@
-"""Training that begins with weights of other runs: a modality's tower, a text model, or both.
+"""Training that begins with weights of other runs: a whole model, or its text or a tower.
 
+A whole model goes on as it is, as CLIP is fine-tuned: with its heads, rules, temperature and
+preprocessing. What is a part stands in a model of another make, and the rest of it starts afresh.
 Runs of imported weights (`python -m unified_mm.import_weights`) serve as well as trained ones.
 """
 
@@ -11,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from unified_mm.config import Config, get_field, set_field
@@ -25,11 +28,18 @@ from unified_mm.task import build_task
 
 # How a stack is computed and regularised is the new run's own affair.
 STACK = tuple(name for name in STACK_FIELDS if name not in (*MAIN_ALONE, "attention"))
+WHOLE = "whole"
+# What may be other than in the run that a whole model comes from: none of it changes an embedding.
+FREE_OF_MODEL = ("dropout", "remat", "attention", "unroll", "dtype")
+FREE_OF_OBJECTIVE = ("weight", "weight_schedule", "chunk")
+SEEN = ("image_size", "resampling", "fit")  # fields of `config.data`: the pictures that it knows
 BLOCK = re.compile(r"(.*/layers)/block_(\d+)/(.*)")
 
 
-def prefixes(part: str) -> tuple[str, str]:
-    """Returns the path prefixes of a part's parameters: the text model, or a modality's tower."""
+def prefixes(part: str) -> tuple[str, ...]:
+    """Returns the path prefixes of a part's parameters: all, the text model, or a tower."""
+    if part == WHOLE:
+        return ("",)
     return f"embedders_{part}/", "transformer/" if part == "text" else f"towers_{part}/"
 
 
@@ -37,7 +47,8 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
     """Returns the config with every field that the weights it starts from decide.
 
     Args:
-      config: `model.start_from` names runs by part, text or a modality with a tower; '' for none.
+      config: `model.start_from` names runs by part: 'whole', or text or a modality with a tower;
+        '' for none.
       asked: fields that the command line set; these must agree with the weights.
 
     Raises:
@@ -45,25 +56,112 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
       ValueError: weights that the fusion cannot use, or a field that contradicts them.
     """
     chosen = ConfigDict(config.to_dict())
-    for part, run in config.model.start_from.items():
-        if not run:
-            continue
+    begun = begun_parts(config)
+    if WHOLE in begun and len(begun) > 1:
+        raise ValueError(
+            f"model.start_from.{WHOLE} leaves nothing to model.start_from."
+            f"{next(part for part in begun if part != WHOLE)}: give one of them"
+        )
+    for part, run in begun.items():
         saved = saved_config(run, part, config.model.fusion)
+        if part == WHOLE:
+            take_whole(chosen, saved, run, asked)
+            continue
         taken = text_of(saved, run) if part == "text" else tower_of(saved, part)
+        leave_begin_token(taken, asked)
         if part not in config.model.modalities or part in config.model.towers:
             raise ValueError(
                 f"model.start_from.{part}: model.modalities must declare {part}, and model.towers "
                 "must not, for the weights decide its tower"
             )
         for field, value in taken.items():
-            if field in asked and get_field(config, field) != value:
-                given = get_field(config, field)
-                raise ValueError(
-                    f"{field}={given!r}, but the weights of model.start_from.{part}={run!r} have "
-                    f"{value!r}: leave the field"
-                )
+            refuse_contradiction(config, field, value, asked, f"{part}={run!r}")
             set_field(chosen, field, value)
     return chosen
+
+
+def begun_parts(config: Any) -> dict[str, str]:
+    """Returns the parts that start from other runs, and these runs."""
+    return {part: run for part, run in config.model.start_from.items() if run}
+
+
+def leave_begin_token(taken: dict[str, Any], asked: Collection[str]) -> None:
+    """Leaves a begin token that the command line names to a model whose texts have had none."""
+    field = "data.special_tokens.bos"
+    if field in asked and taken.get(field) == "":
+        del taken[field]
+
+
+def refuse_contradiction(
+    config: ConfigDict, field: str, value: Any, asked: Collection[str], start: str
+) -> None:
+    """Checks that the command line did not set a field to another value than the weights have.
+
+    Raises:
+      ValueError: it did.
+    """
+    if field not in asked:
+        return
+    given = get_field(config, field)
+    if given != value and not (isinstance(given, tuple) and list(given) == value):
+        raise ValueError(
+            f"{field}={given!r}, but the weights of model.start_from.{start} have {value!r}: leave "
+            "the field"
+        )
+
+
+def take_whole(
+    chosen: ConfigDict, saved: Mapping[str, Any], run: str, asked: Collection[str]
+) -> None:
+    """Sets every field that the weights of a whole model decide.
+
+    Raises:
+      ValueError: the command line set one to another value.
+    """
+    groups = whole_of(saved, run)
+    leave_begin_token(groups, asked)
+    text = saved["model"]["modalities"]["text"]
+    length = "model.modalities.text.length"
+    if length in asked and not text["attend_padding"]:  # else padding would be other, and is seen
+        groups["model.modalities"]["text"]["length"] = get_field(chosen, length)
+    decided = flatten_dict(groups, sep=".")
+    for field in asked:
+        if field in decided:
+            refuse_contradiction(chosen, field, decided[field], asked, f"{WHOLE}={run!r}")
+        elif field.startswith(("model.modalities.", "model.towers.")):
+            raise ValueError(
+                f"{field}: the model of model.start_from.{WHOLE}={run!r} has no such part"
+            )
+    for name, options in saved["objectives"].items():
+        field = f"objectives.{name}.weight"
+        if options["weight"] <= 0:
+            continue
+        if name not in chosen.objectives:
+            set_field(chosen, f"objectives.{name}", options)
+        elif get_field(chosen, field) <= 0 and field not in asked:
+            set_field(chosen, field, options["weight"])
+    for group, value in groups.items():
+        set_field(chosen, group, value)
+
+
+def whole_of(saved: Mapping[str, Any], run: str) -> dict[str, Any]:
+    """Returns the fields and groups of fields that a whole model decides, by dotted name."""
+    free = (*FREE_OF_MODEL, "start_from", "budget", "budget_by")
+    found = {f"model.{name}": each for name, each in saved["model"].items() if name not in free}
+    modalities = {name: dict(each) for name, each in saved["model"]["modalities"].items()}
+    text = modalities["text"]
+    text["max_positions"] = text["max_positions"] or text["length"]
+    found["model.modalities"] = modalities
+    for name, options in saved["objectives"].items():
+        if options["weight"] > 0:
+            found |= {
+                f"objectives.{name}.{field}": value
+                for field, value in options.items()
+                if field not in FREE_OF_OBJECTIVE
+            }
+    if "image" in modalities:
+        found |= {f"data.{name}": saved["data"][name] for name in SEEN}
+    return found | tokens_of(saved, run)
 
 
 def saved_config(run: str, part: str, fusion: str) -> dict[str, Any]:
@@ -77,20 +175,31 @@ def saved_config(run: str, part: str, fusion: str) -> dict[str, Any]:
     if not folder.exists:
         raise FileNotFoundError(f"model.start_from.{part}={run!r} is no run: it has no config.json")
     saved = folder.read_config(defaults())
-    if part != "text" and fusion == "early":
+    if part not in ("text", WHOLE) and fusion == "early":
         raise ValueError(
             f"model.start_from.{part}: early fusion has no {part} tower; use fusion 'late' or "
             "'gated_cross_attention'"
         )
-    if part != "text" and saved["model"]["fusion"] == "early":
+    if part not in ("text", WHOLE) and saved["model"]["fusion"] == "early":
         raise ValueError(f"model.start_from.{part}={run!r} is early fusion and has no {part} tower")
-    if part not in saved["model"]["modalities"]:
+    if part not in (WHOLE, *saved["model"]["modalities"]):
         raise ValueError(f"model.start_from.{part}={run!r} reads no {part}")
-    if saved.get("imported", {}).get("part", part) not in (part, "both"):
+    held = saved.get("imported", {}).get("part", "both")
+    # Imported text is a whole model of texts; an image tower is no model yet.
+    if held != "both" and part != held and not (part == WHOLE and held == "text"):
         raise ValueError(
-            f"model.start_from.{part}={run!r} holds weights of {saved['imported']['part']} alone"
+            f"model.start_from.{part}={run!r} holds weights of {held} alone: give it as "
+            f"model.start_from.{held}"
         )
     return saved
+
+
+def tokens_of(saved: Mapping[str, Any], run: str) -> dict[str, Any]:
+    """Returns the fields of the tokenizer that a run's weights know, by dotted name."""
+    return {
+        "data.tokenizer": str(RunFolder(run).tokenizer.absolute()),
+        **{f"data.special_tokens.{name}": x for name, x in saved["data"]["special_tokens"].items()},
+    }
 
 
 def text_of(saved: Mapping[str, Any], run: str) -> dict[str, Any]:
@@ -103,8 +212,7 @@ def text_of(saved: Mapping[str, Any], run: str) -> dict[str, Any]:
         **{f"model.modalities.text.{name}": value for name, value in text.items()},
         "model.modalities.text.max_positions": text["max_positions"]
         or model["modalities"]["text"]["length"],
-        "data.tokenizer": str(RunFolder(run).tokenizer.absolute()),
-        "data.special_tokens": saved["data"]["special_tokens"],
+        **tokens_of(saved, run),
         "objectives.contrastive.text_pool": contrastive["text_pool"],
     }
 
@@ -122,7 +230,7 @@ def tower_of(saved: Mapping[str, Any], part: str) -> dict[str, Any]:
     return {
         "model.tower": tower,
         **taken,
-        **{f"data.{name}": data[name] for name in ("image_size", "resampling", "fit")},
+        **{f"data.{name}": data[name] for name in SEEN},
         "objectives.contrastive.pool": saved["objectives"]["contrastive"]["pool"],
     }
 
@@ -130,10 +238,45 @@ def tower_of(saved: Mapping[str, Any], part: str) -> dict[str, Any]:
 def weights_to_start_from(config: Config) -> dict[str, Any]:
     """Reads the parameters of the runs in `model.start_from`, by path, each block by its layer."""
     found: dict[str, Any] = {}
-    for part, run in config.model.start_from.items():
-        if run:
-            found |= part_of_run(run, part)
+    for part, run in begun_parts(config).items():
+        found |= part_of_run(run, part)
     return found
+
+
+def news_of_start(params: Any, config: Config, found: Mapping[str, Any]) -> str:
+    """Returns a line on where the weights of a new run come from; '' if all start afresh.
+
+    Args:
+      params: the new run's parameters, or their shapes.
+      config: the new run's config.
+      found: what `weights_to_start_from` returned.
+    """
+    if not (begun := begun_parts(config)):
+        return ""
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    fresh = {part_of(path) for path in paths if source_of(path, begun, found) is None}
+    left = {part_of(path) for path in found} - {part_of(path) for path in paths}
+    said = ", ".join(f"{part} from {run}" for part, run in begun.items())
+    return (
+        f"starts with {said}; afresh: {', '.join(sorted(fresh)) or 'nothing'}"
+        + f"; left out: {', '.join(sorted(left))}" * bool(left)
+    )
+
+
+def part_of(path: str) -> str:
+    """Returns the part of a model that a parameter belongs to, as a summary names it."""
+    top = path.split("/")[0]
+    return "transformer/layers/cross" if "/cross/" in path else top
+
+
+def source_of(path: str, begun: Mapping[str, str], found: Mapping[str, Any]) -> str | None:
+    """Returns the part in `begun` whose run has a parameter; None where it starts afresh."""
+    if WHOLE in begun:  # a head that the run does not have is a new one
+        top = path.split("/")[0]
+        return WHOLE if any(name.startswith(f"{top}/") for name in found) else None
+    if "/cross/" in path:
+        return None
+    return next((part for part in begun if path.startswith(prefixes(part))), None)
 
 
 def load_params(params: Any, config: Config, found: Mapping[str, Any]) -> Any:
@@ -148,13 +291,14 @@ def load_params(params: Any, config: Config, found: Mapping[str, Any]) -> Any:
       ValueError: a parameter of the part that the run does not have, or of another shape.
     """
 
+    begun = begun_parts(config)
+
     def one(key_path: Any, leaf: Any) -> Any:
         path = path_of(key_path)
-        begun = (part for part, run in config.model.start_from.items() if run)
-        part = next((each for each in begun if path.startswith(prefixes(each))), None)
-        if part is None or "/cross/" in path:
+        part = source_of(path, begun, found)
+        if part is None:
             return leaf
-        run = config.model.start_from[part]
+        run = begun[part]
         value = _restacked(found, path, leaf.shape)
         if value is None or value.shape != leaf.shape:
             has = "nothing" if value is None else f"{list(value.shape)}"
@@ -182,7 +326,7 @@ def part_of_run(run: str, part: str) -> dict[str, Any]:
         tokenizer = TextTokenizer.train([], 260)
     config = Config(saved)
     shapes = without_names(saved_shapes(build_task(config, tokenizer), config))
-    wanted = {top: tree for top, tree in shapes.items() if f"{top}/" in prefixes(part)}
+    wanted = {top: tree for top, tree in shapes.items() if f"{top}/".startswith(prefixes(part))}
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         name = "average" if keeps_average(saved["train"]) else "params"
         restored = checkpoints.restore({name: wanted}, partial=True)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from unified_mm.nn.attention import chunked, masks
 from unified_mm.nn.attention.backends import KERNEL_OF, LONG, PLAIN, kernel_mask
@@ -24,8 +24,9 @@ from unified_mm.nn.attention.masks import (
     cut,
     slice_keys,
 )
+from unified_mm.nn.attention.rotary import rotary_rates, rotate
 from unified_mm.nn.attention.rules import NONE, MaskTable
-from unified_mm.nn.layers import Dense, PerModality
+from unified_mm.nn.layers import Dense, Norm, PerModality
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.sow import ATTENTION, sow_attention
 from unified_mm.nn.tokens import Group, TokenMetadata
@@ -153,19 +154,6 @@ def plan_attention(
     )
 
 
-def rotate(
-    x: Float[Array, "B N H A"], positions: Int[Array, "B N"], base: float
-) -> Float[Array, "B N H A"]:
-    """Applies rotary positions (Su et al. 2021, equation 34), pairing the two halves of A."""
-    half = x.shape[-1] // 2
-    rates = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[:, :, None, None].astype(jnp.float32) * rates
-    cosine, sine = jnp.cos(angles), jnp.sin(angles)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    turned = [first * cosine - second * sine, second * cosine + first * sine]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
-
-
 def into_heads(heads: int, options: TransformerOptions, use_bias: bool, name: str) -> Dense:
     """Returns a projection [..., D] -> [..., heads, A].
 
@@ -195,6 +183,11 @@ def out_of_heads(width: int, options: TransformerOptions, use_bias: bool, name: 
     )
 
 
+def head_norm(name: str, options: TransformerOptions, kind: str = "rms") -> Norm:
+    """Returns a norm over the width of each head."""
+    return Norm(kind, options.norm_epsilon, options.dtype, axis=None, name=name)
+
+
 class Attention(nn.Module):
     """Multi-head attention under a plan: [B, N, D] -> [B, N, D], keys and values."""
 
@@ -213,9 +206,12 @@ class Attention(nn.Module):
             )(x, plan.groups)
             for name, heads in sizes.items()
         )
+        if o.query_key_norm:
+            query = head_norm("query_norm", o)(query)
+            key = head_norm("key_norm", o)(key)
         if o.rotary_base:
-            query = rotate(query, plan.positions, o.rotary_base)
-            key = rotate(key, plan.positions, o.rotary_base)
+            rates = rotary_rates(o.head_dim, o.rotary_base, dict(o.rotary_options))
+            query, key = (rotate(each, plan.positions, rates) for each in (query, key))
         query, key, value = (whole_sequences(each, o.heads) for each in (query, key, value))
         kv: LayerKV
         if cached is None:

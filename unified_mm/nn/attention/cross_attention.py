@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from unified_mm.nn.attention.attention import (
     AttentionPlan,
     attend,
+    head_norm,
     into_heads,
     out_of_heads,
     whole_sequences,
@@ -116,8 +117,3 @@ class CrossAttention(nn.Module):
         seen = attend(self, query, key, value, plan)
         seen = constrain(seen, "batch", "length", "heads", None)
         return out_of_heads(x.shape[-1], o, False, "output")(seen), cached
-
-
-def head_norm(name: str, options: TransformerOptions, kind: str = "rms") -> Norm:
-    """Returns a norm over the width of each head."""
-    return Norm(kind, options.norm_epsilon, options.dtype, axis=None, name=name)
