@@ -61,7 +61,7 @@ class ImageModality:
             )
         if size < patch or (size % patch and not embedding.cut_rest):
             raise ValueError(
-                f"data.image_size={size} is no multiple, above 0, of {where}.{patch=}: "
+                f"data.image_size={size} is no multiple of {where}.{patch=}: "
                 f"{where}.cut_rest leaves out the pixels that fill no patch"
             )
         embedding = replace(embedding, grid=(size // patch, size // patch))
