@@ -32,7 +32,7 @@ from unified_mm.pretrained.family import Family, Part
 from unified_mm.pretrained.source import Source
 from unified_mm.pretrained.tables import to_ours
 from unified_mm.pretrained.vocabularies import read_tokenizer
-from unified_mm.runs.checkpoints import Checkpoints
+from unified_mm.runs.checkpoints import Checkpoints, refuse_name
 from unified_mm.runs.folder import RunFolder
 from unified_mm.task import build_task, parameter_counts
 
@@ -157,6 +157,7 @@ def write_run(imported: Imported, out: str | os.PathLike[str]) -> RunFolder:
 def main(options: argparse.Namespace) -> int:
     """Imports the weights, writes the run, prints a summary and returns the exit code."""
     refuse_existing(RunFolder(options.out).path)
+    refuse_name(RunFolder(options.out).path)
     imported = import_directory(getattr(options, "from"))
     folder = write_run(imported, options.out)
     counts = parameter_counts(imported.params)

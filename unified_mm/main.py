@@ -32,6 +32,7 @@ from unified_mm.config import Config
 from unified_mm.default_config import defaults
 from unified_mm.files import naming, user_path, write_json
 from unified_mm.parallel.processes import first_before_others, refuse_unequal, start, together
+from unified_mm.runs.checkpoints import refuse_name
 from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.metrics import read_metrics
 
@@ -141,6 +142,7 @@ def train(options: argparse.Namespace) -> int:
     if options.recipe is None:
         raise ValueError("--config is needed to train: --config=configs/coco.py")
     folder = RunFolder(options.folder)
+    refuse_name(folder.path)
     output = output_of(folder, say)
     chosen = resolve(options.recipe, output.say)
     refuse_unequal("the config", shared_fields(chosen))

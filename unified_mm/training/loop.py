@@ -172,7 +172,9 @@ class Run:
 
         Raises:
           NotFinite: a step of it was not finite.
+          CheckpointError: what was saved is not what was read back.
         """
+        self.checkpoints.check()
         if waiting is None:
             return
         step, interval = waiting
