@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -213,6 +214,33 @@ def full(data, tmp_path_factory):
 def test_a_full_disk_is_said_with_the_last_whole_checkpoint(full):
     _, error = full
     assert "no space left on device" in error and "the last whole checkpoint is step 2" in error
+
+
+def test_nothing_that_is_only_nice_to_know_ends_a_run(stopped, data, tmp_path, monkeypatch, capsys):
+    """A git that hangs, a picture that is gone, FLOPs that cannot be counted, no TensorBoard."""
+
+    def fails(*_, **__):
+        raise RuntimeError("it cannot be had")
+
+    (tmp_path / "git").write_text("#!/bin/sh\nsleep 60\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("unified_mm.runs.environment._GIT_SECONDS", 0.1)
+    monkeypatch.setattr("unified_mm.analysis.run_report.picture", fails)
+    monkeypatch.setattr("unified_mm.training.run.training_flops", fails)
+    shutil.rmtree(stopped / "tensorboard", ignore_errors=True)
+    (stopped / "tensorboard").write_text("no folder")
+    (stopped / "report.html").unlink(missing_ok=True)
+    with pytest.warns(UserWarning) as told:
+        assert train(data, stopped, *ALIKE, "--config.logging.tensorboard=True") == 0
+    missing = " ".join(str(each.message) for each in told)
+    for what in ("the git revision", "its FLOPs", "report.html", "TensorBoard's files"):
+        assert f"the run goes on without {what}" in missing.replace(f"{stopped}/", "")
+    result = json.loads((stopped / "result.json").read_text())
+    assert (result["revision"], result["flops"]) == ("", None) and result["scores"]
+    assert "report:" not in capsys.readouterr().out
+    assert train(data, stopped, *ALIKE, "--config.logging.tensorboard=True") == 0
+    assert f"is finished; see {stopped / 'result.json'}" in capsys.readouterr().out
 
 
 def test_two_runs_of_one_seed_have_equal_metrics(finished, full):

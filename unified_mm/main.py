@@ -12,6 +12,7 @@ import argparse
 import json
 import shlex
 import sys
+from functools import partial
 from typing import Any
 
 from absl import logging
@@ -133,7 +134,7 @@ def train(options: argparse.Namespace) -> int:
     The same command resumes a run that was stopped.
     """
     from unified_mm.analysis.run_report import write_report
-    from unified_mm.runs.environment import unseen_accelerator
+    from unified_mm.runs.environment import or_warn, unseen_accelerator
     from unified_mm.training.loop import NotFinite, Stopped
     from unified_mm.training.output import output_of
     from unified_mm.training.run import train_and_score
@@ -150,7 +151,8 @@ def train(options: argparse.Namespace) -> int:
     with output.lock():
         new = folder.check(chosen.to_dict(), defaults())
         if folder.finished and folder.finished_steps() >= chosen.train.steps:
-            output.say(f"the run in {folder.path} is finished; see {folder.report}")
+            shown = folder.report if folder.report.exists() else folder.result
+            output.say(f"the run in {folder.path} is finished; see {shown}")
             return 0
         output.say(f"{'new run' if new else 'run'} in {folder.path} (size: {chosen.size})")
         if warning := unseen_accelerator():
@@ -167,7 +169,8 @@ def train(options: argparse.Namespace) -> int:
             output.begin(config.as_dict(), setup.task.tokenizer)
             result, found = train_and_score(setup, output)
             scored, banner = found[config.evaluation.split], setup.source.banner
-            output.write(lambda: write_report(folder, result, config.as_dict(), scored, banner))
+            report = partial(write_report, folder, result, config.as_dict(), scored, banner)
+            output.write(lambda: or_warn(f"{folder.report}", report))
             output.write(lambda: write_json(folder.result, result))
         except Stopped as stop:
             output.say(f"\n{stop}; to go on, run the same command again:\n  {options.command}")
@@ -183,7 +186,8 @@ def train(options: argparse.Namespace) -> int:
     output.say(score_table(result))
     if setup.source.banner:
         output.say(setup.source.banner)
-    output.say(f"report: {folder.report}")
+    if folder.report.exists():
+        output.say(f"report: {folder.report}")
     return 0
 
 

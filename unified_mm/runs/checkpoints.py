@@ -87,8 +87,8 @@ def refuse_name(folder: str | os.PathLike[str], *, read_only: bool = False) -> N
     if found:
         done = "read" if read_only else "written"
         raise ValueError(
-            f"weights cannot be {done} in {path}: its path has {found.group()!r}, which what stores "
-            "arrays does not take for a name. Rename that folder, or choose another, without any "
+            f"weights cannot be {done} in {path}: its path has {found.group()!r}, which is no "
+            "letter of a name to what stores arrays. Rename that folder, or choose another, without any "
             "of [ * ? \\ and no part that ends in gs:"
         )
 
@@ -468,11 +468,11 @@ def _read_back(folder: Path, leaves: Mapping[str, Any]) -> Iterator[tuple[str, s
     """
     handler = ocp.PyTreeCheckpointHandler()
     there = handler.metadata(folder).tree
+    paths, structure = jax.tree_util.tree_flatten_with_path(there)
     to_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)
     for names in _parts(leaves):
-        wanted = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf if _name(path) in names else ocp.PLACEHOLDER, there
-        )
+        chosen = [leaf if _name(path) in names else ocp.PLACEHOLDER for path, leaf in paths]
+        wanted = jax.tree.unflatten(structure, chosen)
         arrays = handler.restore(folder, args=ocp.args.PyTreeRestore(wanted, to_host))
         for name, array in _named_leaves(arrays).items():
             if name in names:
@@ -513,10 +513,7 @@ def _describe(leaf: Any) -> dict[str, Any]:
 def _describe_arrays(state: PyTree[jax.Array]) -> dict[str, dict[str, Any]]:
     arrays = _named_leaves(state)
     sums = tree_checksums(arrays)
-    return {
-        name: _describe(leaf) | {"checksum": _hex(sums[name])}
-        for name, leaf in arrays.items()
-    }
+    return {name: _describe(leaf) | {"checksum": _hex(sums[name])} for name, leaf in arrays.items()}
 
 
 def _hex(checksum: Any) -> str:

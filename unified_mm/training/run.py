@@ -8,7 +8,7 @@ from typing import Any
 
 from unified_mm.evaluation.evaluate import Scores, evaluate
 from unified_mm.inference.predictor import Predictor
-from unified_mm.runs.environment import device_name, revision, versions
+from unified_mm.runs.environment import device_name, or_warn, revision, versions
 from unified_mm.task import parameter_counts
 from unified_mm.training.flops import training_flops
 from unified_mm.training.loop import keep_best, train
@@ -72,8 +72,13 @@ def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict
         "steps": setup.options.steps,
         "seconds": round(seconds, 1),
         "parameters": sum(parameter_counts(setup.phases[-1].abstract.params).values()),
-        "flops": sum((phase.stop - phase.start) * training_flops(phase) for phase in setup.phases),
+        "flops": or_warn("its FLOPs", lambda: run_flops(setup)),
     }
+
+
+def run_flops(setup: Setup) -> int:
+    """Returns the FLOPs of all steps."""
+    return sum((phase.stop - phase.start) * training_flops(phase) for phase in setup.phases)
 
 
 def prefixed(found: Mapping[str, Scores], kind: str) -> dict[str, float]:
