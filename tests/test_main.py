@@ -16,6 +16,7 @@ import tiny
 
 import unified_mm
 from unified_mm.cli.recipes import load_recipe
+from unified_mm.runs.metrics import read_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = f"--config={CONFIGS / 'coco.py'}:tiny"
@@ -34,6 +35,7 @@ def cache(tmp_path_factory):
 
 
 # Of most runs here, so that they share their programs.
+BEST_BY = "single_caption/text_to_image/recall_at_1"
 ALIKE = (
     "--config.objectives.matching.weight=1.0",
     "--config.evaluation.every=2",
@@ -160,6 +162,37 @@ def test_what_a_mode_does_not_read_is_refused(finished, capsys, arguments, messa
     assert commands.run(f"--workdir={finished}", *arguments) == 1
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_the_best_state_is_scored_as_it_was_on_the_way(finished, data, tmp_path, capsys):
+    best = int(next(path.name for path in (finished / "best").iterdir() if path.name.isdecimal()))
+    steps, on_the_way = read_metrics(finished / "metrics.jsonl")[f"val/{BEST_BY}"]
+    evaluate = ("--mode=evaluate", f"--run={finished}")
+    assert commands.run(*evaluate, "--best") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["state"], result["step"]) == ("best", best)
+    assert result["scores"][BEST_BY] == on_the_way[steps == best].item() == on_the_way.max()
+    assert commands.run(*evaluate) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["state"], last["step"]) == ("last", 4)
+    assert json.loads((finished / "result.json").read_text())["state"] == "last"
+    model = unified_mm.load(finished, best=True)
+    assert (model.state, model.step) == ("best", best)
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("best"))
+    for command in (("--mode=evaluate",), ("--mode=caption", "--image=x.jpg")):
+        assert commands.run(*command, f"--run={tmp_path / 'run'}", "--best") == 1
+        assert "has no best state" in (said := capsys.readouterr().err)
+        assert "evaluation.every" in said
+
+
+def test_the_best_is_the_lowest_where_less_is_better(data, tmp_path):
+    run = tmp_path / "run"
+    lowest = ("--config.evaluation.best_by=caption/nats", "--config.train.learning_rate=1.0")
+    assert train(data, run, *ALIKE, *lowest) == 0
+    steps, nats = read_metrics(run / "metrics.jsonl")["val/caption/nats"]
+    assert nats[0] != nats[1]
+    (best,) = (path.name for path in (run / "best").iterdir())
+    assert int(best) == steps[nats.argmin()]
 
 
 def test_search_leaves_out_what_it_cannot_read(finished, data, tmp_path, capsys):

@@ -346,7 +346,8 @@ def evaluation_fields() -> dict:
         "shots": (),  # examples in context, e.g. (0, 4, 8), for few-shot scores
         "few_shot_images": 200,  # that these are taken on, the first ones
         "few_shot_questions": 200,
-        # The score that `best/` is chosen by; '' is text-to-image recall at 1 (of one caption an
-        # image) where contrast is learned, else CIDEr-D.
+        # The score that `best/` is chosen by, the lowest where less of it is better; '' is
+        # text-to-image recall at 1 (of one caption an image) where contrast is learned, else
+        # CIDEr-D.
         "best_by": "",
     }

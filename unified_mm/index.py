@@ -46,6 +46,7 @@ READ_WITH = {
     __doc__,
     needs=("run",),
     takes=(
+        "best",
         "out",
         "index",
         "images",
@@ -74,7 +75,7 @@ def main(options: argparse.Namespace) -> int:
     # What is wrong with the index or the pictures is said before a model is loaded.
     opened = None if options.images else SearchIndex.open(out)
     pictures = listed(options) if options.images else None
-    model = load(options.run)
+    model = load(options.run, best=options.best)
     if pictures is not None:
         if not written(model, pictures, out, options):
             return 1
@@ -178,6 +179,7 @@ def evaluate(index: SearchIndex, output: Path | None) -> None:
         "graph": {kind: nearest.graph is not None for kind, nearest in index.nearest.items()},
         "left_out": len(index.header["problems"]),
         "step": index.header["model"]["step"],
+        "state": index.header.get("state", "last"),  # as all were before `--best`
         "data": {"folder": index.header["folder"], "splits": index.header["splits"]},
     }
     say(score_table(result))

@@ -40,6 +40,7 @@ from unified_mm.runs.metrics import read_metrics
 # Which modes read a flag that not all of them do.
 READ_BY = {
     "run": ("evaluate", "caption", "search"),
+    "best": ("evaluate", "caption", "search"),
     "split": ("evaluate", "search"),
     "image": ("caption",),
     "query": ("search",),
@@ -238,7 +239,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
     file = new_file(options.output)
     output = output_of(RunFolder(options.folder), say)
-    model = load(options.folder, mesh=mesh_of_processes())
+    model = load(options.folder, mesh=mesh_of_processes(), best=options.best)
     config = run_config(model.config, options)
     with first_before_others("data"):
         source = open_source(config.data)
@@ -256,6 +257,7 @@ def evaluate(options: argparse.Namespace) -> int:
         "ceiling": found.ceiling,
         "split": split.manifest.split,
         "step": model.step,
+        "state": model.state,
         "data": {"source": source.name, "folder": source.folder, "notice": source.banner},
     }
     output.say(score_table(result))
@@ -287,7 +289,8 @@ def caption(options: argparse.Namespace) -> int:
     if not options.image:
         raise ValueError("--mode=caption needs --image=FILE")
     images = [f"--image={file}" for file in options.image]
-    return generate.main.work(generate.main.options_of([f"--run={options.folder}", *images]))
+    best = ["--best"] * options.best
+    return generate.main.work(generate.main.options_of([f"--run={options.folder}", *best, *images]))
 
 
 def search(options: argparse.Namespace) -> int:
@@ -300,7 +303,7 @@ def search(options: argparse.Namespace) -> int:
 
     if not (options.query or "").strip():
         raise ValueError('--mode=search needs --query="what to look for"')
-    model = load(options.folder)
+    model = load(options.folder, best=options.best)
     refuse_without_contrast(model, "search", "searching")
     paths, embedded, problems = model.embed_files(searched_images(model.config, options))
     for phrase in problem_counts(problems):

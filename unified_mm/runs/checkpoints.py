@@ -87,9 +87,9 @@ def refuse_name(folder: str | os.PathLike[str], *, read_only: bool = False) -> N
     if found:
         done = "read" if read_only else "written"
         raise ValueError(
-            f"weights cannot be {done} in {path}: its path has {found.group()!r}, which is no "
-            "letter of a name to what stores arrays. Rename that folder, or choose another, without any "
-            "of [ * ? \\ and no part that ends in gs:"
+            f"weights cannot be {done} in {path}: its path has {found.group()!r}, which has a "
+            "meaning of its own to what stores arrays. Rename that folder, or choose another, "
+            "without any of [ * ? \\ and no part that ends in gs:"
         )
 
 

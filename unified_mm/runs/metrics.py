@@ -47,6 +47,7 @@ class MetricsWriter:
         _drop_after(path, resume_step)
         self._path = path
         self._file = open(path, "a", encoding="utf-8")
+        self._copied = True  # all that was written so far
         self._events: _Events | None = None
         if tensorboard is not None:
             self._events = or_warn(_TENSORBOARD, lambda: _Events(Path(tensorboard), resume_step))
@@ -82,10 +83,9 @@ class MetricsWriter:
     def _copy(self, step: int, kind: str, values: Mapping[str, float | str]) -> None:
         """Writes values for TensorBoard; where that fails once, it is not tried again."""
         events = self._events
-        if events is None:
+        if events is None or not self._copied:
             return
-        if or_warn(_TENSORBOARD, lambda: events.add(step, kind, values)) is None:
-            self._events = None
+        self._copied = or_warn(_TENSORBOARD, lambda: events.add(step, kind, values)) is not None
 
     def _append(self, step: int, values: Mapping[str, float | str | None]) -> None:
         if "step" in values:

@@ -91,7 +91,7 @@ def write_index(
     with naming(f"--out={out}"), hold(work):
         _begin_or_go_on(work, plan)
         _embed_missing(model, pictures, work, shard, say)
-        _finish(work, out, pictures, plan, say)
+        _finish(work, out, pictures, plan, model.state, say)
 
 
 def progress(out: Path) -> str:
@@ -151,6 +151,7 @@ def _finish(
     out: Path,
     pictures: PictureSet,
     plan: dict[str, Any],
+    state: str,
     say: Callable[[str], None],
 ) -> None:
     """Joins all shards into one index, which takes its own name once it is complete."""
@@ -181,7 +182,7 @@ def _finish(
     if rows.texts:
         texts = (shard.texts for shard in _shards(paths))
         write_vectors(whole, "text", texts, (len(rows.texts), width), exact_up_to=exact)
-    found = {"problems": [dataclasses.asdict(problem) for problem in problems]}
+    found = {"state": state, "problems": [dataclasses.asdict(problem) for problem in problems]}
     write_metadata(whole, {**plan, **found}, rows)
     os.rename(whole, out)
     shutil.rmtree(work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from unified_mm.data.pipeline import training_batches
+from unified_mm.evaluation.directions import higher_is_better
 from unified_mm.evaluation.evaluate import evaluate
 from unified_mm.inference.predictor import Predictor
 from unified_mm.parallel.processes import first_decides, own_rows
@@ -275,20 +277,30 @@ def phase_batches(setup: Setup, phase: Phase, start: int) -> Iterator[Any]:
 def keep_best(
     setup: Setup, state: TrainState, step: int, value: float, metadata: Mapping[str, Any]
 ) -> None:
-    """Saves the state in `best/` if no earlier one scored as high."""
+    """Saves the state in `best/` if no earlier one scored as well."""
     name = setup.options.best_by
     record = {**metadata, "score": name, "value": value}
     with Checkpoints(setup.folder.best, keep=1) as best:
-        if first_decides(is_better(best, step, value)):
+        if first_decides(is_better(best, step, value, higher_is_better(name))):
             best.save(step, state, record)
 
 
-def is_better(best: Checkpoints, step: int, value: float) -> bool:
-    """Returns whether a later step's score is higher than that of the saved one, if any."""
-    if not best.steps():
-        return True
+def is_better(best: Checkpoints, step: int, value: float, higher: bool) -> bool:
+    """Returns whether a later step's score is better than that of the saved one, if any.
+
+    NaN is never better.
+
+    Args:
+      best: holds the state saved so far.
+      step: the later step.
+      value: its score.
+      higher: whether more of the score is better.
+    """
+    if math.isnan(value) or not best.steps():
+        return not math.isnan(value)
     known = best.metadata()
-    return known["step"] < step and known["value"] < value
+    gain = value - known["value"]
+    return known["step"] < step and (gain > 0 if higher else gain < 0)
 
 
 def mean_metrics(steps: list[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]:

@@ -43,7 +43,8 @@ def score_splits(setup: Setup, state: TrainState, output: Output) -> dict[str, S
             metrics.write_new(step, {f"{name}/{k}": v for k, v in found[name].scores.items()})
     value = found[options.split].scores.get(options.best_by)
     if value is not None and options.evaluate_every:
-        keep_best(setup, state, step, value, {"step": step, "data_source": setup.source.name})
+        told = {"step": step, "data_source": setup.source.name}
+        keep_best(setup, state, step, value, told | {"tokenizer": setup.folder.tokenizer_digest()})
     return found
 
 
@@ -69,6 +70,7 @@ def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict
         "versions": versions(),
         "revision": revision(),
         "seed": setup.options.seed,
+        "state": "last",
         "steps": setup.options.steps,
         "seconds": round(seconds, 1),
         "parameters": sum(parameter_counts(setup.phases[-1].abstract.params).values()),

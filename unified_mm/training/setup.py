@@ -15,6 +15,7 @@ from unified_mm.data.manifest import summary
 from unified_mm.data.records import Manifest
 from unified_mm.data.sources import Source, open_source
 from unified_mm.data.text_tokenizer import TextTokenizer
+from unified_mm.evaluation.directions import higher_is_better
 from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.splits import evaluated_splits, open_split
 from unified_mm.files import user_path
@@ -58,7 +59,8 @@ class LoopOptions:
         """Reads the options of a config.
 
         Raises:
-          ValueError: a number is out of its range.
+          ValueError: a number is out of its range, or `evaluation.best_by` is no score of which
+            it is known whether more or less is better.
         """
         options = cls(
             steps=config.train.steps,
@@ -91,6 +93,11 @@ class LoopOptions:
         ):
             if value < least:
                 raise ValueError(f"{field}={value}: must be at least {least}")
+        if options.evaluate_every and options.best_by:
+            try:
+                higher_is_better(options.best_by)
+            except ValueError as error:
+                raise ValueError(f"evaluation.best_by: {error}") from error
         if options.seed >= 2**32:
             raise ValueError(f"seed={options.seed}: must be below 2^32")
         return options
