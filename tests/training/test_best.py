@@ -4,13 +4,14 @@ import pytest
 import tiny
 
 from unified_mm.config import Config
+from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.training.loop import is_better
 from unified_mm.training.setup import LoopOptions
 
 NAN = float("nan")
 
 
-class Saved:
+class Saved(Checkpoints):
     """The checkpoints of `best/`: one, or none."""
 
     def __init__(self, step=None, value=None):

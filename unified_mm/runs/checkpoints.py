@@ -243,6 +243,11 @@ class Checkpoints:
                 return self._read_json_items(step)[1]
         return {}
 
+    @property
+    def saving(self) -> bool:
+        """Returns whether a save is under way."""
+        return bool(self._manager.is_saving_in_progress())
+
     def check(self) -> None:
         """Checks what is known by now of the checkpoint saved last; it waits for nothing.
 

@@ -76,6 +76,8 @@ def train(setup: Setup, output: Output) -> tuple[TrainState, float]:
         predictor = Predictor(setup.task, None, setup.mesh)
         began = time.perf_counter() - earlier
         run = Run(setup, checkpoints, metrics, stop, output.say, predictor, began)
+        if jax.process_count() == 1:
+            stop.unsaved = run.unsaved
         with output.progress(start, options.steps) as progress:
             for phase in setup.phases:
                 if start < phase.stop:
@@ -118,6 +120,11 @@ class Run:
     say: Callable[[str], None]
     predictor: Predictor  # without parameters: what it compiles serves every evaluation
     began: float  # on this process's clock, moved back by what earlier processes took
+    fresh: bool = False  # whether a step was done since the last save
+
+    def unsaved(self) -> bool:
+        """Returns whether something learned is not on disk."""
+        return self.fresh or self.checkpoints.saving
 
     def seconds(self) -> float:
         """Returns the seconds that the run has taken, over all restarts."""
@@ -133,6 +140,7 @@ class Run:
             for step in range(start + 1, phase.stop + 1):
                 rows = self.next_rows(batches, step - 1, state)
                 state, measured = step_function(state, to_global(rows, self.setup.mesh))
+                self.fresh = True
                 since.append(measured)
                 last = step == phase.stop
                 if step % options.log_every == 0 or last:
@@ -198,6 +206,7 @@ class Run:
         if bad >= 0:
             self.not_finite(bad)
         self.checkpoints.save(step, state, self.metadata(step))
+        self.fresh = False
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns the metadata of a checkpoint; the position in the data is the step."""

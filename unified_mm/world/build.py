@@ -7,9 +7,12 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -153,8 +156,27 @@ def _rendered(
         yield from map(_render_chunk, work)
         return
     # Spawned, for a process that runs jax has threads that a fork would break.
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+    with _without_interrupts():
+        workers = multiprocessing.get_context("spawn").Pool(processes)
+    with workers as pool:
         yield from pool.imap(_render_chunk, work)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ignores Ctrl-C, so that processes started in the body do, from their first import on.
+
+    A terminal sends it to them too, and each would show where it was; the one that started them
+    ends them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _render_chunk(work: tuple[WorldSpec, str, int, int, str]) -> list[SceneText]:

@@ -1,0 +1,103 @@
+"""Ctrl-C is answered in two seconds, also where Python waits for what cannot be interrupted."""
+
+from __future__ import annotations
+
+import multiprocessing.util
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+EXIT_CODE = 128 + signal.SIGINT
+_PATIENCE = 1.5  # seconds for the main thread to end by itself
+_CLEANUP = 0.3  # seconds for worker processes to end
+
+
+class Interrupts:
+    """What is said, once, where Ctrl-C ends a command.
+
+    Args:
+      text: the line.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._lock = threading.Lock()
+
+    def say(self) -> None:
+        """Prints the line, if it was not."""
+        with self._lock:
+            if self._text:
+                print(self._text, file=sys.stderr, flush=True)
+            self._text = ""
+
+
+@contextmanager
+def leaving_on_interrupt(text: str) -> Iterator[Interrupts]:
+    """Ends the process after Ctrl-C in its body, where the main thread does not do so itself.
+
+    Python raises KeyboardInterrupt once it is back from compiled code: a compiler may keep it for
+    minutes. Nothing is lost by leaving then. Where a handler of its own has taken SIGINT's place,
+    that handler decides: one with a method `holds` by what this returns (whether there is still
+    something to save), any other by itself.
+
+    Args:
+      text: what is said.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    interrupts = Interrupts(text)
+    if not ours or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield interrupts
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    waking = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader, interrupts), daemon=True).start()
+    try:
+        yield interrupts
+    finally:
+        signal.set_wakeup_fd(waking)
+        signal.signal(signal.SIGINT, before)
+        writer.close()  # which ends the thread
+
+
+def _watch(reader: socket.socket, interrupts: Interrupts) -> None:
+    with reader:
+        while got := reader.recv(1):
+            if got[0] == signal.SIGINT:
+                break
+        else:
+            return
+        until = time.monotonic() + _PATIENCE
+        reader.settimeout(0.05)
+        while time.monotonic() < until or not _may_leave():
+            try:
+                if not reader.recv(16):
+                    return
+            except TimeoutError:
+                continue
+    leave(interrupts)
+
+
+def _may_leave() -> bool:
+    """Returns whether nothing is to be saved, as far as SIGINT's handler tells."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
+        return True
+    holds = getattr(handler, "holds", None)
+    return holds is not None and not holds()
+
+
+def leave(interrupts: Interrupts) -> None:
+    """Ends the process at once, with its worker processes and what they share."""
+    interrupts.say()
+    ending = threading.Thread(target=multiprocessing.util._exit_function, daemon=True)
+    ending.start()
+    ending.join(_CLEANUP)
+    sys.stdout.flush()
+    os._exit(EXIT_CODE)
