@@ -27,6 +27,12 @@ class Interrupts:
     def __init__(self, text: str) -> None:
         self._text = text
         self._lock = threading.Lock()
+        self.reader, self.writer = socket.socketpair()
+
+    @property
+    def said(self) -> bool:
+        """Whether the line was printed."""
+        return not self._text
 
     def say(self) -> None:
         """Prints the line, if it was not."""
@@ -54,20 +60,20 @@ def leaving_on_interrupt(text: str) -> Iterator[Interrupts]:
         yield interrupts
         return
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    waking = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reader, interrupts), daemon=True).start()
+    interrupts.writer.setblocking(False)
+    waking = signal.set_wakeup_fd(interrupts.writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(interrupts,), daemon=True).start()
     try:
         yield interrupts
     finally:
         signal.set_wakeup_fd(waking)
         signal.signal(signal.SIGINT, before)
-        writer.close()  # which ends the thread
+        if not interrupts.said:  # else the interpreter may still wait for threads at its end
+            interrupts.writer.close()  # which ends the thread
 
 
-def _watch(reader: socket.socket, interrupts: Interrupts) -> None:
-    with reader:
+def _watch(interrupts: Interrupts) -> None:
+    with interrupts.reader as reader:
         while got := reader.recv(1):
             if got[0] == signal.SIGINT:
                 break
@@ -96,7 +102,8 @@ def _may_leave() -> bool:
 def leave(interrupts: Interrupts) -> None:
     """Ends the process at once, with its worker processes and what they share."""
     interrupts.say()
-    ending = threading.Thread(target=multiprocessing.util._exit_function, daemon=True)
+    clean = multiprocessing.util._exit_function  # type: ignore[attr-defined]
+    ending = threading.Thread(target=clean, daemon=True)
     ending.start()
     ending.join(_CLEANUP)
     sys.stdout.flush()

@@ -121,10 +121,11 @@ class Run:
     predictor: Predictor  # without parameters: what it compiles serves every evaluation
     began: float  # on this process's clock, moved back by what earlier processes took
     fresh: bool = False  # whether a step was done since the last save
+    stopping: bool = False  # after a signal, with its last save
 
     def unsaved(self) -> bool:
-        """Returns whether something learned is not on disk."""
-        return self.fresh or self.checkpoints.saving
+        """Returns whether something learned is not on disk, or the run ends by itself."""
+        return self.fresh or self.stopping or self.checkpoints.saving
 
     def seconds(self) -> float:
         """Returns the seconds that the run has taken, over all restarts."""
@@ -148,7 +149,7 @@ class Run:
                     # nothing that the device still works on.
                     self.record(waiting, phase, progress)
                     waiting, since = (step, since), []
-                stopped = self.stop.after(step)
+                stopped = self.stopping = self.stop.after(step)
                 save = last or step % options.save_every == 0 or stopped
                 end = step == options.steps  # of the run: it is scored when all is done
                 score = options.evaluate_every and step % options.evaluate_every == 0 and not end

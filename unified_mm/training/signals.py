@@ -115,7 +115,7 @@ class _Note:
     """A handler that notes the first signal, and leaves further ones to the handlers before it."""
 
     request: StopRequest
-    before: Mapping[int, Any]
+    before: Mapping[signal.Signals, Any]
     noted: bool = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:

@@ -7,12 +7,9 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from unified_mm.files import without_interrupts
 from unified_mm.world.language import (
     KINDS,
     Question,
@@ -156,27 +154,10 @@ def _rendered(
         yield from map(_render_chunk, work)
         return
     # Spawned, for a process that runs jax has threads that a fork would break.
-    with _without_interrupts():
+    with without_interrupts():
         workers = multiprocessing.get_context("spawn").Pool(processes)
     with workers as pool:
         yield from pool.imap(_render_chunk, work)
-
-
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Ignores Ctrl-C, so that processes started in the body do, from their first import on.
-
-    A terminal sends it to them too, and each would show where it was; the one that started them
-    ends them.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _render_chunk(work: tuple[WorldSpec, str, int, int, str]) -> list[SceneText]:
