@@ -3,11 +3,12 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from unified_mm.cli.interrupts import _may_leave
+from unified_mm.cli.interrupts import _holds, _waits_in_vain
 from unified_mm.files import without_interrupts
 
 # A lock that is taken twice: no signal ends the wait, as none ends a compilation.
@@ -63,18 +64,29 @@ def handled(number, frame):
 
 
 @pytest.mark.parametrize(
-    ("handler", "may"),
+    ("handler", "holds"),
     [
-        (signal.default_int_handler, True),
-        (Holding(False), True),
-        (Holding(True), False),
-        (handled, False),
+        (signal.default_int_handler, False),
+        (Holding(False), False),
+        (Holding(True), True),
+        (handled, True),
     ],
 )
-def test_what_is_still_to_be_saved_is_waited_for(handler, may):
-    before = signal.signal(signal.SIGINT, handler)
+def test_what_is_still_to_be_saved_is_waited_for(handler, holds):
+    assert _holds(handler) == holds
+
+
+def test_a_handler_that_has_ended_its_work_leaves_the_end_to_the_command(monkeypatch):
+    """As where a stopped run is saved, and a server has answered all."""
+    before = signal.signal(signal.SIGINT, handled)
     try:
-        assert _may_leave() == may
+        ending = threading.Timer(0.1, lambda: replaced.append(True))
+        replaced = []
+        monkeypatch.setattr(
+            signal, "getsignal", lambda _: signal.default_int_handler if replaced else handled
+        )
+        ending.start()
+        assert not _waits_in_vain()
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -11,9 +11,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 EXIT_CODE = 128 + signal.SIGINT
 _PATIENCE = 1.5  # seconds for the main thread to end by itself
+_POLL = 0.05
 _CLEANUP = 0.3  # seconds for worker processes to end
 
 
@@ -49,7 +51,8 @@ def leaving_on_interrupt(text: str) -> Iterator[Interrupts]:
     Python raises KeyboardInterrupt once it is back from compiled code: a compiler may keep it for
     minutes. Nothing is lost by leaving then. Where a handler of its own has taken SIGINT's place,
     that handler decides: one with a method `holds` by what this returns (whether there is still
-    something to save), any other by itself.
+    something to save), any other by itself. Where that handler goes before this leaves, its
+    owner is done, and the command ends in its own way.
 
     Args:
       text: what is said.
@@ -67,36 +70,35 @@ def leaving_on_interrupt(text: str) -> Iterator[Interrupts]:
         yield interrupts
     finally:
         signal.set_wakeup_fd(waking)
-        signal.signal(signal.SIGINT, before)
         if not interrupts.said:  # else the interpreter may still wait for threads at its end
+            signal.signal(signal.SIGINT, before)
             interrupts.writer.close()  # which ends the thread
 
 
 def _watch(interrupts: Interrupts) -> None:
     with interrupts.reader as reader:
         while got := reader.recv(1):
-            if got[0] == signal.SIGINT:
-                break
-        else:
-            return
-        until = time.monotonic() + _PATIENCE
-        reader.settimeout(0.05)
-        while time.monotonic() < until or not _may_leave():
-            try:
-                if not reader.recv(16):
-                    return
-            except TimeoutError:
-                continue
-    leave(interrupts)
+            if got[0] == signal.SIGINT and _waits_in_vain():
+                leave(interrupts)
 
 
-def _may_leave() -> bool:
-    """Returns whether nothing is to be saved, as far as SIGINT's handler tells."""
+def _waits_in_vain() -> bool:
+    """Waits after Ctrl-C; returns whether the main thread has not answered, and nothing is lost."""
     handler = signal.getsignal(signal.SIGINT)
+    until = time.monotonic() + _PATIENCE
+    while time.monotonic() < until or _holds(handler):
+        time.sleep(_POLL)
+        if signal.getsignal(signal.SIGINT) is not handler:
+            return False
+    return True
+
+
+def _holds(handler: Any) -> bool:
+    """Returns whether a handler of SIGINT keeps the process from being left."""
     if handler is signal.default_int_handler:
-        return True
+        return False
     holds = getattr(handler, "holds", None)
-    return holds is not None and not holds()
+    return holds is None or bool(holds())
 
 
 def leave(interrupts: Interrupts) -> None:
