@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from unified_mm import import_weights, main, quantize
 from unified_mm.cli.messages import disk_full, disk_is_full, is_news, new_file
 from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.seal import write_seal
@@ -59,6 +60,24 @@ def test_a_new_file_needs_a_folder_and_a_free_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ValueError, match="cannot be written to"):
         new_file(str(tmp_path / "new.json"))
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (main, ("--config=configs/coco.py:tiny", "--workdir")),
+        (import_weights, ("--from=nowhere", "--out")),
+        (quantize, ("--run=nowhere", "--out")),
+    ],
+)
+def test_a_name_that_loses_weights_is_refused_first(tmp_path, capsys, command, flags):
+    out = tmp_path / "runs [new]"
+    *others, last = flags
+    with pytest.raises(SystemExit) as stopped:
+        command.main([*others, f"{last}={out}"])
+    assert stopped.value.code == 1 and not out.exists()
+    said = capsys.readouterr()
+    assert "its path has '['" in said.err and not said.out
 
 
 def test_a_reader_that_has_read_enough_ends_a_command_quietly():

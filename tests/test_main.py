@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ import tiny
 
 import unified_mm
 from unified_mm.cli.recipes import load_recipe
+from unified_mm.runs.metrics import read_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = f"--config={CONFIGS / 'coco.py'}:tiny"
@@ -33,6 +35,7 @@ def cache(tmp_path_factory):
 
 
 # Of most runs here, so that they share their programs.
+BEST_BY = "single_caption/text_to_image/recall_at_1"
 ALIKE = (
     "--config.objectives.matching.weight=1.0",
     "--config.evaluation.every=2",
@@ -161,6 +164,37 @@ def test_what_a_mode_does_not_read_is_refused(finished, capsys, arguments, messa
     assert message in error and len(error.splitlines()) == 1
 
 
+def test_the_best_state_is_scored_as_it_was_on_the_way(finished, data, tmp_path, capsys):
+    best = int(next(path.name for path in (finished / "best").iterdir() if path.name.isdecimal()))
+    steps, on_the_way = read_metrics(finished / "metrics.jsonl")[f"val/{BEST_BY}"]
+    evaluate = ("--mode=evaluate", f"--run={finished}")
+    assert commands.run(*evaluate, "--best") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["state"], result["step"]) == ("best", best)
+    assert result["scores"][BEST_BY] == on_the_way[steps == best].item() == on_the_way.max()
+    assert commands.run(*evaluate) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["state"], last["step"]) == ("last", 4)
+    assert json.loads((finished / "result.json").read_text())["state"] == "last"
+    model = unified_mm.load(finished, best=True)
+    assert (model.state, model.step) == ("best", best)
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("best"))
+    for command in (("--mode=evaluate",), ("--mode=caption", "--image=x.jpg")):
+        assert commands.run(*command, f"--run={tmp_path / 'run'}", "--best") == 1
+        assert "has no best state" in (said := capsys.readouterr().err)
+        assert "evaluation.every" in said
+
+
+def test_the_best_is_the_lowest_where_less_is_better(data, tmp_path):
+    run = tmp_path / "run"
+    lowest = ("--config.evaluation.best_by=caption/nats", "--config.train.learning_rate=1.0")
+    assert train(data, run, *ALIKE, *lowest) == 0
+    steps, nats = read_metrics(run / "metrics.jsonl")["val/caption/nats"]
+    assert nats[0] != nats[1]
+    (best,) = (path.name for path in (run / "best").iterdir())
+    assert int(best) == steps[nats.argmin()]
+
+
 def test_search_leaves_out_what_it_cannot_read(finished, data, tmp_path, capsys):
     good = (data / "images" / "val" / "0.jpg").read_bytes()
     for name, content in (("a.jpg", good), ("b.jpg", b"no picture")):
@@ -213,6 +247,33 @@ def full(data, tmp_path_factory):
 def test_a_full_disk_is_said_with_the_last_whole_checkpoint(full):
     _, error = full
     assert "no space left on device" in error and "the last whole checkpoint is step 2" in error
+
+
+def test_nothing_that_is_only_nice_to_know_ends_a_run(stopped, data, tmp_path, monkeypatch, capsys):
+    """A git that hangs, a picture that is gone, FLOPs that cannot be counted, no TensorBoard."""
+
+    def fails(*_, **__):
+        raise RuntimeError("it cannot be had")
+
+    (tmp_path / "git").write_text("#!/bin/sh\nsleep 60\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("unified_mm.runs.environment._GIT_SECONDS", 0.1)
+    monkeypatch.setattr("unified_mm.analysis.run_report.picture", fails)
+    monkeypatch.setattr("unified_mm.training.run.training_flops", fails)
+    shutil.rmtree(stopped / "tensorboard", ignore_errors=True)
+    (stopped / "tensorboard").write_text("no folder")
+    (stopped / "report.html").unlink(missing_ok=True)
+    with pytest.warns(UserWarning) as told:
+        assert train(data, stopped, *ALIKE, "--config.logging.tensorboard=True") == 0
+    missing = " ".join(str(each.message) for each in told)
+    for what in ("the git revision", "its FLOPs", "report.html", "TensorBoard's files"):
+        assert f"the run goes on without {what}" in missing.replace(f"{stopped}/", "")
+    result = json.loads((stopped / "result.json").read_text())
+    assert (result["revision"], result["flops"]) == ("", None) and result["scores"]
+    assert "report:" not in capsys.readouterr().out
+    assert train(data, stopped, *ALIKE, "--config.logging.tensorboard=True") == 0
+    assert f"is finished; see {stopped / 'result.json'}" in capsys.readouterr().out
 
 
 def test_two_runs_of_one_seed_have_equal_metrics(finished, full):

@@ -46,9 +46,20 @@ From outside the package, these are for import: `unified_mm.load`, `config`, `de
 `registry`, `task`, and what `modalities`, `objectives`, `nn` and `data` export.
 """
 
+import os
+import signal
+import sys
 from typing import Any
 
 __all__ = ["load"]
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # `python -m unified_mm.NAME` imports for seconds before `cli.messages.end_with` takes over.
+    def _interrupted(*_: Any) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(128 + signal.SIGINT)
+
+    signal.signal(signal.SIGINT, _interrupted)
 
 
 def __getattr__(name: str) -> Any:

@@ -99,7 +99,7 @@ def _write(
         "format": exported.FORMAT,
         "jax": jax.__version__,
         "platforms": list(platforms),
-        "run": {"fusion": model.config.model.fusion, "step": model.step},
+        "run": {"fusion": model.config.model.fusion, "step": model.step, "state": model.state},
         "programs": written,
         "parameters": [_shape(x, name=name) for name, x in leaves],
         "image": _preprocessing(model),
@@ -177,7 +177,7 @@ def _copy_loader(folder: Path) -> None:
     "export",
     __doc__,
     needs=("run", "out"),
-    takes=("platforms", "prompt_tokens", "tokens"),
+    takes=("best", "platforms", "prompt_tokens", "tokens"),
 )
 def main(options: argparse.Namespace) -> int:
     """Loads the run and exports it."""
@@ -187,7 +187,7 @@ def main(options: argparse.Namespace) -> int:
     refuse_existing(Path(options.out))
     platforms = [name.strip() for name in options.platforms.split(",") if name.strip()]
     manifest = export(
-        load(options.run),
+        load(options.run, best=options.best),
         options.out,
         platforms=platforms,
         prompt=options.prompt_tokens,

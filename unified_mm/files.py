@@ -1,4 +1,4 @@
-"""Files and folders: errors that name the path, atomic writes, and locks."""
+"""Files and processes: errors that name the path, atomic writes, locks, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -182,6 +184,23 @@ def _take(file: TextIO) -> str:
     file.write(str(os.getpid()))
     file.flush()
     return ""
+
+
+@contextlib.contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Ignores Ctrl-C, so that processes started in the body do, from their first import on.
+
+    A terminal sends it to them too, and each would show where it was; the one that started them
+    ends them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def is_text(name: str) -> bool:

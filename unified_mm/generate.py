@@ -25,6 +25,7 @@ DTYPES = ("float32", "bfloat16")
     __doc__,
     needs=("run", "image"),
     takes=(
+        "best",
         "prompt",
         "tokens",
         "temperature",
@@ -54,7 +55,7 @@ def main(options: argparse.Namespace) -> int:
     decoding = Decoding(**{**fields, "stop": tuple(options.stop)})
     if options.stream and (options.samples > 1 or options.beams > 1 or options.json):
         raise ValueError("--stream prints one text: give no --samples, --beams or --json")
-    model = load(options.run)
+    model = load(options.run, best=options.best)
     changes: dict[str, Any] = {"cache": options.cache}
     if options.dtype:
         changes["dtype"] = options.dtype

@@ -25,7 +25,7 @@ from unified_mm.cli.messages import say
 from unified_mm.files import new_folder, refuse_existing, write_json
 from unified_mm.inference.imported import Imported, import_directory
 from unified_mm.pretrained.hub import directory_of
-from unified_mm.runs.checkpoints import Checkpoints
+from unified_mm.runs.checkpoints import Checkpoints, refuse_name
 from unified_mm.runs.folder import RunFolder
 from unified_mm.task import parameter_counts
 
@@ -52,6 +52,7 @@ def write_run(imported: Imported, out: str | os.PathLike[str]) -> RunFolder:
 def main(options: argparse.Namespace) -> int:
     """Imports the weights, writes the run, prints a summary and returns the exit code."""
     refuse_existing(RunFolder(options.out).path)
+    refuse_name(RunFolder(options.out).path)
     imported = import_directory(directory_of(getattr(options, "from")))
     folder = write_run(imported, options.out)
     counts = parameter_counts(imported.params)

@@ -56,6 +56,7 @@ READ_WITH = {
     __doc__,
     needs=("run",),
     takes=(
+        "best",
         "out",
         "index",
         "images",
@@ -93,7 +94,7 @@ def main(options: argparse.Namespace) -> int:
 
     # What is wrong with an index is said before a model is loaded.
     opened = None if options.images else SearchIndex.open(out)
-    model = load(options.run)
+    model = load(options.run, best=options.best)
     if opened is None:
         if not written(model, listed(model, options), out, options):
             return 1
@@ -205,6 +206,7 @@ def evaluate(index: SearchIndex, output: Path | None) -> None:
         "graph": {kind: nearest.graph is not None for kind, nearest in index.nearest.items()},
         "left_out": len(index.header["problems"]),
         "step": index.header["model"]["step"],
+        "state": index.header.get("state", "last"),  # as all were before `--best`
         "data": {"folder": index.header["folder"], "splits": index.header["splits"]},
     }
     say(score_table(result))

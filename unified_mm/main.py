@@ -17,6 +17,7 @@ import argparse
 import json
 import shlex
 import sys
+from functools import partial
 from typing import Any
 
 from absl import logging
@@ -37,12 +38,14 @@ from unified_mm.config import Config, get_field
 from unified_mm.default_config import defaults
 from unified_mm.files import naming, user_path, write_json
 from unified_mm.parallel.processes import first_before_others, refuse_unequal, start, together
+from unified_mm.runs.checkpoints import refuse_name
 from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.metrics import read_metrics
 
 # Which modes read a flag that not all of them do.
 READ_BY = {
     "run": ("evaluate", "caption", "search"),
+    "best": ("evaluate", "caption", "search"),
     "split": ("evaluate", "search"),
     "image": ("caption",),
     "query": ("search",),
@@ -137,7 +140,7 @@ def train(options: argparse.Namespace) -> int:
     The same command resumes a run that was stopped.
     """
     from unified_mm.analysis.run_report import write_report
-    from unified_mm.runs.environment import unseen_accelerator
+    from unified_mm.runs.environment import or_warn, unseen_accelerator
     from unified_mm.training.loop import NotFinite, Stopped
     from unified_mm.training.output import output_of
     from unified_mm.training.run import train_and_score
@@ -146,6 +149,7 @@ def train(options: argparse.Namespace) -> int:
     if options.recipe is None:
         raise ValueError("--config is needed to train: --config=configs/coco.py")
     folder = RunFolder(options.folder)
+    refuse_name(folder.path)
     output = output_of(folder, say)
     chosen = resolve(options.recipe, output.say)
     refuse_unequal("the config", shared_fields(chosen))
@@ -153,7 +157,8 @@ def train(options: argparse.Namespace) -> int:
     with output.lock():
         new = folder.check(chosen.to_dict(), defaults())
         if folder.finished and folder.finished_steps() >= chosen.train.steps:
-            output.say(f"the run in {folder.path} is finished; see {folder.report}")
+            shown = folder.report if folder.report.exists() else folder.result
+            output.say(f"the run in {folder.path} is finished; see {shown}")
             return 0
         output.say(f"{'new run' if new else 'run'} in {folder.path} (size: {chosen.size})")
         if warning := unseen_accelerator():
@@ -170,7 +175,8 @@ def train(options: argparse.Namespace) -> int:
             output.begin(config.as_dict(), setup.task.tokenizer)
             result, found = train_and_score(setup, output)
             scored, banner = found[config.evaluation.split], setup.source.banner
-            output.write(lambda: write_report(folder, result, config.as_dict(), scored, banner))
+            report = partial(write_report, folder, result, config.as_dict(), scored, banner)
+            output.write(lambda: or_warn(f"{folder.report}", report))
             output.write(lambda: write_json(folder.result, result))
         except Stopped as stop:
             output.say(f"\n{stop}; to go on, run the same command again:\n  {options.command}")
@@ -186,7 +192,8 @@ def train(options: argparse.Namespace) -> int:
     output.say(score_table(result))
     if setup.source.banner:
         output.say(setup.source.banner)
-    output.say(f"report: {folder.report}")
+    if folder.report.exists():
+        output.say(f"report: {folder.report}")
     return 0
 
 
@@ -244,7 +251,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
     file = new_file(options.output)
     output = output_of(RunFolder(options.folder), say)
-    model = load(options.folder, mesh=mesh_of_processes())
+    model = load(options.folder, mesh=mesh_of_processes(), best=options.best)
     config = run_config(model.config, options)
     with first_before_others("data"):
         source = open_source(config.data)
@@ -264,6 +271,7 @@ def evaluate(options: argparse.Namespace) -> int:
         "ceiling": found.ceiling,
         "split": split.manifest.split,
         "step": model.step,
+        "state": model.state,
         "data": {"source": source.name, "folder": source.folder, "notice": source.banner},
     }
     output.say(score_table(result))
@@ -295,7 +303,8 @@ def caption(options: argparse.Namespace) -> int:
     if not options.image:
         raise ValueError("--mode=caption needs --image=FILE")
     images = [f"--image={file}" for file in options.image]
-    return generate.main.work(generate.main.options_of([f"--run={options.folder}", *images]))
+    best = ["--best"] * options.best
+    return generate.main.work(generate.main.options_of([f"--run={options.folder}", *best, *images]))
 
 
 def search(options: argparse.Namespace) -> int:
@@ -308,7 +317,7 @@ def search(options: argparse.Namespace) -> int:
 
     if not (options.query or "").strip():
         raise ValueError('--mode=search needs --query="what to look for"')
-    model = load(options.folder)
+    model = load(options.folder, best=options.best)
     refuse_without_contrast(model, "search", "searching")
     paths, embedded, problems = model.embed_files(searched_images(model, options))
     for phrase in problem_counts(problems):

@@ -23,6 +23,7 @@ from unified_mm.cli.command import command
 from unified_mm.cli.messages import say
 from unified_mm.config import Config
 from unified_mm.files import new_folder, refuse_existing, write_json
+from unified_mm.runs.checkpoints import refuse_name
 from unified_mm.runs.folder import RunFolder, keeps_average
 
 
@@ -40,6 +41,7 @@ def main(options: argparse.Namespace) -> int:
 
     source, out = RunFolder(options.run), RunFolder(options.out).path
     refuse_existing(out)
+    refuse_name(out)
     need_qwix()
     model = load(source.path)
     activations = "" if options.activations == "none" else options.activations

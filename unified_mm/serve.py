@@ -31,6 +31,7 @@ from unified_mm.cli.messages import say
     __doc__,
     needs=("run",),
     takes=(
+        "best",
         "index",
         "host",
         "port",
@@ -68,8 +69,9 @@ def main(options: argparse.Namespace) -> int:
     limits = limits_of(options)
     # What can be said about the address is said before a model is loaded.
     with closing(bind(options.host, options.port)) as bound:
-        model = load(options.run)
-        say(f"step {model.step} of {options.run}, fusion {model.config.model.fusion}")
+        model = load(options.run, best=options.best)
+        which = "the best state, " * options.best
+        say(f"{which}step {model.step} of {options.run}, fusion {model.config.model.fusion}")
         index = SearchIndex.open(options.index) if options.index else None
         if index is not None:
             index.check_model(model)

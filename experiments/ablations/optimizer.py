@@ -32,6 +32,5 @@ def get_ablation(size: str) -> Ablation:
                 "train.b2": (0.95, 0.98, 0.999),
             },
             score="caption/nats",
-            higher=False,
         ),
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from unified_mm.cli.recipes import load_recipe
+from unified_mm.evaluation.directions import higher_is_better
 
 Overrides = Mapping[str, Any]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")
@@ -51,19 +52,21 @@ class Search:
     Attributes:
       space: config field -> a `Span`, or a sequence of values to choose from.
       score: the score in `result.json` to optimise.
-      higher: whether a higher score is better.
+      higher: whether a higher score is better; None where the score's name says so.
       prune_by: the metric in `metrics.jsonl` by which hopeless trials are stopped, lower being
         better; '' runs all trials to their end.
     """
 
     space: Mapping[str, Span | Sequence[Any]]
     score: str
-    higher: bool = True
+    higher: bool | None = None
     prune_by: str = "loss"
 
     def __post_init__(self) -> None:
         if not self.space:
             raise ValueError("a search needs something in its space")
+        if self.higher is None:
+            object.__setattr__(self, "higher", higher_is_better(self.score))
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,8 @@ def test_without_a_seal_the_checksums_decide(copy):
 def test_a_wrong_value_in_files_that_are_whole_is_named_by_leaf(copy):
     """Damage before the seal was made: only the checksum from the device can tell."""
     shutil.rmtree(copy / "2")
-    with Checkpoints(copy) as checkpoints:
+    says = r"checkpoints/2 is damaged: leaves differ from what was saved: params/kernel\."
+    with pytest.raises(CheckpointError, match=says), Checkpoints(copy) as checkpoints:
         true_checksums = module._describe_arrays(make_state(2))
         true_checksums["params/kernel"]["checksum"] = "0" * 16
         with pytest.MonkeyPatch.context() as patch:
@@ -288,6 +289,72 @@ def test_a_step_is_sealed_while_training_goes_on(tmp_path):
         time.sleep(0.01)
     assert (tmp_path / "1" / SEAL).exists()
     checkpoints.close()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("damage", [truncate, empty, Path.unlink])
+def test_the_first_step_is_read_back(tmp_path, monkeypatch, damage, asynchronous):
+    """A disk that loses what it was given, before anything was read again."""
+    read = []
+
+    def losing(folder, leaves):
+        read.append(folder.parent.name)
+        damage(max(folder.rglob("d/*"), key=lambda path: path.stat().st_size))
+        return real(folder, leaves)
+
+    real = module._read_back
+    monkeypatch.setattr(module, "_read_back", losing)
+    checkpoints = Checkpoints(tmp_path, asynchronous=asynchronous)
+    checkpoints.save(1, make_state(1), {})
+    with pytest.raises(CheckpointError, match=r"written to .*1 is damaged: .*see that it has room"):
+        checkpoints.save(2, make_state(2), {})
+    assert not (tmp_path / "1" / SEAL).exists()
+    checkpoints.save(2, make_state(2), {})
+    checkpoints.close()
+    assert read == ["1"] and restore(tmp_path).step == 2
+
+
+def test_what_was_read_back_is_known_without_waiting(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_read_back", lambda folder, leaves: iter(()))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.check()
+    checkpoints.save(1, make_state(1), {})
+    deadline = time.monotonic() + 10
+    with pytest.raises(CheckpointError, match="is damaged"):
+        while time.monotonic() < deadline:
+            checkpoints.check()
+            time.sleep(0.01)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checkpoints.close()
+
+
+# Each lost all weights in silence, took those of another run, or ended in TensorStore's error.
+@pytest.mark.parametrize("name", ["[ab]", "a*", "what?", "a**b", "a\\b", "gs:"])
+def test_names_that_lose_weights_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"cannot be written in .*Rename that folder"):
+        Checkpoints(tmp_path / name / "checkpoints")
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["{a,b}", "a]", "%2F", "s3:", "a b", "a\nb", "é", "~"])
+def test_other_names_keep_their_weights(tmp_path, name):
+    save_steps(tmp_path / name, 1)
+    assert bits(restore(tmp_path / name).state) == bits(make_state(1))
+
+
+def test_what_was_moved_under_such_a_name_is_read(saved, tmp_path):
+    for name in ("[ab]", "what?"):
+        moved = shutil.copytree(saved, tmp_path / name)
+        with Checkpoints(moved, read_only=True) as checkpoints:
+            params = {"params": abstract(make_state(0))["params"]}
+            assert checkpoints.restore(params, partial=True).step == 2
+    with pytest.raises(ValueError, match=r"cannot be read in .*a\\b: its path has '\\\\'"):
+        Checkpoints(shutil.copytree(saved, tmp_path / "a\\b"), read_only=True)
 
 
 def test_the_seal_is_what_sha256sum_reads(tmp_path):

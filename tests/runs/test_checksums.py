@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from unified_mm.runs.seal import array_checksum, tree_checksums
+from unified_mm.runs import seal
+from unified_mm.runs.seal import array_checksum, host_checksum, tree_checksums
 
 MASK = 0xFFFFFFFF
 
@@ -38,6 +39,15 @@ def test_equals_the_definition(dtype, shape):
     values = np.random.default_rng(0).normal(size=shape) * 5
     array = jnp.asarray(np.abs(values) if dtype == "uint8" else values).astype(dtype)
     assert array_checksum(array).tolist() == checksum_by_hand(words_of(np.asarray(array)))
+    assert host_checksum(np.asarray(array)).tolist() == array_checksum(array).tolist()
+
+
+def test_the_host_sums_part_by_part(monkeypatch):
+    array = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    whole = host_checksum(array).tolist()
+    monkeypatch.setattr(seal, "_PART", 4)
+    assert host_checksum(array).tolist() == whole
+    assert host_checksum(array.T).tolist() == array_checksum(jnp.asarray(array.T)).tolist()
 
 
 def test_other_dtypes():
@@ -49,6 +59,8 @@ def test_other_dtypes():
     )
     nibbles = jnp.array([-1, 7], jnp.int4)
     assert array_checksum(nibbles).tolist() == checksum_by_hand([MASK, 7])
+    for array in (numbers, nibbles):
+        assert host_checksum(np.asarray(array)).tolist() == array_checksum(array).tolist()
 
 
 def test_is_the_same_on_any_mesh():

@@ -1,5 +1,6 @@
 """Metrics files: each step once, whatever happened; and TensorBoard sees the same."""
 
+import errno
 import json
 import math
 
@@ -105,6 +106,31 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     killed.close()
 
     assert scalars_of(folder, "loss") == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
+
+
+def test_without_tensorboard_a_run_goes_on(tmp_path):
+    (tmp_path / "tensorboard").write_text("a file where the folder would be")
+    with pytest.warns(UserWarning, match="goes on without TensorBoard's files .*FileExists"):
+        writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+    with writer:
+        writer.write(1, {"loss": 1.0})
+    assert read_metrics(tmp_path / "metrics.jsonl")["loss"][1].tolist() == [1.0]
+
+
+def test_a_disk_that_is_full_for_tensorboard_alone_is_said_once(tmp_path, monkeypatch):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path, tmp_path / "tensorboard") as writer:
+        writer.write(1, {"loss": 1.0})
+        monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.write", full)
+        with pytest.warns(UserWarning, match="No space left") as told:
+            for step in (2, 3):
+                writer.write(step, {"loss": 1.0})
+    assert len(told) == 1
+    assert read_metrics(path)["loss"][0].tolist() == [1, 2, 3]
+    assert scalars_of(tmp_path / "tensorboard", "loss") == [(1, 1.0)]
 
 
 def scalars_of(folder, name):

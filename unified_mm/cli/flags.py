@@ -59,6 +59,7 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
     "config": _text("FILE", "the recipe: configs/coco.py, or with a size, configs/coco.py:base"),
     "workdir": _text("RUN", "the folder of the run that is trained"),
     "run": _text("RUN", "the folder of a finished run"),
+    "best": _switch("take the run's best state on the way (evaluation.every), not its last"),
     "out": _text("DIR", "a new folder for what is made"),
     "output": _text("FILE", "a new file for what is measured"),
     "index": _text("INDEX", "the folder of a search index"),

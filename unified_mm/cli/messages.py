@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from absl import logging as absl_logging
 
+from unified_mm.cli.interrupts import EXIT_CODE, leaving_on_interrupt
 from unified_mm.runs.checkpoints import CheckpointError
 from unified_mm.runs.folder import RunFolder, RunFolderError
 from unified_mm.runs.seal import is_sealed
@@ -44,14 +45,15 @@ def exit_code(work: Callable[[], int], *, interrupted: str = "interrupted") -> i
 
     A user's error is printed in one line and gives 1; Ctrl-C prints `interrupted` and gives 130.
     """
-    try:
-        return work()
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
+    with leaving_on_interrupt(interrupted) as interrupts:
+        try:
+            return work()
+        except USER_ERRORS as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            interrupts.say()
+            return EXIT_CODE
 
 
 def end_with(work: Callable[[], int], *, interrupted: str = "interrupted") -> NoReturn:

@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from unified_mm.files import without_interrupts
+
 Arrays = dict[str, np.ndarray]
 Batch = dict[str, Arrays]  # modality -> key -> array [B, ...]
 Rows = Sequence[int] | np.ndarray  # of a batch
@@ -237,7 +239,11 @@ def _read(source: Any, rows: _Rows, threads: int, workers: int, prefetch: int) -
         batches = batches.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
         )
-    return iter(batches)
+    iterator = iter(batches)
+    if workers:
+        with without_interrupts():  # `close` ends the workers
+            iterator.start_prefetch()
+    return iterator
 
 
 def _mark_flags_parsed() -> None:

@@ -289,8 +289,8 @@ def find_source(data: Any) -> Source:
     if data.dir:
         return given_folder(data)
     for place in PLACES:
-        folder = Path(place).expanduser()
-        if (folder / "annotations").is_dir():
+        folder = Path(os.path.expanduser(place))  # a user may have no home, or none to look into
+        if os.path.isdir(folder / "annotations"):
             return coco_folder(folder, data)
     return embedded_world(data)
 
@@ -358,10 +358,21 @@ def embedded_world(data: Any) -> Source:
 
 
 def cache_folder(data: Any) -> Path:
-    """Returns `data.cache_dir`, else $UNIFIED_MM_CACHE, else the user's cache."""
+    """Returns `data.cache_dir`, else $UNIFIED_MM_CACHE, else the user's cache.
+
+    Raises:
+      ValueError: none is given, and the user has no home; or one names a user that there is not.
+    """
     if data.cache_dir:
         return user_path(data.cache_dir, "data.cache_dir")
     if os.environ.get("UNIFIED_MM_CACHE"):
         return user_path(os.environ["UNIFIED_MM_CACHE"], "UNIFIED_MM_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return user_path(base, "XDG_CACHE_HOME") / "unified_mm"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return user_path(base, "XDG_CACHE_HOME") / "unified_mm"
+    home = os.path.expanduser("~")
+    if home == "~":
+        raise ValueError(
+            "this user has no home to keep caches in: name a folder that can be written, as "
+            "data.cache_dir or in the environment as UNIFIED_MM_CACHE"
+        )
+    return Path(home) / ".cache" / "unified_mm"

@@ -47,6 +47,7 @@ class LoadedModel:
     Attributes:
       task: the run's task.
       step: step of the checkpoint that the parameters are from.
+      state: which state of the run that is: 'last', or 'best' for the one in `best/`.
       config: the run's config.
       saved: the config as the run's folder has it, perhaps written by an earlier version.
       predictor: computes what is asked for, batch by batch.
@@ -60,10 +61,12 @@ class LoadedModel:
         config: Config,
         step: int,
         saved: Mapping[str, Any] | None = None,
+        state: str = "last",
     ) -> None:
         self.task = task
         self.config = config
         self.step = step
+        self.state = state
         self.saved = config.as_dict() if saved is None else saved
         # A layer at a time: see `nn.unstack`.
         unstacked = replace(task, model=task.model.with_options(unstacked=True))
@@ -254,7 +257,8 @@ class LoadedModel:
         params = self.params
         if "dtype" in changes:
             params = in_dtype(params, changes["dtype"])
-        return LoadedModel(task, params, self.predictor.mesh, self.config, self.step, self.saved)
+        told = (self.config, self.step, self.saved, self.state)
+        return LoadedModel(task, params, self.predictor.mesh, *told)
 
     def view(self, image: Picture) -> UInt8[np.ndarray, "size size 3"]:
         """Returns what the model sees of an image: its pixels at the model's size.
@@ -416,18 +420,23 @@ def problems_of(names: Iterable[str], rows: Sequence[Row | str]) -> list[Problem
 
 
 def load(
-    run: str | os.PathLike[str], *, mesh: Mesh | None = None, step: int | None = None
+    run: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    step: int | None = None,
+    best: bool = False,
 ) -> LoadedModel:
-    """Loads the newest whole checkpoint of a run, or that of a step.
+    """Loads the newest whole checkpoint of a run, or that of a step, or its best state.
 
     Args:
       run: the run folder, or the name of a published model on the Hugging Face Hub, ORG/MODEL,
         which is found or fetched as `pretrained.hub.directory_of` says.
       mesh: the mesh that the parameters are laid out on; by default of one device.
       step: step of a checkpoint that the run still has.
+      best: the state in `best/`, which had the best score on the way (`evaluation.best_by`).
 
     Raises:
-      FileNotFoundError: no run there, nor a model of that name.
+      FileNotFoundError: no run there, nor a model of that name; or no best state of the run.
       RunFolderError: a damaged config, or another tokenizer than the run was trained with.
       ValueError: weights of an image tower alone; a step of a published model; or weights that
         cannot be read.
@@ -453,13 +462,29 @@ def load(
             f"{error.args[0]} Use that version"
         ) from error
     mesh = mesh or one_device_mesh()
-    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+    if best:
+        refuse_without_best(folder)
+    place, state = (folder.best, "best") if best else (folder.checkpoints, "last")
+    with Checkpoints(place, read_only=True) as checkpoints:
         folder.check_tokenizer(checkpoints.readable_metadata())
         name = "average" if keeps_average(config.train) else "params"
         wanted = {name: abstract_params(task, mesh, config)}
         restored = checkpoints.restore(wanted, step=step, partial=True)
     params, saved = restored.state[name], folder.saved_config()
-    return LoadedModel(task, params, mesh, config, restored.step, saved)
+    return LoadedModel(task, params, mesh, config, restored.step, saved, state)
+
+
+def refuse_without_best(folder: RunFolder) -> None:
+    """Raises FileNotFoundError if a run has no best state, with how one comes to be."""
+    if folder.best.is_dir():
+        with Checkpoints(folder.best, read_only=True) as checkpoints:
+            if checkpoints.steps():
+                return
+    raise FileNotFoundError(
+        f"{folder.path} has no best state: a run that is scored on its way keeps one "
+        "(--config.evaluation.every=N steps, and evaluation.best_by names the score); without "
+        "--best its last state is taken"
+    )
 
 
 def published(name: str | os.PathLike[str], mesh: Mesh) -> LoadedModel:

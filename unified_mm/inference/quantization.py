@@ -52,4 +52,6 @@ def quantized(
     fields["model"]["unroll"] = 1
     task = replace(model.task, model=model.task.model.with_options(unroll=1))
     params = quantize_params(task, model.params, activations)
-    return LoadedModel(task, params, model.predictor.mesh, Config(fields), model.step)
+    return LoadedModel(
+        task, params, model.predictor.mesh, Config(fields), model.step, state=model.state
+    )

@@ -5,20 +5,22 @@ checksum, shape and dtype of each leaf, and a digest of those and the metadata) 
 
     1. save    Checksums are taken on the device, and all items are written to a temporary folder.
     2. commit  Orbax renames that folder to the step's name: from here on the step exists.
-    3. seal    A thread then writes the SHA-256 of every file.
+    3. read    A thread reads the first one that an object of `Checkpoints` saves back, and compares
+               it with its checksums: a disk that keeps nothing is known before hours are lost.
+    4. seal    The thread then writes the SHA-256 of every file.
 
 Several processes save and restore one checkpoint together: each its own shards, and process 0 the
 checksums, the commit and the seal.
 
 A process killed before 2 leaves a temporary folder, which the next save removes, and after 2 a
-complete checkpoint; between 2 and 3 it has no seal, and is judged by its checksums alone.
+complete checkpoint; between 2 and 4 it has no seal, and is judged by its checksums alone.
 
 `restore` verifies the seal, then the checksums of the arrays as they lie on the mesh. A step that
 fails is named in a warning, and the next older one is tried.
 
 Cost, beyond Orbax's: a save waits for the step that computes the state (to read 8 bytes a leaf),
-and its files are read once in the background; a restore reads them once more, about a second a
-gigabyte on a CPU with SHA instructions.
+and its files are read once in the background, the first one's twice; a restore reads them once
+more, about a second a gigabyte on a CPU with SHA instructions.
 """
 
 from __future__ import annotations
@@ -26,25 +28,39 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from unified_mm.parallel.processes import first_decides, is_first, refuse_unequal, wait_for_all
 from unified_mm.runs.saved import saved_name
-from unified_mm.runs.seal import broken_files, is_sealed, tree_checksums, write_seal
+from unified_mm.runs.seal import (
+    broken_files,
+    host_checksum,
+    is_sealed,
+    tree_checksums,
+    write_seal,
+)
 
 _POLL_SECONDS = 0.02
 _UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax names the folder of a save under way
+_READ_AT_ONCE = 2**28  # bytes of leaves, beside a larger one alone
+# TensorStore takes `\` for `/`, and Orbax `gs:` for a bucket and a pattern for an error ...
+_UNREADABLE = re.compile(r"\\|\*\*|gs:(?=/|$)")
+# ... or, where it gathers what it has written, for none of its files, or for those of other runs.
+_UNWRITABLE = re.compile(rf"{_UNREADABLE.pattern}|[*?\[]")
 
 
 class CheckpointError(RuntimeError):
@@ -57,6 +73,24 @@ class DamagedCheckpointWarning(UserWarning):
 
 class _Damaged(Exception):
     """The reason why the checkpoint of one step is damaged."""
+
+
+def refuse_name(folder: str | os.PathLike[str], *, read_only: bool = False) -> None:
+    """Raises ValueError if checkpoints in the folder would be lost, because of letters of its path.
+
+    Args:
+      folder: where they are, or are to be.
+      read_only: whether they are only read, which fewer letters prevent.
+    """
+    path = str(Path(folder).absolute())
+    found = (_UNREADABLE if read_only else _UNWRITABLE).search(path)
+    if found:
+        done = "read" if read_only else "written"
+        raise ValueError(
+            f"weights cannot be {done} in {path}: its path has {found.group()!r}, which has a "
+            "meaning of its own to what stores arrays. Rename that folder, or choose another, "
+            "without any of [ * ? \\ and no part that ends in gs:"
+        )
 
 
 @dataclass(frozen=True)
@@ -81,6 +115,9 @@ class Checkpoints:
       asynchronous: write in the background; `save` returns once the state is copied.
       read_only: for looking at a run that may be training: nothing is made or moved, and `save`
         raises ValueError.
+
+    Raises:
+      ValueError: the path has letters that would lose the weights (`refuse_name`).
     """
 
     def __init__(
@@ -93,6 +130,7 @@ class Checkpoints:
     ):
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one checkpoint has to stay")
+        refuse_name(folder, read_only=read_only)
         self.folder = Path(folder).absolute()
         if read_only and not self.folder.is_dir():
             raise CheckpointError(f"there are no checkpoints: {self.folder} does not exist")
@@ -108,6 +146,7 @@ class Checkpoints:
         )
         self._damaged: list[int] = []  # passed over by `restore`, not yet moved aside
         self._sealing: _Sealing | None = None
+        self._read_back = True  # the next one saved
 
     def steps(self) -> tuple[int, ...]:
         """Returns the steps saved, oldest first, with damaged ones and one still being written."""
@@ -120,6 +159,7 @@ class Checkpoints:
 
         Raises:
           ValueError: the step is not newer than all others, or the state cannot be saved.
+          CheckpointError: the first one saved is not what was read back.
           Exception: what the save before it failed with.
         """
         self._refuse_unsavable(step, state)
@@ -135,7 +175,8 @@ class Checkpoints:
         if not self._manager.save(step, args=args, force=True):
             raise CheckpointError(f"{self.folder}: Orbax did not save step {step}")
         if is_first():
-            self._sealing = _Sealing(self.folder / str(step))
+            self._sealing = _Sealing(self.folder / str(step), leaves if self._read_back else None)
+            self._read_back = False
 
     def restore(
         self,
@@ -202,10 +243,26 @@ class Checkpoints:
                 return self._read_json_items(step)[1]
         return {}
 
-    def wait(self) -> None:
-        """Waits until all that was saved is written and sealed.
+    @property
+    def saving(self) -> bool:
+        """Returns whether a save is under way."""
+        return bool(self._manager.is_saving_in_progress())
+
+    def check(self) -> None:
+        """Checks what is known by now of the checkpoint saved last; it waits for nothing.
 
         Raises:
+          CheckpointError: it was read back, and is not what was saved.
+          Exception: what sealing it raised.
+        """
+        if self._sealing is not None:
+            self._sealing.check()
+
+    def wait(self) -> None:
+        """Waits until all that was saved is written, read back and sealed.
+
+        Raises:
+          CheckpointError: what was read back is not what was saved.
           Exception: what writing raised.
         """
         self._wait_and_seal()
@@ -342,10 +399,17 @@ class Checkpoints:
 
 
 class _Sealing:
-    """A thread that seals a checkpoint as soon as it is committed, while training goes on."""
+    """A thread that seals a checkpoint as soon as it is committed, while training goes on.
 
-    def __init__(self, folder: Path):
+    Args:
+      folder: of the step.
+      leaves: shape, dtype and checksum of each leaf, which is read back first; None reads nothing.
+    """
+
+    def __init__(self, folder: Path, leaves: Mapping[str, Any] | None):
         self._folder = folder
+        self._leaves = leaves
+        self._error: Exception | None = None
         self._written = threading.Event()
         # A daemon: where Orbax fails to commit, this thread must not keep the process alive.
         self._thread = threading.Thread(target=self._run, name="seal", daemon=True)
@@ -355,7 +419,20 @@ class _Sealing:
         while not self._folder.exists():
             if self._written.wait(_POLL_SECONDS):
                 return
+        try:
+            self._seal()
+        except Exception as error:  # for whoever waits
+            self._error = error
+
+    def _seal(self) -> None:
+        if self._leaves is not None:
+            _refuse_unlike(self._folder, self._leaves)
         write_seal(self._folder)
+
+    def check(self) -> None:
+        """Raises what reading back or sealing has raised by now."""
+        if self._error is not None:
+            raise self._error
 
     def finish(self) -> None:
         """Ends the thread, and seals a committed checkpoint that has no seal.
@@ -363,12 +440,62 @@ class _Sealing:
         To be called when Orbax is done with the step, whether it succeeded or not.
 
         Raises:
+          CheckpointError: what was read back is not what was saved.
           OSError: the seal cannot be written.
         """
         self._written.set()
         self._thread.join()
+        self.check()
         if self._folder.exists() and not is_sealed(self._folder):
-            write_seal(self._folder)
+            self._seal()
+
+
+def _refuse_unlike(folder: Path, leaves: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if a step's files do not hold the leaves that were saved."""
+    try:
+        found = dict(_read_back(folder / "state", leaves))
+        wrong = [name for name, leaf in leaves.items() if found.get(name) != leaf["checksum"]]
+        fault = f"leaves differ from what was saved: {', '.join(wrong[:3])}" if wrong else ""
+    except Exception as error:  # as in `Checkpoints._read`
+        fault = str(_unreadable("state", error))
+    if fault:
+        raise CheckpointError(
+            f"the checkpoint that was just written to {folder} is damaged: {fault}. Its disk does "
+            "not keep what is written to it: see that it has room and no errors, or write "
+            "somewhere else; a run goes on from its last whole checkpoint"
+        )
+
+
+def _read_back(folder: Path, leaves: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields the checksums of leaves as their files have them, a few at a time.
+
+    It works on the host: devices may be full, and other processes take no part.
+    """
+    handler = ocp.PyTreeCheckpointHandler()
+    there = handler.metadata(folder).tree
+    paths, structure = jax.tree_util.tree_flatten_with_path(there)
+    to_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)
+    for names in _parts(leaves):
+        chosen = [leaf if _name(path) in names else ocp.PLACEHOLDER for path, leaf in paths]
+        wanted = jax.tree.unflatten(structure, chosen)
+        arrays = handler.restore(folder, args=ocp.args.PyTreeRestore(wanted, to_host))
+        for name, array in _named_leaves(arrays).items():
+            if name in names:
+                yield name, _hex(host_checksum(np.asarray(array)))
+
+
+def _parts(leaves: Mapping[str, Any]) -> Iterator[set[str]]:
+    """Yields the names of leaves that are read at once."""
+    names: set[str] = set()
+    size = 0
+    for name, leaf in leaves.items():
+        names.add(name)
+        size += 8 * math.prod(leaf["shape"])  # no element takes more
+        if size >= _READ_AT_ONCE:
+            yield names
+            names, size = set(), 0
+    if names:
+        yield names
 
 
 def _unreadable(item: str, error: Exception) -> _Damaged:
@@ -391,10 +518,11 @@ def _describe(leaf: Any) -> dict[str, Any]:
 def _describe_arrays(state: PyTree[jax.Array]) -> dict[str, dict[str, Any]]:
     arrays = _named_leaves(state)
     sums = tree_checksums(arrays)
-    return {
-        name: _describe(leaf) | {"checksum": f"{sums[name][0]:08x}{sums[name][1]:08x}"}
-        for name, leaf in arrays.items()
-    }
+    return {name: _describe(leaf) | {"checksum": _hex(sums[name])} for name, leaf in arrays.items()}
+
+
+def _hex(checksum: Any) -> str:
+    return "".join(f"{each:08x}" for each in checksum)
 
 
 def _check_same_leaves(step: int, saved: dict[str, Any], abstract_state: PyTree[Any]) -> None:

@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
+import warnings
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 import jax
+
+Found = TypeVar("Found")
+_GIT_SECONDS = 10
+
+
+def or_warn(what: str, work: Callable[[], Found]) -> Found | None:
+    """Returns what `work` returns; where it fails, warns of what is missing, and returns None.
+
+    For what is only nice to know: no run ends for it.
+    """
+    try:
+        return work()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(f"the run goes on without {what} ({reason})", stacklevel=2)
+        return None
 
 
 def device_name() -> str:
@@ -16,7 +37,7 @@ def device_name() -> str:
     devices = jax.devices()
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
-        kind = f"cpu ({platform.processor() or platform.machine()}, {cpu_count()} cores)"
+        kind = f"cpu ({platform.machine()}, {cpu_count()} cores)"
     return f"{len(devices)} x {kind}"
 
 
@@ -36,24 +57,35 @@ def unseen_accelerator() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that decide the numbers."""
+    """Returns the versions of Python and of the packages that decide the numbers.
+
+    It is '' for a package of which nothing is known, with a warning.
+    """
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
-    found = {name: metadata.version(name) for name in names}
+    found = {
+        name: or_warn(f"the version of {name}", partial(metadata.version, name)) or ""
+        for name in names
+    }
     return {"python": platform.python_version(), **found}
 
 
 def revision() -> str:
-    """Returns the git commit of this checkout, with `+` where it was changed; '' outside one."""
-    here = Path(__file__).parent
-    try:
-        run = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--match="],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except FileNotFoundError:
+    """Returns the git commit of this checkout, with `+` where it was changed; '' outside one.
+
+    It is '' with a warning where git does not answer within 10 seconds, or cannot be run.
+    """
+    if shutil.which("git") is None:
         return ""
+    return or_warn("the git revision", _described) or ""
+
+
+def _described() -> str:
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--match="],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=_GIT_SECONDS,
+        check=False,
+    )
     return run.stdout.strip()

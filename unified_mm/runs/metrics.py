@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from unified_mm.files import write_atomically
+from unified_mm.runs.environment import or_warn
+
+_TENSORBOARD = "TensorBoard's files"
 
 
 class MetricsWriter:
@@ -43,16 +47,16 @@ class MetricsWriter:
         _drop_after(path, resume_step)
         self._path = path
         self._file = open(path, "a", encoding="utf-8")
-        self._tensorboard = _open_tensorboard(tensorboard, resume_step)
+        self._copied = True  # all that was written so far
+        self._events: _Events | None = None
+        if tensorboard is not None:
+            self._events = or_warn(_TENSORBOARD, lambda: _Events(Path(tensorboard), resume_step))
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Appends one line; values that are not finite become null, for JSON has no NaN."""
         numbers = {name: float(value) for name, value in values.items()}
         self._append(step, {name: _json_number(value) for name, value in numbers.items()})
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
+        self._copy(step, "scalar", numbers)
 
     def write_new(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Appends the line as `write` does, unless the step has all these metrics already."""
@@ -63,20 +67,25 @@ class MetricsWriter:
     def write_text(self, step: int, name: str, text: str) -> None:
         """Appends a line of text, such as a banner that belongs to the numbers."""
         self._append(step, {name: text})
-        if self._tensorboard is not None:
-            self._tensorboard.add_text(name, text, step)
-            self._tensorboard.flush()
+        self._copy(step, "text", {name: text})
 
     def close(self) -> None:
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if self._events is not None:
+            or_warn(_TENSORBOARD, self._events.close)
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _copy(self, step: int, kind: str, values: Mapping[str, float | str]) -> None:
+        """Writes values for TensorBoard; where that fails once, it is not tried again."""
+        events = self._events
+        if events is None or not self._copied:
+            return
+        self._copied = or_warn(_TENSORBOARD, lambda: events.add(step, kind, values)) is not None
 
     def _append(self, step: int, values: Mapping[str, float | str | None]) -> None:
         if "step" in values:
@@ -143,16 +152,39 @@ def _drop_after(path: Path, step: int | None) -> None:
     write_atomically(path, "".join(map(_line, kept)).encode())
 
 
-def _open_tensorboard(folder: str | os.PathLike[str] | None, resume_step: int | None) -> Any:
-    if folder is None:
-        return None
-    from tensorboardX import SummaryWriter
+class _Events:
+    """A file of TensorBoard's events, written at once.
 
-    # TensorBoard itself passes over the events of earlier files from `purge_step` on.
-    purge_step = 0 if resume_step is None else resume_step + 1
-    # A file's name holds only the second it was opened in; two of one second must not collide.
-    suffix = f".{purge_step}.{os.getpid()}"
-    return SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=suffix)
+    `SummaryWriter` writes in a thread: where that fails, the thread ends and who writes next waits
+    for it for ever.
+    """
+
+    def __init__(self, folder: Path, resume_step: int | None) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        # TensorBoard itself passes over the events of earlier files from this step on.
+        purge_step = 0 if resume_step is None else resume_step + 1
+        folder.mkdir(parents=True, exist_ok=True)
+        # A file's name holds only the second it was opened in; two of one second must not collide.
+        self._file = EventsWriter(str(folder / "events"), f".{purge_step}.{os.getpid()}")
+        self._write(purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, kind: str, values: Mapping[str, float | str]) -> bool:
+        """Writes values by name, of the kind 'scalar' or 'text', and returns True."""
+        from tensorboardX import summary
+
+        for name, value in values.items():
+            self._write(step, summary=getattr(summary, kind)(name, value))
+        return self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._file.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 def _line(record: Mapping[str, Any]) -> str:

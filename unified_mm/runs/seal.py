@@ -54,6 +54,7 @@ def _file_names(folder: Path) -> list[str]:
 
 # Odd constants without meaning; they only keep the two sums of a leaf independent.
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
+_PART = 2**16  # words that are summed at a time on the host: a core's cache holds them
 
 
 def tree_checksums(tree: PyTree[Any]) -> PyTree[UInt32[np.ndarray, " 2"]]:
@@ -80,6 +81,28 @@ def array_checksum(array: Shaped[Array, " ..."]) -> UInt32[Array, " 2"]:
             for seed in _SEEDS
         ]
     )
+
+
+def host_checksum(array: Shaped[np.ndarray, " ..."]) -> UInt32[np.ndarray, " 2"]:
+    """Returns `array_checksum` of an array in the host's memory, computed there, part by part."""
+    words = _host_words(array)
+    sums = np.zeros(2, np.uint32)
+    for start in range(0, len(words), _PART):
+        part = words[start : start + _PART].astype(np.uint32)
+        position = np.arange(len(part), dtype=np.uint32) + np.uint32(start % 2**32)
+        mixed = [_mix(part ^ _mix(position + np.uint32(seed))) for seed in _SEEDS]
+        sums += np.array([np.sum(each, dtype=np.uint32) for each in mixed])
+    return sums
+
+
+def _host_words(array: Shaped[np.ndarray, " ..."]) -> Shaped[np.ndarray, " _"]:
+    """Returns an array's bits as words of at most 32 bits, in row-major order."""
+    if array.dtype == bool:
+        return array.reshape(-1)
+    if array.dtype.kind != "c" and _bits(array.dtype) < 8:
+        array = array.astype(np.float32 if _is_float(array.dtype) else np.int32)
+    kind = {1: np.uint8, 2: np.uint16}.get(array.dtype.itemsize, np.uint32)
+    return np.ascontiguousarray(array).reshape(-1).view(kind)
 
 
 def _words(array: Shaped[Array, " ..."]) -> UInt32[Array, " ..."]:
@@ -112,9 +135,9 @@ def _positions(shape: tuple[int, ...]) -> UInt32[Array, " ..."]:
     return position
 
 
-def _mix(word: UInt32[Array, " ..."]) -> UInt32[Array, " ..."]:
-    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
-    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
+def _mix(word: Any) -> Any:
+    word = (word ^ (word >> 16)) * np.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * np.uint32(0xC2B2AE35)
     return word ^ (word >> 16)
 
 

@@ -133,7 +133,7 @@ def write_index(
         else:
             write_json(work / _PLAN, plan)
         _embed_missing(model, items, work, plan, say)
-        _finish(work, out, items, plan, say)
+        _finish(work, out, items, plan, model.state, say)
 
 
 def progress(out: Path) -> str:
@@ -223,7 +223,12 @@ def read_shard(path: Path) -> Shard | None:
 
 
 def _finish(
-    work: Path, out: Path, items: ItemSet, plan: dict[str, Any], say: Callable[[str], None]
+    work: Path,
+    out: Path,
+    items: ItemSet,
+    plan: dict[str, Any],
+    state: str,
+    say: Callable[[str], None],
 ) -> None:
     """Joins all shards into one index, which takes its own name once it is complete."""
     whole = work / "index"
@@ -252,7 +257,8 @@ def _finish(
             parts = (getattr(shard, part) for shard in _shards(paths))
             exact = plan["exact_up_to"]
             write_vectors(whole, kind, parts, (count, width), exact_up_to=exact)
-    write_metadata(whole, {**plan, "problems": [asdict(problem) for problem in problems]}, rows)
+    found = {"state": state, "problems": [asdict(problem) for problem in problems]}
+    write_metadata(whole, {**plan, **found}, rows)
     os.rename(whole, out)
     shutil.rmtree(work)
 

@@ -75,6 +75,7 @@ class Health(BaseModel):
     status: Literal["ok", "draining", "failed"]
     fusion: str
     step: int = Field(description="Of the run's training.")
+    state: Literal["last", "best"] = Field(description="Which state of the run that is.")
     routes: list[str]
     missing: dict[str, str] = Field(description="By route, why it cannot be had here.")
     pictures: int = Field(description="In the index.")

@@ -150,6 +150,7 @@ async def health(request: Request, service: Asked) -> Response:
         "status": status,
         "fusion": service.model.config.model.fusion,
         "step": service.model.step,
+        "state": service.model.state,
         "routes": [path for path in paths if path not in service.missing],
         "missing": service.missing,
         "pictures": 0 if service.index is None else len(service.index.rows.names),

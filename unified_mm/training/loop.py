@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from unified_mm.data.pipeline import training_batches
+from unified_mm.evaluation.directions import higher_is_better
 from unified_mm.evaluation.evaluate import evaluate
 from unified_mm.inference.predictor import Predictor
 from unified_mm.parallel.processes import first_decides, own_rows
@@ -78,6 +80,8 @@ def train(setup: Setup, output: Output, predictor: Predictor) -> tuple[TrainStat
             metrics.write_text(0, "data/notice", setup.source.banner)
         began = time.perf_counter() - earlier
         run = Run(setup, checkpoints, metrics, stop, output.say, predictor, began)
+        if jax.process_count() == 1:
+            stop.unsaved = run.unsaved
         with output.progress(start, options.train.steps) as progress:
             for phase in setup.phases:
                 if start < phase.stop:
@@ -120,6 +124,12 @@ class Run:
     say: Callable[[str], None]
     predictor: Predictor
     began: float  # on this process's clock, moved back by what earlier processes took
+    fresh: bool = False  # whether a step was done since the last save
+    stopping: bool = False  # after a signal, with its last save
+
+    def unsaved(self) -> bool:
+        """Returns whether something learned is not on disk, or the run ends by itself."""
+        return self.fresh or self.stopping or self.checkpoints.saving
 
     def seconds(self) -> float:
         """Returns the seconds that the run has taken, over all restarts."""
@@ -135,6 +145,7 @@ class Run:
             for step in range(start + 1, phase.stop + 1):
                 rows = self.next_rows(batches, step - 1, state)
                 state, measured = step_function(state, to_global(rows, self.setup.mesh))
+                self.fresh = True
                 since.append(measured)
                 last = step == phase.stop
                 if step % options.logging.every == 0 or last:
@@ -142,7 +153,7 @@ class Run:
                     # nothing that the device still works on.
                     self.record(waiting, phase, progress)
                     waiting, since = (step, since), []
-                stopped = self.stop.after(step)
+                stopped = self.stopping = self.stop.after(step)
                 save = last or step % options.checkpoint.every == 0 or stopped
                 end = step == options.train.steps  # of the run: it is scored when all is done
                 score = (
@@ -181,7 +192,9 @@ class Run:
 
         Raises:
           NotFinite: a step of it was not finite.
+          CheckpointError: what was saved is not what was read back.
         """
+        self.checkpoints.check()
         if waiting is None:
             return
         step, interval = waiting
@@ -203,6 +216,7 @@ class Run:
         if bad >= 0:
             self.not_finite(bad)
         self.checkpoints.save(step, state, self.metadata(step))
+        self.fresh = False
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns the metadata of a checkpoint; the position in the data is the step."""
@@ -269,20 +283,30 @@ def phase_batches(setup: Setup, phase: Phase, start: int) -> Iterator[Any]:
 def keep_best(
     setup: Setup, state: TrainState, step: int, value: float, metadata: Mapping[str, Any]
 ) -> None:
-    """Saves the state in `best/` if no earlier one scored as high."""
+    """Saves the state in `best/` if no earlier one scored as well."""
     name = setup.best_by
     record = {**metadata, "score": name, "value": value}
     with Checkpoints(setup.folder.best, keep=1) as best:
-        if first_decides(is_better(best, step, value)):
+        if first_decides(is_better(best, step, value, higher_is_better(name))):
             best.save(step, state, record)
 
 
-def is_better(best: Checkpoints, step: int, value: float) -> bool:
-    """Returns whether a later step's score is higher than that of the saved one, if any."""
-    if not best.steps():
-        return True
+def is_better(best: Checkpoints, step: int, value: float, higher: bool) -> bool:
+    """Returns whether a later step's score is better than that of the saved one, if any.
+
+    NaN is never better.
+
+    Args:
+      best: holds the state saved so far.
+      step: the later step.
+      value: its score.
+      higher: whether more of the score is better.
+    """
+    if math.isnan(value) or not best.steps():
+        return not math.isnan(value)
     known = best.metadata()
-    return known["step"] < step and known["value"] < value
+    gain = value - known["value"]
+    return known["step"] < step and (gain > 0 if higher else gain < 0)
 
 
 def mean_metrics(steps: list[Mapping[str, tuple[Any, Any]]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from unified_mm.evaluation.evaluate import Scores, evaluate
 from unified_mm.inference.predictor import Predictor
-from unified_mm.runs.environment import device_name, revision, versions
+from unified_mm.runs.environment import device_name, or_warn, revision, versions
 from unified_mm.task import parameter_counts
 from unified_mm.training.loop import keep_best, train
 from unified_mm.training.output import Output
@@ -45,7 +45,8 @@ def score_splits(
             metrics.write_new(step, {f"{name}/{k}": v for k, v in found[name].scores.items()})
     value = found[options.evaluation.split].scores.get(setup.best_by)
     if value is not None and options.evaluation.every:
-        keep_best(setup, state, step, value, {"step": step, "data_source": setup.source.name})
+        told = {"step": step, "data_source": setup.source.name}
+        keep_best(setup, state, step, value, told | {"tokenizer": setup.folder.tokenizer_digest()})
     return found
 
 
@@ -67,11 +68,17 @@ def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict
         "versions": versions(),
         "revision": revision(),
         "seed": setup.options.seed,
+        "state": "last",
         "steps": setup.options.train.steps,
         "seconds": round(seconds, 1),
         "parameters": sum(parameter_counts(setup.phases[-1].abstract.params).values()),
-        "flops": sum((phase.stop - phase.start) * training_flops(phase) for phase in setup.phases),
+        "flops": or_warn("its FLOPs", lambda: run_flops(setup)),
     }
+
+
+def run_flops(setup: Setup) -> int:
+    """Returns the FLOPs of all steps."""
+    return sum((phase.stop - phase.start) * training_flops(phase) for phase in setup.phases)
 
 
 def joined(found: Mapping[str, Scores], kind: str, setup: Setup) -> dict[str, float]:

@@ -22,6 +22,7 @@ from unified_mm.default_config import (
     ScoringOptions,
     TrainOptions,
 )
+from unified_mm.evaluation.directions import higher_is_better
 from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.splits import evaluated_splits, open_split, read_manifest
 from unified_mm.files import user_path
@@ -180,6 +181,11 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
 
     say(run_summary(mesh, phases))
     best_by = options.evaluation.best_by or usual_best(config)
+    if options.evaluation.every and best_by:
+        try:
+            higher_is_better(best_by)
+        except ValueError as error:
+            raise ValueError(f"evaluation.best_by: {error}") from error
     setup = Setup(
         config, options, best_by, folder, source, train, splits, task, mesh, first_state, phases
     )

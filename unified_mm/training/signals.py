@@ -8,11 +8,12 @@ result is read an interval later, when it is long done, so no step waits for it.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,11 @@ class StopRequest:
 
     Attributes:
       signal: number of the signal that asked for it, or None.
+      unsaved: whether there is something to save before the process may end.
     """
 
     signal: int | None = None
+    unsaved: Callable[[], bool] = lambda: False
 
     @property
     def exit_code(self) -> int:
@@ -58,7 +61,7 @@ class SharedStopRequest(StopRequest):
     """
 
     def __init__(self, mesh: Mesh, every: int) -> None:
-        super().__init__()
+        super().__init__(unsaved=lambda: True)  # until all have agreed
         self._every = every
         self._noted = 0
         self._vote: Int[Array, ""] | None = None
@@ -97,18 +100,36 @@ def stop_request(mesh: Mesh, every: int) -> StopRequest:
 @contextmanager
 def stop_on_signals(request: StopRequest) -> Iterator[StopRequest]:
     """Notes the first SIGTERM or SIGINT within it; a second one ends the process at once."""
-    watched = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in watched}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        request.note(number)
-        for each in watched:
-            signal.signal(each, before[each])
-
-    for number in watched:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    note = _Note(request, before)
+    for number in before:
         signal.signal(number, note)
     try:
         yield request
     finally:
-        for number in watched:
-            signal.signal(number, before[number])
+        note.put_back()
+
+
+@dataclass
+class _Note:
+    """A handler that notes the first signal, and leaves further ones to the handlers before it."""
+
+    request: StopRequest
+    before: Mapping[signal.Signals, Any]
+    noted: bool = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.noted:
+            self.put_back()
+            signal.raise_signal(number)
+            return
+        self.noted = True
+        self.request.note(number)
+
+    def holds(self) -> bool:
+        """Returns whether the process is still to save something (see `cli.interrupts`)."""
+        return self.request.unsaved()
+
+    def put_back(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

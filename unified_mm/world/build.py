@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from unified_mm.files import without_interrupts
 from unified_mm.world.language import (
     KINDS,
     Question,
@@ -153,7 +154,9 @@ def _rendered(
         yield from map(_render_chunk, work)
         return
     # Spawned, for a process that runs jax has threads that a fork would break.
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+    with without_interrupts():
+        workers = multiprocessing.get_context("spawn").Pool(processes)
+    with workers as pool:
         yield from pool.imap(_render_chunk, work)
 
 

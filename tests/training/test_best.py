@@ -1,0 +1,52 @@
+"""Which state is the best so far."""
+
+import pytest
+import tiny
+
+from unified_mm.config import Config
+from unified_mm.runs.checkpoints import Checkpoints
+from unified_mm.training.loop import is_better
+from unified_mm.training.setup import LoopOptions
+
+NAN = float("nan")
+
+
+class Saved(Checkpoints):
+    """The checkpoints of `best/`: one, or none."""
+
+    def __init__(self, step=None, value=None):
+        self._metadata = {"step": step, "value": value}
+
+    def steps(self):
+        return () if self._metadata["step"] is None else (self._metadata["step"],)
+
+    def metadata(self):
+        return self._metadata
+
+
+@pytest.mark.parametrize(
+    ("saved", "value", "higher", "lower"),
+    [
+        (Saved(), 2.0, True, True),
+        (Saved(), NAN, False, False),
+        (Saved(1, 1.0), 2.0, True, False),
+        (Saved(1, 1.0), 0.5, False, True),
+        (Saved(1, 1.0), 1.0, False, False),
+        (Saved(1, 1.0), NAN, False, False),
+        (Saved(2, 1.0), 2.0, False, False),
+        (Saved(2, 1.0), 0.5, False, False),
+    ],
+)
+def test_better_is_by_the_direction_of_the_score(saved, value, higher, lower):
+    assert is_better(saved, 2, value, higher=True) == higher
+    assert is_better(saved, 2, value, higher=False) == lower
+
+
+def test_a_score_of_no_known_direction_is_refused_before_the_first_step():
+    def options(**changes):
+        return LoopOptions.from_config(Config(tiny.config_dict(**changes).to_dict()))
+
+    with pytest.raises(ValueError, match=r"evaluation\.best_by: .*'caption/niceness'.*cider_d"):
+        options(evaluation__every=2, evaluation__best_by="caption/niceness")
+    assert options(evaluation__every=2, evaluation__best_by="caption/nats").best_by
+    assert options(evaluation__best_by="caption/niceness")  # it keeps none, as runs there were

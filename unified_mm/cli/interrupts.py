@@ -1,0 +1,112 @@
+"""Ctrl-C is answered in two seconds, also where Python waits for what cannot be interrupted."""
+
+from __future__ import annotations
+
+import multiprocessing.util
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+EXIT_CODE = 128 + signal.SIGINT
+_PATIENCE = 1.5  # seconds for the main thread to end by itself
+_POLL = 0.05
+_CLEANUP = 0.3  # seconds for worker processes to end
+
+
+class Interrupts:
+    """What is said, once, where Ctrl-C ends a command.
+
+    Args:
+      text: the line.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._lock = threading.Lock()
+        self.reader, self.writer = socket.socketpair()
+
+    @property
+    def said(self) -> bool:
+        """Whether the line was printed."""
+        return not self._text
+
+    def say(self) -> None:
+        """Prints the line, if it was not."""
+        with self._lock:
+            if self._text:
+                print(self._text, file=sys.stderr, flush=True)
+            self._text = ""
+
+
+@contextmanager
+def leaving_on_interrupt(text: str) -> Iterator[Interrupts]:
+    """Ends the process after Ctrl-C in its body, where the main thread does not do so itself.
+
+    Python raises KeyboardInterrupt once it is back from compiled code: a compiler may keep it for
+    minutes. Nothing is lost by leaving then. Where a handler of its own has taken SIGINT's place,
+    that handler decides: one with a method `holds` by what this returns (whether there is still
+    something to save), any other by itself. Where that handler goes before this leaves, its
+    owner is done, and the command ends in its own way.
+
+    Args:
+      text: what is said.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    interrupts = Interrupts(text)
+    if not ours or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield interrupts
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupts.writer.setblocking(False)
+    waking = signal.set_wakeup_fd(interrupts.writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(interrupts,), daemon=True).start()
+    try:
+        yield interrupts
+    finally:
+        signal.set_wakeup_fd(waking)
+        if not interrupts.said:  # else the interpreter may still wait for threads at its end
+            signal.signal(signal.SIGINT, before)
+            interrupts.writer.close()  # which ends the thread
+
+
+def _watch(interrupts: Interrupts) -> None:
+    with interrupts.reader as reader:
+        while got := reader.recv(1):
+            if got[0] == signal.SIGINT and _waits_in_vain():
+                leave(interrupts)
+
+
+def _waits_in_vain() -> bool:
+    """Waits after Ctrl-C; returns whether the main thread has not answered, and nothing is lost."""
+    handler = signal.getsignal(signal.SIGINT)
+    until = time.monotonic() + _PATIENCE
+    while time.monotonic() < until or _holds(handler):
+        time.sleep(_POLL)
+        if signal.getsignal(signal.SIGINT) is not handler:
+            return False
+    return True
+
+
+def _holds(handler: Any) -> bool:
+    """Returns whether a handler of SIGINT keeps the process from being left."""
+    if handler is signal.default_int_handler:
+        return False
+    holds = getattr(handler, "holds", None)
+    return holds is None or bool(holds())
+
+
+def leave(interrupts: Interrupts) -> None:
+    """Ends the process at once, with its worker processes and what they share."""
+    interrupts.say()
+    clean = multiprocessing.util._exit_function  # type: ignore[attr-defined]
+    ending = threading.Thread(target=clean, daemon=True)
+    ending.start()
+    ending.join(_CLEANUP)
+    sys.stdout.flush()
+    os._exit(EXIT_CODE)
