@@ -8,6 +8,7 @@ import hugging_face as hf
 import numpy as np
 import pytest
 
+from unified_mm.export_weights import export
 from unified_mm.import_weights import import_directory
 
 TEXT = hf.TEXT | {"eos_token_id": 2}
@@ -141,6 +142,25 @@ def test_the_same_scores(custom, pickled, tmp_path):
 def test_towers_of_another_make_are_refused_by_name(vision, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         import_directory(write(tmp_path / "clip", clip(), **vision))
+
+
+def test_it_is_exported_as_the_clip_of_transformers(tmp_path):
+    import torch
+    import transformers
+
+    model = clip()
+    imported = import_directory(write(tmp_path / "clip", model))
+    family = export(imported.config, imported.params, imported.tokenizer, tmp_path / "out")
+    again = transformers.CLIPModel.from_pretrained(tmp_path / "out").eval()
+    assert family.name == "CLIP"
+    ids = torch.arange(24).reshape(2, 12)
+    ids[:, -1] = imported.tokenizer.eos_id
+    values = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        one, other = (
+            each(input_ids=ids, pixel_values=values).logits_per_text for each in (again, model)
+        )
+    hf.assert_close(one.numpy(), other)
 
 
 class Harm:
