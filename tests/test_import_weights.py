@@ -2,7 +2,9 @@
 
 import json
 import re
+from pathlib import Path
 
+import commands
 import jax
 import numpy as np
 import published
@@ -48,6 +50,14 @@ def test_a_run_that_loads_and_writes(run):
     assert len(written) == 2 and all(isinstance(text, str) for text in written)
     with pytest.raises(ValueError, match="reads no images"):
         model.caption([np.zeros((8, 8, 3), np.uint8)])
+
+
+def test_an_imported_run_says_how_it_is_trained_on(run, capsys):
+    recipe = f"--config={Path(__file__).parents[1] / 'configs' / 'coco.py'}:tiny"
+    assert commands.run(recipe, f"--workdir={run[1]}") == 1
+    said = capsys.readouterr().err
+    assert f"error: {run[1]} holds imported weights (GPT-2)" in said
+    assert f"in another --workdir, with --config.model.start_from.text={run[1]}" in said
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

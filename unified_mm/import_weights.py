@@ -4,9 +4,10 @@
     python -m unified_mm.import_weights --from openai/clip-vit-base-patch32 --out runs/clip
 
 DIR is what Hugging Face's `save_pretrained` writes: config.json, model.safetensors (or shards with
-model.safetensors.index.json) and the tokenizer's files. A name of the Hugging Face Hub, as NAME or
-NAME@REVISION, is looked for in the Hub's cache on this machine (HF_HUB_CACHE, HF_HOME), and fetched
-where huggingface_hub is installed (the extra `hub`); the run's config keeps its revision.
+model.safetensors.index.json) and the tokenizer's files; or what open_clip writes. A name of the
+Hugging Face Hub, as NAME or NAME@REVISION, is looked for in the Hub's cache on this machine
+(HF_HUB_CACHE, HF_HOME), and fetched where huggingface_hub is installed (the extra `hub`); the run's
+config keeps its revision.
 `unified_mm.load("runs/clip")` loads the new run. Usable at once for retrieval and zero-shot
 classification: CLIP and SigLIP. Tokenizer and image preprocessing come along.
 --config.model.start_from.text=RUN (or .image, .whole) trains on from a run.

@@ -80,18 +80,23 @@ def clip_fields(source: Source) -> Fields:
     tower = read(vision, CLIP_VISION)
     image = tower_image(tower)
     fields = _two_towers(source, read(c, CLIP_TEXT), tower, read(c, TEXT), image, CLIP_PICTURES)
-    contrast = {
+    width = source.config.get("projection_dim", 512)
+    return fields | {"objectives": {"contrastive": clip_contrast(width)}}
+
+
+def clip_contrast(width: int) -> Fields:
+    """Returns the fields of CLIP's contrast in a space of so many numbers."""
+    return {
         "weight": 1.0,
         "rule": "separate_causal",
         "loss": "softmax",
-        "width": source.config.get("projection_dim", 512),
+        "width": width,
         "pool": "first",
         "text_pool": "last",
         "projection": "linear",
         "text_projection": "linear",
         "bound_scale": False,  # the scale is used as it is saved
     }
-    return fields | {"objectives": {"contrastive": contrast}}
 
 
 def refuse_other_end(source: Source, tokenizer: TextTokenizer) -> None:

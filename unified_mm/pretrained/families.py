@@ -9,6 +9,7 @@ from unified_mm.pretrained.family import Family
 from unified_mm.pretrained.gpt2 import GPT2
 from unified_mm.pretrained.idefics import IDEFICS
 from unified_mm.pretrained.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from unified_mm.pretrained.open_clip import OPEN_CLIP
 from unified_mm.pretrained.source import Source
 from unified_mm.pretrained.vit import VIT
 
@@ -16,6 +17,7 @@ FAMILIES: tuple[Family, ...] = (
     CLIP,
     CLIP_IMAGE_TOWER,
     CLIP_TEXT_TOWER,
+    OPEN_CLIP,
     SIGLIP,
     VIT,
     GPT2,

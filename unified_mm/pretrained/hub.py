@@ -14,7 +14,7 @@ from pathlib import Path
 from unified_mm.pretrained.source import WEIGHTS_OF_ANY_FORM
 
 NAME = re.compile(r"(?P<org>[\w.-]+)/(?P<model>[\w.-]+?)(@(?P<revision>[\w./-]+))?")
-FETCHED = ("*.json", "*.txt", "*.model", "*.safetensors")
+FETCHED = ("*.json", "*.txt", "*.model", "*.safetensors", "open_clip_pytorch_model.bin")
 
 
 def is_name(given: str | os.PathLike[str]) -> bool:

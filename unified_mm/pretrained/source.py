@@ -1,4 +1,4 @@
-"""Directories that Hugging Face's libraries write: config.json, safetensors, tokenizer files."""
+"""Directories that Hugging Face's libraries or open_clip write: config, weights, tokenizer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ import safetensors
 from jaxtyping import Float
 
 from unified_mm.files import read_json
+from unified_mm.pretrained.torch_file import TorchFile
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-WEIGHTS_OF_ANY_FORM = (WEIGHTS, INDEX)
+# What open_clip writes, safetensors or what torch.save makes of the same.
+OPEN_CLIP = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+WEIGHTS_OF_ANY_FORM = (WEIGHTS, INDEX, *OPEN_CLIP_WEIGHTS)
 FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -59,13 +63,22 @@ class Source:
         self.path = Path(directory).expanduser()
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path} is no directory")
-        config = self.json("config.json")
+        name, config = "config.json", self.json("config.json")
+        others = [each for each in OPEN_CLIP_WEIGHTS if (self.path / each).is_file()]
+        theirs = any((self.path / each).is_file() for each in (WEIGHTS, INDEX))
+        self._open_clip = ""
+        if others and (config is None or not theirs) and (said := self.json(OPEN_CLIP)):
+            name, config, self._open_clip = (
+                OPEN_CLIP,
+                {"model_type": "open_clip", **said},
+                others[0],
+            )
         if config is None:
             raise FileNotFoundError(
                 f"{self.path} has no config.json: give a directory as save_pretrained writes it, "
-                f"with config.json and {WEIGHTS}"
+                f"with config.json and {WEIGHTS}, or as open_clip does"
             )
-        self.config = Section(str(self.path / "config.json"), config)
+        self.config = Section(str(self.path / name), config)
         self._open = ExitStack()
         try:
             self._files = self._open_all()
@@ -117,6 +130,9 @@ class Source:
 
     def _open_all(self) -> dict[str, tuple[Path, Any]]:
         """Returns for each tensor the path of the file that holds it, and the opened file."""
+        if self._open_clip:
+            path, file = self._open_file(self._open_clip)
+            return dict.fromkeys(file.keys(), (path, file))  # noqa: SIM118
         index = self.json(INDEX)
         if index is None:
             if not (self.path / WEIGHTS).is_file():
@@ -139,6 +155,8 @@ class Source:
         path = self.path / name
         if not path.is_file():
             raise FileNotFoundError(f"{self.path} has no {name}, which {INDEX} names")
+        if path.suffix == ".bin":
+            return path, self._open.enter_context(TorchFile(path))
         try:
             return path, self._open.enter_context(safetensors.safe_open(path, framework="numpy"))
         except safetensors.SafetensorError as error:
