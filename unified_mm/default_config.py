@@ -64,6 +64,9 @@ class TrainOptions:
     clip_norm: float = option(1.0, above=0)
     # That Adam's moments are kept as.
     moments_dtype: str = option("float32", choices=("float32", "bfloat16"))
+    # How bfloat16 is rounded to. 'nearest' freezes a moment at its maximum where b1 or b2 is above
+    # 0.996: what a step takes off is less than half of the last bit.
+    moments_rounding: str = option("nearest", choices=("nearest", "stochastic"))
     # With float16: finite steps after which the loss's scale doubles.
     scale_patience: int = option(500, least=1)
     # Of the moving average of parameters; 0 keeps none.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from unified_mm.config import build_options
 from unified_mm.default_config import TrainOptions
@@ -26,8 +27,33 @@ def _floats_as(tree: Any, dtype: str) -> Any:
     )
 
 
-def kept_as(transform: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """Returns the transform with its state stored as `dtype` between steps, used in float32."""
+def rounded_at_random(x: Float[Array, "..."], key: Array) -> Float[Array, "..."]:
+    """Rounds float32 to one of the two neighbours in bfloat16, such that the mean is the value."""
+    # bfloat16 is the upper half of float32: what is drawn for the lower half carries into it as
+    # often as that half is large.
+    drawn = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + drawn
+    upper = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), upper, x).astype(jnp.bfloat16)
+
+
+def _floats_at_random(tree: Any, step: Any) -> Any:
+    """Returns the tree in bfloat16; what is drawn is a function of step and leaf alone."""
+    key = jax.random.fold_in(jax.random.key(0), step)
+    leaves, structure = jax.tree.flatten(tree)
+    rounded = (
+        rounded_at_random(leaf, jax.random.fold_in(key, number))
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        else leaf
+        for number, leaf in enumerate(leaves)
+    )
+    return jax.tree.unflatten(structure, rounded)
+
+
+def kept_as(
+    transform: optax.GradientTransformation, dtype: str, rounding: str = "nearest"
+) -> optax.GradientTransformation:
+    """Returns Adam's scaling with its state stored as `dtype` between steps, used in float32."""
     if dtype == "float32":
         return transform
 
@@ -36,6 +62,8 @@ def kept_as(transform: optax.GradientTransformation, dtype: str) -> optax.Gradie
 
     def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, new = transform.update(gradient, _floats_as(state, "float32"), params)
+        if rounding == "stochastic":
+            return updates, _floats_at_random(new, new.count)
         return updates, _floats_as(new, dtype)
 
     return optax.GradientTransformation(init, update)
@@ -66,7 +94,8 @@ def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Opt
         raise ValueError("train.freeze_rules leave nothing to train")
     kind, scale = scaling(options, select(params, trained))
     transform = optax.chain(
-        optax.clip_by_global_norm(options.clip_norm), kept_as(scale, options.moments_dtype)
+        optax.clip_by_global_norm(options.clip_norm),
+        kept_as(scale, options.moments_dtype, options.moments_rounding),
     )
     return kind(
         transform=transform,
@@ -97,6 +126,11 @@ def scaling(
     if name != "adamw" and options.moments_dtype != "float32":
         raise ValueError(
             f"train.moments_dtype={options.moments_dtype!r} is for train.optimizer='adamw'"
+        )
+    if options.moments_rounding != "nearest" and options.moments_dtype == "float32":
+        raise ValueError(
+            f"train.moments_rounding={options.moments_rounding!r} is for "
+            "train.moments_dtype='bfloat16': in float32 nothing is rounded"
         )
     return (made.kind, made.transform) if isinstance(made, Averaging) else (Optimizer, made)
 
