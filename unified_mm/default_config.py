@@ -71,6 +71,9 @@ class TrainOptions:
     scale_patience: int = option(500, least=1)
     # Of the moving average of parameters; 0 keeps none.
     ema_decay: float = option(0.0, least=0, below=1)
+    # Whether that decay rises with the steps, as min(ema_decay, (1 + step) / (10 + step)), so that
+    # a short run's average does not hold its random start.
+    ema_warmup: bool = False
     learning_rate_rules: tuple = ((".*", 1.0),)  # factors of the learning rate
     weight_decay_rules: tuple = ((".*/kernel", 1.0), (".*", 0.0))  # factors of the decay
     freeze_rules: tuple = ((".*", False),)

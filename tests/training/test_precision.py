@@ -1,6 +1,7 @@
 """Half-precision training: the loss's scale, steps that are skipped, moments in bfloat16."""
 
 import functools
+from dataclasses import replace
 
 import flax.linen as nn
 import jax
@@ -103,7 +104,7 @@ def test_the_scale_saves_gradients_that_half_precision_loses():
     optimizer = make_optimizer(Config(tiny.config_dict().to_dict()).train, 4, params)
 
     def vector(task, scale):
-        small = [o.__class__(**{**vars(o), "weight": 2.0**-24}) for o in task.objectives]
+        small = [replace(each, weight=2.0**-24) for each in task.objectives]
         task = type(task)(task.modalities, task.model, tuple(small), task.tokenizer)
         run = jax.jit(
             lambda p: gradients(task, optimizer, p, batch, jax.random.key(0), 1, scale=scale)[1]

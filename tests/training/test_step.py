@@ -21,7 +21,7 @@ from unified_mm.parallel.sharding import (
 )
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import evaluation_params, initial_state, state_of_phase
-from unified_mm.training.step import gradients, make_train_step
+from unified_mm.training.step import decay_at, gradients, make_train_step
 
 DECAY = 0.75
 CHANGES = {
@@ -188,6 +188,41 @@ def test_a_step_counts_averages_and_tells(task, stepper):
     assert float(measured.metrics["loss"][0]) == pytest.approx(
         float(mean(measured.metrics["captioning/loss"])), rel=1e-6
     )
+
+
+def test_a_warmed_up_average_holds_nothing_of_the_start():
+    """Of 0.9999 a thousand steps leave 0.905 of the random start, of the warm-up nothing."""
+    steps = np.arange(1000)
+    decays = np.asarray(jax.vmap(lambda step: decay_at(step, 0.9999))(steps), np.float64)
+    np.testing.assert_allclose(decays, (1 + steps) / (10 + steps), rtol=1e-6)
+    assert np.prod(decays) < 1e-10 and 0.9999**1000 == pytest.approx(0.905, abs=1e-3)
+    assert float(decay_at(10**6, 0.99)) == pytest.approx(0.99)
+
+
+def test_a_step_warms_its_average_up(task):
+    options = Config(tiny.config_dict(**CHANGES).to_dict()).train
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+        placement = param_shardings(task.abstract_params(), mesh)
+        first, shapes = initial_state(task.init, placement, 0, averaged=True)
+        optimizer = make_optimizer(options, 4, shapes.params)
+        abstract, enter = state_of_phase(shapes, optimizer, placement)
+        step = make_train_step(
+            task, optimizer, placement, abstract, ema_decay=DECAY, ema_warmup=True
+        )
+        state, batch = enter(first()), to_global(uneven(task), mesh)
+        average = jax.device_get(state.params)
+        for decay in (1 / 10, 2 / 11):
+            state, _ = step(state, batch)
+            params = jax.device_get(state.params)
+            average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, average, params)
+            for one, other in zip(
+                jax.tree.leaves(state.average), jax.tree.leaves(average), strict=True
+            ):
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    lone = Config(tiny.config_dict(train__ema_warmup=True).to_dict()).train
+    with pytest.raises(ValueError, match="needs train.ema_decay above 0"):
+        make_optimizer(lone, 4, shapes.params)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -12,6 +12,7 @@ from unified_mm.task import Task
 
 LOOKED_AT = 20000  # texts of which the lengths are taken
 MAY_BE_CUT = 0.01  # share of texts for which a sufficient length is named
+MAY_BE_START = 0.01  # share of the random start that an average may hold unsaid
 # The decay above which a step takes less off a moment than half of bfloat16's last bit, which is at
 # most 1/128 of a number.
 FREEZES = 1 - 1 / 256
@@ -26,6 +27,7 @@ def notices(config: Config, task: Task, train: Manifest) -> list[str]:
             cut_line(task, train),
             mirror_line(config, task),
             moments_line(config.train),
+            average_line(config.train),
         )
         if line
     ]
@@ -81,6 +83,17 @@ def moments_line(train: Any) -> str:
     return (
         f"Adam's moments in bfloat16 never fall at a decay of {slowest:g}, so that updates stay "
         "too small: in a new run set train.moments_rounding=stochastic"
+    )
+
+
+def average_line(train: Any) -> str:
+    """Says how much of the random start the averaged parameters hold, which are scored."""
+    left = train.ema_decay**train.steps
+    if train.ema_warmup or left <= MAY_BE_START:
+        return ""
+    return (
+        f"the averaged parameters hold {left:.1%} of their random start after {train.steps:,} "
+        "steps: in a new run set train.ema_warmup=True"
     )
 
 

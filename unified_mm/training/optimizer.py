@@ -92,6 +92,8 @@ def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Opt
     trained = jax.tree.map(lambda freeze: not freeze, frozen)
     if not any(jax.tree.leaves(trained)):
         raise ValueError("train.freeze_rules leave nothing to train")
+    if options.ema_warmup and not options.ema_decay:
+        raise ValueError("train.ema_warmup=True needs train.ema_decay above 0")
     kind, scale = scaling(options, select(params, trained))
     transform = optax.chain(
         optax.clip_by_global_norm(options.clip_norm),

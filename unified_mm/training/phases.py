@@ -63,6 +63,7 @@ class Phase:
       placement: shardings of the parameters and what belongs to them.
       abstract: shapes, types and shardings of its state.
       treatment: what changes its gradients beside the optimizer, or None.
+      ema_warmup: whether the decay of the moving average rises with the steps.
       enter: the state of the phase before, or the first one -> the state that this one begins with.
     """
 
@@ -77,6 +78,7 @@ class Phase:
     placement: ParamShardings
     abstract: TrainState
     treatment: Treatment | None
+    ema_warmup: bool
     enter: Callable[[TrainState], TrainState]
 
     def make_step(self, ema_decay: float) -> Any:
@@ -89,6 +91,7 @@ class Phase:
             micro_batches=self.micro_batches,
             treatment=self.treatment,
             ema_decay=ema_decay,
+            ema_warmup=self.ema_warmup,
         )
 
 
@@ -150,6 +153,7 @@ def build_phases(
                 placement=placement,
                 abstract=state,
                 treatment=treatment,
+                ema_warmup=config.train.ema_warmup,
                 enter=enter,
             )
         )
