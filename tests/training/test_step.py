@@ -195,7 +195,7 @@ def test_a_warmed_up_average_holds_nothing_of_the_start():
     steps = np.arange(1000)
     decays = np.asarray(jax.vmap(lambda step: decay_at(step, 0.9999))(steps), np.float64)
     np.testing.assert_allclose(decays, (1 + steps) / (10 + steps), rtol=1e-6)
-    assert np.prod(decays) < 1e-10 and 0.9999**1000 == pytest.approx(0.905, abs=1e-3)
+    assert np.prod(decays) < 1e-10 and 0.9999 ** len(steps) > 0.9
     assert float(decay_at(10**6, 0.99)) == pytest.approx(0.99)
 
 

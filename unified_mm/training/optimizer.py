@@ -16,7 +16,7 @@ from unified_mm.config import build_options
 from unified_mm.default_config import TrainOptions
 from unified_mm.parallel.sharding import path_of
 from unified_mm.registry import resolve
-from unified_mm.training.muon import scale_by_muon_or
+from unified_mm.training.muon import AxisNames, scale_by_muon_or
 from unified_mm.training.schedule_free import ScheduleFree
 from unified_mm.training.update import Optimizer, select
 
@@ -69,7 +69,9 @@ def kept_as(
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Optimizer:
+def make_optimizer(
+    options: Any, steps: int, params: Any, start: int = 0, names: AxisNames | None = None
+) -> Optimizer:
     """Returns the optimizer of a config; AdamW by default (Loshchilov & Hutter 2019).
 
     The gradient's norm is clipped (Pascanu et al. 2013) over what is trained alone.
@@ -79,6 +81,7 @@ def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Opt
       steps: steps that its schedule spans.
       params: the parameters, or their shapes.
       start: the step at which it begins.
+      names: the logical axis names of each parameter, by its path; Muon needs them.
 
     Raises:
       ValueError: an option outside its range, an unknown optimizer, options that it has not, a rule
@@ -94,7 +97,7 @@ def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Opt
         raise ValueError("train.freeze_rules leave nothing to train")
     if options.ema_warmup and not options.ema_decay:
         raise ValueError("train.ema_warmup=True needs train.ema_decay above 0")
-    kind, scale = scaling(options, select(params, trained))
+    kind, scale = scaling(options, select(params, trained), names or {})
     transform = optax.chain(
         optax.clip_by_global_norm(options.clip_norm),
         kept_as(scale, options.moments_dtype, options.moments_rounding),
@@ -110,7 +113,7 @@ def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Opt
 
 
 def scaling(
-    options: Any, params: Any
+    options: Any, params: Any, names: AxisNames
 ) -> tuple[Callable[..., Optimizer], optax.GradientTransformation]:
     """Returns what `train.optimizer` names: its class, and its scaling of gradients.
 
@@ -119,6 +122,7 @@ def scaling(
     Args:
       options: `config.train`.
       params: what is trained.
+      names: as in `make_optimizer`.
 
     Raises:
       ValueError: an unknown optimizer, or options that do not go with it.
@@ -134,7 +138,15 @@ def scaling(
             f"train.moments_rounding={options.moments_rounding!r} is for "
             "train.moments_dtype='bfloat16': in float32 nothing is rounded"
         )
+    if isinstance(made, ByAxes):
+        made = made.make(names)
     return (made.kind, made.transform) if isinstance(made, Averaging) else (Optimizer, made)
+
+
+class ByAxes(NamedTuple):
+    """An optimizer that asks what the parameters' axes are: logical axis names -> its scaling."""
+
+    make: Callable[[AxisNames], optax.GradientTransformation]
 
 
 class Averaging(NamedTuple):
@@ -149,9 +161,9 @@ def adamw(options: Any, params: Any) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.epsilon)
 
 
-def muon(options: Any, params: Any) -> optax.GradientTransformation:
+def muon(options: Any, params: Any) -> ByAxes:
     """Returns Muon's scaling for matrices within layers, Adam's for all else."""
-    return scale_by_muon_or(adamw(options, params), params)
+    return ByAxes(partial(scale_by_muon_or, adamw(options, params), params))
 
 
 def schedule_free(options: Any, params: Any) -> Averaging:

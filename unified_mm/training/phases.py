@@ -137,7 +137,9 @@ def build_phases(
         train_options = config.train.changed(options.train)
         check_batch(build_options(TrainOptions, train_options, "train"), placement.mesh)
         check_average(name, train_options, config.train)
-        optimizer = make_optimizer(train_options, options.steps, abstract.params, start)
+        optimizer = make_optimizer(
+            train_options, options.steps, abstract.params, start, placement.names
+        )
         state, enter = state_of_phase(abstract, optimizer, placement)
         objectives = weighted(task.objectives, options.objectives, f"train.phases.{name}")
         phases.append(
