@@ -130,6 +130,44 @@ def test_contrast_is_among_the_whole_batch_in_micro_batches_too(changes):
         np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5 * size)
 
 
+def test_examples_of_one_record_are_told_over_micro_batches():
+    """The loss of twice as large a batch, each example there twice, is that of the batch itself."""
+    changes = {**CHANGES, "objectives__captioning__weight": 0.0}
+    changes["objectives__contrastive__weight"] = 1.0
+    task = tiny.task(**changes, objectives__contrastive__same_item_negatives=False)
+    params = tiny.params(task)
+    optimizer = make_optimizer(Config(tiny.config_dict().to_dict()).train, 4, params)
+    once = tiny.batch(task, 4, seed=5)
+    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), once)
+    records = jnp.array([0, 1, 2, 3, 0, 1, 2, 3], jnp.int32)
+    told = {name: {**each, "record": records} for name, each in twice.items()}
+    # The texts of the second half are others of the same images.
+    told["text"]["ids"] = told["text"]["ids"].at[4:, 1].add(1)
+
+    def total(batch, parts):
+        run = jax.jit(lambda p: gradients(task, optimizer, p, batch, jax.random.key(0), parts))
+        return run(params)
+
+    plain, whole = total(told, 1)[:2]
+    for loss, gradient in (total(told, 4)[:2],):
+        np.testing.assert_allclose(loss, plain, rtol=1e-5)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, whole
+        )
+
+    def vectors(model):
+        head = task.objectives[0]
+        return [head.embed(model, told, of) for of in ("image", "text")]
+
+    images, texts = task.model.apply({"params": params}, method=vectors)
+    scale = float(jnp.exp(params["heads_contrastive"]["log_scale"]))
+    logits = scale * np.asarray(images, np.float64) @ np.asarray(texts, np.float64).T
+    same = np.asarray(records)[:, None] == np.asarray(records)
+    logits = np.where(same & ~np.eye(8, dtype=bool), -np.inf, logits)
+    losses = [np.log(np.exp(logits).sum(axis)) - logits.diagonal() for axis in (0, 1)]
+    assert float(plain) == pytest.approx(0.5 * sum(losses).mean(), rel=1e-4)
+
+
 @pytest.mark.slow
 def test_without_randomness_micro_batches_contrast_as_one_big_batch_does():
     task = tiny.task(objectives__matching__weight=0.0)

@@ -14,12 +14,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from unified_mm.config import Config, build_options
 from unified_mm.costs.flops import matmul_flops
 from unified_mm.data.documents import read_documents
 from unified_mm.data.interleave import FewShotRows, Layout, packed_rows
+from unified_mm.data.pipeline import RECORD
 from unified_mm.data.records import Manifest
 from unified_mm.default_config import PhaseOptions, TrainOptions, phase
 from unified_mm.modalities.interleaved import interleaved_preparers
@@ -42,11 +44,13 @@ class Rows:
       examples: the examples, one for each row.
       preparers: what turns an example into arrays, by modality.
       fingerprint: hash of the data.
+      numbered: whether a batch says which record each of its examples is of.
     """
 
     examples: Sequence[Any]
     preparers: Mapping[str, Any]
     fingerprint: str
+    numbered: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,9 @@ def build_phases(
         )
         state, enter = state_of_phase(abstract, optimizer, placement)
         objectives = weighted(task.objectives, options.objectives, f"train.phases.{name}")
+        rows = phase_rows(config, task, train, options.data)
+        if any(getattr(each, "tells_records", False) for each in objectives):
+            rows = replace(rows, numbered=True)
         phases.append(
             Phase(
                 name=name,
@@ -150,7 +157,7 @@ def build_phases(
                 batch_size=train_options.batch_size,
                 micro_batches=train_options.micro_batches,
                 task=replace(task, objectives=objectives),
-                rows=phase_rows(config, task, train, options.data),
+                rows=rows,
                 optimizer=optimizer,
                 placement=placement,
                 abstract=state,
@@ -244,6 +251,8 @@ def batch_shapes(rows: Rows, size: int) -> dict[str, dict[str, Any]]:
 
     def batch() -> Any:
         absent = {name: preparer.absent() for name, preparer in rows.preparers.items()}
+        if rows.numbered:
+            absent = {name: {**each, RECORD: np.int32(0)} for name, each in absent.items()}
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (size, *leaf.shape)), absent)
 
     shapes: dict[str, dict[str, Any]] = jax.eval_shape(batch)
