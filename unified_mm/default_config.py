@@ -197,6 +197,8 @@ def data_fields() -> dict:
         "image_size": 64,
         "crop_scale": (0.5, 1.0),  # share of a picture's area that a training crop keeps
         "crop_ratio": (0.75, 1.3333),  # width / height of a training crop
+        # Decode large enough that no crop is enlarged, also where it is wide or tall.
+        "sharp_crops": False,
         "mirror": True,  # flip training pictures, where no caption names a side
         "decoder": "pillow",  # or 'opencv'
         "resampling": "bicubic",  # or 'bilinear'
