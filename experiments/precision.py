@@ -26,6 +26,7 @@ def get_config(precision: str) -> ConfigDict:
         config.model.dtype = precision
     elif precision == "bfloat16_moments":
         config.train.moments_dtype = "bfloat16"
+        config.train.moments_rounding = "stochastic"
     else:
         raise ValueError(f"{precision!r}: give {', '.join(DTYPES)} or bfloat16_moments")
     config.train.steps = 300

@@ -64,10 +64,16 @@ class TrainOptions:
     clip_norm: float = option(1.0, above=0)
     # That Adam's moments are kept as.
     moments_dtype: str = option("float32", choices=("float32", "bfloat16"))
+    # How bfloat16 is rounded to. 'nearest' freezes a moment at its maximum where b1 or b2 is above
+    # 0.996: what a step takes off is less than half of the last bit.
+    moments_rounding: str = option("nearest", choices=("nearest", "stochastic"))
     # With float16: finite steps after which the loss's scale doubles.
     scale_patience: int = option(500, least=1)
     # Of the moving average of parameters; 0 keeps none.
     ema_decay: float = option(0.0, least=0, below=1)
+    # Whether that decay rises with the steps, as min(ema_decay, (1 + step) / (10 + step)), so that
+    # a short run's average does not hold its random start.
+    ema_warmup: bool = False
     learning_rate_rules: tuple = ((".*", 1.0),)  # factors of the learning rate
     weight_decay_rules: tuple = ((".*/kernel", 1.0), (".*", 0.0))  # factors of the decay
     freeze_rules: tuple = ((".*", False),)
@@ -191,6 +197,8 @@ def data_fields() -> dict:
         "image_size": 64,
         "crop_scale": (0.5, 1.0),  # share of a picture's area that a training crop keeps
         "crop_ratio": (0.75, 1.3333),  # width / height of a training crop
+        # Decode large enough that no crop is enlarged, also where it is wide or tall.
+        "sharp_crops": False,
         "mirror": True,  # flip training pictures, where no caption names a side
         "decoder": "pillow",  # or 'opencv'
         "resampling": "bicubic",  # or 'bilinear'

@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -297,6 +298,34 @@ def test_mirror_flips_half_of_the_views_and_changes_no_crop():
 def test_least_side_keeps_views_from_being_enlarged():
     side = images.least_side(64, (0.5, 1.0))
     assert side**2 * 0.5 >= 64**2 > (side - 1) ** 2 * 0.5
+
+
+def test_least_side_knows_the_shapes_of_crops():
+    """Of a square picture the widest and the tallest crop keep their short side."""
+    for scale, ratio in (((0.5, 1.0), (0.75, 4 / 3)), ((0.1, 0.9), (0.5, 1.1))):
+        side = images.least_side(64, scale, ratio)
+        for width_to_height in ratio:
+            area = side**2 * scale[0]
+            width, height = (area * width_to_height) ** 0.5, (area / width_to_height) ** 0.5
+            assert min(width, height) >= 64 - 1e-6
+        assert side > images.least_side(64, scale)
+
+
+@pytest.mark.parametrize("sharp", [False, True])
+def test_training_decodes_for_the_shapes_of_crops_where_that_is_asked_for(sharp, monkeypatch):
+    asked = []
+
+    def decode(source, at_least, *, backend):
+        asked.append(at_least)
+        return np.zeros((at_least, at_least, 3), np.uint8)
+
+    monkeypatch.setattr(images, "decode", decode)
+    image = tiny.task(data__sharp_crops=sharp).modalities["image"]
+    image.view("a.jpg", np.random.default_rng(0), mirrorable=False)
+    image.view("a.jpg", None, mirrorable=False)
+    shapes = (image.crop_ratio,) if sharp else ()
+    assert asked == [images.least_side(image.size, image.crop_scale, *shapes), image.size]
+    assert asked[0] == (27 if sharp else 23)
 
 
 def test_a_squashed_view_is_of_the_whole_picture():

@@ -221,3 +221,12 @@ def test_a_part_met_later_that_cannot_be_read_is_absent_and_named(tmp_path, work
     named = {line.partition("\t")[2] for line in unreadable.lines()}
     assert any("2.png cannot be decoded" in line for line in named)
     assert any("4.png" in line and "No such file" in line for line in named)
+
+
+def test_a_batch_tells_which_record_each_of_its_rows_is_where_that_is_asked_for():
+    plain, told = (train(6, n=10, names=("a", "b"), numbered=asked) for asked in (False, True))
+    for batch in told:
+        assert batch["a"]["record"].dtype == np.int32
+        for name in batch:
+            np.testing.assert_array_equal(batch[name].pop("record"), batch[name]["id"])
+    equal(plain, told)

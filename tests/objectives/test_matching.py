@@ -21,8 +21,9 @@ drawn = jax.jit(mine)
     seed=st.integers(0, 2**31),
     paired=st.lists(st.booleans(), min_size=SIZE, max_size=SIZE),
     texts=st.lists(st.integers(0, 2), min_size=SIZE, max_size=SIZE),
+    records=st.lists(st.integers(0, 4), min_size=SIZE, max_size=SIZE),
 )
-def test_a_negative_is_never_right_nor_equal_nor_unpaired(seed, paired, texts):
+def test_a_negative_is_never_right_nor_equal_nor_unpaired(seed, paired, texts, records):
     rng = np.random.default_rng(seed)
     # The forbidden ones look best: only the mask keeps them out.
     similarity = rng.normal(size=(SIZE, SIZE)) + 30 * np.eye(SIZE)
@@ -34,10 +35,15 @@ def test_a_negative_is_never_right_nor_equal_nor_unpaired(seed, paired, texts):
             jnp.asarray(similarity, jnp.float32),
             jnp.asarray(paired),
             jnp.asarray(ids),
+            jnp.asarray(records, jnp.int32),
         )
     )
     for row in range(SIZE):
-        others = [j for j in range(SIZE) if paired[j] and paired[row] and texts[j] != texts[row]]
+        others = [
+            j
+            for j in range(SIZE)
+            if paired[j] and paired[row] and texts[j] != texts[row] and records[j] != records[row]
+        ]
         assert has_text[row] == has_image[row] == bool(others)
         if others:
             assert wrong_text[row] in others and wrong_image[row] in others

@@ -87,6 +87,46 @@ def test_gradients_in_blocks_are_those_of_the_whole_and_the_unpaired_get_none(lo
         assert (one[~paired] == 0).all() and np.isfinite(one).all()
 
 
+def without_alike(logits, alike):
+    """The same logits; those of other examples of the same item are such that they add nothing."""
+    return np.where(alike & ~np.eye(len(logits), dtype=bool), -1e9, logits)
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+@pytest.mark.parametrize("loss", ORACLES)
+def test_examples_of_one_item_are_no_negatives_of_each_other(loss, chunk):
+    rng = np.random.default_rng(2)
+    rows, columns = rng.normal(size=(2, 6, 4)).astype(np.float32)
+    rows[3], columns[3] = rows[0], 5 * rows[0]  # the same item, with a text that looks better
+    records = np.array([7, 1, 2, 7, 4, 5], np.int32)
+    ids = np.array([[1, 2], [3, 4], [5, 6], [7, 8], [3, 4], [3, 9]], np.int32)
+    alike = (records[:, None] == records) | (ids[:, None] == ids).all(-1)
+    assert alike.sum() == 6 + 4
+    paired = np.array([True, True, True, True, True, False])
+    there = np.ix_(paired, paired)
+
+    def losses(rows, columns):
+        return compare_all(
+            rows, columns, jnp.float32(SCALE), jnp.float32(BIAS), jnp.asarray(paired),
+            loss=LOSSES[loss], chunk=chunk, items=(jnp.asarray(records), jnp.asarray(ids)),
+        )  # fmt: skip
+
+    (found, right), pull = jax.vjp(losses, jnp.asarray(rows), jnp.asarray(columns))
+    logits = without_alike(SCALE * rows.astype(np.float64) @ columns.T + BIAS, alike)
+    with np.errstate(over="ignore"):
+        expected = ORACLES[loss](logits[there])
+    np.testing.assert_allclose(found[paired], expected, rtol=1e-4, atol=1e-5)
+    assert right[0] and right[3]
+    assert all(np.isfinite(each).all() for each in pull((found, np.zeros(6, jax.dtypes.float0))))
+    # Of two examples of one item there is nothing to tell apart.
+    lone = jnp.asarray(records == 7) & jnp.asarray(paired)
+    both, _ = compare_all(
+        jnp.asarray(rows), jnp.asarray(columns), jnp.float32(SCALE), jnp.float32(BIAS), lone,
+        loss=LOSSES["softmax"], chunk=chunk, items=(jnp.asarray(records),),
+    )  # fmt: skip
+    np.testing.assert_allclose(both[lone], 0, atol=2e-5)
+
+
 @pytest.mark.parametrize("loss", ORACLES)
 def test_the_matrix_of_all_pairs_is_never_there(loss):
     count, width = 96, 4

@@ -8,8 +8,9 @@ import pytest
 import tiny
 
 from unified_mm.config import Config
+from unified_mm.parallel.sharding import axis_names, path_of, without_names
 from unified_mm.runs.folder import keeps_average
-from unified_mm.training.muon import RMS
+from unified_mm.training.muon import RMS, matrix_axes
 from unified_mm.training.optimizer import learning_rate_schedule, make_optimizer
 
 STEPS = 6
@@ -28,6 +29,13 @@ SHAPES = {
     f"{BLOCK}/feed_forward/shared/up/bias": (2, 8),
     "embedders_text/tokens": (5, 4),
     "head/kernel": (4, 5),
+}
+
+
+NAMES = {
+    f"{BLOCK}/attention/query/shared/kernel": ("layers", "embed", "heads", None),
+    f"{BLOCK}/attention/output/shared/kernel": ("layers", "heads", None, "embed"),
+    f"{BLOCK}/feed_forward/shared/up/kernel": ("layers", "embed", "feed_forward"),
 }
 
 
@@ -65,7 +73,7 @@ def as_matrices(path, value):
 
 def test_muon_makes_updates_of_matrices_orthogonal():
     params, gradient = values(0), values(1)
-    optimizer = make_optimizer(options(train__optimizer="muon"), STEPS, nested(params))
+    optimizer = make_optimizer(options(train__optimizer="muon"), STEPS, nested(params), 0, NAMES)
     state = optimizer.init(nested(params))
     new, _ = optimizer.update(nested(gradient), state, nested(params), 0)
     for path, after in flat(new).items():
@@ -82,6 +90,53 @@ def test_muon_makes_updates_of_matrices_orthogonal():
             # Five Newton-Schulz steps bring singular values near 1, no nearer.
             assert np.diag(stretched).min() > 0.5 and np.diag(stretched).max() < 1.4, path
             np.testing.assert_allclose(stretched, np.diag(np.diag(stretched)), atol=2e-3)
+
+
+def test_muon_takes_each_experts_matrix_by_the_names_of_its_axes():
+    """Kernels [periods, E, D, F] and [periods, E, F, D], as a layer from outside may have them."""
+    path = f"{BLOCK}/feed_forward/experts"
+    shapes = {f"{path}/up/kernel": (2, 3, 4, 8), f"{path}/down/kernel": (2, 3, 8, 4)}
+    names = {
+        f"{path}/up/kernel": ("layers", None, "embed", "feed_forward"),
+        f"{path}/down/kernel": ("layers", None, "feed_forward", "embed"),
+    }
+    rng = np.random.default_rng(0)
+    params, gradient = (
+        {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        for _ in range(2)
+    )
+    given = options(train__optimizer="muon", train__weight_decay=0.0)
+    optimizer = make_optimizer(given, STEPS, nested(params), 0, names)
+    state = optimizer.init(nested(params))
+    new, _ = optimizer.update(nested(gradient), state, nested(params), 0)
+    for name, after in flat(new).items():
+        update = ((params[name] - after) / 0.1).reshape(6, *shapes[name][2:])
+        for matrix, slope in zip(update, gradient[name].reshape(update.shape), strict=True):
+            u, _, v = np.linalg.svd(slope, full_matrices=False)
+            stretched = u.T @ matrix @ v.T / (RMS * 8**0.5)
+            assert np.diag(stretched).min() > 0.5 and np.diag(stretched).max() < 1.4, name
+    for axes in ((), ("layers", None, None, None), ("layers", "embed", None, "feed_forward")):
+        with pytest.raises(ValueError, match="up/kernel are named .*which does not tell"):
+            make_optimizer(given, STEPS, nested(params), 0, {**names, f"{path}/up/kernel": axes})
+
+
+@pytest.mark.parametrize("fusion", ["early", "gated_cross_attention", "late"])
+def test_muon_knows_the_axes_of_every_matrix_of_a_model(fusion):
+    abstract = tiny.task(
+        model__fusion=fusion,
+        model__key_value_heads=1,
+        objectives__matching__weight=0.0,
+        objectives__captioning__weight=0.0,
+    ).abstract_params()
+    names = axis_names(abstract)
+    sizes = jax.tree_util.tree_leaves_with_path(without_names(abstract))
+    kinds = {path_of(path): matrix_axes(path_of(path), names) for path, _ in sizes}
+    found = {path.split("/")[-2 if "/mlp/" in path else -3] for path, axes in kinds.items() if axes}
+    assert found >= {"query", "key", "value", "output"}
+    for path, leaf in sizes:
+        axes = kinds[path_of(path)]
+        if axes is not None:  # all but the layers
+            assert sum(map(len, axes)) == leaf.ndim - 1 and names[path_of(path)][0] == "layers"
 
 
 def schedule_free_by_hand(params, gradients, b1=0.9, b2=0.98, decay=0.3, rate=0.1):

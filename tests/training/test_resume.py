@@ -55,6 +55,7 @@ def command(data, workdir, *more):
         "--config.logging.every=10",
         "--config.logging.tensorboard=False",
         "--config.train.ema_decay=0.9",
+        "--config.train.ema_warmup=True",
         "--config.model.dropout=0.1",
         "--config.objectives.matching.weight=1.0",
         *more,

@@ -21,7 +21,7 @@ from unified_mm.parallel.sharding import (
 )
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import evaluation_params, initial_state, state_of_phase
-from unified_mm.training.step import gradients, make_train_step
+from unified_mm.training.step import decay_at, gradients, make_train_step
 
 DECAY = 0.75
 CHANGES = {
@@ -130,6 +130,44 @@ def test_contrast_is_among_the_whole_batch_in_micro_batches_too(changes):
         np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5 * size)
 
 
+def test_examples_of_one_record_are_told_over_micro_batches():
+    """The loss of twice as large a batch, each example there twice, is that of the batch itself."""
+    changes = {**CHANGES, "objectives__captioning__weight": 0.0}
+    changes["objectives__contrastive__weight"] = 1.0
+    task = tiny.task(**changes, objectives__contrastive__same_item_negatives=False)
+    params = tiny.params(task)
+    optimizer = make_optimizer(Config(tiny.config_dict().to_dict()).train, 4, params)
+    once = tiny.batch(task, 4, seed=5)
+    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), once)
+    records = jnp.array([0, 1, 2, 3, 0, 1, 2, 3], jnp.int32)
+    told = {name: {**each, "record": records} for name, each in twice.items()}
+    # The texts of the second half are others of the same images.
+    told["text"]["ids"] = told["text"]["ids"].at[4:, 1].add(1)
+
+    def total(batch, parts):
+        run = jax.jit(lambda p: gradients(task, optimizer, p, batch, jax.random.key(0), parts))
+        return run(params)
+
+    plain, whole = total(told, 1)[:2]
+    for loss, gradient in (total(told, 4)[:2],):
+        np.testing.assert_allclose(loss, plain, rtol=1e-5)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, whole
+        )
+
+    def vectors(model):
+        head = task.objectives[0]
+        return [head.embed(model, told, of) for of in ("image", "text")]
+
+    images, texts = task.model.apply({"params": params}, method=vectors)
+    scale = float(jnp.exp(params["heads_contrastive"]["log_scale"]))
+    logits = scale * np.asarray(images, np.float64) @ np.asarray(texts, np.float64).T
+    same = np.asarray(records)[:, None] == np.asarray(records)
+    logits = np.where(same & ~np.eye(8, dtype=bool), -np.inf, logits)
+    losses = [np.log(np.exp(logits).sum(axis)) - logits.diagonal() for axis in (0, 1)]
+    assert float(plain) == pytest.approx(0.5 * sum(losses).mean(), rel=1e-4)
+
+
 @pytest.mark.slow
 def test_without_randomness_micro_batches_contrast_as_one_big_batch_does():
     task = tiny.task(objectives__matching__weight=0.0)
@@ -188,6 +226,41 @@ def test_a_step_counts_averages_and_tells(task, stepper):
     assert float(measured.metrics["loss"][0]) == pytest.approx(
         float(mean(measured.metrics["captioning/loss"])), rel=1e-6
     )
+
+
+def test_a_warmed_up_average_holds_nothing_of_the_start():
+    """Of 0.9999 a thousand steps leave 0.905 of the random start, of the warm-up nothing."""
+    steps = np.arange(1000)
+    decays = np.asarray(jax.vmap(lambda step: decay_at(step, 0.9999))(steps), np.float64)
+    np.testing.assert_allclose(decays, (1 + steps) / (10 + steps), rtol=1e-6)
+    assert np.prod(decays) < 1e-10 and 0.9999 ** len(steps) > 0.9
+    assert float(decay_at(10**6, 0.99)) == pytest.approx(0.99)
+
+
+def test_a_step_warms_its_average_up(task):
+    options = Config(tiny.config_dict(**CHANGES).to_dict()).train
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+        placement = param_shardings(task.abstract_params(), mesh)
+        first, shapes = initial_state(task.init, placement, 0, averaged=True)
+        optimizer = make_optimizer(options, 4, shapes.params)
+        abstract, enter = state_of_phase(shapes, optimizer, placement)
+        step = make_train_step(
+            task, optimizer, placement, abstract, ema_decay=DECAY, ema_warmup=True
+        )
+        state, batch = enter(first()), to_global(uneven(task), mesh)
+        average = jax.device_get(state.params)
+        for decay in (1 / 10, 2 / 11):
+            state, _ = step(state, batch)
+            params = jax.device_get(state.params)
+            average = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * p, average, params)
+            for one, other in zip(
+                jax.tree.leaves(state.average), jax.tree.leaves(average), strict=True
+            ):
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    lone = Config(tiny.config_dict(train__ema_warmup=True).to_dict()).train
+    with pytest.raises(ValueError, match="needs train.ema_decay above 0"):
+        make_optimizer(lone, 4, shapes.params)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -139,9 +139,19 @@ def check(source: Source, named: str | None = None) -> str | None:
     return conversion
 
 
-def least_side(size: int, scale: tuple[float, float]) -> int:
-    """Returns the `at_least` of `decode` that keeps training views of `size` from enlargement."""
-    return math.ceil(size / math.sqrt(scale[0]))
+def least_side(
+    size: int, scale: tuple[float, float], ratio: tuple[float, float] = (1.0, 1.0)
+) -> int:
+    """Returns the `at_least` of `decode` that keeps training views of `size` from enlargement.
+
+    Args:
+      size: of the view, in pixels.
+      scale: smallest and largest share of the image's area in a crop.
+      ratio: smallest and largest width / height of a crop, whose short side is the shorter the
+        further it is from 1.
+    """
+    longest = max(ratio[1], 1 / ratio[0], 1.0)
+    return math.ceil(size * math.sqrt(longest) / math.sqrt(scale[0]))
 
 
 def training_view(

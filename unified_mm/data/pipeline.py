@@ -13,6 +13,8 @@ from unified_mm.files import without_interrupts
 Arrays = dict[str, np.ndarray]
 Batch = dict[str, Arrays]  # modality -> key -> array [B, ...]
 Rows = Sequence[int] | np.ndarray  # of a batch
+# The key under which each modality's arrays hold the number of the record, where it is asked for.
+RECORD = "record"
 
 
 @runtime_checkable
@@ -104,12 +106,14 @@ class _TrainingRows:
         seed: int,
         rows: _Rows,
         unreadable: Unreadable | None,
+        numbered: bool,
     ):
         self._records = records
         self._preparers = {name: (p, zlib.crc32(name.encode())) for name, p in preparers.items()}
         self._seed = seed
         self._rows = rows
         self._unreadable = unreadable
+        self._numbered = numbered
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
@@ -118,10 +122,13 @@ class _TrainingRows:
     def __getitem__(self, element: int) -> Batch:
         sample = self._rows.sample(element)
         epoch, position = divmod(sample, len(self._records))
-        record = self._records[int(self._epoch_order(epoch)[position])]
+        place = int(self._epoch_order(epoch)[position])
+        record = self._records[place]
+        numbers = {RECORD: np.array(place, np.int32)} if self._numbered else {}
         return {
-            name: self._prepared(name, preparer, record, _generator(self._seed, number, sample))
-            for name, (preparer, number) in self._preparers.items()
+            name: self._prepared(name, preparer, record, _generator(self._seed, stream, sample))
+            | numbers
+            for name, (preparer, stream) in self._preparers.items()
         }
 
     def _prepared(self, name: str, preparer: Preparer, record: Any, rng: Any) -> Arrays:
@@ -176,6 +183,7 @@ def training_batches(
     workers: int = 0,
     prefetch: int = 2,
     unreadable: Unreadable | None = None,
+    numbered: bool = False,
 ) -> Iterator[Batch]:
     """Returns the endless training batches from `start_step` on; call `.close()` when done.
 
@@ -195,6 +203,7 @@ def training_batches(
       workers: processes that prepare examples; 0 for none beside this one.
       prefetch: batches that are prepared ahead.
       unreadable: where parts that cannot be read are named; None raises what is wrong with them.
+      numbered: whether each modality's arrays hold the record's number, int32 [B], as `RECORD`.
 
     Raises:
       ValueError: there are no records or no preparers, no batch has such `rows`, or the seed is
@@ -202,7 +211,7 @@ def training_batches(
     """
     _require(records, preparers)
     read = _Rows.of(batch_size, start_step, rows, workers)
-    source = _TrainingRows(records, preparers, _checked_seed(seed), read, unreadable)
+    source = _TrainingRows(records, preparers, _checked_seed(seed), read, unreadable, numbered)
     return _read(source, read, threads, workers, prefetch)
 
 

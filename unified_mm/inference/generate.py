@@ -7,7 +7,7 @@ steps.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -171,6 +171,9 @@ class TextWriter:
     def decode_step(self, params: Any, state: DecodeState) -> DecodeState:
         """Reads the last token of each text and draws the next; those that are done stay as is."""
         logits, read_state = self.read_token(params, state.read_state, state.token)
+        # What is done stays at its place: beyond the last one there is no embedding.
+        place = jnp.where(state.done, state.read_state.place, read_state.place)
+        read_state = replace(read_state, place=place)
         return self.append(state.replace(read_state=read_state), logits)  # type: ignore[attr-defined]
 
     def append(self, state: DecodeState, logits: Float[Array, "B V"]) -> DecodeState:

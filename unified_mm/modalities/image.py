@@ -35,6 +35,8 @@ class ImageModality:
       decoder: 'pillow' or 'opencv'.
       resampling: 'bilinear' or 'bicubic', from the image's pixels to `size`.
       fit: how evaluation makes an image square (`data.images.evaluation_view`).
+      sharp_crops: whether a JPEG is decoded so large that no training crop is enlarged whatever its
+        shape.
     """
 
     suffixes: ClassVar[frozenset[str]] = images.SUFFIXES
@@ -48,6 +50,7 @@ class ImageModality:
     decoder: str
     resampling: str = option(choices=tuple(images.RESAMPLINGS))
     fit: str = option(choices=images.FITS)
+    sharp_crops: bool = False
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any], resources: Any) -> ImageModality:
@@ -96,7 +99,8 @@ class ImageModality:
         if rng is None:
             pixels = images.decode(image, at_least=self.size, backend=self.decoder)
             return self.whole_view(pixels)
-        at_least = images.least_side(self.size, self.crop_scale)
+        shapes = (self.crop_ratio,) if self.sharp_crops else ()
+        at_least = images.least_side(self.size, self.crop_scale, *shapes)
         return images.training_view(
             images.decode(image, at_least=at_least, backend=self.decoder),
             self.size,

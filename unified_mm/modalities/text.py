@@ -167,7 +167,11 @@ class TextEmbedder(nn.Module):
     def __call__(self, batch: Mapping[str, Array]) -> Tokens:
         """Embeds `ids` and `valid` [B, T], `present` [B].
 
-        `text_position` [B, T], if given, selects the position embedding of each token.
+        `text_position` [B, T], if given, selects the position embedding of each token; where there
+        is none for it, the token becomes NaN, and so does the loss.
+
+        Raises:
+          ValueError: more tokens than positions that are learned.
         """
         e = self.embedding
         valid = batch["valid"] & batch["present"][:, None]
@@ -179,7 +183,7 @@ class TextEmbedder(nn.Module):
             # Unit variance in, like the patches; the table itself is small, for the tied head.
             x = x * self.width**0.5
         if e.learned_positions:
-            x = x + self.positions[batch.get("text_position", jnp.arange(ids.shape[1]))]
+            x = x + self._positions(batch.get("text_position"), ids.shape[1])
         if e.modality_embedding:
             x = x + self.modality
         if e.norm:
@@ -187,6 +191,22 @@ class TextEmbedder(nn.Module):
         x = jnp.where(valid[..., None], x, 0).astype(self.dtype)
         group = Group(self.name_of_group, self.name_of_group, ids.shape[1])
         return Tokens(x, single_document(valid, group))
+
+    def _positions(self, places: Array | None, length: int) -> Float[Array, "..."]:
+        """Returns the position embeddings at places [B, T], or of the first `length`.
+
+        jax would take the last embedding for every place beyond it.
+        """
+        if places is not None:
+            return self.positions.at[places].get(mode="fill", fill_value=jnp.nan)
+        learned = self.embedding.max_positions
+        if length > learned:
+            field = f"model.modalities.{self.name_of_group}"
+            raise ValueError(
+                f"texts of {length} tokens ({field}.length), but the model learns {learned} "
+                f"positions ({field}.max_positions): set the length to at most {learned}"
+            )
+        return self.positions[jnp.arange(length)]
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns float32 logits of the next token, -1e9 for unused ids."""

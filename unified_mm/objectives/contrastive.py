@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from unified_mm.config import option
+from unified_mm.data.pipeline import RECORD
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.nn.attention.rules import NONE, View
 from unified_mm.nn.layers import Dense
@@ -59,6 +60,8 @@ class Contrastive(TextObjective):
       projection, text_projection: 'linear', 'affine' (with a bias) or 'none'.
       bound_scale: whether the logits' scale stays at 100 at most.
       chunk: the most columns that all rows are compared with at a time; 0 takes all at once.
+      same_item_negatives: whether another example of the same record, or with an equal text, counts
+        as a wrong answer as any other does. False leaves such pairs out.
     """
 
     weight: float = 1.0
@@ -74,6 +77,7 @@ class Contrastive(TextObjective):
     text_projection: str = option("linear", choices=PROJECTIONS)
     bound_scale: bool = True
     chunk: int = option(1024, least=0)
+    same_item_negatives: bool = True
 
     kind: ClassVar[str] = "contrastive"
 
@@ -88,6 +92,11 @@ class Contrastive(TextObjective):
                 f"{field}.rule={self.rule!r} lets image and text see each other, and "
                 "contrast would be trivial; use 'separate'"
             )
+
+    @property
+    def tells_records(self) -> bool:
+        """Whether the numbers of the examples' records are asked for."""
+        return not self.same_item_negatives
 
     @cached_property
     def compared(self) -> tuple[str, ...]:
@@ -134,7 +143,18 @@ class Contrastive(TextObjective):
                 valid["text"] = text_valid(batch["text"])
             outputs = encoded[view.name].outputs
             vectors += [head(name, outputs[name], valid[name]) for name in self.between]
-        return self.compare(model, Embedded(tuple(vectors), counts))
+        return self.compare(model, Embedded(tuple(vectors), counts, self.items(batch)))
+
+    def items(self, batch: Batch) -> dict[str, Int[Array, "B ..."]]:
+        """Returns what tells examples of one item, by name: `RECORD` and the ids of `text`.
+
+        A batch without numbers of records, such as one for evaluation, holds each but once.
+        """
+        if self.same_item_negatives:
+            return {}
+        numbers = batch[self.between[0]].get(RECORD)
+        found = {} if numbers is None else {RECORD: numbers}
+        return found | ({"text": batch["text"]["ids"]} if "text" in self.between else {})
 
     def embed(self, model: UnifiedModel, batch: Batch, of: str) -> Float[Array, "B Z"]:
         """Returns the unit vectors of one modality, encoded without text or without context."""
@@ -151,6 +171,7 @@ class Contrastive(TextObjective):
         """Returns the loss between all examples that are embedded."""
         head = model.head[self.name]
         scale, bias = head.scale_and_bias()
+        items = embedded.items or {}
         columns = {name: embedded.counts[:, place] for place, name in enumerate(self.between)}
         each = [
             (name, vectors, columns[name])
@@ -160,8 +181,10 @@ class Contrastive(TextObjective):
         losses, wheres = [], []
         for (a, one, has_one), (b, other, has_other) in itertools.combinations(each, 2):
             paired = has_one & has_other
+            # An equal text makes no difference between, say, an image and a sound.
+            told = [each for name, each in items.items() if name in (RECORD, a, b)]
             found, right = compare_all(
-                one, other, scale, bias, paired, loss=head.loss, chunk=self.chunk
+                one, other, scale, bias, paired, loss=head.loss, chunk=self.chunk, items=told
             )
             losses.append(found)
             wheres.append(paired)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from unified_mm.data.pipeline import RECORD
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel, text_group
 from unified_mm.nn.attention.rules import View
 from unified_mm.nn.layers import Dense
@@ -21,6 +22,7 @@ from unified_mm.objectives.objective import (
     masked_metric,
     same_rank,
 )
+from unified_mm.objectives.pair_losses import equal_rows
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Matching(TextObjective):
 
     kind: ClassVar[str] = "matching"
     rngs: ClassVar[tuple[str, ...]] = ("mining",)
+
+    tells_records: ClassVar[bool] = True
 
     weight: float = 0.0
     rule: str = "prefix"
@@ -64,7 +68,8 @@ class Matching(TextObjective):
         mined = context.earlier[self.mine_from].extras
         similarity, paired = jax.lax.stop_gradient(mined["similarity"]), mined["paired"]
         key = model.make_rng("mining")
-        wrong_text, wrong_image, minable = mine(key, similarity, paired, batch["text"]["ids"])
+        ids, records = batch["text"]["ids"], batch["text"].get(RECORD)
+        wrong_text, wrong_image, minable = mine(key, similarity, paired, ids, records)
         rows = jnp.arange(paired.shape[0])
         image_rows = jnp.concatenate([rows, rows, wrong_image])
         text_rows = jnp.concatenate([rows, wrong_text, rows])
@@ -127,23 +132,27 @@ def mine(
     similarity: Float[Array, "B B"],
     paired: Bool[Array, " B"],
     ids: Int[Array, "B T"],
+    records: Int[Array, " B"] | None = None,
 ) -> tuple[Int[Array, " B"], Int[Array, " B"], tuple[Bool[Array, " B"], Bool[Array, " B"]]]:
     """Draws hard negatives with the probabilities of a softmax of their similarity.
 
-    Texts equal to the right one are no negatives.
+    Texts equal to the right one are no negatives, nor are other texts of the same record.
 
     Args:
       key: for the draws.
       similarity: logits of image (rows) and text (columns).
       paired: which examples have both.
       ids: token ids, to tell equal texts.
+      records: numbers of the examples' records; None where each is there but once.
 
     Returns:
       For each image a wrong text, for each text a wrong image, and for each of these whether there
       was one to draw.
     """
-    same_text = (ids[:, None, :] == ids[None, :, :]).all(-1)
-    allowed = paired[:, None] & paired[None, :] & ~same_text
+    same = equal_rows(ids, ids)
+    if records is not None:
+        same = same | equal_rows(records, records)
+    allowed = paired[:, None] & paired[None, :] & ~same
     logits = jnp.where(allowed, similarity, -jnp.inf)
     for_image, for_text = jax.random.split(key)
     safe = jnp.where(allowed.any(1)[:, None], logits, 0.0)

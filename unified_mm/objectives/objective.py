@@ -55,10 +55,12 @@ class Embedded:
     Attributes:
       vectors: float arrays [B, ...], through which its gradient flows.
       counts: bool [B, M], which examples count, by modality.
+      items: int32 arrays [B, ...] by name, which tell examples of one item, or ().
     """
 
     vectors: Any
     counts: Any
+    items: Any = ()
 
 
 @struct.dataclass
@@ -99,8 +101,9 @@ class Objective(Protocol):
     """One term of the loss; an immutable value.
 
     An objective may also have `rngs`, names of the random streams that it draws from
-    (`model.make_rng(name)`), and `auxiliary`, whether it reads the auxiliary values of layers; it
-    then comes after all objectives that do not.
+    (`model.make_rng(name)`), `auxiliary`, whether it reads the auxiliary values of layers (it then
+    comes after all objectives that do not), and `tells_records`, whether it asks which record each
+    example is of: int32 [B], `RECORD` among the arrays of each modality of a training batch.
 
     Attributes:
       kind: the ability that it needs of a fusion: 'contrastive', 'captioning', 'matching', or a

@@ -6,7 +6,8 @@ rows need, and computed again for the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -46,12 +47,14 @@ class Columns:
       paired: bool [columns], whether a column counts.
       number: int32 [columns], number of the row that a column belongs to.
       own: [columns], logit of a column and that row.
+      items: int32 [columns, ...] each, as `compare_all` has them.
     """
 
     vectors: Array
     paired: Array
     number: Array
     own: Array
+    items: tuple[Array, ...] = ()
 
 
 def compare_all(
@@ -63,6 +66,7 @@ def compare_all(
     *,
     loss: PairLoss,
     chunk: int = 0,
+    items: Sequence[Int[Array, "B ..."]] = (),
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     """Compares each row with every column; the column of the row's own number is the right one.
 
@@ -72,6 +76,8 @@ def compare_all(
       paired: the numbers whose row and column both count.
       loss: how they are compared.
       chunk: the most columns at a time (lowered to a divisor of B); 0 takes all at once.
+      items: numbers of what each example is of; a row and a column that are equal in one of these
+        arrays are no negatives of each other.
 
     Returns:
       The loss of each number, and whether its row is nearest to its own column.
@@ -80,6 +86,7 @@ def compare_all(
     size = largest_divisor(count, chunk or count)
     # Vectors are small: every device has all columns, and its own rows.
     columns = constrain(columns, None, None)
+    items = tuple(items)
     own = scale * (rows * columns).sum(-1) + bias
     start = Rows(
         loss=jnp.full(count, loss.start, jnp.float32),
@@ -89,6 +96,11 @@ def compare_all(
 
     def add(seen: Rows, block: Columns) -> tuple[Rows, Float[Array, " columns"]]:
         logits = scale * jnp.einsum("BZ,CZ->BC", rows, block.vectors) + bias
+        if items:
+            own = jnp.arange(count)[:, None] == block.number[None, :]
+            alike = [equal_rows(one, other) for one, other in zip(items, block.items, strict=True)]
+            # So low a logit is no competitor, and adds no loss.
+            logits = jnp.where(functools.reduce(jnp.logical_or, alike) & ~own, NOWHERE, logits)
         added, of_columns = loss.part(seen.loss, logits, paired, block)
         # The largest logit and its column so far, the first of equals, without gradient.
         there = jax.lax.stop_gradient(jnp.where(block.paired[None, :], logits, -jnp.inf))
@@ -97,7 +109,8 @@ def compare_all(
         column = jnp.where(better, block.number[there.argmax(1)], seen.best_column)
         return Rows(added, jnp.where(better, best, seen.best), column), of_columns
 
-    whole = Columns(columns, paired, jnp.arange(count), own)
+    everywhere = tuple(constrain(each, *[None] * each.ndim) for each in items)
+    whole = Columns(columns, paired, jnp.arange(count), own, everywhere)
     if size == count:
         seen, of_columns = add(start, whole)
     else:
@@ -106,6 +119,12 @@ def compare_all(
         of_columns = of_columns.reshape(count)
     right = seen.best_column == jnp.arange(count)
     return loss.finish(seen.loss, jnp.where(paired, own, NOWHERE), of_columns), right
+
+
+def equal_rows(one: Int[Array, "B ..."], other: Int[Array, "C ..."]) -> Bool[Array, "B C"]:
+    """Returns which rows of two integer arrays are equal in all that they hold."""
+    same: Array = one[:, None] == other[None, :]
+    return same.all(tuple(range(2, same.ndim)))
 
 
 def softmax_part(

@@ -164,8 +164,10 @@ class ParamShardings:
       params: shardings of the parameters, a tree of the same structure.
       gradients: shardings of the gradients, such a tree too.
       moments: shardings of the optimizer's copies and the moving average, such a tree too.
+      names: the logical axis names of each parameter, by its path.
     """
 
+    names: Mapping[str, tuple[str | None, ...]]
     mesh: Mesh
     params: Any
     gradients: Any
@@ -190,7 +192,13 @@ def param_shardings(abstract: Any, mesh: Mesh, zero: int = 3) -> ParamShardings:
     whole = shardings_of(abstract, mesh, RULES | {"embed": None})
     kinds = ("params", "gradients", "moments")
     trees = {kind: divided if kind in ZERO_STAGES[zero] else whole for kind in kinds}
-    return ParamShardings(mesh, **trees)
+    return ParamShardings(axis_names(abstract), mesh, **trees)
+
+
+def axis_names(abstract: Any) -> dict[str, tuple[str | None, ...]]:
+    """Returns the logical axis names of each boxed parameter, by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(abstract, is_leaf=_is_box)
+    return {path_of(path): tuple(leaf.names) for path, leaf in leaves if _is_box(leaf)}
 
 
 def shardings_like(params: Any, shardings: Any, tree: Any, otherwise: NamedSharding) -> Any:

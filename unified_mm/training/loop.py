@@ -277,6 +277,7 @@ def phase_batches(setup: Setup, phase: Phase, start: int) -> Iterator[Any]:
         rows=own_rows(setup.mesh, phase.batch_size),
         threads=setup.options.data.threads,
         workers=setup.options.data.workers,
+        numbered=phase.rows.numbered,
     )
 
 

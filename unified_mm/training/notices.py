@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from unified_mm.config import Config
@@ -10,6 +12,10 @@ from unified_mm.task import Task
 
 LOOKED_AT = 20000  # texts of which the lengths are taken
 MAY_BE_CUT = 0.01  # share of texts for which a sufficient length is named
+MAY_BE_START = 0.01  # share of the random start that an average may hold unsaid
+# The decay above which a step takes less off a moment than half of bfloat16's last bit, which is at
+# most 1/128 of a number.
+FREEZES = 1 - 1 / 256
 
 
 def notices(config: Config, task: Task, train: Manifest) -> list[str]:
@@ -20,6 +26,8 @@ def notices(config: Config, task: Task, train: Manifest) -> list[str]:
             epochs_line(len(train.records), config.train.steps, config.train.batch_size),
             cut_line(task, train),
             mirror_line(config, task),
+            moments_line(config.train),
+            average_line(config.train),
         )
         if line
     ]
@@ -64,6 +72,29 @@ def cut_line(task: Task, train: Manifest) -> str:
     field = "model.modalities.text.length"
     length = task.modalities["text"].length
     return f"{share:.1%} of texts are cut at {field}={length}: {enough} would cut at most 1%"
+
+
+def moments_line(train: Any) -> str:
+    """Says that a moment that is rounded to the nearest stays at its maximum for ever."""
+    slowest = max(train.b1, train.b2)
+    frozen = train.moments_dtype == "bfloat16" and train.moments_rounding == "nearest"
+    if not frozen or slowest <= FREEZES:
+        return ""
+    return (
+        f"Adam's moments in bfloat16 never fall at a decay of {slowest:g}, so that updates stay "
+        "too small: in a new run set train.moments_rounding=stochastic"
+    )
+
+
+def average_line(train: Any) -> str:
+    """Says how much of the random start the averaged parameters hold, which are scored."""
+    left = train.ema_decay**train.steps
+    if train.ema_warmup or left <= MAY_BE_START:
+        return ""
+    return (
+        f"the averaged parameters hold {left:.1%} of their random start after {train.steps:,} "
+        "steps: in a new run set train.ema_warmup=True"
+    )
 
 
 def mirror_line(config: Config, task: Task) -> str:

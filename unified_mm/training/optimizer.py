@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from unified_mm.config import build_options
 from unified_mm.default_config import TrainOptions
 from unified_mm.parallel.sharding import path_of
 from unified_mm.registry import resolve
-from unified_mm.training.muon import scale_by_muon_or
+from unified_mm.training.muon import AxisNames, scale_by_muon_or
 from unified_mm.training.schedule_free import ScheduleFree
 from unified_mm.training.update import Optimizer, select
 
@@ -26,8 +27,33 @@ def _floats_as(tree: Any, dtype: str) -> Any:
     )
 
 
-def kept_as(transform: optax.GradientTransformation, dtype: str) -> optax.GradientTransformation:
-    """Returns the transform with its state stored as `dtype` between steps, used in float32."""
+def rounded_at_random(x: Float[Array, "..."], key: Array) -> Float[Array, "..."]:
+    """Rounds float32 to one of the two neighbours in bfloat16, such that the mean is the value."""
+    # bfloat16 is the upper half of float32: what is drawn for the lower half carries into it as
+    # often as that half is large.
+    drawn = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + drawn
+    upper = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), upper, x).astype(jnp.bfloat16)
+
+
+def _floats_at_random(tree: Any, step: Any) -> Any:
+    """Returns the tree in bfloat16; what is drawn is a function of step and leaf alone."""
+    key = jax.random.fold_in(jax.random.key(0), step)
+    leaves, structure = jax.tree.flatten(tree)
+    rounded = (
+        rounded_at_random(leaf, jax.random.fold_in(key, number))
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        else leaf
+        for number, leaf in enumerate(leaves)
+    )
+    return jax.tree.unflatten(structure, rounded)
+
+
+def kept_as(
+    transform: optax.GradientTransformation, dtype: str, rounding: str = "nearest"
+) -> optax.GradientTransformation:
+    """Returns Adam's scaling with its state stored as `dtype` between steps, used in float32."""
     if dtype == "float32":
         return transform
 
@@ -36,12 +62,16 @@ def kept_as(transform: optax.GradientTransformation, dtype: str) -> optax.Gradie
 
     def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, new = transform.update(gradient, _floats_as(state, "float32"), params)
+        if rounding == "stochastic":
+            return updates, _floats_at_random(new, new.count)
         return updates, _floats_as(new, dtype)
 
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Optimizer:
+def make_optimizer(
+    options: Any, steps: int, params: Any, start: int = 0, names: AxisNames | None = None
+) -> Optimizer:
     """Returns the optimizer of a config; AdamW by default (Loshchilov & Hutter 2019).
 
     The gradient's norm is clipped (Pascanu et al. 2013) over what is trained alone.
@@ -51,6 +81,7 @@ def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Opt
       steps: steps that its schedule spans.
       params: the parameters, or their shapes.
       start: the step at which it begins.
+      names: the logical axis names of each parameter, by its path; Muon needs them.
 
     Raises:
       ValueError: an option outside its range, an unknown optimizer, options that it has not, a rule
@@ -64,9 +95,12 @@ def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Opt
     trained = jax.tree.map(lambda freeze: not freeze, frozen)
     if not any(jax.tree.leaves(trained)):
         raise ValueError("train.freeze_rules leave nothing to train")
-    kind, scale = scaling(options, select(params, trained))
+    if options.ema_warmup and not options.ema_decay:
+        raise ValueError("train.ema_warmup=True needs train.ema_decay above 0")
+    kind, scale = scaling(options, select(params, trained), names or {})
     transform = optax.chain(
-        optax.clip_by_global_norm(options.clip_norm), kept_as(scale, options.moments_dtype)
+        optax.clip_by_global_norm(options.clip_norm),
+        kept_as(scale, options.moments_dtype, options.moments_rounding),
     )
     return kind(
         transform=transform,
@@ -79,7 +113,7 @@ def make_optimizer(options: Any, steps: int, params: Any, start: int = 0) -> Opt
 
 
 def scaling(
-    options: Any, params: Any
+    options: Any, params: Any, names: AxisNames
 ) -> tuple[Callable[..., Optimizer], optax.GradientTransformation]:
     """Returns what `train.optimizer` names: its class, and its scaling of gradients.
 
@@ -88,6 +122,7 @@ def scaling(
     Args:
       options: `config.train`.
       params: what is trained.
+      names: as in `make_optimizer`.
 
     Raises:
       ValueError: an unknown optimizer, or options that do not go with it.
@@ -98,7 +133,20 @@ def scaling(
         raise ValueError(
             f"train.moments_dtype={options.moments_dtype!r} is for train.optimizer='adamw'"
         )
+    if options.moments_rounding != "nearest" and options.moments_dtype == "float32":
+        raise ValueError(
+            f"train.moments_rounding={options.moments_rounding!r} is for "
+            "train.moments_dtype='bfloat16': in float32 nothing is rounded"
+        )
+    if isinstance(made, ByAxes):
+        made = made.make(names)
     return (made.kind, made.transform) if isinstance(made, Averaging) else (Optimizer, made)
+
+
+class ByAxes(NamedTuple):
+    """An optimizer that asks what the parameters' axes are: logical axis names -> its scaling."""
+
+    make: Callable[[AxisNames], optax.GradientTransformation]
 
 
 class Averaging(NamedTuple):
@@ -113,9 +161,9 @@ def adamw(options: Any, params: Any) -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.epsilon)
 
 
-def muon(options: Any, params: Any) -> optax.GradientTransformation:
+def muon(options: Any, params: Any) -> ByAxes:
     """Returns Muon's scaling for matrices within layers, Adam's for all else."""
-    return scale_by_muon_or(adamw(options, params), params)
+    return ByAxes(partial(scale_by_muon_or, adamw(options, params), params))
 
 
 def schedule_free(options: Any, params: Any) -> Averaging:

@@ -14,12 +14,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from unified_mm.config import Config, build_options
 from unified_mm.costs.flops import matmul_flops
 from unified_mm.data.documents import read_documents
 from unified_mm.data.interleave import FewShotRows, Layout, packed_rows
+from unified_mm.data.pipeline import RECORD
 from unified_mm.data.records import Manifest
 from unified_mm.default_config import PhaseOptions, TrainOptions, phase
 from unified_mm.modalities.interleaved import interleaved_preparers
@@ -42,11 +44,13 @@ class Rows:
       examples: the examples, one for each row.
       preparers: what turns an example into arrays, by modality.
       fingerprint: hash of the data.
+      numbered: whether a batch says which record each of its examples is of.
     """
 
     examples: Sequence[Any]
     preparers: Mapping[str, Any]
     fingerprint: str
+    numbered: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Phase:
       placement: shardings of the parameters and what belongs to them.
       abstract: shapes, types and shardings of its state.
       treatment: what changes its gradients beside the optimizer, or None.
+      ema_warmup: whether the decay of the moving average rises with the steps.
       enter: the state of the phase before, or the first one -> the state that this one begins with.
     """
 
@@ -77,6 +82,7 @@ class Phase:
     placement: ParamShardings
     abstract: TrainState
     treatment: Treatment | None
+    ema_warmup: bool
     enter: Callable[[TrainState], TrainState]
 
     def make_step(self, ema_decay: float) -> Any:
@@ -89,6 +95,7 @@ class Phase:
             micro_batches=self.micro_batches,
             treatment=self.treatment,
             ema_decay=ema_decay,
+            ema_warmup=self.ema_warmup,
         )
 
 
@@ -134,9 +141,14 @@ def build_phases(
         train_options = config.train.changed(options.train)
         check_batch(build_options(TrainOptions, train_options, "train"), placement.mesh)
         check_average(name, train_options, config.train)
-        optimizer = make_optimizer(train_options, options.steps, abstract.params, start)
+        optimizer = make_optimizer(
+            train_options, options.steps, abstract.params, start, placement.names
+        )
         state, enter = state_of_phase(abstract, optimizer, placement)
         objectives = weighted(task.objectives, options.objectives, f"train.phases.{name}")
+        rows = phase_rows(config, task, train, options.data)
+        if any(getattr(each, "tells_records", False) for each in objectives):
+            rows = replace(rows, numbered=True)
         phases.append(
             Phase(
                 name=name,
@@ -145,11 +157,12 @@ def build_phases(
                 batch_size=train_options.batch_size,
                 micro_batches=train_options.micro_batches,
                 task=replace(task, objectives=objectives),
-                rows=phase_rows(config, task, train, options.data),
+                rows=rows,
                 optimizer=optimizer,
                 placement=placement,
                 abstract=state,
                 treatment=treatment,
+                ema_warmup=config.train.ema_warmup,
                 enter=enter,
             )
         )
@@ -238,6 +251,8 @@ def batch_shapes(rows: Rows, size: int) -> dict[str, dict[str, Any]]:
 
     def batch() -> Any:
         absent = {name: preparer.absent() for name, preparer in rows.preparers.items()}
+        if rows.numbered:
+            absent = {name: {**each, RECORD: np.int32(0)} for name, each in absent.items()}
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (size, *leaf.shape)), absent)
 
     shapes: dict[str, dict[str, Any]] = jax.eval_shape(batch)

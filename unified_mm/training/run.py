@@ -11,6 +11,7 @@ from unified_mm.inference.predictor import Predictor
 from unified_mm.runs.environment import device_name, or_warn, revision, versions
 from unified_mm.task import parameter_counts
 from unified_mm.training.loop import keep_best, train
+from unified_mm.training.notices import cut_share
 from unified_mm.training.output import Output
 from unified_mm.training.phases import training_flops
 from unified_mm.training.setup import Setup
@@ -59,6 +60,7 @@ def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict
             "folder": setup.source.folder,
             "notice": setup.source.banner,
             "fingerprint": setup.fingerprint,
+            "cut_share": round(cut_share(setup.task, setup.train)[0], 4),
             "counts": {
                 setup.train.split: len(setup.train.records),
                 **{name: len(split.manifest.records) for name, split in setup.splits.items()},

@@ -66,7 +66,7 @@ class ScheduleFree(Optimizer):
         new = jax.tree.map(lambda x, z: self.b1 * x + (1.0 - self.b1) * z, x, z)
         return self.whole(new, params), ScheduleFreeState(z, moments, weight)
 
-    def averaged(self, average: Any, params: Any, state: ScheduleFreeState, decay: float) -> Any:
+    def averaged(self, average: Any, params: Any, state: ScheduleFreeState, decay: Any) -> Any:
         return self.whole(self._mean_of(self.part(params), state.z), params)
 
     def _mean_of(self, y: Any, z: Any) -> Any:

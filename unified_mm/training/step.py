@@ -233,6 +233,15 @@ class StepMetrics:
     bad_step: Any
 
 
+def decay_at(step: Any, decay: float) -> Any:
+    """Returns the decay of a moving average that is warmed up, after `step` steps before.
+
+    With `decay` from the first step on the average holds decay**steps of the random start.
+    """
+    done = jnp.asarray(step, jnp.float32)
+    return jnp.minimum(decay, (1.0 + done) / (10.0 + done))
+
+
 def make_train_step(
     task: Task,
     optimizer: Optimizer,
@@ -241,6 +250,7 @@ def make_train_step(
     *,
     micro_batches: int = 1,
     ema_decay: float = 0.0,
+    ema_warmup: bool = False,
     treatment: Treatment | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, StepMetrics]]:
     """Returns the compiled step: state (donated) and batch -> next state and metrics.
@@ -274,7 +284,8 @@ def make_train_step(
         )
         average = state.average
         if average is not None:
-            average = optimizer.averaged(average, params, optimizer_state, ema_decay)
+            decay = decay_at(state.step, ema_decay) if ema_warmup else ema_decay
+            average = optimizer.averaged(average, params, optimizer_state, decay)
         finite = jnp.isfinite(total) & jnp.isfinite(norm) & jnp.isfinite(treated)
         learned = finite & (state.bad_step < 0)
         fresh = (params, optimizer_state, average, kept)

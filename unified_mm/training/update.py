@@ -69,7 +69,7 @@ class Optimizer:
         )
         return self.whole(new, params), state
 
-    def averaged(self, average: Any, params: Any, state: Any, decay: float) -> Any:
+    def averaged(self, average: Any, params: Any, state: Any, decay: Any) -> Any:
         """Returns the parameters to score after a step: a moving average over all steps.
 
         Args:
