@@ -1,4 +1,4 @@
-"""The recipe `configs/coco.py` in phases, with the FLOPs of a single phase of all objectives.
+"""The recipe of the ablations in phases, with the FLOPs of a single phase of all objectives.
 
     python -m unified_mm.main --config=experiments/phased.py:tiny,three --workdir=runs/three
 
@@ -8,16 +8,14 @@ has a warm-up and a cosine of its own. In the phase of text alone, the withheld 
 and cost what they always cost.
 """
 
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments import recipe
 from experiments.sweeping.presets import COST, SIZES
-from unified_mm.cli.recipes import load_recipe
 from unified_mm.default_config import phase
 
-coco = load_recipe(Path(__file__).parents[1] / "configs" / "coco.py")
 # Share of all FLOPs that goes into captioning alone and into contrast alone.
 SHARES = {"two": (0.0, 0.3), "three": (0.2, 0.3)}
 
@@ -27,7 +25,7 @@ def get_config(spec: str) -> ConfigDict:
     size, _, kind = spec.partition(",")
     if size not in SIZES or kind not in SHARES:
         raise ValueError(f"{spec!r}: give SIZE,KIND of {', '.join(SIZES)}; {', '.join(SHARES)}")
-    config = coco.get_config(size)
+    config = recipe.get_config(size)
     text, contrast = SHARES[kind]
     cost = COST[size]
     phases = {

@@ -9,19 +9,16 @@
 float32 parameters; `bfloat16_moments` computes in float32 and keeps Adam's moments in bfloat16.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-from unified_mm.cli.recipes import load_recipe
+from experiments import recipe
 
-coco = load_recipe(Path(__file__).parents[1] / "configs" / "coco.py")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def get_config(precision: str) -> ConfigDict:
     """Returns the config for one of `DTYPES`, or `bfloat16_moments`."""
-    config = coco.get_config("tiny")
+    config = recipe.get_config("tiny")
     if precision in DTYPES:
         config.model.dtype = precision
     elif precision == "bfloat16_moments":

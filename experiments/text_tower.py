@@ -11,14 +11,11 @@ Both have the same shape, tokenizer, steps and learning rates. The text tower's 
 tenth of the others' in both: from scratch, a post-norm transformer learns nothing at the full rate.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-from unified_mm.cli.recipes import load_recipe
+from experiments import recipe
 from unified_mm.training.start_from import config_from_run
 
-coco = load_recipe(Path(__file__).parents[1] / "configs" / "coco.py")
 TEXT = "(embedders_text|transformer)/.*"
 
 
@@ -27,7 +24,7 @@ def get_config(spec: str) -> ConfigDict:
     start, _, run = spec.partition(",")
     if start not in ("weights", "scratch") or not run:
         raise ValueError(f"{spec!r}: give weights,RUN or scratch,RUN")
-    config = coco.get_config("tiny")
+    config = recipe.get_config("tiny")
     config.model.fusion = "late"
     config.model.unroll = 1
     config.model.tower = {"width": 128, "layers": 4, "heads": 4, "feed_forward": 512}

@@ -23,6 +23,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,10 @@ from unified_mm.cli.flags import at_least, refuse_unread
 from unified_mm.cli.messages import new_file, say
 from unified_mm.cli.recipes import resolve
 from unified_mm.config import Config
+from unified_mm.default_config import default_config, defaults
 from unified_mm.files import write_atomically, write_json
 from unified_mm.nn.options import TransformerOptions
-from unified_mm.runs.folder import RunFolder
+from unified_mm.runs.folder import RunFolder, differences
 from unified_mm.training.setup import prepare
 
 INFERENCE_FLAGS = ("run", "tokens", "batch", "max_images", "repeats")
@@ -69,12 +71,21 @@ def main(options: argparse.Namespace) -> int:
 
 def trained(options: argparse.Namespace) -> dict[str, Any]:
     """Measures training and data loading, prints the results and returns them."""
-    config = Config(resolve(options.recipe, say).to_dict())
+    config = resolve(options.recipe, say).to_dict()
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(prepare(config, RunFolder(folder), say), options.steps)
+        result = measure(prepare(Config(config), RunFolder(folder), say), options.steps)
     for name, value in result.items():
         say(f"{name:<28}{value}")
-    return result
+    return {**result, "recipe": options.recipe.path, "sets": set_fields(config)}
+
+
+def set_fields(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what a config has other than the defaults, as text: what was measured is said by it.
+
+    Where its data lies is left out.
+    """
+    found = differences(default_config().to_dict(), config, free=("data.dir", "data.cache_dir"))
+    return {each.field: each.asked for each in found}
 
 
 def inferred(options: argparse.Namespace) -> dict[str, Any]:
@@ -87,7 +98,8 @@ def inferred(options: argparse.Namespace) -> dict[str, Any]:
 
     if not options.run:
         raise ValueError("--run: give the folder of a trained run")
-    return measure_inference(
+    config = RunFolder(options.run).read_config(defaults())
+    result = measure_inference(
         options.run,
         tokens=64 if options.tokens is None else options.tokens,
         batch=options.batch,
@@ -96,6 +108,7 @@ def inferred(options: argparse.Namespace) -> dict[str, Any]:
         steps=options.steps,
         say=say,
     )
+    return {**result, "sets": set_fields(config)}
 
 
 def swept(options: argparse.Namespace) -> int:
@@ -105,8 +118,9 @@ def swept(options: argparse.Namespace) -> int:
       ValueError: if the file of `--output` or its plot exists or cannot be written.
     """
     output, plot = sweep_files(options.output)
-    config = Config(resolve(options.recipe, say).to_dict())
-    result = sweep(TransformerOptions.from_config(config.model), say)
+    config = resolve(options.recipe, say).to_dict()
+    result = sweep(TransformerOptions.from_config(Config(config).model), say)
+    result |= {"recipe": options.recipe.path, "sets": set_fields(config)}
     if output and plot:
         write_json(output, result)
         write_atomically(plot, draw(result).encode())

@@ -13,9 +13,9 @@ steps.
 """
 
 from experiments.sweeping.ablation import Ablation
-from experiments.sweeping.presets import common_fields
+from experiments.sweeping.presets import RECIPE, common_fields
 
-RECIPE = "experiments/phased.py"
+PHASED = "experiments/phased.py"
 
 
 def get_ablation(size: str) -> Ablation:
@@ -23,12 +23,12 @@ def get_ablation(size: str) -> Ablation:
     shared = common_fields(size)
     steps = shared.pop("train.steps")  # of `one`; the recipe of the others has its own
     return Ablation(
-        f"configs/coco.py:{size}",
+        f"{RECIPE}:{size}",
         common=shared,
         variants={
             "one": {"train.steps": steps},
-            "three": {"config": f"{RECIPE}:{size},three"},
-            "two": {"config": f"{RECIPE}:{size},two"},
+            "three": {"config": f"{PHASED}:{size},three"},
+            "two": {"config": f"{PHASED}:{size},two"},
         },
         seeds=range(5),
         scores=("caption/cider_d", "single_caption/text_to_image/recall_at_1"),

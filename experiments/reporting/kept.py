@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.sweeping.ablation import Ablation
+from experiments.sweeping.presets import RECIPE
 from experiments.sweeping.runs import ROOT, Run, make_run
 from unified_mm.files import read_json, write_json
 from unified_mm.runs.folder import RunFolder
@@ -15,6 +16,7 @@ from unified_mm.runs.metrics import read_metrics
 
 RESULTS = Path(__file__).parents[1] / "results"
 POINTS = 40  # of a learning curve
+FORMER = "configs/coco.py"  # what the recipe of the ablations was called
 PLACES = ("data.dir=", "data.cache_dir=")  # where data lies is nobody's business
 # What is kept of result.json as it is.
 SAME = ("device", "versions", "revision", "steps", "seconds", "flops")
@@ -117,7 +119,8 @@ def read_kept(folder: Path, ablation: Ablation) -> list[Result]:
 def check_same(result: Result, asked: Run, first: Result) -> None:
     """Raises ValueError if a result has another config than asked, or other data than the first."""
     fields = tuple(fields_of(asked))
-    if result.config != asked.config.removeprefix(f"{ROOT}/"):
+    config = asked.config.removeprefix(f"{ROOT}/")
+    if result.config not in (config, config.replace(RECIPE, FORMER)):
         raise ValueError(f"{result.path} is of {result.config}, not of {asked.config}; {MEND}")
     if result.fields[: len(fields)] != fields:
         changed = sorted(set(result.fields) ^ set(fields))

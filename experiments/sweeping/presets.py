@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.sweeping.ablation import Ablation
 
+RECIPE = "experiments/recipe.py"  # which stays as it is
 # Two idle CPU cores take a run of `tiny` through these in three minutes.
 TINY: dict[str, Any] = {
     "data.source": "world",
@@ -53,7 +54,7 @@ COST = {
 
 
 def of_coco(size: str, *, common: Mapping[str, Any] | None = None, **asked: Any) -> Ablation:
-    """Returns an ablation of the recipe configs/coco.py at a size, over the seeds that all share.
+    """Returns an ablation of `RECIPE` at a size, over the seeds that all share.
 
     Args:
       size: 'tiny' or 'base'.
@@ -64,7 +65,7 @@ def of_coco(size: str, *, common: Mapping[str, Any] | None = None, **asked: Any)
       ValueError: if there is no such size.
     """
     fields = common_fields(size) | dict(common or {})
-    return Ablation(f"configs/coco.py:{size}", seeds=range(5), common=fields, **asked)
+    return Ablation(f"{RECIPE}:{size}", seeds=range(5), common=fields, **asked)
 
 
 def common_fields(size: str) -> dict[str, Any]:

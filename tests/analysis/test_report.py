@@ -97,7 +97,7 @@ def test_everything_is_shown_and_escaped(html):
         assert f"{start} {NASTY}" in page.text
     for expected in ("0.215", "0.001", "0.925", "1.750", "1 h 2 min 5 s", "1.25e+15", "CIDEr-D"):
         assert expected in page.text
-    assert '"fusion"' in page.text and "train 6000" in page.text
+    assert '"fusion"' in page.text and "6,000 train" in page.text
     assert "answer" in page.text and "how many" in page.text
 
 
@@ -108,7 +108,7 @@ def test_banner_comes_first_and_only_where_there_is_one(html):
 
 
 def test_pictures_arrive_unchanged_and_the_right_one_is_framed(html):
-    body = html[html.index("<h2>Search") : html.index("<h2>Captions")]
+    body = html[html.index("<h2>Search") : html.index("<h2>Scores")]
     items = body.split("<li")[1:]
     assert ['class="right"' in item for item in items] == [False, True]
     for item, image in zip(items, (RED, BLUE), strict=True):
@@ -152,3 +152,109 @@ def test_parts_that_do_not_fit_are_refused():
         render_report(dataclasses.replace(data, rules={"joint": rule}))
     with pytest.raises(KeyError, match="scores"):
         render_report(dataclasses.replace(data, result={}))
+
+
+def test_pictures_come_first_then_what_was_scored_and_all_else_is_folded(html):
+    order = ("<h2>Captions", "<h2>Search", "<h2>Scores", "<h2>Learning curves", "All 4 scores")
+    places = [html.index(each) for each in (*order, "The run", "Configuration", "Attention rules")]
+    assert places == sorted(places)
+    folded = html[html.index("All 4 scores") :]
+    assert '<table class="scores">' in folded and '<table class="rule">' in folded
+    assert "<details open" not in html
+
+
+def test_of_many_pictures_and_references_the_first_are_open():
+    caption = CaptionExample(BLUE, ("one", "two", "three", "four", "five"), "cube")
+    search = RetrievalExample("query", [RED], [True])
+    data = dataclasses.replace(example_data(), captions=[caption] * 8, retrieval=[search] * 5)
+    html = render_report(data)
+    captions, searches = html[html.index("<h2>Captions") :].split("<h2>Search")
+    before, after = captions.split("<summary>2 more</summary>")
+    assert (before.count("<p>cube"), after.count("<p>cube")) == (6, 2)
+    assert before.count("<summary>3 more</summary>") == 6
+    before, after = searches.split("<summary>1 more</summary>")
+    assert (before.count('<p class="query">'), after.count('<p class="query">')) == (4, 1)
+
+
+def figures(scores, **result):
+    """The name and the text of each key score."""
+    html = render_report(ReportData("a", None, {"scores": scores, **result}, {}))
+    part = html[html.index("<h2>Scores") : html.index("<table")]
+    cards = (each.partition("</h3>") for each in part.split("<h3>")[1:])
+    return {name: Page(rest).text for name, _, rest in cards}
+
+
+def test_six_scores_stand_out_and_say_what_they_are():
+    found = figures(
+        {
+            "text_to_image/recall_at_1": 0.1,
+            "text_to_image/recall_at_10": 0.2,
+            "single_caption/text_to_image/recall_at_1": 0.11,
+            "single_caption/text_to_image/recall_at_10": 0.22,
+            "single_caption/image_to_text/recall_at_1": 0.33,
+            "caption/bleu_4": 0.01,
+            "caption/cider_d": 0.75,
+            "caption/nats": 0.5,
+            "caption/image_gain": 0.25,
+            "caption/image_gain_low": 0.24,
+            "foil/accuracy": 0.8,
+            "foil/accuracy/side": 0.6,
+            "test_composition/foil/accuracy": 0.7,
+        },
+        chance={"single_caption/text_to_image/recall_at_1": 0.02},
+        ceiling={"single_caption/text_to_image/recall_at_1": 0.98},
+        data={"source": "world", "counts": {"val": 9, "test_composition": 9}},
+    )
+    assert list(found) == [
+        "text to image › recall at 1",
+        "text to image › recall at 10",
+        "image to text › recall at 1",
+        "caption › CIDEr-D",
+        "foil › accuracy",
+        "caption › image gain",
+    ]
+    first = next(iter(found.values()))
+    assert "0.110 chance 0.020 ceiling 0.980" in first
+    assert "of texts find their own image first" in first
+
+
+def test_any_modality_and_any_contrast_has_key_scores():
+    found = figures(
+        {
+            "second/single_caption/text_to_tone/recall_at_1": 0.1,
+            "image_to_tone/recall_at_1": 0.2,
+            "single_caption/tone_to_text/recall_at_1": 0.3,
+        }
+    )
+    assert list(found) == [
+        "second › text to tone › recall at 1",
+        "tone to text › recall at 1",
+        "image to tone › recall at 1",
+    ]
+    assert "of images find their own tone first" in found["image to tone › recall at 1"]
+
+
+def test_scores_that_none_is_known_of_are_the_first_ones():
+    own = {f"mine/{i}": 0.1 * i for i in range(8)}
+    assert list(figures(own)) == [f"mine › {i}" for i in range(6)]
+    assert figures({}) == {}
+
+
+def test_the_heading_says_what_was_trained_on_what_and_what_was_cut(html):
+    heading = html[html.index("<h1>") : html.index("<h2>")]
+    text = Page(heading).text
+    assert "world: 6,000 train" in text and NASTY in text and "1 h 2 min 5 s" in text
+    assert "texts cut" not in text  # an older run does not say it
+    result = {**example_data().result, "data": {"source": "coco", "cut_share": 0.1234}}
+    cut = Page(render_report(dataclasses.replace(example_data(), result=result))).text
+    assert "texts cut 12.3%" in cut and "data coco" in cut
+
+
+def test_pictures_that_are_small_are_not_blurred():
+    large = np.zeros((192, 192, 3), np.uint8)
+    captions = [CaptionExample(each, (), "") for each in (RED, large)]
+    html = render_report(dataclasses.replace(example_data(), captions=captions, retrieval=()))
+    assert [dict(each).get("class") for tag, each in Page(html).tags if tag == "img"] == [
+        "pixels",
+        None,
+    ]

@@ -23,6 +23,23 @@ from unified_mm.analysis.pages import (
     line_chart,
     render_page,
 )
+from unified_mm.evaluation.evaluate import SINGLE
+
+KEY_COUNT = 6
+# The scores that say most, the first ones first, and what each is; other modalities may stand for
+# the image, and a contrast's own name before its scores.
+KEY_SCORES = (
+    (r"(?:.*/)?text_to_(\w+)/recall_at_1", r"of texts find their own \1 first"),
+    (r"(?:.*/)?text_to_(\w+)/recall_at_10", r"of texts find their own \1 among the first ten"),
+    (r"(?:.*/)?(\w+)_to_text/recall_at_1", r"of \1s find a text of theirs first"),
+    (r"caption/cider_d", "likeness of captions to those that people wrote, from 0 to 10"),
+    (r"foil/accuracy", "of true captions are told from the same with one word made false"),
+    (r"answer/accuracy", "of questions are answered as people answer them"),
+    (r"caption/image_gain", "nats a token that a caption gains beside its own image"),
+    (r"caption/nats", "nats a token that people's captions cost; less is better"),
+    (r"(?:.*/)?(\w+)_to_(\w+)/recall_at_1", r"of \1s find their own \2 first"),
+)
+IN_HEADING = ("source", "counts", "cut_share", "device", "seconds", "steps", "parameters")
 
 
 @dataclass(frozen=True)
@@ -104,8 +121,10 @@ def render_report(data: ReportData) -> str:
     return render_page(
         "report.html.jinja",
         data=data,
-        facts=_facts(data.result),
+        heading=_heading(data.result),
+        key_scores=_key_scores(data.result),
         score_groups=_score_groups(data.result),
+        facts=_facts(data.result),
         charts=_charts(data.curves),
         config=json.dumps(data.config, indent=2, default=str, ensure_ascii=False),
     )
@@ -126,31 +145,79 @@ def _check(data: ReportData) -> None:
             )
 
 
+def _key_scores(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the scores that say most, six at most: of the main split, one caption an image.
+
+    A run of which none is known to say most has its first ones.
+    """
+    splits = result.get("data", {}).get("counts", {})
+    own = [name for name in result["scores"] if name.partition("/")[0] not in splits]
+    repeated = {name.replace(SINGLE, "") for name in own if SINGLE in name}
+    found: dict[str, str] = {}
+    for pattern, meaning in KEY_SCORES:
+        for name in own:
+            if name not in repeated and (match := re.fullmatch(pattern, name)):
+                found.setdefault(name, match.expand(meaning))
+    chosen = list(found or dict.fromkeys(result["scores"], ""))[:KEY_COUNT]
+    return [
+        {**_score(result, name), "name": name.replace(SINGLE, ""), "meaning": found.get(name, "")}
+        for name in chosen
+    ]
+
+
 def _score_groups(result: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Returns the rows of the score table, by the part of the name before the first slash."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for name, value in result["scores"].items():
+    for name in result["scores"]:
         group, _, short = name.partition("/") if "/" in name else ("", "", name)
-        row = {"name": short, "value": value}
-        for column in ("chance", "ceiling"):
-            row[column] = result.get(column, {}).get(name)
-        unscaled = short.endswith(("median_rank", "cider_d", "nats")) or "image_gain" in short
-        row["has_bar"] = not unscaled and value is not None and 0 <= value <= 1
-        groups.setdefault(group, []).append(row)
+        groups.setdefault(group, []).append({**_score(result, name), "name": short})
     return groups
 
 
+def _score(result: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns a score's value with its chance and ceiling, None where there is none."""
+    value = result["scores"][name]
+    unscaled = name.endswith(("median_rank", "cider_d", "nats")) or "image_gain" in name
+    return {
+        "name": name,
+        "value": value,
+        **{column: result.get(column, {}).get(name) for column in ("chance", "ceiling")},
+        "has_bar": not unscaled and value is not None and 0 <= value <= 1,
+    }
+
+
+def _heading(result: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what a reader asks first: which data, how many texts were cut, on what, how long.
+
+    Older runs say less of it.
+    """
+    data = result.get("data", {})
+    counts = ", ".join(f"{count:,} {split}" for split, count in data.get("counts", {}).items())
+    said = {
+        "data": ": ".join(filter(None, (data.get("source"), counts))),
+        "texts cut": _formatted("{:.1%}", data.get("cut_share")),
+        "device": result.get("device"),
+        "time": None if result.get("seconds") is None else format_seconds(result["seconds"]),
+        "steps": _formatted("{:,}", result.get("steps")),
+        "parameters": _formatted("{:,}", result.get("parameters")),
+    }
+    return {name: value for name, value in said.items() if value}
+
+
+def _formatted(pattern: str, value: Any) -> str | None:
+    return None if value is None else pattern.format(value)
+
+
 def _facts(result: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the rest of result.json, a line each: what was run, on what and with which data."""
+    """Returns what result.json says beside the scores and the heading, a line each."""
     facts = {}
     for name, value in result.items():
         if name == "data":
-            facts.update({f"data/{part}": _one_line(about) for part, about in value.items()})
-        elif name == "seconds" and value is not None:
-            facts["time"] = format_seconds(value)
+            rest = {part: about for part, about in value.items() if part not in IN_HEADING}
+            facts.update({f"data/{part}": _one_line(about) for part, about in rest.items()})
         elif name == "flops" and value is not None:
             facts["FLOPs"] = f"{value:.3g}"
-        elif name not in ("scores", "chance", "ceiling"):
+        elif name not in ("scores", "chance", "ceiling", *IN_HEADING):
             facts[name] = _one_line(value)
     return facts
 

@@ -25,7 +25,7 @@ from unified_mm.nn.tokens import Group, join_metadata, offset_positions, single_
 from unified_mm.runs.folder import RunFolder
 from unified_mm.runs.metrics import read_metrics
 
-SHOWN_PIXELS = 128
+SHOWN_PIXELS = 192  # of a side, at the most
 
 
 def write_report(
