@@ -6,10 +6,9 @@ See Antol et al. 2015, section 3 (accuracy by consensus of ten people), and Goya
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 from unified_mm.data.coco import Question
@@ -24,54 +23,51 @@ _NUMBER_WORDS = {
     )
 } | {"none": "0"}
 
-# Contractions whose spelling without apostrophes is not a word of its own: "its", "well", "were",
-# "hell", "shell", "ill", "id", "wed" and "shed" are, and so are left as they stand.
+# The contractions that the official evaluation knows, by their full spelling. It mends those with
+# one apostrophe left out, of several any one, and no others: "im", "ive" and "shes" stay.
 _CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
-    haven't he'd he'd've he's how'd how'll how's i'd've i'm i've isn't it'd it'd've it'll ma'am
-    might've mightn't mightn't've must've mustn't needn't not've o'clock oughtn't shan't she'd've
-    she's should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
-    someone'd've someone'll someone's something'd something'd've something'll that's there'd
-    there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've we've
-    weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll
-    who's who've why'll why're why's won't would've wouldn't wouldn't've y'all you'd you'd've
-    you'll you're you've
+    haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't
+    mightn't've must've mustn't needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
+    shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll
+    someone's something'd something'd've something'll that's there'd there'd've there're there's
+    they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
+    what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
+    why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're
+    you've
 """.split()
-
-
-def _without_some_apostrophes(contraction: str) -> Iterable[str]:
-    """Yields every spelling of a contraction with at least one apostrophe left out."""
-    first, *rest = contraction.split("'")
-    for marks in itertools.product(("", "'"), repeat=len(rest)):
-        if "" in marks:
-            yield first + "".join(itertools.chain(*zip(marks, rest, strict=True)))
-
-
 _FULL_SPELLING = {
-    short: contraction
+    contraction[:place] + contraction[place + 1 :]: contraction
     for contraction in _CONTRACTIONS
-    for short in _without_some_apostrophes(contraction)
-}
+    for place, mark in enumerate(contraction)
+    if mark == "'"
+} | {"somebody'd": "somebodyd"}  # the official one has this line the wrong way round
 
 _CURLY_APOSTROPHES = str.maketrans("\u2018\u2019", "''")
-_THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d)")
+_THOUSANDS_COMMA = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
-_PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-><@`,?!]")
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def normalize_answer(answer: str) -> str:
     """Returns an answer in the form in which VQA v2 compares answers.
 
-    It is in lower case; full stops are dropped except before a digit; commas between digits are
-    dropped; other punctuation except apostrophe and colon becomes spaces; number words up to ten
-    become digits ("none" is 0); articles are dropped; apostrophes of contractions are put back;
-    words are separated by single spaces.
+    It is in lower case; full stops are dropped except before a digit; other punctuation except
+    apostrophe and colon becomes spaces, but a mark that stands beside a space anywhere is dropped
+    everywhere, and all are where a comma stands between digits; number words up to ten become
+    digits ("none" is 0); articles are dropped; apostrophes of contractions are put back; words are
+    separated by single spaces. An answer of which nothing would be left, such as "the" or "?", is
+    left as it is, so that no empty answer equals it.
     """
-    answer = answer.lower().translate(_CURLY_APOSTROPHES)
-    answer = _FULL_STOP.sub("", _THOUSANDS_COMMA.sub("", answer))
-    words = _PUNCTUATION.sub(" ", answer).split()
-    digits = (_NUMBER_WORDS.get(word, word) for word in words)
-    return " ".join(_FULL_SPELLING.get(word, word) for word in digits if word not in _ARTICLES)
+    plain = " ".join(answer.lower().translate(_CURLY_APOSTROPHES).split())
+    numbers = _THOUSANDS_COMMA.search(plain)
+    bare = plain
+    for mark in _PUNCTUATION:
+        dropped = numbers or f"{mark} " in plain or f" {mark}" in plain
+        bare = bare.replace(mark, "" if dropped else " ")
+    digits = (_NUMBER_WORDS.get(word, word) for word in _FULL_STOP.sub("", bare).split())
+    words = (_FULL_SPELLING.get(word, word) for word in digits if word not in _ARTICLES)
+    return " ".join(words) or plain
 
 
 def answer_accuracy(prediction: str, answers: Sequence[str]) -> float:
@@ -99,7 +95,7 @@ def answer_scores(predictions: Sequence[str], questions: Sequence[Question]) -> 
     """Returns the mean accuracy over all questions and over those of each type, in [0, 1].
 
     Returns:
-      `answer/accuracy` and, in alphabetic order, `answer/accuracy/<type>` for each type of
+      `answer/accuracy` and, in alphabetic order, `answer/accuracy/<type>` for each known type of
       question and `answer/accuracy/answer_type/<type>` for each known type of answer ('' is
       unknown).
 
@@ -121,7 +117,8 @@ def answer_scores(predictions: Sequence[str], questions: Sequence[Question]) -> 
         if not question.answers:
             raise ValueError(f"question {i} ({kind}) has no answer to compare with: leave it out.")
         every.append(answer_accuracy(prediction, question.answers))
-        by_type[kind].append(every[-1])
+        if kind:
+            by_type[kind].append(every[-1])
         if question.answer_type:
             by_answer[question.answer_type].append(every[-1])
     return {

@@ -53,22 +53,24 @@ def few_shot_scores(
     """Returns the scores of captions and answers for each number of shots.
 
     Returns:
-      `few_shot/<shots>/caption/...`, and `few_shot/<shots>/answer/...` where there are questions.
+      `few_shot/<shots>/caption/...` where there are captions, and `few_shot/<shots>/answer/...`
+      where there are questions.
 
     Raises:
       ValueError: there are fewer training images with a caption, or with a question, than shots.
     """
     chosen = [record for record in records if record.image][: options.images]
+    captioned = [record for record in chosen if record.has("text")]
     by_id = {record.id: record for record in chosen}
     asked = [each for each in questions if each.image_id in by_id][: options.questions]
     scores: dict[str, float] = {}
     for shots in options.shots:
-        written = write_after_shots(
-            predictor, [(record, "") for record in chosen], shots, options, batch_size
-        )
-        references = [[t.target for t in record.texts if not t.prompt] for record in chosen]
-        found = caption_scores(written, references)
-        scores |= {f"few_shot/{shots}/caption/{name}": value for name, value in found.items()}
+        if captioned:
+            pairs = [(record, "") for record in captioned]
+            written = write_after_shots(predictor, pairs, shots, options, batch_size)
+            references = [[t.target for t in record.texts if not t.prompt] for record in captioned]
+            found = caption_scores(written, references)
+            scores |= {f"few_shot/{shots}/caption/{name}": value for name, value in found.items()}
         if asked:
             pairs = [(by_id[each.image_id], each.question) for each in asked]
             written = write_after_shots(predictor, pairs, shots, options, batch_size)
