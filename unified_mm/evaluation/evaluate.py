@@ -15,7 +15,7 @@ from unified_mm.data.coco import Foil, Question
 from unified_mm.data.records import Manifest, Record, Text
 from unified_mm.evaluation import answers, retrieval
 from unified_mm.evaluation.caption_scores import CHARACTERS, caption_scores
-from unified_mm.evaluation.few_shot import FewShot, few_shot_scores
+from unified_mm.evaluation.few_shot import FewShot, check_few_shot, few_shot_scores
 from unified_mm.inference.predictor import Predictor
 from unified_mm.objectives.captioning import Captioning
 from unified_mm.objectives.contrastive import Contrastive
@@ -52,6 +52,11 @@ class Split:
         """The questions on examples that are there, with these."""
         by_id = {record.id: record for record in self.manifest.records}
         return [(by_id[q.image_id], q) for q in self.questions if q.image_id in by_id]
+
+    @property
+    def shown(self) -> list[Record]:
+        """The images that texts are written about: those with captions, else with questions."""
+        return self.captioned or list({record.id: record for record, _ in self.asked}.values())
 
     def first(self, count: int) -> Split:
         """Returns the split cut to its first `count` images and what belongs to them."""
@@ -109,7 +114,7 @@ def check_split(split: Split, task: Task) -> None:
 
     Raises:
       ValueError: no image has a caption, or a question that the model could answer, or only one
-        has a caption and the model writes captions.
+        has a caption and the model writes captions, or as `check_few_shot` does.
     """
     images = len(split.captioned)
     writes = any(isinstance(objective, Captioning) for objective in task.objectives)
@@ -129,6 +134,8 @@ def check_split(split: Split, task: Task) -> None:
             "least: CIDEr-D compares images. Add images, raise evaluation.max_images, or choose "
             "another evaluation.split"
         )
+    if writes and split.few_shot.shots:
+        check_few_shot(task.modalities["text"], split.shown, split.questions, split.few_shot)
 
 
 def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
@@ -157,8 +164,8 @@ def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
         score_foils(predictor, split, found, batch_size)
     score_answers(predictor, split, found, batch_size)
     if split.few_shot.shots:
-        shown = found.images or list({record.id: record for record, _ in split.asked}.values())
-        found.add(few_shot_scores(predictor, shown, split.questions, split.few_shot, batch_size))
+        asked = (split.shown, split.questions, split.few_shot)
+        found.add(few_shot_scores(predictor, *asked, batch_size))
     return found
 
 
