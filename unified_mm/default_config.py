@@ -211,8 +211,15 @@ def data_fields() -> dict:
         "tokenizer": "",  # a tokenizer.json; '' trains one on the training captions
         "vocabulary_size": 8192,  # of the one that is trained
         # How the tokenizer calls them; bos '' puts nothing before a text. A text that is too long
-        # loses its eos, unless eos_when_cut.
-        "special_tokens": {"pad": "<pad>", "bos": "<bos>", "eos": "<eos>", "eos_when_cut": False},
+        # loses its eos, unless eos_when_cut. With space_before_target, an answer has the tokens it
+        # has after its question in a text (GPT-2's words begin with their space).
+        "special_tokens": {
+            "pad": "<pad>",
+            "bos": "<bos>",
+            "eos": "<eos>",
+            "eos_when_cut": False,
+            "space_before_target": False,
+        },
         # Interleaved documents, for the phases of training that ask for them.
         "documents": {
             "file": "",  # JSON lines; '' makes few-shot documents of the pairs

@@ -265,6 +265,8 @@ def evaluate(options: argparse.Namespace) -> int:
     if config.evaluation.questions and not split.questions:
         refuse_no_questions(source, split.manifest.split, "evaluation.questions")
     found = score(model.predictor, split, batch_size=batch_size)
+    for warning in found.warnings:
+        output.say(f"WARNING: {warning}")
     result = {
         "scores": found.scores,
         "chance": found.chance,

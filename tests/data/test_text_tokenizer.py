@@ -195,3 +195,38 @@ def test_tokens_belong_to_the_words_that_white_space_parts():
             ]
             assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.ids(word))
     assert tokenizer.words("") == tokenizer.words(" ") == ([], [])
+
+
+def byte_level(**options):
+    """A tokenizer whose words begin with their space, as GPT-2's, and no word without."""
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<end>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    theirs.train_from_iterator(["what is it? a cat"] * 9, trainer)
+    return TextTokenizer(theirs, pad="<end>", bos="", eos="<end>", **options)
+
+
+def test_an_answer_has_the_tokens_that_it_has_after_its_question_in_a_text():
+    before, spaced = byte_level(), byte_level(space_before_target=True)
+    assert before.words_need_spaces
+    whole = before.ids("what is it? a cat")
+    assert ids_of(spaced.encode("what is it?", "a cat", 40)) == [*whole, spaced.eos_id]
+    assert ids_of(before.encode("what is it?", "a cat", 40)) != [*whole, before.eos_id]
+    for alone in ("", "a cat"):  # without a prompt, or a target, there is nothing to join
+        assert ids_of(spaced.encode("", alone, 40)) == ids_of(before.encode("", alone, 40))
+    assert ids_of(spaced.encode("what", "", 40)) == ids_of(before.encode("what", "", 40))
+    assert pickle.loads(pickle.dumps(spaced)).special_tokens["space_before_target"]
+
+
+def test_words_that_need_no_space_get_none(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    same = TextTokenizer.load(path, space_before_target=True)
+    assert not same.words_need_spaces
+    assert ids_of(same.encode("a red", "cube", 40)) == ids_of(tokenizer.encode("a red", "cube", 40))

@@ -195,3 +195,34 @@ print(caption_scores(candidates, references))
         for seed in range(4)
     }
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("right", "nearly", "wrong"),
+    [
+        (["一只红色的猫在桌子上", "两人走路"], ["一只红色的狗在桌子上", "两人跑步"], "公共汽车"),
+        (["赤いカップがある。", "犬が走る。"], ["青いカップがある", "犬が歩く"], "電車です"),
+        (["แมวสีแดงบนโต๊ะ", "คนสองคนริมทะเล"], ["หมาสีแดงบนโต๊ะ", "คนสามคนริมทะเล"], "รถ"),
+    ],
+    ids=["Chinese", "Japanese", "Thai"],
+)  # fmt: skip
+def test_scripts_without_spaces_are_scored_by_characters(right, nearly, wrong):
+    references = [[text] for text in right]
+    written = (right, nearly, [wrong] * 2)
+    by_text = [scores.caption_scores(texts, references) for texts in written]
+    full, close, far = (found["characters/cider_d"] for found in by_text)
+    assert full == pytest.approx(10) and full > close > 3 and far < 1
+    assert by_text[1]["characters/bleu_1"] > 0.5 and by_text[1]["characters/rouge_l"] > 0.5
+
+
+def test_a_sentence_without_spaces_is_one_word_to_the_scores_of_words():
+    found = scores.caption_scores(["一只狗", "两个人"], [["一只猫"], ["三个人"]])
+    assert found["cider_d"] == 0 and found["characters/cider_d"] > 1
+
+
+def test_scripts_with_spaces_have_the_scores_of_words_alone():
+    for references in ([["a red cube"], ["zwei Männer"]], [["красный куб"], ["빨간 컵"]]):
+        found = scores.caption_scores(["a red cube", "a"], references)
+        assert list(found) == ["cider_d", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"]
+    assert scores.without_spaces([["猫 on the 机"], ["一只猫在机"]])
+    assert not scores.without_spaces([["a cat called 猫"], []])

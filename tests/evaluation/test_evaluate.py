@@ -1,12 +1,21 @@
 """What a split must hold to be scored, and foils on images that it does not have."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
 
-from unified_mm.data.coco import Foil
+from unified_mm.data.coco import Foil, Question
 from unified_mm.data.records import Manifest, Record, Text
-from unified_mm.evaluation.evaluate import Scores, Split, check_split, evaluate, score_foils
+from unified_mm.evaluation.evaluate import (
+    Scores,
+    Split,
+    check_split,
+    evaluate,
+    score_captions,
+    score_foils,
+)
 from unified_mm.inference.loaded import one_device_mesh
 from unified_mm.inference.predictor import Predictor
 
@@ -41,6 +50,48 @@ def test_captions_need_two_images_and_anything_one(task, captioned):
     for nothing in (captioned[:1], [Record(1, {}, (Text("", "red"),), True)]):
         with pytest.raises(ValueError, match="no image with a caption: there is nothing to score"):
             check_split(split(nothing), contrast)
+
+
+class SaysRed(Predictor):
+    """Answers "red" to every question."""
+
+    def write(self, batch, prompts):
+        return ["red"] * len(prompts)
+
+
+def test_questions_alone_are_scored_by_their_answers(task, captioned):
+    records = [replace(r, texts=(Text("red?", "red"),)) for r in captioned]
+    asked = [
+        Question(n, n, "red?", said, (said,), "other", "what")
+        for n, said in enumerate(["red", "blue", "red"])
+    ]
+    alone = replace(split(records), questions=asked)
+    check_split(alone, task)
+    found = evaluate(SaysRed(task, None, one_device_mesh()), alone, batch_size=4)
+    assert found.scores["answer/accuracy"] == pytest.approx(2 / 3)
+    assert not any(name.startswith(("caption", "text_to", "image_to")) for name in found.scores)
+    assert [q.id for q in found.questions] == [0, 1, 2] and found.answers == ["red"] * 3
+    contrast = tiny.task(objectives__captioning__weight=0.0, objectives__matching__weight=0.0)
+    with pytest.raises(ValueError, match="its 3 questions need objectives.captioning"):
+        check_split(alone, contrast)
+    with pytest.raises(ValueError, match="nothing to score$"):
+        check_split(replace(alone, questions=[replace(asked[0], image_id=9)]), task)
+
+
+def test_captions_without_spaces_are_scored_by_characters_with_a_warning(task, captioned):
+    records = [
+        replace(record, texts=(Text("", text),))
+        for record, text in zip(captioned, ["红色的方块", "蓝色的方块", "绿色的圆"], strict=True)
+    ]
+    found = Scores(images=records)
+
+    class Copies(Predictor):
+        def write(self, batch, prompts):
+            return ["红色的方块", "蓝色的", "绿色", ""][: len(prompts)]
+
+    score_captions(Copies(task, None, one_device_mesh()), found, 4)
+    assert found.scores["caption/characters/cider_d"] > found.chance["caption/characters/cider_d"]
+    assert "caption/characters/" in found.warnings[0]
 
 
 def test_a_batch_of_no_row_is_named_by_its_field(task, captioned):

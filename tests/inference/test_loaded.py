@@ -1,5 +1,7 @@
 """A run folder on disk, read back by `unified_mm.load`."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ from PIL import Image
 
 import unified_mm
 from unified_mm.data.records import Record, Text
+from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.files import write_json
+from unified_mm.inference.decoding import Decoding
 from unified_mm.inference.loaded import listed, listed_texts, one_device_mesh
 from unified_mm.inference.predictor import Predictor
 from unified_mm.runs.checkpoints import CheckpointError
@@ -236,3 +240,22 @@ def test_a_model_says_what_it_was_not_trained_for(run):
     task = tiny.task(objectives__contrastive__weight=0.0, objectives__matching__weight=0.0)
     with pytest.raises(ValueError, match="nothing embeds text: the model was trained on capt"):
         Predictor(task, run[1], one_device_mesh()).embed(batch, "text")
+
+
+def test_padding_that_is_the_end_token_is_no_end(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tiny.tokenizer().save(path)
+    one_token = TextTokenizer.load(path, pad="<eos>")  # as in GPT-2's vocabulary
+    task = tiny.task(objectives__matching__weight=0.0)
+    params = tiny.writing_params(task, task.tokenizer.eos_id)
+    predictor = Predictor(replace(task, tokenizer=one_token), params, one_device_mesh())
+    batch = jax.tree.map(np.asarray, tiny.batch(task))
+    prompts = ["", "a red", "", "a"]
+    for decoding in (Decoding(tokens=2), Decoding(), Decoding(beams=2, samples=2, tokens=2)):
+        for prompt, texts in zip(
+            prompts, predictor.generate(batch, prompts, decoding), strict=True
+        ):
+            used = len(one_token.encode_prompt(prompt))
+            room = decoding.tokens or task.modalities["text"].length - used
+            for text in texts:
+                assert len(text.tokens) <= room

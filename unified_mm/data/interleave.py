@@ -275,7 +275,7 @@ def _example(record: Record, questions: bool, of: Sequence[str]) -> _Example | N
 def _encoded(text: Text, tokenizer: TextTokenizer) -> list[tuple[int, bool]]:
     """Returns the tokens of `<bos> prompt target <eos>`, uncut, and whether each is scored."""
     prompt = tokenizer.encode_prompt(text.prompt)
-    target = [*tokenizer.ids(text.target), tokenizer.eos_id]
+    target = [*tokenizer.target_ids(text.prompt, text.target), tokenizer.eos_id]
     return [(id, False) for id in prompt] + [(id, True) for id in target]
 
 

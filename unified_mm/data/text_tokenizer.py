@@ -32,6 +32,9 @@ class TextTokenizer:
         stands before a text.
       eos_when_cut: whether a text that is too long still ends in `<eos>`, as encoders that pool
         there need it.
+      space_before_target: whether a prompt and its target have the tokens that they have with a
+        space between them in a text: where words begin with their space (GPT-2), the target's
+        first one has it. Otherwise the target is encoded as if nothing stood before it.
 
     Raises:
       ValueError: the tokenizer lacks a special token.
@@ -45,6 +48,7 @@ class TextTokenizer:
         bos: str = BOS,
         eos: str = EOS,
         eos_when_cut: bool = False,
+        space_before_target: bool = False,
     ):
         vocabulary = tokenizer.get_vocab()
         needed = [pad, bos, eos] if bos else [pad, eos]
@@ -59,9 +63,17 @@ class TextTokenizer:
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True  # not part of tokenizer.json, so set here
         self._tokenizer = tokenizer
-        self.special_tokens = {"pad": pad, "bos": bos, "eos": eos, "eos_when_cut": eos_when_cut}
+        self.special_tokens = {
+            "pad": pad,
+            "bos": bos,
+            "eos": eos,
+            "eos_when_cut": eos_when_cut,
+            "space_before_target": space_before_target,
+        }
         self.pad_id, self.eos_id = vocabulary[pad], vocabulary[eos]
         self.bos_id = vocabulary[bos] if bos else None
+        # Many tokenizers begin every text as a word, and then need no space.
+        self._space = " " * (space_before_target and self.words_need_spaces)
 
     def __reduce__(self):
         # Worker processes get a tokenizer that went through __init__ again.
@@ -144,7 +156,7 @@ class TextTokenizer:
                 f"a text length of {length} tokens leaves no room after the prompt {prompt!r} "
                 f"({len(prompt_ids)} tokens with <bos>): raise the length or shorten the prompt"
             )
-        row = (prompt_ids + self.ids(target) + [self.eos_id])[:length]
+        row = (prompt_ids + self.target_ids(prompt, target) + [self.eos_id])[:length]
         if self.special_tokens["eos_when_cut"]:
             row[-1] = self.eos_id
         ids = np.full(length, self.pad_id, np.int32)
@@ -157,6 +169,16 @@ class TextTokenizer:
         """Returns the ids of `<bos> prompt`, where generation starts."""
         begin = [] if self.bos_id is None else [self.bos_id]
         return begin + self.ids(prompt)
+
+    def target_ids(self, prompt: str, target: str) -> list[int]:
+        """Returns the ids of a target where it stands after a prompt, '' for none."""
+        return self.ids(self._space * bool(prompt and target) + target)
+
+    @property
+    def words_need_spaces(self) -> bool:
+        """Whether a text's first word differs from the same word within a text."""
+        first, second, both = map(self.ids, ("it?", "a cat", "it? a cat"))
+        return first + second != both == first + self.ids(" a cat")
 
     def ids(self, text: str) -> list[int]:
         """Returns the token ids of a text alone."""

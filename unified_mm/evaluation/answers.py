@@ -95,7 +95,7 @@ def answer_scores(predictions: Sequence[str], questions: Sequence[Question]) -> 
     """Returns the mean accuracy over all questions and over those of each type, in [0, 1].
 
     Returns:
-      `answer/accuracy` and, in alphabetic order, `answer/accuracy/<type>` for each type of
+      `answer/accuracy` and, in alphabetic order, `answer/accuracy/<type>` for each known type of
       question and `answer/accuracy/answer_type/<type>` for each known type of answer ('' is
       unknown).
 
@@ -117,7 +117,8 @@ def answer_scores(predictions: Sequence[str], questions: Sequence[Question]) -> 
         if not question.answers:
             raise ValueError(f"question {i} ({kind}) has no answer to compare with: leave it out.")
         every.append(answer_accuracy(prediction, question.answers))
-        by_type[kind].append(every[-1])
+        if kind:
+            by_type[kind].append(every[-1])
         if question.answer_type:
             by_answer[question.answer_type].append(every[-1])
     return {

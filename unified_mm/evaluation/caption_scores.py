@@ -2,15 +2,16 @@
 
 The three scorers take token lists, one candidate and any number of references for each image,
 and agree with coco-caption (Chen et al. 2015) on the same tokens. `caption_scores` tokenizes
-plain sentences and runs all three.
+plain sentences and runs all three, over characters too where words are not set apart.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -20,6 +21,9 @@ Ngram = tuple[str, ...]
 
 TOKENIZATION = "ptb-lite"
 """Name of the tokenization of `tokenize`; scores of different tokenizations do not compare."""
+
+CHARACTERS = "characters/"
+"""What the names of scores over characters begin with."""
 
 MAX_NGRAM = 4
 _CIDER_SIGMA = 6.0  # width in tokens of the length penalty; Vedantam et al. 2015, section 6
@@ -39,20 +43,31 @@ def caption_scores(
       references: for each image at least one reference caption.
 
     Returns:
-      `cider_d` in [0, 10]; `bleu_1` to `bleu_4` and `rouge_l` in [0, 1].
+      `cider_d` in [0, 10]; `bleu_1` to `bleu_4` and `rouge_l` in [0, 1]. Where the references are
+      mostly `without_spaces`, the same over characters, as `characters/cider_d` and so on.
 
     Raises:
       ValueError: there is no image, lengths differ, or an image has no reference.
     """
-    candidate_tokens = [tokenize(text) for text in candidates]
-    reference_tokens = [[tokenize(text) for text in texts] for texts in references]
+    scores = _scores_over(tokenize, candidates, references)
+    if without_spaces(references):
+        found = _scores_over(characters, candidates, references)
+        scores |= {CHARACTERS + name: value for name, value in found.items()}
+    return scores
+
+
+def _scores_over(
+    split: Callable[[str], list[str]],
+    candidates: Sequence[str],
+    references: Sequence[Sequence[str]],
+) -> dict[str, float]:
+    """Returns the three scores of sentences over the tokens that `split` makes of them."""
+    written = [split(text) for text in candidates]
+    wanted = [[split(text) for text in texts] for texts in references]
     return {
-        "cider_d": cider_d(candidate_tokens, reference_tokens),
-        **{
-            f"bleu_{n}": value
-            for n, value in enumerate(bleu(candidate_tokens, reference_tokens), start=1)
-        },
-        "rouge_l": rouge_l(candidate_tokens, reference_tokens),
+        "cider_d": cider_d(written, wanted),
+        **{f"bleu_{n}": value for n, value in enumerate(bleu(written, wanted), start=1)},
+        "rouge_l": rouge_l(written, wanted),
     }
 
 
@@ -253,3 +268,28 @@ def tokenize(text: str) -> list[str]:
         if token not in _DROPPED:
             tokens.extend(_SPLIT.get(token, (token,)))
     return tokens
+
+
+# Scripts that set no space between words: Thai, Lao, Tibetan, Burmese, Khmer, Kana, Bopomofo, Han.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3105-\u312f\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+
+
+def without_spaces(references: Sequence[Sequence[str]]) -> bool:
+    """Returns whether most letters are of scripts that set no space between words.
+
+    Each sentence of such a script is one word to `tokenize`, and right only as a whole.
+    """
+    letters = [each for texts in references for text in texts for each in characters(text)]
+    return 2 * sum(bool(_UNSPACED.match(each)) for each in letters) > len(letters)
+
+
+def characters(text: str) -> list[str]:
+    """Returns the lower-cased characters of a sentence, without spaces and punctuation.
+
+    Forms that differ in width alone are one character.
+    """
+    plain = unicodedata.normalize("NFKC", text).lower()
+    return [each for each in plain if unicodedata.category(each)[0] in "LMNS"]

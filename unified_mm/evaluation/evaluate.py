@@ -14,8 +14,8 @@ from jaxtyping import Int
 from unified_mm.data.coco import Foil, Question
 from unified_mm.data.records import Manifest, Record, Text
 from unified_mm.evaluation import answers, retrieval
-from unified_mm.evaluation.caption_scores import caption_scores
-from unified_mm.evaluation.few_shot import FewShot, few_shot_scores
+from unified_mm.evaluation.caption_scores import CHARACTERS, caption_scores
+from unified_mm.evaluation.few_shot import FewShot, check_few_shot, few_shot_scores
 from unified_mm.inference.predictor import Predictor
 from unified_mm.objectives.captioning import Captioning
 from unified_mm.objectives.contrastive import Contrastive
@@ -42,6 +42,22 @@ class Split:
     train_questions: Sequence[Question] = ()
     few_shot: FewShot = FewShot()
 
+    @property
+    def captioned(self) -> list[Record]:
+        """The images that have captions."""
+        return [record for record in self.manifest.records if is_scored(record)]
+
+    @property
+    def asked(self) -> list[tuple[Record, Question]]:
+        """The questions on examples that are there, with these."""
+        by_id = {record.id: record for record in self.manifest.records}
+        return [(by_id[q.image_id], q) for q in self.questions if q.image_id in by_id]
+
+    @property
+    def shown(self) -> list[Record]:
+        """The images that texts are written about: those with captions, else with questions."""
+        return self.captioned or list({record.id: record for record, _ in self.asked}.values())
+
     def first(self, count: int) -> Split:
         """Returns the split cut to its first `count` images and what belongs to them."""
         records = self.manifest.records[:count]
@@ -65,6 +81,9 @@ class Scores:
       ceiling: what a perfect model would reach.
       images: the records that were scored, in order.
       captions: what the model wrote, one for each image.
+      questions: the questions that were scored.
+      answers: what the model wrote, one for each of them.
+      warnings: what a reader of the scores has to know.
       image_embeddings: [images, Z].
       text_embeddings: [texts, Z], by record and caption.
       texts: the captions that were embedded, in the same order.
@@ -76,6 +95,9 @@ class Scores:
     ceiling: dict[str, float] = field(default_factory=dict)
     images: list[Record] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     image_embeddings: Any = None
     text_embeddings: Any = None
     texts: list[str] = field(default_factory=list)
@@ -91,22 +113,27 @@ def check_split(split: Split, task: Task) -> None:
     """Checks that a split can be scored, before a run is trained.
 
     Raises:
-      ValueError: no image has a caption, or the model writes captions and only one image has one,
-        or its texts have no begin token.
+      ValueError: no image has a caption, or a question that the model could answer, or only one
+        has a caption and the model writes captions, or its texts have no begin token, or as
+        `check_few_shot` does.
     """
-    images = sum(1 for record in split.manifest.records if is_scored(record))
+    images = len(split.captioned)
+    writes = any(isinstance(objective, Captioning) for objective in task.objectives)
     where = f"split {split.manifest.split!r} in {split.manifest.folder}"
     contrasts = [each for each in task.objectives if isinstance(each, Contrastive)]
     others = [pair for each in contrasts for pair in each.pairs if set(pair) != {"image", "text"}]
     compared = any(r.has(a) and r.has(b) for r in split.manifest.records for a, b in others)
-    if not images and not compared:
-        raise ValueError(f"{where} has no image with a caption: there is nothing to score")
-    writes = any(isinstance(objective, Captioning) for objective in task.objectives)
     if images and writes and task.tokenizer.bos_id is None:
         raise ValueError(
             "this model's texts have no begin token, so that no caption could be begun or scored: "
             "name one that the tokenizer knows with data.special_tokens.bos, such as the "
             "<|endoftext|> of Qwen"
+        )
+    if not images and not compared and not (writes and split.asked):
+        unanswered = f"; its {len(split.asked)} questions need objectives.captioning"
+        raise ValueError(
+            f"{where} has no image with a caption: there is nothing to score"
+            + unanswered * bool(split.asked)
         )
     if images == 1 and writes:
         raise ValueError(
@@ -114,6 +141,8 @@ def check_split(split: Split, task: Task) -> None:
             "least: CIDEr-D compares images. Add images, raise evaluation.max_images, or choose "
             "another evaluation.split"
         )
+    if writes and split.few_shot.shots:
+        check_few_shot(task.modalities["text"], split.shown, split.questions, split.few_shot)
 
 
 def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
@@ -132,21 +161,18 @@ def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
     if batch_size < 1:
         raise ValueError(f"evaluation.batch_size={batch_size}: must be at least 1")
     check_split(split, predictor.task)
-    found = Scores(images=[record for record in split.manifest.records if is_scored(record)])
+    found = Scores(images=split.captioned)
     score_retrieval(predictor, split, found, batch_size)
-    if predictor.can(Captioning) and found.images:
+    if not predictor.can(Captioning):
+        return found
+    if found.images:
         score_captions(predictor, found, batch_size)
         score_image_gain(predictor, found, batch_size)
-        if split.foils:
-            score_foils(predictor, split, found, batch_size)
-        if split.questions:
-            score_answers(predictor, split, found, batch_size)
-        if split.few_shot.shots:
-            found.add(
-                few_shot_scores(
-                    predictor, found.images, split.questions, split.few_shot, batch_size
-                )
-            )
+        score_foils(predictor, split, found, batch_size)
+    score_answers(predictor, split, found, batch_size)
+    if split.few_shot.shots:
+        asked = (split.shown, split.questions, split.few_shot)
+        found.add(few_shot_scores(predictor, *asked, batch_size))
     return found
 
 
@@ -257,6 +283,12 @@ def score_captions(predictor: Predictor, found: Scores, batch_size: int) -> None
     references = [captions_of(record) for record in found.images]
     scores = caption_scores(found.captions, references)
     found.add({f"caption/{name}": value for name, value in scores.items()})
+    if any(name.startswith(CHARACTERS) for name in scores):
+        found.warnings.append(
+            "most references are of scripts without spaces between words: caption/characters/... "
+            "compares their characters; caption/cider_d, bleu and rouge_l take a sentence for a "
+            "word, and say little here (evaluation.best_by chooses what best/ goes by)"
+        )
     # Chance of a caption is that of a fluent one about another picture: all moved on by half.
     half = len(references) // 2
     moved = found.captions[half:] + found.captions[:half]
@@ -326,17 +358,17 @@ def score_answers(predictor: Predictor, split: Split, found: Scores, batch_size:
 
     Questions on images that the split lacks are skipped; if no others are left, nothing is added.
     """
-    by_id = {record.id: record for record in split.manifest.records}
-    asked = [question for question in split.questions if question.image_id in by_id]
-    if not asked:
+    if not split.asked:
         return
-    rows = [by_id[question.image_id] for question in asked]
+    rows, asked = zip(*split.asked, strict=True)
     prompts = itertools.chain((question.question for question in asked), itertools.repeat(""))
-    written = predictor.over(
-        rows,
-        batch_size,
-        lambda batch: predictor.write(batch, list(itertools.islice(prompts, batch_size))),
+    found.questions, found.answers = (
+        list(asked),
+        predictor.over(
+            rows,
+            batch_size,
+            lambda batch: predictor.write(batch, list(itertools.islice(prompts, batch_size))),
+        ),
     )
-
     prior = answers.question_prior(split.train_questions, asked) if split.train_questions else None
-    found.add(answers.answer_scores(written, asked), prior)
+    found.add(answers.answer_scores(found.answers, asked), prior)

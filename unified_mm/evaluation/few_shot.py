@@ -20,6 +20,7 @@ from unified_mm.evaluation import answers
 from unified_mm.evaluation.caption_scores import caption_scores
 from unified_mm.inference.predictor import Predictor
 from unified_mm.modalities.interleaved import interleaved_preparers
+from unified_mm.modalities.text import TextModality
 
 _TOKENS_TOGETHER = 32  # rows are as long as a multiple of this, so that few shapes are compiled
 
@@ -53,28 +54,84 @@ def few_shot_scores(
     """Returns the scores of captions and answers for each number of shots.
 
     Returns:
-      `few_shot/<shots>/caption/...`, and `few_shot/<shots>/answer/...` where there are questions.
+      `few_shot/<shots>/caption/...` where there are captions, and `few_shot/<shots>/answer/...`
+      where there are questions.
 
     Raises:
-      ValueError: there are fewer training images with a caption, or with a question, than shots.
+      ValueError: as `prompt_rows` does.
     """
-    chosen = [record for record in records if record.image][: options.images]
-    by_id = {record.id: record for record in chosen}
-    asked = [each for each in questions if each.image_id in by_id][: options.questions]
+    captioned, asked = what_is_asked(records, questions, options)
     scores: dict[str, float] = {}
     for shots in options.shots:
-        written = write_after_shots(
-            predictor, [(record, "") for record in chosen], shots, options, batch_size
-        )
-        references = [[t.target for t in record.texts if not t.prompt] for record in chosen]
-        found = caption_scores(written, references)
-        scores |= {f"few_shot/{shots}/caption/{name}": value for name, value in found.items()}
-        if asked:
-            pairs = [(by_id[each.image_id], each.question) for each in asked]
+        if captioned:
+            pairs = [(record, "") for record in captioned]
             written = write_after_shots(predictor, pairs, shots, options, batch_size)
-            found = answers.answer_scores(written, asked)
+            references = [[t.target for t in record.texts if not t.prompt] for record in captioned]
+            found = caption_scores(written, references)
+            scores |= {f"few_shot/{shots}/caption/{name}": value for name, value in found.items()}
+        if asked:
+            pairs = [(record, question.question) for record, question in asked]
+            written = write_after_shots(predictor, pairs, shots, options, batch_size)
+            found = answers.answer_scores(written, [question for _, question in asked])
             scores |= {f"few_shot/{shots}/{name}": value for name, value in found.items()}
     return scores
+
+
+def what_is_asked(
+    records: Sequence[Record], questions: Sequence[Question], options: FewShot
+) -> tuple[list[Record], list[tuple[Record, Question]]]:
+    """Returns the records that captions are written for, and the questions that are answered."""
+    chosen = [record for record in records if record.image][: options.images]
+    by_id = {record.id: record for record in chosen}
+    asked = [(by_id[each.image_id], each) for each in questions if each.image_id in by_id]
+    captioned = [record for record in chosen if record.has("text")]
+    return captioned, asked[: options.questions]
+
+
+def check_few_shot(
+    text: TextModality, records: Sequence[Record], questions: Sequence[Question], options: FewShot
+) -> None:
+    """Checks, before a run is trained, that every document leaves room for what is written.
+
+    Raises:
+      ValueError: one does not, or `prompt_row` refuses it.
+    """
+    captioned, asked = what_is_asked(records, questions, options)
+    captions = [(record, "") for record in captioned]
+    answered = [(record, question.question) for record, question in asked]
+    for shots in options.shots:
+        for pairs in filter(None, (captions, answered)):
+            prompt_rows(text, pairs, shots, options)
+
+
+def prompt_rows(
+    text: TextModality, asked: Sequence[tuple[Record, str]], shots: int, options: FewShot
+) -> tuple[list[Row], int]:
+    """Returns a document for each image and its prompt, and the most text tokens of any.
+
+    The examples are questions with answers where the prompt is a question, else captions.
+
+    Raises:
+      ValueError: a document has as many tokens as the model has learned positions, or more, or
+        there are fewer examples than shots.
+    """
+    kinds = {bool(prompt) for _, prompt in asked}
+    examples = {prompted: examples_of(options.support, prompted) for prompted in kinds}
+    rows = [
+        prompt_row(number, record, prompt, examples[bool(prompt)], shots, options.seed)
+        for number, (record, prompt) in enumerate(asked)
+    ]
+    longest = max(text_length(row.documents[0], text.tokenizer) for row in rows)
+    given = longest - 1  # without the end of the text that is to be written
+    embedding = text.embedding
+    if embedding.learned_positions and given >= embedding.max_positions:
+        raise ValueError(
+            f"evaluation.shots={shots}: a document of {shots} examples and a prompt has {given} "
+            f"text tokens, and the model has learned {embedding.max_positions} positions: no room "
+            f"is left for its answer. Ask for fewer shots, or train with model.modalities."
+            f"{text.name}.max_positions={given + text.length}"
+        )
+    return rows, longest
 
 
 def write_after_shots(
@@ -86,16 +143,11 @@ def write_after_shots(
 ) -> list[str]:
     """Returns what the model writes about each image after its prompt, given `shots` examples.
 
-    The examples are questions with answers where the prompt is a question, else captions.
+    Raises:
+      ValueError: as `prompt_rows` does.
     """
-    kinds = {bool(prompt) for _, prompt in asked}
-    examples = {prompted: examples_of(options.support, prompted) for prompted in kinds}
-    rows = [
-        prompt_row(number, record, prompt, examples[bool(prompt)], shots, options.seed)
-        for number, (record, prompt) in enumerate(asked)
-    ]
     text = predictor.task.modalities["text"]
-    longest = max(text_length(row.documents[0], text.tokenizer) for row in rows)
+    rows, longest = prompt_rows(text, asked, shots, options)
     length = -(-longest // _TOKENS_TOGETHER) * _TOKENS_TOGETHER
     room = text.length - 1
 

@@ -9,7 +9,7 @@ from unified_mm.config import Config
 from unified_mm.data.manifest import without_bad_parts
 from unified_mm.data.records import Manifest
 from unified_mm.data.sources import Source, foils_of, questions_of
-from unified_mm.evaluation.evaluate import Split
+from unified_mm.evaluation.evaluate import Split, is_scored
 from unified_mm.evaluation.few_shot import FewShot
 
 
@@ -41,13 +41,17 @@ def read_manifest(
 
 
 def open_split(config: Config, source: Source, name: str, modalities: Mapping[str, Any]) -> Split:
-    """Returns what is scored of a split, up to `evaluation.max_images` images."""
+    """Returns what is scored of a split, up to `evaluation.max_images` images.
+
+    Questions are scored where the config asks for them, and where there is nothing else.
+    """
     options = config.evaluation
+    manifest = read_manifest(config, source, name, modalities)
     answering = config.data.question_share > 0 or config.data.documents.questions
-    asked = answering or options.questions
+    asked = answering or options.questions or not any(map(is_scored, manifest.records))
     questions = questions_of(source, name) if asked else ()
     split = Split(
-        read_manifest(config, source, name, modalities),
+        manifest,
         foils_of(source, name),
         questions,
         questions_of(source, config.data.train_split) if questions else (),

@@ -120,7 +120,7 @@ class Written:
         """Builds the text of a padded row of tokens.
 
         Args:
-          row: token ids, padded.
+          row: token ids, padded, no longer than the text might be.
           log_likelihood: as in the class.
           ends: the tokens that end a text.
           tokenizer: decodes the tokens.

@@ -84,7 +84,8 @@ def run_config(family: Family, source: Source, tokenizer: TextTokenizer | None) 
         set_field(chosen, field, value)
     config = chosen.to_dict()
     if tokenizer is not None:
-        config["data"]["special_tokens"] = dict(tokenizer.special_tokens)
+        named = {**tokenizer.special_tokens, "space_before_target": tokenizer.words_need_spaces}
+        config["data"]["special_tokens"] = named
         known, rows = tokenizer.vocabulary_size, asked["text"]["vocabulary"]
         if known > rows:
             raise ValueError(

@@ -177,14 +177,17 @@ class Predictor:
         ends = decoding.stop_ids(tokenizer)
 
         def write(params: Any, inputs: Any) -> Any:
-            return write_texts(writer, params, inputs, decoding.beams, decoding.samples)
+            texts = write_texts(writer, params, inputs, decoding.beams, decoding.samples)
+            return *texts, inputs["max_tokens"]
 
         name = f"write {cache_room} {decoding.beams} {decoding.samples}"
         inputs = self.to_device(inputs_of(decoding, batch, max_tokens, ends, first))
-        written, gained = jax.device_get(self.call(name, write, inputs))
+        written, gained, rooms = jax.device_get(self.call(name, write, inputs))
+        # What stands beyond a text's room is padding, which may be the same token as the end.
+        rooms = np.repeat(rooms, len(written) // len(rooms)).tolist()
         texts = [
-            Written.of_row(row, float(nats), ends, tokenizer)
-            for row, nats in zip(written, gained, strict=True)
+            Written.of_row(row[:room], float(nats), ends, tokenizer)
+            for row, nats, room in zip(written, gained, rooms, strict=True)
         ]
         return [
             texts[start : start + decoding.samples]

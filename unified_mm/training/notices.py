@@ -57,8 +57,10 @@ def cut_share(task: Task, train: Manifest) -> tuple[float, int]:
     chosen = [
         texts[i] for i in np.linspace(0, len(texts) - 1, min(len(texts), LOOKED_AT), dtype=int)
     ]
-    encode, ids = text.tokenizer.encode_prompt, text.tokenizer.ids
-    lengths = np.array([len(encode(each.prompt)) + len(ids(each.target)) + 1 for each in chosen])
+    encode, ids = text.tokenizer.encode_prompt, text.tokenizer.target_ids
+    lengths = np.array(
+        [len(encode(each.prompt)) + len(ids(each.prompt, each.target)) + 1 for each in chosen]
+    )
     # The smallest length that as few are above: quantiles of whole tokens, never between two.
     enough = int(np.quantile(lengths, 1 - MAY_BE_CUT, method="inverted_cdf"))
     return float((lengths > text.length).mean()), enough

@@ -42,6 +42,8 @@ def score_splits(
         for name, split in setup.splits.items():
             output.say(f"scoring {name}: {len(split.manifest.records)} images")
             found[name] = evaluate(predictor, split, batch_size=options.evaluation.batch_size)
+            for warning in found[name].warnings:
+                output.say(f"WARNING: {warning}")
             # A run that was killed while it scored comes here again.
             metrics.write_new(step, {f"{name}/{k}": v for k, v in found[name].scores.items()})
     value = found[options.evaluation.split].scores.get(setup.best_by)

@@ -180,7 +180,10 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
         return state.replace(params=params, average=average, treatment=kept)  # type: ignore[attr-defined]
 
     say(run_summary(mesh, phases))
-    best_by = options.evaluation.best_by or usual_best(config)
+    scored_split = splits[options.evaluation.split]
+    answered = scored_split.questions and not scored_split.captioned
+    usual = "answer/accuracy" if answered else usual_best(config)
+    best_by = options.evaluation.best_by or usual
     if options.evaluation.every and best_by:
         try:
             higher_is_better(best_by)
