@@ -17,6 +17,7 @@ MOST_BYTES = 2**30  # of programs that are kept; beyond, all are forgotten
 
 # Before jax is imported anywhere.
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["UNIFIED_MM_HUGE_PAGES"] = "0"  # commands that tests start do not start again
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # these programs are compiled, hardly run
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 if version("jaxlib").startswith("0.10."):  # later ones have no other

@@ -15,9 +15,17 @@ costs, and what it changes in the scores; then the throughput with many clients 
 
 measures attention layers of the recipe's shape: see `unified_mm.benchmarks.attention`. The plot is
 written next to the file, as .svg.
+
+On a Linux CPU the command starts itself again with huge pages, as training does, unless
+UNIFIED_MM_HUGE_PAGES=0.
 """
 
 from __future__ import annotations
+
+from unified_mm.cli.huge_pages import start_again
+
+if __name__ == "__main__":
+    start_again("unified_mm.bench")
 
 import argparse
 import json

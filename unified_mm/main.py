@@ -8,10 +8,16 @@ python -m unified_mm.main --mode=search --run=runs/first --query="a red cube"
 --config.FIELD=VALUE overrides any field of the config. The same command goes on where a run was
 stopped or killed; taken on to more steps, a run keeps its old result as result_STEPS.json. With
 --config and --config.data.dir, --mode=evaluate scores a run on other data. Several processes are
-one run: --coordinator, --processes and --process, or --distributed, see `parallel.processes`.
+one run: --coordinator, --processes and --process, or --distributed, see `parallel.processes`. On a
+Linux CPU the command starts itself again with huge pages; UNIFIED_MM_HUGE_PAGES=0 prevents it.
 """
 
 from __future__ import annotations
+
+from unified_mm.cli.huge_pages import start_again
+
+if __name__ == "__main__":
+    start_again("unified_mm.main")
 
 import argparse
 import json

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -57,11 +60,44 @@ class Dense(nn.Module):
         if isinstance(kernel, Quantized):
             y = kernel.product(x, range(contracted)).astype(self.dtype)
         else:
-            y = jnp.tensordot(x, kernel.astype(self.dtype), axes=contracted)
+            y = product(x, kernel.astype(self.dtype), contracted)
         if self.use_bias:
             zeros = partitioned(nn.initializers.zeros, *self.out_axes)
             y = y + self.param("bias", zeros, self.features).astype(self.dtype)
         return y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(
+    x: Float[Array, "..."], kernel: Float[Array, "..."], contracted: int
+) -> Float[Array, "..."]:
+    """Contracts the last axes of x with the first ones of a kernel; `contracted` is their number.
+
+    The gradient of the kernel is a product over all rows, and one of its sides is transposed in
+    memory first: here the narrower one, where jax would take that of the output.
+    """
+    return jnp.tensordot(x, kernel, axes=contracted)
+
+
+def _product_forward(x: Array, kernel: Array, contracted: int) -> tuple[Array, Any]:
+    return product(x, kernel, contracted), (x, kernel)
+
+
+def _product_backward(contracted: int, kept: Any, cotangent: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    rows, inner = tuple(range(x.ndim - contracted)), kernel.shape[:contracted]
+    last = tuple(range(len(rows), cotangent.ndim)), tuple(range(contracted, kernel.ndim))
+    by_x = jax.lax.dot_general(cotangent, kernel, (last, ((), ())))
+    if math.prod(inner) <= math.prod(kernel.shape[contracted:]):
+        by_kernel = jax.lax.dot_general(x, cotangent, ((rows, rows), ((), ())))
+    else:
+        outer = kernel.ndim - contracted
+        turned = jax.lax.dot_general(cotangent, x, ((rows, rows), ((), ())))
+        by_kernel = jnp.moveaxis(turned, range(outer), range(contracted, kernel.ndim))
+    return by_x, by_kernel
+
+
+product.defvjp(_product_forward, _product_backward)
 
 
 class Norm(nn.Module):

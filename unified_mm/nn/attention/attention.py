@@ -130,15 +130,13 @@ def plan_attention(
             own, rows, columns = cut(call, queries, keys)
             seen_by = BlockMask(own, "chunked", chunked.attend, queries=rows, keys=columns)
         if seen_by is None:
-            mask = block_mask(call, queries, keys)
             adds = any(each.term is not None for each in call.keys)
             seen_by = BlockMask(
                 call,
                 "xla",
                 masks.attend,
-                dense=mask,
+                dense=block_mask(call, queries, keys),
                 bias=block_bias(call, queries, keys) if adds else None,
-                has_keys=mask.any(-1),
             )
         block_masks.append(seen_by)
     return AttentionPlan(

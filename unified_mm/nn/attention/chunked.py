@@ -47,8 +47,7 @@ def attend(
         call = BlockCall((0, rows.shape[1]), seen_by.call.keys)
         mask = block_mask(call, queries, seen_by.keys)
         bias = block_bias(call, queries, seen_by.keys)
-        seen = masked_attention(rows, key, value, mask, bias)
-        return jnp.where(mask.any(-1)[:, :, None, None], seen, 0)
+        return masked_attention(rows, key, value, mask, bias)
 
     length = query.shape[1]
     blocks = block_count(length, key.shape[1], SCORES if scores is None else scores)

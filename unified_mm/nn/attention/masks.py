@@ -128,15 +128,74 @@ def masked_attention(
 ) -> Float[Array, "B Q H A"]:
     """Computes scaled dot-product attention (Vaswani et al. 2017, eq. 1), softmax in float32.
 
-    Where G < H, H / G heads of queries share a head of keys. A query that sees no key gets the mean
-    of all values: softmax under an empty mask is uniform.
+    Where G < H, H / G heads of queries share a head of keys. A query that sees no key gets zero.
     """
     if query.dtype == jnp.float16 and platform() == "cpu":
         # No CPU has products of float16 that add up in float32.
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
         return masked_attention(query, key, value, mask, bias).astype(jnp.float16)
-    added = None if bias is None else bias[:, None].astype(query.dtype)
-    return jax.nn.dot_product_attention(query, key, value, added, mask[:, None])
+    if bias is not None:
+        bias = bias.astype(query.dtype)
+    batch, length, heads, width = query.shape
+    groups = key.shape[2]
+    shared = query.reshape(batch, length, groups, heads // groups, width)
+    return _attention(shared, key, value, mask, bias).reshape(query.shape)
+
+
+@jax.custom_vjp
+def _attention(
+    query: Float[Array, "B Q G R A"],
+    key: Float[Array, "B K G A"],
+    value: Float[Array, "B K G A"],
+    mask: Bool[Array, "B Q K"],
+    bias: Float[Array, "B Q K"] | None,
+) -> Float[Array, "B Q G R A"]:
+    """Computes attention of G x R heads of queries; it has a gradient of its own.
+
+    jax would differentiate the softmax step by step, and store what each step needs.
+    """
+    return _attention_forward(query, key, value, mask, bias)[0]
+
+
+def _attention_forward(
+    query: Array, key: Array, value: Array, mask: Array, bias: Array | None
+) -> tuple[Array, Any]:
+    """Returns the output, and what the gradient needs: of the scores, their softmax alone."""
+    scores = _product("BQGRA,BKGA->BGRQK", query, key) * query.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias[:, None, None].astype(jnp.float32)
+    seen, least = mask[:, None, None], jnp.finfo(jnp.float32).min
+    scores = jnp.where(seen, scores, least)
+    largest = scores.max(-1, keepdims=True, initial=least)  # of no keys there is none
+    weights = jnp.where(seen, jnp.exp(scores - largest), 0)
+    total = weights.sum(-1, keepdims=True)
+    weights = (weights / jnp.where(total > 0, total, 1)).astype(value.dtype)
+    output = _product("BGRQK,BKGA->BQGRA", weights, value).astype(query.dtype)
+    return output, (query, key, value, weights, bias)
+
+
+def _attention_backward(kept: Any, cotangent: Array) -> tuple[Array | None, ...]:
+    """Returns the gradients, by that of a softmax p: `p (dp - sum(p dp))`."""
+    query, key, value, weights, bias = kept
+    by_weight = _product("BQGRA,BKGA->BGRQK", cotangent, value)
+    wide = weights.astype(jnp.float32)
+    by_score = wide * (by_weight - (wide * by_weight).sum(-1, keepdims=True))
+    by_product = (by_score * query.shape[-1] ** -0.5).astype(query.dtype)
+    return (
+        _product("BGRQK,BKGA->BQGRA", by_product, key).astype(query.dtype),
+        _product("BGRQK,BQGRA->BKGA", by_product, query).astype(key.dtype),
+        _product("BGRQK,BQGRA->BKGA", weights, cotangent).astype(value.dtype),
+        None,
+        None if bias is None else by_score.sum((1, 2)).astype(bias.dtype),
+    )
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _product(axes: str, left: Array, right: Array) -> Float[Array, "..."]:
+    """Returns a product of arrays by the letters of their axes, in float32."""
+    return jnp.einsum(axes, left, right, preferred_element_type=jnp.float32)
 
 
 def attend(
