@@ -1,6 +1,5 @@
 """What is said of a run before its first step."""
 
-
 import pytest
 import tiny
 
