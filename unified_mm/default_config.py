@@ -50,6 +50,8 @@ class TrainOptions:
     """The options of training; rules are (pattern of a parameter's path, value)."""
 
     steps: int = option(1000, least=1)
+    # Passes over the examples in place of steps, which are computed from them; 0: steps are meant.
+    epochs: float = option(0.0, least=0, below=math.inf)
     batch_size: int = option(128, least=1)
     micro_batches: int = option(1, least=1)  # the batch is worked off in so many parts
     optimizer: str = "adamw"  # or 'muon', 'schedule_free' (which wants schedule 'constant')

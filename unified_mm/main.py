@@ -150,7 +150,7 @@ def train(options: argparse.Namespace) -> int:
     from unified_mm.training.loop import NotFinite, Stopped
     from unified_mm.training.output import output_of
     from unified_mm.training.run import train_and_score
-    from unified_mm.training.setup import check_goes_on, prepare
+    from unified_mm.training.setup import check_goes_on, prepare, settle_epochs
 
     if options.recipe is None:
         raise ValueError("--config is needed to train: --config=configs/coco.py")
@@ -159,6 +159,7 @@ def train(options: argparse.Namespace) -> int:
     output = output_of(folder, say)
     chosen = resolve(options.recipe, output.say)
     refuse_unequal("the config", shared_fields(chosen))
+    settle_epochs(chosen, asked_fields(options))
     refuse_untrained(folder)
     with output.lock():
         new = folder.check(chosen.to_dict(), defaults())

@@ -33,6 +33,7 @@ from unified_mm.runs.saved import UnknownField, todays_config
 # step. The data behind another `data.dir` is compared by its fingerprint, not by its place.
 FREE_FIELDS = (
     "train.steps",
+    "train.epochs",
     "mesh.*",
     "logging.*",
     "checkpoint.*",

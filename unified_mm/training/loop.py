@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from unified_mm.data.pipeline import training_batches
+from unified_mm.data.pipeline import Unreadable, training_batches
 from unified_mm.evaluation.directions import higher_is_better
 from unified_mm.evaluation.evaluate import evaluate
 from unified_mm.inference.predictor import Predictor
@@ -40,6 +40,55 @@ class Stopped(Exception):
 
 class NotFinite(RuntimeError):
     """The error that a loss or gradient became infinite or NaN."""
+
+
+class TooManyUnreadable(ValueError):
+    """The error that too much of the data cannot be read; the state is saved."""
+
+
+class Unread:
+    """The parts that training could not read, each said once, of a set that was checked in part.
+
+    Attributes:
+      unreadable: what the readers note them by.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.unreadable = unreadable_of(setup)
+        self.said = set(self.unreadable.lines()) if self.unreadable else set()
+
+    def say_new(self, say: Callable[[str], None]) -> None:
+        """Says what was met for the first time since the last call."""
+        for line in dict.fromkeys(self.unreadable.lines() if self.unreadable else ()):
+            if line not in self.said:
+                self.said.add(line)
+                say(f"cannot be read, so it counts as absent: {line.replace(chr(9), ': ')}")
+
+    def fault(self, rows: int) -> str:
+        """Returns what is wrong if too many are bad of what was read, on all processes; else ''.
+
+        Args:
+          rows: rows that were read, all epochs together.
+        """
+        if self.unreadable is None:
+            return ""
+        bad, allowed = len(self.said), self.setup.config.data.max_bad_share
+        read = min(rows, len(self.setup.train.records))
+        if not first_decides(bad > allowed * read):
+            return ""
+        return (
+            f"{bad} parts of the {read} examples that were read so far cannot be read "
+            f"({bad / read:.1%}, allowed are {allowed:.1%}): {self.unreadable.log} names them. "
+            "Mend or remove them, or raise data.max_bad_share"
+        )
+
+
+def unreadable_of(setup: Setup) -> Unreadable | None:
+    """Returns where a run names what it cannot read; None where all images were decoded before."""
+    if not setup.train.unchecked:
+        return None
+    return Unreadable(str(setup.folder.path / "unreadable.txt"))
 
 
 def train(setup: Setup, output: Output, predictor: Predictor) -> tuple[TrainState, float]:
@@ -79,7 +128,8 @@ def train(setup: Setup, output: Output, predictor: Predictor) -> tuple[TrainStat
         if setup.source.banner and not start:
             metrics.write_text(0, "data/notice", setup.source.banner)
         began = time.perf_counter() - earlier
-        run = Run(setup, checkpoints, metrics, stop, output.say, predictor, began)
+        unread = Unread(setup)
+        run = Run(setup, checkpoints, metrics, stop, output.say, predictor, began, unread)
         if jax.process_count() == 1:
             stop.unsaved = run.unsaved
         with output.progress(start, options.train.steps) as progress:
@@ -124,6 +174,7 @@ class Run:
     say: Callable[[str], None]
     predictor: Predictor
     began: float  # on this process's clock, moved back by what earlier processes took
+    unread: Unread
     fresh: bool = False  # whether a step was done since the last save
     stopping: bool = False  # after a signal, with its last save
 
@@ -141,6 +192,7 @@ class Run:
         step_function = phase.make_step(options.train.ema_decay)
         since: list[StepMetrics] = []
         waiting: tuple[int, list[StepMetrics]] | None = None
+        bad = ""  # what is wrong with the data
         with closing(phase_batches(self.setup, phase, start)) as batches:  # type: ignore[type-var]
             for step in range(start + 1, phase.stop + 1):
                 rows = self.next_rows(batches, step - 1, state)
@@ -153,8 +205,10 @@ class Run:
                     # nothing that the device still works on.
                     self.record(waiting, phase, progress)
                     waiting, since = (step, since), []
+                    self.unread.say_new(self.say)
+                    bad = self.unread.fault(step * phase.batch_size)
                 stopped = self.stopping = self.stop.after(step)
-                save = last or step % options.checkpoint.every == 0 or stopped
+                save = last or step % options.checkpoint.every == 0 or stopped or bad
                 end = step == options.train.steps  # of the run: it is scored when all is done
                 score = (
                     options.evaluation.every and step % options.evaluation.every == 0 and not end
@@ -163,6 +217,8 @@ class Run:
                     self.record(waiting, phase, progress)
                     waiting = None
                     self.save(step, state)
+                    if bad:
+                        raise TooManyUnreadable(f"{bad}; step {step} is saved")
                     if stopped:
                         raise Stopped(step, self.stop.exit_code)
                     if score:
@@ -277,6 +333,7 @@ def phase_batches(setup: Setup, phase: Phase, start: int) -> Iterator[Any]:
         rows=own_rows(setup.mesh, phase.batch_size),
         threads=setup.options.data.threads,
         workers=setup.options.data.workers,
+        unreadable=unreadable_of(setup),
         numbered=phase.rows.numbered,
     )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from unified_mm.config import Config, build_options, option
 from unified_mm.data.manifest import summary
@@ -26,17 +28,19 @@ from unified_mm.evaluation.directions import higher_is_better
 from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.splits import evaluated_splits, open_split, read_manifest
 from unified_mm.files import user_path
+from unified_mm.modalities.modality import build_modalities
 from unified_mm.objectives.contrastive import named_modalities
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.processes import connect, first_before_others, own_rows, refuse_unequal
 from unified_mm.parallel.sharding import param_shardings
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, keeps_average
-from unified_mm.task import Task, build_task
+from unified_mm.task import Resources, Task, build_task
 from unified_mm.training.layout import in_training, run_summary
 from unified_mm.training.notices import notices
 from unified_mm.training.output import framed
 from unified_mm.training.phases import Phase, build_phases
+from unified_mm.training.sizes import stand_in_tokenizer
 from unified_mm.training.start_from import load_params, news_of_start, weights_to_start_from
 from unified_mm.training.state import TrainState, initial_state
 from unified_mm.training.treatment import treatment_of
@@ -152,6 +156,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
         splits = {name: open_split(config, source, name, task.modalities) for name in names}
         for split in splits.values():
             say(summary(split.manifest))
+    check_epochs(config, len(train.records))
     check_records(task, train)
     prompts = [text.prompt for record in train.records for text in record.texts]
     asked = [question.question for split in splits.values() for question in split.questions]
@@ -196,6 +201,61 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     refuse_unequal("the data", " ".join([setup.fingerprint, *scored]))
     refuse_unequal("the tokenizer", task.tokenizer.as_json())
     return setup
+
+
+def steps_of_epochs(config: Config, examples: int) -> int:
+    """Returns the steps that `train.epochs` are of so many examples, the last batch filled up.
+
+    Raises:
+      ValueError: there are phases, which have steps of their own.
+    """
+    if config.train.phases:
+        raise ValueError(
+            "train.epochs is for runs of one phase: give train.steps, and the steps of train.phases"
+        )
+    return max(1, math.ceil(config.train.epochs * examples / config.train.batch_size))
+
+
+def settle_epochs(config: ConfigDict, asked: Collection[str]) -> None:
+    """Sets the steps of a config with `train.epochs`, before anything depends on them.
+
+    Args:
+      config: changed in place.
+      asked: fields that the command line set.
+
+    Raises:
+      ValueError: steps are given beside epochs, or as `steps_of_epochs` does.
+    """
+    if not config.train.epochs:
+        return
+    if "train.steps" in asked:
+        raise ValueError(
+            f"train.epochs={config.train.epochs:g} and train.steps={config.train.steps} both say "
+            "how long to train: give one of them"
+        )
+    chosen = Config(config.to_dict())
+    build_options(TrainOptions, chosen.train, "train")
+    # Texts are never bad: what counts examples needs no tokenizer of this run.
+    named = {name: each for name, each in chosen.model.modalities.items() if name != "text"}
+    resources = Resources(chosen.data, stand_in_tokenizer(chosen.data.vocabulary_size))
+    modalities = build_modalities(named, resources) if named else {}
+    with first_before_others("data"):
+        source = open_source(chosen.data)
+        train = read_manifest(chosen, source, chosen.data.train_split, modalities)
+    config.train.steps = steps_of_epochs(chosen, len(train.records))
+
+
+def check_epochs(config: Config, examples: int) -> None:
+    """Checks that the steps are those of `train.epochs`, where there are such.
+
+    Raises:
+      ValueError: they are not, or as `steps_of_epochs` does.
+    """
+    if config.train.epochs and (steps := steps_of_epochs(config, examples)) != config.train.steps:
+        raise ValueError(
+            f"train.steps={config.train.steps}, but train.epochs={config.train.epochs:g} of "
+            f"{examples:,} examples are {steps} steps: set train.steps to that"
+        )
 
 
 def run_tokenizer(config: Config, folder: RunFolder, train: Manifest) -> TextTokenizer:
