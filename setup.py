@@ -23,7 +23,10 @@ setup(
     name="unified_mm",
     version="0.1.0",
     description="Native multimodal models in JAX: early fusion, gated cross-attention, two towers",
-    packages=find_packages(include=["unified_mm", "unified_mm.*"]),
+    packages=[*find_packages(include=["unified_mm", "unified_mm.*"]), "unified_mm.configs"],
+    package_dir={
+        "unified_mm.configs": "configs"
+    },  # recipes are found by name where it is installed
     package_data={"unified_mm.analysis": ["*.jinja"], "unified_mm.serving": ["static/*"]},
     python_requires=">=3.11",
     install_requires=[

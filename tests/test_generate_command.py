@@ -1,6 +1,8 @@
 """`python -m unified_mm.generate` as a user types it, on a model that writes varied texts."""
 
+import argparse
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,7 +11,7 @@ import tiny
 from PIL import Image
 
 import unified_mm
-from unified_mm import generate
+from unified_mm import generate, main
 from unified_mm.inference.decoding import Decoding
 
 
@@ -99,3 +101,74 @@ def test_no_run_and_no_image_are_said(written, tmp_path, capsys):
     assert "is no run" in capsys.readouterr().err
     assert command("--run", run, "--image", tmp_path / "none.png") == 1
     assert "there is no image" in capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    """A folder with pictures below it, one broken, and what is no picture."""
+    _, images, _ = written
+    below = tmp_path / "many" / "below"
+    below.mkdir(parents=True)
+    for number in range(40):
+        shutil.copy(images[number % 2], below / f"{number:02}.PNG")
+    (tmp_path / "many" / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "many" / "notes.txt").write_text("notes")
+    return tmp_path / "many"
+
+
+def test_a_folder_is_read_without_what_is_broken(written, folder, tmp_path, capsys):
+    run, images, model = written
+    output = tmp_path / "new.json"
+    assert command("--run", run, "--image", folder, "--image", images[0], "--output", output) == 0
+    said = capsys.readouterr()
+    expected = model.caption([images[number % 2] for number in range(40)] + [images[0]])
+    lines = said.out.splitlines()
+    assert lines[0] == f"{folder}/below/00.PNG: {expected[0]}" and len(lines) == 42
+    assert "1 of 42 pictures were left out" in said.err and "broken.jpg: not an image" in said.err
+    results = json.loads(output.read_text())
+    assert [each["caption"] for each in results] == expected
+    assert results[1] == {
+        "image_id": "below/01.PNG",
+        "file_name": "below/01.PNG",
+        "caption": expected[1],
+    }
+    assert command("--run", run, "--image", folder, "--output", output) == 1
+    assert "not overwritten" in capsys.readouterr().err
+    assert command("--run", run, "--image", folder / "below", "--stream", "--output", "x") == 1
+    capsys.readouterr()
+    assert command("--run", run, "--image", folder / "broken.jpg", *of(images[:1]), "--stream") == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [f"{images[0]}: {expected[0]}"] and "left out" in said.err
+
+
+def test_answers_bear_their_question_and_pictures_of_a_coco_set_their_ids(
+    written, tmp_path, capsys
+):
+    run, _, _ = written
+    data = tiny.write_coco(tmp_path / "coco", train=2, val=3)
+    output = tmp_path / "answers.json"
+    asked = ("--image", data, "--prompt", "red?", "--output", output)
+    assert command("--run", run, *asked) == 0
+    results = json.loads(output.read_text())
+    assert [each["image_id"] for each in results] == [0, 1, 0, 1, 2]
+    assert results[4]["file_name"] == "images/val/2.jpg" and results[4]["question"] == "red?"
+    assert {"answer"} == results[4].keys() - {"image_id", "file_name", "question"}
+
+
+def test_nothing_that_can_be_read_is_an_error(written, folder, tmp_path, capsys):
+    run, _, _ = written
+    assert command("--run", run, "--image", folder / "broken.jpg") == 1
+    assert "cannot be decoded" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert command("--run", run, "--image", tmp_path / "empty") == 1
+    assert "holds no image" in capsys.readouterr().err
+
+
+def test_all_commands_agree_on_what_a_picture_is(written, folder):
+    from unified_mm.search.items import read_items
+
+    _, _, model = written
+    wanted = [str(folder / name) for name in read_items(folder).names]
+    assert [picture.path for picture in generate.listed([str(folder)])] == wanted
+    options = argparse.Namespace(images=str(folder))
+    assert main.searched_images(model, options) == wanted and len(wanted) == 41

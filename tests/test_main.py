@@ -94,6 +94,12 @@ def test_a_run_is_a_folder(finished):
         "parameters",
     }  # fmt: skip
     assert result["data"]["counts"] == {"train": 24, "val": 8}
+    captions = json.loads((finished / "captions.json").read_text())
+    assert [each["image_id"] for each in captions] == list(range(8))
+    assert captions[3]["file_name"] == "images/val/3.jpg" and isinstance(
+        captions[3]["caption"], str
+    )
+    assert not (finished / "answers.json").exists()  # it was not asked
     assert result["flops"] > 0
 
 
@@ -133,6 +139,12 @@ def test_evaluate_scores_another_folder(finished, data, tmp_path, capsys):
     assert commands.run(*evaluate) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["split"] == "train" and result == json.loads(output.read_text())
+    captions = json.loads((tmp_path / "scores_captions.json").read_text())
+    assert [each["file_name"] for each in captions] == [f"images/train/{n}.jpg" for n in range(24)]
+    output.unlink()
+    assert commands.run(*evaluate) == 1
+    assert "scores_captions.json exists and is not overwritten" in capsys.readouterr().err
+    output.touch()
     assert commands.run(*evaluate) == 1
     assert "not overwritten" in capsys.readouterr().err
     assert commands.run("--mode=evaluate", f"--workdir={finished}", "--split=nope") == 1

@@ -55,7 +55,7 @@ INFERENCE_FLAGS = ("run", "tokens", "batch", "max_images", "repeats")
     "bench",
     __doc__,
     takes=("config", "steps", "sweep", "inference", *INFERENCE_FLAGS, "output"),
-    recipe="configs/coco.py",
+    recipe="coco",
     tokens={"type": at_least(int, 1)},
 )
 def main(options: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ from unified_mm.training.estimate import estimate, lines
 from unified_mm.training.phases import Phase
 
 
-@command("compile", __doc__, takes=("config", "topology", "phase"), recipe="configs/coco.py")
+@command("compile", __doc__, takes=("config", "topology", "phase"), recipe="coco")
 def main(options: argparse.Namespace) -> int:
     """Compiles the step, prints the estimate and returns the exit code, 1 if it does not fit."""
     devices, chip = target(options.topology)

@@ -4,6 +4,13 @@ python -m unified_mm.generate --run runs/first --image photo.jpg
 python -m unified_mm.generate --run runs/first --image photo.jpg --prompt "what colour is it?"
 python -m unified_mm.generate --run runs/first --image photo.jpg --temperature 0.8 --samples 3
 python -m unified_mm.generate --run runs/first --image photo.jpg --beams 4 --json
+python -m unified_mm.generate --run runs/first --image DIR --output new.json
+
+--image may be a folder: its pictures and those of all folders below it are taken, as `index` takes
+them, and of a COCO set those of its splits. Pictures that cannot be read are named and left out.
+--output writes COCO's results: a list of {"image_id", "file_name", "caption"}, or after a --prompt
+of {"image_id", "file_name", "question", "answer"}; an image that no COCO set numbers has its name
+as its id.
 """
 
 from __future__ import annotations
@@ -11,13 +18,35 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unified_mm.cli.command import command
-from unified_mm.cli.messages import say
+from unified_mm.cli.messages import new_file, say
+from unified_mm.files import naming, user_path, write_json
+
+if TYPE_CHECKING:
+    from unified_mm.inference.decoding import Decoding, Written
+    from unified_mm.inference.loaded import LoadedModel
 
 DTYPES = ("float32", "bfloat16")
+
+
+class Picture(NamedTuple):
+    """A picture that a text is written about.
+
+    Attributes:
+      path: its file.
+      name: the same as it is listed: within the folder that was given, if one was.
+      id: of a COCO set, else the name.
+    """
+
+    path: str
+    name: str
+    id: int | str
 
 
 @command(
@@ -40,13 +69,15 @@ DTYPES = ("float32", "bfloat16")
         "json",
         "dtype",
         "cache",
+        "output",
     ),
+    output={"help": "a new file for COCO's results in JSON"},
 )
 def main(options: argparse.Namespace) -> int:
     """Generates texts for each image, prints them and returns the exit code.
 
     Raises:
-      ValueError: if a flag is out of range, or flags do not go together.
+      ValueError: if a flag is out of range, flags do not go together, or no picture can be read.
     """
     from unified_mm.inference.decoding import Decoding
     from unified_mm.inference.loaded import load
@@ -55,27 +86,125 @@ def main(options: argparse.Namespace) -> int:
     decoding = Decoding(**{**fields, "stop": tuple(options.stop)})
     if options.stream and (options.samples > 1 or options.beams > 1 or options.json):
         raise ValueError("--stream prints one text: give no --samples, --beams or --json")
+    if options.stream and options.output:
+        raise ValueError("--stream prints each piece at once: give no --output beside it")
+    output = new_file(options.output)
+    pictures = listed(options.image)
     model = load(options.run, best=options.best)
     changes: dict[str, Any] = {"cache": options.cache}
     if options.dtype:
         changes["dtype"] = options.dtype
     model = model.with_options(**changes)
     if options.stream:
-        for image in options.image:
-            print(f"{image}: ", end="", flush=True)
-            for piece in model.stream(image, options.prompt, decoding):
-                print(piece, end="", flush=True)
-            print()
+        stream(model, pictures, options.prompt, decoding)
         return 0
-    prompts = [options.prompt] * len(options.image)
-    written = model.generate(options.image, prompts, decoding)
-    for image, texts in zip(options.image, written, strict=True):
+    results: list[dict[str, Any]] = []
+    for picture, texts in written(model, pictures, options.prompt, decoding):
         for text in texts:
+            results.append(result(picture, options.prompt, text.text))
             if options.json:
-                say(json.dumps({"image": image, "text": text.text, "nats": text.log_likelihood}))
+                said = {"image": picture.path, "text": text.text, "nats": text.log_likelihood}
+                say(json.dumps(said))
             else:
-                say(f"{image}: {text.text}")
+                say(shown(f"{picture.path}: {text.text}"))
+    if output is not None:
+        with naming(f"--output={output}"):
+            write_json(output, results)
+        say(f"{len(results):,} texts in {output}")
     return 0
+
+
+def listed(images: Sequence[str]) -> list[Picture]:
+    """Returns the pictures that `--image` names, each a file or a folder."""
+    from unified_mm.search.items import read_items
+
+    pictures = []
+    for image in images:
+        path = user_path(image, "--image")
+        if not path.is_dir():
+            pictures.append(Picture(image, image, image))
+            continue
+        with naming(f"--image={image}"):
+            items = read_items(path)
+        found = zip(items.names, items.ids, strict=True)
+        pictures += [Picture(os.path.join(image, name), name, id) for name, id in found]
+    return pictures
+
+
+def written(
+    model: LoadedModel, pictures: Sequence[Picture], prompt: str, decoding: Decoding
+) -> Iterator[tuple[Picture, list[Written]]]:
+    """Yields each picture that can be read with its texts; a batch is in memory at a time.
+
+    Raises:
+      ValueError: none can be read.
+    """
+    from tqdm import tqdm
+
+    from unified_mm.inference.loaded import BATCH
+
+    parts = [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
+    read = model.read_ahead([[Path(each.path) for each in part] for part in parts])
+    left_out: list[str] = []
+    done = 0
+    # For a few pictures a bar would only stand between their texts.
+    hidden = True if len(parts) == 1 else None
+    with tqdm(total=len(pictures), desc="writing", unit="picture", disable=hidden) as bar:
+        for part, rows in zip(parts, read, strict=True):
+            found = [pair for pair in zip(part, rows, strict=True) if not isinstance(pair[1], str)]
+            for picture, row in zip(part, rows, strict=True):
+                if isinstance(row, str):
+                    left_out.append(f"left out: {picture.path}: {row}")
+                    print(shown(left_out[-1]), file=sys.stderr)
+            texts = model.generate_rows(
+                [row for _, row in found], [prompt] * len(found), decoding, first=done
+            )
+            done += len(found)
+            yield from zip((picture for picture, _ in found), texts, strict=True)
+            bar.update(len(part))
+    refuse_nothing(model, pictures, len(left_out))
+
+
+def stream(
+    model: LoadedModel, pictures: Sequence[Picture], prompt: str, decoding: Decoding
+) -> None:
+    """Prints the text of each picture that can be read in pieces, as it is written."""
+    from unified_mm.data.images import ImageError
+
+    left_out = 0
+    for picture in pictures:
+        try:
+            pieces = model.stream(picture.path, prompt, decoding)
+        except (FileNotFoundError, ImageError) as error:
+            left_out += 1
+            print(shown(f"left out: {error}"), file=sys.stderr)
+            continue
+        print(shown(f"{picture.path}: "), end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    refuse_nothing(model, pictures, left_out)
+
+
+def refuse_nothing(model: LoadedModel, pictures: Sequence[Picture], left_out: int) -> None:
+    """Says how many pictures were left out; raises the first one's error if it was all of them."""
+    if left_out == len(pictures):
+        model.read(pictures[0].path, "image")
+    if left_out:
+        print(f"{left_out:,} of {len(pictures):,} pictures were left out", file=sys.stderr)
+
+
+def result(picture: Picture, prompt: str, text: str) -> dict[str, Any]:
+    """Returns an entry of COCO's results: of a caption, or of an answer with its question."""
+    said = {"question": prompt, "answer": text} if prompt else {"caption": text}
+    return {"image_id": picture.id, "file_name": shown(picture.name), **said}
+
+
+def shown(text: str) -> str:
+    """Returns a text that can be printed, whatever bytes the names in it have."""
+    from unified_mm.search import items
+
+    return items.shown(text)
 
 
 if __name__ == "__main__":

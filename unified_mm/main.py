@@ -146,6 +146,7 @@ def train(options: argparse.Namespace) -> int:
     The same command resumes a run that was stopped.
     """
     from unified_mm.analysis.run_report import write_report
+    from unified_mm.evaluation.results import results_beside, write_results
     from unified_mm.runs.environment import or_warn, unseen_accelerator
     from unified_mm.training.loop import NotFinite, Stopped
     from unified_mm.training.output import output_of
@@ -184,6 +185,8 @@ def train(options: argparse.Namespace) -> int:
             scored, banner = found[config.evaluation.split], setup.source.banner
             report = partial(write_report, folder, result, config.as_dict(), scored, banner)
             output.write(lambda: or_warn(f"{folder.report}", report))
+            files, place = results_beside(folder.result), setup.source.folder
+            output.write(lambda: write_results(files, scored, place))
             output.write(lambda: write_json(folder.result, result))
         except Stopped as stop:
             output.say(f"\n{stop}; to go on, run the same command again:\n  {options.command}")
@@ -252,11 +255,15 @@ def evaluate(options: argparse.Namespace) -> int:
     """Evaluates a run on any data and split, prints the scores and returns the exit code."""
     from unified_mm.data.sources import open_source, refuse_no_questions
     from unified_mm.evaluation.evaluate import evaluate as score
+    from unified_mm.evaluation.results import results_beside, write_results
     from unified_mm.evaluation.splits import evaluated_splits, open_split
     from unified_mm.inference.loaded import load
     from unified_mm.training.output import framed, output_of
 
     file = new_file(options.output)
+    beside = {} if file is None else results_beside(file, f"{file.stem}_")
+    for each in beside.values():
+        new_file(str(each))
     output = output_of(RunFolder(options.folder), say)
     model = load(options.folder, mesh=mesh_of_processes(), best=options.best)
     config = run_config(model.config, options)
@@ -286,6 +293,7 @@ def evaluate(options: argparse.Namespace) -> int:
     output.say(score_table(result))
     if file is not None:
         with naming(f"--output={file}"):
+            output.write(lambda: write_results(beside, found, source.folder))
             output.write(lambda: write_json(file, result))
     output.say(json.dumps(result))
     return 0

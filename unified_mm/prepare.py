@@ -28,7 +28,7 @@ SETTABLE = (*DATA_FIELDS, "data.image_size")  # the last of the world
     __doc__,
     needs=("out",),
     takes=("config", "resize", "quality", "shard_megabytes"),
-    recipe="configs/coco.py",
+    recipe="coco",
     interrupted="interrupted; the same command goes on from the last whole shard",
 )
 def main(flags: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from unified_mm.models.unified import FUSIONS
 from unified_mm.training.sizes import fit_to_budget, measure_sizes
 
 
-@command("sizes", __doc__, takes=("config",), recipe="configs/coco.py")
+@command("sizes", __doc__, takes=("config",), recipe="coco")
 def main(options: argparse.Namespace) -> int:
     """Prints a row for each fusion and returns the exit code."""
     asked = resolve(options.recipe, say)

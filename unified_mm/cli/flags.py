@@ -56,7 +56,9 @@ def _many(metavar: str, help: str) -> dict[str, Any]:
 
 FLAGS: Mapping[str, Mapping[str, Any]] = {
     # Where things lie.
-    "config": _text("FILE", "the recipe: configs/coco.py, or with a size, configs/coco.py:base"),
+    "config": _text(
+        "FILE", "the recipe: coco or a file, with a size coco:base, configs/coco.py:base"
+    ),
     "workdir": _text("RUN", "the folder of the run that is trained"),
     "run": _text("RUN", "the folder of a finished run"),
     "best": _switch("take the run's best state on the way (evaluation.every), not its last"),
@@ -68,7 +70,7 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
     "images": _text(
         "DIR", "a folder of pictures, or of files of --of; for classes, one folder each"
     ),
-    "image": _many("FILE", "a picture"),
+    "image": _many("FILE", "a picture, or a folder with pictures below it"),
     "query_image": _text("FILE", "a picture like what is looked for", None),
     "query_item": _text("OF:FILE", "an item of another modality, such as tone:a.wav", None),
     "objective": _text("NAME", "the contrast in whose space vectors lie; that of --of and text"),

@@ -62,7 +62,7 @@ def read_recipe(path: str | None, fields: Sequence[str]) -> Recipe | None:
     """Returns the recipe of a command line, None if there is none.
 
     Args:
-      path: the path of its file.
+      path: the path of its file, or the name of a recipe of this package.
       fields: --config.FIELD=VALUE, or --config.FIELD VALUE, each.
 
     Raises:
@@ -74,6 +74,7 @@ def read_recipe(path: str | None, fields: Sequence[str]) -> Recipe | None:
         if names:
             raise ValueError(f"{names[0]} changes a recipe: --config=FILE is needed beside it")
         return None
+    path = recipe_file(path)
     known = list(field_paths(recipe_config(path).to_dict()))
     for name in names:
         field = name.removeprefix("--config.")
@@ -97,6 +98,29 @@ def read_recipe(path: str | None, fields: Sequence[str]) -> Recipe | None:
         )
     overrides = config_flags.get_override_values(values["config"])
     return Recipe(path, holder.value, tuple(sorted(overrides)))
+
+
+def recipe_file(given: str) -> str:
+    """Returns the file of a recipe, with the size where one was given.
+
+    Args:
+      given: the path of the file, or for a recipe of this package its name alone, such as
+        coco:tiny; a file of that name comes first.
+    """
+    name, colon, size = given.partition(":")
+    found = own_recipes().get(name)
+    if found is None or os.path.lexists(name):
+        return given
+    return f"{found}{colon}{size}"
+
+
+def own_recipes() -> dict[str, Path]:
+    """Returns the recipes of this package by name: in it where it is installed, else beside it."""
+    package = Path(__file__).parents[1]
+    inside, beside = package / "configs", package.parent / "configs"
+    return {
+        each.stem: each for each in sorted((inside if inside.is_dir() else beside).glob("*.py"))
+    }
 
 
 def recipe_config(given: str) -> ConfigDict:
@@ -133,7 +157,8 @@ def check_is_recipe(path: str, flag: str) -> None:
     """
     if not os.path.isfile(path):
         what = "is a folder" if os.path.isdir(path) else "does not exist: there is no such file"
-        raise FileNotFoundError(f"{flag}: {path!r} {what}")
+        names = ", ".join(own_recipes())
+        raise FileNotFoundError(f"{flag}: {path!r} {what}; this package has {names}, by name alone")
     with naming(flag):
         source = Path(path).read_bytes()
     try:

@@ -229,11 +229,30 @@ class LoadedModel:
             `view` refuses.
         """
         images, prompts = as_many(images, prompts, "prompts")
+        return self.generate_rows(
+            [self.read(image, "image") for image in images], prompts, decoding
+        )
+
+    def generate_rows(
+        self,
+        rows: Sequence[Row],
+        prompts: Sequence[str],
+        decoding: Decoding = GREEDY,
+        first: int = 0,
+    ) -> list[list[Written]]:
+        """Returns what `generate` does, of images that `read` has read.
+
+        Args:
+          rows: the images.
+          prompts: as many.
+          decoding: how texts are decoded.
+          first: number of the first image, which is part of the seed of each draw.
+        """
         written: list[list[Written]] = []
-        for batch, count in self._batches([self.read(image, "image") for image in images]):
-            asked = prompts[len(written) : len(written) + count]
+        for batch, count in self._batches(rows):
+            asked = list(prompts[len(written) : len(written) + count])
             asked += [""] * (len(batch["image"]["present"]) - count)
-            texts = self.predictor.generate(batch, asked, decoding, first=len(written))
+            texts = self.predictor.generate(batch, asked, decoding, first=first + len(written))
             written += texts[:count]
         return written
 

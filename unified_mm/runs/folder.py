@@ -1,8 +1,9 @@
 """The run folder: its files, its config, and the lock that keeps a run to one process.
 
 Its files: config.json, tokenizer.json, checkpoints/, best/, metrics.jsonl, tensorboard/,
-result.json (written last: the run is finished) and report.html. A run that is taken on to more
-steps keeps its old result as result_STEPS.json.
+captions.json and answers.json (what the model wrote), report.html and result.json (written last:
+the run is finished). A run that is taken on to more steps keeps its old result as
+result_STEPS.json, and what it wrote likewise.
 """
 
 from __future__ import annotations
@@ -185,10 +186,14 @@ class RunFolder:
     def set_result_aside(self) -> None:
         """Renames the result of a run that is continued to `result_<steps>.json`.
 
-        The run then counts as not finished.
+        So it does with what the model wrote. The run then counts as not finished.
         """
-        if self.finished:
-            os.replace(self.result, self.path / f"result_{self.finished_steps()}.json")
+        if not self.finished:
+            return
+        steps = self.finished_steps()
+        for name in ("captions", "answers", "result"):
+            if (file := self.path / f"{name}.json").is_file():
+                os.replace(file, self.path / f"{name}_{steps}.json")
 
     def tokenizer_digest(self) -> str | None:
         """Returns the SHA-256 of the tokenizer's file, None where there is none."""

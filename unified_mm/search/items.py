@@ -28,6 +28,7 @@ class ItemSet:
       names: of the files, within the folder.
       captions: of each item; all empty where the folder is no COCO set.
       stats: of each file, None where there is none.
+      ids: of each item: that of the COCO set, else the name.
       problems: of the annotations.
     """
 
@@ -37,6 +38,7 @@ class ItemSet:
     names: tuple[str, ...]
     captions: tuple[tuple[str, ...], ...]
     stats: tuple[Stat | None, ...]
+    ids: tuple[int | str, ...]
     problems: tuple[Problem, ...] = ()
 
     @property
@@ -85,24 +87,24 @@ def read_items(
     if not files:
         raise FileNotFoundError(f"{folder} holds no {of} ({', '.join(sorted(suffixes))})")
     names = tuple(os.path.relpath(file, folder) for file in files)
-    return ItemSet(of, folder, (), names, ((),) * len(names), tuple(map(file_stat, files)))
+    return ItemSet(of, folder, (), names, ((),) * len(names), tuple(map(file_stat, files)), names)
 
 
 def _coco_set(folder: Path, splits: Sequence[str]) -> ItemSet:
     found = [coco.read_captions(folder, split) for split in splits]
     pictures = [
-        (entry.image, entry.captions)
+        (entry.image, entry.captions, entry.id)
         for each in found
         for entry in each.entries
         if isinstance(entry.image, Path)
     ]
     if not pictures:
         raise FileNotFoundError(f"{folder}: no example of {', '.join(splits)} has an image")
-    files, captions = zip(*pictures, strict=True)
+    files, captions, ids = zip(*pictures, strict=True)
     names = tuple(os.path.relpath(file, folder) for file in files)
     stats = tuple(file_stat(folder / name) for name in names)
     problems = tuple(problem for each in found for problem in each.problems)
-    return ItemSet("image", folder, tuple(splits), names, captions, stats, problems)
+    return ItemSet("image", folder, tuple(splits), names, captions, stats, ids, problems)
 
 
 def noun(of: str) -> str:

@@ -1,0 +1,49 @@
+"""Recipes by their names, in a checkout and where the package is installed elsewhere."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from unified_mm.cli.recipes import own_recipes, read_recipe, recipe_file
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_name_is_the_recipe_of_this_package(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert list(own_recipes()) == ["coco", "coco_documents", "coco_flamingo"]
+    named = read_recipe("coco:base", ["--config.seed=3"])
+    by_path = read_recipe(f"{ROOT / 'configs' / 'coco.py'}:base", ["--config.seed=3"])
+    assert named == by_path and named.config.size == "base" and named.config.seed == 3
+    (tmp_path / "coco").write_text("a file of the same name comes first")
+    assert recipe_file("coco:base") == "coco:base" and recipe_file("mine.py") == "mine.py"
+
+
+def test_a_recipe_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(FileNotFoundError, match="'cocoa' does not exist.*coco, coco_documents"):
+        read_recipe("cocoa", [])
+
+
+@pytest.mark.slow
+def test_an_installed_package_has_its_recipes_without_the_checkout(tmp_path):
+    target = tmp_path / "site"
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation")
+    copy = tmp_path / "checkout"
+    files = subprocess.run(
+        ["git", "ls-files", "unified_mm", "configs", "setup.py", "pyproject.toml"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    for file in files:
+        (copy / file).parent.mkdir(parents=True, exist_ok=True)
+        (copy / file).write_bytes((ROOT / file).read_bytes())
+    subprocess.run([*pip, "--target", target, copy], check=True, cwd=tmp_path)
+    found = os.pathsep.join([str(target), sysconfig.get_paths()["purelib"]])
+    command = [sys.executable, "-P", "-m", "unified_mm.sizes", "--config=coco:tiny"]
+    environment = {**os.environ, "PYTHONPATH": found}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (target / "unified_mm" / "configs" / "coco.py").is_file()
