@@ -5,6 +5,7 @@ and what each variant has other than it. It is of the day on which `experiments/
 `configs/coco.py`; a field that is newer than that has its default.
 """
 
+import copy
 import json
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def frozen(size, ablation, variant):
     """The config that a variant had, as a run of that day is read now."""
     config: dict = {}
     changes = FROZEN[size]["changes"][ablation][variant]
-    for name, value in {**FROZEN[size]["base"], **changes}.items():
+    for name, value in copy.deepcopy({**FROZEN[size]["base"], **changes}).items():
         *groups, last = name.split(".")
         node = config
         for group in groups:
