@@ -151,16 +151,15 @@ def written(
     hidden = True if len(parts) == 1 else None
     with tqdm(total=len(pictures), desc="writing", unit="picture", disable=hidden) as bar:
         for part, rows in zip(parts, read, strict=True):
-            found = [pair for pair in zip(part, rows, strict=True) if not isinstance(pair[1], str)]
+            found = [p for p, row in zip(part, rows, strict=True) if not isinstance(row, str)]
             for picture, row in zip(part, rows, strict=True):
                 if isinstance(row, str):
                     left_out.append(f"left out: {picture.path}: {row}")
                     print(shown(left_out[-1]), file=sys.stderr)
-            texts = model.generate_rows(
-                [row for _, row in found], [prompt] * len(found), decoding, first=done
-            )
+            readable = [row for row in rows if not isinstance(row, str)]
+            texts = model.generate_rows(readable, [prompt] * len(readable), decoding, first=done)
             done += len(found)
-            yield from zip((picture for picture, _ in found), texts, strict=True)
+            yield from zip(found, texts, strict=True)
             bar.update(len(part))
     refuse_nothing(model, pictures, len(left_out))
 
