@@ -258,3 +258,10 @@ def test_pictures_that_are_small_are_not_blurred():
         "pixels",
         None,
     ]
+
+
+def test_a_search_says_where_the_right_one_is_not_found(html):
+    said = "the right one is not among these"
+    assert said not in html
+    missed = [RetrievalExample("query", [RED, BLUE], [False, False])]
+    assert said in render_report(dataclasses.replace(example_data(), retrieval=missed))
