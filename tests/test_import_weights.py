@@ -123,6 +123,19 @@ def test_a_name_that_the_hub_is_asked_for(tmp_path, monkeypatch):
     assert asked == [("someone/small-gpt2", "main", tmp_path)]
 
 
+def test_answers_are_joined_by_a_space_where_words_begin_with_theirs(tmp_path):
+    def joined(folder):
+        return import_directory(folder).config["data"]["special_tokens"]["space_before_target"]
+
+    folder = published.write(tmp_path / "theirs")
+    assert joined(folder) is False  # every text begins as a word
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["add_prefix_space"] = False
+    content["normalizer"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert joined(folder) is True
+
+
 def test_what_is_said(run, tmp_path, capsys):
     source, _ = run
     weights = published.tensors()

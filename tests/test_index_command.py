@@ -67,7 +67,7 @@ def test_it_is_made_and_said(trained, coco, made, tmp_path, capsys):
     assert run(*arguments, "--exact_up_to=3") == 1
     assert "is of another --exact_up_to: name a new one" in capsys.readouterr().err
     assert run(f"--run={trained}", f"--images={coco}", f"--out={out}") == 1
-    assert "is of another split, of another state of the pict" in capsys.readouterr().err
+    assert "is of another split: name a new one" in capsys.readouterr().err
     assert run(*arguments) == 0
     assert "is made already, of the same pictures with the same" in capsys.readouterr().out
     assert SearchIndex.open(made).header["splits"] == ["train", "val"]

@@ -54,7 +54,6 @@ class Picture(NamedTuple):
     __doc__,
     needs=("run", "image"),
     takes=(
-        "best",
         "prompt",
         "tokens",
         "temperature",
@@ -145,23 +144,25 @@ def written(
 
     parts = [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
     read = model.read_ahead([[Path(each.path) for each in part] for part in parts])
-    left_out: list[str] = []
-    done = 0
+    left_out = done = 0
     # For a few pictures a bar would only stand between their texts.
     hidden = True if len(parts) == 1 else None
     with tqdm(total=len(pictures), desc="writing", unit="picture", disable=hidden) as bar:
         for part, rows in zip(parts, read, strict=True):
-            found = [p for p, row in zip(part, rows, strict=True) if not isinstance(row, str)]
+            found = []
             for picture, row in zip(part, rows, strict=True):
                 if isinstance(row, str):
-                    left_out.append(f"left out: {picture.path}: {row}")
-                    print(shown(left_out[-1]), file=sys.stderr)
-            readable = [row for row in rows if not isinstance(row, str)]
-            texts = model.generate_rows(readable, [prompt] * len(readable), decoding, first=done)
+                    left_out += 1
+                    print(shown(f"left out: {picture.path}: {row}"), file=sys.stderr)
+                else:
+                    found.append((picture, row))
+            texts = model.generate_rows(
+                [row for _, row in found], [prompt] * len(found), decoding, first=done
+            )
             done += len(found)
-            yield from zip(found, texts, strict=True)
+            yield from zip((picture for picture, _ in found), texts, strict=True)
             bar.update(len(part))
-    refuse_nothing(model, pictures, len(left_out))
+    refuse_nothing(model, pictures, left_out)
 
 
 def stream(

@@ -9,8 +9,10 @@
 
 --out and --index are two names of one option. Images are taken from DIR and all folders below it;
 if DIR holds annotations/captions_*.json, images and captions of its splits are taken. A command
-that was stopped resumes; an existing index is never changed. With both --query and --query_image,
-the query is the weighted mean of their embeddings. With --evaluate the last line printed is JSON.
+that was stopped resumes; run again on a folder that has changed, it embeds what is new or changed,
+forgets what is gone, and puts the new index in the old one's place when it is whole. With both
+--query and --query_image, the query is the weighted mean of their embeddings. With --evaluate the
+last line printed is JSON.
 
 Pictures that cannot be read are named and left out. Up to --exact_up_to vectors all are compared;
 above that a graph (HNSW, usearch) proposes and exact scores decide. An index is checked byte by

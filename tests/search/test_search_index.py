@@ -15,6 +15,7 @@ from PIL import Image
 from unified_mm.config import Config
 from unified_mm.data.images import decode
 from unified_mm.inference.loaded import LoadedModel, one_device_mesh
+from unified_mm.runs.seal import write_seal
 from unified_mm.search import index_writer
 from unified_mm.search.index_writer import write_index
 from unified_mm.search.items import read_items
@@ -331,3 +332,122 @@ def test_a_model_without_contrast_is_refused(coco, tmp_path):
     with pytest.raises(ValueError, match="this run cannot search: it was trained on captioning"):
         write_index(model, read_items(coco), tmp_path / "out", print)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def folder(coco, tmp_path):
+    """A folder of six pictures, all of them from before an index is made."""
+    folder = tmp_path / "pictures"
+    shutil.copytree(coco / "images" / "train", folder)
+    for path in folder.iterdir():
+        os.utime(path, ns=(0, path.stat().st_mtime_ns - 10**10))
+    return folder
+
+
+def change(folder):
+    """Changes one picture, removes another and adds two."""
+    shutil.copy(folder / "2.jpg", folder / "0.jpg")
+    (folder / "1.jpg").unlink()
+    Image.new("RGB", (20, 20), "white").save(folder / "new.png")
+    (folder / "below").mkdir()
+    Image.new("RGB", (20, 20), "black").save(folder / "below" / "new.png")
+
+
+def embedded_files(monkeypatch):
+    """The names of the files that are embedded from here on."""
+    seen = []
+    read_ahead = LoadedModel.read_ahead
+
+    def noting(self, parts, of="image"):
+        seen.extend(sorted(str(path.name) for part in parts for path in part))
+        return read_ahead(self, parts, of)
+
+    monkeypatch.setattr(LoadedModel, "read_ahead", noting)
+    return seen
+
+
+def same_but_for_the_order(one, other):
+    found = [dict(zip(i.rows.names, i.nearest["image"].vectors, strict=True)) for i in (one, other)]
+    assert found[0].keys() == found[1].keys()
+    for name, vector in found[0].items():
+        np.testing.assert_allclose(vector, found[1][name], atol=1e-6)
+
+
+def no_times(index):
+    """Makes an index one of an earlier version, which kept no times."""
+    header = json.loads((index / "index.json").read_text())
+    del header["times"]
+    (index / "index.json").write_text(json.dumps(header))
+    write_seal(index)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_an_index_follows_its_folder(model, folder, tmp_path, monkeypatch, capsys, earlier):
+    out = tmp_path / "index"
+    write_index(model, read_items(folder), out, print, shard=2)
+    if earlier:
+        no_times(out)
+    change(folder)
+    seen = embedded_files(monkeypatch)
+    write_index(model, read_items(folder), out, print, shard=2)
+    assert seen == ["0.jpg", "new.png", "new.png"]
+    assert "4 pictures stay, 3 are new or changed, 2 are changed or gone" in capsys.readouterr().out
+    fresh = tmp_path / "fresh"
+    write_index(model, read_items(folder), fresh, print, shard=2)
+    same_but_for_the_order(SearchIndex.open(out), SearchIndex.open(fresh))
+    seen.clear()
+    (folder / "new.png").unlink()
+    write_index(model, read_items(folder), out, print, shard=2)
+    assert seen == [] and "new.png" not in SearchIndex.open(out).rows.names
+    assert "made already" not in capsys.readouterr().out
+    write_index(model, read_items(folder), out, print, shard=2)
+    assert "made already" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "index", "pictures"]
+
+
+def test_captions_follow_their_pictures(model, coco, tmp_path, monkeypatch):
+    data = shutil.copytree(coco, tmp_path / "data")
+    out = tmp_path / "index"
+    write_index(model, read_items(data, ["train"]), out, print, shard=4)
+    file = data / "annotations" / "captions_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][2]["caption"] = "a white square"
+    file.write_text(json.dumps(content))
+    seen = embedded_files(monkeypatch)
+    write_index(model, read_items(data, ["train"]), out, print, shard=4)
+    index = SearchIndex.open(out)
+    assert seen == ["1.jpg"] and len(index.rows.texts) == 12
+    wanted = model.embed_texts(index.rows.texts)
+    np.testing.assert_allclose(index.nearest["text"].vectors, wanted, atol=1e-6)
+    assert [index.rows.names[n] for n in index.rows.owners][-2:] == ["images/train/1.jpg"] * 2
+
+
+def test_killed_an_index_is_the_old_or_the_new_one(model, folder, tmp_path, monkeypatch):
+    out = tmp_path / "index"
+    write_index(model, read_items(folder), out, print, shard=2)
+    before = contents(out)
+    change(folder)
+
+    class Killed(BaseException):
+        pass
+
+    rename, names = os.rename, []
+
+    def killing(source, target):
+        if len(names) == at:
+            raise Killed
+        names.append(target)
+        rename(source, target)
+
+    for at in (0, 1):
+        names.clear()
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(index_writer.os, "rename", killing)
+            write_index(model, read_items(folder), out, print, shard=2)
+        assert len(SearchIndex.open(out).rows.names) == 6
+        assert at == 1 or contents(out) == before
+    seen = embedded_files(monkeypatch)
+    write_index(model, read_items(folder), out, print, shard=2)
+    assert seen == []  # what was embedded before it was killed is taken
+    assert len(SearchIndex.open(out).rows.names) == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "pictures"]

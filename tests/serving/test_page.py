@@ -111,11 +111,27 @@ def captioned(page, path):
     return all_of(page, ".word")
 
 
+def test_pictures_of_the_index_are_there_at_once_and_can_be_asked_about(page):
+    from selenium.webdriver.common.keys import Keys
+
+    live_server.eventually(lambda: len(all_of(page, "#found button")) == 3, 30)
+    assert "3 of the 3 pictures here" in one(page, "#found-says").text
+    assert all_of(page, "#found .number") == []  # nothing was compared
+    loaded = "return [...document.querySelectorAll('#found img')].every(i => i.naturalWidth > 0)"
+    live_server.eventually(lambda: page.execute_script(loaded), 30)
+    all_of(page, "#found button")[1].click()
+    shown(page, ".word")
+    pressed = [each.get_attribute("aria-pressed") for each in all_of(page, "#found button")]
+    assert pressed == [None, "true", None]
+    one(page, "#question").send_keys("what is it?" + Keys.ENTER)
+    live_server.eventually(lambda: len(all_of(page, ".said .word")) == 12, 30)
+
+
 def test_typing_finds_pictures_and_a_found_one_can_be_looked_at(page):
     from selenium.webdriver.common.keys import Keys
 
     one(page, "#query").send_keys("a red square" + Keys.ENTER)
-    live_server.eventually(lambda: len(all_of(page, "#found button")) == 3, 30)
+    live_server.eventually(lambda: len(all_of(page, "#found .number")) == 3, 30)
     loaded = "return [...document.querySelectorAll('#found img')].every(i => i.naturalWidth > 0)"
     live_server.eventually(lambda: page.execute_script(loaded), 30)
     assert "3 pictures nearest to “a red square”" in one(page, "#found-says").text
@@ -166,7 +182,7 @@ def test_a_picture_is_asked_about_classified_and_compared(page, folder):
     one(page, "#classes").send_keys("red, blue,, green" + Keys.ENTER)
     live_server.eventually(lambda: len(all_of(page, "#ranking li")) == 3, 30)
     one(page, "#like").click()
-    live_server.eventually(lambda: len(all_of(page, "#found button")) == 3, 30)
+    live_server.eventually(lambda: len(all_of(page, "#found .number")) == 3, 30)
     assert all_of(page, "#found .number")[0].text == "1.00"
 
 

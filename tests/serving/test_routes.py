@@ -112,6 +112,7 @@ def test_a_picture_finds_itself_and_can_be_seen(running):
     assert found["kind"] == "image" and len(found["results"]) == 2
     best = found["results"][0]
     assert best["picture"] == 2 and best["score"] == pytest.approx(1, abs=1e-5)
+    assert best["name"] == running.service.index.rows.names[2] and "/" not in best["name"]
     seen = running.client.get(f"/pictures/{best['picture']}")
     assert seen.headers["content-type"] == "image/jpeg"
     assert decode(seen.content).shape == (20, 24, 3)

@@ -4,6 +4,10 @@ While it is made, `.NAME.indexing` lies beside the folder that is wanted: plan.j
 each so many items, with their vectors, those of their captions, and what was wrong. A shard takes
 its name when it is on disk, and the index takes its own name last: what has its name is complete,
 and a command that was killed goes on with the first shard that is missing.
+
+The same command on a folder that has changed takes new and changed files into an index and forgets
+those that are gone: only the former are embedded, and the new index takes the place of the old one
+when it is complete.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +33,10 @@ from unified_mm.search.items import ItemSet, refuse_without_contrast, shown
 from unified_mm.search.nearest import EXACT_UP_TO, write_vectors
 from unified_mm.search.search_index import (
     Rows,
+    SearchIndex,
     model_identity,
     read_header,
+    replaced_folder,
     work_folder,
     write_metadata,
 )
@@ -87,7 +94,7 @@ def write_index(
     Args:
       model: the loaded model.
       items: of a modality that the model embeds.
-      out: the index's folder; nothing that is there is changed.
+      out: the index's folder; what is there is an index of the same folder, or nothing.
       say: takes a line about what was done.
       objective: the contrastive objective in whose space they lie; by default that of the modality
         and texts.
@@ -115,25 +122,65 @@ def write_index(
         "shard": shard,
         "exact_up_to": exact_up_to,
     }
-    work = work_folder(out)
+    work, replaced = work_folder(out), replaced_folder(out)
+    if replaced.exists() and not os.path.lexists(out):
+        os.rename(replaced, out)  # killed between the two names that a new index takes
+    shutil.rmtree(replaced, ignore_errors=True)
+    old: SearchIndex | None = None
     if os.path.lexists(out):
         found = read_header(out)
         if not found:
             raise ValueError(
                 f"{out} exists and is no index: name a new one, for it is not overwritten"
             )
-        _refuse_other(out, found, plan, items, "name a new one, for it is not overwritten")
-        say(f"the index {out} is made already, of the same {items.noun} with the same model")
-        shutil.rmtree(work, ignore_errors=True)
-        return
+        asked = {key: value for key, value in plan.items() if key != "pictures"}
+        _refuse_other(out, found, asked, items, "name a new one, for it is not overwritten")
+        if found["pictures"] == plan["pictures"]:
+            say(f"the index {out} is made already, of the same {items.noun} with the same model")
+            shutil.rmtree(work, ignore_errors=True)
+            return
+        old = SearchIndex.open(out)
+        if (work / _PLAN).is_file() and read_json(work / _PLAN) != plan:
+            shutil.rmtree(work)  # of a state of the folder that is gone again
+    kept = _unchanged(old, items) if old else {}
     with naming(f"--out={out}"), hold(work):
         if (work / _PLAN).is_file():
             found = read_json(work / _PLAN)
             _refuse_other(work, found, plan, items, "delete it, or ask as before")
         else:
             write_json(work / _PLAN, plan)
-        _embed_missing(model, items, work, plan, say)
-        _finish(work, out, items, plan, model.state, say)
+        new = [number for number in range(len(items.names)) if number not in kept]
+        if old:
+            gone = len(old.rows.names) - len(kept)
+            say(
+                f"{out} is brought up to date: {len(kept):,} {items.noun} stay, {len(new):,} are "
+                f"new or changed, {gone:,} are changed or gone"
+            )
+        _embed_missing(model, items, new, work, plan, say)
+        _finish(work, out, items, plan, model.state, old, kept, say)
+
+
+def _unchanged(old: SearchIndex, items: ItemSet) -> dict[int, int]:
+    """Returns the items whose vectors an index has, by number in the set: their numbers in it.
+
+    They have the name, size, time of change and captions that they had. An index of an earlier
+    version did not keep the times: there, what was changed before it was made counts.
+    """
+    made = (old.path / "index.json").stat().st_mtime_ns
+    times = old.header.get("times") or [None] * len(old.rows.names)
+    known = {name: number for number, name in enumerate(old.rows.names)}
+    captions: list[list[str]] = [[] for _ in known]
+    for text, owner in zip(old.rows.texts, old.rows.owners, strict=True):
+        captions[owner].append(text)
+    found = {}
+    for number, (name, stat) in enumerate(zip(items.names, items.stats, strict=True)):
+        place = known.get(name)
+        if place is None or stat is None or list(items.captions[number]) != captions[place]:
+            continue
+        same_time = stat[1] < made if times[place] is None else stat[1] == times[place]
+        if stat[0] == old.rows.sizes[place] and same_time:
+            found[number] = place
+    return found
 
 
 def progress(out: Path) -> str:
@@ -154,14 +201,19 @@ def _refuse_other(
 
 
 def _embed_missing(
-    model: LoadedModel, items: ItemSet, work: Path, plan: dict[str, Any], say: Callable[[str], None]
+    model: LoadedModel,
+    items: ItemSet,
+    numbers: Sequence[int],
+    work: Path,
+    plan: dict[str, Any],
+    say: Callable[[str], None],
 ) -> None:
-    """Writes the shards that are missing or damaged, in order."""
+    """Writes the shards of the items with these numbers that are missing or damaged, in order."""
     from tqdm import tqdm
 
-    total, size = len(items.names), plan["shard"]
+    total, size = len(numbers), plan["shard"]
     shards = {
-        work / f"shard-{place:07}.npz": range(start, min(start + size, total))
+        work / f"shard-{place:07}.npz": numbers[start : start + size]
         for place, start in enumerate(range(0, total, size))
     }
     damaged = [path for path in shards if path.exists() and read_shard(path) is None]
@@ -170,6 +222,8 @@ def _embed_missing(
         say(f"damaged, embedded again: {', '.join(path.name for path in damaged)}")
     if len(missing) < len(shards):
         say(f"going on in {work}: {len(shards) - len(missing)} of {len(shards)} shards are whole")
+    if not missing:
+        return
     done = total - sum(map(len, missing.values()))
     files = [[items.folder / items.names[i] for i in part] for part in missing.values()]
     read = model.read_ahead(files, items.of)
@@ -180,7 +234,11 @@ def _embed_missing(
 
 
 def embed_shard(
-    model: LoadedModel, items: ItemSet, numbers: range, rows: Sequence[Row | str], objective: str
+    model: LoadedModel,
+    items: ItemSet,
+    numbers: Sequence[int],
+    rows: Sequence[Row | str],
+    objective: str,
 ) -> Shard:
     """Returns the shard of the items with these numbers.
 
@@ -228,15 +286,29 @@ def _finish(
     items: ItemSet,
     plan: dict[str, Any],
     state: str,
+    old: SearchIndex | None,
+    reused: dict[int, int],
     say: Callable[[str], None],
 ) -> None:
-    """Joins all shards into one index, which takes its own name once it is complete."""
+    """Joins what stays and all shards into one index, which takes its own name once it is whole.
+
+    Args:
+      work: where the shards lie.
+      out: the index's folder.
+      items: the items that it is of.
+      plan: what it is made of.
+      state: of the model: 'last' or 'best'.
+      old: the index that was there, if any.
+      reused: the items whose vectors that one has, as `_unchanged` gives them.
+      say: takes a line about what was left out.
+    """
     whole = work / "index"
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
     paths = sorted(work.glob("shard-*.npz"))
-    kept: list[int] = []
+    kept = list(reused)
     problems = list(items.problems)
+    width = old.nearest[items.of].vectors.shape[1] if old else 0
     for shard in _shards(paths):
         kept += shard.kept.tolist()
         problems += shard.read_problems()
@@ -254,13 +326,34 @@ def _finish(
     )
     for kind, part, count in ((items.of, "images", len(kept)), ("text", "texts", len(rows.texts))):
         if count:
-            parts = (getattr(shard, part) for shard in _shards(paths))
+            before = (_vectors_of(old, kind, list(reused.values())),) if old else ()
+            parts = chain(before, (getattr(shard, part) for shard in _shards(paths)))
             exact = plan["exact_up_to"]
             write_vectors(whole, kind, parts, (count, width), exact_up_to=exact)
-    found = {"state": state, "problems": [asdict(problem) for problem in problems]}
-    write_metadata(whole, {**plan, **found}, rows)
+    said = {
+        "state": state,
+        "problems": [asdict(problem) for problem in problems],
+        "times": [(items.stats[number] or (0, 0))[1] for number in kept],
+    }
+    write_metadata(whole, {**plan, **said}, rows)
+    if old:
+        os.rename(out, replaced_folder(out))
     os.rename(whole, out)
     shutil.rmtree(work)
+    shutil.rmtree(replaced_folder(out), ignore_errors=True)
+
+
+def _vectors_of(old: SearchIndex, kind: str, numbers: Sequence[int]) -> np.ndarray:
+    """Returns the vectors of an index's items with these numbers, or of their texts."""
+    if kind not in old.nearest:
+        return np.zeros((0, old.nearest[old.of].vectors.shape[1]), np.float32)
+    vectors = old.nearest[kind].vectors
+    if kind == old.of:
+        return np.array(vectors[list(numbers)])
+    texts: dict[int, list[int]] = {}
+    for text, owner in enumerate(old.rows.owners):
+        texts.setdefault(owner, []).append(text)
+    return np.array(vectors[[text for number in numbers for text in texts.get(number, [])]])
 
 
 def _shards(paths: Sequence[Path]) -> Iterator[Shard]:

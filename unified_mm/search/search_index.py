@@ -105,6 +105,8 @@ class SearchIndex:
           ValueError: a damaged one (the message names the files), or one of another format.
         """
         folder = user_path(path, "the index")
+        if not os.path.lexists(folder) and (before := replaced_folder(folder.absolute())).is_dir():
+            folder = before  # its successor was killed just before it took the name
         if not (folder / _HEADER).is_file() and not is_sealed(folder):
             begun = work_folder(folder.absolute()).is_dir()
             goes_on = "; it was begun, and the command that makes it goes on" if begun else ""
@@ -234,6 +236,11 @@ def mixed(
 def work_folder(index: Path) -> Path:
     """Returns where an index lies while it is being made; `index` is absolute."""
     return index.with_name(f".{index.name}.indexing")
+
+
+def replaced_folder(index: Path) -> Path:
+    """Returns where an index lies while a newer one takes its name; `index` is absolute."""
+    return index.with_name(f".{index.name}.replaced")
 
 
 def write_metadata(folder: Path, header: Mapping[str, Any], rows: Rows) -> None:

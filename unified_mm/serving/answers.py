@@ -35,6 +35,7 @@ class Hit(BaseModel):
     picture: int = Field(
         description="Number of the item, a picture to be seen at `/pictures/{number}`; the text's."
     )
+    name: str = Field(description="The item's file, within the folder that was indexed.")
     score: float = Field(description="The cosine with what was asked.")
     text: str | None = Field(description="None where items were looked for.")
 

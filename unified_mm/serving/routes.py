@@ -14,6 +14,7 @@ from fastapi import APIRouter, Depends, Path, Request
 from starlette.responses import Response, StreamingResponse
 
 from unified_mm.inference.decoding import Decoding
+from unified_mm.search.items import shown
 from unified_mm.serving import answers, fields
 from unified_mm.serving.bodies import body_of
 from unified_mm.serving.limits import BROKEN, Json, Refusal
@@ -91,7 +92,12 @@ async def search(
     kind = body.kind or service.index.of
     found = await service.search(given, body.count, kind)
     results = [
-        {"picture": hit.picture, "score": hit.score, "text": hit.name if kind == "text" else None}
+        {
+            "picture": hit.picture,
+            "name": shown(service.index.rows.names[hit.picture]),
+            "score": hit.score,
+            "text": hit.name if kind == "text" else None,
+        }
         for hit in found
     ]
     return Json({"kind": kind, "results": results})

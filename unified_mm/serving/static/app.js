@@ -104,6 +104,7 @@ function look(blob) {
   }
   chosen = blob;
   turn += 1;
+  for (const button of $("found").querySelectorAll("[aria-pressed=true]")) button.ariaPressed = "false";
   maps = new Map();
   hideMap(true);
   $("texts").replaceChildren();
@@ -250,21 +251,36 @@ async function find(fields, what) {
   $("found-says").textContent = `${results.length} pictures nearest to ${what}; press one to look at it.`;
 }
 
-function hit({ picture, score }) {
+// Pictures of the index from all over it, so that one can be asked about before anything is at hand.
+function browse(count) {
+  const most = Math.min(count, 24);
+  const step = count / most;
+  const some = Array.from({ length: most }, (_, i) => ({ picture: Math.floor(i * step) }));
+  $("found").replaceChildren(...some.map(hit));
+  $("found-says").textContent = `${most} of the ${count.toLocaleString("en")} pictures here; press one to look at it, or search.`;
+}
+
+function hit({ picture, name, score }) {
   const item = document.createElement("li");
   const button = document.createElement("button");
   button.type = "button";
   const image = document.createElement("img");
-  image.alt = `Picture ${picture}, similarity ${score.toFixed(2)}`;
-  const number = document.createElement("span");
-  number.className = "number";
-  number.textContent = score.toFixed(2);
-  button.append(image, number);
+  image.alt = name || `Picture ${picture}`;
+  button.title = image.alt;
+  button.append(image);
+  if (score !== undefined) {
+    image.alt += `, similarity ${score.toFixed(2)}`;
+    const number = document.createElement("span");
+    number.className = "number";
+    number.textContent = score.toFixed(2);
+    button.append(number);
+  }
   item.append(button);
   const loaded = ask(`/pictures/${picture}`).then((response) => response.blob());
   loaded.then((blob) => (image.src = URL.createObjectURL(blob)), complain);
   button.addEventListener("click", () => during(null, async () => {
     look(await loaded);
+    button.ariaPressed = "true";
     $("picture").scrollIntoView({ block: "nearest", behavior: "smooth" });
   }));
   return item;
@@ -339,4 +355,5 @@ during(null, async () => {
   $("classify").hidden = !can("/classify");
   $("like").hidden = $("search-part").hidden = !canShow();
   document.querySelector("main").classList.toggle("alone", !canShow());
+  if (canShow() && server.pictures) browse(server.pictures);
 });
