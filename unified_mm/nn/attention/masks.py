@@ -164,26 +164,31 @@ def _attention_forward(
     scores = _product("BQGRA,BKGA->BGRQK", query, key) * query.shape[-1] ** -0.5
     if bias is not None:
         scores = scores + bias[:, None, None].astype(jnp.float32)
-    seen, least = mask[:, None, None], jnp.finfo(jnp.float32).min
-    scores = jnp.where(seen, scores, least)
-    largest = scores.max(-1, keepdims=True, initial=least)  # of no keys there is none
-    weights = jnp.where(seen, jnp.exp(scores - largest), 0)
+    least = jnp.finfo(jnp.float32).min
+    scores = jnp.where(mask[:, None, None], scores, least)
+    largest = scores.max(-1, keepdims=True, initial=least)  # it is no more where no key is seen
+    weights = jnp.exp(scores - largest)
     total = weights.sum(-1, keepdims=True)
-    weights = (weights / jnp.where(total > 0, total, 1)).astype(value.dtype)
+    weights = (weights * jnp.where(largest > least, 1 / total, 0)).astype(value.dtype)
     output = _product("BGRQK,BKGA->BQGRA", weights, value).astype(query.dtype)
-    return output, (query, key, value, weights, bias)
+    return output, (query, key, value, weights, bias, output)
 
 
 def _attention_backward(kept: Any, cotangent: Array) -> tuple[Array | None, ...]:
-    """Returns the gradients, by that of a softmax p: `p (dp - sum(p dp))`."""
-    query, key, value, weights, bias = kept
+    """Returns the gradients, by that of a softmax p: `p (dp - sum(p dp))`.
+
+    With the output o and its gradient g, that sum is `sum(g o)`, over fewer numbers.
+    """
+    query, key, value, weights, bias, output = kept
+    wide = cotangent.astype(jnp.float32) * output.astype(jnp.float32)
+    total = jnp.moveaxis(wide.sum(-1), 1, -1)[..., None]
     by_weight = _product("BQGRA,BKGA->BGRQK", cotangent, value)
-    wide = weights.astype(jnp.float32)
-    by_score = wide * (by_weight - (wide * by_weight).sum(-1, keepdims=True))
-    by_product = (by_score * query.shape[-1] ** -0.5).astype(query.dtype)
+    by_score = weights.astype(jnp.float32) * (by_weight - total)
+    narrow = by_score.astype(query.dtype)
+    scale = query.shape[-1] ** -0.5
     return (
-        _product("BGRQK,BKGA->BQGRA", by_product, key).astype(query.dtype),
-        _product("BGRQK,BQGRA->BKGA", by_product, query).astype(key.dtype),
+        (_product("BGRQK,BKGA->BQGRA", narrow, key) * scale).astype(query.dtype),
+        (_product("BGRQK,BQGRA->BKGA", narrow, query) * scale).astype(key.dtype),
         _product("BGRQK,BQGRA->BKGA", weights, cotangent).astype(value.dtype),
         None,
         None if bias is None else by_score.sum((1, 2)).astype(bias.dtype),

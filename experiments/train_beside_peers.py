@@ -1,0 +1,277 @@
+"""A training step of `tiny` on a CPU: this package against PyTorch, with and without huge pages.
+
+    pip install '.[parity]'
+    python -m experiments.train_beside_peers
+
+All train early fusion of the same shapes on the same ready batches: one pass over [image | text of
+contrast | text of captioning], softmax contrast and next tokens, AdamW, the norm of gradients
+clipped, float32, as many threads. PyTorch attends by its own fused function, part by part as we do.
+Each is a process of its own; they take turns of a few steps, so that other load on the machine
+slows all, and the ratio of a turn counts. Run it on idle cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unified_mm.files import read_json, write_json
+
+HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+BATCHES = 4
+RECIPE = "configs/coco.py:tiny"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=12, help="of each, alternating")
+    parser.add_argument("--steps", type=int, default=4, help="in a turn")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile too")
+    parser.add_argument("--replace", action="store_true", help="overwrite what was kept before")
+    parser.add_argument("--work", choices=WORKERS, help=argparse.SUPPRESS)
+    parser.add_argument("--batches", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        serve(WORKERS[args.work](args.batches))
+        return
+    from experiments.keep import new_result
+    from unified_mm.benchmarks.timing import provenance
+
+    target = new_result("train_beside_peers", replace=args.replace)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = in_turns(args, Path(folder))
+    for name, row in rows.items():
+        print(f"{name:<28}{json.dumps(row)}")
+    write_json(target, {"turns": args.turns, "steps": args.steps, "rows": rows, **provenance()})
+
+
+def in_turns(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Starts a worker for each way to train, lets them take turns, and returns a row for each."""
+    kinds = ["ours", "torch", *(["torch_compiled"] if args.compiled else [])]
+    workers = {}
+    for kind in kinds:  # ours comes first: it writes the batches
+        for name, more in ((kind, {}), (f"{kind}, huge pages", HUGE)):
+            command = [sys.executable, "-m", "experiments.train_beside_peers"]
+            kept = {key: value for key, value in os.environ.items() if key not in HUGE}
+            workers[name] = subprocess.Popen(
+                [*command, f"--work={kind}", f"--batches={folder}"],
+                env=kept | more, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            read(workers[name])
+    turns: dict[str, list[float]] = {name: [] for name in workers}
+    for turn in range(args.turns):
+        order = list(workers) if turn % 2 == 0 else list(workers)[::-1]
+        for name in order:
+            turns[name].append(statistics.median(ask(workers[name], args.steps)["seconds"]))
+    rows = {}
+    for name, worker in workers.items():
+        ratios = [b / a for a, b in zip(turns[name], turns["torch"], strict=True)]
+        rows[name] = {
+            "steps_per_second": round(1 / statistics.median(turns[name]), 3),
+            "times_torch": round(statistics.median(ratios), 3),
+            "times_torch_least_most": [round(min(ratios), 3), round(max(ratios), 3)],
+            **ask(worker, 0),
+        }
+        assert worker.stdin is not None
+        worker.stdin.close()
+        worker.wait()
+    return rows
+
+
+def ask(worker: subprocess.Popen[str], steps: int) -> Any:
+    """Lets a worker do steps and returns what it says; after 0 steps, about itself."""
+    assert worker.stdin is not None
+    worker.stdin.write(f"{steps}\n")
+    worker.stdin.flush()
+    return read(worker)
+
+
+def read(worker: subprocess.Popen[str]) -> Any:
+    """Returns the next line of a worker as JSON."""
+    assert worker.stdout is not None
+    line = worker.stdout.readline()
+    if not line:
+        raise RuntimeError(f"a worker ended with exit code {worker.wait()}: its error is above")
+    return json.loads(line)
+
+
+def serve(step: Callable[[], float]) -> None:
+    """Does as many steps as each line of the input says, and prints the seconds of each."""
+    first = [step() for _ in range(3)]
+    print(json.dumps({"losses": first}), flush=True)
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line)):
+            began = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - began)
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        about = {"resident_bytes": resident, "first_losses": first}
+        print(json.dumps({"seconds": seconds} if seconds else about), flush=True)
+
+
+def ours(folder: Path) -> Callable[[], float]:
+    """Returns a step of ours on the first batches of the recipe, which it writes as files."""
+    from unified_mm.benchmarks.training import Step
+    from unified_mm.training.loop import phase_batches
+
+    setup = prepared()
+    with closing(phase_batches(setup, setup.phases[0], 0)) as batches:  # type: ignore[type-var]
+        for number in range(BATCHES):
+            image, text = (next(batches)[name] for name in ("image", "text"))
+            np.savez(folder / f"{number}.npz", pixels=image["pixels"], **text)
+    embedder = setup.task.modalities["text"].embedder(1, np.float32)
+    write_json(folder / "sizes.json", {"vocabulary": embedder.embedding.vocabulary})
+    return Step(setup, BATCHES).loss
+
+
+def prepared() -> Any:
+    """Returns the setup of the recipe's training."""
+    from unified_mm.cli.recipes import recipe_config
+    from unified_mm.config import Config
+    from unified_mm.runs.folder import RunFolder
+    from unified_mm.training.setup import prepare
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = Config(recipe_config(RECIPE).to_dict())
+        return prepare(config, RunFolder(folder), lambda line: None)
+
+
+def theirs(folder: Path, compiled: bool = False) -> Callable[[], float]:
+    """Returns a step of PyTorch's on the batches that ours wrote."""
+    import torch
+
+    torch.manual_seed(0)
+    model = early_fusion(read_json(folder / "sizes.json")["vocabulary"])
+    run = torch.compile(model) if compiled else model
+    decayed = [each for each in model.parameters() if each.ndim > 1]
+    others = [each for each in model.parameters() if each.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.98))
+    batches = cycle([load_batch(folder / f"{number}.npz") for number in range(BATCHES)])
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = run(*next(batches))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def load_batch(file: Path) -> tuple[Any, Any, Any]:
+    """Returns pixels, token ids and which of these are valid, as tensors."""
+    import torch
+
+    arrays = np.load(file)
+    return tuple(torch.from_numpy(arrays[name]) for name in ("pixels", "ids", "valid"))  # type: ignore[return-value]
+
+
+def early_fusion(vocabulary: int) -> Any:
+    """Returns early fusion with both losses as a module of PyTorch, in the shape of `tiny`."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    width, heads, hidden, layers, patches, length = 128, 4, 512, 4, 64, 32
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = nn.ModuleList([nn.LayerNorm(width, eps=1e-6) for _ in range(2)])
+            self.query, self.key, self.value, self.output = (
+                nn.Linear(width, width) for _ in range(4)
+            )
+            self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+        def forward(self, x: Any, masks: Any) -> Any:
+            y = self.norms[0](x)
+            query, key, value = (
+                dense(y).unflatten(2, (heads, -1)).transpose(1, 2)
+                for dense in (self.query, self.key, self.value)
+            )
+            # The image sees itself, the text of contrast too, that of captioning itself and images.
+            parts = (each.split([patches, length, length], 2) for each in (query, key, value))
+            (q_image, q_pair, q_text), (k_image, k_pair, k_text), (v_image, v_pair, v_text) = parts
+            attend = F.scaled_dot_product_attention
+            keys, values = torch.cat([k_image, k_text], 2), torch.cat([v_image, v_text], 2)
+            seen = [
+                attend(q_image, k_image, v_image),
+                attend(q_pair, k_pair, v_pair, masks[0]),
+                attend(q_text, keys, values, masks[1]),
+            ]
+            x = x + self.output(torch.cat(seen, 2).transpose(1, 2).flatten(2))
+            return x + self.down(F.gelu(self.up(self.norms[1](x)), approximate="tanh"))
+
+    class EarlyFusion(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts, self.patches = nn.Linear(48, width // 2), nn.Linear(2 * width, width)
+            self.tokens = nn.Parameter(torch.randn(vocabulary, width) * width**-0.5)
+            self.places = nn.Parameter(0.1 * torch.randn(patches + length, width))
+            self.blocks = nn.ModuleList([Block() for _ in range(layers)])
+            self.norm = nn.LayerNorm(width, eps=1e-6)
+            self.of_image, self.of_text = (nn.Linear(width, width, bias=False) for _ in range(2))
+            self.log_scale = nn.Parameter(torch.tensor(2.66))
+
+        def embed_image(self, pixels: Any) -> Any:
+            x = pixels.float() / 127.5 - 1
+            for dense, size in ((self.parts, 4), (self.patches, 2)):
+                x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))
+                x = dense(x.transpose(2, 3).flatten(3))
+                x = F.gelu(x, approximate="tanh") if dense is self.parts else x
+            return x.flatten(1, 2)
+
+        def forward(self, pixels: Any, ids: Any, valid: Any) -> Any:
+            text = F.embedding(ids, self.tokens) * width**0.5 + self.places[patches:]
+            text = text * valid[..., None]
+            x = torch.cat([self.embed_image(pixels) + self.places[:patches], text, text], 1)
+            own = valid[:, None, None]
+            order = torch.ones(length, length, dtype=torch.bool).tril()
+            both = torch.cat([torch.ones(length, patches, dtype=torch.bool), order], 1)
+            both = both & F.pad(valid, (patches, 0), value=True)[:, None, None]
+            for block in self.blocks:
+                x = block(x, (own, both))
+            x = self.norm(x)
+            image, contrast, caption = x.split([patches, length, length], 1)
+            weights = valid[..., None].float()
+            vectors = [
+                F.normalize(self.of_image(image.mean(1)), dim=-1),
+                F.normalize(self.of_text((contrast * weights).sum(1) / weights.sum(1)), dim=-1),
+            ]
+            scores = self.log_scale.exp() * vectors[0] @ vectors[1].T
+            right = torch.arange(len(scores))
+            pairs = (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
+            logits = (caption @ self.tokens.T)[:, :-1].flatten(0, 1)
+            asked = ids[:, 1:].long().masked_fill(~valid[:, 1:], -100).flatten()
+            return pairs + F.cross_entropy(logits, asked)
+
+    return EarlyFusion()
+
+
+WORKERS: dict[str, Callable[[Path], Callable[[], float]]] = {
+    "ours": ours,
+    "torch": theirs,
+    "torch_compiled": partial(theirs, compiled=True),
+}
+
+
+if __name__ == "__main__":
+    main()
