@@ -54,6 +54,7 @@ class Picture(NamedTuple):
     __doc__,
     needs=("run", "image"),
     takes=(
+        "best",
         "prompt",
         "tokens",
         "temperature",

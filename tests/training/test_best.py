@@ -1,14 +1,17 @@
 """Which state is the best so far."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 
 from unified_mm.config import Config
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.training.loop import is_better
-from unified_mm.training.setup import LoopOptions
+from unified_mm.training.setup import best_score
 
 NAN = float("nan")
+CAPTIONED = SimpleNamespace(questions=(), captioned=["a record"])
 
 
 class Saved(Checkpoints):
@@ -44,9 +47,9 @@ def test_better_is_by_the_direction_of_the_score(saved, value, higher, lower):
 
 def test_a_score_of_no_known_direction_is_refused_before_the_first_step():
     def options(**changes):
-        return LoopOptions.from_config(Config(tiny.config_dict(**changes).to_dict()))
+        return best_score(Config(tiny.config_dict(**changes).to_dict()), CAPTIONED)
 
     with pytest.raises(ValueError, match=r"evaluation\.best_by: .*'caption/niceness'.*cider_d"):
         options(evaluation__every=2, evaluation__best_by="caption/niceness")
-    assert options(evaluation__every=2, evaluation__best_by="caption/nats").best_by
+    assert options(evaluation__every=2, evaluation__best_by="caption/nats")
     assert options(evaluation__best_by="caption/niceness")  # it keeps none, as runs there were

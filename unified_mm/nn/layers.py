@@ -10,12 +10,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from unified_mm.nn.quantized import Quantized
 from unified_mm.nn.tokens import Group
 
 Initializer = Callable[..., Any]
+PRODUCT = "product"  # the name by which remat knows what `Dense` computes
 
 
 def partitioned(initializer: Initializer, *axes: str | None) -> Initializer:
@@ -61,6 +63,7 @@ class Dense(nn.Module):
             y = kernel.product(x, range(contracted)).astype(self.dtype)
         else:
             y = product(x, kernel.astype(self.dtype), contracted)
+            y = checkpoint_name(y, PRODUCT)  # remat by `dots` cannot look into `product`
         if self.use_bias:
             zeros = partitioned(nn.initializers.zeros, *self.out_axes)
             y = y + self.param("bias", zeros, self.features).astype(self.dtype)
@@ -68,9 +71,7 @@ class Dense(nn.Module):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(
-    x: Float[Array, "..."], kernel: Float[Array, "..."], contracted: int
-) -> Float[Array, "..."]:
+def product(x: Float[Array, "..."], kernel: Any, contracted: int) -> Float[Array, "..."]:
     """Contracts the last axes of x with the first ones of a kernel; `contracted` is their number.
 
     The gradient of the kernel is a product over all rows, and one of its sides is transposed in

@@ -7,12 +7,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax import checkpoint_policies as policies
 from jaxtyping import Array, Float
 
 from unified_mm.nn.attention.attention import Attention, AttentionPlan
 from unified_mm.nn.attention.cache import LayerKV
 from unified_mm.nn.attention.cross_attention import GatedCrossLayer
-from unified_mm.nn.layers import Norm
+from unified_mm.nn.layers import PRODUCT, Norm
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.pipeline import Pipeline, run_pipeline
 from unified_mm.nn.sow import (
@@ -36,9 +37,16 @@ CROSS = "cross"
 RECOMPUTED: dict[str, dict[str, Any]] = {
     name: {"prevent_cse": False, "policy": policy}
     for name, policy in {
-        "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+        "full": policies.nothing_saveable,
+        "dots": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCT)
+        ),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[PRODUCT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
     }.items()
 }
 

@@ -96,6 +96,23 @@ def usual_best(config: Config) -> str:
     return "caption/cider_d" if config.objectives.captioning.weight > 0 else ""
 
 
+def best_score(config: Config, scored: Any) -> str:
+    """Returns the score that the best state is chosen by: the one named, else what is usual.
+
+    Raises:
+      ValueError: a state is to be chosen by a score whose direction is not known.
+    """
+    answered = scored.questions and not scored.captioned
+    usual = "answer/accuracy" if answered else usual_best(config)
+    name = str(config.evaluation.best_by) or usual
+    if config.evaluation.every and name:
+        try:
+            higher_is_better(name)
+        except ValueError as error:
+            raise ValueError(f"evaluation.best_by: {error}") from error
+    return name
+
+
 @dataclass(frozen=True)
 class Setup:
     """A run, ready for its first step."""
@@ -185,15 +202,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
         return state.replace(params=params, average=average, treatment=kept)  # type: ignore[attr-defined]
 
     say(run_summary(mesh, phases))
-    scored_split = splits[options.evaluation.split]
-    answered = scored_split.questions and not scored_split.captioned
-    usual = "answer/accuracy" if answered else usual_best(config)
-    best_by = options.evaluation.best_by or usual
-    if options.evaluation.every and best_by:
-        try:
-            higher_is_better(best_by)
-        except ValueError as error:
-            raise ValueError(f"evaluation.best_by: {error}") from error
+    best_by = best_score(config, splits[options.evaluation.split])
     setup = Setup(
         config, options, best_by, folder, source, train, splits, task, mesh, first_state, phases
     )

@@ -144,12 +144,12 @@ def masked_attention(
 
 @jax.custom_vjp
 def _attention(
-    query: Float[Array, "B Q G R A"],
+    query: Float[Array, "B Q G share A"],
     key: Float[Array, "B K G A"],
     value: Float[Array, "B K G A"],
     mask: Bool[Array, "B Q K"],
     bias: Float[Array, "B Q K"] | None,
-) -> Float[Array, "B Q G R A"]:
+) -> Float[Array, "B Q G share A"]:
     """Computes attention of G x R heads of queries; it has a gradient of its own.
 
     jax would differentiate the softmax step by step, and store what each step needs.
