@@ -240,6 +240,7 @@ def test_what_cannot_be_is_refused(early, monkeypatch):
 def print_memory():
     """Bytes beside the arguments that writing takes, with float weights and with int8 ones."""
     from unified_mm.inference.decoding import GREEDY
+    from unified_mm.inference.generate import TextWriter
     from unified_mm.inference.predictor import inputs_of, write_texts
 
     width, layers = 128, 8
@@ -257,10 +258,10 @@ def print_memory():
     batch["text"] = {name: batch["text"][name][..., :1] for name in ("ids", "valid")}
     batch["text"]["present"] = jnp.ones(1, bool)
     inputs = inputs_of(GREEDY, batch, np.array([8]), [5], 0)
-    options = {"beams": 1, "samples": 1, "cache_room": 8, "padding": 0}
     for each in (model, small):
-        write = jax.jit(partial(write_texts, each.task.model, view=STREAM, **options))
-        memory = write.lower(params=each.params, inputs=inputs).compile().memory_analysis()
+        writer = TextWriter(each.task.model, STREAM, padding=0, cache_room=8)
+        write = jax.jit(partial(write_texts, writer, beams=1, samples=1))
+        memory = write.lower(each.params, inputs).compile().memory_analysis()
         print(memory.temp_size_in_bytes)
     print(4 * 12 * width * width, 4 * width * task.modalities["text"].vocabulary)
 
