@@ -13,7 +13,7 @@ import tiny
 
 from unified_mm.config import Config
 from unified_mm.import_weights import Imported, import_directory
-from unified_mm.objectives.contrastive import text_valid
+from unified_mm.objectives.objective import text_valid
 from unified_mm.task import Task, build_task
 
 VOCABULARY = 310  # more than the tokenizer's 300, and no multiple of 64
@@ -129,7 +129,7 @@ def contrast(imported: Imported, task: Task, images: np.ndarray, batch: Any) -> 
         head = model.head[objective.name]
         scale, bias = head.scale_and_bias()
         image = head("image", encoded.outputs["image"], encoded.valid["image"])
-        text = head("text", encoded.text, text_valid(batch))
+        text = head("text", encoded.text, text_valid(batch["text"]))
         return scale * text @ image.T + bias
 
     return apply(imported, task, embed, whole)

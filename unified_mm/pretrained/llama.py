@@ -141,7 +141,8 @@ def qwen3_fields(source: Source) -> Fields:
 def mistral_fields(source: Source) -> Fields:
     """Returns the fields of Mistral: Llama's, without any bias."""
     c = source.config
-    whole = Section(c.where, {"sliding_window": WINDOW, **c})
+    none = {"attention_bias": False, "mlp_bias": False}  # keys that Mistral does not know
+    whole = Section(c.where, {"sliding_window": WINDOW, **c, **none})
     return _model(whole, MISTRAL_KEYS, MISTRAL_TEXT)
 
 
