@@ -30,7 +30,7 @@ PLACES = ("data/coco", "data/coco2017", "~/data/coco", "~/datasets/coco")
 WORLD_BANNER = (
     "NO DATA DIRECTORY WAS GIVEN, so this run uses the embedded world: small rendered scenes of "
     "spheres, cubes and cylinders with generated captions. Its scores say nothing about "
-    "photographs. For your own data: --config.data.dir=FOLDER (COCO captions layout)."
+    "photographs. For your own data: --config.data.dir=FOLDER (README has the layouts)."
 )
 
 
