@@ -70,6 +70,7 @@ setup(
             "ruff>=0.14",
             "schemathesis>=4.32",
             "selenium>=4.51",
+            "setuptools>=65",
             "tensorboard>=2.20",
         ],
     },
