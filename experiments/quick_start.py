@@ -3,10 +3,10 @@
 Question: with the steps that two CPU cores take in ten minutes, which optimizer, rates, weights and
 shape retrieve best, tell the foils best and caption best?
 
-Expected: Muon and captions weighed by 4 gain most, as short ablations said; what remains is a search
-without expectations. The world is one of another seed than the one that is scored in the end, so that
-what was chosen here has not seen its scenes. One seed and a third of the steps find candidates;
-what is taken from them is shown by three seeds of the whole recipe.
+Expected: Muon and captions weighed by 4 gain most, as short ablations said; what remains is a
+search without expectations. The world is one of another seed than the one that is scored in the
+end, so that what was chosen here has not seen its scenes. One seed and a third of the steps find
+candidates; what is taken from them is shown by three seeds of the whole recipe.
 """
 
 from __future__ import annotations
