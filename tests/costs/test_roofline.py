@@ -5,9 +5,7 @@ import pytest
 from unified_mm.costs.chips import Chip
 from unified_mm.costs.roofline import roofline, utilisation
 
-CHIP = Chip(
-    memory=100, flops=1000.0, memory_bandwidth=100.0, link_bandwidth=10.0, dimensions=2, largest=4
-)
+CHIP = Chip(memory=100, flops=1000.0, memory_bandwidth=100.0, link_bandwidth=10.0)
 
 
 @pytest.mark.parametrize(

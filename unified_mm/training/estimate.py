@@ -26,8 +26,8 @@ def estimate(phase: Phase, chip: Chip | None, ema_decay: float) -> Facts:
     Returns:
       `parameters`, `flops`, `computed_flops` (recomputation included): of all chips together. Sizes
       in bytes (`peak_bytes` is everything that is there at once) and `collectives` by kind: of one
-      chip. Seconds of a step at the chip's peaks: see `costs.roofline`. `fits`, and `problem`, what
-      to change where it does not.
+      chip. Seconds of a step at the chip's peaks: see `costs.roofline`. `mfu` is of `peak_flops`,
+      the chip's dense bfloat16 peak. `fits`, and `problem`, what to change where it does not.
     """
     facts = asked(phase, chip)
     try:
@@ -59,6 +59,7 @@ def asked(phase: Phase, chip: Chip | None) -> Facts:
         "parameter_bytes": shard_bytes(phase.abstract.params),
         "optimizer_bytes": shard_bytes(phase.abstract.optimizer),
         "memory_bytes": chip.memory if chip else None,
+        "peak_flops": chip.flops if chip else None,
         "flops": training_flops(phase),
         "computed_flops": computed_flops(phase),
         **dict.fromkeys((*unknown, *times, *shares, "compile_seconds", "problem")),
@@ -143,7 +144,8 @@ def lines(facts: Facts) -> list[str]:
     for name in ("compute", "memory", "collective", "step", "serial"):
         rows.append(f"{name + ' seconds at least':<26}{facts[f'{name}_seconds']:>20.4f}")
     rows.append(
-        f"bound by {facts['bound']}; MFU {facts['mfu']:.2f}, scaling efficiency "
+        f"bound by {facts['bound']}; MFU {facts['mfu']:.2f} of "
+        f"{facts['peak_flops'] / 1e12:g} TFLOP/s (dense bfloat16), scaling efficiency "
         f"{facts['scaling_efficiency']:.2f}, or where collectives wait {facts['serial_mfu']:.2f} "
         f"and {facts['serial_scaling_efficiency']:.2f}"
     )

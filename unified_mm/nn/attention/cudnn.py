@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from unified_mm.costs.chips import GPUS
 from unified_mm.nn.attention.masks import (
     BlockCall,
     BlockMask,
@@ -52,9 +53,16 @@ def refusal(
 
 
 def widest_head() -> int:
-    """Returns the largest head width of the kernel on this machine's GPU: 256 from Hopper on."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", "0.0")
-    return 256 if int(str(capability).split(".")[0]) >= 9 else 128
+    """Returns the largest head width of the kernel on the GPU compiled for: 256 from Hopper on.
+
+    That is the GPU of the current mesh, which this machine need not have, or this machine's.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = "" if device is None else device.device_kind
+    known = [gpu.capability[0] for gpu in GPUS.values() if gpu.kind == kind]
+    here = getattr(jax.local_devices()[0], "compute_capability", "0.0")
+    generation = known[0] if known else int(str(here).split(".")[0])
+    return 256 if generation >= 9 else 128
 
 
 def by_length(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) -> bool:
