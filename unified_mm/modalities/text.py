@@ -189,7 +189,7 @@ class TextEmbedder(nn.Module):
         if e.norm:
             x = self.norm(x)
         x = jnp.where(valid[..., None], x, 0).astype(self.dtype)
-        group = Group(self.name_of_group, self.name_of_group, ids.shape[1])
+        group = Group(self.name_of_group, self.name_of_group, ids.shape[1], valid_first=True)
         return Tokens(x, single_document(valid, group))
 
     def _positions(self, places: Array | None, length: int) -> Float[Array, "..."]:
