@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from hand_counts import ROWS, TIMES, WIDTH, W, X, loop, norm, product, traffic
 
 from unified_mm.costs import topologies
 from unified_mm.costs.chips import CHIPS, GPUS, TPUS
@@ -74,13 +75,24 @@ def test_devices_of_this_machine_have_no_known_peaks():
 
 @pytest.mark.topology
 @pytest.mark.parametrize(
-    "topology, count", [("v5e:4x4", 16), ("v6e:16x16", 256), ("v5p:4x4x8", 128), ("v4:2x2x4", 16)]
+    "topology, count",
+    [("v5e:4x4", 16), ("v6e:16x16", 256), ("v5p:4x4x8", 128), ("v4:2x2x4", 16), ("v6e:1x1", 1)],
 )
 def test_one_device_a_chip(topology, count):
     devices, chip = target(topology)
     assert len(devices) == count
     assert {device.platform for device in devices} == {"tpu"}
     assert chip == CHIPS[topology.split(":")[0]]
+
+
+@pytest.mark.topology
+def test_the_counter_agrees_with_counts_by_hand():
+    """A loop copies what it hands on, and a norm reads its rows twice."""
+    devices, _ = target("v5e:1x1")
+    x, w = (ROWS, WIDTH), (WIDTH, WIDTH)
+    assert traffic(devices, product, x, w) == pytest.approx(2 * X + W, rel=0.1)
+    assert traffic(devices, loop, x, w) == pytest.approx(TIMES * (4 * X + W), rel=0.1)
+    assert traffic(devices, norm, x, w) == pytest.approx(3 * X, rel=0.1)
 
 
 @pytest.mark.topology

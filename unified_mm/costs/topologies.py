@@ -35,6 +35,9 @@ ALONE = {
     "TPU_MIN_LOG_LEVEL": "3",
 }
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+# Without a GPU nothing can be tried out, and for some products XLA then finds no tiles of its own
+# kernels ("Couldn't find output tile sizes"): cuBLAS computes them all.
+FLAGS = "--xla_gpu_enable_triton_gemm=false"
 SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
@@ -83,7 +86,9 @@ def tpu_devices(name: str, shape: list[int]) -> tuple[list[Any], Tpu]:
     jax.config.update("jax_platforms", "cpu")
     for variable, value in ALONE.items():
         os.environ.setdefault(variable, value)
-    options = {"chip_config_name": "megacore"} if name == "v4" else {}  # one device a chip
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if name == "v4" else {}  # one device
+    if math.prod(shape) == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]  # a host has four otherwise
     sizes = "x".join(map(str, shape))
     return list(topologies.get_topology_desc(f"{name}:{sizes}", "tpu", **options).devices), chip
 
@@ -105,6 +110,7 @@ def gpu_devices(name: str, shape: list[int]) -> tuple[list[Any], Gpu]:
         )
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it asks for a driver
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"  # the last one wins
     # jax asks this machine's GPU what cuDNN can do there; it is told of the one compiled for.
     fused_attention_stablehlo.check_compute_capability = lambda least: (
         gpu.capability >= tuple(map(int, least.split(".")))
