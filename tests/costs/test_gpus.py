@@ -97,6 +97,8 @@ def test_tiny_for_one_h100(tmp_path):
     calls = re.findall(r'custom_call_target="__cudnn\$fmha(\w*)"', program)
     backward = [call for call in calls if call.endswith("Backward")]
     assert len(calls) == 2 * len(backward) >= 2 * 3
+    # Of a picture alone, and of a text alone, no keys are sorted.
+    assert not re.search(r"attention_cudnn_(64x64|32x32)/jit\(take_along", program)
     # Attention's products count, too: nothing is computed again but its scores.
     assert 1 < facts["computed_flops"] / facts["flops"] < 1.1
 

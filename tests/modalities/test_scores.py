@@ -29,4 +29,6 @@ def test_every_product_takes_the_type_of_the_computation():
     found = equations(jax.make_jaxpr(lambda *args: both(scores, *args))(*shapes).jaxpr)
     products = [each for each in found if each.primitive.name == "dot_general"]
     assert len(products) >= 3
-    assert {operand.aval.dtype for each in products for operand in each.invars} == {jnp.dtype(jnp.bfloat16)}
+    assert {operand.aval.dtype for each in products for operand in each.invars} == {
+        jnp.dtype(jnp.bfloat16)
+    }

@@ -138,7 +138,7 @@ def unfold_items(
     tokens = x.shape[1]
     slots = x.shape[0] // batch
     (group,) = metadata.groups
-    group = group._replace(length=slots * tokens, valid_first=False)
+    group = group._replace(length=slots * tokens, valid_first=group.valid_first and slots == 1)
     placement = {
         key: jnp.repeat(arrays[key], tokens, axis=1) for key in POSITION_KEYS if key in arrays
     }

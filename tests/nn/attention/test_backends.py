@@ -30,6 +30,7 @@ from unified_mm.nn.tokens import (
     offset_positions,
     single_document,
     take,
+    unfold_items,
     with_positions,
 )
 from unified_mm.parallel.mesh import make_mesh
@@ -461,6 +462,11 @@ def test_what_splash_cannot_do_it_refuses():
     assert "in packed documents or beside a cache" in because
 
 
+def join_rows(parts):
+    """The metadata of batches, one below the other."""
+    return jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
+
+
 def test_order_is_forgotten_where_it_becomes_data():
     """Static order is what fast kernels go by: a cache's slots and placed tokens have none."""
     text = single_document(jnp.ones((1, 4), bool), Group("t", "text", 4))
@@ -469,6 +475,11 @@ def test_order_is_forgotten_where_it_becomes_data():
     assert offset_positions(text, arrays, 3).groups[0].start is None
     padded = text.replace(groups=(text.groups[0]._replace(valid_first=True),))
     assert not lengthen(padded, text).groups[0].valid_first
+    for items in (1, 2):  # one may be missing before another
+        rows = join_rows([padded] * items)
+        batch = {"present": jnp.ones((1, items), bool)}
+        joined = unfold_items(jnp.zeros((items, 4, 8)), rows, batch, 0).metadata
+        assert joined.groups[0].valid_first == (items == 1)
     assert [group.start for group in lengthen(text, text).groups] == [None]
     other = text.replace(groups=(Group("u", "text", 4, 0),))
     assert [group.start for group in lengthen(text, other).groups] == [0, None]
