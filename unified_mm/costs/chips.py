@@ -40,6 +40,7 @@ class Gpu(Chip):
     """An NVIDIA GPU; its links are those within a host.
 
     Attributes:
+      host: number of GPUs of a host.
       network_bandwidth: bytes per second that it sends to other hosts.
       kind: as the driver calls it.
       capability: its compute capability.
@@ -58,6 +59,7 @@ class Gpu(Chip):
     shared_memory: int
     cache: int
     clock: float
+    host: int = 8
 
     @property
     def description(self) -> str:

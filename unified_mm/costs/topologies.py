@@ -118,7 +118,7 @@ def gpu_devices(name: str, shape: list[int]) -> tuple[list[Any], Gpu]:
     devices = topologies.get_topology_desc(
         platform="cuda", target_config=gpu.description, topology=f"1x{hosts}x{count}"
     ).devices
-    return list(devices), replace(gpu, memory=int(gpu.memory * memory_share()))
+    return list(devices), replace(gpu, memory=int(gpu.memory * memory_share()), host=count)
 
 
 def memory_share() -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from unified_mm.costs.chips import Chip
 from unified_mm.costs.collectives import totals_by_kind
-from unified_mm.costs.roofline import roofline, utilisation
+from unified_mm.costs.roofline import roofline, sending_seconds, utilisation
 from unified_mm.parallel.sharding import shard_bytes
 from unified_mm.task import parameter_counts
 from unified_mm.training.ahead import DoesNotFit, compile_step, footprint
@@ -85,8 +85,8 @@ def taken(phase: Phase, chip: Chip | None, ema_decay: float, facts: Facts) -> Fa
     if chip is None:
         return told
     chips = facts["chips"]
-    sent = sum(each.sent for each in found.collectives)
-    least = roofline(chip, facts["computed_flops"] / chips, found.traffic, sent)
+    sending = sending_seconds(chip, found.collectives)
+    least = roofline(chip, facts["computed_flops"] / chips, found.traffic, sending)
     return told | {
         "compute_seconds": least.compute,
         "memory_seconds": least.memory,
@@ -136,8 +136,8 @@ def lines(facts: Facts) -> list[str]:
             rows.append(f"{name + ' bytes a chip':<26}{size:>20,}")
     for kind, total in (facts["collectives"] or {}).items():
         rows.append(
-            f"{kind:<26}{total['count']:>20,} a step, {total['bytes']:,} bytes, "
-            f"{total['sent']:,} sent"
+            f"{kind:<26}{total['count']:>20,} a step ({total['asynchronous']:,} asynchronous), "
+            f"{total['bytes']:,} bytes, {total['sent']:,} sent"
         )
     if facts["step_seconds"] is None:
         return rows
