@@ -42,6 +42,12 @@ def module(entry, others=""):
         ("replica_groups={{1,5},{0,4}}", (1, 5)),
         ("replica_groups={}", tuple(range(8))),
         ("source_target_pairs={{0,1},{3,7},{1,2}}", (3, 7)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
+        ("replica_groups=mesh['a'=8] {'a':(1)4}", (0, 2, 4, 6)),
+        ("replica_groups=mesh['a'=8] {'a':(2)4}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 4)),
     ],
 )
 def test_who_takes_part(groups, members):

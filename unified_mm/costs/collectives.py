@@ -178,13 +178,29 @@ def _members(line: Instruction, size: int) -> tuple[int, ...]:
         return max(found, key=lambda pair: abs(pair[0] - pair[1]))
     if listed := line.attribute(r"replica_groups=\{\{([\d,]+)\}"):
         return tuple(map(int, listed.split(",")))
-    if counted := line.attribute(r"replica_groups=\[\d+,\d+\]<=\[([\d,]+)\]"):
-        shape = [int(each) for each in counted.split(",")]
-        turned = line.attribute(r"replica_groups=\[\d+,\d+\]<=\[[\d,]+\]T\(([\d,]+)\)")
-        axes = [int(each) for each in turned.split(",")] if turned else range(len(shape))
-        devices = np.arange(math.prod(shape)).reshape(shape).transpose(axes)
-        return tuple(devices.reshape(-1)[:size].tolist())
+    if counted := line.attribute(r"replica_groups=\[\d+,\d+\]<=(\[[\d,]+\](?:T\([\d,]+\))?)"):
+        return tuple(_numbered(counted)[:size].tolist())
+    if axes := line.attribute(r"replica_groups=mesh\[([^\]]*)\]"):
+        sizes = {name: int(count) for name, count in re.findall(r"'(\w+)'=(\d+)", axes)}
+        order = line.attribute(r"device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\)")
+        numbers = _numbered(order or f"[{math.prod(sizes.values())}]")
+        named = line.attribute(r"replica_groups=mesh\[[^{]*\{([^}]*)\}")
+        places = np.zeros(1, int)
+        for axis, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named):
+            after = math.prod(list(sizes.values())[list(sizes).index(axis) + 1 :])
+            count = int(part or sizes[axis])
+            step = after * sizes[axis] // (int(before or 1) * count)
+            places = (places[:, None] + step * np.arange(count)).reshape(-1)
+        return tuple(numbers[places].tolist())
     return tuple(range(size))
+
+
+def _numbered(tiling: str) -> np.ndarray:
+    """Returns the devices in an order such as `[2,4]T(1,0)`: counted in 2 x 4, then turned."""
+    shape, _, turned = tiling.partition("T")
+    sizes, axes = ([int(each) for each in re.findall(r"\d+", part)] for part in (shape, turned))
+    axes = axes or list(range(len(sizes)))
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(axes).reshape(-1)
 
 
 def _ring(pairs: str) -> int:
