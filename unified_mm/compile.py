@@ -1,16 +1,19 @@
 """Compiles the training step for hardware that is not there, and estimates what it would take.
 
     python -m unified_mm.compile --config=configs/coco.py:large --topology=v5e:4x4
+    python -m unified_mm.compile --config=configs/coco.py:large --topology=h100:8
 
-Needs no data and no TPU, but a TPU's compiler (the extra 'tpu'). All arrays are abstract, so a
-model of any size can be compiled. The times are lower bounds from the chip's peaks (see
-`costs.roofline`), not measurements. The last line printed is JSON; for its fields see
-`training.estimate.estimate`. The exit code is 1 if the step does not fit into memory.
+Needs no data, no TPU and no GPU, but the compiler of one (the extras 'tpu' and 'cuda12'). All
+arrays are abstract, so a model of any size can be compiled. The times are lower bounds from the
+chip's peaks (see `costs.roofline`), not measurements. Of a GPU's memory jax takes 0.75, or what
+XLA_PYTHON_CLIENT_MEM_FRACTION says, and a step fits that. The last line printed is JSON; for its
+fields see `training.estimate.estimate`. The exit code is 1 if the step does not fit into memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -21,7 +24,8 @@ from unified_mm.cli.command import command
 from unified_mm.cli.messages import say
 from unified_mm.cli.recipes import resolve
 from unified_mm.config import Config
-from unified_mm.costs.chips import target
+from unified_mm.costs.chips import Chip, Gpu, Tpu
+from unified_mm.costs.topologies import memory_share, target
 from unified_mm.runs.environment import revision, versions
 from unified_mm.training.ahead import abstract_phases
 from unified_mm.training.estimate import estimate, lines
@@ -36,16 +40,28 @@ def main(options: argparse.Namespace) -> int:
     phase = choose(abstract_phases(config, devices), options.phase)
     about = {
         "topology": options.topology,
-        "versions": versions() | ({"libtpu": metadata.version("libtpu")} if chip else {}),
+        "versions": versions() | compiler(chip),
         "revision": revision(),
         "date": time.strftime("%Y-%m-%d"),
     }
+    if isinstance(chip, Gpu):
+        about["memory_share"] = memory_share()
     facts = estimate(phase, chip, config.train.ema_decay)
     say(f"{options.topology}: " + "\n".join(lines(facts)))
     if facts["problem"]:
         say(facts["problem"])
     say(json.dumps(about | facts))
     return 0 if facts["fits"] else 1
+
+
+def compiler(chip: Chip | None) -> dict[str, str]:
+    """Returns the versions of what compiles for a chip."""
+    packages = {Tpu: ("libtpu",), Gpu: ("jax-cuda12-plugin", "jax-cuda13-plugin")}
+    found = {}
+    for name in packages.get(type(chip), ()):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def choose(phases: Sequence[Phase], name: str) -> Phase:

@@ -34,6 +34,40 @@ def module(entry, others=""):
     )
 
 
+@pytest.mark.parametrize(
+    "groups, members",
+    [
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups={{1,5},{0,4}}", (1, 5)),
+        ("replica_groups={}", tuple(range(8))),
+        ("source_target_pairs={{0,1},{3,7},{1,2}}", (3, 7)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", (0, 1, 4, 5)),
+        ("replica_groups=mesh['a'=8] {'a':(1)4}", (0, 2, 4, 6)),
+        ("replica_groups=mesh['a'=8] {'a':(2)4}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 4)),
+    ],
+)
+def test_who_takes_part(groups, members):
+    kind = "collective-permute" if "pairs" in groups else "all-reduce"
+    assert only(f"%c = f32[4,16] {kind}(%x), {groups}, to_apply=%add").members == members
+
+
+@pytest.mark.parametrize(
+    "line, asynchronous",
+    [
+        ("%c = f32[4,16] all-reduce(%x), replica_groups={}, to_apply=%add", False),
+        ("%c = f32[4,16] all-reduce-start(%x), replica_groups={}, to_apply=%add", True),
+        ("%c = f32[4,16] all-reduce-start(%x), replica_groups={}, to_apply=%add,"
+         ' backend_config={"collective_backend_config":{"is_sync":true}}', False),
+    ],
+)  # fmt: skip
+def test_what_goes_on_beside_other_work(line, asynchronous):
+    assert only(line).asynchronous == asynchronous
+
+
 def only(line):
     (found,) = collectives_of(module(line))
     return found
@@ -171,9 +205,9 @@ def test_what_is_sent_and_totals():
     ]
     assert [c.sent for c in found] == [4500, 140, 750, 128]
     assert totals_by_kind(found) == {
-        "all-reduce": {"count": 4, "bytes": 3080, "sent": 4640},
-        "all-gather": {"count": 1, "bytes": 1000, "sent": 750},
-        "collective-permute": {"count": 2, "bytes": 128, "sent": 128},
+        "all-reduce": {"count": 4, "asynchronous": 0, "bytes": 3080, "sent": 4640},
+        "all-gather": {"count": 1, "asynchronous": 0, "bytes": 1000, "sent": 750},
+        "collective-permute": {"count": 2, "asynchronous": 0, "bytes": 128, "sent": 128},
     }
 
 

@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from unified_mm.costs.flops import matmul_flops
+from unified_mm.nn.attention import splash
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import TransformerOptions
@@ -36,6 +38,14 @@ def test_a_plain_stack_forward_and_backward(changes):
     assert matmul_flops(lambda p, x: forward(p, x, **changes), params, x) == FORWARD
     gradient = jax.grad(lambda p, x: forward(p, x, **changes), argnums=(0, 1))
     assert matmul_flops(gradient, params, x) == 3 * FORWARD
+
+
+def test_a_kernel_counts_at_each_point_of_its_grid():
+    """Splash, of two heads: three blocks of keys, scores and their use in each."""
+    rows, columns, width = 256, 384, 64
+    run = splash.kernel(np.ones((rows, columns), bool), 2, False)
+    shapes = [jax.ShapeDtypeStruct((2, size, width), jnp.bfloat16) for size in (rows, columns)]
+    assert matmul_flops(run, *shapes, shapes[1]) == 2 * 4 * rows * columns * width
 
 
 def test_rematerialisation_costs_a_forward_pass_more():

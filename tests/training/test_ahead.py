@@ -11,7 +11,8 @@ import tiny
 
 from unified_mm.cli.recipes import recipe_config
 from unified_mm.config import Config
-from unified_mm.costs.chips import CHIPS, Chip, target
+from unified_mm.costs.chips import CHIPS, Chip
+from unified_mm.costs.topologies import target
 from unified_mm.parallel.sharding import rule_items, shard_bytes, to_global
 from unified_mm.runs.folder import RunFolder
 from unified_mm.task import parameter_counts
@@ -40,7 +41,7 @@ def recipe(name):
 def facts():
     """A step of eight devices, for a chip that is slow, and a little too small for it."""
     (phase,) = planned(**BOTH, **WIDE)
-    chip = Chip(2**22, 1e9, 1e9, 1e9, 2, 8)
+    chip = Chip(2**22, 1e9, 1e9, 1e9)
     return phase, chip, estimate(phase, chip, 0.0)
 
 

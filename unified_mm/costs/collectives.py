@@ -13,8 +13,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from unified_mm.costs.hlo import Instruction, Program, Run, array_bytes
 
+TOTALS = ("count", "asynchronous", "bytes", "sent")
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -36,6 +39,9 @@ class Collective:
         the input of any other.
       count: how often a step runs it.
       group_size: number of devices that take part together.
+      members: numbers of these devices, where the program lists them; of devices that send to each
+        other in pairs, the two that are farthest apart.
+      asynchronous: whether the program goes on while it runs.
       source: the operation of the traced program that it comes from, as the compiler names it.
     """
 
@@ -44,6 +50,8 @@ class Collective:
     count: int
     group_size: int
     source: str = field(default="", compare=False)
+    members: tuple[int, ...] = field(default=(), compare=False)
+    asynchronous: bool = field(default=False, compare=False)
 
     @property
     def sent(self) -> int:
@@ -107,14 +115,15 @@ def kind_of(line: Instruction) -> str | None:
 
 
 def totals_by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, int]]:
-    """Returns for each kind how many run in a step, the bytes of their arrays, and those sent.
+    """Returns for each kind how many run in a step, and how many of these beside other work.
 
-    All three are per device.
+    And the bytes of their arrays, and those sent. All are per device.
     """
     totals: dict[str, dict[str, int]] = {}
     for each in collectives:
-        of_kind = totals.setdefault(each.kind, {"count": 0, "bytes": 0, "sent": 0})
+        of_kind = totals.setdefault(each.kind, dict.fromkeys(TOTALS, 0))
         of_kind["count"] += each.count
+        of_kind["asynchronous"] += each.count * each.asynchronous
         of_kind["bytes"] += each.count * each.bytes
         of_kind["sent"] += each.sent
     return totals
@@ -130,7 +139,10 @@ def _collective(run: Run, program: Program) -> Collective:
         total *= size
     if kind == "all-reduce" and run.computation.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # a TPU's: fused with the slice that each device keeps
-    return Collective(kind, total, run.times, size, line.attribute(r'op_name="([^"]*)"'))
+    source = line.attribute(r'op_name="([^"]*)"')
+    return Collective(
+        kind, total, run.times, size, source, _members(line, size), _is_asynchronous(run)
+    )
 
 
 def _group_size(line: Instruction, devices: int) -> int:
@@ -147,6 +159,48 @@ def _group_size(line: Instruction, devices: int) -> int:
         used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named)
         return math.prod(int(part or sizes[axis]) for axis, part in used)
     return devices
+
+
+def _is_asynchronous(run: Run) -> bool:
+    """Returns whether a collective is one that is begun in one place and awaited in another."""
+    begun = (
+        run.line.opcode.endswith("-start")
+        or run.computation.startswith("async_computation")
+        or "async_collective_fusion" in run.line.attributes
+    )
+    return begun and '"is_sync":true' not in run.line.attributes
+
+
+def _members(line: Instruction, size: int) -> tuple[int, ...]:
+    """Returns the devices of the first group; the first `size` where it is not said which."""
+    if pairs := line.attribute(r"source_target_pairs=\{(\{.*?\})\}"):
+        found = [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs)]
+        return max(found, key=lambda pair: abs(pair[0] - pair[1]))
+    if listed := line.attribute(r"replica_groups=\{\{([\d,]+)\}"):
+        return tuple(map(int, listed.split(",")))
+    if counted := line.attribute(r"replica_groups=\[\d+,\d+\]<=(\[[\d,]+\](?:T\([\d,]+\))?)"):
+        return tuple(_numbered(counted)[:size].tolist())
+    if axes := line.attribute(r"replica_groups=mesh\[([^\]]*)\]"):
+        sizes = {name: int(count) for name, count in re.findall(r"'(\w+)'=(\d+)", axes)}
+        order = line.attribute(r"device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\)")
+        numbers = _numbered(order or f"[{math.prod(sizes.values())}]")
+        named = line.attribute(r"replica_groups=mesh\[[^{]*\{([^}]*)\}")
+        places = np.zeros(1, int)
+        for axis, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named):
+            after = math.prod(list(sizes.values())[list(sizes).index(axis) + 1 :])
+            count = int(part or sizes[axis])
+            step = after * sizes[axis] // (int(before or 1) * count)
+            places = (places[:, None] + step * np.arange(count)).reshape(-1)
+        return tuple(numbers[places].tolist())
+    return tuple(range(size))
+
+
+def _numbered(tiling: str) -> np.ndarray:
+    """Returns the devices in an order such as `[2,4]T(1,0)`: counted in 2 x 4, then turned."""
+    shape, _, turned = tiling.partition("T")
+    sizes, axes = ([int(each) for each in re.findall(r"\d+", part)] for part in (shape, turned))
+    axes = axes or list(range(len(sizes)))
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(axes).reshape(-1)
 
 
 def _ring(pairs: str) -> int:

@@ -9,12 +9,15 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from unified_mm.costs.kernels import cudnn_flops, repeats
+
 
 def matmul_flops(function: Callable[..., Any], *args: Any) -> int:
     """Returns the operations (2 per multiply-add) of all matrix products in `function(*args)`.
 
     `args` may be shapes. The body of a scan counts as often as it runs; the compiler's own count
-    takes it once. The body of a `while`, whose length is unknown, counts once.
+    takes it once. The body of a `while`, whose length is unknown, counts once. For attention's
+    kernels see `costs.kernels`.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -33,8 +36,9 @@ def _count(jaxpr: Jaxpr) -> int:
         if equation.primitive.name == "dot_general":
             total += _dot_flops(equation)
             continue
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += times * sum(_count(inner) for inner in _inner_programs(equation.params))
+        total += cudnn_flops(equation) or repeats(equation) * sum(
+            _count(inner) for inner in _inner_programs(equation.params)
+        )
     return total
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from unified_mm.costs.chips import Chip
+from unified_mm.costs.chips import Chip, Gpu
+from unified_mm.costs.collectives import Collective
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Roofline:
     Attributes:
       compute: FLOPs of the chip / its bfloat16 FLOP/s.
       memory: bytes read and written / bandwidth of its memory.
-      collectives: bytes sent / bandwidth of all its links.
+      collectives: bytes sent / bandwidth of what they are sent over.
     """
 
     compute: float
@@ -51,20 +53,41 @@ class Roofline:
         return max(self.compute, self.memory) / self.serial
 
 
-def roofline(chip: Chip, flops: float, traffic: int, sent: int) -> Roofline:
+def roofline(chip: Chip, flops: float, traffic: int, sending: float) -> Roofline:
     """Returns the roofline of a step, from what one chip has to do.
 
     Args:
       chip: the chip.
       flops: operations of the chip, including recomputation.
       traffic: bytes read from and written to its memory.
-      sent: bytes sent to other chips.
+      sending: seconds of its collectives; see `sending_seconds`.
     """
     return Roofline(
         compute=flops / chip.flops,
         memory=traffic / chip.memory_bandwidth,
-        collectives=sent / chip.link_bandwidth,
+        collectives=sending,
     )
+
+
+def sending_seconds(chip: Chip, collectives: Sequence[Collective]) -> float:
+    """Returns the seconds in which a chip can send what collectives have it send.
+
+    All its links are busy. Among GPUs of several hosts each array is first exchanged within a host,
+    and then each GPU sends its share to the other hosts, while the next array is exchanged.
+    """
+    return sum(_seconds(chip, each) for each in collectives)
+
+
+def _seconds(chip: Chip, collective: Collective) -> float:
+    within = collective.sent / chip.link_bandwidth
+    if not isinstance(chip, Gpu):
+        return within
+    hosts = len({member // chip.host for member in collective.members})
+    if hosts < 2:
+        return within
+    share = hosts / len(collective.members)
+    between = replace(collective, group_size=hosts).sent * share
+    return max(within, between / chip.network_bandwidth)
 
 
 def utilisation(chip: Chip, chips: int, flops: int, seconds: float) -> float:

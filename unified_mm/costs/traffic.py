@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from unified_mm.costs.collectives import collective_runs, kind_of
 from unified_mm.costs.hlo import Instruction, Program, Run, array_bytes
@@ -13,6 +14,7 @@ STILL = frozenset(
     "after-all async-start bitcast call conditional constant get-tuple-element opt-barrier"
     " parameter partition-id replica-id tuple while".split()
 )
+LIBRARIES = ("__cublas", "__cudnn")  # calls of these hold, as a last result, room to work in
 SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -43,11 +45,25 @@ def _traffic(run: Run, program: Program) -> int:
         return 2 * array_bytes(line.type)
     if line.opcode.removesuffix("-start") in SLICES:  # its tuple holds what it takes a slice of
         return array_bytes(line.type) - sum(array_bytes(around[n].type) for n in line.operands)
-    if line.opcode == "custom-call" and not line.operands:  # room that nothing is written to
-        return 0
+    if line.opcode == "custom-call":
+        return _custom_traffic(run, program)
     if line.opcode == "dynamic-update-slice":
         return 2 * array_bytes(around[line.operands[1]].type)
     return _own_traffic(run, program)
+
+
+def _custom_traffic(run: Run, program: Program) -> int:
+    """Returns the bytes that a kernel of a library moves: its operands and its results, once.
+
+    For cuDNN's attention that is the formula of Dao et al. 2022 for keys and values of a head that
+    fit beside the compute units. Room to work in is no result.
+    """
+    if not run.line.operands:  # room that nothing is written to
+        return 0
+    target = run.line.attribute(r'custom_call_target="([^"]*)"')
+    room = r"[su]8\[\d*\]\{0\}" if target.startswith(LIBRARIES) else r"$^"
+    line = replace(run.line, type=re.sub(room, "", run.line.type))
+    return _own_traffic(replace(run, line=line), program)
 
 
 def _own_traffic(run: Run, program: Program) -> int:

@@ -207,7 +207,7 @@ class ImageEmbedder(nn.Module):
         if e.norm:
             x = Norm("layer", e.norm_epsilon, self.dtype, name="norm")(x)
         valid = jnp.broadcast_to(batch["present"][:, None], x.shape[:2])
-        group = Group(self.name_of_group, self.name_of_group, x.shape[1])
+        group = Group(self.name_of_group, self.name_of_group, x.shape[1], valid_first=True)
         return Tokens(blank(x, valid), single_document(valid, group))
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -136,6 +137,28 @@ class TextEmbedding:
         return -(-self.used // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
+@jax.custom_vjp
+def scores(x: Float[Array, "B T D"], table: Float[Array, "V D"]) -> Float[Array, "B T V"]:
+    """Returns the products of tokens with all rows of a table, added up in float32.
+
+    The products of the gradient are of the type of x: jax would compute them in float32.
+    """
+    return jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
+
+
+def _scores_forward(x: Array, table: Array) -> tuple[Array, Any]:
+    return scores(x, table), (x, table)
+
+
+def _scores_backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, table = kept
+    narrow = cotangent.astype(x.dtype)
+    return jnp.einsum("BTV,VD->BTD", narrow, table), jnp.einsum("BTV,BTD->VD", narrow, x)
+
+
+scores.defvjp(_scores_forward, _scores_backward)
+
+
 class TextEmbedder(nn.Module):
     """Token, 1D position and modality embeddings, and logits, by default from the same table."""
 
@@ -189,7 +212,7 @@ class TextEmbedder(nn.Module):
         if e.norm:
             x = self.norm(x)
         x = jnp.where(valid[..., None], x, 0).astype(self.dtype)
-        group = Group(self.name_of_group, self.name_of_group, ids.shape[1])
+        group = Group(self.name_of_group, self.name_of_group, ids.shape[1], valid_first=True)
         return Tokens(x, single_document(valid, group))
 
     def _positions(self, places: Array | None, length: int) -> Float[Array, "..."]:
@@ -215,9 +238,7 @@ class TextEmbedder(nn.Module):
         if isinstance(table, Quantized):
             logits = table.product(x, (1,))
         else:
-            logits = jnp.einsum(
-                "BTD,VD->BTV", x, table.astype(x.dtype), preferred_element_type=jnp.float32
-            )
+            logits = scores(x, table.astype(x.dtype))
         if e.used == e.vocabulary:
             return logits
         return jnp.where(jnp.arange(e.vocabulary) < e.used, logits, -1e9)

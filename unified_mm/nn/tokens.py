@@ -20,12 +20,14 @@ class Group(NamedTuple):
       length: how many tokens there are.
       start: position of the first token, where each further one is one later and all are of
         document 0 and segment 0; None where these are data.
+      valid_first: whether it is known that its valid tokens stand before all others.
     """
 
     name: str
     modality: str
     length: int
     start: int | None = None
+    valid_first: bool = False
 
 
 @struct.dataclass
@@ -136,7 +138,7 @@ def unfold_items(
     tokens = x.shape[1]
     slots = x.shape[0] // batch
     (group,) = metadata.groups
-    group = group._replace(length=slots * tokens)
+    group = group._replace(length=slots * tokens, valid_first=group.valid_first and slots == 1)
     placement = {
         key: jnp.repeat(arrays[key], tokens, axis=1) for key in POSITION_KEYS if key in arrays
     }
@@ -183,7 +185,7 @@ def lengthen(metadata: TokenMetadata, more: TokenMetadata) -> TokenMetadata:
         return join_metadata([metadata, more])
     *before, last = metadata.groups
     apart_ = more.replace(groups=(added._replace(name=f"{added.name} to come"),))  # type: ignore[attr-defined]
-    grown = last._replace(length=last.length + added.length, start=None)
+    grown = last._replace(length=last.length + added.length, start=None, valid_first=False)
     return join_metadata([metadata, apart_]).replace(groups=(*before, grown))  # type: ignore[attr-defined]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from unified_mm.costs.chips import Chip
 from unified_mm.costs.collectives import totals_by_kind
-from unified_mm.costs.roofline import roofline, utilisation
+from unified_mm.costs.roofline import roofline, sending_seconds, utilisation
 from unified_mm.parallel.sharding import shard_bytes
 from unified_mm.task import parameter_counts
 from unified_mm.training.ahead import DoesNotFit, compile_step, footprint
@@ -26,8 +26,8 @@ def estimate(phase: Phase, chip: Chip | None, ema_decay: float) -> Facts:
     Returns:
       `parameters`, `flops`, `computed_flops` (recomputation included): of all chips together. Sizes
       in bytes (`peak_bytes` is everything that is there at once) and `collectives` by kind: of one
-      chip. Seconds of a step at the chip's peaks: see `costs.roofline`. `fits`, and `problem`, what
-      to change where it does not.
+      chip. Seconds of a step at the chip's peaks: see `costs.roofline`. `mfu` is of `peak_flops`,
+      the chip's dense bfloat16 peak. `fits`, and `problem`, what to change where it does not.
     """
     facts = asked(phase, chip)
     try:
@@ -59,6 +59,7 @@ def asked(phase: Phase, chip: Chip | None) -> Facts:
         "parameter_bytes": shard_bytes(phase.abstract.params),
         "optimizer_bytes": shard_bytes(phase.abstract.optimizer),
         "memory_bytes": chip.memory if chip else None,
+        "peak_flops": chip.flops if chip else None,
         "flops": training_flops(phase),
         "computed_flops": computed_flops(phase),
         **dict.fromkeys((*unknown, *times, *shares, "compile_seconds", "problem")),
@@ -84,8 +85,8 @@ def taken(phase: Phase, chip: Chip | None, ema_decay: float, facts: Facts) -> Fa
     if chip is None:
         return told
     chips = facts["chips"]
-    sent = sum(each.sent for each in found.collectives)
-    least = roofline(chip, facts["computed_flops"] / chips, found.traffic, sent)
+    sending = sending_seconds(chip, found.collectives)
+    least = roofline(chip, facts["computed_flops"] / chips, found.traffic, sending)
     return told | {
         "compute_seconds": least.compute,
         "memory_seconds": least.memory,
@@ -135,15 +136,16 @@ def lines(facts: Facts) -> list[str]:
             rows.append(f"{name + ' bytes a chip':<26}{size:>20,}")
     for kind, total in (facts["collectives"] or {}).items():
         rows.append(
-            f"{kind:<26}{total['count']:>20,} a step, {total['bytes']:,} bytes, "
-            f"{total['sent']:,} sent"
+            f"{kind:<26}{total['count']:>20,} a step ({total['asynchronous']:,} asynchronous), "
+            f"{total['bytes']:,} bytes, {total['sent']:,} sent"
         )
     if facts["step_seconds"] is None:
         return rows
     for name in ("compute", "memory", "collective", "step", "serial"):
         rows.append(f"{name + ' seconds at least':<26}{facts[f'{name}_seconds']:>20.4f}")
     rows.append(
-        f"bound by {facts['bound']}; MFU {facts['mfu']:.2f}, scaling efficiency "
+        f"bound by {facts['bound']}; MFU {facts['mfu']:.2f} of "
+        f"{facts['peak_flops'] / 1e12:g} TFLOP/s (dense bfloat16), scaling efficiency "
         f"{facts['scaling_efficiency']:.2f}, or where collectives wait {facts['serial_mfu']:.2f} "
         f"and {facts['serial_scaling_efficiency']:.2f}"
     )

@@ -30,6 +30,7 @@ from unified_mm.nn.tokens import (
     offset_positions,
     single_document,
     take,
+    unfold_items,
     with_positions,
 )
 from unified_mm.parallel.mesh import make_mesh
@@ -407,6 +408,18 @@ def test_splash_as_a_tpu_would_run_it(rule):
         agree(run, heads_of(metadata, metadata, 8, 4, 2, 64), mask)
 
 
+@pytest.mark.parametrize("rule", ["prefix", pytest.param("joint", marks=pytest.mark.slow)])
+def test_splash_of_lengths_that_it_pads(rule):
+    """A photograph's patches and a text: neither is a multiple of what the kernel takes."""
+    metadata = in_order({"image": 196, "t": 64})
+    metadata = metadata.replace(valid=metadata.valid.at[0, :196].set(False))
+    table = MaskTable((View("t", rule),))
+    run = by_calls("splash", table, metadata, metadata, partial(splash.attend, interpret=True))
+    with on("tpu"):
+        arrays = heads_of(metadata, metadata, 8, 2, 1, 64)
+        agree(run, arrays, reference_mask(table, metadata, metadata))
+
+
 def test_splash_in_packed_documents_that_see_all():
     metadata = filled([Group("image", "image", 128), Group("t", "text", 128)], seed=2, documents=3)
     table = MaskTable((View("t", "joint"),))
@@ -442,11 +455,16 @@ def test_what_splash_cannot_do_it_refuses():
     assert backend_of(wide, "tpu") == "splash"
     assert "needs a TPU, and this runs on cpu: set model.attention='auto'" in why(platform="cpu")
     assert "multiple of 64, not 4: set model.head_width" in why(options("splash"))
-    assert "multiples of 128, not 100 queries" in why(image=128, t=100)
-    assert "multiples of 128, not 228 keys" in why(image=100, t=128)
+    assert "to multiples of 128, a waste for 9 queries" in why(image=128, t=9)
+    assert backend_of(wide, "tpu", image=196, t=64) == "splash"
     documents = with_positions(in_order({"image": 128, "t": 128}))
     because = why(wide, "tpu", "causal", "image", documents)
     assert "in packed documents or beside a cache" in because
+
+
+def join_rows(parts):
+    """The metadata of batches, one below the other."""
+    return jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
 
 
 def test_order_is_forgotten_where_it_becomes_data():
@@ -455,6 +473,13 @@ def test_order_is_forgotten_where_it_becomes_data():
     assert text.groups[0].start == 0 and offset_positions(text, {}, 3).groups[0].start == 3
     arrays = {key: jnp.zeros((1, 4), jnp.int32) for key in ("position", "segment", "document")}
     assert offset_positions(text, arrays, 3).groups[0].start is None
+    padded = text.replace(groups=(text.groups[0]._replace(valid_first=True),))
+    assert not lengthen(padded, text).groups[0].valid_first
+    for items in (1, 2):  # one may be missing before another
+        rows = join_rows([padded] * items)
+        batch = {"present": jnp.ones((1, items), bool)}
+        joined = unfold_items(jnp.zeros((items, 4, 8)), rows, batch, 0).metadata
+        assert joined.groups[0].valid_first == (items == 1)
     assert [group.start for group in lengthen(text, text).groups] == [None]
     other = text.replace(groups=(Group("u", "text", 4, 0),))
     assert [group.start for group in lengthen(text, other).groups] == [0, None]
@@ -501,6 +526,33 @@ def test_what_cudnn_cannot_do_it_refuses(monkeypatch):
     assert backend_of(too_wide, "gpu") == "cudnn"
 
 
+def test_keys_are_sorted_for_cudnn_only_where_some_may_be_missing_before_others():
+    """A picture is there or not, a text's padding is at its end; together they may have gaps."""
+
+    def sorts(rule):
+        parts = []
+        for name, length, there in (("image", 8, [8, 0]), ("t", 6, [4, 6])):
+            valid = jnp.arange(length) < jnp.array(there)[:, None]
+            group = Group(name, "text" if name == "t" else name, length, valid_first=True)
+            parts.append(offset_positions(single_document(valid, group), {}, 8 * len(parts)))
+        metadata = join_metadata(parts)
+        arrays = heads_of(metadata, metadata, 11, 4, 2, 64)
+        table = MaskTable((View("t", rule),))
+        with on("gpu"), pytest.MonkeyPatch.context() as patch:
+            plan = plan_attention(options("cudnn", **HALF), table, metadata, metadata)
+            plain = jax.nn.dot_product_attention
+            patch.setattr(
+                jax.nn,
+                "dot_product_attention",
+                lambda *args, implementation, **more: plain(*args, **more),
+            )
+            run = partial(attended, plan, cudnn.attend)
+            agree(run, arrays, reference_mask(table, metadata, metadata))
+            return "argsort" in str(jax.make_jaxpr(run)(*arrays[:3]))
+
+    assert sorts("joint") and not sorts("separate")
+
+
 @pytest.mark.parametrize("rule", ["prefix", "joint", "separate"])
 def test_what_cudnn_is_given_means_what_the_rule_says(rule, monkeypatch):
     """Its kernel runs on NVIDIA alone: here XLA computes what the kernel is asked for."""
@@ -536,7 +588,8 @@ def test_auto_goes_by_device_shape_and_rule():
     assert backend_of(whole, "gpu") == "xla"
     assert backend_of(whole, "gpu", **long) == "chunked"
     assert backend_of(half, "tpu") == "splash"
-    assert backend_of(whole, "tpu", image=100, t=100) == "xla"
+    assert backend_of(whole, "tpu", image=100, t=100) == "splash"
+    assert backend_of(whole, "tpu", image=100, t=4) == "xla"
 
 
 def test_what_was_chosen_is_read_off_the_traced_program():

@@ -8,8 +8,8 @@
 | `splash` | jax's fused kernel | TPUs |
 | `auto` | the device's kernel where it can, else `xla`, or `chunked` where a call is long | |
 
-A backend refuses what it cannot do, and what `auto` chose is said. `cudnn` has not been run yet;
-`splash` was checked interpreted, and compiled for a v5e.
+A backend refuses what it cannot do, and what `auto` chose is said. Neither kernel has been run yet:
+`splash` was checked interpreted, and compiled for a v5e; `cudnn` was compiled for four GPUs.
 """
 
 from __future__ import annotations

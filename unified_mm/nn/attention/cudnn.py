@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from unified_mm.costs.chips import GPUS
 from unified_mm.nn.attention.masks import (
     BlockCall,
     BlockMask,
@@ -52,9 +53,16 @@ def refusal(
 
 
 def widest_head() -> int:
-    """Returns the largest head width of the kernel on this machine's GPU: 256 from Hopper on."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", "0.0")
-    return 256 if int(str(capability).split(".")[0]) >= 9 else 128
+    """Returns the largest head width of the kernel on the GPU compiled for: 256 from Hopper on.
+
+    That is the GPU of the current mesh, which this machine need not have, or this machine's.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = "" if device is None else device.device_kind
+    known = [gpu.capability[0] for gpu in GPUS.values() if gpu.kind == kind]
+    here = getattr(jax.local_devices()[0], "compute_capability", "0.0")
+    generation = known[0] if known else int(str(here).split(".")[0])
+    return 256 if generation >= 9 else 128
 
 
 def by_length(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) -> bool:
@@ -79,7 +87,10 @@ def attend(
         # The kernel is divided by heads only where all three have the same.
         key, value = widen(key, query.shape[2]), widen(value, query.shape[2])
     if by_length(seen_by.call, seen_by.queries, seen_by.keys):
-        key, value, lengths = valid_first(key, value, seen_by.keys.valid)
+        if len(seen_by.keys.groups) > 1 or not seen_by.keys.groups[0].valid_first:
+            key, value = valid_first(key, value, seen_by.keys.valid)
+        # At least one: the kernel takes no empty rows, and their output is set to zero anyway.
+        lengths = jnp.maximum(seen_by.keys.valid.sum(1, dtype=jnp.int32), 1)
         return jax.nn.dot_product_attention(
             query, key, value, key_value_seq_lengths=lengths, implementation="cudnn"
         )
@@ -89,12 +100,10 @@ def attend(
 
 def valid_first(
     key: Float[Array, "B K G A"], value: Float[Array, "B K G A"], valid: Bool[Array, "B K"]
-) -> tuple[Array, Array, Array]:
-    """Returns keys and values with the valid ones first, and the number of these, int32 [B].
+) -> tuple[Array, Array]:
+    """Returns keys and values with the valid ones first, so that any gaps become a length.
 
-    Attention does not depend on the order of its keys, so any gaps become a length. The number is
-    at least one: the kernel takes no empty rows, and their output is set to zero anyway.
+    Attention does not depend on the order of its keys.
     """
     order = jnp.argsort(~valid, axis=1, stable=True)[:, :, None, None]
-    key, value = (jnp.take_along_axis(each, order, axis=1) for each in (key, value))
-    return key, value, jnp.maximum(valid.sum(1, dtype=jnp.int32), 1)
+    return jnp.take_along_axis(key, order, axis=1), jnp.take_along_axis(value, order, axis=1)

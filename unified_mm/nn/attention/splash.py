@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from unified_mm.nn.attention.masks import (
     BlockCall,
@@ -21,7 +21,8 @@ from unified_mm.nn.attention.masks import (
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import TokenMetadata
 
-LANES = 128  # lengths are multiples of it
+LANES = 128  # the kernel's lengths are multiples of it: others are padded
+FEWEST = 16  # tokens that are worth a whole multiple
 BLOCKS = (512, 256, LANES)  # sizes of a block of queries or keys, the largest that divides
 NOWHERE = np.iinfo(np.int32).min  # the document of keys that are not there
 
@@ -45,10 +46,10 @@ def refusal(
         )
     lengths = {"queries": queries.valid.shape[1], "keys": keys.valid.shape[1]}
     for name, length in lengths.items():
-        if length % LANES:
+        if length < FEWEST:
             return (
-                f"takes lengths that are multiples of {LANES}, not {length} {name}: change the "
-                "number of tokens, or set model.attention='auto'"
+                f"pads lengths to multiples of {LANES}, a waste for {length} {name}: set "
+                "model.attention='auto'"
             )
     mask = static_mask(call, queries, keys)
     if mask is None:
@@ -71,6 +72,8 @@ def attend(
 ) -> Float[Array, "B Q H A"]:
     """Computes attention of a block call.
 
+    Queries and keys are padded: what is added is of no document that is asked for.
+
     Args:
       query, key, value: of the block call.
       seen_by: with `queries` and `keys`.
@@ -87,10 +90,10 @@ def attend(
         """Runs the kernel on one device's share of examples and heads."""
         from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
-        run = jax.vmap(kernel(mask, query.shape[2], interpret))
-        ids = SegmentIds(*documents)
-        heads_first = (jnp.moveaxis(each, 2, 1) for each in (query, key, value))
-        return jnp.moveaxis(run(*heads_first, ids), 1, 2)
+        run = jax.vmap(kernel(padded_mask(mask), query.shape[2], interpret))
+        ids = SegmentIds(*(padded(each, NOWHERE) for each in documents))
+        heads_first = (jnp.moveaxis(padded(each, 0), 2, 1) for each in (query, key, value))
+        return jnp.moveaxis(run(*heads_first, ids), 1, 2)[:, : query.shape[1]]
 
     query = query * query.shape[-1] ** -0.5
     mesh = jax.sharding.get_abstract_mesh()
@@ -102,6 +105,20 @@ def attend(
             check_vma=False,
         )  # fmt: skip
     return local(query, key, value, *documents)
+
+
+def padded(x: Shaped[Array, "B N *rest"], filling: int) -> Shaped[Array, "B padded *rest"]:
+    """Returns tokens up to a multiple of `LANES`, those added being filled with a number."""
+    more = [(0, 0), (0, -x.shape[1] % LANES), *[(0, 0)] * (x.ndim - 2)]
+    return jnp.pad(x, more, constant_values=filling)
+
+
+def padded_mask(mask: np.ndarray) -> np.ndarray:
+    """Returns a mask [Q, K] up to multiples of `LANES`; what is added is as the last one is.
+
+    So each query sees a key, and where all was seen all is. Documents hide the keys that are added.
+    """
+    return np.pad(mask, [(0, -size % LANES) for size in mask.shape], mode="edge")
 
 
 def spec(x: Float[Array, "B N H A"]) -> P:
