@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.sharding import NamedSharding
 
 from unified_mm.config import Config
 from unified_mm.costs.collectives import Collective, collectives_in
@@ -17,7 +18,7 @@ from unified_mm.costs.hlo import Program
 from unified_mm.costs.traffic import memory_traffic
 from unified_mm.data.records import Manifest, Record, Text
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import rule_items
+from unified_mm.parallel.sharding import BATCH, rule_items
 from unified_mm.task import build_task
 from unified_mm.training.phases import Phase, batch_shapes
 from unified_mm.training.setup import plan
@@ -79,11 +80,18 @@ def stand_in_data(config: Config) -> Manifest:
     return Manifest("train", records, "none", "", "none")
 
 
-def lower_step(phase: Phase, ema_decay: float) -> Any:
-    """Lowers the step that training runs."""
-    step = phase.make_step(ema_decay)
-    with jax.set_mesh(phase.placement.mesh), nn.logical_axis_rules(rule_items()):
-        return step.lower(phase.abstract, batch_shapes(phase.rows, phase.batch_size))
+def lower_step(phase: Phase, step: Any) -> Any:
+    """Lowers a phase's step for the arguments that training gives it."""
+    mesh = phase.placement.mesh
+    shapes = batch_shapes(phase.rows, phase.batch_size)
+    batch = jax.tree.map(lambda leaf: leaf.update(sharding=NamedSharding(mesh, BATCH)), shapes)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+        return step.lower(phase.abstract, batch)
+
+
+def program_text(phase: Phase, step: Any) -> str:
+    """Returns the text of a phase's compiled step, without compiling again what has run."""
+    return str(lower_step(phase, step).compile().as_text())
 
 
 def compile_step(phase: Phase, ema_decay: float) -> tuple[Any, float]:
@@ -94,7 +102,7 @@ def compile_step(phase: Phase, ema_decay: float) -> tuple[Any, float]:
     """
     began = time.perf_counter()
     try:
-        compiled = lower_step(phase, ema_decay).compile()
+        compiled = lower_step(phase, phase.make_step(ema_decay)).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise DoesNotFit(str(error).splitlines()[0]) from error
