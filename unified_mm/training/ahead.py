@@ -1,8 +1,9 @@
-"""The training step compiled for devices that need not be there, and what it costs on each."""
+"""The training step compiled before it runs, also for devices that are not there; its costs."""
 
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,6 +88,49 @@ def lower_step(phase: Phase, step: Any) -> Any:
     batch = jax.tree.map(lambda leaf: leaf.update(sharding=NamedSharding(mesh, BATCH)), shapes)
     with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
         return step.lower(phase.abstract, batch)
+
+
+class StepAhead:
+    """The step of a phase, compiled in a thread while a state is made and data is read.
+
+    Args:
+      phase: the phase that training begins with; None compiles nothing ahead.
+      ema_decay: as in `Phase.make_step`.
+    """
+
+    def __init__(self, phase: Phase | None, ema_decay: float) -> None:
+        self._phase = phase
+        self._ema_decay = ema_decay
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+        if phase is not None:
+            self._step = phase.make_step(ema_decay)
+            self._thread = threading.Thread(target=self._compile, args=(phase,), daemon=True)
+            self._thread.start()
+
+    def _compile(self, phase: Phase) -> None:
+        try:
+            lower_step(phase, self._step).compile()
+        except Exception as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Waits until nothing is compiled: a process that ends meanwhile would crash."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def step_of(self, phase: Phase) -> Any:
+        """Returns the step of a phase: that which was compiled, or one that is when it is called.
+
+        Raises:
+          Exception: what the compiler raised.
+        """
+        if phase is not self._phase:
+            return phase.make_step(self._ema_decay)
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        return self._step
 
 
 def program_text(phase: Phase, step: Any) -> str:

@@ -22,7 +22,7 @@ from unified_mm.inference.predictor import Predictor
 from unified_mm.parallel.processes import first_decides, own_rows
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
-from unified_mm.training.ahead import program_text
+from unified_mm.training.ahead import StepAhead, program_text
 from unified_mm.training.output import Output
 from unified_mm.training.phases import Phase, training_flops
 from unified_mm.training.progress import Starved
@@ -130,6 +130,8 @@ def train(
                 asynchronous=options.checkpoint.asynchronous,
             )
         )
+        ahead = StepAhead(first_phase(setup, checkpoints), options.train.ema_decay)
+        stack.callback(ahead.wait)
         state, start, earlier = first_state(setup, checkpoints, output.say)
         metrics = stack.enter_context(output.metrics(options.logging.tensorboard, start or None))
         traced = traced if output.writes else 0
@@ -139,7 +141,9 @@ def train(
             metrics.write_text(0, "data/notice", setup.source.banner)
         began = time.perf_counter() - earlier
         unread = Unread(setup)
-        run = Run(setup, checkpoints, metrics, stop, output.say, predictor, began, unread, trace)
+        run = Run(
+            setup, checkpoints, metrics, stop, output.say, predictor, began, unread, trace, ahead
+        )
         run.know_peak(start)
         if jax.process_count() == 1:
             stop.unsaved = run.unsaved
@@ -152,6 +156,14 @@ def train(
         if stop.at_last():  # it came when all steps were done
             raise Stopped(options.train.steps, stop.exit_code)
         return state, run.seconds()
+
+
+def first_phase(setup: Setup, checkpoints: Checkpoints) -> Phase | None:
+    """Returns the phase that a process alone goes on with; None where no step is left."""
+    start = max(checkpoints.steps(), default=0)
+    if jax.process_count() > 1 or start >= setup.options.train.steps:
+        return None
+    return setup.phase_at(start + 1)
 
 
 def first_state(
@@ -187,6 +199,7 @@ class Run:
     began: float  # on this process's clock, moved back by what earlier processes took
     unread: Unread
     trace: Trace
+    ahead: StepAhead
     peak: float = 0.0  # FLOP/s of all devices; 0: not known
     flops: int = 0  # of a step, where the peak is known
     starved: Starved = field(default_factory=Starved)
@@ -215,7 +228,7 @@ class Run:
     def steps(self, phase: Phase, state: TrainState, start: int, progress: Any) -> TrainState:
         """Trains from step `start` to the phase's last, and returns the state."""
         options = self.setup.options
-        step_function = phase.make_step(options.train.ema_decay)
+        step_function = self.ahead.step_of(phase)
         since: list[StepMetrics] = []
         waiting: tuple[int, list[StepMetrics]] | None = None
         bad = ""  # what is wrong with the data
