@@ -53,7 +53,7 @@ def train(data, workdir, *more, config=TINY):
 def finished(data, tmp_path_factory):
     """A run of four steps with every objective and evaluations on the way."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    assert train(data, folder, *ALIKE) == 0
+    assert train(data, folder, *ALIKE, "--profile=1") == 0
     return folder
 
 
@@ -117,6 +117,16 @@ def test_the_report_asks_nothing_of_the_network(finished):
     page = (finished / "report.html").read_text()
     assert "recall at 1" in page
     assert not re.search(r"""(src|href)\s*=\s*["']?https?:""", page)
+
+
+def test_a_traced_run_reports_its_longest_operations(finished, data, capsys):
+    told = json.loads((finished / "profile" / "operations.json").read_text())
+    assert told["first"] == told["last"] == 4 and len(told["operations"]) == 10
+    page = (finished / "report.html").read_text()
+    assert "Where the time of a step goes" in page
+    assert any("transformer" in each["name"] for each in told["operations"])
+    assert train(data, finished, *ALIKE, "--profile=1") == 1
+    assert "has no step left" in capsys.readouterr().err
 
 
 def test_a_finished_run_says_so(finished, data, capsys):

@@ -64,6 +64,25 @@ def user_path(path: str | os.PathLike[str], what: str) -> Path:
         raise ValueError(f"{what}: {str(path)!r} names no user of this machine") from error
 
 
+def user_cache() -> Path:
+    """Returns the folder of the user's caches: $UNIFIED_MM_CACHE, else where the system has it.
+
+    Raises:
+      ValueError: the user has no home; or a path names a user that there is not.
+    """
+    if os.environ.get("UNIFIED_MM_CACHE"):
+        return user_path(os.environ["UNIFIED_MM_CACHE"], "UNIFIED_MM_CACHE")
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return user_path(base, "XDG_CACHE_HOME") / "unified_mm"
+    home = os.path.expanduser("~")
+    if home == "~":
+        raise ValueError(
+            "this user has no home to keep caches in: name a folder that can be written, as "
+            "data.cache_dir or in the environment as UNIFIED_MM_CACHE"
+        )
+    return Path(home) / ".cache" / "unified_mm"
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Reads a JSON file.
 

@@ -58,6 +58,7 @@ READ_BY = {
     "images": ("search",),
     "top": ("search",),
     "output": ("evaluate",),
+    "profile": ("train",),
     **dict.fromkeys(CLUSTER, ("train", "evaluate")),
 }
 # Which fields a mode may set other than the run has them; groups with all that they hold. What
@@ -165,6 +166,8 @@ def train(options: argparse.Namespace) -> int:
     with output.lock():
         new = folder.check(chosen.to_dict(), defaults())
         if folder.finished and folder.finished_steps() >= chosen.train.steps:
+            if options.profile:
+                raise ValueError(f"--profile: the run in {folder.path} has no step left")
             shown = folder.report if folder.report.exists() else folder.result
             output.say(f"the run in {folder.path} is finished; see {shown}")
             return 0
@@ -181,7 +184,7 @@ def train(options: argparse.Namespace) -> int:
             read_metrics(folder.metrics)  # says what is wrong with it before anything is written
         try:
             output.begin(config.as_dict(), setup.task.tokenizer)
-            result, found = train_and_score(setup, output)
+            result, found = train_and_score(setup, output, traced=options.profile)
             scored, banner = found[config.evaluation.split], setup.source.banner
             report = partial(write_report, folder, result, config.as_dict(), scored, banner)
             output.write(lambda: or_warn(f"{folder.report}", report))

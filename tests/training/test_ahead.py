@@ -6,6 +6,7 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import numpy as np
 import pytest
 import tiny
 
@@ -13,15 +14,23 @@ from unified_mm.cli.recipes import recipe_config
 from unified_mm.config import Config
 from unified_mm.costs.chips import CHIPS, Chip
 from unified_mm.costs.topologies import target
+from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import rule_items, shard_bytes, to_global
 from unified_mm.runs.folder import RunFolder
-from unified_mm.task import parameter_counts
+from unified_mm.task import build_task, parameter_counts
+from unified_mm.training import ahead
 from unified_mm.training import estimate as estimating
-from unified_mm.training.ahead import DoesNotFit, abstract_phases, lower_step
+from unified_mm.training.ahead import (
+    DoesNotFit,
+    StepAhead,
+    abstract_phases,
+    lower_step,
+    stand_in_data,
+)
 from unified_mm.training.estimate import estimate, lines, problem
 from unified_mm.training.loop import phase_batches
 from unified_mm.training.phases import batch_shapes, computed_flops, training_flops
-from unified_mm.training.setup import prepare
+from unified_mm.training.setup import plan, prepare
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 BOTH = {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2, "data__vocabulary_size": 320}
@@ -59,7 +68,37 @@ def test_what_is_lowered_is_what_a_run_lowers(tmp_path):
             batch = to_global(next(batches), setup.mesh)
         step = setup.phases[0].make_step(setup.options.train.ema_decay)
         real = step.lower(setup.phases[0].abstract, batch)
-    assert lower_step(phase, 0.0).as_text() == real.as_text()
+    assert lower_step(phase, phase.make_step(0.0)).as_text() == real.as_text()
+
+
+def test_what_was_compiled_ahead_is_not_compiled_when_it_is_called(caplog):
+    config = Config(tiny.config_dict(objectives__matching__weight=0.0).to_dict())
+    task = build_task(config, tiny.tokenizer())
+    mesh = make_mesh(config.mesh, jax.devices())
+    make_state, (phase,) = plan(config, task, mesh, stand_in_data(config))
+    step = StepAhead(phase, 0.0).step_of(phase)
+    batch = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype), batch_shapes(phase.rows, phase.batch_size)
+    )
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+        state = phase.enter(make_state())
+        with jax.log_compiles():
+            state, told = step(state, to_global(batch, mesh))
+    assert int(state.step) == 1 and "Compiling jit(step)" not in caplog.text
+    with jax.log_compiles():
+        lower_step(phase, phase.make_step(0.0))  # another step: it is told where one is compiled
+    assert "Compiling jit(step)" in caplog.text
+
+
+def test_what_the_compiler_says_is_raised_where_the_step_is_asked_for(monkeypatch):
+    def full(*_):
+        raise ValueError("there is no memory")
+
+    monkeypatch.setattr(ahead, "lower_step", full)
+    (phase,) = planned()
+    with pytest.raises(ValueError, match="no memory"):
+        StepAhead(phase, 0.0).step_of(phase)
+    StepAhead(None, 0.0).wait()
 
 
 def test_bytes_of_a_device_are_its_share(facts):

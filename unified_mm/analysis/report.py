@@ -98,6 +98,7 @@ class ReportData:
       retrieval: example searches.
       captions: example captions.
       rules: the attention rules by name.
+      operations: those that took longest, where steps were traced; see `training.tracing`.
     """
 
     title: str
@@ -108,6 +109,7 @@ class ReportData:
     retrieval: Sequence[RetrievalExample] = ()
     captions: Sequence[CaptionExample] = ()
     rules: Mapping[str, RuleTable] = field(default_factory=dict)
+    operations: Sequence[Mapping[str, Any]] = ()
 
 
 def render_report(data: ReportData) -> str:

@@ -18,7 +18,7 @@ from unified_mm.analysis.report import (
 )
 from unified_mm.data import images
 from unified_mm.evaluation.evaluate import Scores, captions_of
-from unified_mm.files import write_atomically
+from unified_mm.files import read_json, write_atomically
 from unified_mm.nn.attention.masks import reference_mask
 from unified_mm.nn.attention.rules import RULES, MaskTable, View
 from unified_mm.nn.tokens import Group, join_metadata, offset_positions, single_document
@@ -37,6 +37,8 @@ def write_report(
 ) -> None:
     """Writes `report.html`, which shows a run's scores, curves and examples in one file."""
     recorded = read_metrics(folder.metrics) if folder.metrics.is_file() else {}
+    traced = read_json(folder.operations) if folder.operations.is_file() else {}
+    operations = traced.get("operations", ())
     curves = {name: curve for name, curve in recorded.items() if len(curve[0]) > 1}
     data = ReportData(
         title=folder.path.name,
@@ -47,6 +49,7 @@ def write_report(
         retrieval=retrieval_examples(found),
         captions=caption_examples(found),
         rules={name: rule_table(name) for name in RULES},
+        operations=operations,
     )
     write_atomically(folder.report, render_report(data).encode())
 

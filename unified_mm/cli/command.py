@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from unified_mm.cli.flags import parse
 from unified_mm.cli.messages import end_with
+from unified_mm.cli.programs import keep_programs
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,13 @@ class Command:
 
     def __call__(self, arguments: Sequence[str]) -> NoReturn:
         """Runs the command, and ends the process."""
-        end_with(lambda: self.work(self.options_of(arguments)), interrupted=self.interrupted)
+
+        def run() -> int:
+            options = self.options_of(arguments)
+            keep_programs()
+            return self.work(options)
+
+        end_with(run, interrupted=self.interrupted)
 
 
 def command(

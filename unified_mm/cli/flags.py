@@ -99,6 +99,7 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
     ),
     "train": _count("that probes are fitted on (2000)", 2000, 0),
     "asked": _count("that probes are asked about (1000)", 1000, 0),
+    "profile": _count("steps that jax.profiler traces into the run's folder; none", 0),
     "template": _many("TEXT", "a sentence with {} for the class, averaged; without: our own"),
     "topology": _text("NAME", "what is compiled for: v5e:4x4, h100:8, h100:4x8, cpu:8", "v5e:4x4"),
     "phase": _text("NAME", "of train.phases; the first one"),

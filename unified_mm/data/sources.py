@@ -15,7 +15,7 @@ from unified_mm.data.layouts import LAYOUTS, WHOLE, Folder, Splits, nearest
 from unified_mm.data.listing import Foil, Listing, Question, held_out, what_is_there
 from unified_mm.data.manifest import Sidecar, build_manifest, with_questions
 from unified_mm.data.records import Manifest
-from unified_mm.files import naming, user_path
+from unified_mm.files import naming, user_cache, user_path
 from unified_mm.registry import resolve
 
 BUILT_IN = {
@@ -90,6 +90,8 @@ class AnnotatedFolder:
         self._max_orphans = self._max_bad_share  # share that may be on unlisted images
         self._asking = asking_field(data)
         self._questions: dict[str, Sequence[Question]] = {}  # those that were read
+        # By split, and by whether questions are checked: reading 20,000 examples takes a second.
+        self._manifests: dict[tuple[str, bool], Manifest] = {}
         self._splits = tuple(splits)
 
     def splits(self) -> Sequence[str]:
@@ -103,9 +105,14 @@ class AnnotatedFolder:
         """
         if self._asking:
             self.questions(split)
-        questions = self._questions.get(split, ())
-        manifest = self._build(split, self._beside_all(split, questions))
-        return with_questions(manifest, questions) if self._asking else manifest
+        checked = split, split in self._questions
+        if checked not in self._manifests:
+            questions = self._questions.get(split, ())
+            manifest = self._build(split, self._beside_all(split, questions))
+            self._manifests[checked] = (
+                with_questions(manifest, questions) if self._asking else manifest
+            )
+        return self._manifests[checked]
 
     def captioned(self, split: str) -> Manifest:
         """Returns the validated examples of a split with captions alone.
@@ -358,21 +365,11 @@ def embedded_world(data: Any) -> Source:
 
 
 def cache_folder(data: Any) -> Path:
-    """Returns `data.cache_dir`, else $UNIFIED_MM_CACHE, else the user's cache.
+    """Returns `data.cache_dir`, else the user's cache.
 
     Raises:
-      ValueError: none is given, and the user has no home; or one names a user that there is not.
+      ValueError: as `user_cache` does.
     """
     if data.cache_dir:
         return user_path(data.cache_dir, "data.cache_dir")
-    if os.environ.get("UNIFIED_MM_CACHE"):
-        return user_path(os.environ["UNIFIED_MM_CACHE"], "UNIFIED_MM_CACHE")
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return user_path(base, "XDG_CACHE_HOME") / "unified_mm"
-    home = os.path.expanduser("~")
-    if home == "~":
-        raise ValueError(
-            "this user has no home to keep caches in: name a folder that can be written, as "
-            "data.cache_dir or in the environment as UNIFIED_MM_CACHE"
-        )
-    return Path(home) / ".cache" / "unified_mm"
+    return user_cache()

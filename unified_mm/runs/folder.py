@@ -107,6 +107,8 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.result = self.path / "result.json"
         self.report = self.path / "report.html"
+        self.profile = self.path / "profile"
+        self.operations = self.profile / "operations.json"  # where steps spent their time
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"

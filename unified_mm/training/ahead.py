@@ -1,8 +1,9 @@
-"""The training step compiled for devices that need not be there, and what it costs on each."""
+"""The training step compiled before it runs, also for devices that are not there; its costs."""
 
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.sharding import NamedSharding
 
 from unified_mm.config import Config
 from unified_mm.costs.collectives import Collective, collectives_in
@@ -17,7 +19,7 @@ from unified_mm.costs.hlo import Program
 from unified_mm.costs.traffic import memory_traffic
 from unified_mm.data.records import Manifest, Record, Text
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import rule_items
+from unified_mm.parallel.sharding import BATCH, rule_items
 from unified_mm.task import build_task
 from unified_mm.training.phases import Phase, batch_shapes
 from unified_mm.training.setup import plan
@@ -79,11 +81,61 @@ def stand_in_data(config: Config) -> Manifest:
     return Manifest("train", records, "none", "", "none")
 
 
-def lower_step(phase: Phase, ema_decay: float) -> Any:
-    """Lowers the step that training runs."""
-    step = phase.make_step(ema_decay)
-    with jax.set_mesh(phase.placement.mesh), nn.logical_axis_rules(rule_items()):
-        return step.lower(phase.abstract, batch_shapes(phase.rows, phase.batch_size))
+def lower_step(phase: Phase, step: Any) -> Any:
+    """Lowers a phase's step for the arguments that training gives it."""
+    mesh = phase.placement.mesh
+    shapes = batch_shapes(phase.rows, phase.batch_size)
+    batch = jax.tree.map(lambda leaf: leaf.update(sharding=NamedSharding(mesh, BATCH)), shapes)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+        return step.lower(phase.abstract, batch)
+
+
+class StepAhead:
+    """The step of a phase, compiled in a thread while a state is made and data is read.
+
+    Args:
+      phase: the phase that training begins with; None compiles nothing ahead.
+      ema_decay: as in `Phase.make_step`.
+    """
+
+    def __init__(self, phase: Phase | None, ema_decay: float) -> None:
+        self._phase = phase
+        self._ema_decay = ema_decay
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+        if phase is not None:
+            self._step = phase.make_step(ema_decay)
+            self._thread = threading.Thread(target=self._compile, args=(phase,), daemon=True)
+            self._thread.start()
+
+    def _compile(self, phase: Phase) -> None:
+        try:
+            lower_step(phase, self._step).compile()
+        except Exception as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Waits until nothing is compiled: a process that ends meanwhile would crash."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def step_of(self, phase: Phase) -> Any:
+        """Returns the step of a phase: that which was compiled, or one that is when it is called.
+
+        Raises:
+          Exception: what the compiler raised.
+        """
+        if phase is not self._phase:
+            return phase.make_step(self._ema_decay)
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        return self._step
+
+
+def program_text(phase: Phase, step: Any) -> str:
+    """Returns the text of a phase's compiled step, without compiling again what has run."""
+    return str(lower_step(phase, step).compile().as_text())
 
 
 def compile_step(phase: Phase, ema_decay: float) -> tuple[Any, float]:
@@ -94,7 +146,7 @@ def compile_step(phase: Phase, ema_decay: float) -> tuple[Any, float]:
     """
     began = time.perf_counter()
     try:
-        compiled = lower_step(phase, ema_decay).compile()
+        compiled = lower_step(phase, phase.make_step(ema_decay)).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise DoesNotFit(str(error).splitlines()[0]) from error

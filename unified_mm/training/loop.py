@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from unified_mm.costs.peaks import peak_of
 from unified_mm.data.pipeline import Unreadable, training_batches
 from unified_mm.evaluation.directions import higher_is_better
 from unified_mm.evaluation.evaluate import evaluate
@@ -21,12 +22,15 @@ from unified_mm.inference.predictor import Predictor
 from unified_mm.parallel.processes import first_decides, own_rows
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
+from unified_mm.training.ahead import StepAhead, program_text
 from unified_mm.training.output import Output
-from unified_mm.training.phases import Phase
+from unified_mm.training.phases import Phase, training_flops
+from unified_mm.training.progress import Starved
 from unified_mm.training.setup import Setup, check_saved
 from unified_mm.training.signals import StopRequest, stop_on_signals, stop_request
 from unified_mm.training.state import LATER_SLOTS, TrainState, evaluation_params
 from unified_mm.training.step import StepMetrics
+from unified_mm.training.tracing import Trace
 
 
 class Stopped(Exception):
@@ -91,7 +95,9 @@ def unreadable_of(setup: Setup) -> Unreadable | None:
     return Unreadable(str(setup.folder.path / "unreadable.txt"))
 
 
-def train(setup: Setup, output: Output, predictor: Predictor) -> tuple[TrainState, float]:
+def train(
+    setup: Setup, output: Output, predictor: Predictor, *, traced: int = 0
+) -> tuple[TrainState, float]:
     """Trains from the newest whole checkpoint, or from the start, to the last step.
 
     Everything after a step is a function of the config and of the checkpoint before it, so a run
@@ -101,6 +107,7 @@ def train(setup: Setup, output: Output, predictor: Predictor) -> tuple[TrainStat
       setup: of the run.
       output: where it says how far it is.
       predictor: without parameters; what it compiles serves every evaluation.
+      traced: number of steps of which `profile/` gets a trace.
 
     Returns:
       The last state, and the seconds that the run took up to it, over all restarts.
@@ -108,7 +115,7 @@ def train(setup: Setup, output: Output, predictor: Predictor) -> tuple[TrainStat
     Raises:
       Stopped: after SIGTERM or Ctrl-C; the state is saved.
       NotFinite: a loss or gradient is not finite; names the step and the last checkpoint.
-      ValueError: the data is not what the run began with.
+      ValueError: the data is not what the run began with, or fewer steps are left than `traced`.
     """
     options = setup.options
     with ExitStack() as stack:
@@ -123,13 +130,21 @@ def train(setup: Setup, output: Output, predictor: Predictor) -> tuple[TrainStat
                 asynchronous=options.checkpoint.asynchronous,
             )
         )
+        ahead = StepAhead(first_phase(setup, checkpoints), options.train.ema_decay)
+        stack.callback(ahead.wait)
         state, start, earlier = first_state(setup, checkpoints, output.say)
         metrics = stack.enter_context(output.metrics(options.logging.tensorboard, start or None))
+        traced = traced if output.writes else 0
+        trace = Trace.of(setup.folder.profile, traced, start, options.train.steps)
+        stack.callback(trace.close)
         if setup.source.banner and not start:
             metrics.write_text(0, "data/notice", setup.source.banner)
         began = time.perf_counter() - earlier
         unread = Unread(setup)
-        run = Run(setup, checkpoints, metrics, stop, output.say, predictor, began, unread)
+        run = Run(
+            setup, checkpoints, metrics, stop, output.say, predictor, began, unread, trace, ahead
+        )
+        run.know_peak(start)
         if jax.process_count() == 1:
             stop.unsaved = run.unsaved
         with output.progress(start, options.train.steps) as progress:
@@ -141,6 +156,14 @@ def train(setup: Setup, output: Output, predictor: Predictor) -> tuple[TrainStat
         if stop.at_last():  # it came when all steps were done
             raise Stopped(options.train.steps, stop.exit_code)
         return state, run.seconds()
+
+
+def first_phase(setup: Setup, checkpoints: Checkpoints) -> Phase | None:
+    """Returns the phase that a process alone goes on with; None where no step is left."""
+    start = max(checkpoints.steps(), default=0)
+    if jax.process_count() > 1 or start >= setup.options.train.steps:
+        return None
+    return setup.phase_at(start + 1)
 
 
 def first_state(
@@ -175,12 +198,28 @@ class Run:
     predictor: Predictor
     began: float  # on this process's clock, moved back by what earlier processes took
     unread: Unread
+    trace: Trace
+    ahead: StepAhead
+    peak: float = 0.0  # FLOP/s of all devices; 0: not known
+    flops: int = 0  # of a step, where the peak is known
+    starved: Starved = field(default_factory=Starved)
     fresh: bool = False  # whether a step was done since the last save
     stopping: bool = False  # after a signal, with its last save
 
     def unsaved(self) -> bool:
         """Returns whether something learned is not on disk, or the run ends by itself."""
         return self.fresh or self.stopping or self.checkpoints.saving
+
+    def know_peak(self, start: int) -> None:
+        """Says which peak MFU is of, or that it is left out for want of one."""
+        devices = self.setup.mesh.devices.ravel().tolist()
+        if (found := peak_of(devices)) is None:
+            kind = devices[0].device_kind
+            self.say(f"metrics leave out MFU: the peak of this device ({kind}) is not known")
+            return
+        self.peak, said = found
+        self.say(f"MFU in the metrics is of {said}")
+        self.metrics.write_text(start, "time/mfu_of", said)
 
     def seconds(self) -> float:
         """Returns the seconds that the run has taken, over all restarts."""
@@ -189,15 +228,21 @@ class Run:
     def steps(self, phase: Phase, state: TrainState, start: int, progress: Any) -> TrainState:
         """Trains from step `start` to the phase's last, and returns the state."""
         options = self.setup.options
-        step_function = phase.make_step(options.train.ema_decay)
+        step_function = self.ahead.step_of(phase)
         since: list[StepMetrics] = []
         waiting: tuple[int, list[StepMetrics]] | None = None
         bad = ""  # what is wrong with the data
+        self.flops = training_flops(phase) if self.peak else 0
         with closing(phase_batches(self.setup, phase, start)) as batches:  # type: ignore[type-var]
             for step in range(start + 1, phase.stop + 1):
-                rows = self.next_rows(batches, step - 1, state)
-                state, measured = step_function(state, to_global(rows, self.setup.mesh))
+                with self.starved.waiting():
+                    rows = self.next_rows(batches, step - 1, state)
+                with self.trace.before(step, state):
+                    state, measured = step_function(state, to_global(rows, self.setup.mesh))
                 self.fresh = True
+                self.starved.until(measured)
+                if self.trace.ends_with(step):
+                    self.trace.finish(measured, program_text(phase, step_function))
                 since.append(measured)
                 last = step == phase.stop
                 if step % options.logging.every == 0 or last:
@@ -224,6 +269,7 @@ class Run:
                     if score:
                         self.score(step, state)
                     progress.pause()
+                    self.starved.take()
         return state
 
     def next_rows(self, batches: Iterator[Any], step: int, state: TrainState) -> Any:
@@ -260,7 +306,10 @@ class Run:
             self.not_finite(bad)
         values = mean_metrics([measured.metrics for measured in host])
         values["learning_rate"] = float(host[-1].learning_rate)
-        self.metrics.write(step, values | progress.update(step, values, phase.batch_size))
+        rates = progress.update(step, values, phase.batch_size, self.starved.take())
+        if self.peak and rates:
+            rates["time/mfu"] = rates["time/steps_per_second"] * self.flops / self.peak
+        self.metrics.write(step, values | rates)
 
     def save(self, step: int, state: TrainState) -> None:
         """Saves a checkpoint.

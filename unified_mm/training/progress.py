@@ -4,9 +4,51 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
+
+import jax
+
+
+class Starved:
+    """The seconds in which devices had nothing to do, because no batch was there.
+
+    Steps run on after they were dispatched, so that this process waits for a batch is not enough: a
+    thread notes when the last step was done.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._done: Future[float] | None = None
+        self._notes = ThreadPoolExecutor(1, "starved")
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time of the block, from when the last step was done."""
+        began = time.perf_counter()
+        yield
+        ended = time.perf_counter()
+        if self._done is None:
+            self._seconds += ended - began  # nothing runs before the first batch
+        elif self._done.done():
+            self._seconds += max(ended - max(began, self._done.result()), 0.0)
+
+    def until(self, results: Any) -> None:
+        """Notes when the results of a step are there, without waiting for them."""
+        self._done = self._notes.submit(_done_at, results)
+
+    def take(self) -> float:
+        """Returns the seconds since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+def _done_at(results: Any) -> float:
+    jax.block_until_ready(results)
+    return time.perf_counter()
 
 
 class Progress:
@@ -38,15 +80,25 @@ class Progress:
         """Restarts the clock, so that time without training does not count as steps."""
         self._time = time.perf_counter()
 
-    def update(self, step: int, metrics: Mapping[str, float], batch_size: int) -> dict[str, float]:
+    def update(
+        self, step: int, metrics: Mapping[str, float], batch_size: int, starved: float
+    ) -> dict[str, float]:
         """Shows the metrics up to `step`.
 
+        Args:
+          step: the last step of the metrics.
+          metrics: means since the last call.
+          batch_size: examples of a step.
+          starved: seconds since the last call in which the devices waited for data.
+
         Returns:
-          The speed since the last call, for the record: `time/steps_per_second`, and
-          `time/images_per_second` over all processes.
+          The speed since the last call, for the record: `time/steps_per_second`;
+          `time/examples_per_second`, and the same as `time/images_per_second`, over all processes;
+          and `time/waiting_for_data`, a share of the time.
         """
         now = time.perf_counter()
-        rate = (step - self._step) / max(now - self._time, 1e-9)
+        seconds = max(now - self._time, 1e-9)
+        rate = (step - self._step) / seconds
         losses = "  ".join(
             f"{name.removesuffix('/loss')} {value:.3f}"
             for name, value in metrics.items()
@@ -65,5 +117,7 @@ class Progress:
         self._step, self._time = step, now
         return {
             "time/steps_per_second": rate,
+            "time/examples_per_second": rate * batch_size,
             "time/images_per_second": rate * batch_size,
+            "time/waiting_for_data": min(starved / seconds, 1.0),
         }

@@ -18,14 +18,16 @@ from unified_mm.training.setup import Setup
 from unified_mm.training.state import TrainState, evaluation_params
 
 
-def train_and_score(setup: Setup, output: Output) -> tuple[dict[str, Any], dict[str, Scores]]:
-    """Trains to the end, then scores every split.
+def train_and_score(
+    setup: Setup, output: Output, *, traced: int = 0
+) -> tuple[dict[str, Any], dict[str, Scores]]:
+    """Trains to the end, then scores every split; `traced` is as in `train`.
 
     Returns:
       The contents of `result.json`, and the scores of each split.
     """
     predictor = Predictor(setup.task, None, setup.mesh)
-    state, seconds = train(setup, output, predictor)
+    state, seconds = train(setup, output, predictor, traced=traced)
     began = time.perf_counter()
     found = score_splits(setup, state, output, predictor.at(evaluation_params(state)))
     return summarise(setup, found, seconds + time.perf_counter() - began), found

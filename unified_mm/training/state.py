@@ -136,7 +136,18 @@ def initial_state(
         # As the parameters that it copies.
         treatment=shardings_like(shapes.params, placement.moments, shapes.treatment, replicated),
     )
-    return jax.jit(make, out_shardings=shardings), _abstract(shapes, shardings)
+    made = jax.jit(make, out_shardings=shardings, compiler_options=compiled_for_once())
+    return made, _abstract(shapes, shardings)
+
+
+def compiled_for_once() -> dict[str, Any] | None:
+    """Returns the options of a compiler for a program that runs once: on a CPU, not to optimise.
+
+    It takes half the time to compile the first parameters so.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def state_of_phase(

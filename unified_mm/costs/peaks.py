@@ -1,0 +1,43 @@
+"""The peak of the devices that a run has, by the name that jax gives them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from unified_mm.costs.chips import CHIPS, Chip
+
+# By jax's names, which are not those of a topology.
+TPUS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+SLOWER = ("PCIe", "NVL")  # boards with the chip's name, but not with its peak
+
+
+def chip_of(kind: str) -> tuple[str, Chip] | None:
+    """Returns name and peaks of a kind of device, None where they are not known."""
+    card = re.match(r"NVIDIA ([A-Z]\d+)\b", kind)
+    name = TPUS.get(kind) or (card[1].lower() if card else "")
+    if name not in CHIPS or any(word in kind for word in SLOWER):
+        return None
+    return name, CHIPS[name]
+
+
+def peak_of(devices: Sequence[Any]) -> tuple[float, str] | None:
+    """Returns the FLOP/s of devices together at their peak, and which peak that is, in words.
+
+    It is None where it is not known.
+    """
+    found = chip_of(devices[0].device_kind)
+    if found is None:
+        return None
+    name, chip = found
+    said = f"{chip.flops / 1e12:,.0f} TFLOP/s, the dense peak in bfloat16 of each {name}"
+    return len(devices) * chip.flops, said
