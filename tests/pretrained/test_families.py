@@ -26,6 +26,13 @@ TOWERS = {"text_config": {}, "vision_config": {}}
 EYE = {"embed_dim": 24, "image_size": 28, "num_attention_heads": 3, "num_hidden_layers": 1}
 
 
+LLAVA = {
+    "model_type": "llava",
+    "text_config": {**SMALL, "num_key_value_heads": 1},
+    "vision_config": {**SMALL, "image_size": 16, "patch_size": 8},
+}
+
+
 class Directory(Source):
     """One without weights."""
 
@@ -98,6 +105,18 @@ REFUSED = {
         {"model_type": "idefics", "num_hidden_layers": 5, "cross_layer_interval": 2},
         "num_hidden_layers=5 is no multiple of cross_layer_interval=2",
     ),
+    "llava tiles": ({"model_type": "llava_next"}, "'llava_next' .* into tiles"),
+    "llava videos": ({"model_type": "video_llava"}, "'video_llava' .* reads videos"),
+    "llava layers": (LLAVA | {"vision_feature_layer": [-2, -5]}, "vision_feature_layer=.* of one"),
+    "llava beyond": (LLAVA | {"vision_feature_layer": 9}, "vision_feature_layer=9 .* 1 to 2"),
+    "llava tower": (
+        LLAVA | {"vision_config": {"model_type": "siglip_vision_model"}},
+        "vision_config: model_type='siglip_vision_model'",
+    ),
+    "llava language": (
+        LLAVA | {"text_config": {"model_type": "gemma"}},
+        "text_config: model_type='gemma' .* llama, mistral",
+    ),
     "idefics gates": ({"model_type": "idefics", "alpha_type": "matrix"}, "alpha_type='matrix'"),
 }
 
@@ -117,6 +136,7 @@ PREPROCESSED = {
     ),
     "uncropped": ({"size": {"shortest_edge": 224}, "do_center_crop": False}, "needs do_center"),
     "nearest": ({"resample": 0}, "resample=0"),
+    "padded": ({"do_pad": True}, "do_pad=True"),
     "unscaled": ({"do_rescale": False}, "do_rescale=False"),
     "another scale": ({"rescale_factor": 1.0}, "rescale_factor=1.0"),
 }
@@ -172,6 +192,7 @@ def test_published_configs_that_say_only_what_is_unusual_have_the_usual_rest(tmp
         {"model_type": "bert", **SMALL, "max_position_embeddings": 20},
         {"model_type": "vit", **SMALL, "image_size": 16, "patch_size": 8},
         {"model_type": "idefics", **SMALL, "vision_config": EYE, "use_resampler": True},
+        LLAVA,
         {"model_type": "clip", "text_config": SMALL, "vision_config": SMALL},
         {"model_type": "clip_vision_model", **SMALL},
         {"model_type": "clip_text_model", **SMALL},

@@ -55,6 +55,23 @@ def tower_image(tower: Fields) -> Fields:
     }
 
 
+def beside_llama(tower: Fields) -> Fields:
+    """Returns the fields of CLIP's tower in a model whose main stack is a Llama."""
+    return {
+        **tower,
+        "norm": "layer",
+        "final_norm": False,
+        "gated_feed_forward": False,
+        "query_bias": True,
+        "output_bias": True,
+        "feed_forward_bias": True,
+        "query_key_norm": False,
+        "key_value_heads": tower["heads"],
+        "head_width": tower["width"] // tower["heads"],
+        "rotary_base": 0.0,
+    }
+
+
 def _two_towers(
     source: Source, main: Fields, tower: Fields, text: Fields, image: Fields, kind: Preprocessing
 ) -> Fields:

@@ -213,6 +213,7 @@ def text_of(saved: Mapping[str, Any], run: str) -> dict[str, Any]:
         "model.modalities.text.max_positions": text["max_positions"]
         or model["modalities"]["text"]["length"],
         **tokens_of(saved, run),
+        "data.special_tokens.image": "",  # a text model alone sees no picture
         "objectives.contrastive.text_pool": contrastive["text_pool"],
     }
 

@@ -15,6 +15,7 @@ context, each under a rule of its own; these texts never see one another.
 | `prefix_separate` | its own modality | as `prefix` | the same, in one pass with `separate` |
 | `joint` | everything | everything | matching |
 | `causal` | what came before in it | what came before | captioning |
+| `in_order` | what came before | what came before | pictures within a text (LLaVA) |
 | `interleaved` | itself, and what came before | what came before | documents |
 | `interleaved_latest` | as `interleaved` | the latest image, and text before | documents |
 
@@ -306,6 +307,8 @@ RULES: dict[str, AttentionRule] = {
         "joint": {("*", "*"): "all"},
         # Everything in order, the context first (so it never sees the text).
         "causal": {("read", "written"): "none", ("*", "*"): "causal"},
+        # Everything in order, wherever it stands.
+        "in_order": {("*", "*"): "causal"},
         # Documents of images and text in any order: each image sees all of itself, and everything
         # sees what came before it.
         "interleaved": {
