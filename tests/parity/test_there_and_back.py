@@ -76,7 +76,7 @@ SCALED = {
 MORE = {
     "Qwen2": {},
     "Qwen3": {"head_dim": 12},
-    "Mistral": {"sliding_window": None},
+    "Mistral": {"sliding_window": 4},
     "Llama": {"rope_parameters": {**SCALED, "rope_theta": 100.0}},
 }
 

@@ -62,7 +62,10 @@ REFUSED = {
         {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         "rope_scaling: has no low_freq_factor, high_freq_factor, original_max",
     ),
-    "mistral window": ({"model_type": "mistral"}, "sliding_window=4096"),
+    "mistral layers": (
+        {"model_type": "mistral", "layer_types": ["sliding_attention"]},
+        "layer_types=",
+    ),
     "llama by layer": (
         {"model_type": "llama", "rope_parameters": {"full_attention": {"rope_type": "default"}}},
         "rope_parameters: full_attention=.* all layers are alike",

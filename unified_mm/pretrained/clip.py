@@ -69,6 +69,7 @@ def beside_llama(tower: Fields) -> Fields:
         "key_value_heads": tower["heads"],
         "head_width": tower["width"] // tower["heads"],
         "rotary_base": 0.0,
+        "window": 0,
     }
 
 

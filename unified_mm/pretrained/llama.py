@@ -105,8 +105,9 @@ def refuse_windows(c: Section, longest: int = 0) -> None:
     window = c.get("sliding_window")
     if c.get("use_sliding_window", True) and window is not None and not 0 < longest <= window:
         why = (
-            "there is no sliding window here; up to as many tokens all is the same without it: a "
-            "config.json with max_position_embeddings of no more than that can be read"
+            "a sliding window of some layers is not read (Mistral's, of all, is); up to as many "
+            "tokens all is the same without it: a config.json with max_position_embeddings of no "
+            "more than that can be read"
         )
         c.refuse_unless("sliding_window", None, why=why)
     if set(c.get("layer_types") or ()) - {"full_attention"}:
@@ -139,10 +140,15 @@ def qwen3_fields(c: Section) -> Fields:
 
 
 def mistral_fields(c: Section) -> Fields:
-    """Returns the fields of Mistral: Llama's, without any bias."""
-    none = {"attention_bias": False, "mlp_bias": False}  # keys that Mistral does not know
-    whole = Section(c.where, {"sliding_window": WINDOW, **c, **none})
-    return _model(whole, MISTRAL_KEYS, MISTRAL_TEXT)
+    """Returns the fields of Mistral: Llama's, without any bias, and with a sliding window."""
+    window = c.get("sliding_window", WINDOW)
+    # Keys that Mistral does not know, and a window of all tokens, which hides none.
+    none = {"attention_bias": False, "mlp_bias": False}
+    whole = Section(c.where, {**c, **none, "sliding_window": None})
+    fields = _model(whole, MISTRAL_KEYS, MISTRAL_TEXT)
+    longest = fields["model"]["modalities"]["text"]["max_positions"]
+    fields["model"]["window"] = window if window and window < longest else 0
+    return fields
 
 
 def _model(c: Section, keys: Keys, text: Keys) -> Fields:
@@ -190,7 +196,8 @@ def their_scaling(options: TransformerOptions) -> dict[str, Any]:
 
 def mistral_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Returns the contents of config.json for a Mistral run."""
-    return {**their_config(config, tokenizer), "sliding_window": None}
+    window = main_options(config["model"]).window or None
+    return {**their_config(config, tokenizer), "sliding_window": window}
 
 
 TOKENS = TokenLayout(gpt2_files)

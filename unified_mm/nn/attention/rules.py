@@ -129,6 +129,22 @@ class BlockCausal(Predicate):
         return np.ones((query.shape[0], key.shape[1]), bool)
 
 
+@dataclass(frozen=True)
+class Window(Predicate):
+    """The predicate under which a token sees, of what another lets it see, what is near."""
+
+    of: Predicate
+    size: int
+
+    def __call__(self, query: Fields, key: Fields) -> Array:
+        near = jnp.abs(query["position"] - key["position"]) < self.size
+        return near & self.of(query, key)
+
+    def in_order(self, query: np.ndarray, key: np.ndarray) -> np.ndarray | None:
+        seen = self.of.in_order(query, key)
+        return None if seen is None else seen & (np.abs(query - key) < self.size)
+
+
 NONE, ALL, CAUSAL = Nothing(), Everything(), Causal()
 PREDICATES: dict[str, Predicate] = {
     "none": NONE,
