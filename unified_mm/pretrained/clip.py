@@ -227,31 +227,41 @@ def _pooling(config: Mapping[str, Any]) -> list[Entry]:
 
 def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Returns the contents of config.json for a CLIP run."""
-    model = config["model"]
-    image, text = model["modalities"]["image"], model["modalities"]["text"]
     width = {"projection_dim": config["objectives"]["contrastive"]["width"]}
+    return {
+        **width,
+        "text_config": their_text(config, tokenizer) | width,
+        "vision_config": their_vision(config) | width,
+    }
+
+
+def their_text(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Returns what config.json says of CLIP's text tower.
+
+    Raises:
+      ValueError: the tokenizer's end token would be taken for another.
+    """
     if tokenizer.eos_id == HIGHEST:
         raise ValueError(
             "its end token has id 2, which readers of CLIP take to mean the highest id there is"
         )
     return {
-        **width,
-        "text_config": {
-            "model_type": "clip_text_model",
-            **written(model, STACK),
-            **width,
-            **written(text, TEXT),
-            **token_ids(tokenizer),
-            "pad_token_id": tokenizer.pad_id,
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            **written(vars(tower_options(model)), STACK),
-            **width,
-            "image_size": config["data"]["image_size"],
-            "patch_size": image["patch"],
-            "num_channels": 3,
-        },
+        "model_type": "clip_text_model",
+        **written(vars(main_options(config["model"])), STACK),
+        **written(config["model"]["modalities"]["text"], TEXT),
+        **token_ids(tokenizer),
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def their_vision(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what config.json says of CLIP's image tower."""
+    return {
+        "model_type": "clip_vision_model",
+        **written(vars(tower_options(config["model"])), STACK),
+        "image_size": config["data"]["image_size"],
+        "patch_size": config["model"]["modalities"]["image"]["patch"],
+        "num_channels": 3,
     }
 
 
