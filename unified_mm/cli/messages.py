@@ -53,6 +53,7 @@ def exit_code(work: Callable[[], int], *, interrupted: str = "interrupted") -> i
             code = 1
         except KeyboardInterrupt:
             interrupts.say()
+            interrupts.heard = True  # the thread that listens may not have come to it yet
             code = EXIT_CODE
         if interrupts.heard and not hasattr(sys, "ps1"):  # where someone types, it is not the end
             leave_at_end(code)
