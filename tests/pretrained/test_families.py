@@ -188,6 +188,14 @@ def test_published_configs_that_say_only_what_is_unusual_have_the_usual_rest(tmp
     assert [n for n, each in config["objectives"].items() if each["weight"]] == ["contrastive"]
 
 
+def test_the_older_of_two_keys_of_a_tower_is_followed(tmp_path):
+    """As transformers does, with the defaults of what it does not say; the first CLIPs have it."""
+    said = {"text_config": {"hidden_size": 128}, "vision_config": {"hidden_size": 192}}
+    older = {"text_config_dict": {"hidden_size": 256}, "vision_config_dict": None}
+    model = fields(tmp_path, {"model_type": "clip", **said, **older})["model"]
+    assert (model["width"], model["tower"]["width"]) == (256, 192)
+
+
 @pytest.mark.parametrize(
     "config",
     [

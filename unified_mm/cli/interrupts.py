@@ -113,8 +113,10 @@ def leave_at_end(code: int) -> None:
     """Ends the process at once when the interpreter begins to end.
 
     Taking an interpreter down takes seconds where much was compiled, and a thread that is still
-    compiling may crash in it.
+    compiling may crash in it. In a session in which someone types, it is not the end.
     """
+    if hasattr(sys, "ps1"):
+        return
     atexit.register(leave, code)  # what is registered last is called first
 
 

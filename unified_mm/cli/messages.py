@@ -55,7 +55,7 @@ def exit_code(work: Callable[[], int], *, interrupted: str = "interrupted") -> i
             interrupts.say()
             interrupts.heard = True  # the thread that listens may not have come to it yet
             code = EXIT_CODE
-        if interrupts.heard and not hasattr(sys, "ps1"):  # where someone types, it is not the end
+        if interrupts.heard:
             leave_at_end(code)
         return code
 

@@ -29,7 +29,7 @@ from unified_mm.pretrained.preprocessing import (
     image_fields,
     preprocessor_config,
 )
-from unified_mm.pretrained.source import Source
+from unified_mm.pretrained.source import Section, Source
 from unified_mm.pretrained.tables import SCALAR, Entry, Table, rearranged
 from unified_mm.pretrained.vocabularies import TokenLayout, clip_files, lower_gemma, only_json
 
@@ -76,7 +76,7 @@ def beside_llama(tower: Fields) -> Fields:
 def _two_towers(
     source: Source, main: Fields, tower: Fields, text: Fields, image: Fields, kind: Preprocessing
 ) -> Fields:
-    data, embedding = image_fields(source, source.config.section("vision_config"), kind)
+    data, embedding = image_fields(source, of_tower(source.config, "vision"), kind)
     texts = text_fields(length=text["max_positions"], **text)
     return {
         "data": data,
@@ -89,12 +89,21 @@ def _two_towers(
     }
 
 
+def of_tower(c: Section, tower: str) -> Section:
+    """Returns what config.json says of a tower, 'text' or 'vision'.
+
+    The older of two keys that may hold it decides where both are there, as in their library.
+    """
+    older = f"{tower}_config_dict"
+    return c.section(f"{tower}_config" if c.get(older) is None else older)
+
+
 def clip_fields(source: Source) -> Fields:
     """Returns the fields of CLIP's two towers.
 
     Text is causal and pooled at its end token; images are pooled at a class token.
     """
-    c, vision = source.config.section("text_config"), source.config.section("vision_config")
+    c, vision = of_tower(source.config, "text"), of_tower(source.config, "vision")
     tower = read(vision, CLIP_VISION)
     image = tower_image(tower)
     fields = _two_towers(source, read(c, CLIP_TEXT), tower, read(c, TEXT), image, CLIP_PICTURES)
@@ -124,7 +133,7 @@ def refuse_other_end(source: Source, tokenizer: TextTokenizer) -> None:
       ValueError: if config.json names another.
     """
     c = source.config
-    c = c.section("text_config") if "text_config" in c else c  # or the text tower alone
+    c = of_tower(c, "text") if c.get("model_type") == "clip" else c  # or the text tower alone
     said = c.get("eos_token_id", END)
     end = tokenizer.vocabulary_size - 1 if said == HIGHEST else said
     if end != tokenizer.eos_id:
