@@ -85,12 +85,12 @@ def part_of(config: Mapping[str, Any]) -> str:
 
 def text_alone(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the config of a run without its image tower, if it has one."""
-    config = deepcopy(dict(config))
-    model, contrastive = config["model"], config["objectives"]["contrastive"]
+    found = deepcopy(dict(config))
+    model, contrastive = found["model"], found["objectives"]["contrastive"]
     modalities = {"text": model["modalities"]["text"]}
     model |= {"modalities": modalities, "tower": defaults()["model"]["tower"], "towers": {}}
     contrastive |= {"between": "text", "projection": "none"}
-    return config
+    return found
 
 
 def _write(
