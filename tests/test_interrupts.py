@@ -26,6 +26,22 @@ end_with(work, interrupted="left")
 """
 # As in a terminal: a test runner may have its children ignore Ctrl-C.
 HEARD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+# Answered at once, and then an end of the interpreter that takes long.
+SLOW_END = """
+import time
+from unified_mm.cli.messages import end_with
+
+class Late:
+    def __del__(self, sleep=time.sleep):
+        sleep(60)
+
+def work():
+    work.late = Late()
+    print("works", flush=True)
+    time.sleep(60)
+
+end_with(work, interrupted="left")
+"""
 IMPORTING = """
 import sys
 sys.argv = ["-m"]  # as `python -m` has it while it looks for the module
@@ -36,7 +52,9 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize(("program", "told"), [(STUCK, "left\n"), (IMPORTING, "interrupted\n")])
+@pytest.mark.parametrize(
+    ("program", "told"), [(STUCK, "left\n"), (SLOW_END, "left\n"), (IMPORTING, "interrupted\n")]
+)
 def test_a_command_is_left_within_seconds(program, told):
     with subprocess.Popen(
         [sys.executable, "-c", HEARD + program],

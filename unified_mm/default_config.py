@@ -17,6 +17,7 @@ from ml_collections.config_dict import placeholder
 from unified_mm.config import defaults_of, option
 from unified_mm.modalities.image import ImageEmbedding
 from unified_mm.modalities.text import TextEmbedding, TextModality
+from unified_mm.models.features import ProjectorOptions
 from unified_mm.nn.options import OWN_OPTIONS, GateOptions, TransformerOptions
 from unified_mm.objectives.objective import BUILT_IN
 from unified_mm.registry import resolve
@@ -214,13 +215,15 @@ def data_fields() -> dict:
         "vocabulary_size": 8192,  # of the one that is trained
         # How the tokenizer calls them; bos '' puts nothing before a text. A text that is too long
         # loses its eos, unless eos_when_cut. With space_before_target, an answer has the tokens it
-        # has after its question in a text (GPT-2's words begin with their space).
+        # has after its question in a text (GPT-2's words begin with their space). `image` stands
+        # for the picture within a prompt (LLaVA), '' for none.
         "special_tokens": {
             "pad": "<pad>",
             "bos": "<bos>",
             "eos": "<eos>",
             "eos_when_cut": False,
             "space_before_target": False,
+            "image": "",
         },
         # Interleaved documents, for the phases of training that ask for them.
         "documents": {
@@ -242,7 +245,7 @@ def model_fields() -> dict:
     """
     stack = defaults_of(TransformerOptions)
     return {
-        "fusion": "early",  # or 'gated_cross_attention', 'late'
+        "fusion": "early",  # or 'early_features', 'gated_cross_attention', 'late'
         "width": 128,
         "layers": 4,
         "heads": 4,
@@ -264,12 +267,13 @@ def model_fields() -> dict:
         "towers": {},  # by modality, what its tower has other than `tower`
         "cross": {**defaults_of(GateOptions), "every": 1},  # in gated fusion
         "resampler": resampler_fields(),
+        "projector": defaults_of(ProjectorOptions),  # in early fusion of features
         "modalities": modality_fields(),
     }
 
 
 def tower_fields() -> dict:
-    """Returns the fields of the context's own transformer in late and gated fusion.
+    """Returns the fields of the context's own transformer, where a fusion has towers.
 
     What is 0 or None is as in `model`.
     """

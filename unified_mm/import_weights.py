@@ -8,8 +8,9 @@ model.safetensors.index.json) and the tokenizer's files; or what open_clip write
 Hugging Face Hub, as NAME or NAME@REVISION, is looked for in the Hub's cache on this machine
 (HF_HUB_CACHE, HF_HOME), and fetched where huggingface_hub is installed (the extra `hub`); the run's
 config keeps its revision.
-`unified_mm.load("runs/clip")` loads the new run. Usable at once for retrieval and zero-shot
-classification: CLIP and SigLIP. Tokenizer and image preprocessing come along.
+`unified_mm.load("runs/clip")` loads the new run. Usable at once: CLIP and SigLIP for retrieval and
+zero-shot classification, LLaVA and language models to write. Tokenizer and image preprocessing
+come along.
 --config.model.start_from.text=RUN (or .image, .whole) trains on from a run.
 """
 

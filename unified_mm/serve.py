@@ -23,6 +23,7 @@ from contextlib import closing
 from typing import Any
 
 from unified_mm.cli.command import command
+from unified_mm.cli.interrupts import leave_at_end
 from unified_mm.cli.messages import say
 
 
@@ -93,6 +94,7 @@ def main(options: argparse.Namespace) -> int:
             say(f"serving at {url_of(bound)}" + (", with a token" if token else ""))
             server.run(sockets=[bound])
     say("stopped; some were cut off" if server.exit_code else "stopped; all were finished")
+    leave_at_end(server.exit_code)  # it was a signal that ended it
     return server.exit_code
 
 

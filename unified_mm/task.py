@@ -238,6 +238,12 @@ def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
     modalities = build_modalities(m.modalities, Resources(config.data, tokenizer))
     objectives = build_objectives(config.objectives)
     check_abilities(m.fusion, kind, objectives)
+    if tokenizer.image_id is not None and not kind.places_pictures:
+        raise ValueError(
+            f"data.special_tokens.image={tokenizer.special_tokens['image']!r}: model.fusion="
+            f"{m.fusion!r} reads no picture within a text; set it to '', or the fusion to "
+            "'early_features'"
+        )
     check_modalities(modalities, objectives)
     heads = {objective.name: objective.head() for objective in objectives}
     model = kind.from_config(

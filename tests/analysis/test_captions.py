@@ -22,6 +22,15 @@ def test_the_mean_of_all_is_the_score_of_the_corpus():
     assert worst[1].cider_d <= best[1].cider_d
 
 
+def test_captions_in_a_language_without_spaces_are_judged_by_characters():
+    captions = ["一个红色的立方体", "蓝色的球在左边", "一棵树"]
+    references = [["一个红色的立方体"], ["一个蓝色的球在右边"], ["绿色的圆锥"]]
+    judged = judge(captions, references)
+    mean = np.mean([each.cider_d for each in judged])
+    assert mean == pytest.approx(caption_scores(captions, references)["characters/cider_d"])
+    assert judged[0].cider_d > judged[1].cider_d > 0.1 and judged[2].cider_d == 0
+
+
 def test_groups_may_overlap_and_empty_ones_go():
     scores = np.array([1.0, 2.0, 3.0])
     groups = {

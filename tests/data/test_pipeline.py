@@ -1,7 +1,11 @@
 """The global batch is a function of seed and step alone, whatever reads it."""
 
 import itertools
+import os
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,3 +234,36 @@ def test_a_batch_tells_which_record_each_of_its_rows_is_where_that_is_asked_for(
         for name in batch:
             np.testing.assert_array_equal(batch[name].pop("record"), batch[name]["id"])
     equal(plain, told)
+
+
+HOLDING = """
+import sys
+import tiny
+from unified_mm.data.pipeline import training_batches
+from unified_mm.data.records import Record, Text
+
+def main():
+    global held
+    records = [Record(i, {}, (Text("", "a red square"),), False) for i in range(8)]
+    modalities = {"text": tiny.task().modalities["text"]}
+    batches = training_batches(records, modalities, seed=0, batch_size=4, workers=1)
+    held = [next(batches) for _ in range(2)]
+    batches.close()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_what_workers_shared_is_not_left_where_a_batch_is_held_to_the_end(tmp_path):
+    """As by a run that is stopped and saved."""
+    (tmp_path / "holding.py").write_text(HOLDING)
+    root = Path(__file__).parents[2]
+    ended = subprocess.run(
+        [sys.executable, str(tmp_path / "holding.py")],
+        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0 and "leaked" not in ended.stderr, ended.stderr

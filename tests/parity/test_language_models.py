@@ -4,6 +4,10 @@ import hugging_face as hf
 import numpy as np
 import pytest
 
+from unified_mm.inference.decoding import Decoding
+from unified_mm.inference.loaded import one_device_mesh
+from unified_mm.inference.predictor import Predictor
+
 GPT2 = [
     {"n_embd": 16, "n_layer": 2, "n_head": 2},
     {"n_embd": 24, "n_layer": 3, "n_head": 3, "n_inner": 40, "tie_word_embeddings": False},
@@ -120,13 +124,39 @@ def test_qwen3(more, tmp_path):
     check(hf.randomised(transformers.Qwen3ForCausalLM(config)), tmp_path / "qwen3")
 
 
-@pytest.mark.parametrize("window", (None, 20))
+@pytest.mark.parametrize("window", (None, 20, 4))
 def test_mistral(window, tmp_path):
+    imported = check(mistral(window), tmp_path / "mistral")
+    assert imported.config["model"]["window"] == (4 if window == 4 else 0)
+
+
+def mistral(window):
     import transformers
 
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
     config = transformers.MistralConfig(**hf.SMALL, **heads, sliding_window=window)
-    check(hf.randomised(transformers.MistralForCausalLM(config)), tmp_path / "mistral")
+    return hf.randomised(transformers.MistralForCausalLM(config))
+
+
+def test_writing_beyond_a_window_with_a_cache(tmp_path):
+    """What is written is what theirs writes, reading all tokens anew each time."""
+    import torch
+
+    model = mistral(4)
+    imported, task = hf.opened(hf.saved(model, tmp_path / "mistral"))
+    predictor = Predictor(task, imported.params, one_device_mesh())
+    prompts = ["a red square", "size 1"]
+    written = predictor.generate({}, prompts, Decoding(tokens=8))
+    longest = 0
+    for prompt, (text,) in zip(prompts, written, strict=True):
+        ids = np.array(task.tokenizer.encode_prompt(prompt))
+        for token in text.tokens:
+            with torch.no_grad():
+                scores = model(input_ids=torch.tensor(ids[None])).logits[0, -1]
+            assert int(scores.argmax()) == token
+            ids = np.append(ids, token)
+        longest = max(longest, len(ids))
+    assert longest > 8
 
 
 @pytest.mark.parametrize("tied", (True, False), ids=("tied", "untied"))

@@ -76,7 +76,7 @@ SCALED = {
 MORE = {
     "Qwen2": {},
     "Qwen3": {"head_dim": 12},
-    "Mistral": {"sliding_window": None},
+    "Mistral": {"sliding_window": 4},
     "Llama": {"rope_parameters": {**SCALED, "rope_theta": 100.0}},
 }
 
@@ -157,3 +157,73 @@ def test_a_bounded_scale_is_exported_as_it_was_used(tmp_path):
         export(imported.config, imported.params, imported.tokenizer, out)
         again = transformers.CLIPModel.from_pretrained(out)
         assert np.isclose(again.logit_scale.exp().item(), scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize("projected", (False, True), ids=("plain", "projected"))
+@pytest.mark.parametrize("whole", (False, True), ids=("alone", "of a whole CLIP"))
+def test_the_text_tower_of_clip(whole, projected, tmp_path):
+    """`text_model` and its projection, of a run of the tower alone or of a whole CLIP."""
+    import torch
+    import transformers
+
+    if whole:
+        model = whole_clip(tmp_path / "theirs")
+    else:
+        kind = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
+        config = transformers.CLIPTextConfig(**hf.TEXT, projection_dim=8)
+        model = hf.randomised(getattr(transformers, kind)(config))
+        hf.saved(model, tmp_path / "theirs")
+        hf.write_tokenizer(tmp_path / "theirs", eos_token="<unk>")
+    imported = import_directory(tmp_path / "theirs")
+    part = "text" if whole else ""
+    export(imported.config, imported.params, imported.tokenizer, tmp_path / "ours", part)
+    assert not list((tmp_path / "ours").glob("preprocessor*"))
+    class_ = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    again = class_.from_pretrained(tmp_path / "ours").eval()
+    ids = torch.tensor([[1, 5, 7, hf.END, 0, 0]])
+    key = "text_embeds" if projected else "pooler_output"
+    with torch.no_grad():
+        expected = model.get_text_features(ids) if whole else model(ids)[key]
+        if whole and not projected:
+            expected = model.text_model(ids).pooler_output
+        expected = getattr(expected, "pooler_output", expected)
+        assert torch.equal(again(ids)[key], expected)
+
+
+@pytest.mark.parametrize("whole", (False, True), ids=("alone", "of a whole CLIP"))
+def test_the_image_tower_of_clip(whole, tmp_path):
+    import torch
+    import transformers
+
+    from unified_mm.export_weights import main
+    from unified_mm.import_weights import write_run
+
+    if whole:
+        model = whole_clip(tmp_path / "theirs").vision_model
+    else:
+        config = transformers.CLIPVisionConfig(**hf.VISION)
+        model = hf.randomised(transformers.CLIPVisionModel(config))
+        model.save_pretrained(tmp_path / "theirs")
+    run = write_run(import_directory(tmp_path / "theirs"), tmp_path / "run").path
+    flags = ["--part=image"] if whole else []
+    with pytest.raises(SystemExit) as ended:
+        main([f"--run={run}", f"--out={tmp_path / 'ours'}", *flags])
+    assert ended.value.code == 0
+    written = sorted(path.name for path in (tmp_path / "ours").iterdir())
+    assert written == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    again = transformers.CLIPVisionModel.from_pretrained(tmp_path / "ours").eval()
+    pixels = torch.tensor(hf.pixels(2, 16)).movedim(-1, 1) / 100
+    with torch.no_grad():
+        theirs, ours = model(pixels), again(pixels)
+    assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
+    assert torch.equal(ours.pooler_output, theirs.pooler_output)
+
+
+def whole_clip(folder):
+    import transformers
+
+    towers = {"text_config": hf.TEXT, "vision_config": hf.VISION, "projection_dim": 8}
+    model = hf.randomised(transformers.CLIPModel(transformers.CLIPConfig(**towers)))
+    hf.saved(model, folder)
+    hf.write_tokenizer(folder, eos_token="<unk>")
+    return model

@@ -26,6 +26,13 @@ TOWERS = {"text_config": {}, "vision_config": {}}
 EYE = {"embed_dim": 24, "image_size": 28, "num_attention_heads": 3, "num_hidden_layers": 1}
 
 
+LLAVA = {
+    "model_type": "llava",
+    "text_config": {**SMALL, "num_key_value_heads": 1},
+    "vision_config": {**SMALL, "image_size": 16, "patch_size": 8},
+}
+
+
 class Directory(Source):
     """One without weights."""
 
@@ -55,7 +62,10 @@ REFUSED = {
         {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         "rope_scaling: has no low_freq_factor, high_freq_factor, original_max",
     ),
-    "mistral window": ({"model_type": "mistral"}, "sliding_window=4096"),
+    "mistral layers": (
+        {"model_type": "mistral", "layer_types": ["sliding_attention"]},
+        "layer_types=",
+    ),
     "llama by layer": (
         {"model_type": "llama", "rope_parameters": {"full_attention": {"rope_type": "default"}}},
         "rope_parameters: full_attention=.* all layers are alike",
@@ -98,6 +108,18 @@ REFUSED = {
         {"model_type": "idefics", "num_hidden_layers": 5, "cross_layer_interval": 2},
         "num_hidden_layers=5 is no multiple of cross_layer_interval=2",
     ),
+    "llava tiles": ({"model_type": "llava_next"}, "'llava_next' .* into tiles"),
+    "llava videos": ({"model_type": "video_llava"}, "'video_llava' .* reads videos"),
+    "llava layers": (LLAVA | {"vision_feature_layer": [-2, -5]}, "vision_feature_layer=.* of one"),
+    "llava beyond": (LLAVA | {"vision_feature_layer": 9}, "vision_feature_layer=9 .* 1 to 2"),
+    "llava tower": (
+        LLAVA | {"vision_config": {"model_type": "siglip_vision_model"}},
+        "vision_config: model_type='siglip_vision_model'",
+    ),
+    "llava language": (
+        LLAVA | {"text_config": {"model_type": "gemma"}},
+        "text_config: model_type='gemma' .* llama, mistral",
+    ),
     "idefics gates": ({"model_type": "idefics", "alpha_type": "matrix"}, "alpha_type='matrix'"),
 }
 
@@ -117,6 +139,7 @@ PREPROCESSED = {
     ),
     "uncropped": ({"size": {"shortest_edge": 224}, "do_center_crop": False}, "needs do_center"),
     "nearest": ({"resample": 0}, "resample=0"),
+    "padded": ({"do_pad": True}, "do_pad=True"),
     "unscaled": ({"do_rescale": False}, "do_rescale=False"),
     "another scale": ({"rescale_factor": 1.0}, "rescale_factor=1.0"),
 }
@@ -165,6 +188,14 @@ def test_published_configs_that_say_only_what_is_unusual_have_the_usual_rest(tmp
     assert [n for n, each in config["objectives"].items() if each["weight"]] == ["contrastive"]
 
 
+def test_the_older_of_two_keys_of_a_tower_is_followed(tmp_path):
+    """As transformers does, with the defaults of what it does not say; the first CLIPs have it."""
+    said = {"text_config": {"hidden_size": 128}, "vision_config": {"hidden_size": 192}}
+    older = {"text_config_dict": {"hidden_size": 256}, "vision_config_dict": None}
+    model = fields(tmp_path, {"model_type": "clip", **said, **older})["model"]
+    assert (model["width"], model["tower"]["width"]) == (256, 192)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -172,6 +203,7 @@ def test_published_configs_that_say_only_what_is_unusual_have_the_usual_rest(tmp
         {"model_type": "bert", **SMALL, "max_position_embeddings": 20},
         {"model_type": "vit", **SMALL, "image_size": 16, "patch_size": 8},
         {"model_type": "idefics", **SMALL, "vision_config": EYE, "use_resampler": True},
+        LLAVA,
         {"model_type": "clip", "text_config": SMALL, "vision_config": SMALL},
         {"model_type": "clip_vision_model", **SMALL},
         {"model_type": "clip_text_model", **SMALL},

@@ -16,7 +16,7 @@ from unified_mm.config import Config
 from unified_mm.data.images import decode
 from unified_mm.inference.loaded import LoadedModel, one_device_mesh
 from unified_mm.runs.seal import write_seal
-from unified_mm.search import index_writer
+from unified_mm.search import index_writer, search_index
 from unified_mm.search.index_writer import write_index
 from unified_mm.search.items import read_items
 from unified_mm.search.search_index import SearchIndex, mixed
@@ -451,3 +451,49 @@ def test_killed_an_index_is_the_old_or_the_new_one(model, folder, tmp_path, monk
     assert seen == []  # what was embedded before it was killed is taken
     assert len(SearchIndex.open(out).rows.names) == 7
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "pictures"]
+
+
+@pytest.mark.parametrize("when", ["index.json", "rows.json"])
+def test_an_index_that_is_replaced_while_it_is_opened_is_its_successor(
+    when, copy, tmp_path, monkeypatch
+):
+    """As `_finish` does: two renames, and then the old one goes."""
+    later = shutil.copytree(copy, tmp_path / "later")
+    name = copy / "index.json"
+    header = json.loads((later / "index.json").read_text()) | {"folder": "/of/the/successor"}
+    (later / "index.json").write_text(json.dumps(header))
+    (later / "SHA256SUMS").unlink()
+    write_seal(later)
+    read, swapped = search_index.read_json, []
+
+    def swapping(path):
+        if not swapped and path.name == when:
+            swapped.append(path)
+            os.rename(copy, search_index.replaced_folder(copy))
+            shutil.rmtree(search_index.replaced_folder(copy))
+            os.rename(later, copy)
+        return read(path)
+
+    monkeypatch.setattr(search_index, "read_json", swapping)
+    assert str(SearchIndex.open(copy).pictures) == "/of/the/successor"
+    assert swapped and name.is_file()
+
+
+def test_an_index_between_its_two_names_is_the_old_one_and_then_the_new_one(
+    copy, tmp_path, monkeypatch
+):
+    later = shutil.copytree(copy, tmp_path / "later")
+    replaced = search_index.replaced_folder(copy)
+    os.rename(copy, replaced)
+    assert SearchIndex.open(copy).path == replaced
+    read, swapped = search_index.read_json, []
+
+    def swapping(path):
+        if not swapped:
+            swapped.append(path)
+            os.rename(later, copy)
+            shutil.rmtree(replaced)
+        return read(path)
+
+    monkeypatch.setattr(search_index, "read_json", swapping)
+    assert SearchIndex.open(copy).path == copy and swapped

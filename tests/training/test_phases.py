@@ -189,6 +189,7 @@ def prepared(data, tmp_path_factory):
         ({"objectives": {"contrastive": 0.0}}, "matching needs contrastive.weight above 0"),
         ({"train": {"freeze_rules": ((".*", True),)}}, "leave nothing to train"),
         ({"train": {"speed": 1.0}}, "no field train.speed"),
+        ({"train": {"ema_warmup": True}}, "phases.a.train.ema_warmup=True: .* all phases"),
         ({"train": {"batch_size": 0}}, "train.batch_size=0: must be at least 1"),
     ],
 )

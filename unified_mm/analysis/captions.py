@@ -9,7 +9,12 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from unified_mm.analysis.intervals import Mean, mean_interval
-from unified_mm.evaluation.caption_scores import cider_d_per_image, tokenize
+from unified_mm.evaluation.caption_scores import (
+    characters,
+    cider_d_per_image,
+    tokenize,
+    without_spaces,
+)
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Judged:
       place: index of its image among those that were scored.
       caption: the caption.
       references: the reference captions of its image.
-      cider_d: CIDEr-D, in [0, 10].
+      cider_d: CIDEr-D, in [0, 10], over characters in languages that set no words apart.
     """
 
     place: int
@@ -47,10 +52,14 @@ def judge(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[
 def cider_d(
     captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> Float[np.ndarray, " images"]:
-    """Returns the CIDEr-D of each caption, beside the references of its image."""
+    """Returns the CIDEr-D of each caption, beside the references of its image.
+
+    It is over characters where the references set no words apart, as `characters/cider_d` is.
+    """
+    split = characters if without_spaces(references) else tokenize
     return cider_d_per_image(
-        [tokenize(text) for text in captions],
-        [[tokenize(text) for text in texts] for texts in references],
+        [split(text) for text in captions],
+        [[split(text) for text in texts] for texts in references],
     )
 
 

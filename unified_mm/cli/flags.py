@@ -62,6 +62,10 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
     "workdir": _text("RUN", "the folder of the run that is trained"),
     "run": _text("RUN", "the folder of a finished run"),
     "best": _switch("take the run's best state on the way (evaluation.every), not its last"),
+    "part": {
+        "choices": ("image", "text"),
+        "help": "one tower of the run alone; without: all of it",
+    },
     "out": _text("DIR", "a new folder for what is made"),
     "output": _text("FILE", "a new file for what is measured"),
     "index": _text("INDEX", "the folder of a search index"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing.util
 import os
 import signal
@@ -24,9 +25,13 @@ class Interrupts:
 
     Args:
       text: the line.
+
+    Attributes:
+      heard: whether Ctrl-C came, whoever answered it.
     """
 
     def __init__(self, text: str) -> None:
+        self.heard = False
         self._text = text
         self._lock = threading.Lock()
         self.reader, self.writer = socket.socketpair()
@@ -78,8 +83,11 @@ def leaving_on_interrupt(text: str) -> Iterator[Interrupts]:
 def _watch(interrupts: Interrupts) -> None:
     with interrupts.reader as reader:
         while got := reader.recv(1):
-            if got[0] == signal.SIGINT and _waits_in_vain():
-                leave(interrupts)
+            if got[0] == signal.SIGINT:
+                interrupts.heard = True
+                if _waits_in_vain():
+                    interrupts.say()
+                    leave(EXIT_CODE)
 
 
 def _waits_in_vain() -> bool:
@@ -101,12 +109,22 @@ def _holds(handler: Any) -> bool:
     return holds is None or bool(holds())
 
 
-def leave(interrupts: Interrupts) -> None:
+def leave_at_end(code: int) -> None:
+    """Ends the process at once when the interpreter begins to end.
+
+    Taking an interpreter down takes seconds where much was compiled, and a thread that is still
+    compiling may crash in it. In a session in which someone types, it is not the end.
+    """
+    if hasattr(sys, "ps1"):
+        return
+    atexit.register(leave, code)  # what is registered last is called first
+
+
+def leave(code: int) -> None:
     """Ends the process at once, with its worker processes and what they share."""
-    interrupts.say()
     clean = multiprocessing.util._exit_function  # type: ignore[attr-defined]
     ending = threading.Thread(target=clean, daemon=True)
     ending.start()
     ending.join(_CLEANUP)
     sys.stdout.flush()
-    os._exit(EXIT_CODE)
+    os._exit(code)

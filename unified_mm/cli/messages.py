@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from absl import logging as absl_logging
 
-from unified_mm.cli.interrupts import EXIT_CODE, leaving_on_interrupt
+from unified_mm.cli.interrupts import EXIT_CODE, leave_at_end, leaving_on_interrupt
 from unified_mm.runs.checkpoints import CheckpointError
 from unified_mm.runs.folder import RunFolder, RunFolderError
 from unified_mm.runs.seal import is_sealed
@@ -47,13 +47,17 @@ def exit_code(work: Callable[[], int], *, interrupted: str = "interrupted") -> i
     """
     with leaving_on_interrupt(interrupted) as interrupts:
         try:
-            return work()
+            code = work()
         except USER_ERRORS as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1
+            code = 1
         except KeyboardInterrupt:
             interrupts.say()
-            return EXIT_CODE
+            interrupts.heard = True  # the thread that listens may not have come to it yet
+            code = EXIT_CODE
+        if interrupts.heard:
+            leave_at_end(code)
+        return code
 
 
 def end_with(work: Callable[[], int], *, interrupted: str = "interrupted") -> NoReturn:

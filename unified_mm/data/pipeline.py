@@ -252,7 +252,31 @@ def _read(source: Any, rows: _Rows, threads: int, workers: int, prefetch: int) -
     if workers:
         with without_interrupts():  # `close` ends the workers
             iterator.start_prefetch()
+        return _Copied(iterator)
     return iterator
+
+
+class _Copied:
+    """Batches copied out of the memory that worker processes share, which is then free.
+
+    What is still held where a process ends would be reported as leaked.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return {
+            name: {key: np.array(each) for key, each in arrays.items()}
+            for name, arrays in next(self._batches).items()
+        }
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self._batches.close()
 
 
 def _mark_flags_parsed() -> None:

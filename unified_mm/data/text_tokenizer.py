@@ -3,6 +3,7 @@
 Sennrich et al. 2016 (arXiv:1508.07909) for BPE, Radford et al. 2019 (GPT-2) for its bytes.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +36,8 @@ class TextTokenizer:
       space_before_target: whether a prompt and its target have the tokens that they have with a
         space between them in a text: where words begin with their space (GPT-2), the target's
         first one has it. Otherwise the target is encoded as if nothing stood before it.
+      image: name of the added token that stands for the picture in a prompt; each text has it
+        once, at its beginning where the prompt does not say where. '' for none.
 
     Raises:
       ValueError: the tokenizer lacks a special token.
@@ -49,7 +52,10 @@ class TextTokenizer:
         eos: str = EOS,
         eos_when_cut: bool = False,
         space_before_target: bool = False,
+        image: str = "",
     ):
+        if image:
+            tokenizer = _read_in_texts(tokenizer, image)
         vocabulary = tokenizer.get_vocab()
         needed = [pad, bos, eos] if bos else [pad, eos]
         missing = [token for token in needed if token not in vocabulary]
@@ -69,9 +75,11 @@ class TextTokenizer:
             "eos": eos,
             "eos_when_cut": eos_when_cut,
             "space_before_target": space_before_target,
+            "image": image,
         }
         self.pad_id, self.eos_id = vocabulary[pad], vocabulary[eos]
         self.bos_id = vocabulary[bos] if bos else None
+        self.image_id = vocabulary[image] if image else None
         # Many tokenizers begin every text as a word, and then need no space.
         self._space = " " * (space_before_target and self.words_need_spaces)
 
@@ -166,13 +174,33 @@ class TextTokenizer:
         return {"ids": ids, "valid": valid, "scored": valid & (position >= len(prompt_ids))}
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Returns the ids of `<bos> prompt`, where generation starts."""
+        """Returns the ids of `<bos> prompt`, where generation starts.
+
+        Raises:
+          ValueError: the prompt names several pictures.
+        """
         begin = [] if self.bos_id is None else [self.bos_id]
-        return begin + self.ids(prompt)
+        found = self.ids(prompt)
+        if self.image_id is None:
+            return begin + found
+        image = str(self.special_tokens["image"])
+        if self.image_id not in found:  # as LLaVA's own code puts it there
+            found = self.ids(image + "\n" * bool(prompt) + prompt)
+        if found.count(self.image_id) > 1:
+            raise ValueError(f"{image} stands more than once in {prompt!r}: a text has one picture")
+        return begin + found
 
     def target_ids(self, prompt: str, target: str) -> list[int]:
-        """Returns the ids of a target where it stands after a prompt, '' for none."""
-        return self.ids(self._space * bool(prompt and target) + target)
+        """Returns the ids of a target where it stands after a prompt, '' for none.
+
+        Raises:
+          ValueError: the target names a picture.
+        """
+        found = self.ids(self._space * bool(prompt and target) + target)
+        if self.image_id in found:
+            image = self.special_tokens["image"]
+            raise ValueError(f"{image} stands in the answer {target!r}: pictures are in prompts")
+        return found
 
     @property
     def words_need_spaces(self) -> bool:
@@ -204,6 +232,23 @@ class TextTokenizer:
         row = [int(i) for i in ids]
         end = row.index(self.eos_id) if self.eos_id in row else len(row)
         return self._tokenizer.decode(row[:end], skip_special_tokens=True).strip()
+
+
+def _read_in_texts(tokenizer: tokenizers.Tokenizer, token: str) -> tokenizers.Tokenizer:
+    """Returns the tokenizer with one of its added tokens known where a text has it.
+
+    Raises:
+      ValueError: it is no added token.
+    """
+    said = json.loads(tokenizer.to_str())
+    found = [each for each in said["added_tokens"] if each["content"] == token]
+    if not found:
+        raise ValueError(
+            f"the tokenizer has no {token} among its added_tokens, which "
+            "data.special_tokens.image names: add it, or name another"
+        )
+    found[0]["special"] = False  # special tokens that are written out are ordinary text here
+    return tokenizers.Tokenizer.from_str(json.dumps(said))
 
 
 def _from_text(text: str, special_tokens: Mapping[str, Any]) -> TextTokenizer:

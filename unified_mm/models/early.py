@@ -27,7 +27,7 @@ class EarlyFusion(UnifiedModel):
     abilities: ClassVar[frozenset[str]] = frozenset({"contrastive", "captioning", "matching"})
 
     def embed_context(self, batch: Batch) -> list[Tokens]:
-        """Returns the tokens of each context modality, before any layer, in sequence order."""
+        """Returns the tokens of each context modality, before any layer of the transformer."""
         parts: list[Tokens] = []
         before = 0
         for name in self.context_names:

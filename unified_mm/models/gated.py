@@ -18,7 +18,7 @@ from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.cache import Cache
 from unified_mm.nn.attention.cross_attention import GATE, Memory
 from unified_mm.nn.attention.rules import MaskTable, View
-from unified_mm.nn.options import GateOptions
+from unified_mm.nn.options import GateOptions, TransformerOptions
 from unified_mm.nn.resampler import PerceiverResampler, ResamplerOptions
 from unified_mm.nn.tokens import (
     TokenMetadata,
@@ -72,6 +72,11 @@ class GatedCrossAttention(WithTowers):
         resampler = replace(self.resampler, blocks=replace(self.resampler.blocks, **changes))
         return super().with_options(**changes).clone(resampler=resampler)
 
+    @property
+    def cross_options(self) -> TransformerOptions:
+        """The options of the cross layers: a window is of the text's own tokens."""
+        return replace(self.options, window=0)
+
     def read_text(self, text: Mapping[str, Array], view: View) -> Float[Array, "B T D"]:
         tokens = self.embed_text(text, view.name)
         rows = tokens.embeddings.shape[0]
@@ -109,7 +114,7 @@ class GatedCrossAttention(WithTowers):
         assert cache.memory is not None
         tokens = self.embed_text(text, view.name, cache.memory.length)
         cross = plan_attention(
-            self.options, MaskTable((view,)), tokens.metadata, cache.memory.metadata
+            self.cross_options, MaskTable((view,)), tokens.metadata, cache.memory.metadata
         )
         with_memory = cache.replace(layers=cache.layers | {CROSS: cache.memory.layers})  # type: ignore[attr-defined]
         x, written = self.write_on(with_memory, tokens, view, cross, deterministic)
@@ -153,7 +158,9 @@ class GatedCrossAttention(WithTowers):
         assert memory is not None
         o, table, text = self.options, MaskTable(tuple(views)), tokens.metadata
         plan = plan_attention(o, table, text, text, keep=keep)
-        cross = plan_attention(o, table, text, memory.metadata, features=memory.features)
+        cross = plan_attention(
+            self.cross_options, table, text, memory.metadata, features=memory.features
+        )
         return self.transformer(tokens.embeddings, plan, cross=cross, **more)
 
 

@@ -31,12 +31,14 @@ from unified_mm.registry import resolve
 
 FUSIONS = {
     "early": "unified_mm.models.early:EarlyFusion",
+    "early_features": "unified_mm.models.features:EarlyFeatures",
     "gated_cross_attention": "unified_mm.models.gated:GatedCrossAttention",
     "late": "unified_mm.models.late:LateFusion",
 }
 ABLE = """
     fusion                  contrastive        captioning      answering       matching
     early                   rule 'separate'    rule 'prefix'   with a prompt   text reads the image
+    early_features          as early, on features of towers
     gated_cross_attention   image features     yes             with a prompt   no
                             and text alone
     late                    yes                no              no              no
@@ -82,6 +84,8 @@ class UnifiedModel(nn.Module):
 
     # Kinds of objectives that this fusion can serve.
     abilities: ClassVar[frozenset[str]] = frozenset()
+    # Whether it reads a picture at the place of the token that stands for it.
+    places_pictures: ClassVar[bool] = False
 
     @classmethod
     def from_config(

@@ -113,6 +113,8 @@ class TransformerOptions:
       query_key_norm: whether each head's queries and keys have an RMS norm (Qwen 3).
       rotary_base: of rotary positions (Su et al. 2021); 0 means no rotary positions.
       rotary_options: their scaling to longer texts, by `type` (`nn.attention.rotary.SCALINGS`).
+      window: how many tokens of its own sequence one sees at most, itself among them, by position
+        (Mistral, Jiang et al. 2023); 0 means all that its rule lets it see.
       separate_attention, separate_feed_forward: whether each modality has parameters of its own.
       remat: which of a period's activations the backward pass recomputes instead of storing them:
         'none'; 'full', all but its input; 'dots', all but products with weights (attention's
@@ -159,6 +161,7 @@ class TransformerOptions:
     query_key_norm: bool = False
     rotary_base: float = 0.0
     rotary_options: tuple[tuple[str, Any], ...] = ()
+    window: int = option(0, least=0)
     separate_attention: bool = False
     separate_feed_forward: bool = False
     remat: str = option("none", choices=REMAT)

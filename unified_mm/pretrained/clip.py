@@ -29,7 +29,7 @@ from unified_mm.pretrained.preprocessing import (
     image_fields,
     preprocessor_config,
 )
-from unified_mm.pretrained.source import Source
+from unified_mm.pretrained.source import Section, Source
 from unified_mm.pretrained.tables import SCALAR, Entry, Table, rearranged
 from unified_mm.pretrained.vocabularies import TokenLayout, clip_files, lower_gemma, only_json
 
@@ -55,10 +55,28 @@ def tower_image(tower: Fields) -> Fields:
     }
 
 
+def beside_llama(tower: Fields) -> Fields:
+    """Returns the fields of CLIP's tower in a model whose main stack is a Llama."""
+    return {
+        **tower,
+        "norm": "layer",
+        "final_norm": False,
+        "gated_feed_forward": False,
+        "query_bias": True,
+        "output_bias": True,
+        "feed_forward_bias": True,
+        "query_key_norm": False,
+        "key_value_heads": tower["heads"],
+        "head_width": tower["width"] // tower["heads"],
+        "rotary_base": 0.0,
+        "window": 0,
+    }
+
+
 def _two_towers(
     source: Source, main: Fields, tower: Fields, text: Fields, image: Fields, kind: Preprocessing
 ) -> Fields:
-    data, embedding = image_fields(source, source.config.section("vision_config"), kind)
+    data, embedding = image_fields(source, of_tower(source.config, "vision"), kind)
     texts = text_fields(length=text["max_positions"], **text)
     return {
         "data": data,
@@ -71,12 +89,21 @@ def _two_towers(
     }
 
 
+def of_tower(c: Section, tower: str) -> Section:
+    """Returns what config.json says of a tower, 'text' or 'vision'.
+
+    The older of two keys that may hold it decides where both are there, as in their library.
+    """
+    older = f"{tower}_config_dict"
+    return c.section(f"{tower}_config" if c.get(older) is None else older)
+
+
 def clip_fields(source: Source) -> Fields:
     """Returns the fields of CLIP's two towers.
 
     Text is causal and pooled at its end token; images are pooled at a class token.
     """
-    c, vision = source.config.section("text_config"), source.config.section("vision_config")
+    c, vision = of_tower(source.config, "text"), of_tower(source.config, "vision")
     tower = read(vision, CLIP_VISION)
     image = tower_image(tower)
     fields = _two_towers(source, read(c, CLIP_TEXT), tower, read(c, TEXT), image, CLIP_PICTURES)
@@ -106,7 +133,7 @@ def refuse_other_end(source: Source, tokenizer: TextTokenizer) -> None:
       ValueError: if config.json names another.
     """
     c = source.config
-    c = c.section("text_config") if "text_config" in c else c  # or the text tower alone
+    c = of_tower(c, "text") if c.get("model_type") == "clip" else c  # or the text tower alone
     said = c.get("eos_token_id", END)
     end = tokenizer.vocabulary_size - 1 if said == HIGHEST else said
     if end != tokenizer.eos_id:
@@ -209,31 +236,41 @@ def _pooling(config: Mapping[str, Any]) -> list[Entry]:
 
 def their_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Returns the contents of config.json for a CLIP run."""
-    model = config["model"]
-    image, text = model["modalities"]["image"], model["modalities"]["text"]
     width = {"projection_dim": config["objectives"]["contrastive"]["width"]}
+    return {
+        **width,
+        "text_config": their_text(config, tokenizer) | width,
+        "vision_config": their_vision(config) | width,
+    }
+
+
+def their_text(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Returns what config.json says of CLIP's text tower.
+
+    Raises:
+      ValueError: the tokenizer's end token would be taken for another.
+    """
     if tokenizer.eos_id == HIGHEST:
         raise ValueError(
             "its end token has id 2, which readers of CLIP take to mean the highest id there is"
         )
     return {
-        **width,
-        "text_config": {
-            "model_type": "clip_text_model",
-            **written(model, STACK),
-            **width,
-            **written(text, TEXT),
-            **token_ids(tokenizer),
-            "pad_token_id": tokenizer.pad_id,
-        },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            **written(vars(tower_options(model)), STACK),
-            **width,
-            "image_size": config["data"]["image_size"],
-            "patch_size": image["patch"],
-            "num_channels": 3,
-        },
+        "model_type": "clip_text_model",
+        **written(vars(main_options(config["model"])), STACK),
+        **written(config["model"]["modalities"]["text"], TEXT),
+        **token_ids(tokenizer),
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def their_vision(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what config.json says of CLIP's image tower."""
+    return {
+        "model_type": "clip_vision_model",
+        **written(vars(tower_options(config["model"])), STACK),
+        "image_size": config["data"]["image_size"],
+        "patch_size": config["model"]["modalities"]["image"]["patch"],
+        "num_channels": 3,
     }
 
 

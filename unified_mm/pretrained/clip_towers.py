@@ -12,10 +12,13 @@ from unified_mm.pretrained.clip import (
     CLIP_VISION,
     CONTRAST,
     TEXT,
+    preprocessing_files,
     text_tower,
+    their_text,
+    their_vision,
     tower_image,
 )
-from unified_mm.pretrained.family import Family, prefix
+from unified_mm.pretrained.family import Export, Family, prefix
 from unified_mm.pretrained.fields import Fields, read, text_fields
 from unified_mm.pretrained.layers import POSITION_IDS, clip_tower, dense
 from unified_mm.pretrained.preprocessing import image_fields
@@ -79,8 +82,28 @@ def text_tower_table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
     return Table(entries, POSITION_IDS, starts={f"{CONTRAST}/log_scale": LOG_SCALE})
 
 
+def their_text_tower(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Returns the contents of config.json for a text tower alone."""
+    contrast = config["objectives"]["contrastive"]
+    found = {**their_text(config, tokenizer), "projection_dim": contrast["width"]}
+    if contrast["text_projection"] == "none":
+        found["architectures"] = ["CLIPTextModel"]
+    return found
+
+
 CLIP_IMAGE_TOWER = Family(
-    "CLIP's image tower", ("clip_vision_model",), "image", image_tower_fields, image_tower_table
+    name="CLIP's image tower",
+    types=("clip_vision_model",),
+    part="image",
+    fields=image_tower_fields,
+    table=image_tower_table,
+    export=Export(
+        "CLIPVisionModel",
+        lambda config, tokenizer: their_vision(config),
+        ("model.tower", "model.modalities.image", "data.image_size"),
+        preprocessing_files,
+        part="image",
+    ),
 )
 CLIP_TEXT_TOWER = Family(
     name="CLIP's text tower",
@@ -89,4 +112,10 @@ CLIP_TEXT_TOWER = Family(
     fields=text_tower_fields,
     table=text_tower_table,
     tokens=CLIP_TOKENS,
+    export=Export(
+        "CLIPTextModelWithProjection",
+        their_text_tower,
+        ("model", *(f"objectives.contrastive.{name}" for name in ("rule", "text_pool"))),
+        part="text",
+    ),
 )

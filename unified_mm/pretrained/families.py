@@ -9,6 +9,7 @@ from unified_mm.pretrained.family import Family
 from unified_mm.pretrained.gpt2 import GPT2
 from unified_mm.pretrained.idefics import IDEFICS
 from unified_mm.pretrained.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from unified_mm.pretrained.llava import LLAVA
 from unified_mm.pretrained.open_clip import OPEN_CLIP
 from unified_mm.pretrained.source import Source
 from unified_mm.pretrained.vit import VIT
@@ -27,9 +28,18 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3,
     BERT,
     IDEFICS,
+    LLAVA,
 )
 # Near relatives that are something else, and why.
-OTHERS = {"siglip2": "it takes pictures of any shape (naflex); other SigLIP 2 weights say 'siglip'"}
+TILES = "it cuts pictures into tiles (anyres), and here a picture is one square; 'llava' is read"
+OTHERS = {
+    "siglip2": "it takes pictures of any shape (naflex); other SigLIP 2 weights say 'siglip'",
+    "llava_next": TILES,
+    "llava_onevision": TILES,
+    "llava_next_video": "it reads videos; 'llava', of single pictures, is read",
+    "video_llava": "it reads videos; 'llava', of single pictures, is read",
+    "vipllava": "it joins the features of several layers; 'llava', of one layer, is read",
+}
 
 
 def family_of(source: Source) -> Family:

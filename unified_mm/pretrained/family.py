@@ -25,12 +25,14 @@ class Export:
       compared: dotted prefixes of the run's fields that must be the same once this config.json is
         read back.
       files: returns the contents of further JSON files, by name, for a run's config.
+      part: what of a run it is: all, or one of two towers.
     """
 
     architecture: str
-    config: Callable[[Mapping[str, Any], TextTokenizer], dict[str, Any]]
+    config: Callable[[Mapping[str, Any], Any], dict[str, Any]]
     compared: tuple[str, ...]
     files: Callable[[Mapping[str, Any]], dict[str, dict[str, Any]]] = lambda config: {}
+    part: Literal["whole", "image", "text"] = "whole"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Family:
     tokens: TokenLayout | None = None
     export: Export | None = None
 
-    def files(self, config: Mapping[str, Any], tokenizer: TextTokenizer) -> dict[str, Any]:
+    def files(self, config: Mapping[str, Any], tokenizer: TextTokenizer | None) -> dict[str, Any]:
         """Returns the contents of the JSON files of a run in this format, by name."""
         assert self.export is not None
         head = {"architectures": [self.export.architecture], "model_type": self.types[0]}

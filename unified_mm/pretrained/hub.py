@@ -66,10 +66,14 @@ def fetched(name: str, revision: str) -> Path:
     Raises:
       FileNotFoundError: if the library is not installed, or cannot fetch it.
     """
-    where = f"{name} (revision {revision}) is no directory, and not in the cache {cache_folder()}"
+    where = (
+        f"there is no folder {name} in {Path.cwd()}; and as a name of the Hub (revision "
+        f"{revision}) it is not in the cache {cache_folder()}"
+    )
     if importlib.util.find_spec("huggingface_hub") is None:
         raise FileNotFoundError(
-            f"{where}: pip install 'unified_mm[hub]' to have it fetched, or give a directory"
+            f"{where}: give a folder that is there, or pip install 'unified_mm[hub]' to have it "
+            "fetched"
         )
     import huggingface_hub
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from unified_mm.pretrained.clip import tower_image
+from unified_mm.pretrained.clip import beside_llama, tower_image
 from unified_mm.pretrained.family import Family
 from unified_mm.pretrained.fields import STACK, Fields, language_text, read, usual
 from unified_mm.pretrained.layers import (
@@ -62,7 +62,7 @@ def fields(source: Source) -> Fields:
     vision = c.section("vision_config")
     refuse_windows(c)
     c.refuse_unless("alpha_type", *GATE_SHAPES, why="gates are numbers or vectors here")
-    stack, tower = stack_fields(c, STACK_KEYS), _tower_fields(vision)
+    stack, tower = stack_fields(c, STACK_KEYS), beside_llama(read(vision, VISION))
     every = c.get("cross_layer_interval", 1)
     if stack["layers"] % every:
         raise ValueError(
@@ -90,20 +90,6 @@ def fields(source: Source) -> Fields:
             "modalities": {"image": image, "text": text},
         },
         "objectives": {"captioning": {"weight": 1.0, "rule": "interleaved_latest"}},
-    }
-
-
-def _tower_fields(vision: Section) -> Fields:
-    """Returns the fields of CLIP's tower, as other than those of the language model."""
-    return {
-        **read(vision, VISION),
-        "norm": "layer",
-        "final_norm": False,
-        "gated_feed_forward": False,
-        "query_bias": True,
-        "output_bias": True,
-        "feed_forward_bias": True,
-        "rotary_base": 0.0,
     }
 
 

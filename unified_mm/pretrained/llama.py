@@ -18,7 +18,7 @@ from unified_mm.pretrained.fields import (
     written,
 )
 from unified_mm.pretrained.layers import LLAMA_BLOCK, blocks, main_options, norm, vocabulary
-from unified_mm.pretrained.source import Section, Source
+from unified_mm.pretrained.source import Section
 from unified_mm.pretrained.tables import Table
 from unified_mm.pretrained.vocabularies import TokenLayout, gpt2_files
 
@@ -105,45 +105,50 @@ def refuse_windows(c: Section, longest: int = 0) -> None:
     window = c.get("sliding_window")
     if c.get("use_sliding_window", True) and window is not None and not 0 < longest <= window:
         why = (
-            "there is no sliding window here; up to as many tokens all is the same without it: a "
-            "config.json with max_position_embeddings of no more than that can be read"
+            "a sliding window of some layers is not read (Mistral's, of all, is); up to as many "
+            "tokens all is the same without it: a config.json with max_position_embeddings of no "
+            "more than that can be read"
         )
         c.refuse_unless("sliding_window", None, why=why)
     if set(c.get("layer_types") or ()) - {"full_attention"}:
         c.refuse_unless("layer_types", why="all layers attend to all that came before here")
 
 
-def fields(source: Source) -> Fields:
+def fields(c: Section) -> Fields:
     """Returns the fields of Llama: RMS norms, rotary positions and a gated feed-forward.
 
     Keys and values may have fewer heads than queries.
     """
-    fields = _model(source.config, STACK_KEYS | HEAD_KEYS, TEXT)
+    fields = _model(c, STACK_KEYS | HEAD_KEYS, TEXT)
     fields["model"]["output_bias"] = fields["model"]["query_bias"]
     return fields
 
 
-def qwen2_fields(source: Source) -> Fields:
+def qwen2_fields(c: Section) -> Fields:
     """Returns the fields of Qwen 2: Llama's, with a bias of queries, keys and values."""
-    fields = _model(source.config, QWEN2_KEYS, QWEN2_TEXT)
+    fields = _model(c, QWEN2_KEYS, QWEN2_TEXT)
     fields["model"]["query_bias"] = True
     return fields
 
 
-def qwen3_fields(source: Source) -> Fields:
+def qwen3_fields(c: Section) -> Fields:
     """Returns the fields of Qwen 3: Llama's, with a norm of each head's queries and keys."""
-    fields = _model(source.config, QWEN3_KEYS, QWEN2_TEXT)
+    fields = _model(c, QWEN3_KEYS, QWEN2_TEXT)
     fields["model"]["output_bias"] = fields["model"]["query_bias"]
     fields["model"]["query_key_norm"] = True
     return fields
 
 
-def mistral_fields(source: Source) -> Fields:
-    """Returns the fields of Mistral: Llama's, without any bias."""
-    c = source.config
-    none = {"attention_bias": False, "mlp_bias": False}  # keys that Mistral does not know
-    whole = Section(c.where, {"sliding_window": WINDOW, **c, **none})
-    return _model(whole, MISTRAL_KEYS, MISTRAL_TEXT)
+def mistral_fields(c: Section) -> Fields:
+    """Returns the fields of Mistral: Llama's, without any bias, and with a sliding window."""
+    window = c.get("sliding_window", WINDOW)
+    # Keys that Mistral does not know, and a window of all tokens, which hides none.
+    none = {"attention_bias": False, "mlp_bias": False}
+    whole = Section(c.where, {**c, **none, "sliding_window": None})
+    fields = _model(whole, MISTRAL_KEYS, MISTRAL_TEXT)
+    longest = fields["model"]["modalities"]["text"]["max_positions"]
+    fields["model"]["window"] = window if window and window < longest else 0
+    return fields
 
 
 def _model(c: Section, keys: Keys, text: Keys) -> Fields:
@@ -156,9 +161,13 @@ def _model(c: Section, keys: Keys, text: Keys) -> Fields:
 
 def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
     """Returns the table of Llama's weights, whose kernels are all (out, in)."""
-    model = config["model"]
     before = prefix(names, "model.", probe="embed_tokens.weight")
-    entries, copies = vocabulary(model, [f"{before}embed_tokens.weight"], ["lm_head.weight"])
+    return language_table(config["model"], before, "lm_head.weight")
+
+
+def language_table(model: Mapping[str, Any], before: str, scores: str) -> Table:
+    """Returns the table of a Llama whose names begin with `before`, and of its scores."""
+    entries, copies = vocabulary(model, [f"{before}embed_tokens.weight"], [scores])
     entries += blocks(f"{before}layers.{{layer}}", "transformer", LLAMA_BLOCK, main_options(model))
     entries += norm(f"{before}norm", "transformer/norm", "rms")
     return Table(entries, ROTARY_BUFFERS, copies)
@@ -187,7 +196,8 @@ def their_scaling(options: TransformerOptions) -> dict[str, Any]:
 
 def mistral_config(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Returns the contents of config.json for a Mistral run."""
-    return {**their_config(config, tokenizer), "sliding_window": None}
+    window = main_options(config["model"]).window or None
+    return {**their_config(config, tokenizer), "sliding_window": window}
 
 
 TOKENS = TokenLayout(gpt2_files)
@@ -195,7 +205,7 @@ LLAMA = Family(
     name="Llama",
     types=("llama",),
     part="text",
-    fields=fields,
+    fields=lambda source: fields(source.config),
     table=table,
     tokens=TOKENS,
     export=Export("LlamaForCausalLM", their_config, ("model",)),
@@ -204,7 +214,7 @@ QWEN2 = Family(
     name="Qwen 2",
     types=("qwen2",),
     part="text",
-    fields=qwen2_fields,
+    fields=lambda source: qwen2_fields(source.config),
     table=table,
     tokens=TOKENS,
     export=Export("Qwen2ForCausalLM", their_config, ("model",)),
@@ -213,7 +223,7 @@ QWEN3 = Family(
     name="Qwen 3",
     types=("qwen3",),
     part="text",
-    fields=qwen3_fields,
+    fields=lambda source: qwen3_fields(source.config),
     table=table,
     tokens=TOKENS,
     export=Export("Qwen3ForCausalLM", their_config, ("model",)),
@@ -222,7 +232,7 @@ MISTRAL = Family(
     name="Mistral",
     types=("mistral",),
     part="text",
-    fields=mistral_fields,
+    fields=lambda source: mistral_fields(source.config),
     table=table,
     tokens=TOKENS,
     export=Export("MistralForCausalLM", mistral_config, ("model",)),

@@ -51,6 +51,7 @@ def image_fields(source: Source, vision: Section, usual: Preprocessing) -> tuple
     section, size = _section(source), vision.get("image_size", 224)
     for key in ("do_resize", "do_rescale", "do_normalize"):
         section.refuse_unless(key, True, None, why="pictures are resized and normalised here")
+    section.refuse_unless("do_pad", False, None, why="pictures are cut to squares, not padded")
     factor = section.get("rescale_factor", 1 / 255)
     if abs(factor - 1 / 255) > 1e-9:
         raise ValueError(f"{section.where}: rescale_factor={factor}: only 1/255 is done here")

@@ -147,7 +147,7 @@ def to_theirs(table: Table, ours: Mapping[str, Array]) -> dict[str, Array]:
       ValueError: if a parameter is missing, or cannot be written as a tensor of theirs.
     """
     found: dict[str, Array] = {}
-    used: set[str] = set()
+    used: set[str] = set(table.starts)
     for entry in table.entries:
         for theirs, paths, period in entry.lines():
             missing = [path for path in paths if path not in ours]

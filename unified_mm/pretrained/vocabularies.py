@@ -25,6 +25,7 @@ class TokenLayout:
       eos: key of tokenizer_config.json that names the end token.
       defaults: the family's names for 'bos', 'eos' and 'pad', where no file names them.
       eos_when_cut: whether a text that is cut because it is too long still ends in `eos`.
+      image: returns the id of the token that stands for a picture; None in a family without one.
       adapt: does to the tokenizer what their library does to it when it reads it.
       check: raises ValueError where config.json and the tokenizer contradict each other.
     """
@@ -35,6 +36,7 @@ class TokenLayout:
     eos: str = "eos_token"
     defaults: Mapping[str, str] | None = None
     eos_when_cut: bool = False
+    image: Callable[[Source], int] | None = None
     adapt: Callable[[Source, tokenizers.Tokenizer], None] = lambda source, tokenizer: None
     check: Callable[[Source, TextTokenizer], None] = lambda source, tokenizer: None
 
@@ -99,6 +101,9 @@ def special_tokens(
     eos = named("eos", layout.eos)
     if not eos:
         raise ValueError("neither its tokenizer_config.json nor its config.json names an end token")
+    image = layout.image and tokenizer.id_to_token(layout.image(source))
+    if layout.image and not image:
+        raise ValueError(f"it has no token {layout.image(source)}, which stands for the picture")
     # A key that is there and says null means that there is none.
     silent = layout.bos in files[0] and not files[0][layout.bos]
     return {
@@ -106,6 +111,7 @@ def special_tokens(
         "bos": named("bos", layout.bos) if layout.begins and not silent else "",
         "eos": eos,
         "eos_when_cut": layout.eos_when_cut,
+        "image": image or "",
     }
 
 

@@ -30,6 +30,7 @@ from unified_mm.search.nearest import Nearest
 
 FORMAT = 1  # of the files above
 _HEADER, _ROWS = "index.json", "rows.json"
+_SWAPS = 10  # successors that may take an index's name while it is opened
 _AGAIN = "make it again with python -m unified_mm.index --run=RUN --images=DIR --out=NEW"
 
 
@@ -105,6 +106,21 @@ class SearchIndex:
           ValueError: a damaged one (the message names the files), or one of another format.
         """
         folder = user_path(path, "the index")
+        for _ in range(_SWAPS):
+            before = _identity(folder)
+            try:
+                found = cls._open(folder, pictures)
+            except (OSError, ValueError):
+                if _identity(folder) == before:
+                    raise
+            else:
+                if _identity(folder) == before:
+                    return found
+        return cls._open(folder, pictures)
+
+    @classmethod
+    def _open(cls, folder: Path, pictures: str | os.PathLike[str] | None) -> SearchIndex:
+        """Opens what has the index's name now; a successor may take it meanwhile."""
         if not os.path.lexists(folder) and (before := replaced_folder(folder.absolute())).is_dir():
             folder = before  # its successor was killed just before it took the name
         if not (folder / _HEADER).is_file() and not is_sealed(folder):
@@ -280,6 +296,12 @@ def _unit(vector: Float[np.ndarray, " Z"]) -> Float[np.ndarray, " Z"]:
     if not np.isfinite(length) or length < 1e-6:
         raise ValueError("the query has no direction: its vectors cancel out, or are not finite")
     return (vector / length).astype(np.float32)
+
+
+def _identity(folder: Path) -> tuple[int | None, ...]:
+    """Returns which folders have the name of an index, and of the one that it replaces."""
+    names = (folder, replaced_folder(folder.absolute()))
+    return tuple(os.stat(name).st_ino if name.is_dir() else None for name in names)
 
 
 def model_identity(model: LoadedModel) -> dict[str, Any]:

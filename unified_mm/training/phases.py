@@ -171,7 +171,7 @@ def build_phases(
 
 
 def check_average(name: str, options: Config, whole: Config) -> None:
-    """Checks that a phase keeps averaged parameters exactly if the whole run does.
+    """Checks that a phase keeps averaged parameters exactly if, and as, the whole run does.
 
     Raises:
       ValueError: it does not; the message names the phase.
@@ -182,6 +182,12 @@ def check_average(name: str, options: Config, whole: Config) -> None:
             f"{options.ema_decay} keeps another average than the run: set train.optimizer and "
             "train.ema_decay themselves"
         )
+    for field in ("ema_decay", "ema_warmup"):
+        if options[field] != whole[field]:
+            raise ValueError(
+                f"train.phases.{name}.train.{field}={options[field]!r}: the average goes through "
+                f"all phases, with train.{field}={whole[field]!r}: set that, and none of a phase"
+            )
 
 
 def check_batch(options: TrainOptions, mesh: Mesh) -> None:

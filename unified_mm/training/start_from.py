@@ -213,6 +213,7 @@ def text_of(saved: Mapping[str, Any], run: str) -> dict[str, Any]:
         "model.modalities.text.max_positions": text["max_positions"]
         or model["modalities"]["text"]["length"],
         **tokens_of(saved, run),
+        "data.special_tokens.image": "",  # a text model alone sees no picture
         "objectives.contrastive.text_pool": contrastive["text_pool"],
     }
 
@@ -312,11 +313,12 @@ def load_params(params: Any, config: Config, found: Mapping[str, Any]) -> Any:
 
 
 def part_of_run(run: str, part: str) -> dict[str, Any]:
-    """Reads one part of a run's newest checkpoint.
+    """Reads a part of a run's newest checkpoint: NumPy arrays by path, each block by its layer."""
+    return _by_layer(leaves_of_run(run, part))
 
-    Returns:
-      NumPy arrays by path, each block by its layer.
-    """
+
+def leaves_of_run(run: str, part: str) -> dict[str, Any]:
+    """Reads a part of a run's newest checkpoint: NumPy arrays by path, as they are there."""
     folder = RunFolder(run)
     saved = folder.read_config(defaults())
     named = saved["data"]["special_tokens"]
@@ -331,7 +333,7 @@ def part_of_run(run: str, part: str) -> dict[str, Any]:
         name = "average" if keeps_average(saved["train"]) else "params"
         restored = checkpoints.restore({name: wanted}, partial=True)
     leaves = jax.tree_util.tree_leaves_with_path(dequantized(restored.state[name]))
-    return _by_layer({path_of(path): np.asarray(leaf) for path, leaf in leaves})
+    return {path_of(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def _by_layer(leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ WORDS = {
     "prefix_separate": ("causal", "all", "none", "all", "none"),
     "joint": ("all", "all", "all", "all", "all"),
     "causal": ("causal", "causal", "none", "causal", "causal"),
+    "in_order": ("causal", "causal", "causal", "causal", "causal"),
     "interleaved": ("causal", "causal", "causal", "block_causal", "causal"),
     "interleaved_latest": ("causal", "same_segment", "causal", "block_causal", "causal"),
 }

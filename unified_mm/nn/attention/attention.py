@@ -25,7 +25,7 @@ from unified_mm.nn.attention.masks import (
     slice_keys,
 )
 from unified_mm.nn.attention.rotary import rotary_rates, rotate
-from unified_mm.nn.attention.rules import NONE, MaskTable
+from unified_mm.nn.attention.rules import NONE, MaskTable, Window
 from unified_mm.nn.layers import Dense, Norm, PerModality
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.sow import ATTENTION, sow_attention
@@ -98,6 +98,8 @@ def plan_attention(
             asked = {"*", key.modality, "written" if other else "read"}
             asked |= {"same"} if query.modality == key.modality else set()
             predicate = next((p for (q, k), p in rule.table if q in asking and k in asked), NONE)
+            if options.window and predicate != NONE:
+                predicate = Window(predicate, options.window)
             term = next((t for (q, k), t in rule.terms if q in asking and k in asked), None)
             stop = start + key.length
             if predicate == NONE or (mine and other and mine != other):

@@ -15,6 +15,7 @@ context, each under a rule of its own; these texts never see one another.
 | `prefix_separate` | its own modality | as `prefix` | the same, in one pass with `separate` |
 | `joint` | everything | everything | matching |
 | `causal` | what came before in it | what came before | captioning |
+| `in_order` | what came before | what came before | pictures within a text (LLaVA) |
 | `interleaved` | itself, and what came before | what came before | documents |
 | `interleaved_latest` | as `interleaved` | the latest image, and text before | documents |
 
@@ -126,6 +127,22 @@ class BlockCausal(Predicate):
 
     def in_order(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
         return np.ones((query.shape[0], key.shape[1]), bool)
+
+
+@dataclass(frozen=True)
+class Window(Predicate):
+    """The predicate under which a token sees, of what another lets it see, what is near."""
+
+    of: Predicate
+    size: int
+
+    def __call__(self, query: Fields, key: Fields) -> Array:
+        near = jnp.abs(query["position"] - key["position"]) < self.size
+        return near & self.of(query, key)
+
+    def in_order(self, query: np.ndarray, key: np.ndarray) -> np.ndarray | None:
+        seen = self.of.in_order(query, key)
+        return None if seen is None else seen & (np.abs(query - key) < self.size)
 
 
 NONE, ALL, CAUSAL = Nothing(), Everything(), Causal()
@@ -306,6 +323,8 @@ RULES: dict[str, AttentionRule] = {
         "joint": {("*", "*"): "all"},
         # Everything in order, the context first (so it never sees the text).
         "causal": {("read", "written"): "none", ("*", "*"): "causal"},
+        # Everything in order, wherever it stands.
+        "in_order": {("*", "*"): "causal"},
         # Documents of images and text in any order: each image sees all of itself, and everything
         # sees what came before it.
         "interleaved": {
