@@ -1,0 +1,158 @@
+"""A compiled training step with random batches at hand: it needs no data."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections import Counter
+from itertools import cycle
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from experiments.accelerator.peaks import peaks_of
+from unified_mm.benchmarks.timing import held_bytes, tree_bytes
+from unified_mm.config import Config
+from unified_mm.parallel.mesh import make_mesh
+from unified_mm.parallel.sharding import rule_items, to_global
+from unified_mm.task import Task, build_task
+from unified_mm.training.ahead import compile_step, stand_in_data
+from unified_mm.training.phases import training_flops
+from unified_mm.training.setup import plan
+from unified_mm.training.sizes import stand_in_tokenizer
+
+FUSED_CALL = re.compile(r'custom_call_target="(__cudnn\$fmha\w*|tpu_custom_call)"')
+
+
+class Trainer:
+    """The training step of a config, compiled for this device.
+
+    Attributes:
+      batch_size: examples of a batch.
+      flops: of a step, without recomputation.
+      compile_seconds: that tracing and compiling took.
+      held: bytes that the step holds: its state, a batch and the temporaries.
+      of_state: bytes of the state.
+      vocabulary: tokens that have embeddings.
+      compiled: the program.
+      state: of training, before the next step.
+      batches: of random pictures and texts, on the host.
+    """
+
+    def __init__(self, config: Config, batches: int = 2) -> None:
+        self._mesh = make_mesh(config.mesh)
+        task = build_task(config, stand_in_tokenizer(config.data.vocabulary_size))
+        self._make_state, (phase, *_) = plan(config, task, self._mesh, stand_in_data(config))
+        self._phase = phase
+        self.batch_size = phase.batch_size
+        self.flops = training_flops(phase)
+        self.compiled, self.compile_seconds = compile_step(phase, config.train.ema_decay)
+        self.held = held_bytes(self.compiled)
+        self.of_state = tree_bytes(phase.abstract)
+        self.vocabulary = task.modalities["text"].embedding.vocabulary
+        self.batches = [random_batch(task, phase.batch_size, seed) for seed in range(batches)]
+        self.state: Any = None
+        self._ready: Any = None
+
+    def begin(self) -> None:
+        """Makes the first state, and brings the batches to the device."""
+        with jax.set_mesh(self._mesh), nn.logical_axis_rules(rule_items()):
+            self.state = self._phase.enter(self._make_state())
+            self._ready = cycle([to_global(batch, self._mesh) for batch in self.batches])
+
+    def step(self) -> Any:
+        """Does a step, without waiting for it, and returns what it measured."""
+        self.state, measured = self.compiled(self.state, next(self._ready))
+        return measured
+
+    def loss(self) -> float:
+        """Does a step and returns its loss."""
+        total, count = jax.device_get(self.step().metrics["loss"])
+        return float(total / count)
+
+    def seconds(self, steps: int) -> float:
+        """Returns the seconds that each of `steps` steps takes."""
+        began = time.perf_counter()
+        for _ in range(steps):
+            measured = self.step()
+        jax.block_until_ready(measured)
+        return (time.perf_counter() - began) / steps
+
+    def measured(self, machine: dict[str, Any], steps: int, turns: int) -> dict[str, Any]:
+        """Trains, and returns speed, memory, and the share of both peaks that products take."""
+        self.begin()
+        losses = [self.loss() for _ in range(3)]  # warms up
+        taken = [self.seconds(steps) for _ in range(turns)]
+        if not np.isfinite(losses).all():
+            raise ValueError(f"losses {losses} are not finite")
+        seconds = statistics.median(taken)
+        return {
+            "batch": self.batch_size,
+            "samples_per_second": round(self.batch_size / seconds, 1),
+            "step_seconds": round(seconds, 5),
+            "step_seconds_of_turns": [round(each, 5) for each in taken],
+            "compile_seconds": round(self.compile_seconds, 1),
+            "held_bytes": self.held,
+            "first_losses": [round(loss, 4) for loss in losses],
+            "fused_calls": fused_calls(self.compiled),
+            **utilisation(self.flops / seconds, machine),
+        }
+
+
+def random_batch(task: Task, size: int, seed: int) -> dict[str, dict[str, Any]]:
+    """Returns examples with random pictures, and random texts of half their length or more."""
+    rng = np.random.default_rng(seed)
+    batch = task.example_batch(size)
+    image, text = batch["image"], batch["text"]
+    image["pixels"] = rng.integers(0, 256, image["pixels"].shape, np.uint8)
+    length = text["ids"].shape[1]
+    valid = np.arange(length) < rng.integers(length // 2, length + 1, (size, 1))
+    used = task.modalities["text"].embedding.used
+    ids = rng.integers(3, used, valid.shape)
+    text["ids"] = np.where(valid, ids, 0).astype(text["ids"].dtype)
+    text["valid"], text["scored"] = valid, valid & (np.arange(length) > 0)
+    for each in (image, text):
+        each["present"] = np.ones(size, bool)
+    return batch
+
+
+def fused_calls(compiled: Any) -> dict[str, int]:
+    """Returns how often a program calls each fused kernel; what a scan holds counts once."""
+    return dict(Counter(FUSED_CALL.findall(compiled.as_text())))
+
+
+def utilisation(flops: float, machine: dict[str, Any]) -> dict[str, Any]:
+    """Returns FLOP/s, and their share of the dense specification and of the measured peak."""
+    dense = peaks_of(jax.devices()[0].device_kind)
+    return {
+        "tera_flops_per_second": round(flops / 1e12, 3),
+        "mfu_of_dense_specification": round(flops / dense.flops, 4) if dense else None,
+        "mfu_of_measured_peak": round(flops / machine["measured_flops"], 4),
+    }
+
+
+def largest_batch(trainer: Trainer, memory: int, multiple: int, most: int) -> int:
+    """Returns the largest batch that fits, from what the step of a smaller one holds.
+
+    All that is no state is taken to grow with the batch, so the batch is rather too small.
+
+    Raises:
+      ValueError: not even the smallest does.
+    """
+    each = (trainer.held - trainer.of_state) / trainer.batch_size
+    count = int((memory - trainer.of_state) / each) // multiple * multiple
+    if count < multiple:
+        raise ValueError(
+            f"{memory:,} bytes hold no batch of {multiple}: the state takes {trainer.of_state:,}, "
+            f"an example {each:,.0f}"
+        )
+    return min(count, most)
+
+
+def device_memory(otherwise: int) -> int:
+    """Returns the bytes that jax may take of this device; `otherwise` where it does not tell."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return int(stats.get("bytes_limit", otherwise))
