@@ -36,6 +36,7 @@ def get_config(size: str = "auto") -> ConfigDict:
     """The recipe at a size; 'auto' is resolved by the command once jax has its devices."""
     config = default_config()
     config.size = size
+    config.model.dtype = "auto"
     if size in ("auto", "tiny"):
         tiny(config)
     elif size in SHAPES:

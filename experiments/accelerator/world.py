@@ -143,18 +143,19 @@ def beside(rows: Mapping[str, Row], batch: int) -> Row:
     """Returns what all options gain beside none, and which targets that reaches."""
     none, every = rows["baseline"], rows["all"]
     one, many = ("batch 1", f"batch {batch}")
-    gained = {
+    exact = {
         "throughput": every[many]["tokens_per_second"] / none[many]["tokens_per_second"],
         "latency": every[one]["p50_ms"] / none[one]["p50_ms"],
         "memory": every[many]["peak_bytes"] / none[many]["peak_bytes"],
         "points_lost": 100 * (none["cider_d"] - every["cider_d"]),
     }
+    gained = {name: round(value, 3) for name, value in exact.items()}
     reached = {
         name: value >= TARGETS[name] if name == "throughput" else value <= TARGETS[name]
         for name, value in gained.items()
     }
     return {
-        **{name: round(value, 3) for name, value in gained.items()},
+        **gained,
         "targets": TARGETS,
         "reached": reached,
         "reached_all": all(reached.values()),
