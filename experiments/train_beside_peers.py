@@ -211,15 +211,17 @@ class Shape:
 TINY = Shape()
 
 
-def early_fusion(vocabulary: int, shape: Shape = TINY, half: bool = False) -> Any:
+def early_fusion(
+    vocabulary: int, shape: Shape = TINY, *, half: bool = False, flash: bool = False
+) -> Any:
     """Returns early fusion with both losses as a module of PyTorch.
 
     Args:
       vocabulary: tokens that have embeddings.
       shape: of the model.
-      half: for `torch.autocast`: whether the residual stream is bfloat16, and captions see in order
-        by what flash attention has, not by a mask (what pads a text comes after it, where no token
-        of the text looks).
+      half: whether the residual stream is bfloat16, for `torch.autocast`.
+      flash: whether captions see in order by what flash attention has, not by a mask: what pads a
+        text comes after it, where no token of the text looks.
     """
     import torch
     from torch import nn
@@ -290,8 +292,9 @@ def early_fusion(vocabulary: int, shape: Shape = TINY, half: bool = False) -> An
             order = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
             both = F.pad(order, (patches, 0), value=True)
             both = both & F.pad(valid, (patches, 0), value=True)[:, None, None]
-            if half:
-                x, both = x.bfloat16(), causal_lower_right(length, patches + length)
+            x = x.bfloat16() if half else x
+            if flash:
+                both = causal_lower_right(length, patches + length)
             for block in self.blocks:
                 x = block(x, (own, both))
             x = self.norm(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +17,13 @@ from unified_mm.registry import resolve
 HOME = "experiments.accelerator"
 PARTS = (
     Part("machine", 4, f"{HOME}.training:machine"),
-    Part("large", 22, f"{HOME}.training:large"),
+    Part("large", 30, f"{HOME}.training:large"),
     Part("turns", 22, f"{HOME}.turns:turns"),
     Part("checks", 14, f"{HOME}.checks:checks"),
-    Part("decoding", 10, f"{HOME}.decoding:decoding"),
+    Part("decoding", 12, f"{HOME}.decoding:decoding"),
     Part("ladder", 14, f"{HOME}.training:ladder"),
     Part("loader", 5, f"{HOME}.world:loader"),
-    Part("world", 19, f"{HOME}.world:world"),
+    Part("world", 24, f"{HOME}.world:world"),
 )
 # jax takes three quarters of a card unless told otherwise; here it has it alone.
 ALONE = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     results = Results(options.out / "accelerator.json")
     if options.part:
         return one_part(options, results)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # parts end first
     os.environ.update({name: os.environ.get(name, value) for name, value in ALONE.items()})
 
     def command(part: Part, seconds: float) -> list[str]:

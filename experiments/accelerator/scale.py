@@ -73,9 +73,11 @@ WORLD = {
     "data.crop_scale": (0.85, 1.0),
     "data.crop_ratio": (0.95, 1.05),
     "model.modalities.image.patch": 8,
-    "train.steps": 2000,
+    "data.world": {"train": 12000, "val": 500, "test_composition": 100, "seed": 0},
+    "train.steps": 1200,
     "train.batch_size": 128,
-    "checkpoint.every": 1000,
+    "checkpoint.every": 400,
+    "evaluation.also": (),
     "logging.tensorboard": False,
 }
 SMALL = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import statistics
 import time
@@ -28,37 +29,50 @@ FUSED_CALL = re.compile(r'custom_call_target="(__cudnn\$fmha\w*|tpu_custom_call)
 
 
 class Trainer:
-    """The training step of a config, compiled for this device.
+    """The training step of a config, compiled for this device when it is first asked about.
 
     Attributes:
       batch_size: examples of a batch.
-      flops: of a step, without recomputation.
-      compile_seconds: that tracing and compiling took.
-      held: bytes that the step holds: its state, a batch and the temporaries.
       of_state: bytes of the state.
       vocabulary: tokens that have embeddings.
-      compiled: the program.
-      state: of training, before the next step.
       batches: of random pictures and texts, on the host.
+      state: of training, before the next step; there from `begin` on.
     """
+
+    state: Any
 
     def __init__(self, config: Config, batches: int = 2) -> None:
         self._mesh = make_mesh(config.mesh)
         task = build_task(config, stand_in_tokenizer(config.data.vocabulary_size))
         self._make_state, (phase, *_) = plan(config, task, self._mesh, stand_in_data(config))
-        self._phase = phase
+        self._phase, self._ema_decay = phase, config.train.ema_decay
         self.batch_size = phase.batch_size
-        self.flops = training_flops(phase)
-        self.compiled, self.compile_seconds = compile_step(phase, config.train.ema_decay)
-        self.held = held_bytes(self.compiled)
         self.of_state = tree_bytes(phase.abstract)
         self.vocabulary = task.modalities["text"].embedding.vocabulary
         self.batches = [random_batch(task, phase.batch_size, seed) for seed in range(batches)]
-        self.state: Any = None
-        self._ready: Any = None
+
+    @functools.cached_property
+    def _program(self) -> tuple[Any, float]:
+        return compile_step(self._phase, self._ema_decay)
+
+    @property
+    def compiled(self) -> Any:
+        """The program."""
+        return self._program[0]
+
+    @property
+    def compile_seconds(self) -> float:
+        """The seconds that tracing and compiling took."""
+        return self._program[1]
+
+    @property
+    def held(self) -> int:
+        """The bytes that a step holds: its state, a batch and the temporaries."""
+        return held_bytes(self.compiled)
 
     def begin(self) -> None:
-        """Makes the first state, and brings the batches to the device."""
+        """Compiles the step, makes the first state, and brings the batches to the device."""
+        self.compiled  # noqa: B018  (before memory is taken)
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(rule_items()):
             self.state = self._phase.enter(self._make_state())
             self._ready = cycle([to_global(batch, self._mesh) for batch in self.batches])
@@ -98,7 +112,7 @@ class Trainer:
             "held_bytes": self.held,
             "first_losses": [round(loss, 4) for loss in losses],
             "fused_calls": fused_calls(self.compiled),
-            **utilisation(self.flops / seconds, machine),
+            **utilisation(training_flops(self._phase) / seconds, machine),
         }
 
 
@@ -125,7 +139,12 @@ def fused_calls(compiled: Any) -> dict[str, int]:
 
 
 def utilisation(flops: float, machine: dict[str, Any]) -> dict[str, Any]:
-    """Returns FLOP/s, and their share of the dense specification and of the measured peak."""
+    """Returns FLOP/s, and their share of two peaks of bfloat16 products.
+
+    Args:
+      flops: a second, of the model's own products.
+      machine: with the measured peak; the other is the card's specification, dense.
+    """
     dense = peaks_of(jax.devices()[0].device_kind)
     return {
         "tera_flops_per_second": round(flops / 1e12, 3),

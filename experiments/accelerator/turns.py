@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from unified_mm.files import read_json, write_json
 # Of the card's memory: the rest is PyTorch's, which takes what it needs.
 HALF = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"}
 BATCHES = 2
+ATTENDS = re.compile("flash|fmha|dot_product|efficient_attention", re.IGNORECASE)
 
 
 def turns(setting: Setting) -> Rows:
@@ -36,10 +39,10 @@ def turns(setting: Setting) -> Rows:
         batch = min(scale.most_batch, int(room / each) // scale.multiple * scale.multiple)
         workers: dict[str, subprocess.Popen[str]] = {}
         try:
-            first = {}
-            for kind in ("ours", "torch"):  # ours comes first: it writes the batches
-                workers[kind] = start(kind, folder, batch, scale)
-                first[kind] = read(workers[kind])["losses"]
+            workers["ours"] = start("ours", folder, batch, scale)
+            read(workers["ours"])  # it wrote the batches
+            workers["torch"] = start("torch", folder, batch, scale)
+            first = {kind: read(worker)["losses"] for kind, worker in workers.items()}
             taken: dict[str, list[float]] = {kind: [] for kind in workers}
             for turn in range(scale.turns):
                 for kind in list(workers)[:: 1 if turn % 2 == 0 else -1]:
@@ -98,22 +101,55 @@ def ours(folder: Path, batch: int, scale: Scale) -> Callable[[], float]:
         "space": config.objectives.contrastive.width,
     }
     write_json(folder / "shape.json", {"vocabulary": trainer.vocabulary, "shape": shape})
+    print(json.dumps("wrote batches"), flush=True)  # theirs compiles beside ours
     trainer.begin()
     return trainer.loss
 
 
 def theirs(folder: Path, batch: int, scale: Scale) -> Callable[[], float]:
-    """Returns a step of PyTorch's on the batches that ours wrote, compiled, in bfloat16."""
+    """Returns a step of PyTorch's on the batches that ours wrote, compiled, in bfloat16.
+
+    Where its compiler refuses the order that flash attention has, captions see by a mask; which of
+    the two it is, why, and the functions that attended, is written beside the batches.
+    """
     import torch
 
     del batch, scale
+    refused = ""
+    try:
+        step = torch_step(folder, flash=True)
+        step()
+    except (torch.cuda.OutOfMemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        refused = f"{type(error).__name__}: {error}"
+        torch.compiler.reset()
+        step = torch_step(folder, flash=False)
+        step()
+    with torch.profiler.profile() as profile:
+        step()
+    kernels = {each.key for each in profile.key_averages()}
+    about = {
+        "version": torch.__version__,
+        "flash_refused": refused,
+        "attended_by": sorted(name for name in kernels if ATTENDS.search(name)),
+    }
+    write_json(folder / "torch.json", about)
+    return step
+
+
+def torch_step(folder: Path, flash: bool) -> Callable[[], float]:
+    """Returns a step of PyTorch's; `flash` is that of `early_fusion`."""
+    import torch
+
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # A rehearsal traces and differentiates as a GPU's compiler does, and stops before C++.
     backend = "inductor" if device == "cuda" else "aot_eager"
     said = read_json(folder / "shape.json")
-    model = early_fusion(said["vocabulary"], Shape(**said["shape"]), half=True).to(device)
+    shape = Shape(**said["shape"])
+    model = early_fusion(said["vocabulary"], shape, half=True, flash=flash).to(device)
     run = torch.compile(model, backend=backend)
     decayed = [each for each in model.parameters() if each.ndim > 1]
     others = [each for each in model.parameters() if each.ndim < 2]
@@ -130,14 +166,6 @@ def theirs(folder: Path, batch: int, scale: Scale) -> Callable[[], float]:
         optimizer.step()
         return float(loss.detach())
 
-    write_json(
-        folder / "torch.json",
-        {
-            "version": torch.__version__,
-            "compiled_by": backend,
-            "parameters": sum(each.numel() for each in model.parameters()),
-        },
-    )
     return step
 
 
