@@ -49,10 +49,10 @@ def pack(folder: Path, say: Callable[[str], None]) -> int:
     """Fills a folder with `CARRIED` for such a machine, checks it and returns the exit code.
 
     Raises:
-      ValueError: the folder holds something, is too large, or lacks what its packages need.
+      SystemExit: the folder holds something, is too large, or lacks what its packages need.
     """
     if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"--pack={folder}: holds files already: name a new folder")
+        raise SystemExit(f"--pack={folder}: holds files already: name a new folder")
     platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in GLIBC]
     command = [
         *(sys.executable, "-m", "pip", "install", "--quiet", f"--target={folder}", "--no-deps"),
@@ -62,9 +62,9 @@ def pack(folder: Path, say: Callable[[str], None]) -> int:
     subprocess.run(command, check=True)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if size > MOST_BYTES:
-        raise ValueError(f"{folder}: {size:,} bytes, of {MOST_BYTES:,} that may be carried")
+        raise SystemExit(f"{folder}: {size:,} bytes, of {MOST_BYTES:,} that may be carried")
     if lacking := missing(folder):
-        raise ValueError(f"{folder}: nobody brings {', '.join(lacking)}")
+        raise SystemExit(f"{folder}: nobody brings {', '.join(lacking)}")
     say(f"{folder}: {size:,} bytes; it belongs on the PYTHONPATH there")
     return 0
 

@@ -118,6 +118,29 @@ SHRUNK = Scale(
 )
 
 
+def largest_batch(step: Mapping[str, int], room: float, scale: Scale) -> int:
+    """Returns the largest batch that fits, from what the step of a smaller one holds.
+
+    All that is no state is taken to grow with the batch, so the batch is rather too small.
+
+    Args:
+      step: its `batch`, and its `held_bytes` with the `state_bytes` among them.
+      room: bytes for all.
+      scale: has what it is a multiple of, and the most.
+
+    Raises:
+      ValueError: not even the smallest fits.
+    """
+    each = (step["held_bytes"] - step["state_bytes"]) / step["batch"]
+    count = int((room - step["state_bytes"]) / each) // scale.multiple * scale.multiple
+    if count < scale.multiple:
+        raise ValueError(
+            f"{room:,.0f} bytes hold no batch of {scale.multiple}: the state takes "
+            f"{step['state_bytes']:,}, an example {each:,.0f}"
+        )
+    return min(count, scale.most_batch)
+
+
 def config_of(size: str, changes: Mapping[str, Any], **more: Any) -> Config:
     """Returns a size of the recipe with other values of some fields, by their dotted names.
 

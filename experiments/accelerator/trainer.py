@@ -153,24 +153,6 @@ def utilisation(flops: float, machine: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def largest_batch(trainer: Trainer, memory: int, multiple: int, most: int) -> int:
-    """Returns the largest batch that fits, from what the step of a smaller one holds.
-
-    All that is no state is taken to grow with the batch, so the batch is rather too small.
-
-    Raises:
-      ValueError: not even the smallest does.
-    """
-    each = (trainer.held - trainer.of_state) / trainer.batch_size
-    count = int((memory - trainer.of_state) / each) // multiple * multiple
-    if count < multiple:
-        raise ValueError(
-            f"{memory:,} bytes hold no batch of {multiple}: the state takes {trainer.of_state:,}, "
-            f"an example {each:,.0f}"
-        )
-    return min(count, most)
-
-
 def device_memory(otherwise: int) -> int:
     """Returns the bytes that jax may take of this device; `otherwise` where it does not tell."""
     stats = jax.local_devices()[0].memory_stats() or {}

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.accelerator.peaks import peaks_of
-from experiments.accelerator.scale import Setting, config_of
+from experiments.accelerator.scale import Setting, config_of, largest_batch
 from experiments.accelerator.schedule import Results, Row, Rows
-from experiments.accelerator.trainer import Trainer, device_memory, largest_batch
+from experiments.accelerator.trainer import Trainer, device_memory
 from unified_mm.benchmarks.timing import (
     fused_attention,
     matmul_peak,
@@ -71,14 +71,16 @@ def large(setting: Setting) -> Rows:
 
     def memory() -> Row:
         small, there = trainer(scale.first_batch), device_memory(scale.memory)
-        room = int(there * (1 - APART))
-        return {
+        sizes = {
             "batch": small.batch_size,
             "held_bytes": small.held,
             "state_bytes": small.of_state,
             "memory_bytes": there,
+        }
+        return {
+            **sizes,
             "compile_seconds": round(small.compile_seconds, 1),
-            "largest_batch": largest_batch(small, room, scale.multiple, scale.most_batch),
+            "largest_batch": largest_batch(sizes, there * (1 - APART), scale),
         }
 
     def train() -> Row:

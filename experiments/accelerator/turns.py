@@ -15,28 +15,33 @@ from typing import Any
 
 import numpy as np
 
-from experiments.accelerator.scale import FULL, SHRUNK, Scale, Setting, config_of
+from experiments.accelerator.scale import (
+    FULL,
+    SHRUNK,
+    Scale,
+    Setting,
+    config_of,
+    largest_batch,
+)
 from experiments.accelerator.schedule import Row, Rows
 from experiments.train_beside_peers import Shape, ask, early_fusion, read, serve
 from unified_mm.files import read_json, write_json
 
 # Of the card's memory: the rest is PyTorch's, which takes what it needs.
-HALF = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.45"}
+OURS = 0.35
 BATCHES = 2
 ATTENDS = re.compile("flash|fmha|dot_product|efficient_attention", re.IGNORECASE)
 
 
 def turns(setting: Setting) -> Rows:
-    """Returns the row of both in turns, at the largest batch that fits into half of the card."""
+    """Returns the row of both in turns, at the largest batch that fits into our share."""
     scale, results, work = setting.scale, setting.results, setting.work
 
     def measure() -> Row:
         folder = work / "turns"
         folder.mkdir(parents=True, exist_ok=True)
         memory = results.rows("large")["memory"]
-        each = (memory["held_bytes"] - memory["state_bytes"]) / memory["batch"]
-        room = 0.45 * memory["memory_bytes"] - memory["state_bytes"]
-        batch = min(scale.most_batch, int(room / each) // scale.multiple * scale.multiple)
+        batch = largest_batch(memory, OURS * memory["memory_bytes"], scale)
         workers: dict[str, subprocess.Popen[str]] = {}
         try:
             workers["ours"] = start("ours", folder, batch, scale)
@@ -69,7 +74,7 @@ def start(kind: str, folder: Path, batch: int, scale: Scale) -> subprocess.Popen
     shrunk = [] if scale == FULL else ["--shrunk"]
     return subprocess.Popen(
         [sys.executable, "-m", __name__, kind, str(folder), str(batch), *shrunk],
-        env=os.environ | HALF,
+        env=os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{OURS}"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -8,7 +8,6 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -16,8 +15,8 @@ from packaging.requirements import Requirement
 
 from experiments.accelerator import carried, checks, world
 from experiments.accelerator.peaks import peaks_of
+from experiments.accelerator.scale import FULL, largest_batch
 from experiments.accelerator.schedule import SKIPPED, Part, Results, measure_rows, run_parts
-from experiments.accelerator.trainer import largest_batch
 from unified_mm.nn.attention import chunked
 
 ROOT = Path(__file__).parents[2]
@@ -123,11 +122,11 @@ def test_rows_are_kept_as_they_come_and_a_second_call_measures_the_others(tmp_pa
 
 
 def test_the_largest_batch_is_what_memory_leaves_beside_the_state():
-    step = SimpleNamespace(held=1000 + 64 * 10, of_state=1000, batch_size=64)
-    assert largest_batch(step, 1000 + 10 * 150, 32, 512) == 128
-    assert largest_batch(step, 10**9, 32, 512) == 512
+    step = {"held_bytes": 1000 + 64 * 10, "state_bytes": 1000, "batch": 64}
+    assert largest_batch(step, 1000 + 10 * 150, FULL) == 128
+    assert largest_batch(step, 10**9, FULL) == FULL.most_batch
     with pytest.raises(ValueError, match="hold no batch of 32: the state takes 1,000"):
-        largest_batch(step, 1300, 32, 512)
+        largest_batch(step, 1300, FULL)
 
 
 def test_peaks_are_those_of_the_card():
