@@ -10,11 +10,11 @@ class Peaks(NamedTuple):
 
     Attributes:
       flops: bfloat16 operations a second of its tensor cores.
-      bandwidth: bytes a second from and to its memory.
+      memory_bandwidth: bytes a second from and to its memory.
     """
 
     flops: float
-    bandwidth: float
+    memory_bandwidth: float
 
 
 # NVIDIA's data sheets of the SXM cards; tensor figures there are with sparsity, twice as high.

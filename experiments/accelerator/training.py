@@ -43,7 +43,7 @@ def machine(setting: Setting) -> Rows:
             "measured_flops": matmul_peak(jnp.bfloat16),
             "measured_bandwidth": memory_bandwidth(),
             "dense_specification_flops": dense.flops if dense else None,
-            "specification_bandwidth": dense.bandwidth if dense else None,
+            "specification_bandwidth": dense.memory_bandwidth if dense else None,
             "memory_bytes": device_memory(0),
         }
 
