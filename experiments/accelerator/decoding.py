@@ -36,7 +36,7 @@ def decoding(setting: Setting) -> Rows:
         read = found["decode_step_reads_bytes"]
         row: dict[str, Any] = {"batch": batch, **found}
         for name in ("measured_bandwidth", "specification_bandwidth"):
-            if bandwidth := peaks[name]:
+            if bandwidth := peaks.get(name):
                 at_most = batch * bandwidth / read
                 share = found["tokens_per_second"] / at_most
                 row[f"share_of_floor_by_{name}"] = round(share, 4)

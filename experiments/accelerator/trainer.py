@@ -14,7 +14,6 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from experiments.accelerator.peaks import peaks_of
 from unified_mm.benchmarks.timing import held_bytes, tree_bytes
 from unified_mm.config import Config
 from unified_mm.parallel.mesh import make_mesh
@@ -95,7 +94,7 @@ class Trainer:
         jax.block_until_ready(measured)
         return (time.perf_counter() - began) / steps
 
-    def measured(self, machine: dict[str, Any], steps: int, turns: int) -> dict[str, Any]:
+    def measured(self, peaks: dict[str, Any], steps: int, turns: int) -> dict[str, Any]:
         """Trains, and returns speed, memory, and the share of both peaks that products take."""
         self.begin()
         losses = [self.loss() for _ in range(3)]  # warms up
@@ -112,7 +111,7 @@ class Trainer:
             "held_bytes": self.held,
             "first_losses": [round(loss, 4) for loss in losses],
             "fused_calls": fused_calls(self.compiled),
-            **utilisation(training_flops(self._phase) / seconds, machine),
+            **utilisation(training_flops(self._phase) / seconds, peaks),
         }
 
 
@@ -138,18 +137,20 @@ def fused_calls(compiled: Any) -> dict[str, int]:
     return dict(Counter(FUSED_CALL.findall(compiled.as_text())))
 
 
-def utilisation(flops: float, machine: dict[str, Any]) -> dict[str, Any]:
-    """Returns FLOP/s, and their share of two peaks of bfloat16 products.
+def utilisation(flops: float, peaks: dict[str, Any]) -> dict[str, Any]:
+    """Returns FLOP/s, and their share of two peaks of bfloat16 products; None of one not known.
 
     Args:
       flops: a second, of the model's own products.
-      machine: with the measured peak; the other is the card's specification, dense.
+      peaks: of the card's specification, dense, and as measured.
     """
-    dense = peaks_of(jax.devices()[0].device_kind)
+    of = {"dense_specification": "dense_specification_flops", "measured_peak": "measured_flops"}
     return {
         "tera_flops_per_second": round(flops / 1e12, 3),
-        "mfu_of_dense_specification": round(flops / dense.flops, 4) if dense else None,
-        "mfu_of_measured_peak": round(flops / machine["measured_flops"], 4),
+        **{
+            f"mfu_of_{name}": round(flops / peaks[key], 4) if key in peaks else None
+            for name, key in of.items()
+        },
     }
 
 

@@ -17,6 +17,7 @@ from experiments.accelerator import carried, checks, world
 from experiments.accelerator.peaks import peaks_of
 from experiments.accelerator.scale import FULL, largest_batch
 from experiments.accelerator.schedule import SKIPPED, Part, Results, measure_rows, run_parts
+from experiments.accelerator.trainer import utilisation
 from unified_mm.nn.attention import chunked
 
 ROOT = Path(__file__).parents[2]
@@ -133,6 +134,16 @@ def test_peaks_are_those_of_the_card():
     assert peaks_of("NVIDIA H200").flops == peaks_of("NVIDIA H100 80GB HBM3").flops == 989.4e12
     assert peaks_of("NVIDIA H200").memory_bandwidth > peaks_of("NVIDIA H100").memory_bandwidth
     assert peaks_of("cpu") is None
+
+
+def test_utilisation_says_of_which_peak_and_goes_without_one():
+    known = {"dense_specification_flops": 400e12, "measured_flops": 250e12}
+    assert utilisation(100e12, known) == {
+        "tera_flops_per_second": 100.0,
+        "mfu_of_dense_specification": 0.25,
+        "mfu_of_measured_peak": 0.4,
+    }
+    assert utilisation(100e12, {"measured_flops": 250e12})["mfu_of_dense_specification"] is None
 
 
 def test_a_kernel_that_is_wrong_is_found(monkeypatch):
