@@ -37,6 +37,7 @@ def get_config(size: str = "auto") -> ConfigDict:
     config = default_config()
     config.size = size
     config.data.mirror = False  # captions name sides, in whatever language
+    config.model.dtype = "auto"
     if size in ("auto", "tiny"):
         tiny(config)
     elif size in SHAPES:

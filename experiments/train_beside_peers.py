@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -184,13 +185,51 @@ def load_batch(file: Path) -> tuple[Any, Any, Any]:
     return tuple(torch.from_numpy(arrays[name]) for name in ("pixels", "ids", "valid"))  # type: ignore[return-value]
 
 
-def early_fusion(vocabulary: int) -> Any:
-    """Returns early fusion with both losses as a module of PyTorch, in the shape of `tiny`."""
+@dataclass(frozen=True)
+class Shape:
+    """The shape of early fusion, by default that of `tiny`.
+
+    Attributes:
+      width, heads, hidden, layers: of the transformer.
+      patches, patch: of a picture, and pixels on a side of each.
+      hierarchical: whether a patch passes through an MLP of its parts, not one dense map.
+      length: tokens of a text.
+      space: width of the space of contrast.
+    """
+
+    width: int = 128
+    heads: int = 4
+    hidden: int = 512
+    layers: int = 4
+    patches: int = 64
+    patch: int = 8
+    hierarchical: bool = True
+    length: int = 32
+    space: int = 128
+
+
+TINY = Shape()
+
+
+def early_fusion(
+    vocabulary: int, shape: Shape = TINY, *, half: bool = False, flash: bool = False
+) -> Any:
+    """Returns early fusion with both losses as a module of PyTorch.
+
+    Args:
+      vocabulary: tokens that have embeddings.
+      shape: of the model.
+      half: whether the residual stream is bfloat16, for `torch.autocast`.
+      flash: whether captions see in order by what flash attention has, not by a mask: what pads a
+        text comes after it, where no token of the text looks.
+    """
     import torch
     from torch import nn
     from torch.nn import functional as F
+    from torch.nn.attention.bias import causal_lower_right
 
-    width, heads, hidden, layers, patches, length = 128, 4, 512, 4, 64, 32
+    width, heads, layers = shape.width, shape.heads, shape.layers
+    hidden, patches, length = shape.hidden, shape.patches, shape.length
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -223,20 +262,26 @@ def early_fusion(vocabulary: int) -> Any:
     class EarlyFusion(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.parts, self.patches = nn.Linear(48, width // 2), nn.Linear(2 * width, width)
+            stem = [(4, 48, width // 2), (shape.patch // 4, width * shape.patch**2 // 32, width)]
+            if not shape.hierarchical:
+                stem = [(shape.patch, 3 * shape.patch**2, width)]
+            self.stem_sizes = [size for size, *_ in stem]
+            self.stem = nn.ModuleList([nn.Linear(into, out) for _, into, out in stem])
             self.tokens = nn.Parameter(torch.randn(vocabulary, width) * width**-0.5)
             self.places = nn.Parameter(0.1 * torch.randn(patches + length, width))
             self.blocks = nn.ModuleList([Block() for _ in range(layers)])
             self.norm = nn.LayerNorm(width, eps=1e-6)
-            self.of_image, self.of_text = (nn.Linear(width, width, bias=False) for _ in range(2))
+            self.of_image, self.of_text = (
+                nn.Linear(width, shape.space, bias=False) for _ in range(2)
+            )
             self.log_scale = nn.Parameter(torch.tensor(2.66))
 
         def embed_image(self, pixels: Any) -> Any:
             x = pixels.float() / 127.5 - 1
-            for dense, size in ((self.parts, 4), (self.patches, 2)):
+            for number, (dense, size) in enumerate(zip(self.stem, self.stem_sizes, strict=True)):
+                x = F.gelu(x, approximate="tanh") if number else x
                 x = x.unflatten(2, (-1, size)).unflatten(1, (-1, size))
                 x = dense(x.transpose(2, 3).flatten(3))
-                x = F.gelu(x, approximate="tanh") if dense is self.parts else x
             return x.flatten(1, 2)
 
         def forward(self, pixels: Any, ids: Any, valid: Any) -> Any:
@@ -244,9 +289,12 @@ def early_fusion(vocabulary: int) -> Any:
             text = text * valid[..., None]
             x = torch.cat([self.embed_image(pixels) + self.places[:patches], text, text], 1)
             own = valid[:, None, None]
-            order = torch.ones(length, length, dtype=torch.bool).tril()
-            both = torch.cat([torch.ones(length, patches, dtype=torch.bool), order], 1)
+            order = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+            both = F.pad(order, (patches, 0), value=True)
             both = both & F.pad(valid, (patches, 0), value=True)[:, None, None]
+            x = x.bfloat16() if half else x
+            if flash:
+                both = causal_lower_right(length, patches + length)
             for block in self.blocks:
                 x = block(x, (own, both))
             x = self.norm(x)
@@ -257,7 +305,7 @@ def early_fusion(vocabulary: int) -> Any:
                 F.normalize(self.of_text((contrast * weights).sum(1) / weights.sum(1)), dim=-1),
             ]
             scores = self.log_scale.exp() * vectors[0] @ vectors[1].T
-            right = torch.arange(len(scores))
+            right = torch.arange(len(scores), device=ids.device)
             pairs = (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
             logits = (caption @ self.tokens.T)[:, :-1].flatten(0, 1)
             asked = ids[:, 1:].long().masked_fill(~valid[:, 1:], -100).flatten()

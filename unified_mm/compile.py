@@ -36,7 +36,8 @@ from unified_mm.training.phases import Phase
 def main(options: argparse.Namespace) -> int:
     """Compiles the step, prints the estimate and returns the exit code, 1 if it does not fit."""
     devices, chip = target(options.topology)
-    config = Config(resolve(options.recipe, say).to_dict())
+    asked = resolve(options.recipe, say, platform=devices[0].platform)
+    config = Config(asked.to_dict())
     phase = choose(abstract_phases(config, devices), options.phase)
     about = {
         "topology": options.topology,

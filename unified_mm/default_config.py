@@ -255,7 +255,9 @@ def model_fields() -> dict:
         # Rotary scaling to longer texts: {"type": "linear", "factor": 2.0}, or 'llama3' with more.
         "rotary_options": {},
         "feed_forward_options": {},
-        "dtype": "float32",  # of the computation, or 'bfloat16', 'float16'; parameters stay float32
+        # Of the computation, or 'bfloat16', 'float16'; 'auto', as our recipes have it, is bfloat16
+        # on accelerators and float32 on CPUs. Parameters stay float32.
+        "dtype": "float32",
         # Runs whose image tower or text model training starts from, or that it goes on with as a
         # whole, heads and all; '' starts afresh. A recipe may name further modalities here, for
         # their towers.

@@ -159,7 +159,8 @@ def train(options: argparse.Namespace) -> int:
     folder = RunFolder(options.folder)
     refuse_name(folder.path)
     output = output_of(folder, say)
-    chosen = resolve(options.recipe, output.say)
+    saved = folder.read_config(defaults()) if folder.exists else None
+    chosen = resolve(options.recipe, output.say, saved=saved)
     refuse_unequal("the config", shared_fields(chosen))
     settle_epochs(chosen, asked_fields(options))
     refuse_untrained(folder)

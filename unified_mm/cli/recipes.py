@@ -7,7 +7,7 @@ import difflib
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from unified_mm.data.images import resolve_backend
 from unified_mm.default_config import defaults
 from unified_mm.files import naming
 from unified_mm.models.unified import fusion
+from unified_mm.nn.options import dtype_on
 from unified_mm.objectives.objective import objective_kind
 from unified_mm.runs.saved import (
     UnknownField,
@@ -172,23 +173,37 @@ def check_is_recipe(path: str, flag: str) -> None:
         raise ValueError(f"{flag}: the name of a recipe ends in .py")
 
 
-def resolve(recipe: Recipe, tell: Callable[[str], None]) -> ConfigDict:
+def resolve(
+    recipe: Recipe,
+    tell: Callable[[str], None],
+    *,
+    platform: str = "",
+    saved: Mapping[str, Any] | None = None,
+) -> ConfigDict:
     """Returns the config with everything decided that the recipe leaves open.
 
     Args:
       recipe: the recipe as the command line names it.
       tell: a function that takes a line about each decision.
+      platform: that is computed on; '' is this process's.
+      saved: the config of a run that goes on: it computes in the type of numbers that it began with
+        where the recipe leaves that open.
 
     Raises:
       ValueError: if a field is unknown, or a value cannot be used.
     """
-    chosen = resolve_auto(recipe)
+    platform = platform or jax.default_backend()
+    chosen = resolve_auto(recipe, platform)
     try:
         refuse_unknown(chosen.to_dict(), defaults())
     except UnknownField as error:
         raise ValueError(f"the recipe has what nothing reads: {error}") from error
     # A second contrast, say, names what it has other than the defaults of its type.
     chosen = ConfigDict(todays_config(chosen.to_dict(), defaults()))
+    began = (
+        saved["model"]["dtype"] if saved and chosen.model.dtype == "auto" else chosen.model.dtype
+    )
+    chosen.model.dtype = dtype_on(platform, began)
     check_seed(chosen.seed)
     try:
         chosen.data.decoder = resolve_backend(chosen.data.decoder)
@@ -234,15 +249,15 @@ def serve_what_can_be(
     return chosen
 
 
-def resolve_auto(recipe: Recipe) -> ConfigDict:
-    """Returns the recipe's config, with its preset chosen by the devices if `size` is 'auto'.
+def resolve_auto(recipe: Recipe, platform: str) -> ConfigDict:
+    """Returns the recipe's config, with its preset chosen by the platform if `size` is 'auto'.
 
     The preset is 'tiny' on a CPU and 'base' otherwise. Fields that the command line set keep their
     values.
     """
     if recipe.config.get("size") != "auto":
         return recipe.config
-    size = "tiny" if jax.default_backend() == "cpu" else "base"
+    size = "tiny" if platform == "cpu" else "base"
     chosen: ConfigDict = load_recipe(recipe.path.split(":")[0]).get_config(size)
     for field in recipe.overrides:
         set_field(chosen, field, get_field(recipe.config, field))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from unified_mm.config import check_options, option, read_options
 from unified_mm.nn.pipeline import Pipeline
+from unified_mm.parallel.mesh import platform
 from unified_mm.registry import resolve
 
 NORMS = ("layer", "rms")
@@ -40,6 +41,17 @@ def frozen(groups: Mapping[str, Any]) -> dict[str, tuple[tuple[str, Any], ...]]:
         )
         for group, options in groups.items()
     }
+
+
+def dtype_on(platform: str, asked: str) -> str:
+    """Returns the type of numbers that is computed in, which is 'auto' or given.
+
+    'auto' is bfloat16, which has the range of float32 and is many times as fast where matrix units
+    multiply it; a CPU is slower with it than with float32.
+    """
+    if asked != "auto":
+        return asked
+    return "float32" if platform == "cpu" else "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -233,7 +245,7 @@ class TransformerOptions:
         known |= frozen({name: known[name] for name in OWN_OPTIONS})
         known = read_options(cls, known, "model")
         try:
-            known["dtype"] = jnp.dtype(known["dtype"])
+            known["dtype"] = jnp.dtype(dtype_on(platform(), known["dtype"]))
         except TypeError as error:
             raise ValueError(f"model.dtype={known['dtype']!r} is no type of number") from error
         return cls(**known)
