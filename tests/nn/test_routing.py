@@ -38,8 +38,12 @@ def test_by_place_no_row_depends_on_a_later_one():
     for row in range(ROWS):
         others = scores.copy()
         others[row:] = drawn(row + 1)[0][row:]
-        one, other = (choose(jnp.asarray(each), 3, "place", jnp.asarray(valid)) for each in (scores, others))
-        np.testing.assert_array_equal(np.where(one < row, one, -1), np.where(other < row, other, -1))
+        one, other = (
+            choose(jnp.asarray(each), 3, "place", jnp.asarray(valid)) for each in (scores, others)
+        )
+        np.testing.assert_array_equal(
+            np.where(one < row, one, -1), np.where(other < row, other, -1)
+        )
 
 
 def test_slots_are_read_and_added_up():

@@ -35,7 +35,7 @@ FREE_OF_OBJECTIVE = ("weight", "weight_schedule", "chunk")
 SEEN = ("image_size", "resampling", "fit")  # fields of `config.data`: the pictures that it knows
 BLOCK = re.compile(r"(.*/layers)/block_(\d+)/(.*)")
 # A dense run's feed-forward becomes each expert (Komatsuzaki et al. 2022, "Sparse upcycling").
-KIND = ("feed_forward_type", "feed_forward_options")
+KIND = ("feed_forward_type", "feed_forward_options", "separate_feed_forward")
 EXPERT = re.compile(r"(.*feed_forward)/experts_(\w+)/(\w+/(?:kernel|bias))")
 OF_EXPERTS = re.compile(r".*feed_forward/(router_\w+|balance_\w+|shared_expert)(/.*)?")
 
