@@ -25,7 +25,7 @@ from unified_mm.config import check_options, option
 from unified_mm.nn.attention.attention import AttentionPlan
 from unified_mm.nn.attention.rules import ALL
 from unified_mm.nn.feed_forward import ACTIVATIONS, Mlp
-from unified_mm.nn.layers import PRODUCT, Dense, partitioned
+from unified_mm.nn.layers import PRODUCT, Dense, partitioned, product
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.quantized import Quantized
 from unified_mm.nn.routing import choose, gather, into_blocks, scatter_add
@@ -111,7 +111,8 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"], plan: AttentionPlan) -> Float[Array, "B N D"]:
         capacity = self._capacity(plan)
-        group = self.group if capacity and not self.is_initializing() else 1
+        leaving = self.is_mutable_collection(AUXILIARY) and not self.is_initializing()
+        group = self.group if leaving or (capacity and not self.is_initializing()) else 1
         self._check(x.shape[0], group)
         x = constrain(x, "batch", None, "activation")
         pools: dict[str, list[int]] = {}
@@ -124,8 +125,8 @@ class Experts(nn.Module):
             weights = ExpertMlp(self.options, self.count, name=f"experts_{name}")()
             outputs, taken = self._computed(weights, routed, capacity, group)
             parts |= zip(numbers, outputs, strict=True)
-            if self.is_mutable_collection(AUXILIARY) and not self.is_initializing():
-                self._sow(name, routed, taken)
+            if leaving:
+                self._sow(name, routed, taken, group)
         y = jnp.concatenate([parts[number] for number in range(len(plan.groups))], axis=1)
         if self.shared:
             y = y + Mlp(self.options, name="shared_expert")(x)
@@ -244,20 +245,16 @@ class Experts(nn.Module):
         numbers = range(len(routed))
         return [outputs[i] for i in numbers], [taken[i] for i in numbers]
 
-    def _sow(self, pool: str, routed: Sequence[Routed], taken: Sequence[Array]) -> None:
+    def _sow(self, pool: str, routed: Sequence[Routed], taken: Sequence[Array], group: int) -> None:
         """Sows the statistics of a pool, of all its tokens and by modality."""
         bias: Any = self.get_variable("params", f"balance_{pool}") if self.bias_balance else None
         for name in dict.fromkeys(("", *(r.modality for r in routed))):
             of = [i for i, r in enumerate(routed) if name in ("", r.modality)]
             found: Any = sum(statistics(routed[i], taken[i], bias) for i in of)
             # Every example says what its group has, so that a mean over examples is one of groups.
-            groups = by_group(found, max(routed[i].group for i in of))
-            found = jnp.broadcast_to(groups.mean(1, keepdims=True), groups.shape)
-            sow_auxiliary(
-                self,
-                f"{ROUTING}:{pool}:{name}",
-                found.reshape(-1, found.shape[-1]),
-            )
+            groups = by_group(found, group)
+            alike = jnp.broadcast_to(groups.mean(1, keepdims=True), groups.shape)
+            sow_auxiliary(self, f"{ROUTING}:{pool}:{name}", alike.reshape(found.shape))
 
 
 def read_in_order(plan: AttentionPlan, number: int) -> bool:
@@ -420,7 +417,7 @@ def expert(
         if isinstance(kernel, Quantized):
             y = kernel.product(x, (0,)).astype(options.dtype)
         else:
-            y = checkpoint_name(x @ kernel.astype(options.dtype), PRODUCT)
+            y = checkpoint_name(product(x, kernel.astype(options.dtype), 1), PRODUCT)
         return y if bias is None else y + bias.astype(options.dtype)
 
     act = ACTIVATIONS[options.activation]

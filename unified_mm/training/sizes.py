@@ -74,7 +74,7 @@ def active_parameters(task: Task, params: Any) -> int:
     names = axis_names(task.abstract_params())
 
     def one(path: str, size: int) -> int:
-        if "experts" not in names[path]:
+        if "experts" not in names.get(path, ()):
             return size
         own = task.model.stacks[path.split("/")[0]].own
         return size * own("top_k", 1) // own("count", 1)
