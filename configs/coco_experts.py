@@ -30,6 +30,6 @@ def get_config(size: str = "auto") -> ConfigDict:
     own = defaults_of(Experts)
     options = {name: own[name] for name in own if name not in ("parent", "name")}
     config.model.feed_forward_type = "experts"
-    config.model.feed_forward_options = options | {"every": 2, "group": 8, "order": "priority"}
+    config.model.feed_forward_options = options | {"every": 2, "order": "priority"}
     config.objectives.routing.weight = 1.0
     return config

@@ -5,18 +5,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from unified_mm.config import Config
 from unified_mm.costs.collectives import collectives_of
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import Group, join_metadata, single_document
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import BATCH, param_shardings, rule_items, without_names
+from unified_mm.parallel.sharding import (
+    BATCH,
+    param_shardings,
+    rule_items,
+    to_global,
+    without_names,
+)
+from unified_mm.runs.checkpoints import Checkpoints
+from unified_mm.training.optimizer import make_optimizer
+from unified_mm.training.state import initial_state, state_of_phase
+from unified_mm.training.step import make_train_step
 
 ROWS, WIDTH = 16, 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +94,51 @@ def test_two_exchanges_forward_four_with_gradient_and_the_same_numbers(layer):
         assert set(kinds) <= {"all-to-all", "all-reduce"}
         largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
         assert all(each.bytes <= 2 * largest for each in sent if each.kind == "all-reduce")
+
+
+CHANGES = {
+    "model__feed_forward_type": "experts",
+    "model__feed_forward_options": {"count": 4, "order": "priority", "capacity": 0.8},
+    "model__layers": 1,
+    "objectives__matching__weight": 0.0,
+    "objectives__routing__weight": 1.0,
+    "train__warmup_steps": 0,
+}
+
+
+def stepping(sizes, devices=None):
+    """On a mesh: the first state, a step on a batch, and the shapes and shardings of a state."""
+    task, mesh = tiny.task(**CHANGES), make_mesh(sizes, devices)
+    batch = jax.device_get(tiny.batch(task, 8))
+    placement = param_shardings(task.abstract_params(), mesh)
+    make, shapes = initial_state(task.init, placement, 0, averaged=False)
+    config = Config(tiny.config_dict(**CHANGES).to_dict())
+    optimizer = make_optimizer(config.train, 4, shapes.params)
+    abstract, enter = state_of_phase(shapes, optimizer, placement)
+    step = make_train_step(task, optimizer, placement, abstract)
+
+    def on(state):
+        with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+            return step(enter(make()) if state is None else state, to_global(batch, mesh))
+
+    return on, abstract
+
+
+def test_a_checkpoint_goes_on_to_the_same_bits_and_on_another_mesh(tmp_path):
+    """Noise is drawn: it too is a function of seed and step."""
+    step, abstract = stepping({"data": 2, "expert": 4})
+    state, first = step(None)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+    second, expected = jax.device_get(step(state))
+    with Checkpoints(tmp_path) as checkpoints:
+        again, found = jax.device_get(step(checkpoints.restore(abstract).state))
+    for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(second.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    step, abstract = stepping({}, jax.devices()[:1])
+    with Checkpoints(tmp_path) as checkpoints:
+        _, other = step(checkpoints.restore(abstract).state)
+    for name, values in expected.metrics.items():
+        np.testing.assert_array_equal(found.metrics[name], values, err_msg=name)
+        np.testing.assert_allclose(other.metrics[name], values, rtol=1e-4, err_msg=name)
+    assert float(first.metrics["loss"][0]) != float(expected.metrics["loss"][0])
