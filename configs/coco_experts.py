@@ -10,7 +10,7 @@ The second run begins with copies of a dense run's feed-forward as its experts. 
 
 | size | parameters | active | hardware | time | text-to-image R@1, R@10 |
 | --- | --- | --- | --- | --- | --- |
-| `tiny` | 3.3 M | 1.4 M | 2 CPU cores | not measured | not measured |
+| `tiny` | 3.2 M | 1.4 M | 2 CPU cores | not measured | not measured |
 """
 
 from pathlib import Path

@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from unified_mm.config import Config
+from unified_mm.inference.programs import programs
 from unified_mm.inference.quantized_params import dequantized, quantize_params
 from unified_mm.models.unified import UnifiedModel
 from unified_mm.nn.attention.rules import View
@@ -103,6 +104,34 @@ def test_routing_without_experts_is_refused():
         jax.eval_shape(
             lambda p: task.metrics(p, batch, jax.random.key(0), deterministic=True), params
         )
+
+
+@pytest.mark.parametrize("order", ["place", "priority", "choice"])
+def test_no_bit_of_a_caption_tells_of_words_to_come(order):
+    """The pass holds the text of contrast too, which knows them; and other examples."""
+    own = {"count": 4, "order": order, "noise": 0.0, "capacity": 0.6}
+    task = tiny.task(**{**CHANGES, "model__feed_forward_options": own})
+    params, batch = tiny.params(task), tiny.batch(task, 4)
+    views = [view for each in task.objectives for view in each.views()]
+
+    def encode(model, ids):
+        text = batch["text"] | {"ids": ids}
+        return model.encode({**batch, "text": text}, views, deterministic=False)["captioning"].text
+
+    run = jax.jit(lambda ids: task.model.apply({"params": params}, ids, method=encode))
+    ids = np.asarray(batch["text"]["ids"])
+    before, known = run(jnp.asarray(ids)), 3
+    for seed in range(6):
+        others = np.random.default_rng(seed).integers(4, 200, ids.shape, dtype=np.int32)
+        others[0, :known] = ids[0, :known]
+        after = run(jnp.asarray(others))
+        np.testing.assert_array_equal(after[0, :known], before[0, :known])
+        assert (after[0, known:] != before[0, known:]).any()
+
+
+def test_experts_are_not_exported():
+    with pytest.raises(ValueError, match="a model with experts cannot be exported"):
+        programs(tiny.loaded(**{k: v for k, v in CHANGES.items() if "matching" not in k}), 4, 4)
 
 
 def read(model: UnifiedModel, batch, first: int):
