@@ -306,8 +306,8 @@ def test_a_block_from_outside():
     [
         ({"model__block": "toy_parts:Nothing"}, "cannot import 'toy_parts:Nothing'"),
         (
-            {"model__feed_forward_type": "experts"},
-            "unknown feed-forward 'experts'. Built in: dense",
+            {"model__feed_forward_type": "expert"},
+            "unknown feed-forward 'expert'. Did you mean 'experts'",
         ),
         (
             {"model__feed_forward_options": {"widen": 2}},

@@ -4,7 +4,8 @@
 
 MFU is the share of the device's measured matrix-product peak that the model's own products reach
 (Chowdhery et al. 2022, appendix B): 3 x the forward products of a step; products that are
-recomputed do not count.
+recomputed do not count. The CPU seconds of a step are those of all threads, which other work on the
+machine changes little.
 
     python -m unified_mm.bench --inference --run=runs/first --output=bench.json
 

@@ -41,7 +41,7 @@ class MeshOptions:
     stage: int = 1  # layers: a pipeline
     # Micro-batches that pass through it at a time; 0: four times the stages.
     stage_micro_batches: int = option(0, least=0)
-    expert: int = 1  # reserved
+    expert: int = 1  # the batch, and experts within their layers
     # What fsdp divides: 1 optimizer state, 2 gradients too, 3 parameters too (ZeRO).
     zero: int = option(3, choices=(1, 2, 3))
 

@@ -56,7 +56,7 @@ def test_rematerialisation_costs_a_forward_pass_more():
     assert 3.5 * FORWARD < matmul_flops(gradient, params, x) <= 4 * FORWARD
 
 
-def test_a_scan_counts_as_often_as_it_runs_and_a_while_once():
+def test_a_scan_counts_as_often_as_it_runs():
     w = jnp.ones((4, 4))
 
     def scanned(x):
@@ -71,8 +71,54 @@ def test_a_scan_counts_as_often_as_it_runs_and_a_while_once():
     assert matmul_flops(scanned, jnp.ones((2, 4))) == 15 * one
     assert matmul_flops(jax.jit(jax.checkpoint(scanned)), jnp.ones((2, 4))) == 15 * one
 
-    def looped(x):
-        return jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ w, x)
-
-    assert matmul_flops(looped, jnp.ones((2, 4))) == one
     assert matmul_flops(lambda x: jnp.einsum("bij,bjk->bik", x, x), jnp.ones((3, 2, 2))) == 48
+
+
+def test_a_while_is_refused_unless_its_steps_are_given():
+    def looped(x):
+        with jax.named_scope("loop"):
+            return jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ jnp.ones((4, 4)), x)
+
+    x = jnp.ones((2, 4))
+    with pytest.raises(ValueError, match=r"holds matrix products \(in scope loop\).*`steps`"):
+        matmul_flops(looped, x)
+    assert matmul_flops(looped, x, steps={"loop": 2.5}) == 2.5 * 2 * 2 * 4 * 4
+    # One without products costs none, however long it is.
+    assert matmul_flops(lambda x: jax.lax.while_loop(lambda x: x < 3, lambda x: x + 1, x), 0) == 0
+
+
+def leaving(x):
+    """Two products where the sum is positive, else one."""
+    w = jnp.ones((4, 4))
+    with jax.named_scope("exit"):
+        return jax.lax.cond(x.sum() > 0, lambda x: x @ w @ w, lambda x: x @ w, x)
+
+
+def thrice(x):
+    return jax.lax.scan(lambda x, _: (leaving(x), None), x, None, length=3)[0]
+
+
+@pytest.mark.parametrize(("program", "times"), [(leaving, 1), (thrice, 3)])
+def test_a_conditional_counts_its_largest_branch_or_by_measured_shares(program, times):
+    x, one = jnp.ones((2, 4)), 2 * 2 * 4 * 4
+    assert matmul_flops(program, x) == 2 * times * one
+    shares = {"exit": (0.75, 0.25)}  # false, true
+    assert matmul_flops(program, x, shares=shares) == 1.25 * times * one
+    gradient = jax.grad(lambda x: program(x).sum())
+    # Backward the weights are constants: as many products again.
+    assert matmul_flops(gradient, x, shares=shares) == 2 * 1.25 * times * one
+    with pytest.raises(ValueError, match="of a conditional with 2 branches"):
+        matmul_flops(program, x, shares={"exit": (0.5, 0.6)})
+    with pytest.raises(ValueError, match="'entry': the program has no conditional or loop"):
+        matmul_flops(program, x, shares={"entry": (0.5, 0.5)})
+
+
+def test_a_ragged_product_counts_each_row_once():
+    x, kernels, sizes = jnp.ones((6, 4)), jnp.ones((3, 4, 5)), jnp.array([1, 2, 3])
+
+    def product(x, kernels):
+        return jax.lax.ragged_dot(x, kernels, sizes)
+
+    assert matmul_flops(product, x, kernels) == 2 * 6 * 4 * 5
+    gradient = jax.grad(lambda x, kernels: product(x, kernels).sum(), argnums=(0, 1))
+    assert matmul_flops(gradient, x, kernels) == 3 * 2 * 6 * 4 * 5

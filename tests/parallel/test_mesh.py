@@ -2,8 +2,11 @@
 
 import jax
 import pytest
+import tiny
 
+from unified_mm.config import Config
 from unified_mm.parallel.mesh import AXES, make_mesh
+from unified_mm.training.layout import in_training
 
 
 @pytest.mark.parametrize(
@@ -42,8 +45,10 @@ def test_some_of_the_devices():
     assert mesh.devices.size == 2 and mesh.shape["fsdp"] == 2
 
 
-def test_sequence_and_stage_are_axes_and_expert_is_reserved():
+def test_sequence_stage_and_expert_are_axes():
     mesh = make_mesh({"data": -1, "sequence": 2, "stage": 2})
     assert dict(mesh.shape) == dict.fromkeys(AXES, 1) | {"data": 2, "sequence": 2, "stage": 2}
-    with pytest.raises(ValueError, match="mesh.expert=2: no layer has experts yet"):
-        make_mesh({"data": -1, "expert": 2})
+    mesh = make_mesh({"data": -1, "expert": 4})
+    assert dict(mesh.shape) == dict.fromkeys(AXES, 1) | {"data": 2, "expert": 4}
+    with pytest.raises(ValueError, match="mesh.expert=4: no layer has experts; set mesh.expert=1"):
+        in_training(Config(tiny.config_dict().to_dict()), tiny.task(), mesh)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from itertools import cycle, islice
@@ -29,6 +30,8 @@ from unified_mm.training.loop import phase_batches
 from unified_mm.training.phases import training_flops
 from unified_mm.training.setup import Setup, prepare
 
+WARM_UP = 2  # steps that are not timed
+
 
 def measure(setup: Setup, steps: int) -> dict[str, Any]:
     """Measures training one config on this device; rates are per second, sizes in bytes."""
@@ -36,10 +39,13 @@ def measure(setup: Setup, steps: int) -> dict[str, Any]:
     peak = matmul_peak(setup.task.model.options.dtype)
     loader = loader_rate(setup, steps)
     step = Step(setup)
+    began = time.process_time()
     seconds = statistics.median(step.seconds(steps))
+    cpu_seconds = (time.process_time() - began) / (steps + WARM_UP)
     flops = training_flops(setup.phases[0])
     return {
         "steps_per_second": round(1 / seconds, 3),
+        "cpu_seconds_per_step": round(cpu_seconds, 4),
         "images_per_second": round(batch_size / seconds, 1),
         "loader_images_per_second": round(loader, 1),
         "model_flops_per_step": flops,
@@ -88,9 +94,9 @@ class Step:
         self.weight_bytes = tree_bytes(self._state.params)
 
     def seconds(self, steps: int) -> list[float]:
-        """Returns the seconds of each of `steps` steps, after two that warm up."""
+        """Returns the seconds of each of `steps` steps, after those that warm up."""
         with _on(self._setup):
-            return times_of(self._one, steps + 2)[2:]
+            return times_of(self._one, steps + WARM_UP)[WARM_UP:]
 
     def loss(self) -> float:
         """Returns the loss of one more step."""

@@ -59,10 +59,15 @@ def programs(model: LoadedModel, prompt: int, cache_room: int) -> dict[str, Prog
       cache_room: tokens that may be written after it.
 
     Raises:
-      ValueError: a model that neither embeds nor writes.
+      ValueError: a model that neither embeds nor writes, or one with experts.
     """
     # Kernels are of one device each; these programs are for any.
     task = model.predictor.task
+    if any(stack.feed_forward_type == "experts" for stack in task.model.stacks.values()):
+        raise ValueError(
+            "a model with experts cannot be exported: how many blocks they compute depends on the "
+            "batch, whose size an exported program leaves open"
+        )
     portable = _Portable(task, task.model.with_options(attention="xla"), model.predictor.params)
     found: dict[str, Program] = {}
     both = task.shared_space(IMAGE, "text")

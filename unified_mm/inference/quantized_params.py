@@ -20,6 +20,7 @@ import numpy as np
 
 from unified_mm.config import Config
 from unified_mm.modalities.text import TextEmbedder
+from unified_mm.nn.experts import ExpertDense
 from unified_mm.nn.layers import Dense
 from unified_mm.nn.quantized import Quantized
 from unified_mm.parallel.sharding import path_of
@@ -68,6 +69,8 @@ def _axes_within(module: nn.Module) -> dict[str, Axes]:
     if isinstance(module, Dense):
         outputs = len(module.features)
         return {"kernel": tuple(range(-outputs - len(module.in_axes), -outputs))}
+    if isinstance(module, ExpertDense):
+        return {"kernel": (-2,)}
     if isinstance(module, TextEmbedder):
         return {"tokens": (-1,), "scores": (-1,)}
     return {}

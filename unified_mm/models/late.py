@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.nn.attention.attention import plan_attention
-from unified_mm.nn.attention.backends import is_kernel
 from unified_mm.nn.attention.cross_attention import Memory
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import TransformerOptions
@@ -58,10 +57,10 @@ class WithTowers(UnifiedModel):
         tower = replace(self.tower, **changes)
         return super().with_options(**changes).clone(tower=tower, own_towers=own)
 
-    def for_inference(self) -> UnifiedModel:
-        stacks = (self.options, self.tower, *(each for _, each in self.own_towers))
-        kernel = any(is_kernel(each.attention) for each in stacks)
-        return self.with_options(attention="auto") if kernel else self
+    @property
+    def stacks(self) -> dict[str, TransformerOptions]:
+        towers = {f"towers_{name}": self.tower_of(name) for name in self.context_names}
+        return super().stacks | towers
 
     def look(self, name: str, batch: Batch, *, deterministic: bool = True) -> Tokens:
         """Returns the features of a context modality's items (images, clips), one item a row."""

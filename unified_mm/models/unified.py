@@ -6,6 +6,7 @@ into tokens and read text under attention rules; they differ in where text meets
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -189,6 +190,16 @@ class UnifiedModel(nn.Module):
         found: Array = embedder.logits(x)
         return found
 
+    @property
+    def stacks(self) -> dict[str, TransformerOptions]:
+        """The shape of each transformer, by its name among the parameters."""
+        return {"transformer": self.options}
+
+    @property
+    def together(self) -> int:
+        """The number of neighbouring examples that layers compute together, in fixed groups."""
+        return math.lcm(*(each.own("group", 1) for each in self.stacks.values()))
+
     def with_options(self, **changes: Any) -> UnifiedModel:
         """Returns the model with other options of all its transformers, for the same parameters."""
         return self.clone(options=replace(self.options, **changes))
@@ -199,12 +210,13 @@ class UnifiedModel(nn.Module):
         return self.with_options(remat="none", attention="xla", pipeline=None)
 
     def for_inference(self) -> UnifiedModel:
-        """Returns the model for inference: with attention 'auto' instead of a kernel by name.
+        """Returns the model for inference, where no example depends on another.
 
-        It may run on another device than in training, and attends to a cache.
+        Attention is by 'auto' instead of a kernel by name: it may run on another device than in
+        training, and attends to a cache. Experts drop no token.
         """
-        kernel = is_kernel(self.options.attention)
-        return self.with_options(attention="auto") if kernel else self
+        kernel = any(is_kernel(each.attention) for each in self.stacks.values())
+        return self.with_options(dropless=True, **{"attention": "auto"} if kernel else {})
 
     def pipelined(self, pipeline: Pipeline) -> UnifiedModel:
         """Returns the model with its transformers divided into pipeline stages."""

@@ -25,8 +25,12 @@ GATE_SHAPES = ("scalar", "channel")
 # Kinds of blocks: modules of `options`, `deterministic` and fields of their own,
 # (x [B, N, D], plan, cached keys and values or None) -> (x, keys and values).
 BLOCKS = {"transformer": "unified_mm.nn.transformer:Block"}
-# Kinds of feed-forwards: modules of `options` and fields of their own, (x, plan) -> [B, N, D].
-FEED_FORWARDS = {"dense": "unified_mm.nn.feed_forward:FeedForward"}
+# Kinds of feed-forwards: modules of `options` and fields of their own, (x, plan) -> [B, N, D]. One
+# with a field `every` stands in the last of every so many blocks; the others are dense.
+FEED_FORWARDS = {
+    "dense": "unified_mm.nn.feed_forward:FeedForward",
+    "experts": "unified_mm.nn.experts:Experts",
+}
 
 # Options of a class that the config names, as pairs: options are hashed.
 OWN_OPTIONS = ("block_options", "feed_forward_options", "rotary_options")
@@ -97,6 +101,12 @@ def constructor(what: str, name: str, built_in: Mapping[str, str], own: Any) -> 
     return partial(kind, **read_options(kind, dict(own), f"model.{what}_options"))
 
 
+def kind_option(make: Any, name: str, otherwise: Any) -> Any:
+    """Returns the value of a field of what a `constructor` makes, `otherwise` without one."""
+    defaults = {each.name: each.default for each in fields(make.func)}
+    return make.keywords.get(name, defaults.get(name, otherwise))
+
+
 @dataclass(frozen=True)
 class TransformerOptions:
     """The shape and kind of a stack; the defaults are those of a pre-norm transformer.
@@ -139,6 +149,7 @@ class TransformerOptions:
         stacked or scanned (`nn.unstack`); for inference.
       dtype: of the computation; parameters are float32.
       cache: type of cached keys and values in generation: 'same', which is `dtype`, or 'int8'.
+      dropless: whether experts have room for every token that asks for them; for inference.
       cross: the gated cross-attention layers between the blocks.
       pipeline: the stages that its periods are divided among in training; None for one stage.
       make_block, make_feed_forward: constructors of the kinds that `block` and `feed_forward_type`
@@ -182,6 +193,7 @@ class TransformerOptions:
     unstacked: bool = False
     dtype: Any = jnp.float32
     cache: str = option("same", choices=CACHE)
+    dropless: bool = False
     cross: GateOptions = GateOptions()
     pipeline: Pipeline | None = None
     # What follows from the fields above.
@@ -195,12 +207,14 @@ class TransformerOptions:
 
     def __post_init__(self) -> None:
         check_options(self, "model")
-        blocks_per_period = self.cross.every or 1
+        make_feed_forward = constructor(
+            "feed_forward", self.feed_forward_type, FEED_FORWARDS, self.feed_forward_options
+        )
+        every = kind_option(make_feed_forward, "every", 1)
+        blocks_per_period = self.cross.every or every
         found = {
             "make_block": constructor("block", self.block, BLOCKS, self.block_options),
-            "make_feed_forward": constructor(
-                "feed_forward", self.feed_forward_type, FEED_FORWARDS, self.feed_forward_options
-            ),
+            "make_feed_forward": make_feed_forward,
             "head_dim": self.head_width or self.width // self.heads,
             "num_kv_heads": self.key_value_heads or self.heads,
             "blocks_per_period": blocks_per_period,
@@ -220,6 +234,13 @@ class TransformerOptions:
             raise ValueError(
                 f"model.heads={self.heads} is no multiple of key_value_heads={self.num_kv_heads}"
             )
+        if every < 1 or blocks_per_period % every or self.layers % every:
+            raise ValueError(
+                f"model.feed_forward_options.every={every}: must divide model.layers="
+                f"{self.layers}"
+                + f" and model.cross.every={self.cross.every}"
+                * bool(self.cross.every)
+            )
         if self.cross.every and self.layers % self.cross.every:
             raise ValueError(
                 f"model.layers={self.layers} is no multiple of model.cross.every="
@@ -228,10 +249,20 @@ class TransformerOptions:
         if self.rotary_base and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even width of heads, not {self.head_dim}")
 
+    def own(self, name: str, otherwise: Any) -> Any:
+        """Returns a field of the kind of feed-forward, `otherwise` if it has no such field."""
+        return kind_option(self.make_feed_forward, name, otherwise)
+
+    def of_block(self, number: int) -> TransformerOptions:
+        """Returns the options of a block of each period: its feed-forward may be dense."""
+        if (number + 1) % self.own("every", 1) == 0:
+            return self
+        return replace(self, feed_forward_type="dense", feed_forward_options=())
+
     @classmethod
     def config_fields(cls) -> tuple[str, ...]:
         """Returns the names of the fields that `config.model` has under the same names."""
-        elsewhere = ("unstacked", "cache", "cross", "pipeline")
+        elsewhere = ("unstacked", "cache", "dropless", "cross", "pipeline")
         return tuple(each.name for each in fields(cls) if each.init and each.name not in elsewhere)
 
     @classmethod

@@ -55,6 +55,8 @@ def run_pipeline(
     cached: Any,
     x: Float[Array, "B N D"],
     beside: Any,
+    *,
+    together: int = 1,
 ) -> tuple[Float[Array, "B N D"], Any]:
     """Returns the stack's output, as a scan of `period` over the periods would give it.
 
@@ -65,6 +67,7 @@ def run_pipeline(
       cached: arrays [periods, B, ...].
       x: embeddings.
       beside: what all layers read: arrays [B, ...] and scalars.
+      together: so many neighbouring examples stay in one micro-batch.
 
     Returns:
       x [B, N, D] after the last period, and what else each period returned, [periods, B, ...].
@@ -76,12 +79,13 @@ def run_pipeline(
     periods = len(jax.tree.leaves(params)[0])
     if periods % stages:
         raise ValueError(f"{periods} periods of layers are not divided by mesh.stage={stages}")
-    if x.shape[0] % count:
+    if x.shape[0] % (count * together):
         raise ValueError(
-            f"a batch of {x.shape[0]} is not divided into {count} parts for the pipeline: change "
-            "train.batch_size or mesh.stage_micro_batches"
+            f"a batch of {x.shape[0]} is not divided into {count} parts for the pipeline"
+            + f", of whole groups of {together}" * (together > 1)
+            + ": change train.batch_size or mesh.stage_micro_batches"
         )
-    into = partial(into_parts, parts=count)
+    into = partial(into_parts, parts=count, together=together)
     inputs = into(x)
     beside = jax.tree.map(lambda leaf: into(leaf) if jnp.ndim(leaf) else leaf, beside)
     params = jax.tree.map(lambda leaf: _by_stage(leaf, stages), params)
@@ -109,7 +113,8 @@ def run_pipeline(
 
     empty = jnp.zeros((stages, *inputs.shape[1:]), x.dtype)
     _, (left, kv) = jax.lax.scan(tick, empty, jnp.arange(pipeline.ticks))
-    return from_parts(left[stages - 1 :]), jax.tree.map(lambda leaf: _in_order(leaf, count), kv)
+    kv = jax.tree.map(lambda leaf: _in_order(leaf, count, together), kv)
+    return from_parts(left[stages - 1 :], together), kv
 
 
 def _by_stage(x: Array, stages: int) -> Array:
@@ -117,7 +122,7 @@ def _by_stage(x: Array, stages: int) -> Array:
     return x.reshape(stages, x.shape[0] // stages, *x.shape[1:])
 
 
-def _in_order(kv: Array, count: int) -> Array:
+def _in_order(kv: Array, count: int, together: int) -> Array:
     """Reorders [ticks, stages, periods / stages, rows, ...] to [periods, B, ...].
 
     Stage s works on micro-batch m, which has `rows` examples, at tick m + s.
@@ -125,4 +130,4 @@ def _in_order(kv: Array, count: int) -> Array:
     stages, each = kv.shape[1:3]
     own = jnp.stack([kv[s : s + count, s] for s in range(stages)])  # [stages, count, each, ...]
     by_period = own.swapaxes(1, 2).reshape(stages * each, count, *kv.shape[3:])
-    return jax.vmap(from_parts)(by_period)
+    return jax.vmap(partial(from_parts, together=together))(by_period)

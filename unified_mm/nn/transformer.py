@@ -107,7 +107,8 @@ class Period(nn.Module):
                 self.sow(RESIDUAL, f"after_{CROSS}", x)
         for number in range(o.blocks_per_period):
             name = f"block_{number}"
-            block = o.make_block(options=o, deterministic=self.deterministic, name=name)
+            own = o.of_block(number)
+            block = o.make_block(options=own, deterministic=self.deterministic, name=name)
             x, kv[name] = block(x, plan, cached.get(name))
             if not self.is_initializing():
                 self.sow(RESIDUAL, f"after_{name}", x)
@@ -149,6 +150,7 @@ class Transformer(nn.Module):
           that `plan.keep` asks for.
         """
         o = self.options
+        plan = plan.replace(deterministic=deterministic)  # type: ignore[attr-defined]
         x = constrain(x, "batch", "length", "activation")
         if not self.is_initializing():
             self.sow(RESIDUAL, EMBEDDED, x)
@@ -198,14 +200,14 @@ class Transformer(nn.Module):
         o = self.options
         module = Period(o, deterministic, parent=None)
         leaving = self.is_mutable_collection(AUXILIARY)
-        dropping = bool(o.dropout) and not deterministic
-        keys = jax.random.split(self.make_rng("dropout"), o.periods) if dropping else None
+        drawing = not deterministic and self.has_rng("dropout")
+        keys = jax.random.split(self.make_rng("dropout"), o.periods) if drawing else None
 
         def period(
             layer: Any, cached: PeriodKV, x: Array, beside: Any, number: Array
         ) -> tuple[Array, Any]:
             params, key = layer
-            rngs = {"dropout": jax.random.fold_in(key, number)} if dropping else {}
+            rngs = {"dropout": jax.random.fold_in(key, number)} if drawing else {}
             plan, cross = beside
             mutable = [AUXILIARY] if leaving else False
             found: Any = module.apply(
@@ -217,7 +219,9 @@ class Transformer(nn.Module):
         layers: Any = (self.get_variable("params", LAYERS), keys)
         if o.remat != "none":
             period = jax.checkpoint(period, **RECOMPUTED[o.remat])
-        x, (kv, left) = run_pipeline(pipeline, period, layers, cached, x, (plan, cross))
+        x, (kv, left) = run_pipeline(
+            pipeline, period, layers, cached, x, (plan, cross), together=o.own("group", 1)
+        )
         if left:
             before: Any = self.get_variable(AUXILIARY, LAYERS, {})
             self.put_variable(AUXILIARY, LAYERS, after_what_is_left(before, left))

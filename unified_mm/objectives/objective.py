@@ -24,6 +24,7 @@ BUILT_IN = {
     "contrastive": "unified_mm.objectives.contrastive:Contrastive",
     "captioning": "unified_mm.objectives.captioning:Captioning",
     "matching": "unified_mm.objectives.matching:Matching",
+    "routing": "unified_mm.objectives.routing:Routing",
 }
 
 Arguments = ParamSpec("Arguments")

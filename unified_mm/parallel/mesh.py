@@ -8,7 +8,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-# From the slowest links to the fastest. `expert` is reserved: nothing is divided along it yet.
+# From the slowest links to the fastest.
 AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
 
 
@@ -33,8 +33,6 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     asked = ", ".join(f"mesh.{axis}={size}" for axis, size in named) or "a mesh of 1 device"
     if open_axes > 1 or any(size < 1 and size != -1 for size in shape):
         raise ValueError(f"{asked}: sizes are at least 1, and one alone may be -1")
-    if "expert" in dict(named):
-        raise ValueError(f"{asked}: no layer has experts yet, so mesh.expert stays 1")
     if open_axes and len(devices) % given == 0:
         shape[shape.index(-1)] = len(devices) // given
     elif given != len(devices) or open_axes:

@@ -6,6 +6,7 @@
 | `fsdp` | the batch, and what `mesh.zero` says | parameters, gradients |
 | `tensor` | heads, feed-forward, vocabulary | activations |
 | `sequence` | tokens outside attention, heads within it | one exchange each way |
+| `expert` | the batch, and experts within their layers | tokens, to their experts and back |
 | `stage` | layers, in a pipeline of micro-batches | one stage's output to the next |
 
 `mesh.zero` is 1 for optimizer state, 2 for gradients too, 3 for parameters too. Contrast is always
@@ -36,16 +37,19 @@ RULES: dict[str, Axis] = {
     "heads": "tensor",
     "key_value_heads": None,  # fewer than the queries': few enough to keep whole
     "feed_forward": "tensor",
+    "experts": "expert",
     "vocabulary": ("stage", "tensor"),  # what is outside the stages is shared by them all
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
+    "expert_groups": ("data", "fsdp"),  # of tokens, at their experts
     "length": "sequence",
     # Within attention a device has whole sequences and fewer heads (Jacobs et al. 2023, Ulysses).
     "attending_heads": ("sequence", "tensor"),
     "stages": "stage",
     "activation": None,
 }
-BATCH = P(("data", "fsdp"))
+BATCH = P(("data", "fsdp", "expert"))
+BATCH_AXES = " x ".join(f"mesh.{axis}" for axis in BATCH[0])  # as messages say it
 # What ZeRO divides along `fsdp`, by stage (Rajbhandari et al. 2020, section 5).
 ZERO_STAGES = {1: ("moments",), 2: ("moments", "gradients"), 3: ("moments", "gradients", "params")}
 
@@ -244,15 +248,26 @@ def _as_tuple(axis: Axis) -> tuple[str, ...]:
     return axis if isinstance(axis, tuple) else (axis,)
 
 
-def into_parts(x: Any, parts: int) -> Any:
-    """Splits [B, ...] into [parts, B / parts, ...]; each part has rows of every device."""
-    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+def into_parts(x: Any, parts: int, together: int = 1) -> Any:
+    """Splits [B, ...] into [parts, B / parts, ...]; each part has rows of every device.
+
+    Groups of `together` neighbouring rows stay in one part, as neighbours.
+    """
+    rows, rest = x.shape[0], x.shape[1:]
+    dealt = x.reshape(rows // (parts * together), parts, together, *rest).swapaxes(0, 1)
+    return dealt.reshape(parts, rows // parts, *rest)
 
 
-def from_parts(x: Any) -> Any:
+def from_parts(x: Any, together: int = 1) -> Any:
     """Inverts `into_parts`."""
-    parts, rows = x.shape[:2]
-    return x.swapaxes(0, 1).reshape(parts * rows, *x.shape[2:])
+    (parts, rows), rest = x.shape[:2], x.shape[2:]
+    dealt = x.reshape(parts, rows // together, together, *rest).swapaxes(0, 1)
+    return dealt.reshape(parts * rows, *rest)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Returns how many parts the mesh divides a batch into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH[0])
 
 
 def to_global(batch: Any, mesh: Mesh) -> Any:

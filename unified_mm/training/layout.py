@@ -17,7 +17,7 @@ from unified_mm.default_config import MeshOptions
 from unified_mm.nn.attention.backends import SCOPE
 from unified_mm.nn.attention.rules import View, plan_passes, share_readings
 from unified_mm.nn.pipeline import Pipeline
-from unified_mm.parallel.sharding import rule_items, shard_bytes
+from unified_mm.parallel.sharding import axis_names, rule_items, shard_bytes
 from unified_mm.runs.environment import device_name
 from unified_mm.task import Task, parameter_counts
 from unified_mm.training.phases import Phase, batch_shapes
@@ -27,13 +27,25 @@ def in_training(config: Config, task: Task, mesh: Mesh) -> Task:
     """Returns the task as training computes it: by pipeline stages where the mesh has several.
 
     Raises:
-      ValueError: `mesh.stage_micro_batches` is negative.
+      ValueError: `mesh.stage_micro_batches` is negative, or experts are to be divided where there
+        are none.
     """
+    if mesh.shape["expert"] > 1 and not has_experts(task):
+        raise ValueError(
+            f"mesh.expert={mesh.shape['expert']}: no layer has experts; set mesh.expert=1, or "
+            "model.feed_forward_type='experts'"
+        )
     stages = mesh.shape["stage"]
     asked = build_options(MeshOptions, config.mesh, "mesh").stage_micro_batches
     if stages == 1:
         return task
     return replace(task, model=task.model.pipelined(Pipeline(stages, asked or 4 * stages)))
+
+
+def has_experts(task: Task) -> bool:
+    """Returns whether any of the model's parameters is divided among experts."""
+    names = axis_names(task.abstract_params()).values()
+    return any("experts" in each for each in names)
 
 
 def run_summary(mesh: Mesh, phases: Sequence[Phase]) -> str:

@@ -26,7 +26,7 @@ from unified_mm.data.records import Manifest
 from unified_mm.default_config import PhaseOptions, TrainOptions, phase
 from unified_mm.modalities.interleaved import interleaved_preparers
 from unified_mm.objectives.objective import weighted
-from unified_mm.parallel.sharding import ParamShardings, rule_items
+from unified_mm.parallel.sharding import BATCH_AXES, ParamShardings, batch_shards, rule_items
 from unified_mm.runs.folder import keeps_average
 from unified_mm.task import Task
 from unified_mm.training.optimizer import make_optimizer
@@ -139,7 +139,8 @@ def build_phases(
     treatment = treatment_of(config.train)
     for name, options in phase_options(config).items():
         train_options = config.train.changed(options.train)
-        check_batch(build_options(TrainOptions, train_options, "train"), placement.mesh)
+        given = build_options(TrainOptions, train_options, "train")
+        check_batch(given, placement.mesh, task.model.together)
         check_average(name, train_options, config.train)
         optimizer = make_optimizer(
             train_options, options.steps, abstract.params, start, placement.names
@@ -190,17 +191,18 @@ def check_average(name: str, options: Config, whole: Config) -> None:
             )
 
 
-def check_batch(options: TrainOptions, mesh: Mesh) -> None:
-    """Checks that batches spread evenly over devices and micro-batches.
+def check_batch(options: TrainOptions, mesh: Mesh, together: int = 1) -> None:
+    """Checks that batches spread evenly over devices and micro-batches, in groups of `together`.
 
     Raises:
       ValueError: they do not; the message has the numbers.
     """
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if options.batch_size % (rows * options.micro_batches):
+    rows = batch_shards(mesh)
+    if options.batch_size % (rows * options.micro_batches * together):
+        experts = f" x groups of {together} examples whose tokens share experts"
         raise ValueError(
-            f"train.batch_size={options.batch_size} is not divided by mesh.data x mesh.fsdp "
-            f"({rows}) x train.micro_batches ({options.micro_batches})"
+            f"train.batch_size={options.batch_size} is not divided by {BATCH_AXES} ({rows}) x "
+            f"train.micro_batches ({options.micro_batches})" + experts * (together > 1)
         )
 
 

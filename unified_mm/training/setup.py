@@ -32,7 +32,7 @@ from unified_mm.modalities.modality import build_modalities
 from unified_mm.objectives.contrastive import named_modalities
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.processes import connect, first_before_others, own_rows, refuse_unequal
-from unified_mm.parallel.sharding import param_shardings
+from unified_mm.parallel.sharding import BATCH_AXES, batch_shards, param_shardings
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, keeps_average
 from unified_mm.task import Resources, Task, build_task
@@ -324,11 +324,8 @@ def check_evaluation_batch(size: int, mesh: Mesh) -> None:
     Raises:
       ValueError: they do not; the message has the numbers. Or as `own_rows` does.
     """
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if size % rows:
-        raise ValueError(
-            f"evaluation.batch_size={size} is not divided by mesh.data x mesh.fsdp ({rows})"
-        )
+    if size % (rows := batch_shards(mesh)):
+        raise ValueError(f"evaluation.batch_size={size} is not divided by {BATCH_AXES} ({rows})")
     own_rows(mesh, size)
 
 

@@ -18,7 +18,7 @@ from unified_mm.costs.flops import matmul_flops
 from unified_mm.data.text_tokenizer import BOS, EOS, PAD, TextTokenizer
 from unified_mm.nn.tokens import POSITION_KEYS
 from unified_mm.objectives.captioning import Captioning
-from unified_mm.parallel.sharding import without_names
+from unified_mm.parallel.sharding import axis_names, path_of, without_names
 from unified_mm.task import Task, build_task, parameter_counts
 
 ROWS = 8  # examples that FLOPs are counted on
@@ -31,7 +31,7 @@ class Sizes:
 
     Attributes:
       parameters: number of parameters by part.
-      active: parameters that every example goes through (all of them without experts).
+      active: parameters that a token goes through: of the experts of a pool, as many as it has.
       training_flops: FLOPs of an example, forward and backward.
       token_flops: FLOPs of one generated token at the end of a text, None where none can be
         written.
@@ -54,10 +54,9 @@ def measure_sizes(config: Config) -> Sizes:
       ValueError: a config that no task can be built of.
     """
     task, params = shapes_of(config)
-    counts = parameter_counts(params)
     return Sizes(
-        parameters=counts,
-        active=sum(counts.values()),
+        parameters=parameter_counts(params),
+        active=active_parameters(task, params),
         training_flops=3 * forward_flops(task, params) // ROWS,
         token_flops=token_flops(task, params),
     )
@@ -70,15 +69,32 @@ def shapes_of(config: Config) -> tuple[Task, Any]:
     return task, without_names(jax.eval_shape(task.init, jax.random.key(0)))
 
 
+def active_parameters(task: Task, params: Any) -> int:
+    """Counts the parameters that a token goes through: K of the E experts of each pool."""
+    names = axis_names(task.abstract_params())
+
+    def one(path: str, size: int) -> int:
+        if "experts" not in names.get(path, ()):
+            return size
+        own = task.model.stacks[path.split("/")[0]].own
+        return size * own("top_k", 1) // own("count", 1)
+
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return sum(one(path_of(path), math.prod(leaf.shape)) for path, leaf in leaves)
+
+
 def forward_flops(task: Task, params: Any) -> int:
-    """Counts the FLOPs of all objectives on `ROWS` examples, forward."""
-    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, task.example_batch(ROWS)))
-    return matmul_flops(
-        lambda params, batch, key: task.metrics(params, batch, key, deterministic=True),
+    """Counts the FLOPs of all objectives on `ROWS` examples, forward, with the room of training."""
+    together = task.model.together
+    rows = math.lcm(ROWS, together)
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, task.example_batch(rows)))
+    counted = matmul_flops(
+        lambda params, batch, key: task.metrics(params, batch, key, deterministic=False),
         params,
         batch,
         jax.eval_shape(lambda: jax.random.key(0)),
     )
+    return counted * ROWS // rows
 
 
 def token_flops(task: Task, params: Any) -> int | None:
@@ -141,7 +157,8 @@ def fit_to_budget(config: ConfigDict) -> ConfigDict:
     if by == "width":
         step = math.lcm(4, 2 * model.heads)  # whole, even heads; sines of two coordinates in fours
     else:
-        step = model.cross.every if model.fusion == "gated_cross_attention" else 1
+        gated = model.fusion == "gated_cross_attention"
+        step = model.cross.every if gated else model.feed_forward_options.get("every", 1)
 
     def resized(count: int) -> ConfigDict:
         other = ConfigDict(config.to_dict())

@@ -34,6 +34,10 @@ FREE_OF_MODEL = ("dropout", "remat", "attention", "unroll", "dtype")
 FREE_OF_OBJECTIVE = ("weight", "weight_schedule", "chunk")
 SEEN = ("image_size", "resampling", "fit")  # fields of `config.data`: the pictures that it knows
 BLOCK = re.compile(r"(.*/layers)/block_(\d+)/(.*)")
+# A dense run's feed-forward becomes each expert (Komatsuzaki et al. 2022, "Sparse upcycling").
+KIND = ("feed_forward_type", "feed_forward_options", "separate_feed_forward")
+EXPERT = re.compile(r"(.*feed_forward)/experts_(\w+)/(\w+/(?:kernel|bias))")
+OF_EXPERTS = re.compile(r".*feed_forward/(router_\w+|balance_\w+|shared_expert)(/.*)?")
 
 
 def prefixes(part: str) -> tuple[str, ...]:
@@ -64,6 +68,9 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
         )
     for part, run in begun.items():
         saved = saved_config(run, part, config.model.fusion)
+        if upcycles(config.model, saved["model"]):
+            for name in KIND:
+                saved["model"][name] = config.model.to_dict()[name]
         if part == WHOLE:
             take_whole(chosen, saved, run, asked)
             continue
@@ -78,6 +85,12 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
             refuse_contradiction(config, field, value, asked, f"{part}={run!r}")
             set_field(chosen, field, value)
     return chosen
+
+
+def upcycles(model: Any, saved: Mapping[str, Any]) -> bool:
+    """Returns whether a model has experts in place of the dense feed-forward of a saved one."""
+    kinds = (model.feed_forward_type, saved["feed_forward_type"])
+    return kinds == ("experts", "dense")
 
 
 def begun_parts(config: Any) -> dict[str, str]:
@@ -272,6 +285,8 @@ def part_of(path: str) -> str:
 
 def source_of(path: str, begun: Mapping[str, str], found: Mapping[str, Any]) -> str | None:
     """Returns the part in `begun` whose run has a parameter; None where it starts afresh."""
+    if OF_EXPERTS.fullmatch(path) and not any(OF_EXPERTS.fullmatch(name) for name in found):
+        return None
     if WHOLE in begun:  # a head that the run does not have is a new one
         top = path.split("/")[0]
         return WHOLE if any(name.startswith(f"{top}/") for name in found) else None
@@ -301,6 +316,8 @@ def load_params(params: Any, config: Config, found: Mapping[str, Any]) -> Any:
             return leaf
         run = begun[part]
         value = _restacked(found, path, leaf.shape)
+        if value is None and (expert := EXPERT.fullmatch(path)):
+            value = _each_expert(found, expert, leaf.shape)
         if value is None or value.shape != leaf.shape:
             has = "nothing" if value is None else f"{list(value.shape)}"
             raise ValueError(
@@ -310,6 +327,17 @@ def load_params(params: Any, config: Config, found: Mapping[str, Any]) -> Any:
         return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _each_expert(found: Mapping[str, Any], expert: re.Match[str], shape: tuple[int, ...]) -> Any:
+    """Returns the dense map at the place of a pool of experts once for each of them, or None."""
+    before, pool, after = expert.groups()
+    periods, experts, *_ = shape
+    for modality in ("shared", pool):
+        value = _restacked(found, f"{before}/mlp/{modality}/{after}", shape)
+        if value is not None:
+            return np.broadcast_to(value[:, None], (periods, experts, *value.shape[1:]))
+    return None
 
 
 def part_of_run(run: str, part: str) -> dict[str, Any]:
@@ -357,11 +385,10 @@ def _restacked(found: Mapping[str, Any], path: str, shape: tuple[int, ...]) -> A
     if match is None:
         return found.get(path)
     before, block, after = match[1], int(match[2]), match[3]
-    layers = sorted(
-        int(name.removeprefix(f"{before}/").split("/")[0])
-        for name in found
-        if name.startswith(f"{before}/") and name.endswith(f"/{after}")
-    )
+    # A block's layers may differ in what they have: all are counted.
+    starts = (name for name in found if name.startswith(f"{before}/"))
+    numbers = (name.removeprefix(f"{before}/").split("/")[0] for name in starts)
+    layers = {number for number in numbers if number.isdigit()}
     blocks = max(1, len(layers) // shape[0])
     names = [f"{before}/{period * blocks + block}/{after}" for period in range(shape[0])]
     if len(layers) != shape[0] * blocks or any(name not in found for name in names):

@@ -140,11 +140,13 @@ class Accumulation:
     def run(self, batch: Any, key: jax.Array, micro_batches: int) -> tuple[Any, Any, Metrics]:
         """Returns the total loss, the gradient of `scale` times it, and metrics."""
         keys = jax.random.split(key, micro_batches)
-        into = partial(into_parts, parts=micro_batches)
+        together = self.task.model.together
+        into = partial(into_parts, parts=micro_batches, together=together)
+        whole = partial(from_parts, together=together)
         rows = jax.tree.map(into, batch)
         counted, kept = jax.lax.map(lambda part: self.look(*part), (rows, keys))
         counts = jax.tree.map(lambda x: x.sum(0), counted)
-        compared, gradient, pulls, compared_metrics = self.compare(jax.tree.map(from_parts, kept))
+        compared, gradient, pulls, compared_metrics = self.compare(jax.tree.map(whole, kept))
 
         def add(so_far: Any, part: Any) -> tuple[Any, None]:
             total, gradient, metrics = so_far

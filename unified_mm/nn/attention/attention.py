@@ -46,6 +46,7 @@ class AttentionPlan:
       calls: the block calls; static.
       groups, key_groups: the groups of queries and of keys; static.
       keep: bounds of the keys and values to return when there is no cache yet; static.
+      deterministic: whether nothing is drawn, as the stack that the plan is given to says; static.
     """
 
     masks: tuple[BlockMask, ...]
@@ -57,6 +58,7 @@ class AttentionPlan:
     groups: tuple[Group, ...] = struct.field(pytree_node=False)
     key_groups: tuple[Group, ...] = struct.field(pytree_node=False)
     keep: tuple[int, int] = struct.field(pytree_node=False)
+    deterministic: bool = struct.field(pytree_node=False, default=True)
 
 
 def plan_attention(

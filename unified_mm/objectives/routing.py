@@ -1,0 +1,170 @@
+"""Auxiliary losses of experts' routers, so that all experts are used and none too often."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from unified_mm.config import check_options, option, read_options
+from unified_mm.models.unified import Batch, Encoded, UnifiedModel
+from unified_mm.nn.attention.rules import View
+from unified_mm.nn.experts import ROUTING, RoutingStatistics
+from unified_mm.objectives.objective import (
+    Metric,
+    ObjectiveOutput,
+    StepContext,
+    masked_metric,
+)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A weighted sum of losses on what routers do with the tokens of each group of examples.
+
+    Each is a mean over groups, layers and pools. To balance loads by a bias is an option of the
+    experts; its gradient comes with this objective.
+
+    Attributes:
+      name: its key under `config.objectives`.
+      weight: of the sum in the total.
+      balance: of E sum_e f_e P_e, with the share f of choices and the mean probability P (Fedus et
+        al. 2022, Switch, equation 4); 1 where all experts are used alike.
+      z: of the mean squared logarithm of the logits' partition function (Zoph et al. 2022, ST-MoE,
+        equation 5).
+      importance: of the squared coefficient of variation of P (Shazeer et al. 2017, equation 7).
+      local_entropy: of a token's mean entropy, for the modalities `local_of` (Mustafa et al. 2022,
+        LIMoE, section 2.2).
+      global_entropy: of what the entropy of each modality's P lacks of that of `least_share` of the
+        experts used alike (there too).
+      local_of, least_share: as said.
+    """
+
+    name: str
+    weight: float = option(0.0, least=0)
+    balance: float = option(0.01, least=0)
+    z: float = option(0.001, least=0)
+    importance: float = option(0.0, least=0)
+    local_entropy: float = option(0.0, least=0)
+    global_entropy: float = option(0.0, least=0)
+    local_of: tuple = ("text",)
+    least_share: float = option(0.5, above=0, most=1)
+
+    kind: ClassVar[str] = ""
+    auxiliary: ClassVar[bool] = True
+
+    @classmethod
+    def from_config(cls, name: str, options: Mapping[str, Any]) -> Routing:
+        """Returns the objective of `config.objectives.<name>`: its fields are its options.
+
+        Raises:
+          ValueError: an option is none of its fields, or its value is not allowed.
+        """
+        own = {key: options[key] for key in options if key not in ("type", "weight_schedule")}
+        built = cls(name=name, **read_options(cls, own, f"objectives.{name}"))
+        check_options(built, f"objectives.{name}")
+        return built
+
+    def needs(self) -> tuple[str, ...]:
+        return ()
+
+    def views(self) -> tuple[View, ...]:
+        return ()
+
+    def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
+        return ()
+
+    def head(self) -> nn.Module | None:
+        return None
+
+    def __call__(
+        self,
+        model: UnifiedModel,
+        encoded: Mapping[str, Encoded],
+        batch: Batch,
+        context: StepContext,
+        *,
+        deterministic: bool,
+    ) -> ObjectiveOutput:
+        """Returns the loss.
+
+        Raises:
+          ValueError: no layer has experts.
+        """
+        pools, by_modality = sown(context.auxiliary)
+        if not pools and not model.is_initializing():
+            raise ValueError(
+                f"objectives.{self.name}: no layer has experts; set "
+                "model.feed_forward_type='experts', or the weight to 0"
+            )
+        none = (jnp.zeros(()), jnp.zeros(()))
+        loss = added((self.of_pool(each), each) for each in pools) if pools else none
+        metrics: dict[str, Metric] = {}
+        if pools:
+            metrics["balance"] = added((balance(each), each) for each in pools)
+        for modality, several in by_modality.items():
+            # It counts no more groups: the mean is of pools, with what their modalities add.
+            more = added((self.of_modality(modality, each), each) for each in several)
+            loss = loss[0] + more[0], loss[1]
+            tokens = sum(each.tokens.sum() for each in several)
+            served = sum(each.served.sum() for each in several)
+            metrics[f"dropped_{modality}"] = (tokens - served, tokens)
+            used = [(jnp.exp(entropy(each.load)), each) for each in several]
+            metrics[f"experts_{modality}"] = added(used)
+        return ObjectiveOutput(loss, metrics, {})
+
+    def of_pool(self, pool: RoutingStatistics) -> Float[Array, "periods groups"]:
+        """Returns the loss of each group of examples on the tokens of a pool."""
+        tokens, share = jnp.maximum(pool.tokens, 1), shares(pool.probability)
+        loss = self.balance * balance(pool) + self.z * pool.z / tokens + pool.pull / tokens
+        experts = share.shape[-1]
+        return loss + self.importance * (experts * jnp.square(share).sum(-1) - 1)
+
+    def of_modality(self, modality: str, some: RoutingStatistics) -> Float[Array, "periods groups"]:
+        """Returns the loss of each group of examples on the tokens of a modality."""
+        wanted = math.log(max(1.0, self.least_share * some.probability.shape[-1]))
+        lacking = jnp.maximum(wanted - entropy(some.probability), 0)
+        loss = self.global_entropy * lacking
+        if modality in self.local_of:
+            loss += self.local_entropy * some.entropy / jnp.maximum(some.tokens, 1)
+        return loss
+
+
+def sown(
+    auxiliary: Mapping[str, Any],
+) -> tuple[list[RoutingStatistics], dict[str, list[RoutingStatistics]]]:
+    """Returns what layers with experts sowed: of each pool, and of its tokens by modality."""
+    found: dict[str, list[RoutingStatistics]] = {}
+    for path, x in auxiliary.items():
+        name, *parts = path.rpartition("/")[2].split(":")
+        if name == ROUTING:
+            found.setdefault(parts[1], []).append(RoutingStatistics.unpack(x))
+    return found.pop("", []), found
+
+
+def added(terms: Iterable[tuple[Array, RoutingStatistics]]) -> Metric:
+    """Returns the sum and number of values of groups, of those that have tokens."""
+    metrics = [masked_metric(values, of.tokens > 0) for values, of in terms]
+    return sum(metric[0] for metric in metrics), sum(metric[1] for metric in metrics)
+
+
+def shares(x: Float[Array, "... E"]) -> Float[Array, "... E"]:
+    """Returns what adds up to 1 in proportion to x, zeros where all is 0."""
+    total = x.sum(-1, keepdims=True)
+    return x / jnp.where(total > 0, total, 1)
+
+
+def balance(pool: RoutingStatistics) -> Float[Array, "periods groups"]:
+    """Returns E sum_e f_e P_e, 1 where all experts are used alike."""
+    return pool.load.shape[-1] * (shares(pool.load) * shares(pool.probability)).sum(-1)
+
+
+def entropy(x: Float[Array, "... E"]) -> Float[Array, "..."]:
+    """Returns the entropy of the shares of x, in nats."""
+    share = shares(x)
+    return -(share * jnp.log(jnp.maximum(share, 1e-30))).sum(-1)
