@@ -253,10 +253,10 @@ def model_fields() -> dict:
         "rotary_options": {},
         "feed_forward_options": {},
         "dtype": "float32",  # of the computation, or 'bfloat16', 'float16'; parameters stay float32
-        # Runs whose image tower or text model training starts from, or that it goes on with as a
-        # whole, heads and all; '' starts afresh. A recipe may name further modalities here, for
-        # their towers.
-        "start_from": {"image": "", "text": "", "whole": ""},
+        # Runs whose image tower, text model or stem of images training starts from, or that it goes
+        # on with as a whole, heads and all; '' starts afresh. package:NAME/FOLDER is weights in an
+        # installed package. A recipe may name further modalities here, for their towers.
+        "start_from": {"image": "", "stem": "", "text": "", "whole": ""},
         # Width or depth matched to so many FLOPs a training example (0: as they stand).
         "budget": 0.0,
         "budget_by": "width",  # or 'layers'
@@ -299,7 +299,7 @@ def resampler_fields() -> dict:
 def modality_fields() -> dict:
     """Returns the fields of each modality, by name."""
     return {
-        "image": {"type": "image", **defaults_of(ImageEmbedding)},
+        "image": {"type": "image", **defaults_of(ImageEmbedding), "stem_options": {}},
         "text": {
             "type": "text",
             "max_positions": 0,  # positions that are learned; 0: as many as length
