@@ -64,6 +64,9 @@ class TrainOptions:
     epsilon: float = option(1e-8, above=0, below=math.inf)
     weight_decay: float = option(0.05, least=0, below=math.inf)
     clip_norm: float = option(1.0, above=0)
+    # Of the gradient of a stem, the most that it may be of a unit's weights (Brock et al. 2021); 0
+    # does not ask.
+    adaptive_clip: float = option(0.0, least=0, below=math.inf)
     # That Adam's moments are kept as.
     moments_dtype: str = option("float32", choices=("float32", "bfloat16"))
     # How bfloat16 is rounded to. 'nearest' freezes a moment at its maximum where b1 or b2 is above
@@ -199,6 +202,11 @@ def data_fields() -> dict:
         "image_size": 64,
         "crop_scale": (0.5, 1.0),  # share of a picture's area that a training crop keeps
         "crop_ratio": (0.75, 1.3333),  # width / height of a training crop
+        # Training views that there are of a picture, drawn by view_seed; 0: ever new ones. With
+        # keep_features, what a frozen tower or stem makes of them is computed once, and kept.
+        "views": 0,
+        "view_seed": 0,
+        "keep_features": False,
         # Decode large enough that no crop is enlarged, also where it is wide or tall.
         "sharp_crops": False,
         "mirror": True,  # flip training pictures, where no caption names a side

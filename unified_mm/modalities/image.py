@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -44,6 +45,8 @@ class ImageModality:
       fit: how evaluation makes an image square (`data.images.evaluation_view`).
       sharp_crops: whether a JPEG is decoded so large that no training crop is enlarged whatever its
         shape.
+      views: training views that there are of an image, known beforehand; 0 draws ever new ones.
+      view_seed: what these views are drawn by.
     """
 
     suffixes: ClassVar[frozenset[str]] = images.SUFFIXES
@@ -58,6 +61,8 @@ class ImageModality:
     resampling: str = option(choices=tuple(images.RESAMPLINGS))
     fit: str = option(choices=images.FITS)
     sharp_crops: bool = False
+    views: int = option(0, least=0)
+    view_seed: int = option(0, least=0, below=2**32)
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any], resources: Any) -> ImageModality:
@@ -79,8 +84,30 @@ class ImageModality:
     def prepare(self, record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         if self.name not in record.parts:
             return self.absent()
+        if rng is not None and self.views:
+            return self.prepare_view(record, int(rng.integers(self.views)))
         view = self.view(record.parts[self.name], rng, record.mirrorable)
         return {"pixels": view, "present": np.array(True)}
+
+    def prepare_view(self, record: Record, number: int) -> dict[str, np.ndarray]:
+        """Returns the arrays of one of an example's `views`."""
+        if self.name not in record.parts:
+            return self.absent()
+        key = np.array([self.view_seed, zlib.crc32(repr(record.id).encode())], np.uint64)
+        rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, number]))
+        view = self.view(record.parts[self.name], rng, record.mirrorable)
+        return {"pixels": view, "present": np.array(True)}
+
+    def before_head(self, params: Any, arrays: Mapping[str, Array], dtype: Any) -> Any:
+        """Returns what the stem gives before its head, [B, down, across, channels].
+
+        Args:
+          params: of the stem.
+          arrays: as the embedder takes them.
+          dtype: of the computation.
+        """
+        pixels = normalised(self.embedding, arrays, dtype)
+        return self.embedding.make_stem(dtype=dtype).apply({"params": params}, pixels)
 
     def read(self, content: bytes) -> dict[str, np.ndarray]:
         pixels = images.decode(content, at_least=self.size, backend=self.decoder)
@@ -254,7 +281,7 @@ class ImageEmbedder(nn.Module):
         if "features" in batch:
             features = blank(batch["features"], batch["present"])
         else:
-            pixels = self.normalised(batch)
+            pixels = normalised(e, batch, self.dtype)
             features = pixels if stem is None else stem(pixels)
         if stem is not None:
             found: Array = stem.head(features)
@@ -266,15 +293,18 @@ class ImageEmbedder(nn.Module):
         parts = Dense((self.width // 2,), (None,), (None,), dtype=self.dtype, name="parts")
         return patchify(nn.gelu(parts(patchify(pixels, PART))), e.patch // PART)
 
-    def normalised(self, batch: Mapping[str, Array]) -> Float[Array, "B height width 3"]:
-        """Returns the pixels with the mean and the deviation that the embedding asks for."""
-        e = self.embedding
-        pixels = blank(batch["pixels"].astype(jnp.float32), batch["present"])
-        if e.cut_rest:
-            height, width = (side // e.patch * e.patch for side in pixels.shape[1:3])
-            pixels = pixels[:, :height, :width]
-        mean, std = (255.0 * jnp.array(value) for value in (e.mean, e.std))
-        return ((pixels - mean) / std).astype(self.dtype)
+
+def normalised(
+    embedding: ImageEmbedding, batch: Mapping[str, Array], dtype: Any
+) -> Float[Array, "B height width 3"]:
+    """Returns the pixels of a batch with the mean and the deviation that an embedding asks for."""
+    e = embedding
+    pixels = blank(batch["pixels"].astype(jnp.float32), batch["present"])
+    if e.cut_rest:
+        height, width = (side // e.patch * e.patch for side in pixels.shape[1:3])
+        pixels = pixels[:, :height, :width]
+    mean, std = (255.0 * jnp.array(value) for value in (e.mean, e.std))
+    return ((pixels - mean) / std).astype(dtype)
 
 
 def patchify(

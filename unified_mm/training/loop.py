@@ -21,6 +21,7 @@ from unified_mm.inference.predictor import Predictor
 from unified_mm.parallel.processes import first_decides, own_rows
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
+from unified_mm.training.features import computed
 from unified_mm.training.output import Output
 from unified_mm.training.phases import Phase
 from unified_mm.training.setup import Setup, check_saved
@@ -189,6 +190,8 @@ class Run:
     def steps(self, phase: Phase, state: TrainState, start: int, progress: Any) -> TrainState:
         """Trains from step `start` to the phase's last, and returns the state."""
         options = self.setup.options
+        data, tolerant = self.setup.config.data, bool(self.setup.train.unchecked)
+        phase = computed(phase, state.params, self.predictor, data, tolerant, self.say)
         step_function = phase.make_step(options.train.ema_decay)
         since: list[StepMetrics] = []
         waiting: tuple[int, list[StepMetrics]] | None = None

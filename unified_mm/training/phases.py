@@ -29,6 +29,7 @@ from unified_mm.objectives.objective import weighted
 from unified_mm.parallel.sharding import ParamShardings, rule_items
 from unified_mm.runs.folder import keeps_average
 from unified_mm.task import Task
+from unified_mm.training.features import Kept, kept_preparers
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import TrainState, state_of_phase
 from unified_mm.training.step import gradients, make_train_step
@@ -147,6 +148,9 @@ def build_phases(
         state, enter = state_of_phase(abstract, optimizer, placement)
         objectives = weighted(task.objectives, options.objectives, f"train.phases.{name}")
         rows = phase_rows(config, task, train, options.data)
+        if config.data.keep_features and options.data == "pairs":
+            kept = kept_preparers(task, rows.examples, abstract.params, optimizer.trained)
+            rows = replace(rows, preparers={**rows.preparers, **kept})
         if any(getattr(each, "tells_records", False) for each in objectives):
             rows = replace(rows, numbered=True)
         phases.append(
@@ -167,7 +171,19 @@ def build_phases(
             )
         )
         start += options.steps
+    refuse_nothing_kept(config, phases)
     return tuple(phases)
+
+
+def refuse_nothing_kept(config: Config, phases: Sequence[Phase]) -> None:
+    """Raises ValueError if features are to be kept and there are none that could be."""
+    kept = any(isinstance(each, Kept) for phase in phases for each in phase.rows.preparers.values())
+    if config.data.keep_features and not kept:
+        raise ValueError(
+            "data.keep_features=True, but there is nothing to keep: it needs data.views above 0, "
+            "and a phase of pairs whose train.freeze_rules hold a whole tower, or a whole stem, "
+            "without dropout"
+        )
 
 
 def check_average(name: str, options: Config, whole: Config) -> None:
