@@ -191,6 +191,10 @@ def data_fields() -> dict:
         # 'world', 'tfds', or 'package.module:function' of your own.
         "source": "auto",
         "dir": "",
+        # Several sources, by name, where source is 'mixture': see `data.mixture`. Without shares of
+        # their own they have those of their sizes to this power.
+        "mixture": {},
+        "mixture_alpha": 1.0,
         # What the features of a TFDS dataset are called; '' takes the usual names, which
         # `data.tfds_features` lists. `captions` may name a text in a group, as captions.text.
         "tfds": {"image": "", "captions": "", "id": "", "name": "", "mirrorable": ""},

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from unified_mm.data.mixture import Mixture
 from unified_mm.data.pipeline import Unreadable, training_batches
 from unified_mm.evaluation.directions import higher_is_better
 from unified_mm.evaluation.evaluate import evaluate
@@ -263,6 +264,9 @@ class Run:
             self.not_finite(bad)
         values = mean_metrics([measured.metrics for measured in host])
         values["learning_rate"] = float(host[-1].learning_rate)
+        if isinstance(phase.rows.examples, Mixture):
+            gone = phase.rows.examples.epochs(step * phase.batch_size)
+            values |= {f"epochs/{name}": count for name, count in gone.items()}
         self.metrics.write(step, values | progress.update(step, values, phase.batch_size))
 
     def save(self, step: int, state: TrainState) -> None:

@@ -21,6 +21,7 @@ from unified_mm.config import Config, build_options
 from unified_mm.costs.flops import matmul_flops
 from unified_mm.data.documents import read_documents
 from unified_mm.data.interleave import FewShotRows, Layout, packed_rows
+from unified_mm.data.mixture import mixture_of
 from unified_mm.data.pipeline import RECORD
 from unified_mm.data.records import Manifest
 from unified_mm.default_config import PhaseOptions, TrainOptions, phase
@@ -221,10 +222,11 @@ def phase_rows(config: Config, task: Task, train: Manifest, kind: str) -> Rows:
       ValueError: documents that do not fit the model or their row.
     """
     if kind == "pairs":
-        return Rows(train.records, task.modalities, train.fingerprint)
+        examples = mixture_of(config.data, train.records)
+        return Rows(examples, task.modalities, train.fingerprint)
     if kind == "text":
         blind = tuple(replace(record, parts={}) for record in train.records if record.texts)
-        return Rows(blind, task.modalities, train.fingerprint)
+        return Rows(mixture_of(config.data, blind), task.modalities, train.fingerprint)
     options = config.data.documents
     preparers = interleaved_preparers(task.modalities, options.images, options.length)
     check_places(task, options.length)
