@@ -200,6 +200,7 @@ def data_fields() -> dict:
         "tfds": {"image": "", "captions": "", "id": "", "name": "", "mirrorable": ""},
         # What lists, tables and parquet files call images and captions; '' takes the usual names.
         "fields": {"image": "", "caption": ""},
+        "manifest": "",  # what `python -m unified_mm.clean` wrote of what to leave out
         "val_share": 0.1,  # of a folder without a split to score on, by the examples' names
         "cache_dir": "",  # where the world and checked manifests are kept; '' is the user's cache
         "train_split": "train",

@@ -38,6 +38,7 @@ DATA_FIELDS = (
     "data.dir",
     "data.tfds",
     "data.cache_dir",
+    "data.manifest",
     "data.max_bad_share",
     "data.world",
 )
