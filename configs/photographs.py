@@ -8,7 +8,7 @@ of four views of each photograph is computed before the first step, and kept.
 
 | size | trained parameters | hardware | time | text-to-image R@1, R@10; CIDEr-D |
 | --- | --- | --- | --- | --- |
-| `tiny` | 1.8 M | 2 CPU cores | not measured | not measured |
+| `tiny` | 1.5 M | 2 CPU cores | not measured | not measured |
 | `reader` | 23 M | 2 CPU cores | not measured | not measured |
 | `base` | 24 M | one accelerator | not measured | not measured |
 

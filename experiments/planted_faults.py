@@ -50,7 +50,8 @@ def altered(kind: str, picture: Image.Image, rng: np.random.Generator) -> tuple[
         return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), 95
     if kind == "crop":
         sides = [int(side * 0.85**0.5) for side in (width, height)]
-        left, top = rng.integers(0, width - sides[0] + 1), rng.integers(0, height - sides[1] + 1)
+        left = int(rng.integers(0, width - sides[0] + 1))
+        top = int(rng.integers(0, height - sides[1] + 1))
         return picture.crop((left, top, left + sides[0], top + sides[1])), 95
     return Image.new("RGB", picture.size, tuple(rng.integers(0, 256, 3).tolist())), 95
 
