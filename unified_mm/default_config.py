@@ -65,6 +65,9 @@ class TrainOptions:
     epsilon: float = option(1e-8, above=0, below=math.inf)
     weight_decay: float = option(0.05, least=0, below=math.inf)
     clip_norm: float = option(1.0, above=0)
+    # Of the gradient of a stem, the most that it may be of a unit's weights (Brock et al. 2021); 0
+    # does not ask.
+    adaptive_clip: float = option(0.0, least=0, below=math.inf)
     # That Adam's moments are kept as.
     moments_dtype: str = option("float32", choices=("float32", "bfloat16"))
     # How bfloat16 is rounded to. 'nearest' freezes a moment at its maximum where b1 or b2 is above
@@ -189,17 +192,27 @@ def data_fields() -> dict:
         # 'world', 'tfds', or 'package.module:function' of your own.
         "source": "auto",
         "dir": "",
+        # Several sources, by name, where source is 'mixture': see `data.mixture`. Without shares of
+        # their own they have those of their sizes to this power.
+        "mixture": {},
+        "mixture_alpha": 1.0,
         # What the features of a TFDS dataset are called; '' takes the usual names, which
         # `data.tfds_features` lists. `captions` may name a text in a group, as captions.text.
         "tfds": {"image": "", "captions": "", "id": "", "name": "", "mirrorable": ""},
         # What lists, tables and parquet files call images and captions; '' takes the usual names.
         "fields": {"image": "", "caption": ""},
+        "manifest": "",  # what `python -m unified_mm.clean` wrote of what to leave out
         "val_share": 0.1,  # of a folder without a split to score on, by the examples' names
         "cache_dir": "",  # where the world and checked manifests are kept; '' is the user's cache
         "train_split": "train",
         "image_size": 64,
         "crop_scale": (0.5, 1.0),  # share of a picture's area that a training crop keeps
         "crop_ratio": (0.75, 1.3333),  # width / height of a training crop
+        # Training views that there are of a picture, drawn by view_seed; 0: ever new ones. With
+        # keep_features, what a frozen tower or stem makes of them is computed once, and kept.
+        "views": 0,
+        "view_seed": 0,
+        "keep_features": False,
         # Decode large enough that no crop is enlarged, also where it is wide or tall.
         "sharp_crops": False,
         "mirror": True,  # flip training pictures, where no caption names a side
@@ -258,10 +271,10 @@ def model_fields() -> dict:
         # Of the computation, or 'bfloat16', 'float16'; 'auto', as our recipes have it, is bfloat16
         # on accelerators and float32 on CPUs. Parameters stay float32.
         "dtype": "float32",
-        # Runs whose image tower or text model training starts from, or that it goes on with as a
-        # whole, heads and all; '' starts afresh. A recipe may name further modalities here, for
-        # their towers.
-        "start_from": {"image": "", "text": "", "whole": ""},
+        # Runs whose image tower, text model or stem of images training starts from, or that it goes
+        # on with as a whole, heads and all; '' starts afresh. package:NAME/FOLDER is weights in an
+        # installed package. A recipe may name further modalities here, for their towers.
+        "start_from": {"image": "", "stem": "", "text": "", "whole": ""},
         # Width or depth matched to so many FLOPs a training example (0: as they stand).
         "budget": 0.0,
         "budget_by": "width",  # or 'layers'
@@ -305,7 +318,7 @@ def resampler_fields() -> dict:
 def modality_fields() -> dict:
     """Returns the fields of each modality, by name."""
     return {
-        "image": {"type": "image", **defaults_of(ImageEmbedding)},
+        "image": {"type": "image", **defaults_of(ImageEmbedding), "stem_options": {}},
         "text": {
             "type": "text",
             "max_positions": 0,  # positions that are learned; 0: as many as length

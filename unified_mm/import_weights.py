@@ -7,47 +7,27 @@ DIR is what Hugging Face's `save_pretrained` writes: config.json, model.safetens
 model.safetensors.index.json) and the tokenizer's files; or what open_clip writes. A name of the
 Hugging Face Hub, as NAME or NAME@REVISION, is looked for in the Hub's cache on this machine
 (HF_HUB_CACHE, HF_HOME), and fetched where huggingface_hub is installed (the extra `hub`); the run's
-config keeps its revision.
+config keeps its revision. package:NAME/FOLDER is a folder of an installed package, and a folder may
+hold one file of weights alone, such as efficientnet-lite0-57934424.pth.
 `unified_mm.load("runs/clip")` loads the new run. Usable at once: CLIP and SigLIP for retrieval and
 zero-shot classification, LLaVA and language models to write. Tokenizer and image preprocessing
 come along.
---config.model.start_from.text=RUN (or .image, .whole) trains on from a run.
+--config.model.start_from.text=RUN (or .image, .stem, .whole) trains on from a run.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-
-import jax
 
 from unified_mm.cli.command import command
 from unified_mm.cli.messages import say
-from unified_mm.files import new_folder, refuse_existing, write_json
-from unified_mm.inference.imported import Imported, import_directory
+from unified_mm.files import refuse_existing
+from unified_mm.inference.imported import Imported, import_directory, write_run
 from unified_mm.pretrained.hub import directory_of
-from unified_mm.runs.checkpoints import Checkpoints, refuse_name
+from unified_mm.runs.checkpoints import refuse_name
 from unified_mm.runs.folder import RunFolder
 from unified_mm.task import parameter_counts
-
-
-def write_run(imported: Imported, out: str | os.PathLike[str]) -> RunFolder:
-    """Writes the imported weights as a run at step 0, and leaves nothing if that fails.
-
-    Raises:
-      ValueError: if `out` exists.
-    """
-    folder = RunFolder(out)
-    with new_folder(folder.path) as half:
-        run = RunFolder(half)
-        write_json(run.config, imported.config)
-        if imported.tokenizer is not None:
-            imported.tokenizer.save(run.tokenizer)
-        state = {"params": jax.tree.map(jax.numpy.asarray, imported.params)}
-        with Checkpoints(run.checkpoints, asynchronous=False) as checkpoints:
-            checkpoints.save(0, state, {"step": 0, "imported": imported.config["imported"]})
-    return folder
 
 
 @command("import_weights", __doc__, needs=("from", "out"))
@@ -68,6 +48,8 @@ def main(options: argparse.Namespace) -> int:
     say(f"run: {folder.path}")
     return 0
 
+
+__all__ = ["Imported", "import_directory", "main", "write_run"]
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -108,6 +108,7 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
     "topology": _text("NAME", "what is compiled for: v5e:4x4, h100:8, h100:4x8, cpu:8", "v5e:4x4"),
     "phase": _text("NAME", "of train.phases; the first one"),
     "platforms": _text("A,B", "cpu, cuda, rocm, tpu; this machine's"),
+    "filter": _many("NAME", "what is looked for, as copies or copies,threshold=20"),
     # How texts are written.
     "prompt": _text("TEXT", "what the text answers; none for a caption"),
     "tokens": _number("N", "written at most; without: as many as the model reads", None, int),

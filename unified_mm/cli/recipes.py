@@ -39,6 +39,7 @@ DATA_FIELDS = (
     "data.dir",
     "data.tfds",
     "data.cache_dir",
+    "data.manifest",
     "data.max_bad_share",
     "data.world",
 )

@@ -30,6 +30,15 @@ class Preparer(Protocol):
         ...
 
 
+@runtime_checkable
+class Ordered(Protocol):
+    """Examples that are not taken in epochs of them all, such as a mixture of sources."""
+
+    def place_of(self, sample: int, seed: int) -> int:
+        """Returns the place of the example that a sample is, counted from step 0."""
+        ...
+
+
 @dataclass(frozen=True)
 class Unreadable:
     """What to do with an example's part that cannot be read: it counts as absent, and is named.
@@ -121,8 +130,7 @@ class _TrainingRows:
 
     def __getitem__(self, element: int) -> Batch:
         sample = self._rows.sample(element)
-        epoch, position = divmod(sample, len(self._records))
-        place = int(self._epoch_order(epoch)[position])
+        place = self._place(sample)
         record = self._records[place]
         numbers = {RECORD: np.array(place, np.int32)} if self._numbered else {}
         return {
@@ -139,6 +147,12 @@ class _TrainingRows:
                 raise
             self._unreadable.add(name, error)
             return preparer.absent()
+
+    def _place(self, sample: int) -> int:
+        if isinstance(self._records, Ordered):
+            return self._records.place_of(sample, self._seed)
+        epoch, position = divmod(sample, len(self._records))
+        return int(self._epoch_order(epoch)[position])
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         # One tuple is read and replaced whole, so threads at the turn of an epoch may both
@@ -193,7 +207,7 @@ def training_batches(
     raises what a preparer raises.
 
     Args:
-      records: the examples.
+      records: the examples; those that are `Ordered` say themselves which one a sample is.
       preparers: by modality.
       seed: in [0, 2**64).
       batch_size: rows of a batch over all processes.

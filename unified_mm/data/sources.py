@@ -21,6 +21,7 @@ from unified_mm.registry import resolve
 BUILT_IN = {
     "auto": "unified_mm.data.sources:find_source",
     **dict.fromkeys(LAYOUTS, "unified_mm.data.sources:given_folder"),
+    "mixture": "unified_mm.data.mixture:open_mixture",
     "tfds": "unified_mm.data.tfds_source:open_dataset",
     "world": "unified_mm.data.sources:embedded_world",
 }

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unified_mm.config import Config
+from unified_mm.data.cleaning import cleaned
 from unified_mm.data.manifest import without_bad_parts
 from unified_mm.data.records import Manifest
 from unified_mm.data.sources import Source, foils_of, questions_of
@@ -37,7 +38,8 @@ def read_manifest(
     Raises:
       ValueError: more than `data.max_bad_share` of what a modality reads is bad.
     """
-    return without_bad_parts(source.manifest(name), modalities, config.data.max_bad_share)
+    manifest = cleaned(config.data, source.manifest(name))
+    return without_bad_parts(manifest, modalities, config.data.max_bad_share)
 
 
 def open_split(config: Config, source: Source, name: str, modalities: Mapping[str, Any]) -> Split:

@@ -529,7 +529,7 @@ def refuse_image_tower(config: Config, where: object) -> None:
     Raises:
       ValueError: it is.
     """
-    if "imported" in config and config.imported.part == "image":
+    if "imported" in config and config.imported.part in ("image", "stem"):
         raise ValueError(
             f"{where} holds an image tower ({config.imported.family}) and no text model: it "
             "is one to start training from, and cannot be asked anything"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -16,9 +17,16 @@ from unified_mm.config import build_options, option
 from unified_mm.data import images
 from unified_mm.data.records import Image, Record
 from unified_mm.nn.layers import Dense, Norm, partitioned
+from unified_mm.nn.options import constructor, frozen
 from unified_mm.nn.tokens import Group, Tokens, blank, single_document
 
 PART = 4  # pixels on a side of the smallest part of a patch in the hierarchical stem
+PATCHES = ("linear", "hierarchical")  # stems in which no patch sees another
+# Stems that see the whole picture: modules as `nn.convolution` says.
+STEMS = {
+    "efficientnet_lite": "unified_mm.nn.convolution:EfficientNetLite",
+    "nfnet": "unified_mm.nn.convolution:NFNet",
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,8 @@ class ImageModality:
       fit: how evaluation makes an image square (`data.images.evaluation_view`).
       sharp_crops: whether a JPEG is decoded so large that no training crop is enlarged whatever its
         shape.
+      views: training views that there are of an image, known beforehand; 0 draws ever new ones.
+      view_seed: what these views are drawn by.
     """
 
     suffixes: ClassVar[frozenset[str]] = images.SUFFIXES
@@ -51,23 +61,17 @@ class ImageModality:
     resampling: str = option(choices=tuple(images.RESAMPLINGS))
     fit: str = option(choices=images.FITS)
     sharp_crops: bool = False
+    views: int = option(0, least=0)
+    view_seed: int = option(0, least=0, below=2**32)
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any], resources: Any) -> ImageModality:
         data, where = resources.data, f"model.modalities.{name}"
         size = data.image_size
-        embedding = build_options(ImageEmbedding, options, where, grid=(0, 0))
-        patch = embedding.patch
-        if embedding.stem == "hierarchical" and patch % PART:
-            raise ValueError(
-                f"{where}.patch={patch}: the hierarchical stem needs a multiple of {PART}"
-            )
-        if size < patch or (size % patch and not embedding.cut_rest):
-            raise ValueError(
-                f"data.image_size={size} is no multiple of {where}.{patch=}: "
-                f"{where}.cut_rest leaves out the pixels that fill no patch"
-            )
-        embedding = replace(embedding, grid=(size // patch, size // patch))
+        own = {"stem_options": frozen({"stem": options.get("stem_options", {})})["stem"]}
+        embedding = build_options(ImageEmbedding, options, where, grid=(0, 0), **own)
+        side = embedding.grid_side(size, where)
+        embedding = replace(embedding, grid=(side, side))
         built: ImageModality = build_options(
             cls, data, "data", name=name, size=size, embedding=embedding
         )
@@ -80,8 +84,30 @@ class ImageModality:
     def prepare(self, record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         if self.name not in record.parts:
             return self.absent()
+        if rng is not None and self.views:
+            return self.prepare_view(record, int(rng.integers(self.views)))
         view = self.view(record.parts[self.name], rng, record.mirrorable)
         return {"pixels": view, "present": np.array(True)}
+
+    def prepare_view(self, record: Record, number: int) -> dict[str, np.ndarray]:
+        """Returns the arrays of one of an example's `views`."""
+        if self.name not in record.parts:
+            return self.absent()
+        key = np.array([self.view_seed, zlib.crc32(repr(record.id).encode())], np.uint64)
+        rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, number]))
+        view = self.view(record.parts[self.name], rng, record.mirrorable)
+        return {"pixels": view, "present": np.array(True)}
+
+    def before_head(self, params: Any, arrays: Mapping[str, Array], dtype: Any) -> Any:
+        """Returns what the stem gives before its head, [B, down, across, channels].
+
+        Args:
+          params: of the stem.
+          arrays: as the embedder takes them.
+          dtype: of the computation.
+        """
+        pixels = normalised(self.embedding, arrays, dtype)
+        return self.embedding.make_stem(dtype=dtype).apply({"params": params}, pixels)
 
     def read(self, content: bytes) -> dict[str, np.ndarray]:
         pixels = images.decode(content, at_least=self.size, backend=self.decoder)
@@ -134,7 +160,9 @@ class ImageEmbedding:
     Attributes:
       grid: patches (down, across) that positions are learned for; others are interpolated.
       patch: pixels on a side.
-      stem: 'linear', one dense map of a patch, or 'hierarchical', an MLP of parts within parts.
+      stem: 'linear', one dense map of a patch, or 'hierarchical', an MLP of parts within parts; or
+        a network that sees the whole picture, by name or `package.module:CLASS` (`STEMS`).
+      stem_options: fields that this network has of its own.
       positions: initial values of the learned positions: 'grid', sines of row and column; 'line',
         sines of the index in reading order; 'random'; or 'none' for no positions.
       cut_rest: whether pixels at the right and at the bottom that fill no patch are left out, as a
@@ -149,7 +177,8 @@ class ImageEmbedding:
 
     grid: tuple[int, int]
     patch: int = option(8, least=1)
-    stem: str = option("linear", choices=("linear", "hierarchical"))
+    stem: str = "linear"
+    stem_options: tuple[tuple[str, Any], ...] = ()
     positions: str = option("grid", choices=("grid", "line", "random", "none"))
     cut_rest: bool = False
     bias: bool = True
@@ -159,6 +188,50 @@ class ImageEmbedding:
     norm_epsilon: float = 1e-6
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def make_stem(self, **more: Any) -> Any:
+        """Returns the network that sees the whole picture.
+
+        Raises:
+          ValueError: there is none of this name, or it has no such options.
+        """
+        try:
+            return constructor("modalities.image.stem", self.stem, STEMS, self.stem_options)(**more)
+        except ValueError as error:
+            if self.stem in STEMS or ":" in self.stem:
+                raise
+            raise ValueError(f"{error} Of patches alone: {', '.join(PATCHES)}.") from error
+
+    def grid_side(self, size: int, where: str) -> int:
+        """Returns the patches on a side of an image of `size` pixels.
+
+        Args:
+          size: of the image.
+          where: the dotted name of these options, for messages.
+
+        Raises:
+          ValueError: the stem does not cut such an image so.
+        """
+        patch = self.patch
+        if self.stem not in PATCHES:
+            if (stride := self.make_stem().stride) != patch:
+                raise ValueError(
+                    f"{where}.{patch=}, but a feature of its stem {self.stem!r} stands for "
+                    f"{stride} pixels: set {where}.patch={stride}"
+                )
+            return -(-size // patch)
+        if self.stem_options:
+            raise ValueError(f"{where}.stem_options: the stem {self.stem!r} has none")
+        if self.stem == "hierarchical" and patch % PART:
+            raise ValueError(
+                f"{where}.patch={patch}: the hierarchical stem needs a multiple of {PART}"
+            )
+        if size < patch or (size % patch and not self.cut_rest):
+            raise ValueError(
+                f"data.image_size={size} is no multiple of {where}.{patch=}: "
+                f"{where}.cut_rest leaves out the pixels that fill no patch"
+            )
+        return size // patch
 
 
 class ImageEmbedder(nn.Module):
@@ -171,22 +244,13 @@ class ImageEmbedder(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Mapping[str, Array]) -> Tokens:
-        """Embeds `pixels`, uint8 or float [B, height, width, 3] in 0..255, and `present` [B]."""
+        """Embeds `pixels`, uint8 or float [B, height, width, 3] in 0..255, and `present` [B].
+
+        In place of pixels, `features` [B, down, across, channels] may be there, what the stem gives
+        before its head.
+        """
         e = self.embedding
-        pixels = blank(batch["pixels"].astype(jnp.float32), batch["present"])
-        if e.cut_rest:
-            height, width = (side // e.patch * e.patch for side in pixels.shape[1:3])
-            pixels = pixels[:, :height, :width]
-        mean, std = (255.0 * jnp.array(value) for value in (e.mean, e.std))
-        pixels = ((pixels - mean) / std).astype(self.dtype)
-        if e.stem == "linear":
-            patches = patchify(pixels, e.patch)
-        else:
-            # Touvron et al. 2022 ("Three things everyone should know about vision transformers",
-            # section 6): no patch sees another, so masked patches do not leak.
-            parts = Dense((self.width // 2,), (None,), (None,), dtype=self.dtype, name="parts")
-            features = parts(patchify(pixels, PART))
-            patches = patchify(nn.gelu(features), e.patch // PART)
+        patches = self.seen(batch)
         rows, down, across, _ = patches.shape
         dense = Dense(
             (self.width,), (None,), ("embed",), use_bias=e.bias, dtype=self.dtype, name="patches"
@@ -209,6 +273,38 @@ class ImageEmbedder(nn.Module):
         valid = jnp.broadcast_to(batch["present"][:, None], x.shape[:2])
         group = Group(self.name_of_group, self.name_of_group, x.shape[1], valid_first=True)
         return Tokens(blank(x, valid), single_document(valid, group))
+
+    def seen(self, batch: Mapping[str, Array]) -> Float[Array, "B down across values"]:
+        """Returns the numbers of each patch, or of the network that sees them all."""
+        e = self.embedding
+        stem = None if e.stem in PATCHES else e.make_stem(dtype=self.dtype, name="stem")
+        if "features" in batch:
+            features = blank(batch["features"], batch["present"])
+        else:
+            pixels = normalised(e, batch, self.dtype)
+            features = pixels if stem is None else stem(pixels)
+        if stem is not None:
+            found: Array = stem.head(features)
+            return found
+        if e.stem == "linear":
+            return patchify(pixels, e.patch)
+        # Touvron et al. 2022 ("Three things everyone should know about vision transformers",
+        # section 6): no patch sees another, so masked patches do not leak.
+        parts = Dense((self.width // 2,), (None,), (None,), dtype=self.dtype, name="parts")
+        return patchify(nn.gelu(parts(patchify(pixels, PART))), e.patch // PART)
+
+
+def normalised(
+    embedding: ImageEmbedding, batch: Mapping[str, Array], dtype: Any
+) -> Float[Array, "B height width 3"]:
+    """Returns the pixels of a batch with the mean and the deviation that an embedding asks for."""
+    e = embedding
+    pixels = blank(batch["pixels"].astype(jnp.float32), batch["present"])
+    if e.cut_rest:
+        height, width = (side // e.patch * e.patch for side in pixels.shape[1:3])
+        pixels = pixels[:, :height, :width]
+    mean, std = (255.0 * jnp.array(value) for value in (e.mean, e.std))
+    return ((pixels - mean) / std).astype(dtype)
 
 
 def patchify(

@@ -13,7 +13,15 @@ from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.cross_attention import Memory
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import TransformerOptions
-from unified_mm.nn.tokens import Tokens, concatenate, fold_items, spans, unfold_items
+from unified_mm.nn.tokens import (
+    Group,
+    Tokens,
+    concatenate,
+    fold_items,
+    single_document,
+    spans,
+    unfold_items,
+)
 from unified_mm.nn.transformer import Transformer
 
 ALONE = MaskTable((View("none", "separate"),))
@@ -63,8 +71,16 @@ class WithTowers(UnifiedModel):
         return super().stacks | towers
 
     def look(self, name: str, batch: Batch, *, deterministic: bool = True) -> Tokens:
-        """Returns the features of a context modality's items (images, clips), one item a row."""
-        tokens = self.embedders[name](fold_items(batch[name]))
+        """Returns the features of a context modality's items (images, clips), one item a row.
+
+        A batch may hold them as `looked` [rows, N, D], with `looked_valid` [rows, N]: they were
+        computed before (`training.features`).
+        """
+        items = fold_items(batch[name])
+        if "looked" in items:
+            x, valid = items["looked"].astype(self.options.dtype), items["looked_valid"]
+            return Tokens(x, single_document(valid, Group(name, name, x.shape[1])))
+        tokens = self.embedders[name](items)
         plan = plan_attention(self.tower_of(name), ALONE, tokens.metadata, tokens.metadata)
         x, _ = self.towers[name](tokens.embeddings, plan, deterministic=deterministic)
         return Tokens(x, tokens.metadata)

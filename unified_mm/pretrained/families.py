@@ -5,6 +5,7 @@ from __future__ import annotations
 from unified_mm.pretrained.bert import BERT
 from unified_mm.pretrained.clip import CLIP, SIGLIP
 from unified_mm.pretrained.clip_towers import CLIP_IMAGE_TOWER, CLIP_TEXT_TOWER
+from unified_mm.pretrained.efficientnet import EFFICIENTNET_LITE
 from unified_mm.pretrained.family import Family
 from unified_mm.pretrained.gpt2 import GPT2
 from unified_mm.pretrained.idefics import IDEFICS
@@ -21,6 +22,7 @@ FAMILIES: tuple[Family, ...] = (
     OPEN_CLIP,
     SIGLIP,
     VIT,
+    EFFICIENTNET_LITE,
     GPT2,
     LLAMA,
     MISTRAL,

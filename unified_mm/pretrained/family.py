@@ -12,7 +12,7 @@ from unified_mm.pretrained.source import Source
 from unified_mm.pretrained.tables import Table
 from unified_mm.pretrained.vocabularies import TokenLayout
 
-Part = Literal["both", "image", "text"]
+Part = Literal["both", "image", "stem", "text"]  # a stem is the beginning of an image tower
 
 
 @dataclass(frozen=True)

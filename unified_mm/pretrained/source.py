@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import safetensors
 from jaxtyping import Float
 
-from unified_mm.files import read_json
+from unified_mm.files import read_json, sha256
 from unified_mm.pretrained.torch_file import TorchFile
 
 WEIGHTS = "model.safetensors"
@@ -21,6 +22,8 @@ INDEX = "model.safetensors.index.json"
 # What open_clip writes, safetensors or what torch.save makes of the same.
 OPEN_CLIP = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+# What hubs of torch call a file of weights: the architecture, and how its SHA-256 begins.
+NAMED_WEIGHTS = re.compile(r"(?P<architecture>.+)-(?P<sha256>[0-9a-f]{8})\.pth")
 WEIGHTS_OF_ANY_FORM = (WEIGHTS, INDEX, *OPEN_CLIP_WEIGHTS)
 FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -66,17 +69,21 @@ class Source:
         name, config = "config.json", self.json("config.json")
         others = [each for each in OPEN_CLIP_WEIGHTS if (self.path / each).is_file()]
         theirs = any((self.path / each).is_file() for each in (WEIGHTS, INDEX))
-        self._open_clip = ""
+        self._alone = ""  # the one file of weights, where its name is not the usual one
         if others and (config is None or not theirs) and (said := self.json(OPEN_CLIP)):
-            name, config, self._open_clip = (
+            name, config, self._alone = (
                 OPEN_CLIP,
                 {"model_type": "open_clip", **said},
                 others[0],
             )
+        elif config is None and (named := self._named_weights()) is not None:
+            name = self._alone = named.string
+            config = {"model_type": named["architecture"]}
         if config is None:
             raise FileNotFoundError(
                 f"{self.path} has no config.json: give a directory as save_pretrained writes it, "
-                f"with config.json and {WEIGHTS}, or as open_clip does"
+                f"with config.json and {WEIGHTS}, or as open_clip does, or with one file "
+                "ARCHITECTURE-SHA256.pth"
             )
         self.config = Section(str(self.path / name), config)
         self._open = ExitStack()
@@ -130,8 +137,8 @@ class Source:
 
     def _open_all(self) -> dict[str, tuple[Path, Any]]:
         """Returns for each tensor the path of the file that holds it, and the opened file."""
-        if self._open_clip:
-            path, file = self._open_file(self._open_clip)
+        if self._alone:
+            path, file = self._open_file(self._alone)
             return dict.fromkeys(file.keys(), (path, file))  # noqa: SIM118
         index = self.json(INDEX)
         if index is None:
@@ -155,7 +162,7 @@ class Source:
         path = self.path / name
         if not path.is_file():
             raise FileNotFoundError(f"{self.path} has no {name}, which {INDEX} names")
-        if path.suffix == ".bin":
+        if path.suffix in (".bin", ".pth"):
             return path, self._open.enter_context(TorchFile(path))
         try:
             return path, self._open.enter_context(safetensors.safe_open(path, framework="numpy"))
@@ -163,6 +170,21 @@ class Source:
             raise ValueError(
                 f"{path} is no whole safetensors file ({error}): fetch it again"
             ) from error
+
+    def _named_weights(self) -> re.Match[str] | None:
+        """Returns the only file that names its architecture, None if there is none, or several.
+
+        Raises:
+          ValueError: if it is not what its name says.
+        """
+        files = [NAMED_WEIGHTS.fullmatch(path.name) for path in self.path.glob("*.pth")]
+        match = files[0] if len(files) == 1 else None
+        if match is not None and not sha256(self.path / match.string).startswith(match["sha256"]):
+            raise ValueError(
+                f"{self.path / match.string}: its SHA-256 does not begin with {match['sha256']}, "
+                "as its name says: it is damaged, fetch it again"
+            )
+        return match
 
     def _other_weights(self) -> str:
         others = sorted(path.name for path in self.path.glob("*.bin"))

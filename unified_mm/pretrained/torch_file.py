@@ -1,7 +1,8 @@
 """Tensors of a file that torch.save wrote, read without torch and without running any code in it.
 
-Such a file is a zip of the tensors' bytes and of a pickle that says how they are put together. Only
-what a dictionary of tensors needs is allowed in the pickle.
+Such a file is a zip of the tensors' bytes and of a pickle that says how they are put together; up
+to torch 1.5 it was some pickles, and the bytes after them. Only what a dictionary of tensors needs
+is allowed in a pickle.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ STORAGES = {
     "BoolStorage": ("bool", "BOOL"),
 }
 
-
+OLD_NUMBER = 0x1950A86A20F9469CFC6C  # what files of the old layout begin with
 # What reading a damaged pickle may raise, beside its own error.
 DAMAGES = (
     zipfile.BadZipFile,
@@ -39,6 +40,8 @@ DAMAGES = (
     IndexError,
     KeyError,
     TypeError,
+    OverflowError,
+    MemoryError,
 )
 
 
@@ -72,17 +75,13 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._zip = zipfile.ZipFile(path)
-            (pickled,) = (name for name in self._zip.namelist() if name.endswith("/data.pkl"))
-            self._folder = pickled.removesuffix("data.pkl")
-            with self._zip.open(pickled) as file:
-                found = _Unpickler(file).load()
-            order = f"{self._folder}byteorder"
-            little = order not in self._zip.namelist() or self._zip.read(order) == b"little"
+            self._store = (Zipped if zipfile.is_zipfile(path) else Pickles)(path)
+            found = self._store.found
             if not isinstance(found, dict):
                 raise ValueError(f"it is a {type(found).__name__}")
         except DAMAGES as error:
             raise ValueError(f"{path} holds no tensors that can be read safely: {error}") from error
+        little = self._store.little_endian
         if not little or not all(isinstance(each, Tensor) for each in found.values()):
             raise ValueError(f"{path} holds other things than tensors by name, little-endian")
         self._tensors: dict[str, Tensor] = dict(found)
@@ -91,7 +90,7 @@ class TorchFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._zip.close()
+        self._store.close()
 
     def keys(self) -> Iterable[str]:
         """Returns the names of the tensors."""
@@ -109,9 +108,7 @@ class TorchFile:
         """
         found = self._tensors[name]
         key, kind = found.storage
-        numbers = np.frombuffer(
-            self._zip.read(f"{self._folder}data/{key}"), np.dtype(STORAGES[kind][0])
-        )
+        numbers = np.frombuffer(self._store.read(key), np.dtype(STORAGES[kind][0]))
         if min((found.offset, *found.shape, *found.stride), default=0) < 0:
             raise ValueError(f"{self._path}: {name} begins before the bytes that are there")
         last = sum((n - 1) * s for n, s in zip(found.shape, found.stride, strict=True))
@@ -120,6 +117,61 @@ class TorchFile:
         steps = [step * numbers.itemsize for step in found.stride]
         whole = numbers[found.offset :]
         return np.lib.stride_tricks.as_strided(whole, found.shape, steps).copy()
+
+
+class Zipped:
+    """The layout that torch writes today.
+
+    Attributes:
+      found: what its pickle holds.
+      little_endian: whether the lowest byte of a number comes first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._zip = zipfile.ZipFile(path)
+        names = self._zip.namelist()
+        (pickled,) = (name for name in names if name.endswith("/data.pkl"))
+        self._folder = pickled.removesuffix("data.pkl")
+        with self._zip.open(pickled) as file:
+            self.found = _Unpickler(file).load()
+        order = f"{self._folder}byteorder"
+        self.little_endian = order not in names or self._zip.read(order) == b"little"
+        self.close = self._zip.close
+
+    def read(self, key: str) -> bytes:
+        """Returns the bytes of a storage."""
+        return self._zip.read(f"{self._folder}data/{key}")
+
+
+class Pickles:
+    """The layout of old: a number, a version, the machine, what is held, the storages' keys.
+
+    After these five pickles come the storages, each as the count of its numbers and their bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with open(path, "rb") as file:
+            unpickler = [_Unpickler(file) for _ in range(5)]
+            if unpickler[0].load() != OLD_NUMBER:
+                raise ValueError("it does not begin as torch's files do")
+            _, machine, self.found, keys = (each.load() for each in unpickler[1:])
+            self.little_endian = bool(machine["little_endian"])
+            kinds = dict(unpickler[3].storages)
+            self._bytes = {}
+            for key in keys:
+                count = int.from_bytes(file.read(8), "little")
+                size = count * np.dtype(STORAGES[kinds[key]][0]).itemsize
+                self._bytes[key] = file.read(size)
+                if len(self._bytes[key]) != size:
+                    raise ValueError(f"it ends within the tensor {key}: fetch it again")
+
+    def read(self, key: str) -> bytes:
+        """Returns the bytes of a storage."""
+        return self._bytes[key]
+
+    def close(self) -> None:
+        """Forgets the bytes."""
+        self._bytes.clear()
 
 
 def _rebuilt(storage: Any, offset: int, shape: Any, stride: Any, *_: object) -> Tensor:
@@ -134,7 +186,15 @@ KNOWN = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """One that makes dictionaries of tensors, and calls nothing else."""
+    """One that makes dictionaries of tensors, and calls nothing else.
+
+    Attributes:
+      storages: the name and type of each storage that was met.
+    """
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self.storages: set[tuple[str, str]] = set()
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in STORAGES:
@@ -144,7 +204,8 @@ class _Unpickler(pickle.Unpickler):
         return KNOWN[module, name]
 
     def persistent_load(self, saved: Any) -> tuple[str, str]:
-        kind, storage, key, *_ = saved
-        if kind != "storage" or storage not in STORAGES:
+        kind, storage, key, _, _, *view = saved
+        if kind != "storage" or storage not in STORAGES or any(view):
             raise pickle.UnpicklingError(f"it holds a {kind} of {storage}")
+        self.storages.add((str(key), str(storage)))
         return str(key), str(storage)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from unified_mm.costs.peaks import peak_of
+from unified_mm.data.mixture import Mixture
 from unified_mm.data.pipeline import Unreadable, training_batches
 from unified_mm.evaluation.directions import higher_is_better
 from unified_mm.evaluation.evaluate import evaluate
@@ -23,6 +24,7 @@ from unified_mm.parallel.processes import first_decides, own_rows
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.training.ahead import StepAhead, program_text
+from unified_mm.training.features import computed
 from unified_mm.training.output import Output
 from unified_mm.training.phases import Phase, training_flops
 from unified_mm.training.progress import Starved
@@ -228,7 +230,9 @@ class Run:
     def steps(self, phase: Phase, state: TrainState, start: int, progress: Any) -> TrainState:
         """Trains from step `start` to the phase's last, and returns the state."""
         options = self.setup.options
+        data, tolerant = self.setup.config.data, bool(self.setup.train.unchecked)
         step_function = self.ahead.step_of(phase)
+        phase = computed(phase, state.params, self.predictor, data, tolerant, self.say)
         since: list[StepMetrics] = []
         waiting: tuple[int, list[StepMetrics]] | None = None
         bad = ""  # what is wrong with the data
@@ -306,6 +310,9 @@ class Run:
             self.not_finite(bad)
         values = mean_metrics([measured.metrics for measured in host])
         values["learning_rate"] = float(host[-1].learning_rate)
+        if isinstance(phase.rows.examples, Mixture):
+            gone = phase.rows.examples.epochs(step * phase.batch_size)
+            values |= {f"epochs/{name}": count for name, count in gone.items()}
         rates = progress.update(step, values, phase.batch_size, self.starved.take())
         if self.peak and rates:
             rates["time/mfu"] = rates["time/steps_per_second"] * self.flops / self.peak

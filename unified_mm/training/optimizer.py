@@ -99,6 +99,7 @@ def make_optimizer(
         raise ValueError("train.ema_warmup=True needs train.ema_decay above 0")
     kind, scale = scaling(options, select(params, trained), names or {})
     transform = optax.chain(
+        *adaptive_clip(options.adaptive_clip),
         optax.clip_by_global_norm(options.clip_norm),
         kept_as(scale, options.moments_dtype, options.moments_rounding),
     )
@@ -110,6 +111,15 @@ def make_optimizer(
         decays=select(jax.tree.map(lambda d: options.weight_decay * d, decays), trained),
         start=start,
     )
+
+
+def adaptive_clip(share: float) -> list[optax.GradientTransformation]:
+    """Returns the clipping of a stem's gradients, unit by unit; nothing where the share is 0."""
+
+    def of_stems(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: "/stem/" in path_of(path), params)
+
+    return [optax.masked(optax.adaptive_grad_clip(share), of_stems)] if share else []
 
 
 def scaling(

@@ -21,6 +21,7 @@ from unified_mm.config import Config, build_options
 from unified_mm.costs.flops import matmul_flops
 from unified_mm.data.documents import read_documents
 from unified_mm.data.interleave import FewShotRows, Layout, packed_rows
+from unified_mm.data.mixture import mixture_of
 from unified_mm.data.pipeline import RECORD
 from unified_mm.data.records import Manifest
 from unified_mm.default_config import PhaseOptions, TrainOptions, phase
@@ -29,6 +30,7 @@ from unified_mm.objectives.objective import weighted
 from unified_mm.parallel.sharding import BATCH_AXES, ParamShardings, batch_shards, rule_items
 from unified_mm.runs.folder import keeps_average
 from unified_mm.task import Task
+from unified_mm.training.features import Kept, kept_preparers
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import TrainState, state_of_phase
 from unified_mm.training.step import gradients, make_train_step
@@ -148,6 +150,9 @@ def build_phases(
         state, enter = state_of_phase(abstract, optimizer, placement)
         objectives = weighted(task.objectives, options.objectives, f"train.phases.{name}")
         rows = phase_rows(config, task, train, options.data)
+        if config.data.keep_features and options.data == "pairs":
+            kept = kept_preparers(task, rows.examples, abstract.params, optimizer.trained)
+            rows = replace(rows, preparers={**rows.preparers, **kept})
         if any(getattr(each, "tells_records", False) for each in objectives):
             rows = replace(rows, numbered=True)
         phases.append(
@@ -168,7 +173,19 @@ def build_phases(
             )
         )
         start += options.steps
+    refuse_nothing_kept(config, phases)
     return tuple(phases)
+
+
+def refuse_nothing_kept(config: Config, phases: Sequence[Phase]) -> None:
+    """Raises ValueError if features are to be kept and there are none that could be."""
+    kept = any(isinstance(each, Kept) for phase in phases for each in phase.rows.preparers.values())
+    if config.data.keep_features and not kept:
+        raise ValueError(
+            "data.keep_features=True, but there is nothing to keep: it needs data.views above 0, "
+            "and a phase of pairs whose train.freeze_rules hold a whole tower, or a whole stem, "
+            "without dropout"
+        )
 
 
 def check_average(name: str, options: Config, whole: Config) -> None:
@@ -213,10 +230,11 @@ def phase_rows(config: Config, task: Task, train: Manifest, kind: str) -> Rows:
       ValueError: documents that do not fit the model or their row.
     """
     if kind == "pairs":
-        return Rows(train.records, task.modalities, train.fingerprint)
+        examples = mixture_of(config.data, train.records)
+        return Rows(examples, task.modalities, train.fingerprint)
     if kind == "text":
         blind = tuple(replace(record, parts={}) for record in train.records if record.texts)
-        return Rows(blind, task.modalities, train.fingerprint)
+        return Rows(mixture_of(config.data, blind), task.modalities, train.fingerprint)
     options = config.data.documents
     preparers = interleaved_preparers(task.modalities, options.images, options.length)
     check_places(task, options.length)

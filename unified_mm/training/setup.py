@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from unified_mm.config import Config, build_options, option
+from unified_mm.data.cleaning import cleaned
 from unified_mm.data.manifest import summary
 from unified_mm.data.records import Manifest
 from unified_mm.data.sources import Source, open_source
@@ -163,7 +164,8 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
             say(framed(source.banner))
         if described := getattr(source, "described", ""):
             say(described)
-        tokenizer = run_tokenizer(config, folder, source.manifest(config.data.train_split))
+        whole = cleaned(config.data, source.manifest(config.data.train_split))
+        tokenizer = run_tokenizer(config, folder, whole)
         task = build_task(config, tokenizer)
         train = read_manifest(config, source, config.data.train_split, task.modalities)
         say(summary(train))

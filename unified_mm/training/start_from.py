@@ -13,13 +13,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from unified_mm.config import Config, get_field, set_field
+from unified_mm.data.sources import cache_folder
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import MAIN_ALONE, STACK_FIELDS, defaults
+from unified_mm.inference.imported import run_of
 from unified_mm.inference.quantized_params import dequantized, saved_shapes
+from unified_mm.modalities.image import PATCHES
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.parallel.sharding import path_of, without_names
 from unified_mm.runs.checkpoints import Checkpoints
@@ -29,6 +32,8 @@ from unified_mm.task import build_task
 # How a stack is computed and regularised is the new run's own affair.
 STACK = tuple(name for name in STACK_FIELDS if name not in (*MAIN_ALONE, "attention"))
 WHOLE = "whole"
+STEM = "stem"  # of images: it stands in any fusion
+STEM_FIELDS = ("stem", "stem_options", "patch", "mean", "std")
 # What may be other than in the run that a whole model comes from: none of it changes an embedding.
 FREE_OF_MODEL = ("dropout", "remat", "attention", "unroll", "dtype")
 FREE_OF_OBJECTIVE = ("weight", "weight_schedule", "chunk")
@@ -41,9 +46,11 @@ OF_EXPERTS = re.compile(r".*feed_forward/(router_\w+|balance_\w+|shared_expert)(
 
 
 def prefixes(part: str) -> tuple[str, ...]:
-    """Returns the path prefixes of a part's parameters: all, the text model, or a tower."""
+    """Returns the path prefixes of a part's parameters: all, a stem, the text model, or a tower."""
     if part == WHOLE:
         return ("",)
+    if part == STEM:
+        return ("embedders_image/stem/",)
     return f"embedders_{part}/", "transformer/" if part == "text" else f"towers_{part}/"
 
 
@@ -51,8 +58,8 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
     """Returns the config with every field that the weights it starts from decide.
 
     Args:
-      config: `model.start_from` names runs by part: 'whole', or text or a modality with a tower;
-        '' for none.
+      config: `model.start_from` names runs by part: 'whole', or text, 'stem' or a modality with a
+        tower; '' for none.
       asked: fields that the command line set; these must agree with the weights.
 
     Raises:
@@ -74,12 +81,16 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
         if part == WHOLE:
             take_whole(chosen, saved, run, asked)
             continue
-        taken = text_of(saved, run) if part == "text" else tower_of(saved, part)
+        if part == STEM:
+            taken = stem_of(saved, begun)
+        else:
+            taken = text_of(saved, run) if part == "text" else tower_of(saved, part)
         leave_begin_token(taken, asked)
-        if part not in config.model.modalities or part in config.model.towers:
+        modality = "image" if part == STEM else part
+        if modality not in config.model.modalities or part in config.model.towers:
             raise ValueError(
-                f"model.start_from.{part}: model.modalities must declare {part}, and model.towers "
-                "must not, for the weights decide its tower"
+                f"model.start_from.{part}: model.modalities must declare {modality}, and "
+                "model.towers must not, for the weights decide its tower"
             )
         for field, value in taken.items():
             refuse_contradiction(config, field, value, asked, f"{part}={run!r}")
@@ -95,7 +106,8 @@ def upcycles(model: Any, saved: Mapping[str, Any]) -> bool:
 
 def begun_parts(config: Any) -> dict[str, str]:
     """Returns the parts that start from other runs, and these runs."""
-    return {part: run for part, run in config.model.start_from.items() if run}
+    named = {part: run for part, run in config.model.start_from.items() if run}
+    return {part: run_of(run, cache_folder(config.data)) for part, run in named.items()}
 
 
 def leave_begin_token(taken: dict[str, Any], asked: Collection[str]) -> None:
@@ -188,14 +200,17 @@ def saved_config(run: str, part: str, fusion: str) -> dict[str, Any]:
     if not folder.exists:
         raise FileNotFoundError(f"model.start_from.{part}={run!r} is no run: it has no config.json")
     saved = folder.read_config(defaults())
-    if part not in ("text", WHOLE) and fusion == "early":
+    if part not in ("text", STEM, WHOLE) and fusion == "early":
         raise ValueError(
             f"model.start_from.{part}: early fusion has no {part} tower; use fusion 'late' or "
             "'gated_cross_attention'"
         )
-    if part not in ("text", WHOLE) and saved["model"]["fusion"] == "early":
+    if part not in ("text", STEM, WHOLE) and saved["model"]["fusion"] == "early":
         raise ValueError(f"model.start_from.{part}={run!r} is early fusion and has no {part} tower")
-    if part not in (WHOLE, *saved["model"]["modalities"]):
+    modalities = saved["model"]["modalities"]
+    if part == STEM and modalities.get("image", {}).get("stem", PATCHES[0]) in PATCHES:
+        raise ValueError(f"model.start_from.{part}={run!r} sees patches of images: it has no stem")
+    if part not in (WHOLE, STEM, *modalities):
         raise ValueError(f"model.start_from.{part}={run!r} reads no {part}")
     held = saved.get("imported", {}).get("part", "both")
     # Imported text is a whole model of texts; an image tower is no model yet.
@@ -229,6 +244,21 @@ def text_of(saved: Mapping[str, Any], run: str) -> dict[str, Any]:
         "data.special_tokens.image": "",  # a text model alone sees no picture
         "objectives.contrastive.text_pool": contrastive["text_pool"],
     }
+
+
+def stem_of(saved: Mapping[str, Any], begun: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the fields that the weights of a stem decide, by dotted name.
+
+    Raises:
+      ValueError: the whole image tower comes from a run too.
+    """
+    if "image" in begun:
+        raise ValueError(
+            f"model.start_from.image and model.start_from.{STEM} both say where the stem of images "
+            "comes from: give one of them"
+        )
+    image = saved["model"]["modalities"]["image"]
+    return {f"model.modalities.image.{name}": image[name] for name in STEM_FIELDS}
 
 
 def tower_of(saved: Mapping[str, Any], part: str) -> dict[str, Any]:
@@ -356,7 +386,8 @@ def leaves_of_run(run: str, part: str) -> dict[str, Any]:
         tokenizer = TextTokenizer.train([], 260)
     config = Config(saved)
     shapes = without_names(saved_shapes(build_task(config, tokenizer), config))
-    wanted = {top: tree for top, tree in shapes.items() if f"{top}/".startswith(prefixes(part))}
+    paths, own = flatten_dict(shapes, sep="/"), prefixes(part)
+    wanted = unflatten_dict({path: x for path, x in paths.items() if path.startswith(own)}, sep="/")
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         name = "average" if keeps_average(saved["train"]) else "params"
         restored = checkpoints.restore({name: wanted}, partial=True)

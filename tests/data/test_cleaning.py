@@ -1,0 +1,138 @@
+"""Planted faults are found, what is sound stays, and what is found is left out of training."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image, ImageFilter
+
+from unified_mm import clean
+from unified_mm.config import Config
+from unified_mm.data.cleaning import (
+    cleaned,
+    differences,
+    near_pairs,
+    perceptual_hashes,
+    read_filter,
+)
+from unified_mm.data.sources import open_source
+from unified_mm.evaluation.splits import read_manifest
+from unified_mm.files import write_json
+
+SOUND = 12
+
+
+def photograph(seed):
+    """Coloured noise as smooth as a photograph."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    large = Image.fromarray(noise).resize((96, 72), Image.Resampling.BICUBIC)
+    return large.filter(ImageFilter.GaussianBlur(1))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with twelve sound pictures, and planted ones; returns it and what they are."""
+    folder = tmp_path_factory.mktemp("data")
+    scored = photograph(100)
+    brighter = np.clip(np.asarray(photograph(2)) * 1.3, 0, 255).astype(np.uint8)
+    planted = {
+        "same": photograph(0),
+        "small": photograph(1).resize((48, 36)),
+        "bright": Image.fromarray(brighter),
+        "mirrored": photograph(3).transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        "leak": scored,
+        "blank": Image.new("RGB", (96, 72), (7, 90, 200)),
+        "tiny": photograph(50).resize((30, 40)),
+        "strip": photograph(51).resize((320, 40)),
+        "terse": photograph(52),
+    }
+    train = {f"sound{i}": photograph(i) for i in range(SOUND)} | planted
+    for split, pictures in (("train", train), ("val", {"a": scored, "b": photograph(101)})):
+        (folder / "images").mkdir(exist_ok=True)
+        images, captions = [], []
+        for number, (name, picture) in enumerate(pictures.items()):
+            file = f"{split}_{name}.jpg"
+            picture.save(folder / "images" / file, quality=90 if name != "same" else 30)
+            images.append({"id": f"{name}", "file_name": file})
+            text = "dog" if name == "terse" else f"{name} and what it shows"
+            captions.append({"id": number, "image_id": f"{name}", "caption": text})
+        content = {"images": images, "annotations": captions}
+        write_json(folder / "annotations" / f"captions_{split}.json", content)
+    return folder, planted
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        clean.main(arguments)
+    return stopped.value.code
+
+
+def test_what_is_planted_is_found_and_left_out_of_training(data, tmp_path, capsys):
+    folder, planted = data
+    out, where = tmp_path / "out", f"--config.data.dir={folder}"
+    cache = f"--config.data.cache_dir={tmp_path / 'cache'}"
+    assert run("--config=coco:tiny", where, cache, f"--out={out}") == 0
+    said = capsys.readouterr().out
+    assert f"9 of {SOUND + 9}" in said and "copies: 5 dropped" in said
+    manifest = json.loads((out / "manifest.json").read_text())
+    found = {each["id"]: each for each in manifest["examples"]}
+    assert set(found) == set(planted)
+    reasons = {name: each["reason"] for name, each in found.items()}
+    assert reasons["leak"] == "the same file as val/a, which is scored on"
+    assert reasons["mirrored"] == "a mirror image of train/sound3"
+    assert reasons["bright"] == "a copy of train/sound2"
+    assert reasons["tiny"] == "30 pixels on a side" and reasons["strip"] == "320 x 40 pixels"
+    page = (out / "report.html").read_text()
+    assert "train/bright: a copy of train/sound2" in page and "data:image/png" in page
+
+    config = Config(
+        tiny.config_dict(
+            data__dir=str(folder),
+            data__cache_dir=str(tmp_path / "cache"),
+            data__manifest=str(out / "manifest.json"),
+        ).to_dict()
+    )
+    source = open_source(config.data)
+    kept = read_manifest(config, source, "train", {})
+    assert [record.id for record in kept.records] == [f"sound{i}" for i in range(SOUND)]
+    assert kept.fingerprint != source.manifest("train").fingerprint
+    assert read_manifest(config, source, "val", {}) == source.manifest("val")
+    with pytest.raises(ValueError, match="was made of other data"):
+        cleaned(config.data, kept)
+
+
+def test_all_pairs_of_near_hashes_are_found_once():
+    rng = np.random.default_rng(0)
+    hashes = rng.integers(0, 2**63, 40).astype(np.uint64)
+    hashes[31], hashes[7] = hashes[3] ^ np.uint64(0b101), hashes[3]
+    found = [(int(i), int(j)) for pair in near_pairs(hashes, hashes, 2, 8) for i, j in zip(*pair)]
+    assert sorted(found) == [(3, 7), (3, 31), (7, 31)]
+
+
+def test_a_hash_says_nothing_of_brightness_and_differences_tell_pictures_apart():
+    dark, other = (np.asarray(photograph(i).resize((32, 32)))[None] // 2 for i in range(2))
+    bright = (dark * 1.5).astype(np.uint8)
+    (one,), (two,) = perceptual_hashes(dark), perceptual_hashes(bright)
+    assert np.bitwise_count(one ^ two) <= 2
+    assert differences(dark, bright)[0] < 2 and differences(bright, dark)[0] < 2
+    assert differences(dark, other)[0] > 30
+
+
+def test_a_filter_has_options_of_its_own():
+    name, found = read_filter("copies,threshold=20,bits=4,mirrored=false")
+    assert (name, found.threshold, found.bits, found.mirrored) == ("copies", 20.0, 4, False)
+    for given, named in (("copys", "Did you mean 'copies'"), ("blank,bits=3", "no such option"),
+                         ("blank,threshold=x", "name=value")):  # fmt: skip
+        with pytest.raises(ValueError, match=named):
+            read_filter(given)
+
+
+def test_what_is_no_such_manifest_is_refused(data, tmp_path):
+    path = Path(tmp_path / "other.json")
+    config = Config(tiny.config_dict(data__dir=str(data[0]), data__manifest=str(path)).to_dict())
+    source = open_source(config.data)
+    write_json(path, {"format": 9})
+    with pytest.raises(ValueError, match="no manifest that unified_mm.clean wrote"):
+        read_manifest(config, source, "train", {})

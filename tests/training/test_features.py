@@ -1,0 +1,160 @@
+"""Frozen towers are computed once: the same numbers, kept, found again, and mended."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from unified_mm.config import Config
+from unified_mm.data.pipeline import training_batches
+from unified_mm.data.sources import open_source
+from unified_mm.inference.loaded import one_device_mesh
+from unified_mm.inference.predictor import Predictor
+from unified_mm.training.features import STEM, TOWER, VALUES, Kept, computed, kept_preparers
+from unified_mm.training.optimizer import adaptive_clip
+from unified_mm.training.phases import Rows, refuse_nothing_kept
+
+SMALL_STEM = {
+    "model__modalities__image__stem": "nfnet",
+    "model__modalities__image__stem_options": {"channels": (4,), "blocks": (1,)},
+    "model__modalities__image__patch": 4,
+}
+CHANGES = {
+    "data__views": 2,
+    "model__fusion": "late",
+    "objectives__matching__weight": 0.0,
+    "objectives__captioning__weight": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.write_coco(tmp_path_factory.mktemp("data") / "coco", train=6)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Of a phase, what the computation of features reads."""
+
+    task: object
+    rows: Rows
+
+
+def begun(data, cache, frozen, **changes):
+    """A stretch of training with features that are not computed yet, and what else that takes."""
+    changes |= {**CHANGES, "data__dir": str(data), "data__cache_dir": str(cache)}
+    config = Config(tiny.config_dict(**changes).to_dict())
+    task = tiny.task(**changes)
+    params = tiny.params(task)
+    trained = jax.tree_util.tree_map_with_path(
+        lambda path, _: not any(part in jax.tree_util.keystr(path) for part in frozen), params
+    )
+    manifest = open_source(config.data).manifest("train")
+    kept = kept_preparers(task, manifest.records, params, trained)
+    rows = Rows(manifest.records, {**task.modalities, **kept}, manifest.fingerprint)
+    predictor = Predictor(task, None, one_device_mesh())
+
+    def compute(params=params, say=lambda line: None):
+        return computed(Stretch(task, rows), params, predictor, config.data, False, say).rows
+
+    return task, params, rows, compute
+
+
+def first(rows, preparers):
+    batches = training_batches(rows.examples, preparers, seed=3, batch_size=16)
+    batch = next(batches)["image"]
+    batches.close()
+    return jax.tree.map(jnp.asarray, batch)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "key", "more"),
+    (
+        (("['stem']",), STEM, SMALL_STEM),
+        (("embedders_image", "towers_image"), TOWER, {}),
+    ),
+)
+def test_features_are_what_the_frozen_part_makes_of_the_same_views(
+    frozen, key, more, data, tmp_path
+):
+    task, params, rows, compute = begun(data, tmp_path, frozen, **more)
+    assert rows.preparers["image"].key == key
+    kept = first(rows, {"image": compute().preparers["image"]})
+    seen = first(rows, {"image": task.modalities["image"]})
+    assert key in kept and "pixels" in seen
+    embed = jax.jit(lambda arrays: task.embed(params, {"image": arrays}, "image"))
+    np.testing.assert_allclose(embed(kept), embed(seen), atol=1e-5)
+    # Six examples have twelve views, each of them met again.
+    assert 6 < len(np.unique(np.asarray(kept[key]).reshape(16, -1), axis=0)) <= 12
+
+
+def test_features_are_found_again_and_a_damaged_file_is_made_again(data, tmp_path):
+    _, params, _, compute = begun(data, tmp_path, ("['stem']",), **SMALL_STEM)
+    said = []
+    folder = Path(compute(say=said.append).preparers["image"].folder)
+    assert said == ["features of 6 x 2 views: computed once"]
+    whole = (folder / VALUES).read_bytes()
+    assert compute(say=said.append).preparers["image"].folder == str(folder) and len(said) == 1
+    (folder / VALUES).write_bytes(whole[:-1] + b"!")
+    compute(say=said.append)
+    assert f"{VALUES}): it is made again" in said[1] and (folder / VALUES).read_bytes() == whole
+    others = jax.tree.map(lambda leaf: leaf + 1e-3, params)
+    assert compute(others).preparers["image"].folder != str(folder)
+
+
+def test_what_is_trained_or_has_ever_new_views_is_not_kept(data, tmp_path):
+    kinds = {
+        "trained": begun(data, tmp_path, (), **SMALL_STEM),
+        "in part": begun(data, tmp_path, ("towers_image",)),
+    }
+    for _, _, rows, _ in kinds.values():
+        assert not any(isinstance(each, Kept) for each in rows.preparers.values())
+    config = Config(tiny.config_dict(data__keep_features=True).to_dict())
+    with pytest.raises(ValueError, match="nothing to keep: it needs data.views above 0"):
+        refuse_nothing_kept(config, [])
+
+
+def test_views_are_known_by_example_and_number(data):
+    config = tiny.config_dict(**CHANGES, data__dir=str(data))
+    modality = tiny.task(**CHANGES).modalities["image"]
+    record = open_source(config.data).manifest("train").records[0]
+    views = [modality.prepare_view(record, number)["pixels"] for number in range(2)]
+    assert not np.array_equal(*views)
+    drawn = [modality.prepare(record, np.random.default_rng(i))["pixels"] for i in range(9)]
+    assert all(any(np.array_equal(view, known) for known in views) for view in drawn)
+    other = replace(modality, view_seed=1).prepare_view(record, 0)["pixels"]
+    assert not np.array_equal(other, views[0])
+
+
+def test_adaptive_clipping_is_of_stems_alone():
+    leaf = {"kernel": jnp.ones((3, 2))}
+    params = {"embedders_image": {"stem": leaf, "patches": leaf}}
+    (clip,) = adaptive_clip(0.01)
+    found, _ = clip.update(params, clip.init(params), params)
+    np.testing.assert_allclose(found["embedders_image"]["stem"]["kernel"], 0.01, rtol=1e-5)
+    np.testing.assert_array_equal(found["embedders_image"]["patches"]["kernel"], 1)
+    assert adaptive_clip(0.0) == []
+
+
+@pytest.mark.slow
+def test_a_run_with_kept_features_has_the_scores_of_one_without(data, tmp_path):
+    scores = []
+    for kept in (True, False):
+        arguments = (
+            f"--config={Path(__file__).parents[1] / 'stem_recipe.py'}",
+            *commands.SMALL,
+            f"--config.data.dir={data}",
+            f"--config.data.cache_dir={tmp_path / 'cache'}",
+            f"--config.data.keep_features={kept}",
+            f"--workdir={tmp_path / str(kept)}",
+        )
+        assert commands.run(*arguments) == 0
+        scores.append(json.loads((tmp_path / str(kept) / "result.json").read_text())["scores"])
+    assert list(scores[0]) == list(scores[1])
+    np.testing.assert_allclose(*(list(each.values()) for each in scores), atol=1e-5)

@@ -1,0 +1,84 @@
+"""Finds what had better not be trained on, and writes which examples these are, and why.
+
+    python -m unified_mm.clean --config=photographs --config.data.dir=FOLDER --out=DIR
+    python -m unified_mm.clean ... --filter=copies,threshold=20 --filter=blank
+
+Nothing is deleted or copied: --config.data.manifest=DIR/manifest.json leaves the examples out of
+training. DIR/report.html shows what was found, and how near the thresholds it is. Filters: copies
+(also mirrored ones, and those of what is scored on), blank, small, narrow, terse; or
+package.module:NAME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from unified_mm.cli.command import command
+from unified_mm.cli.messages import say
+from unified_mm.cli.recipes import resolve
+from unified_mm.config import Config
+from unified_mm.files import new_folder, refuse_existing, write_atomically
+
+SHOWN = 30  # pairs nearest the threshold
+FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of a threshold, that counts are told at
+
+
+@command("clean", __doc__, needs=("out",), takes=("config", "filter"), recipe="coco")
+def main(options: argparse.Namespace) -> int:
+    """Looks at all splits, writes manifest and report, and returns the exit code."""
+    from unified_mm.data.cleaning import FILTERS, look_at, read_filter, write_manifest
+    from unified_mm.data.sources import open_source
+
+    filters = dict(read_filter(each) for each in options.filter or FILTERS)
+    out = Path(options.out)
+    refuse_existing(out)
+    config = Config(resolve(options.recipe, say).to_dict())
+    source, split = open_source(config.data), config.data.train_split
+    if unread := config.unread(list(options.recipe.overrides)):
+        raise ValueError(f"{', '.join(unread)}: set on the command line, but nothing reads it here")
+    manifests = {name: source.manifest(name) for name in source.splits()}
+    pictures = look_at(manifests, split)
+    found = {name: (each, list(each(pictures))) for name, each in filters.items()}
+    with new_folder(out) as half:
+        dropped = write_manifest(half / "manifest.json", pictures, found, manifests[split])
+        page = report(pictures, found, len(dropped))
+        write_atomically(half / "report.html", page.encode())
+    for name in filters:
+        say(f"{name}: {sum(each == name for each in dropped.values()):,} dropped")
+    say(f"{len(dropped):,} of {len(manifests[split].records):,}: {out / 'manifest.json'}")
+    return 0
+
+
+def report(pictures: Any, found: Any, dropped: int) -> str:
+    """Returns the page: for each filter its counts, and the cases nearest its threshold."""
+    from unified_mm.analysis.pages import render_page
+
+    sections = []
+    for name, (each, cases) in found.items():
+        nearest = sorted(cases, key=lambda case: abs(case.measure - each.threshold))[:SHOWN]
+        counts = {
+            factor * each.threshold: len(
+                {case.place for case in cases if case.measure <= factor * each.threshold}
+            )
+            for factor in FACTORS
+        }
+        rows = [
+            {
+                "name": pictures.named(case.place),
+                "reason": case.reason,
+                "measure": case.measure,
+                "gone": case.measure <= each.threshold,
+                "pictures": [pictures.small[i] for i in (case.place, case.other) if i >= 0],
+            }
+            for case in nearest
+        ]
+        sections.append({"name": name, "filter": repr(each), "counts": counts, "rows": rows})
+    shown = {"sections": sections, "dropped": dropped, "all": int(pictures.trained.sum())}
+    return render_page("cleaning.html.jinja", **shown)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,339 @@
+"""What had better not be trained on: copies, leaks, blank and odd pictures, poor captions.
+
+Filters look at all splits and drop examples of the training split alone, so that what is scored on
+stays. Of copies the one that is scored on stays, else the first. What they drop becomes a file
+(`write_manifest`) that `data.manifest` reads: ids and reasons, no copies of data.
+
+A filter is a dataclass with a `threshold` and a call, `Pictures` -> `Case`s, of `FILTERS` or
+`package.module:CLASS`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+
+from unified_mm.config import option, read_options
+from unified_mm.data import images
+from unified_mm.data.records import Manifest, Problem, Record, StoredImage
+from unified_mm.files import read_json, user_path, write_json
+from unified_mm.registry import resolve
+
+FORMAT = 1
+SIDE = 32  # of the small pictures that hashes are made of, and that copies are confirmed on
+WHITE = 240  # from here on a brighter copy may have lost what was there
+HASHED = 8  # lowest frequencies down and across that a hash has the signs of
+
+
+@dataclass(frozen=True)
+class Case:
+    """An example that a filter drops, or nearly.
+
+    Attributes:
+      place: among the pictures that the filters looked at.
+      measure: it is dropped where this is at most the filter's threshold.
+      reason: in words.
+      other: the place of the example that it is a copy of; -1 for none.
+    """
+
+    place: int
+    measure: float
+    reason: str
+    other: int = -1
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What filters look at, an entry for each example; those that are scored on come first.
+
+    Attributes:
+      splits, records: of the examples.
+      trained: which are trained on.
+      digests: of the files' bytes.
+      sizes: width and height, (0, 0) without a picture.
+      small: the pictures, squeezed.
+    """
+
+    splits: tuple[str, ...]
+    records: tuple[Record, ...]
+    trained: np.ndarray
+    digests: tuple[bytes, ...]
+    sizes: Int[np.ndarray, "images 2"]
+    small: UInt8[np.ndarray, "images side side 3"]
+
+    def named(self, place: int) -> str:
+        """Returns an example's split and id."""
+        return f"{self.splits[place]}/{self.records[place].id}"
+
+
+def look_at(manifests: Mapping[str, Manifest], train_split: str, threads: int = 4) -> Pictures:
+    """Reads every picture once, and keeps a small one of each."""
+    order = sorted(manifests, key=lambda split: split == train_split)
+    pairs = [(split, record) for split in order for record in manifests[split].records]
+
+    def one(record: Record) -> tuple[bytes, tuple[int, int], np.ndarray]:
+        image = record.image
+        if image is None:
+            return b"", (0, 0), np.zeros((SIDE, SIDE, 3), np.uint8)
+        content = image.read() if isinstance(image, StoredImage) else Path(image).read_bytes()
+        pixels = images.decode(content)
+        squeezed = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX)
+        digest = hashlib.sha256(content).digest()[:16]
+        return digest, (pixels.shape[1], pixels.shape[0]), np.asarray(squeezed)
+
+    with ThreadPoolExecutor(threads) as pool:
+        seen = list(pool.map(one, [record for _, record in pairs]))
+    digests, sizes, small = zip(*seen, strict=True)
+    return Pictures(
+        tuple(split for split, _ in pairs),
+        tuple(record for _, record in pairs),
+        np.array([split == train_split for split, _ in pairs]),
+        digests,
+        np.array(sizes),
+        np.stack(small),
+    )
+
+
+def perceptual_hashes(small: UInt8[np.ndarray, "images side side 3"]) -> Any:
+    """Returns 64 bits a picture: which of its lowest frequencies are above their median."""
+    grey = small.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    steps = np.arange(SIDE)
+    cosines = np.cos(np.pi * (2 * steps + 1) * steps[:HASHED, None] / (2 * SIDE))
+    waves = cosines.astype(np.float32) @ grey @ cosines.T.astype(np.float32)
+    flat = waves.reshape(len(small), -1)
+    # The mean brightness says nothing of what is seen.
+    bits = flat > np.median(flat[:, 1:], axis=1, keepdims=True)
+    return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
+
+
+def near_pairs(
+    hashes: Any, others: Any, bits: int, block: int = 256
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields places i < j, block by block, of hashes i and others j that differ in few bits."""
+    for start in range(0, len(hashes), block):
+        rows = hashes[start : start + block, None]
+        near = np.bitwise_count(rows ^ others[None, start:]) <= bits
+        i, j = np.nonzero(np.triu(near, 1))
+        yield start + i, start + j
+
+
+def differences(ones: Any, others: Any) -> Float[np.ndarray, " pairs"]:
+    """Returns how unlike small pictures are, pair by pair, whatever their brightness and contrast.
+
+    It is the largest difference of a square of 4 x 4 pixels, in steps of 255, after the brighter is
+    fitted by the other where neither is white.
+    """
+    x, y = ones.astype(np.float32), others.astype(np.float32)
+    seen = ((x < WHITE) & (y < WHITE)).astype(np.float32)
+    axes = (1, 2, 3)
+    count = np.maximum(seen.sum(axes, keepdims=True), 1)
+    x, y = ((each - (each * seen).sum(axes, keepdims=True) / count) * seen for each in (x, y))
+    spread_x, spread_y = (np.square(each).sum(axes, keepdims=True) for each in (x, y))
+    gain = (x * y).sum(axes, keepdims=True) / np.maximum(spread_x, 1e-3)
+    rest = y - gain * x
+    # Of two pictures each may be the brighter: the residue is told at the brightness of the other.
+    rest = rest / np.maximum(np.sqrt(spread_y / np.maximum(spread_x, 1e-3)), 1)
+    parts = rest.reshape(len(rest), SIDE // 4, 4, SIDE // 4, 4, 3).mean((2, 4))
+    found: np.ndarray = np.sqrt(np.square(parts).mean(-1)).max((1, 2))
+    return found
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Copies by bytes, and by hashes of the picture and of its mirror image.
+
+    What hashes find is confirmed on the pixels.
+
+    Attributes:
+      threshold: the difference of pixels up to which two pictures are one.
+      bits: of 64, that hashes of copies may differ in.
+      mirrored: whether a mirror image is a copy.
+    """
+
+    threshold: float = 14.0
+    bits: int = option(12, least=0, most=32)
+    mirrored: bool = True
+
+    def __call__(self, pictures: Pictures) -> Iterator[Case]:
+        first: dict[bytes, int] = {}
+        for place, digest in enumerate(pictures.digests):
+            if digest and first.setdefault(digest, place) != place:
+                yield from self.case(pictures, first[digest], place, 0.0, "the same file as")
+        small = pictures.small
+        turned = small[:, :, ::-1]
+        hashes = perceptual_hashes(small)
+        kinds = [(hashes, small, "a copy of")]
+        if self.mirrored:
+            kinds.append((perceptual_hashes(turned), turned, "a mirror image of"))
+        for others, seen, reason in kinds:
+            for i, j in near_pairs(hashes, others, self.bits):
+                blank = (pictures.sizes[j] == 0).any(1) | (pictures.sizes[i] == 0).any(1)
+                i, j = i[~blank & pictures.trained[j]], j[~blank & pictures.trained[j]]
+                for start in range(0, len(i), 1024):
+                    one, other = i[start : start + 1024], j[start : start + 1024]
+                    unlike = differences(small[one], seen[other])
+                    for near in np.flatnonzero(unlike <= 2 * self.threshold):
+                        pair = int(one[near]), int(other[near])
+                        yield from self.case(pictures, *pair, float(unlike[near]), reason)
+
+    def case(
+        self, pictures: Pictures, kept: int, place: int, measure: float, reason: str
+    ) -> Iterator[Case]:
+        """Yields the case of a pair, unless both are scored on."""
+        if pictures.trained[place]:
+            leak = ", which is scored on" * (not pictures.trained[kept])
+            yield Case(place, measure, f"{reason} {pictures.named(kept)}{leak}", kept)
+
+
+@dataclass(frozen=True)
+class Blank:
+    """Pictures of one colour: `threshold` is the deviation of their pixels, of 255."""
+
+    threshold: float = 3.0
+
+    def __call__(self, pictures: Pictures) -> Iterator[Case]:
+        deviations = pictures.small.astype(np.float32).std((1, 2)).max(-1)
+        for place in np.flatnonzero(has_picture(pictures) & (deviations <= 2 * self.threshold)):
+            yield Case(int(place), float(deviations[place]), "of one colour")
+
+
+@dataclass(frozen=True)
+class Small:
+    """Pictures whose shorter side has at most `threshold` pixels."""
+
+    threshold: float = 31.0
+
+    def __call__(self, pictures: Pictures) -> Iterator[Case]:
+        shorter = pictures.sizes.min(1)
+        for place in np.flatnonzero(has_picture(pictures) & (shorter <= 2 * self.threshold)):
+            yield Case(int(place), float(shorter[place]), f"{shorter[place]} pixels on a side")
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Pictures whose shorter side is at most `threshold` of the longer one."""
+
+    threshold: float = 0.25
+
+    def __call__(self, pictures: Pictures) -> Iterator[Case]:
+        share = pictures.sizes.min(1) / np.maximum(pictures.sizes.max(1), 1)
+        for place in np.flatnonzero(has_picture(pictures) & (share <= 2 * self.threshold)):
+            width, height = pictures.sizes[place]
+            yield Case(int(place), float(share[place]), f"{width} x {height} pixels")
+
+
+@dataclass(frozen=True)
+class Terse:
+    """Examples whose longest caption has at most `threshold` words."""
+
+    threshold: float = 1.0
+
+    def __call__(self, pictures: Pictures) -> Iterator[Case]:
+        for place, record in enumerate(pictures.records):
+            words = max((len(text.target.split()) for text in record.texts), default=0)
+            if pictures.trained[place] and words <= 2 * self.threshold:
+                yield Case(place, float(words), f"{words} word{'s' * (words != 1)} at most")
+
+
+FILTERS = {
+    "copies": Copies,
+    "blank": Blank,
+    "small": Small,
+    "narrow": Narrow,
+    "terse": Terse,
+}
+
+
+def has_picture(pictures: Pictures) -> np.ndarray:
+    """Returns which examples are trained on and have a picture."""
+    found: np.ndarray = pictures.trained & (pictures.sizes > 0).all(1)
+    return found
+
+
+def read_filter(given: str) -> tuple[str, Any]:
+    """Returns the name and the filter of `NAME`, or of `NAME,threshold=20,bits=10`.
+
+    Raises:
+      ValueError: there is no such filter, or it has no such option.
+    """
+    name, *options = given.split(",")
+    kind = resolve("filter", name, FILTERS)
+    pairs = [each.partition("=") for each in options]
+    try:
+        values = {key: json.loads(value) for key, _, value in pairs}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--filter={given}: an option is given as name=value") from error
+    return name, kind(**read_options(kind, values, f"--filter={name}"))
+
+
+def write_manifest(
+    path: Path, pictures: Pictures, found: Mapping[str, tuple[Any, Sequence[Case]]], data: Manifest
+) -> dict[int, str]:
+    """Writes what filters drop, each example once, and returns the filter by its place.
+
+    Args:
+      path: of the file.
+      pictures: that the filters looked at.
+      found: by the filter's name, the filter and its cases.
+      data: the split that is trained on.
+    """
+    dropped: dict[int, str] = {}
+    rows = []
+    for name, (each, cases) in found.items():
+        for case in sorted(cases, key=lambda case: case.measure):
+            if case.measure > each.threshold or case.place in dropped:
+                continue
+            dropped[case.place] = name
+            identity = pictures.records[case.place].id
+            rows.append({"id": identity, "weight": 0, "filter": name, "reason": case.reason})
+    of = {"split": data.split, "fingerprint": data.fingerprint}
+    filters = {name: repr(each) for name, (each, _) in found.items()}
+    write_json(path, {"format": FORMAT, "of": of, "filters": filters, "examples": rows})
+    return dropped
+
+
+def cleaned(data: Any, manifest: Manifest) -> Manifest:
+    """Returns a manifest without what the file `data.manifest` drops of its split.
+
+    Raises:
+      ValueError: the file is none of these, or was made of other data.
+    """
+    if not data.manifest:
+        return manifest
+    path = user_path(data.manifest, "data.manifest")
+    said = read_json(path)
+    if not isinstance(said, dict) or said.get("format") != FORMAT:
+        raise ValueError(f"data.manifest={path}: is no manifest that unified_mm.clean wrote")
+    of, examples = said["of"], said["examples"]
+    if of["split"] != manifest.split:
+        return manifest
+    if of["fingerprint"] != manifest.fingerprint:
+        raise ValueError(
+            f"data.manifest={path} was made of other data than {manifest.split!r} in "
+            f"{manifest.folder}: make it anew with unified_mm.clean, or set data.manifest=''"
+        )
+    if odd := [each for each in examples if each["weight"] not in (0, 1)]:
+        raise ValueError(f"data.manifest={path}: {odd[0]}: a weight is 0 or 1")
+    out = {each["id"]: each for each in examples if not each["weight"]}
+    kept = tuple(record for record in manifest.records if record.id not in out)
+    if not kept:
+        raise ValueError(f"data.manifest={path} leaves nothing of {manifest.split!r}")
+    sealed = json.dumps([manifest.fingerprint, sorted(map(str, out))])
+    problems = tuple(
+        Problem(str(id), f"{each['filter']}: data.manifest", "left out") for id, each in out.items()
+    )
+    return replace(
+        manifest,
+        records=kept,
+        problems=(*manifest.problems, *problems),
+        fingerprint=hashlib.sha256(sealed.encode()).hexdigest(),
+    )

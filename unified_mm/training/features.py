@@ -1,0 +1,308 @@
+"""What a frozen tower or stem makes of each view of each example: computed once, kept, and mapped.
+
+A modality whose `views` is above 0 draws each training view among so many of an example, all of
+them known beforehand. Where a phase trains nothing of what looks at it, `data.keep_features` keeps
+the outcome in files, and training reads these in place of pixels: to the same scores.
+
+They lie in `features/` of the data's cache, under a digest of the examples, of how they are
+prepared, and of the weights. A file that is damaged is found by its checksum and made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unified_mm.data.pipeline import evaluation_batches
+from unified_mm.data.records import Record, StoredImage
+from unified_mm.data.sources import cache_folder
+from unified_mm.files import new_folder, read_json, write_json
+from unified_mm.inference.predictor import Predictor
+from unified_mm.models.late import WithTowers
+from unified_mm.parallel.processes import first_before_others, is_first, wait_for_all
+from unified_mm.parallel.sharding import path_of
+from unified_mm.runs.seal import SEAL, broken_files, write_seal
+from unified_mm.task import Task
+
+FORMAT = 1  # raise it when what is kept changes: files of an older format are not found then
+BATCH = 64
+TOWER, STEM = "looked", "features"  # keys of a batch under which a model finds what was kept
+VALUES, VALID, ABOUT = "values.f32", "valid.bool", "about.json"
+Prepared = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A preparer of what a frozen part of a model makes of a modality's views.
+
+    Attributes:
+      modality: the modality.
+      key: `TOWER` or `STEM`.
+      shape: of the values of one view.
+      number_of: the place of each example, by its id.
+      folder: where they are kept; '' until they are computed.
+    """
+
+    modality: Any
+    key: str
+    shape: tuple[int, ...]
+    number_of: Mapping[int | str, int]
+    folder: str = ""
+
+    def prepare(self, record: Record, rng: np.random.Generator | None) -> Prepared:
+        if rng is None:
+            raise ValueError("features are kept of training views alone")
+        if self.modality.name not in record.parts:
+            return self.absent()
+        views = self.modality.views
+        number = self.number_of[record.id] * views + int(rng.integers(views))
+        values, valid = mapped(self.folder, len(self.number_of) * views, self.shape)
+        if not valid[number].any():
+            raise ValueError(f"{self.modality.name} of {record.id!r} could not be read before")
+        return self.arrays(np.array(values[number]), np.array(valid[number]))
+
+    def absent(self) -> Prepared:
+        return self.arrays(np.zeros(self.shape, np.float32), np.zeros(self.tokens, bool))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens have a word in `valid`: each of a tower's, or one for a whole stem."""
+        return self.shape[0] if self.key == TOWER else 1
+
+    def arrays(self, values: np.ndarray, valid: np.ndarray) -> Prepared:
+        found = {self.key: values, "present": np.asarray(valid.any())}
+        return found | ({"looked_valid": valid} if self.key == TOWER else {})
+
+
+@lru_cache(maxsize=16)
+def mapped(folder: str, rows: int, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the files of a folder as arrays, of which only what is read comes into memory."""
+    values = np.memmap(Path(folder) / VALUES, np.float32, "r", shape=(rows, *shape))
+    valid = np.memmap(Path(folder) / VALID, bool, "r").reshape(rows, -1)
+    return values, valid
+
+
+@dataclass(frozen=True)
+class OneView:
+    """A preparer of one view, (record, number); of one that cannot be read it says nothing."""
+
+    modality: Any
+    tolerant: bool
+
+    def prepare(self, record: Any, rng: np.random.Generator | None) -> Prepared:
+        record, number = record
+        try:
+            found: Prepared = self.modality.prepare_view(record, number)
+        except (ValueError, OSError):
+            if not self.tolerant:
+                raise
+            return self.absent()
+        return found
+
+    def absent(self) -> Prepared:
+        found: Prepared = self.modality.absent()
+        return found
+
+
+@dataclass(frozen=True)
+class Views(Sequence):
+    """Every view of every record, those of a record one after another."""
+
+    records: Sequence[Record]
+    views: int
+
+    def __len__(self) -> int:
+        return len(self.records) * self.views
+
+    def __getitem__(self, number: Any) -> Any:
+        place, view = divmod(number, self.views)
+        return self.records[place], view
+
+
+def kept_preparers(
+    task: Task, records: Sequence[Record], params: Any, trained: Any
+) -> dict[str, Kept]:
+    """Returns the preparers of all that can be computed once, by modality; nothing is computed yet.
+
+    Args:
+      task: of the phase.
+      records: that it reads.
+      params: shapes of the parameters.
+      trained: for each parameter, whether the phase trains it.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(trained)
+    frozen = {path_of(path): not leaf for path, leaf in leaves}
+    number_of = {record.id: number for number, record in enumerate(records)}
+    found = {}
+    for name in task.model.context_names:
+        modality = task.modalities[name]
+        if not getattr(modality, "views", 0) or not (key := frozen_part(task, name, frozen)):
+            continue
+        batch = {name: arrays_of_absent(modality)}
+        values, _ = jax.eval_shape(looking(task, name, key), params, batch)
+        found[name] = Kept(modality, key, values.shape[1:], number_of)
+    return found
+
+
+def arrays_of_absent(modality: Any) -> Any:
+    """Returns shapes of a batch of one example."""
+    return jax.eval_shape(lambda: jax.tree.map(lambda x: jnp.asarray(x)[None], modality.absent()))
+
+
+def frozen_part(task: Task, name: str, frozen: Mapping[str, bool]) -> str:
+    """Returns the key of the largest part that looks at a modality and is frozen whole, or ''."""
+
+    def whole(prefix: str) -> bool:
+        held = [x for path, x in frozen.items() if path.startswith(prefix)]
+        return bool(held) and all(held)
+
+    towers = isinstance(task.model, WithTowers) and whole(f"towers_{name}/")
+    if towers and whole(f"embedders_{name}/") and not task.model.tower_of(name).dropout:
+        return TOWER
+    return STEM if whole(f"embedders_{name}/stem/") else ""
+
+
+def looking(task: Task, name: str, key: str) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Returns the function of parameters and a batch that gives values, and which are valid."""
+
+    def of_tower(params: Any, batch: Any) -> tuple[Any, Any]:
+        tokens: Any = task.model.apply(
+            {"params": params}, batch, method=lambda model, arrays: model.look(name, arrays)
+        )
+        return tokens.embeddings.astype(jnp.float32), tokens.metadata.valid
+
+    def of_stem(params: Any, batch: Any) -> tuple[Any, Any]:
+        arrays, dtype = batch[name], task.model.options.dtype
+        own = params[f"embedders_{name}"]["stem"]
+        values = task.modalities[name].before_head(own, arrays, dtype)
+        return values.astype(jnp.float32), arrays["present"][:, None]
+
+    return of_tower if key == TOWER else of_stem
+
+
+def digest_of(kept: Kept, task: Task, fingerprint: str, records: Sequence[Record], own: Any) -> str:
+    """Returns a digest of all that features depend on.
+
+    Args:
+      kept: what is computed.
+      task: of the phase.
+      fingerprint: of the data.
+      records: the examples, of whose files size and time of change are taken.
+      own: the parameters that look at them, by path.
+    """
+    name = kept.modality.name
+    tower = repr(task.model.tower_of(name)) if kept.key == TOWER else ""
+    known = [FORMAT, kept.key, kept.shape, fingerprint, repr(kept.modality), tower]
+    digest = hashlib.sha256(json.dumps([*known, str(task.model.options.dtype)]).encode())
+    for record in records:
+        part = record.parts.get(name)
+        file = os.stat(part) if isinstance(part, str) and os.path.isfile(part) else None
+        stored = [str(part), part.size] if isinstance(part, StoredImage) else repr(part)
+        digest.update(repr([stored, file and (file.st_size, file.st_mtime_ns)]).encode())
+    for path, leaf in sorted(own.items()):
+        digest.update(path.encode() + np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return digest.hexdigest()
+
+
+def computed(
+    phase: Any, params: Any, predictor: Predictor, data: Any, tolerant: bool, say: Any
+) -> Any:
+    """Returns the phase with the features of what it freezes, computed now or found.
+
+    Args:
+      phase: a `Phase`, whose preparers may be `Kept`.
+      params: the parameters that it begins with.
+      predictor: of the run's task.
+      data: `config.data`.
+      tolerant: whether examples that cannot be read count as absent.
+      say: prints a line.
+    """
+    rows, found = phase.rows, dict(phase.rows.preparers)
+    for name, kept in found.items():
+        if not isinstance(kept, Kept):
+            continue
+        tower = (f"embedders_{name}/", f"towers_{name}/")
+        before = tower if kept.key == TOWER else f"embedders_{name}/stem/"
+        leaves = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+        own = {path: leaf for path, leaf in leaves.items() if path.startswith(before)}
+        digest = digest_of(kept, phase.task, rows.fingerprint, rows.examples, own)
+        folder = cache_folder(data) / "features" / digest[:32]
+        make = write_features(kept, rows.examples, phase.task, predictor.at(params), tolerant)
+        with first_before_others("features"):
+            there = is_whole(folder, say)
+        if not there:
+            say(f"features of {len(rows.examples):,} x {kept.modality.views} views: computed once")
+            make(folder)
+        found[name] = replace(kept, folder=str(folder))
+    return replace(phase, rows=replace(rows, preparers=found))
+
+
+def is_whole(folder: Path, say: Callable[[str], None]) -> bool:
+    """Returns whether a folder of features is there; a damaged one is named and removed."""
+    if not folder.is_dir():
+        return False
+    bad = broken_files(folder) if (folder / SEAL).is_file() else (SEAL,)
+    if not bad:
+        read_json(folder / ABOUT)
+        return True
+    say(f"{folder} is damaged ({', '.join(bad)}): it is made again")
+    mapped.cache_clear()
+    if is_first():
+        shutil.rmtree(folder)
+    return False
+
+
+def write_features(
+    kept: Kept, records: Sequence[Record], task: Task, predictor: Predictor, tolerant: bool
+) -> Callable[[Path], None]:
+    """Returns the function that computes features batch by batch into a folder.
+
+    All processes compute together; the first one writes.
+    """
+    name, views = kept.modality.name, Views(records, kept.modality.views)
+    look = looking(task, name, kept.key)
+    read = {name: OneView(kept.modality, tolerant)}
+
+    def outcomes() -> Any:
+        own = predictor.rows(BATCH)
+        batches = evaluation_batches(views, read, batch_size=BATCH, rows=own, threads=4)
+        with closing(batches):  # type: ignore[type-var]
+            for batch in batches:
+                inputs = predictor.to_device(batch)
+                yield jax.device_get(predictor.call(f"{kept.key} {name}", look, inputs))
+
+    def write(folder: Path) -> None:
+        if not is_first():
+            for _ in outcomes():
+                pass
+            wait_for_all("features are written")
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with new_folder(folder) as half:
+                with open(half / VALUES, "wb") as values, open(half / VALID, "wb") as valid:
+                    left = len(views)
+                    for numbers, good in outcomes():
+                        values.write(np.ascontiguousarray(numbers[:left]).tobytes())
+                        valid.write(np.ascontiguousarray(good[:left]).tobytes())
+                        left -= min(left, len(numbers))
+                write_json(half / ABOUT, {"views": len(views), "shape": list(kept.shape)})
+                write_seal(half)
+        except (OSError, ValueError):
+            if not (folder / SEAL).is_file():  # else another run was faster
+                raise
+        wait_for_all("features are written")
+
+    return write
