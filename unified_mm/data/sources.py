@@ -21,6 +21,7 @@ from unified_mm.registry import resolve
 BUILT_IN = {
     "auto": "unified_mm.data.sources:find_source",
     **dict.fromkeys(LAYOUTS, "unified_mm.data.sources:given_folder"),
+    "sounds": "unified_mm.data.sources:find_sounds",
     "tfds": "unified_mm.data.tfds_source:open_dataset",
     "world": "unified_mm.data.sources:embedded_world",
 }
@@ -31,6 +32,13 @@ WORLD_BANNER = (
     "NO DATA DIRECTORY WAS GIVEN, so this run uses the embedded world: small rendered scenes of "
     "spheres, cubes and cylinders with generated captions. Its scores say nothing about "
     "photographs. For your own data: --config.data.dir=FOLDER (README has the layouts)."
+)
+
+
+TONES_BANNER = (
+    "NO DATA DIRECTORY WAS GIVEN, so this run uses sounds that are made: tones, sweeps, clicks and "
+    "noises. Its scores say nothing about sounds of the world. For your own data: "
+    "--config.data.dir=FOLDER (README has the layouts)."
 )
 
 
@@ -313,7 +321,16 @@ def given_folder(data: Any) -> Source:
     if data.source == "auto" and (path / "dataset_info.json").is_file():
         found: Source = resolve("data source", "tfds", BUILT_IN)(data)
         return found
-    folder = Folder(path, data.fields.image, data.fields.caption, cache_folder(data))
+    named = data.fields
+    folder = Folder(
+        path,
+        named.image,
+        named.caption,
+        cache_folder(data),
+        named.audio,
+        named.label,
+        data.val_rows,
+    )
     with naming(f"data.dir={path}"):
         if data.source != "auto":
             what, splits_of = LAYOUTS[data.source]
@@ -355,6 +372,19 @@ def embedded_world(data: Any) -> Source:
     with naming(f"data.cache_dir={cache}"):
         folder = ensure_world(spec, cache)
     return coco_folder(folder, data, name="world", banner=WORLD_BANNER)
+
+
+def find_sounds(data: Any) -> Source:
+    """Returns the folder given, else sounds that this package makes, kept in the cache."""
+    from unified_mm.world.tones import ensure_tones
+
+    if data.dir:
+        return given_folder(data.changed({"source": "auto"}))
+    cache = cache_folder(data)
+    with naming(f"data.cache_dir={cache}"):
+        folder = ensure_tones(cache)
+    splits = LAYOUTS["classes"][1](Folder(folder))
+    return ListedFolder(folder, splits, data, name="tones", banner=TONES_BANNER)
 
 
 def cache_folder(data: Any) -> Path:

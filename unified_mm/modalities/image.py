@@ -208,7 +208,19 @@ class ImageEmbedder(nn.Module):
             x = Norm("layer", e.norm_epsilon, self.dtype, name="norm")(x)
         valid = jnp.broadcast_to(batch["present"][:, None], x.shape[:2])
         group = Group(self.name_of_group, self.name_of_group, x.shape[1])
-        return Tokens(blank(x, valid), single_document(valid, group))
+        coords = patch_centres(down, across)
+        if e.class_token:
+            coords = np.concatenate([np.zeros((1, 3), np.float32), coords])
+        placed = single_document(valid, group, np.zeros(x.shape[1], np.float32), coords)
+        return Tokens(blank(x, valid), placed)
+
+
+def patch_centres(down: int, across: int) -> Float[np.ndarray, "P 3"]:
+    """Returns the coordinates of the centres of patches, row by row: x, y in 0..1, and 0."""
+    y, x = np.meshgrid(
+        (np.arange(down) + 0.5) / down, (np.arange(across) + 0.5) / across, indexing="ij"
+    )
+    return np.stack([x, y, 0 * x], axis=-1).reshape(-1, 3).astype(np.float32)
 
 
 def patchify(

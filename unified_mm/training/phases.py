@@ -205,10 +205,10 @@ def phase_rows(config: Config, task: Task, train: Manifest, kind: str) -> Rows:
       ValueError: documents that do not fit the model or their row.
     """
     if kind == "pairs":
-        return Rows(train.records, task.modalities, train.fingerprint)
+        return Rows(train.records, task.preparers(train.records), train.fingerprint)
     if kind == "text":
         blind = tuple(replace(record, parts={}) for record in train.records if record.texts)
-        return Rows(blind, task.modalities, train.fingerprint)
+        return Rows(blind, task.preparers(blind), train.fingerprint)
     options = config.data.documents
     preparers = interleaved_preparers(task.modalities, options.images, options.length)
     check_places(task, options.length)
