@@ -24,7 +24,15 @@ from unified_mm.registry import resolve
 
 STACK_FIELDS = TransformerOptions.config_fields()
 # Of these a context's tower has no values of its own.
-MAIN_ALONE = ("dropout", "separate_attention", "separate_feed_forward", "remat", "unroll", "dtype")
+MAIN_ALONE = (
+    "dropout",
+    "separate_attention",
+    "separate_feed_forward",
+    "remat",
+    "unroll",
+    "dtype",
+    "places",
+)
 
 
 @dataclass(frozen=True)

@@ -207,10 +207,13 @@ def score_retrieval(predictor: Predictor, split: Split, found: Scores, batch_siz
             named.add(both)
             rows = _as_rows(records, other)
             vectors = [
-                np.array(
-                    predictor.over(
-                        each, batch_size, partial(predictor.embed, of=of, objective=contrast.name)
-                    )
+                over_windows(
+                    predictor,
+                    each,
+                    of,
+                    batch_size,
+                    partial(predictor.embed, of=of, objective=contrast.name),
+                    found,
                 )
                 for of, each in ((one, records), (other, rows))
             ]
@@ -286,13 +289,16 @@ def over_windows(
     ]
     counts = np.array([len(each) for each in parts])
     if len(rows) > len(records):
-        found.warnings.append(
+        said = (
             f"{int((counts > 1).sum())} of {len(records)} {of}s are longer than the model hears: "
             f"of these, {int(counts[counts > 1].sum())} windows were heard and averaged"
         )
+        found.warnings += [said] if said not in found.warnings else []
     heard = np.array(predictor.over(rows, batch_size, function))
+    if len(rows) == len(records):
+        return heard
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    return np.add.reduceat(heard, starts, axis=0) / counts[:, None]
+    return (np.add.reduceat(heard, starts, axis=0) / counts[:, None]).astype(heard.dtype)
 
 
 def _as_rows(records: Sequence[Record], of: str) -> list[Record]:

@@ -138,7 +138,7 @@ class AudioModality:
         }
 
     def windows(self, part: Any) -> list[Any]:
-        """Returns the parts of `seconds` that evaluation hears of a sound, spread evenly over it."""
+        """Returns the parts of `seconds` that evaluation hears of a sound, evenly spread."""
         file, start = place_of(part)
         length = sounds.seconds_of(file) - start
         if length <= self.seconds + 0.5 / sounds.RATE:
@@ -173,9 +173,8 @@ class AudioModality:
                 f"model.modalities.{self.name}: no example has it, so that its mean and std cannot "
                 "be taken from the data"
             )
-        chosen = [
-            heard[i] for i in np.linspace(0, len(heard) - 1, min(len(heard), MEASURED), dtype=int)
-        ]
+        places = np.linspace(0, len(heard) - 1, min(len(heard), MEASURED), dtype=int)
+        chosen = [heard[place] for place in places]
         spectrum = jax.jit(lambda batch: spectrogram(replace(self, std=1.0), batch)[:2])
         sums = np.zeros(3)
         for first in range(0, len(chosen), READ_AT_A_TIME):

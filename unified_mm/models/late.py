@@ -14,7 +14,7 @@ from unified_mm.nn.attention.backends import is_kernel
 from unified_mm.nn.attention.cross_attention import Memory
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import TransformerOptions
-from unified_mm.nn.tokens import Tokens, concatenate, fold_items, spans, unfold_items
+from unified_mm.nn.tokens import Tokens, concatenate, spans, unfold_items
 from unified_mm.nn.transformer import Transformer
 
 ALONE = MaskTable((View("none", "separate"),))
@@ -65,7 +65,7 @@ class WithTowers(UnifiedModel):
 
     def look(self, name: str, batch: Batch, *, deterministic: bool = True) -> Tokens:
         """Returns the features of a context modality's items (images, clips), one item a row."""
-        tokens = self.embedders[name](fold_items(batch[name]))
+        tokens = self.embed_items(name, batch[name])
         plan = plan_attention(self.tower_of(name), ALONE, tokens.metadata, tokens.metadata)
         x, _ = self.towers[name](tokens.embeddings, plan, deterministic=deterministic)
         return Tokens(x, tokens.metadata)

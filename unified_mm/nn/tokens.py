@@ -20,12 +20,14 @@ class Group(NamedTuple):
       length: how many tokens there are.
       start: position of the first token, where each further one is one later and all are of
         document 0 and segment 0; None where these are data.
+      placed: whether its tokens have time and coords.
     """
 
     name: str
     modality: str
     length: int
     start: int | None = None
+    placed: bool = False
 
 
 @struct.dataclass
@@ -87,7 +89,7 @@ def single_document(
         segment=zeros,
         document=zeros,
         valid=valid,
-        groups=(group._replace(start=0),),
+        groups=(group._replace(start=0, placed=time is not None),),
         time=None if time is None else jnp.broadcast_to(time, valid.shape),
         coords=None if coords is None else jnp.broadcast_to(coords, (*valid.shape, 3)),
     )
@@ -177,6 +179,7 @@ def unfold_items(
         joined = joined.replace(  # type: ignore[attr-defined]
             time=metadata.time.reshape(batch, slots * tokens),
             coords=metadata.coords.reshape(batch, slots * tokens, 3),
+            groups=tuple(each._replace(placed=True) for each in joined.groups),
         )
     return Tokens(x.reshape(batch, slots * tokens, -1), offset_positions(joined, placement, offset))
 

@@ -73,8 +73,8 @@ class Classification(TextObjective):
     def head(self) -> nn.Module | None:
         if not self.classes:
             raise ValueError(
-                f"objectives.{self.name}.classes is empty: the command takes them from the training "
-                "data; elsewhere, give their names"
+                f"objectives.{self.name}.classes is empty: the command takes them from the "
+                "training data; elsewhere, give their names"
             )
         return ClassHead(self)
 
@@ -87,8 +87,9 @@ class Classification(TextObjective):
         found = sorted({label for record in records for label in record.labels})
         if len(found) < 2:
             raise ValueError(
-                f"objectives.{self.name} needs two classes at least, and the training examples have "
-                f"{found}: lists name them in the field data.fields.label, folders by their names"
+                f"objectives.{self.name} needs two classes at least, and the training examples "
+                f"have {found}: lists name them in the field data.fields.label, folders by their "
+                "names"
             )
         return {"classes": tuple(found)}
 

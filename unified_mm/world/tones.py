@@ -1,4 +1,4 @@
-"""A small set of sounds that are made: tones, chords, sweeps, clicks and noises, a folder a class."""
+"""A small set of sounds that are made: tones, sweeps, clicks and noises, a folder a class."""
 
 from __future__ import annotations
 
