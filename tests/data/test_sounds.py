@@ -97,8 +97,10 @@ def test_folders_of_classes(tmp_path):
     told = " ".join(map(summary, found.values()))
     for each in ("audios and", "no samples", "not finite", "no sound that can be read"):
         assert each in told
-    again, same = manifest_of(folder, tmp_path / "cache", max_bad_share=0.5)
+    _, same = manifest_of(folder, tmp_path / "cache", max_bad_share=0.5)
     assert same == found  # of the cache
+    with pytest.raises(ValueError, match="val_rows='fold=1' is for the rows of tables"):
+        manifest_of(folder, tmp_path / "cache", val_rows="fold=1")
 
 
 def test_a_changed_sound_or_label_changes_the_fingerprint(tmp_path):

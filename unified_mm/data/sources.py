@@ -336,6 +336,7 @@ def given_folder(data: Any) -> Source:
             what, splits_of = LAYOUTS[data.source]
             if not (splits := splits_of(folder)):
                 raise FileNotFoundError(_not_found(folder, f"it is not laid out as {what}"))
+            refuse_val_rows(data, data.source)
             return ListedFolder(
                 path, splits, data, name=data.source, described=f"data: {path} is read as {what}"
             )
@@ -343,11 +344,22 @@ def given_folder(data: Any) -> Source:
     if not laid_out:
         raise FileNotFoundError(_not_found(folder, "none of the known layouts"))
     (name, splits), *others = laid_out.items()
+    refuse_val_rows(data, name)
     described = f"data: {path} is read as {LAYOUTS[name][0]}"
     if others:
         also = ", ".join(f"data.source={other}" for other, _ in others)
         described += f"; what could be read too: {also}"
     return ListedFolder(path, splits, data, name=name, described=described)
+
+
+def refuse_val_rows(data: Any, layout: str) -> None:
+    """Raises ValueError where `data.val_rows` is given for a layout that has no rows of fields."""
+    if data.val_rows and layout not in ("table", "imagefolder"):
+        raise ValueError(
+            f"data.val_rows={data.val_rows!r} is for the rows of tables and JSON lines, and "
+            f"{data.dir} is read as {LAYOUTS[layout][0]}: make 'val' a folder or a list of its "
+            "own, or leave it to data.val_share"
+        )
 
 
 def _not_found(folder: Folder, fault: str) -> str:
