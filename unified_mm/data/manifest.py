@@ -416,7 +416,7 @@ def fingerprint(records: Iterable[Record], sizes: Mapping[Image, int]) -> str:
         size = sizes[record.image] if record.image else None
         learned_since = names_sides(record.texts) and not _any_match(_SIDES_ONCE, record.texts)
         mirrorable = record.mirrorable or learned_since
-        seen = [record.id, size, texts, mirrorable]
+        seen: list[Any] = [record.id, size, texts, mirrorable]
         if others := sorted(
             (name, sizes[p]) for name, p in record.parts.items() if name != "image"
         ):

@@ -105,7 +105,7 @@ class AudioModality:
         if self.roll:
             wave = np.roll(wave, rng.integers(len(wave)))
         drawn = {
-            "gain": np.float32(10 ** (rng.uniform(-self.gain, self.gain) / 20)),
+            "gain": np.array(10 ** (rng.uniform(-self.gain, self.gain) / 20), np.float32),
             "masks": np.array(
                 [_stretch(rng, self.mask_frames, self._there(len(wave))),
                  _stretch(rng, self.mask_mels, self.mels)],
@@ -125,14 +125,18 @@ class AudioModality:
         """Returns the arrays of int16 samples, of which more than `seconds` are left out."""
         wave = wave[: self.samples]
         samples = np.pad(wave, (0, self.samples - len(wave)))
-        found = {"samples": samples, "length": np.int32(len(wave)), "present": np.array(True)}
+        found = {
+            "samples": samples,
+            "length": np.array(len(wave), np.int32),
+            "present": np.array(True),
+        }
         return self.absent() | found
 
     def absent(self) -> dict[str, np.ndarray]:
         return {
             "samples": np.zeros(self.samples, np.int16),
-            "length": np.int32(0),
-            "gain": np.float32(1),
+            "length": np.array(0, np.int32),
+            "gain": np.array(1, np.float32),
             "masks": np.zeros((2, 2), np.int32),
             "present": np.array(False),
         }

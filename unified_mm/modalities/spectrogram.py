@@ -105,7 +105,7 @@ def _kaldi(hertz: Any) -> Any:
     return 1127.0 * np.log(1.0 + np.asarray(hertz) / 700.0)
 
 
-SCALES = {"slaney": (_slaney, _slaney_hertz), "kaldi": (_kaldi, None)}
+SCALES: dict[str, tuple[Any, Any]] = {"slaney": (_slaney, _slaney_hertz), "kaldi": (_kaldi, None)}
 PRESETS = {
     # Radford et al. 2022 (Whisper), section 2.2.
     "whisper": Preset(400, True, True, False, 0.0, "slaney", 0.0, 1e-10),
