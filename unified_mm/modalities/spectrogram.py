@@ -73,7 +73,7 @@ class Preset:
         return np.concatenate([spectrum.real, spectrum.imag], axis=1).astype(np.float32)
 
     def filters(self, mels: int) -> Float[np.ndarray, "bins mels"]:
-        """The triangular filters of each mel band."""
+        """Returns the triangular filters of the mel bands."""
         to_mel, to_hertz = SCALES[self.scale]
         edges = np.linspace(to_mel(self.low), to_mel(RATE / 2), mels + 2)
         hertz = np.linspace(0, RATE / 2, self.fft // 2 + 1)

@@ -48,7 +48,7 @@ def test_rules_read_the_clock(monkeypatch):
     np.testing.assert_array_equal(mask_of("near", metadata), np.abs(apart) <= 0.25)
     np.testing.assert_array_equal(mask_of("past", metadata), apart <= 0)
     with pytest.raises(ValueError, match="compares times .* but the tokens have none"):
-        mask_of("near", text(3).metadata)
+        mask_of("near", text(3, "other").metadata)
 
 
 def test_what_has_no_place_gets_zeros_beside_what_has():
