@@ -9,6 +9,13 @@ what another field holds is said by `data.fields.label`, and what is held out by
 
     --config.data.dir=fsdd --config.data.fields.label=digit --config.data.val_rows=take=5,6,7,8,9
     --config.data.dir=esc10 --config.data.val_rows=fold=4 --config.model.modalities.audio.seconds=5
+
+| size | parameters | hardware | time | accuracy |
+| --- | --- | --- | --- | --- |
+| `tiny` | 0.47 M | 2 CPU cores | 900 steps, 4 CPU minutes | 0.952 (fsdd takes 5 to 9; chance 0.1) |
+| `base` | not counted | one accelerator | not measured | not measured |
+
+Kernel ridge on the pooled spectrum, in four parts, reaches 0.924 on the same takes.
 """
 
 from ml_collections import ConfigDict
@@ -40,6 +47,6 @@ def get_config(size: str = "auto") -> ConfigDict:
     config.model.update({"width": 96, "layers": 4, "heads": 4, "feed_forward": 384})
     audio.update({"seconds": 1.0, "mels": 64, "patch": (8, 16), "gain": 6.0})
     audio.update({"mask_frames": 20, "mask_mels": 12})
-    config.train.update({"steps": 600, "batch_size": 48, "learning_rate": 2e-3})
+    config.train.update({"steps": 900, "batch_size": 48, "learning_rate": 2e-3})
     config.checkpoint.every = 200
     return config
