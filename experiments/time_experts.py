@@ -9,6 +9,7 @@ are kept in `results/time_experts.json`.
 import json
 import time
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from unified_mm.nn.tokens import Group, single_document
 from unified_mm.parallel.sharding import without_names
 
 ROWS, TOKENS, WIDTH, HIDDEN = 64, 96, 128, 512
-OWN = {"count": 8, "top_k": 1, "capacity": 1.25}
+OWN: dict[str, Any] = {"count": 8, "top_k": 1, "capacity": 1.25}
 WAYS = {"groups of 8": {"group": 8}, "groups of 1": {"group": 1}, "dropless": {"dropless": True}}
 TURNS = 12
 
@@ -33,7 +34,7 @@ def gradient_of(**changes):
     group = Group("image", "image", TOKENS)
     metadata = single_document(jnp.ones((ROWS, TOKENS), bool), group)
     plan = plan_attention(options, MaskTable((View("t", "separate"),)), metadata, metadata)
-    plan = plan.replace(deterministic=False)
+    plan = plan.replace(deterministic=False)  # type: ignore[attr-defined]
     x = jax.random.normal(jax.random.key(0), (ROWS, TOKENS, WIDTH))
     params = without_names(jax.jit(module.init)(jax.random.key(1), x, plan)["params"])
 

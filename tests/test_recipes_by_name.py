@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 def test_a_name_is_the_recipe_of_this_package(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    known = ["coco", "coco_documents", "coco_experts", "coco_flamingo", "photographs"]
-    assert list(own_recipes()) == known
+    coco = ["coco", "coco_documents", "coco_experts", "coco_flamingo"]
+    assert list(own_recipes()) == ["audio", *coco, "photographs"]
     named = read_recipe("coco:base", ["--config.seed=3"])
     by_path = read_recipe(f"{ROOT / 'configs' / 'coco.py'}:base", ["--config.seed=3"])
     assert named == by_path and named.config.size == "base" and named.config.seed == 3

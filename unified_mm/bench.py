@@ -47,7 +47,7 @@ from unified_mm.default_config import default_config, defaults
 from unified_mm.files import write_atomically, write_json
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.runs.folder import RunFolder, differences
-from unified_mm.training.setup import prepare
+from unified_mm.training.setup import prepare, settle_from_data
 
 INFERENCE_FLAGS = ("run", "tokens", "batch", "max_images", "repeats")
 
@@ -80,8 +80,10 @@ def main(options: argparse.Namespace) -> int:
 
 def trained(options: argparse.Namespace) -> dict[str, Any]:
     """Measures training and data loading, prints the results and returns them."""
-    config = resolve(options.recipe, say).to_dict()
+    chosen = resolve(options.recipe, say)
     with tempfile.TemporaryDirectory() as folder:
+        settle_from_data(chosen, RunFolder(folder))
+        config = chosen.to_dict()
         result = measure(prepare(Config(config), RunFolder(folder), say), options.steps)
     for name, value in result.items():
         say(f"{name:<28}{value}")

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from unified_mm.config import defaults_of, option
+from unified_mm.modalities.audio import AudioModality
 from unified_mm.modalities.image import ImageEmbedding
 from unified_mm.modalities.text import TextEmbedding, TextModality
 from unified_mm.models.features import ProjectorOptions
@@ -24,7 +25,15 @@ from unified_mm.registry import resolve
 
 STACK_FIELDS = TransformerOptions.config_fields()
 # Of these a context's tower has no values of its own.
-MAIN_ALONE = ("dropout", "separate_attention", "separate_feed_forward", "remat", "unroll", "dtype")
+MAIN_ALONE = (
+    "dropout",
+    "separate_attention",
+    "separate_feed_forward",
+    "remat",
+    "unroll",
+    "dtype",
+    "places",
+)
 
 
 @dataclass(frozen=True)
@@ -179,9 +188,13 @@ def default_config() -> ConfigDict:
 
 
 def defaults() -> dict[str, Any]:
-    """Returns all defaults as plain values, to read saved runs with; `*` is any phase's."""
+    """Returns all defaults as plain values, to read saved runs with; `*` is any phase's.
+
+    What recipes alone declare is among them, such as audio.
+    """
     found: dict[str, Any] = default_config().to_dict()
     found["train"]["phases"]["*"] = phase(0)
+    found["model"]["modalities"]["audio"] = {"type": "audio", **defaults_of(AudioModality)}
     return found
 
 
@@ -199,9 +212,11 @@ def data_fields() -> dict:
         # What the features of a TFDS dataset are called; '' takes the usual names, which
         # `data.tfds_features` lists. `captions` may name a text in a group, as captions.text.
         "tfds": {"image": "", "captions": "", "id": "", "name": "", "mirrorable": ""},
-        # What lists, tables and parquet files call images and captions; '' takes the usual names.
-        "fields": {"image": "", "caption": ""},
         "manifest": "",  # what `python -m unified_mm.clean` wrote of what to leave out
+        # What lists, tables and parquet files call images, captions, sounds and classes; '' takes
+        # the usual names. Several fields of sounds, as 'speech,sound', are modalities so named.
+        "fields": {"image": "", "caption": "", "audio": "", "label": ""},
+        "val_rows": "",  # of lists, as 'fold=4' or 'take=5,6': 'val', and all others 'train'
         "val_share": 0.1,  # of a folder without a split to score on, by the examples' names
         "cache_dir": "",  # where the world and checked manifests are kept; '' is the user's cache
         "train_split": "train",

@@ -30,7 +30,7 @@ from unified_mm.cli.messages import say
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import defaults
 from unified_mm.files import new_folder, refuse_existing, user_path, write_json
-from unified_mm.inference.imported import IMAGE_PARTS, run_config
+from unified_mm.inference.imported import PARTS, run_config
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.objectives.contrastive import MAX_LOG_SCALE
 from unified_mm.pretrained.families import FAMILIES
@@ -45,7 +45,7 @@ FREE = ("dropout", "remat", "attention", "unroll", "dtype")
 FREE_OF_CONTRAST = ("weight", "weight_schedule", "chunk", "bound_scale")
 LOG_SCALE = "heads_contrastive/log_scale"
 TOWER_PARTS = {
-    "image": IMAGE_PARTS,
+    "image": PARTS["image"],
     "text": ("embedders_text/", "transformer/", "heads_contrastive/project_text"),
 }
 

@@ -152,7 +152,12 @@ def train(options: argparse.Namespace) -> int:
     from unified_mm.training.loop import NotFinite, Stopped
     from unified_mm.training.output import output_of
     from unified_mm.training.run import train_and_score
-    from unified_mm.training.setup import check_goes_on, prepare, settle_epochs
+    from unified_mm.training.setup import (
+        check_goes_on,
+        prepare,
+        settle_epochs,
+        settle_from_data,
+    )
 
     if options.recipe is None:
         raise ValueError("--config is needed to train: --config=configs/coco.py")
@@ -163,6 +168,7 @@ def train(options: argparse.Namespace) -> int:
     chosen = resolve(options.recipe, output.say, saved=saved)
     refuse_unequal("the config", shared_fields(chosen))
     settle_epochs(chosen, asked_fields(options))
+    settle_from_data(chosen, folder)
     refuse_untrained(folder)
     with output.lock():
         new = folder.check(chosen.to_dict(), defaults())

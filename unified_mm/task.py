@@ -61,11 +61,30 @@ class Task:
     tokenizer: TextTokenizer
     weight_schedules: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
 
+    def preparers(self, records: Sequence[Any] = ()) -> dict[str, Any]:
+        """Returns what turns an example into arrays for training, by modality.
+
+        Args:
+          records: those that are trained on, of which an objective may mix some.
+
+        Raises:
+          ValueError: two objectives ask for one modality.
+        """
+        found = dict(self.modalities)
+        for each in self.objectives:
+            if hasattr(each, "preparer"):
+                if found[each.of] is not self.modalities[each.of]:
+                    raise ValueError(
+                        f"objectives.{each.name} and another one both classify {each.of}: one may"
+                    )
+                found[each.of] = each.preparer(self.modalities[each.of], records)
+        return found
+
     def example_batch(self, size: int) -> dict[str, dict[str, np.ndarray]]:
         """Returns a batch [size, ...] of absent examples, with the right keys, shapes and types."""
         return {
-            name: {key: np.stack([value] * size) for key, value in modality.absent().items()}
-            for name, modality in self.modalities.items()
+            name: {key: np.stack([value] * size) for key, value in preparer.absent().items()}
+            for name, preparer in self.preparers().items()
         }
 
     def init(self, key: jax.Array) -> Any:

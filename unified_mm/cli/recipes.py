@@ -38,6 +38,8 @@ DATA_FIELDS = (
     "data.source",
     "data.dir",
     "data.tfds",
+    "data.fields",
+    "data.val_rows",
     "data.cache_dir",
     "data.manifest",
     "data.max_bad_share",

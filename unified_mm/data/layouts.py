@@ -1,4 +1,4 @@
-"""How people lay out images with texts: a function a layout, each giving the splits of a folder.
+"""How people lay out files with texts: a function a layout, each giving the splits of a folder.
 
 A layout's function takes a `Folder` and returns how to list each split, by name, or nothing where
 the folder is laid out otherwise. A folder without splits of its own has the one split `WHOLE`.
@@ -20,12 +20,15 @@ from typing import Any
 from unified_mm.data import coco, shards
 from unified_mm.data.images import SUFFIXES
 from unified_mm.data.listing import (
+    MEDIA,
     Finder,
     Key,
     Listing,
     Question,
     Row,
     listing_of,
+    media_in,
+    medium_of,
     pictures_in,
     split_named,
     usual,
@@ -39,6 +42,8 @@ IMAGE_NAMES = (
     "filepath", "file_name", "filename", "image", "image_path", "image_name", "path", "file", "img",
 )  # fmt: skip
 CAPTION_NAMES = ("title", "caption", "captions", "text", "raw", "comment", "description")
+LABEL_NAMES = ("label", "labels", "category", "class", "class_name", "tags")
+AUDIO_NAMES = ("audio", "audio_path", "audio_file", "sound", "wav", "clip")
 ID_NAMES = ("image_id", "img_id", "imgid", "cocoid", "id")
 
 Splits = Mapping[str, Callable[[], Listing]]
@@ -52,18 +57,26 @@ class Folder:
       path: the folder.
       image, caption: what the user calls the fields of images and captions; '' for usual names.
       cache: where what is costly to find out is kept.
+      audio: what the fields of sounds are called; of several, with commas, each is the modality of
+        its name.
+      label: what the field of classes is called.
+      val_rows: `FIELD=VALUE,VALUE`: the rows of lists that are 'val', all others being 'train'; ''
+        for none.
     """
 
     path: Path
     image: str = ""
     caption: str = ""
     cache: Path | None = None
+    audio: str = ""
+    label: str = ""
+    val_rows: str = ""
 
     @cached_property
     def files(self) -> list[Path]:
         """The files of the folder and of those in it, pictures apart, in order."""
         found = [*self.path.glob("*"), *self.path.glob("*/*")]
-        return sorted(p for p in found if p.is_file() and p.suffix.lower() not in SUFFIXES)
+        return sorted(p for p in found if p.is_file() and not _is_medium(p))
 
     @cached_property
     def json_lists(self) -> list[tuple[Path, Any]]:
@@ -86,6 +99,79 @@ class Folder:
     def caption_name(self, fields: Mapping[str, Any]) -> str:
         return self.caption if self.caption in fields else usual(fields, CAPTION_NAMES)
 
+    def label_name(self, fields: Mapping[str, Any]) -> str:
+        return self.label if self.label in fields else usual(fields, LABEL_NAMES)
+
+    def audio_names(self, fields: Mapping[str, Any]) -> dict[str, str]:
+        """Returns the fields of sounds, by the modality that hears them."""
+        if not self.audio:
+            found = usual(fields, AUDIO_NAMES)
+            return {"audio": found} if found else {}
+        names = [name.strip() for name in self.audio.split(",")]
+        names = [name for name in names if name in fields]
+        return {"audio": names[0]} if "," not in self.audio and names else {n: n for n in names}
+
+    def names_media(self, fields: Mapping[str, Any]) -> bool:
+        """Returns whether a row has the field of a picture or of a sound."""
+        return bool(self.image_name(fields) or self.audio_names(fields))
+
+    def row(self, file: Path, place: str, key: Key | None, fields: Mapping[str, Any]) -> Row:
+        """Returns the row of a list that names files, with captions or classes.
+
+        What has classes and no caption is called by them.
+        """
+        image = self._file_name(file, place, fields, self.image_name(fields))
+        parts = {
+            name: found
+            for name, field in self.audio_names(fields).items()
+            if (found := self._file_name(file, place, fields, field))
+        }
+        if image and medium_of(image) == "audio" and not self.image:
+            parts, image = {"audio": image, **parts}, None
+        labels: list[Any] = []
+        if parts or self.label:
+            labels = _several(fields.get(self.label_name(fields)), ";")
+        labels = [str(each) for each in labels if each not in (None, "")]
+        field = self.caption_name(fields)
+        captions = _captions_of(fields.get(field)) if field or not labels else None
+        if captions is None:
+            captions = [in_words(each) for each in labels]
+        return Row(place, key, image, captions, parts=parts, labels=labels)
+
+    def _file_name(
+        self, file: Path, place: str, fields: Mapping[str, Any], field: str
+    ) -> str | None:
+        name = fields.get(field) or None
+        if name is not None and not isinstance(name, str):
+            raise ValueError(f"{file}: {place}: {json.dumps(name):.40} is no name of an image")
+        return name and self.near(file, name)
+
+    def split_of(self, file: Path, place: str, fields: Mapping[str, Any]) -> str:
+        """Returns the split that a row says it is of; '' where it says nothing.
+
+        Raises:
+          ValueError: the row lacks the field of `val_rows`.
+        """
+        if not self.val_rows:
+            split = fields.get("split") or ""
+            return split_named(split) or str(split)
+        field, _, values = self.val_rows.partition("=")
+        if field not in fields or not values:
+            raise ValueError(
+                f"{file}: {place}: data.val_rows={self.val_rows!r} must be FIELD=VALUE,VALUE with "
+                f"a field of it: {', '.join(fields)}"
+            )
+        return "val" if str(fields[field]) in values.split(",") else "train"
+
+
+def _is_medium(file: Path) -> bool:
+    return any(file.suffix.lower() in known for known in MEDIA.values())
+
+
+def in_words(name: str) -> str:
+    """Returns the name of a class or of its folder in words."""
+    return re.sub(r"[_\s]+", " ", name)
+
 
 def _grouped(files: Iterable[Path], folder: Folder) -> dict[str, list[Path]]:
     """Returns files by the split that their names tell, or the first folder they are in."""
@@ -94,7 +180,7 @@ def _grouped(files: Iterable[Path], folder: Folder) -> dict[str, list[Path]]:
         top, *rest = file.relative_to(folder.path).parts
         # A picture may be called train_station.jpg: its folder alone tells its split.
         told = split_named(top) if rest and top.isalpha() else ""
-        if not told and file.suffix.lower() not in SUFFIXES:
+        if not told and not _is_medium(file):
             told = split_named(file.name)
         found.setdefault(told or WHOLE, []).append(file)
     return found
@@ -163,11 +249,7 @@ def _object_row(folder: Folder, file: Path, place: str, fields: Any) -> Row:
     """Returns the row of an object that names an image and one caption or several."""
     if not isinstance(fields, dict):
         raise ValueError(f"{file}: {place} must be an object, is {json.dumps(fields):.40}")
-    image = fields.get(folder.image_name(fields)) or None
-    if image is not None and not isinstance(image, str):
-        raise ValueError(f"{file}: {place}: {json.dumps(image):.40} is no name of an image")
-    captions = _several(fields.get(folder.caption_name(fields)))
-    return Row(place, _key(fields), image and folder.near(file, image), captions)
+    return folder.row(file, place, _key(fields), fields)
 
 
 def _key(fields: Mapping[str, Any]) -> Key | None:
@@ -301,11 +383,13 @@ def tables(folder: Folder) -> Splits:
     """Reads CSV, TSV and Flickr's .token files of an image and a caption a line."""
     found = [f for f in folder.files if f.suffix in (".csv", ".tsv", ".token", ".txt")]
     files = {file: table for file in found if (table := _table(folder, file))}
-    if any("split" in table[1] for table in files.values()):
-        return _table_splits(folder, files)
+    if folder.val_rows or any("split" in table[1] for table in files.values()):
+        return _splits_of_rows(folder, files, lambda file: _table_lines(file, files[file]))
 
     def rows(file: Path) -> Iterator[Row]:
-        return (_table_row(folder, file, *each) for each in _table_lines(file, files[file]))
+        return (
+            folder.row(file, place, None, line) for place, line in _table_lines(file, files[file])
+        )
 
     return _by_split(files, rows, folder)
 
@@ -322,9 +406,19 @@ def _table(folder: Folder, file: Path) -> Table | None:
     for delimiter in (",", "\t", "|", ";"):
         names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
         fields = dict.fromkeys(names)
-        if len(names) > 1 and folder.image_name(fields) and folder.caption_name(fields):
-            return delimiter, names
+        if len(names) > 1 and folder.names_media(fields):
+            table = delimiter, names
+            if folder.caption_name(fields) or _labels_sounds(folder, file, table):
+                return table
     return None
+
+
+def _labels_sounds(folder: Folder, file: Path, table: Table) -> bool:
+    """Returns whether a table without captions has classes of sounds, as its first row tells."""
+    first = next(_table_lines(file, table), None)
+    return first is not None and bool(
+        folder.label_name(first[1]) and folder.row(file, *first[:1], None, first[1]).parts
+    )
 
 
 def _table_lines(file: Path, table: Table) -> Iterator[tuple[str, dict[str, str]]]:
@@ -345,6 +439,7 @@ def _table_lines(file: Path, table: Table) -> Iterator[tuple[str, dict[str, str]
             for cells in reader:
                 if cells:
                     cells = [cell.strip() for cell in cells]
+                    cells += [""] * (len(names) - len(cells))
                     yield (
                         f"{file.name}:{reader.line_num + 1}",
                         dict(zip(names, cells, strict=False)),
@@ -353,45 +448,65 @@ def _table_lines(file: Path, table: Table) -> Iterator[tuple[str, dict[str, str]
             raise ValueError(f"{file} is no table that can be read: {error}") from error
 
 
-def _table_row(folder: Folder, file: Path, place: str, line: Mapping[str, str]) -> Row:
-    caption = line.get(folder.caption_name(line) or CAPTION_NAMES[0], "")
-    captions: list[Any] = [caption]
-    if caption.startswith("[") and caption.endswith("]"):
+def _captions_of(value: Any) -> list[Any]:
+    """Returns the captions of a field: one, a list, or in a table a list that is written out."""
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         try:
-            captions = json.loads(caption)
+            return list(json.loads(value))
         except json.JSONDecodeError:
-            captions = [caption]  # a caption in brackets
-    image = line.get(folder.image_name(line))
-    return Row(place, None, folder.near(file, image) if image else None, captions)
+            return [value]  # a caption in brackets
+    return _several(value)
 
 
-def _table_splits(folder: Folder, files: Mapping[Path, Table]) -> Splits:
-    """Returns the splits that a column of a table names."""
+def _splits_of_rows(
+    folder: Folder,
+    files: Iterable[Path],
+    lines: Callable[[Path], Iterable[tuple[str, Mapping[str, Any]]]],
+) -> Splits:
+    """Returns the splits that the rows of lists name, or that `data.val_rows` makes of them."""
     rows: dict[str, list[Row]] = {}
-    for file, table in files.items():
-        for place, line in _table_lines(file, table):
-            split = line.get("split", "")
-            row = _table_row(folder, file, place, line)
-            rows.setdefault(split_named(split) or split or WHOLE, []).append(row)
+    for file in files:
+        for place, line in lines(file):
+            row = folder.row(file, place, _key(line) if file.suffix == ".jsonl" else None, line)
+            rows.setdefault(folder.split_of(file, place, line) or WHOLE, []).append(row)
+    if not rows:
+        return {}
     first = next(iter(files))
     return {split: partial(listing_of, first, each, folder.finder) for split, each in rows.items()}
 
 
 def image_folder(folder: Folder) -> Splits:
-    """Reads Hugging Face's imagefolder: `metadata.jsonl` beside the pictures that it names.
+    """Reads Hugging Face's imagefolder: `metadata.jsonl` beside the files that it names.
 
-    (`metadata.csv` is read as a table.)
+    (`metadata.csv` is read as a table.) Where there is none, JSON lines of another name are read
+    that name sounds.
     """
-    files = [file for file in folder.files if file.name == "metadata.jsonl"]
+    lists = [file for file in folder.files if file.suffix == ".jsonl"]
+    files = [file for file in lists if file.name == "metadata.jsonl"]
+    files = files or [file for file in lists if _names_sounds(folder, file)]
+    if folder.val_rows:
+        return _splits_of_rows(folder, files, _json_lines)
 
     def rows(file: Path) -> Iterator[Row]:
-        with naming(file), file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    place = f"{file.name}:{number}"
-                    yield _object_row(folder, file, place, _line_object(place, line))
+        return (_object_row(folder, file, *each) for each in _json_lines(file))
 
     return _by_split(files, rows, folder)
+
+
+def _names_sounds(folder: Folder, file: Path) -> bool:
+    _, fields = next(_json_lines(file), ("", {}))
+    first = str(fields.get(folder.image_name(fields)))
+    named = folder.audio_names(fields) or medium_of(first) == "audio"
+    return bool(named and (folder.caption_name(fields) or folder.label_name(fields)))
+
+
+def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the objects of JSON lines, with their places."""
+    with naming(file), file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                place = f"{file.name}:{number}"
+                yield place, _line_object(place, line)
 
 
 def _line_object(place: str, line: str | bytes) -> dict[str, Any]:
@@ -423,15 +538,19 @@ def texts_beside(folder: Folder) -> Splits:
 
 
 def class_folders(folder: Folder) -> Splits:
-    """Reads a folder of pictures for each class, whose name is the caption: `cat/1.jpg`."""
-    pictures = [p for p in pictures_in(folder.path) if len(p.relative_to(folder.path).parts) > 1]
-    classes = {p.parent.name for p in pictures if p.parent.name != "images"}
+    """Reads a folder of pictures or sounds a class, whose name is the caption: `cat/1.jpg`."""
+    pictures = [p for p in media_in(folder.path) if len(p.relative_to(folder.path).parts) > 1]
+    classes = {p.parent.name for p in pictures if p.parent.name not in ("images", "audio")}
     if len({name for name in classes if not split_named(name)}) < 2:
         return {}
 
     def rows(picture: Path) -> Iterator[Row]:
         relative = picture.relative_to(folder.path).as_posix()
-        yield Row(relative, None, relative, [re.sub(r"[_\s]+", " ", picture.parent.name)])
+        name = in_words(picture.parent.name)
+        if medium_of(picture) == "image":
+            yield Row(relative, None, relative, [name], labels=[name])
+        else:
+            yield Row(relative, None, None, [name], parts={"audio": relative}, labels=[name])
 
     return _by_split(pictures, rows, folder)
 
@@ -496,8 +615,10 @@ def _shard_splits(
     return {split: partial(listed, these) for split, these in _grouped(files, folder).items()}
 
 
-def _several(value: Any) -> list[Any]:
-    """Returns a caption, or a list of them, as a list."""
+def _several(value: Any, separator: str = "") -> list[Any]:
+    """Returns a caption, or a list of them, as a list; texts may hold several with a separator."""
+    if separator and isinstance(value, str):
+        return [each.strip() for each in value.split(separator)]
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
@@ -521,11 +642,11 @@ LAYOUTS: dict[str, tuple[str, Callable[[Folder], Splits]]] = {
     "lavis": ("JSON lists of image and caption", lavis),
     "questions": ("JSON files of questions (OK-VQA, VizWiz, TextVQA, GQA)", questions),
     "imagefolder": ("metadata.jsonl with file_name and text", image_folder),
-    "table": ("CSV, TSV or .token of image and caption", tables),
+    "table": ("CSV, TSV or .token of image or sound, and caption or class", tables),
     "webdataset": ("WebDataset tars: KEY.jpg with KEY.txt or KEY.json", webdataset),
     "parquet": ("parquet files with the bytes of images and captions", parquet),
     "text_files": ("pictures with a .txt of the same name", texts_beside),
-    "classes": ("a folder of pictures for each class", class_folders),
+    "classes": ("a folder of pictures or sounds for each class", class_folders),
 }
 
 

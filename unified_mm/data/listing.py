@@ -6,13 +6,17 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from unified_mm.data import sounds
 from unified_mm.data.images import SUFFIXES
 from unified_mm.data.records import Problem, StoredImage, Text
+
+# The files that layouts look for, by what they are.
+MEDIA = {"image": SUFFIXES, "audio": sounds.SUFFIXES}
 
 Key = int | str
 
@@ -26,12 +30,16 @@ class Entry:
       file: its name where it is listed; None for an example without image.
       image: the file on disk, or where it is stored; None for an example without image.
       texts: captions, and questions with answers, in order.
+      parts: the files of other modalities, by the modality.
+      labels: the classes that it is of.
     """
 
     id: Key
     file: str | None
     image: Path | StoredImage | None
     texts: tuple[Text, ...]
+    parts: tuple[tuple[str, Path], ...] = ()
+    labels: tuple[str, ...] = ()
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -149,10 +157,10 @@ class Finder:
 
     @property
     def _endings(self) -> dict[str, Path | None]:
-        """Returns every ending of the path of every picture: its file, None where two share it."""
+        """Returns every ending of the path of every file: the file, None where two share it."""
         if self._by_ending is None:
             found: dict[str, Path | None] = {}
-            for path in pictures_in(self.folder):
+            for path in media_in(self.folder):
                 parts = path.relative_to(self.folder).parts
                 for start in range(len(parts)):
                     ending = _normal("/".join(parts[start:]))
@@ -161,12 +169,23 @@ class Finder:
         return self._by_ending
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def medium_of(name: str | Path) -> str:
+    """Returns what a file is by its name, of `MEDIA`; 'image' where that tells nothing."""
+    suffix = Path(name).suffix.lower()
+    return next((medium for medium, known in MEDIA.items() if suffix in known), "image")
+
+
+def media_in(folder: Path) -> list[Path]:
+    """Returns the files of all `MEDIA` below a folder, as `pictures_in` does."""
+    return pictures_in(folder, frozenset[str]().union(*MEDIA.values()))
+
+
+def pictures_in(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[Path]:
     """Returns the picture files below a folder, in order; hidden folders are left out."""
     found = []
     for where, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        pictures = (name for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES)
+        pictures = (name for name in sorted(files) if Path(name).suffix.lower() in suffixes)
         found += [Path(where) / name for name in pictures if not name.startswith(".")]
     return found
 
@@ -185,6 +204,8 @@ class Row(NamedTuple):
       captions: what should be texts.
       pairs: questions with answers, to learn from.
       questions: questions to be scored on too.
+      parts: the names of the files of other modalities, by the modality.
+      labels: the classes that it is of.
     """
 
     place: str
@@ -193,6 +214,8 @@ class Row(NamedTuple):
     captions: Sequence[Any] = ()
     pairs: Sequence[tuple[Any, Any]] = ()
     questions: Sequence[Question] = ()
+    parts: Mapping[str, str] = {}
+    labels: Sequence[str] = ()
 
 
 def listing_of(path: Path, rows: Iterable[Row], finder: Finder) -> Listing:
@@ -202,17 +225,22 @@ def listing_of(path: Path, rows: Iterable[Row], finder: Finder) -> Listing:
       ValueError: there is no row.
     """
     images: dict[Key, str | StoredImage | None] = {}
+    others: dict[Key, Mapping[str, str]] = {}
+    labels: dict[Key, list[str]] = {}
     texts: dict[Key, list[Text]] = {}
     questions: list[Question] = []
     image_problems, text_problems = [], []
     count = 0
     for row in rows:
-        named = row.place if row.image is None else str(row.image)
+        named = next((str(each) for each in (row.image, *row.parts.values()) if each), row.place)
         key: Key = named if row.id is None else row.id
-        if images.setdefault(key, row.image) != row.image:
+        same = others.setdefault(key, row.parts) == row.parts
+        if images.setdefault(key, row.image) != row.image or not same:
             image_problems.append(Problem(row.place, "image id with two files", "left out"))
             continue
         known = texts.setdefault(key, [])
+        classes = labels.setdefault(key, [])
+        classes += [each for each in row.labels if each not in classes]
         for prompt, target in [("", each) for each in row.captions] + list(row.pairs):
             count += 1
             fault = no_text(target) or (no_text(prompt, "question") if prompt else "")
@@ -227,7 +255,9 @@ def listing_of(path: Path, rows: Iterable[Row], finder: Finder) -> Listing:
     for each, image in images.items():
         found = finder.find(image) if isinstance(image, str) else image
         name = image if isinstance(image, str | None) else image.name
-        entries.append(Entry(each, name, found, tuple(texts[each])))
+        parts = tuple((modality, finder.find(n)) for modality, n in others[each].items())
+        name = name or next(iter(others[each].values()), None)
+        entries.append(Entry(each, name, found, tuple(texts[each]), parts, tuple(labels[each])))
     return Listing(
         path,
         tuple(entries),

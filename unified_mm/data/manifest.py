@@ -13,8 +13,8 @@ from typing import Any
 
 import PIL
 
-from unified_mm.data import images
-from unified_mm.data.listing import Entry, Key, Listing, Question, id_hint
+from unified_mm.data import images, sounds
+from unified_mm.data.listing import Entry, Key, Listing, Question, id_hint, medium_of
 from unified_mm.data.records import ByteStore, Image, Manifest, Problem, Record, StoredImage, Text
 from unified_mm.files import naming, write_atomically
 
@@ -215,12 +215,13 @@ def summary(manifest: Manifest) -> str:
     records = manifest.records
     texts = sum(len(r.texts) for r in records)
     found = Counter(name for record in records for name in record.parts)
-    others = "".join(f", {found[name]:,} {name}s" for name in sorted(found) if name != "image")
+    kinds = sorted(found or {"image"}, key=lambda name: (name != "image", name))
+    listed = ", ".join(f"{found[name]:,} {name}s" for name in kinds)
     parts = [
-        f"{manifest.source} {manifest.split}: {found['image']:,} images{others} "
+        f"{manifest.source} {manifest.split}: {listed} "
         f"and {texts:,} texts in {len(records):,} examples from {manifest.folder}"
     ]
-    counts = {f"without {name}": len(records) - found[name] for name in sorted({*found, "image"})}
+    counts = {f"without {name}": len(records) - found[name] for name in sorted(kinds)}
     counts["without text"] = sum(not r.texts for r in records)
     counts["never mirrored"] = sum(not r.mirrorable for r in records)
     parts += [f"{count:,} {name}" for name, count in counts.items() if count]
@@ -264,12 +265,15 @@ def from_json(text: str, shelf: ByteStore | None = None) -> Manifest:
     """
     data = json.loads(text)
 
-    def record(id: int | str, parts: dict, texts: list, mirrorable: bool) -> Record:
+    def record(
+        id: int | str, parts: dict, texts: list, mirrorable: bool, labels: Sequence[str] = ()
+    ) -> Record:
         if isinstance(image := parts.get("image"), dict):
             if shelf is None:
                 raise ValueError("holds images that are stored in another file")
             parts["image"] = StoredImage(shelf, **image[_STORED])
-        return Record(id, parts, tuple(Text(**text) for text in texts), mirrorable)
+        read = tuple(Text(**text) for text in texts)
+        return Record(id, parts, read, mirrorable, tuple(labels))
 
     records = (record(**each) for each in data["records"])
     problems = (Problem(**p) for p in data["problems"])
@@ -294,8 +298,9 @@ Stats = dict[Path, os.stat_result]
 
 
 def _stat(listing: Listing) -> Stats:
-    """Returns the status of each image that is a file of its own; a missing one has no entry."""
+    """Returns the status of each part that is a file of its own; a missing one has no entry."""
     files = {entry.image for entry in listing.entries if isinstance(entry.image, Path)}
+    files |= {file for entry in listing.entries for _, file in entry.parts}
     return {file: file.stat() for file in files if os.path.isfile(file)}
 
 
@@ -345,6 +350,27 @@ def image_faults(
 
 
 def _image_fault(entry: Entry, stats: Stats, decoded: bool) -> Problem | None:
+    """Returns the first problem of an entry's files that leaves it out, else what is converted."""
+    faults = [_file_fault(file, stats, decoded) for _, file in entry.parts]
+    faults.append(_picture_fault(entry, stats, decoded))
+    found = sorted((each for each in faults if each), key=lambda each: each.action == "converted")
+    return found[0] if found else None
+
+
+def _file_fault(file: Path, stats: Stats, decoded: bool) -> Problem | None:
+    """Returns the problem of a file that is no picture, by what its name says it is."""
+    if file not in stats:
+        return Problem(str(file), f"missing {medium_of(file)}", "left out")
+    if not decoded:
+        return None
+    try:
+        conversion = sounds.check(file)
+    except sounds.SoundError as error:
+        return Problem(str(file), error.what, "left out")
+    return Problem(str(file), conversion, "converted") if conversion else None
+
+
+def _picture_fault(entry: Entry, stats: Stats, decoded: bool) -> Problem | None:
     if entry.image is None:
         return None
     name = str(entry.file)
@@ -377,19 +403,28 @@ def image_fault(name: str, source: images.Source, named: str | None = None) -> P
 def _record(entry: Entry, directional: bool) -> Record:
     found = str(entry.image) if isinstance(entry.image, Path) else entry.image
     parts = {} if found is None else {"image": found}
+    parts |= {name: str(file) for name, file in entry.parts}
     mirrorable = not directional and not names_sides(entry.texts)
-    return Record(entry.id, parts, entry.texts, mirrorable)
+    return Record(entry.id, parts, entry.texts, mirrorable, entry.labels)
 
 
 def fingerprint(records: Iterable[Record], sizes: Mapping[Image, int]) -> str:
-    """Returns the SHA-256 over what training sees of records; `sizes` are the images' in bytes."""
+    """Returns the SHA-256 over what training sees of records; `sizes` are the files' in bytes."""
     digest = hashlib.sha256()
     for record in records:
         texts = [[text.prompt, text.target] for text in record.texts]
         size = sizes[record.image] if record.image else None
         learned_since = names_sides(record.texts) and not _any_match(_SIDES_ONCE, record.texts)
         mirrorable = record.mirrorable or learned_since
-        digest.update(json.dumps([record.id, size, texts, mirrorable]).encode())
+        seen: list[Any] = [record.id, size, texts, mirrorable]
+        if others := sorted(
+            (name, sizes[p]) for name, p in record.parts.items() if name != "image"
+        ):
+            seen.append(others)
+        # Those of pictures in folders of classes are their texts.
+        if record.labels and record.labels != tuple(text.target for text in record.texts):
+            seen.append(record.labels)
+        digest.update(json.dumps(seen).encode())
     return digest.hexdigest()
 
 
@@ -434,7 +469,9 @@ def _cache_key(
     digest = hashlib.sha256(json.dumps([setting, listing.problems], default=_members).encode())
     for entry in listing.entries:
         stat = stats.get(entry.image) if isinstance(entry.image, Path) else None
-        known = [entry, stat and [stat.st_size, stat.st_mtime_ns]]
+        known: list[Any] = [entry, stat and [stat.st_size, stat.st_mtime_ns]]
+        there = [stats[file] for _, file in entry.parts if file in stats]
+        known += [[stat.st_size, stat.st_mtime_ns] for stat in there]
         digest.update(json.dumps(known, default=_members_or_path).encode())
     return digest.hexdigest()
 

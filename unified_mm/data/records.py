@@ -68,12 +68,14 @@ class Record:
         `image`, plain JSON values for others. A modality that the example lacks has no part.
       texts: may be empty.
       mirrorable: False where flipping left and right would make a text false.
+      labels: the classes that it is of.
     """
 
     id: int | str
     parts: Mapping[str, Any]
     texts: tuple[Text, ...]
     mirrorable: bool
+    labels: tuple[str, ...] = ()
 
     @property
     def image(self) -> Image | None:
@@ -112,8 +114,8 @@ class Manifest:
       records: the examples.
       source: the name of the data source, such as 'coco' or 'world'.
       folder: the data folder.
-      fingerprint: SHA-256 over what training sees: ids, texts and the images' sizes in bytes.
-        Manifests with equal fingerprints train alike.
+      fingerprint: SHA-256 over what training sees: ids, texts, labels and the files' sizes in
+        bytes. Manifests with equal fingerprints train alike.
       problems: the faults that were found.
       unchecked: how many images were not decoded.
     """

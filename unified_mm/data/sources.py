@@ -22,6 +22,7 @@ BUILT_IN = {
     "auto": "unified_mm.data.sources:find_source",
     **dict.fromkeys(LAYOUTS, "unified_mm.data.sources:given_folder"),
     "mixture": "unified_mm.data.mixture:open_mixture",
+    "sounds": "unified_mm.data.sources:find_sounds",
     "tfds": "unified_mm.data.tfds_source:open_dataset",
     "world": "unified_mm.data.sources:embedded_world",
 }
@@ -32,6 +33,13 @@ WORLD_BANNER = (
     "NO DATA DIRECTORY WAS GIVEN, so this run uses the embedded world: small rendered scenes of "
     "spheres, cubes and cylinders with generated captions. Its scores say nothing about "
     "photographs. For your own data: --config.data.dir=FOLDER (README has the layouts)."
+)
+
+
+TONES_BANNER = (
+    "NO DATA DIRECTORY WAS GIVEN, so this run uses sounds that are made: tones, sweeps, clicks and "
+    "noises. Its scores say nothing about sounds of the world. For your own data: "
+    "--config.data.dir=FOLDER (README has the layouts)."
 )
 
 
@@ -321,12 +329,22 @@ def given_folder(data: Any) -> Source:
     if data.source == "auto" and (path / "dataset_info.json").is_file():
         found: Source = resolve("data source", "tfds", BUILT_IN)(data)
         return found
-    folder = Folder(path, data.fields.image, data.fields.caption, cache_folder(data))
+    named = data.fields
+    folder = Folder(
+        path,
+        named.image,
+        named.caption,
+        cache_folder(data),
+        named.audio,
+        named.label,
+        data.val_rows,
+    )
     with naming(f"data.dir={path}"):
         if data.source != "auto":
             what, splits_of = LAYOUTS[data.source]
             if not (splits := splits_of(folder)):
                 raise FileNotFoundError(_not_found(folder, f"it is not laid out as {what}"))
+            refuse_val_rows(data, data.source)
             return ListedFolder(
                 path, splits, data, name=data.source, described=f"data: {path} is read as {what}"
             )
@@ -334,11 +352,22 @@ def given_folder(data: Any) -> Source:
     if not laid_out:
         raise FileNotFoundError(_not_found(folder, "none of the known layouts"))
     (name, splits), *others = laid_out.items()
+    refuse_val_rows(data, name)
     described = f"data: {path} is read as {LAYOUTS[name][0]}"
     if others:
         also = ", ".join(f"data.source={other}" for other, _ in others)
         described += f"; what could be read too: {also}"
     return ListedFolder(path, splits, data, name=name, described=described)
+
+
+def refuse_val_rows(data: Any, layout: str) -> None:
+    """Raises ValueError where `data.val_rows` is given for a layout that has no rows of fields."""
+    if data.val_rows and layout not in ("table", "imagefolder"):
+        raise ValueError(
+            f"data.val_rows={data.val_rows!r} is for the rows of tables and JSON lines, and "
+            f"{data.dir} is read as {LAYOUTS[layout][0]}: make 'val' a folder or a list of its "
+            "own, or leave it to data.val_share"
+        )
 
 
 def _not_found(folder: Folder, fault: str) -> str:
@@ -363,6 +392,19 @@ def embedded_world(data: Any) -> Source:
     with naming(f"data.cache_dir={cache}"):
         folder = ensure_world(spec, cache)
     return coco_folder(folder, data, name="world", banner=WORLD_BANNER)
+
+
+def find_sounds(data: Any) -> Source:
+    """Returns the folder given, else sounds that this package makes, kept in the cache."""
+    from unified_mm.world.tones import ensure_tones
+
+    if data.dir:
+        return given_folder(data.changed({"source": "auto"}))
+    cache = cache_folder(data)
+    with naming(f"data.cache_dir={cache}"):
+        folder = ensure_tones(cache)
+    splits = LAYOUTS["classes"][1](Folder(folder))
+    return ListedFolder(folder, splits, data, name="tones", banner=TONES_BANNER)
 
 
 def cache_folder(data: Any) -> Path:

@@ -15,9 +15,11 @@ from unified_mm.data.coco import Foil, Question
 from unified_mm.data.records import Manifest, Record, Text
 from unified_mm.evaluation import answers, retrieval
 from unified_mm.evaluation.caption_scores import CHARACTERS, caption_scores
+from unified_mm.evaluation.classification import many_class_scores, one_class_scores
 from unified_mm.evaluation.few_shot import FewShot, check_few_shot, few_shot_scores
 from unified_mm.inference.predictor import Predictor
 from unified_mm.objectives.captioning import Captioning
+from unified_mm.objectives.classification import Classification
 from unified_mm.objectives.contrastive import Contrastive
 from unified_mm.task import Task
 
@@ -129,7 +131,8 @@ def check_split(split: Split, task: Task) -> None:
             "name one that the tokenizer knows with data.special_tokens.bos, such as the "
             "<|endoftext|> of Qwen"
         )
-    if not images and not compared and not (writes and split.asked):
+    classified = any(classified_records(split, each) for each in classifications(task))
+    if not images and not compared and not classified and not (writes and split.asked):
         unanswered = f"; its {len(split.asked)} questions need objectives.captioning"
         raise ValueError(
             f"{where} has no image with a caption: there is nothing to score"
@@ -163,6 +166,7 @@ def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
     check_split(split, predictor.task)
     found = Scores(images=split.captioned)
     score_retrieval(predictor, split, found, batch_size)
+    score_classes(predictor, split, found, batch_size)
     if not predictor.can(Captioning):
         return found
     if found.images:
@@ -203,10 +207,13 @@ def score_retrieval(predictor: Predictor, split: Split, found: Scores, batch_siz
             named.add(both)
             rows = _as_rows(records, other)
             vectors = [
-                np.array(
-                    predictor.over(
-                        each, batch_size, partial(predictor.embed, of=of, objective=contrast.name)
-                    )
+                over_windows(
+                    predictor,
+                    each,
+                    of,
+                    batch_size,
+                    partial(predictor.embed, of=of, objective=contrast.name),
+                    found,
                 )
                 for of, each in ((one, records), (other, rows))
             ]
@@ -215,6 +222,83 @@ def score_retrieval(predictor: Predictor, split: Split, found: Scores, batch_siz
             if (one, other) == ("image", "text") and not prefix:
                 found.image_embeddings, found.text_embeddings = vectors
                 found.texts, found.image_of_text = [_caption(row) for row in rows], owner
+
+
+def classifications(task: Task) -> list[Classification]:
+    """Returns the objectives of a task that classify."""
+    return [each for each in task.objectives if isinstance(each, Classification)]
+
+
+def classified_records(split: Split, objective: Classification) -> list[Record]:
+    """Returns the examples that an objective is scored on: those with labels, of many all."""
+    records = [record for record in split.manifest.records if record.has(objective.of)]
+    return [record for record in records if record.labels or objective.many]
+
+
+def score_classes(predictor: Predictor, split: Split, found: Scores, batch_size: int) -> None:
+    """Adds the scores of every classification; examples of unknown classes count as wrong."""
+    for objective in classifications(predictor.task):
+        records = classified_records(split, objective)
+        if not records:
+            continue
+        names = objective.classes
+        strange = [record for record in records if set(record.labels) - set(names)]
+        if strange:
+            found.warnings.append(
+                f"{len(strange)} of {len(records)} examples are of classes that the model does not "
+                f"know, first {strange[0].labels}: objectives.{objective.name} is wrong about them"
+            )
+        labels = np.array([[name in record.labels for name in names] for record in records])
+        rated = over_windows(
+            predictor,
+            records,
+            objective.of,
+            batch_size,
+            partial(predictor.class_probabilities, objective=objective),
+            found,
+        )
+        if objective.many:
+            scores, chance = many_class_scores(rated, labels)
+        else:
+            scores, chance = one_class_scores(rated, labels, names)
+        found.add(
+            *({f"{objective.name}/{k}": v for k, v in each.items()} for each in (scores, chance))
+        )
+
+
+def over_windows(
+    predictor: Predictor,
+    records: Sequence[Record],
+    of: str,
+    batch_size: int,
+    function: Any,
+    found: Scores,
+) -> Any:
+    """Returns what a function says of a modality of records, the mean over windows of long ones.
+
+    How many are long is said among the warnings.
+    """
+    modality = predictor.task.modalities[of]
+    if not hasattr(modality, "windows"):
+        return np.array(predictor.over(records, batch_size, function))
+    parts = [modality.windows(record.parts[of]) for record in records]
+    rows = [
+        replace(record, parts={**record.parts, of: part})
+        for record, each in zip(records, parts, strict=True)
+        for part in each
+    ]
+    counts = np.array([len(each) for each in parts])
+    if len(rows) > len(records):
+        said = (
+            f"{int((counts > 1).sum())} of {len(records)} {of}s are longer than the model hears: "
+            f"of these, {int(counts[counts > 1].sum())} windows were heard and averaged"
+        )
+        found.warnings += [said] if said not in found.warnings else []
+    heard = np.array(predictor.over(rows, batch_size, function))
+    if len(rows) == len(records):
+        return heard
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    return (np.add.reduceat(heard, starts, axis=0) / counts[:, None]).astype(heard.dtype)
 
 
 def _as_rows(records: Sequence[Record], of: str) -> list[Record]:

@@ -24,6 +24,7 @@ from unified_mm.inference.sampling import sampling_arrays
 from unified_mm.models.unified import UnifiedModel
 from unified_mm.nn.attention.rules import View
 from unified_mm.objectives.captioning import Captioning, score_text
+from unified_mm.objectives.classification import Classification
 from unified_mm.parallel.processes import own_rows
 from unified_mm.parallel.sharding import serving_rules, to_global
 from unified_mm.task import Task
@@ -109,6 +110,11 @@ class Predictor:
         inputs = self.to_device({name: batch[name] for name in read})
         return np.asarray(self.call(f"embed {of} {chosen.name}", embed, inputs))
         return self._run(f"embed {of} {chosen.name}", embed, {name: batch[name] for name in read})
+
+    def class_probabilities(self, batch: Batch, objective: Classification) -> np.ndarray:
+        """Returns the probabilities [B, C] of the classes of an objective."""
+        inputs = {name: batch[name] for name in self.task.model.context_names}
+        return self._run(f"classes {objective.name}", objective.probabilities, inputs)
 
     def log_likelihood(self, batch: Batch) -> Float[np.ndarray, "B 2"]:
         """Returns each text's log-likelihood beside its image, in nats, and its tokens scored."""

@@ -272,7 +272,11 @@ class ImageEmbedder(nn.Module):
             x = Norm("layer", e.norm_epsilon, self.dtype, name="norm")(x)
         valid = jnp.broadcast_to(batch["present"][:, None], x.shape[:2])
         group = Group(self.name_of_group, self.name_of_group, x.shape[1], valid_first=True)
-        return Tokens(blank(x, valid), single_document(valid, group))
+        coords = patch_centres(down, across)
+        if e.class_token:
+            coords = np.concatenate([np.zeros((1, 3), np.float32), coords])
+        placed = single_document(valid, group, np.zeros(x.shape[1], np.float32), coords)
+        return Tokens(blank(x, valid), placed)
 
     def seen(self, batch: Mapping[str, Array]) -> Float[Array, "B down across values"]:
         """Returns the numbers of each patch, or of the network that sees them all."""
@@ -292,6 +296,14 @@ class ImageEmbedder(nn.Module):
         # section 6): no patch sees another, so masked patches do not leak.
         parts = Dense((self.width // 2,), (None,), (None,), dtype=self.dtype, name="parts")
         return patchify(nn.gelu(parts(patchify(pixels, PART))), e.patch // PART)
+
+
+def patch_centres(down: int, across: int) -> Float[np.ndarray, "P 3"]:
+    """Returns the coordinates of the centres of patches, row by row: x, y in 0..1, and 0."""
+    y, x = np.meshgrid(
+        (np.arange(down) + 0.5) / down, (np.arange(across) + 0.5) / across, indexing="ij"
+    )
+    return np.stack([x, y, 0 * x], axis=-1).reshape(-1, 3).astype(np.float32)
 
 
 def normalised(

@@ -12,6 +12,7 @@ from unified_mm.data.records import Record
 from unified_mm.registry import resolve
 
 BUILT_IN = {
+    "audio": "unified_mm.modalities.audio:AudioModality",
     "image": "unified_mm.modalities.image:ImageModality",
     "text": "unified_mm.modalities.text:TextModality",
 }
@@ -28,6 +29,10 @@ class Modality(Protocol):
     What it reads of a record is `record.parts[name]`, or the record's texts. It may have a method
     `fault(part) -> str` that returns what is wrong with such a part, '' for a good one: examples
     with a bad one are then named, counted and left out before training.
+
+    It may have `from_data`, names of options that are taken from the training data where the first
+    of them is empty or 0, with a method `measure(records)` that returns them by name; and
+    `windows(part)`, the parts of a long item that evaluation reads one by one and averages.
 
     Attributes:
       name: its key under `config.model.modalities`.

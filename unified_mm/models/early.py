@@ -18,7 +18,7 @@ from unified_mm.models.unified import (
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.cache import Cache
 from unified_mm.nn.attention.rules import MaskTable, View, plan_passes
-from unified_mm.nn.tokens import Tokens, concatenate, fold_items, spans, unfold_items
+from unified_mm.nn.tokens import Tokens, concatenate, spans, unfold_items
 
 
 class EarlyFusion(UnifiedModel):
@@ -31,7 +31,7 @@ class EarlyFusion(UnifiedModel):
         parts: list[Tokens] = []
         before = 0
         for name in self.context_names:
-            tokens = self.embedders[name](fold_items(batch[name]))
+            tokens = self.embed_items(name, batch[name])
             parts.append(unfold_items(tokens.embeddings, tokens.metadata, batch[name], before))
             before += parts[-1].embeddings.shape[1]
         return parts

@@ -80,7 +80,7 @@ class WithTowers(UnifiedModel):
         if "looked" in items:
             x, valid = items["looked"].astype(self.options.dtype), items["looked_valid"]
             return Tokens(x, single_document(valid, Group(name, name, x.shape[1])))
-        tokens = self.embedders[name](items)
+        tokens = self.embed_items(name, batch[name])
         plan = plan_attention(self.tower_of(name), ALONE, tokens.metadata, tokens.metadata)
         x, _ = self.towers[name](tokens.embeddings, plan, deterministic=deterministic)
         return Tokens(x, tokens.metadata)

@@ -21,9 +21,11 @@ from unified_mm.nn.attention.cache import Cache
 from unified_mm.nn.attention.rules import AttentionRule, MaskTable, View
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.pipeline import Pipeline
+from unified_mm.nn.places import PlaceEmbedding
 from unified_mm.nn.tokens import (
     Group,
     Tokens,
+    fold_items,
     offset_positions,
     with_positions,
 )
@@ -102,6 +104,15 @@ class UnifiedModel(nn.Module):
             name: modality.embedder(self.width_of(name), self.options.dtype)
             for name, modality in self.modalities.items()
         }
+        if self.options.places:
+            widths = {self.width_of(name) for name in self.context_names}
+            if len(widths) > 1:
+                raise ValueError(
+                    f"model.places={self.options.places!r} is one map for all modalities, and "
+                    f"their towers have the widths {sorted(widths)}: give them one"
+                )
+            width = widths.pop() if widths else self.options.width
+            self.places = PlaceEmbedding(self.options.places, width, self.options.dtype)
         self.transformer = Transformer(self.options)
         self.head = dict(self.heads)
 
@@ -225,6 +236,13 @@ class UnifiedModel(nn.Module):
     def param_metrics(self, params: Any) -> dict[str, Array]:
         """Returns numbers about the parameters for the metrics, each []."""
         return {}
+
+    def embed_items(self, name: str, arrays: Mapping[str, Array]) -> Tokens:
+        """Returns the tokens of a context modality's items before any layer, one item a row."""
+        tokens: Tokens = self.embedders[name](fold_items(arrays))
+        if self.options.places and tokens.metadata.time is not None:
+            tokens = self.places(tokens)
+        return tokens
 
     def embed_text(self, text: Mapping[str, Array], name: str, after: int = 0) -> Tokens:
         """Returns the tokens of `text` before any layer, as the group `name`.

@@ -4,7 +4,7 @@ Exported here is what embedders and heads from outside the package need.
 """
 
 from unified_mm.nn.attention.masks import block_mask
-from unified_mm.nn.attention.rules import AttentionRule, Predicate, ScoreTerm
+from unified_mm.nn.attention.rules import AttentionRule, NearInTime, Past, Predicate, ScoreTerm
 from unified_mm.nn.layers import Dense, Norm, PerModality, partitioned
 from unified_mm.nn.sow import sow_auxiliary
 from unified_mm.nn.tokens import (
@@ -20,7 +20,9 @@ __all__ = [
     "AttentionRule",
     "Dense",
     "Group",
+    "NearInTime",
     "Norm",
+    "Past",
     "PerModality",
     "Predicate",
     "ScoreTerm",

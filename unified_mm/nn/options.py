@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from unified_mm.config import check_options, option, read_options
 from unified_mm.nn.pipeline import Pipeline
+from unified_mm.nn.places import PLACES
 from unified_mm.parallel.mesh import platform
 from unified_mm.registry import resolve
 
@@ -20,6 +21,7 @@ ACTIVATIONS = ("gelu", "gelu_exact", "quick_gelu", "silu", "relu")
 REMAT = ("none", "full", "dots", "offload")
 ATTENTION = ("auto", "xla", "chunked", "cudnn", "splash")
 CACHE = ("same", "int8")
+ROTARY_AXES = ("order", "places")
 GATES = ("tanh", "sigmoid")
 GATE_SHAPES = ("scalar", "channel")
 # Kinds of blocks: modules of `options`, `deterministic` and fields of their own,
@@ -137,6 +139,10 @@ class TransformerOptions:
       rotary_options: their scaling to longer texts, by `type` (`nn.attention.rotary.SCALINGS`).
       window: how many tokens of its own sequence one sees at most, itself among them, by position
         (Mistral, Jiang et al. 2023); 0 means all that its rule lets it see.
+      rotary_axes: what they turn by: 'order', or 'places', where a third of each head goes by time,
+        a third by row and a third by column, for tokens that have such (`nn.attention.rotary`).
+      places: what is added to tokens by their time and coords, by one map for all modalities: ''
+        nothing, 'sines', or 'fourier' (`nn.places`); a modality's own positions stay beside it.
       separate_attention, separate_feed_forward: whether each modality has parameters of its own.
       remat: which of a period's activations the backward pass recomputes instead of storing them:
         'none'; 'full', all but its input; 'dots', all but products with weights (attention's
@@ -185,6 +191,8 @@ class TransformerOptions:
     rotary_base: float = 0.0
     rotary_options: tuple[tuple[str, Any], ...] = ()
     window: int = option(0, least=0)
+    rotary_axes: str = option("order", choices=ROTARY_AXES)
+    places: str = option("", choices=PLACES)
     separate_attention: bool = False
     separate_feed_forward: bool = False
     remat: str = option("none", choices=REMAT)

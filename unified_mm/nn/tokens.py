@@ -21,6 +21,7 @@ class Group(NamedTuple):
       start: position of the first token, where each further one is one later and all are of
         document 0 and segment 0; None where these are data.
       valid_first: whether it is known that its valid tokens stand before all others.
+      placed: whether its tokens have time and coords.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Group(NamedTuple):
     length: int
     start: int | None = None
     valid_first: bool = False
+    placed: bool = False
 
 
 @struct.dataclass
@@ -41,6 +43,11 @@ class TokenMetadata:
       document: int32, number of the packed document; no token attends to another document.
       valid: bool, false for padding and for absent data, which are never attended to or scored.
       groups: in sequence order, their lengths adding up to N; static.
+      time: float32, seconds from the beginning of the item, 0 for what has no time; None where no
+        token of the sequence has time or coords.
+      coords: float32 [B, N, 3], where a token lies in its item, 0 for what lies nowhere: x and y of
+        a picture in 0..1 (from the left, from the top), frequency as y of a sound, x, y and z of
+        points in the units of the data; None as `time` is.
     """
 
     position: Any
@@ -48,6 +55,8 @@ class TokenMetadata:
     document: Any
     valid: Any
     groups: tuple[Group, ...] = struct.field(pytree_node=False)
+    time: Any = None
+    coords: Any = None
 
 
 @struct.dataclass
@@ -63,16 +72,41 @@ class Tokens:
     metadata: TokenMetadata
 
 
-def single_document(valid: Bool[Array, "B N"], group: Group) -> TokenMetadata:
-    """Returns the metadata of one segment of one document, positions counted from 0."""
+def single_document(
+    valid: Bool[Array, "B N"],
+    group: Group,
+    time: Float[Any, " N"] | None = None,
+    coords: Float[Any, "N 3"] | None = None,
+) -> TokenMetadata:
+    """Returns the metadata of one segment of one document, positions counted from 0.
+
+    Args:
+      valid: which tokens are there.
+      group: of the tokens.
+      time, coords: float32, of the tokens of each example; both or neither.
+    """
     zeros = jnp.zeros(valid.shape, jnp.int32)
     return TokenMetadata(
         position=zeros + jnp.arange(valid.shape[1], dtype=jnp.int32),
         segment=zeros,
         document=zeros,
         valid=valid,
-        groups=(group._replace(start=0),),
+        groups=(group._replace(start=0, placed=time is not None),),
+        time=None if time is None else jnp.broadcast_to(time, valid.shape),
+        coords=None if coords is None else jnp.broadcast_to(coords, (*valid.shape, 3)),
     )
+
+
+def with_places(parts: Sequence[TokenMetadata]) -> list[TokenMetadata]:
+    """Returns metadata of which all have time and coords where any has: zeros for the others."""
+    if all(part.time is None for part in parts):
+        return list(parts)
+    found = []
+    for part in parts:
+        zeros = jnp.zeros(part.valid.shape, jnp.float32)
+        places = {"time": zeros, "coords": jnp.zeros((*zeros.shape, 3), jnp.float32)}
+        found.append(part if part.time is not None else part.replace(**places))  # type: ignore[attr-defined]
+    return found
 
 
 def with_positions(metadata: TokenMetadata, **arrays: Array) -> TokenMetadata:
@@ -143,6 +177,12 @@ def unfold_items(
         key: jnp.repeat(arrays[key], tokens, axis=1) for key in POSITION_KEYS if key in arrays
     }
     joined = single_document(metadata.valid.reshape(batch, slots * tokens), group)
+    if metadata.time is not None:
+        joined = joined.replace(  # type: ignore[attr-defined]
+            time=metadata.time.reshape(batch, slots * tokens),
+            coords=metadata.coords.reshape(batch, slots * tokens, 3),
+            groups=tuple(each._replace(placed=True) for each in joined.groups),
+        )
     return Tokens(x.reshape(batch, slots * tokens, -1), offset_positions(joined, placement, offset))
 
 
@@ -170,7 +210,7 @@ def join_metadata(parts: Sequence[TokenMetadata]) -> TokenMetadata:
     names = [group.name for group in groups]
     if len(set(names)) != len(names):
         raise ValueError(f"two token groups share a name: {names}")
-    alike = [part.replace(groups=groups) for part in parts]  # type: ignore[attr-defined]
+    alike = [part.replace(groups=groups) for part in with_places(parts)]  # type: ignore[attr-defined]
     return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=1), *alike)
 
 

@@ -21,6 +21,7 @@ from unified_mm.nn.sow import AUXILIARY, auxiliary_by_path
 from unified_mm.registry import resolve
 
 BUILT_IN = {
+    "classification": "unified_mm.objectives.classification:Classification",
     "contrastive": "unified_mm.objectives.contrastive:Contrastive",
     "captioning": "unified_mm.objectives.captioning:Captioning",
     "matching": "unified_mm.objectives.matching:Matching",
@@ -104,7 +105,9 @@ class Objective(Protocol):
     An objective may also have `rngs`, names of the random streams that it draws from
     (`model.make_rng(name)`), `auxiliary`, whether it reads the auxiliary values of layers (it then
     comes after all objectives that do not), and `tells_records`, whether it asks which record each
-    example is of: int32 [B], `RECORD` among the arrays of each modality of a training batch.
+    example is of: int32 [B], `RECORD` among the arrays of each modality of a training batch. It may
+    have `from_data` and `measure` as modalities have, and `of` with `preparer(modality, records)`,
+    what prepares the modality `of` in place of itself, with what the objective asks for beside.
 
     Attributes:
       kind: the ability that it needs of a fusion: 'contrastive', 'captioning', 'matching', or a

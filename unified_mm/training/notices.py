@@ -11,6 +11,7 @@ from unified_mm.data.records import Manifest
 from unified_mm.task import Task
 
 LOOKED_AT = 20000  # texts of which the lengths are taken
+MEASURED = 1000  # sounds likewise
 MAY_BE_CUT = 0.01  # share of texts for which a sufficient length is named
 MAY_BE_START = 0.01  # share of the random start that an average may hold unsaid
 # The decay above which a step takes less off a moment than half of bfloat16's last bit, which is at
@@ -26,6 +27,7 @@ def notices(config: Config, task: Task, train: Manifest) -> list[str]:
             epochs_line(len(train.records), config.train.steps, config.train.batch_size),
             cut_line(task, train),
             mirror_line(config, task),
+            *crop_lines(task, train),
             moments_line(config.train),
             average_line(config.train),
         )
@@ -97,6 +99,24 @@ def average_line(train: Any) -> str:
         f"the averaged parameters hold {left:.1%} of their random start after {train.steps:,} "
         "steps: in a new run set train.ema_warmup=True"
     )
+
+
+def crop_lines(task: Task, train: Manifest) -> list[str]:
+    """Says of each modality how many of its items are longer than the model takes in at a time."""
+    lines = []
+    for name, modality in task.modalities.items():
+        parts = [record.parts[name] for record in train.records if name in record.parts]
+        if not parts or not hasattr(modality, "windows"):
+            continue
+        places = np.linspace(0, len(parts) - 1, min(len(parts), MEASURED), dtype=int)
+        long = sum(len(modality.windows(parts[place])) > 1 for place in places)
+        if long:
+            lines.append(
+                f"{long:,} of {len(places):,} {name}s that were looked at are longer than "
+                f"model.modalities.{name}.seconds={modality.seconds:g}: training takes a random "
+                "part of each, evaluation the mean of several"
+            )
+    return lines
 
 
 def mirror_line(config: Config, task: Task) -> str:

@@ -231,10 +231,11 @@ def phase_rows(config: Config, task: Task, train: Manifest, kind: str) -> Rows:
     """
     if kind == "pairs":
         examples = mixture_of(config.data, train.records)
-        return Rows(examples, task.modalities, train.fingerprint)
+        return Rows(examples, task.preparers(train.records), train.fingerprint)
     if kind == "text":
         blind = tuple(replace(record, parts={}) for record in train.records if record.texts)
-        return Rows(mixture_of(config.data, blind), task.modalities, train.fingerprint)
+        examples = mixture_of(config.data, blind)
+        return Rows(examples, task.preparers(blind), train.fingerprint)
     options = config.data.documents
     preparers = interleaved_preparers(task.modalities, options.images, options.length)
     check_places(task, options.length)

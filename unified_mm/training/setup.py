@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from unified_mm.config import Config, build_options, option
+from unified_mm.config import Config, build_options, get_field, option, set_field
 from unified_mm.data.cleaning import cleaned
 from unified_mm.data.manifest import summary
 from unified_mm.data.records import Manifest
@@ -24,16 +24,20 @@ from unified_mm.default_config import (
     ReadingOptions,
     ScoringOptions,
     TrainOptions,
+    defaults,
 )
 from unified_mm.evaluation.directions import higher_is_better
 from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.splits import evaluated_splits, open_split, read_manifest
 from unified_mm.files import user_path
+from unified_mm.modalities.modality import BUILT_IN as MODALITIES
 from unified_mm.modalities.modality import build_modalities
 from unified_mm.objectives.contrastive import named_modalities
+from unified_mm.objectives.objective import BUILT_IN as OBJECTIVES
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.processes import connect, first_before_others, own_rows, refuse_unequal
 from unified_mm.parallel.sharding import BATCH_AXES, batch_shards, param_shardings
+from unified_mm.registry import resolve
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, keeps_average
 from unified_mm.task import Resources, Task, build_task
@@ -94,7 +98,12 @@ def usual_best(config: Config) -> str:
             return f"single_caption/text_to_{one}/recall_at_1"
         if others:
             return f"{others[0]}_to_{one}/recall_at_1"
-    return "caption/cider_d" if config.objectives.captioning.weight > 0 else ""
+    if config.objectives.captioning.weight > 0:
+        return "caption/cider_d"
+    for name, options in config.objectives.items():
+        if options.type == "classification" and options.weight > 0:
+            return f"{name}/map" if options.many else f"{name}/accuracy"
+    return ""
 
 
 def best_score(config: Config, scored: Any) -> str:
@@ -246,14 +255,67 @@ def settle_epochs(config: ConfigDict, asked: Collection[str]) -> None:
         )
     chosen = Config(config.to_dict())
     build_options(TrainOptions, chosen.train, "train")
+    config.train.steps = steps_of_epochs(chosen, len(read_examples(chosen)[0].records))
+
+
+def read_examples(config: Config) -> tuple[Manifest, dict[str, Any]]:
+    """Returns the training examples, read before a run has its tokenizer, and their modalities."""
     # Texts are never bad: what counts examples needs no tokenizer of this run.
-    named = {name: each for name, each in chosen.model.modalities.items() if name != "text"}
-    resources = Resources(chosen.data, stand_in_tokenizer(chosen.data.vocabulary_size))
+    named = {name: each for name, each in config.model.modalities.items() if name != "text"}
+    resources = Resources(config.data, stand_in_tokenizer(config.data.vocabulary_size))
     modalities = build_modalities(named, resources) if named else {}
     with first_before_others("data"):
-        source = open_source(chosen.data)
-        train = read_manifest(chosen, source, chosen.data.train_split, modalities)
-    config.train.steps = steps_of_epochs(chosen, len(train.records))
+        source = open_source(config.data)
+        return read_manifest(config, source, config.data.train_split, modalities), modalities
+
+
+def settle_from_data(config: ConfigDict, folder: RunFolder) -> None:
+    """Sets the fields that are taken from the training data: classes, means and deviations.
+
+    A run that is there keeps its own.
+
+    Args:
+      config: changed in place.
+      folder: of the run.
+
+    Raises:
+      ValueError: the data cannot be read, or has not what is to be taken from it.
+    """
+    groups = {
+        ("model.modalities", name): ("modality", MODALITIES) for name in config.model.modalities
+    }
+    groups |= {
+        ("objectives", name): ("objective", OBJECTIVES)
+        for name, options in config.objectives.items()
+        if options.weight > 0
+    }
+    left_open = {}
+    for (group, name), known in groups.items():
+        options = get_field(config, group)[name]
+        kind = resolve(known[0], options.type, known[1])
+        fields = getattr(kind, "from_data", ())
+        if fields and not options.get(fields[0]):
+            left_open[group, name] = fields
+    if not left_open:
+        return
+    if folder.exists:
+        saved = Config(folder.read_config(defaults()))
+        for (group, name), fields in left_open.items():
+            if name in get_field(saved, group):
+                own = get_field(saved, group)[name]
+                for field in fields:
+                    set_field(config, f"{group}.{name}.{field}", own[field])
+        return
+    chosen = Config(config.to_dict())
+    train, modalities = read_examples(chosen)
+    for group, name in left_open:
+        options = get_field(chosen, group)[name]
+        found = modalities.get(name) if group == "model.modalities" else None
+        measuring = found or resolve("objective", options.type, OBJECTIVES).from_config(
+            name, options
+        )
+        for field, value in measuring.measure(train.records).items():
+            set_field(config, f"{group}.{name}.{field}", value)
 
 
 def check_epochs(config: Config, examples: int) -> None:
@@ -308,7 +370,9 @@ def check_prompts(task: Task, prompts: Sequence[str]) -> None:
     Raises:
       ValueError: one does not; the message has the longest.
     """
-    text = task.modalities["text"]
+    text = task.modalities.get("text")
+    if text is None:
+        return
     # No text has more tokens than bytes.
     long = {p for p in prompts if len(p.encode()) + 1 >= text.length}
     sizes = {prompt: len(text.tokenizer.encode_prompt(prompt)) for prompt in long}

@@ -24,7 +24,7 @@ from unified_mm.nn.attention.masks import (
     cut,
     slice_keys,
 )
-from unified_mm.nn.attention.rotary import rotary_rates, rotate
+from unified_mm.nn.attention.rotary import rotary_places, rotary_rates, rotate
 from unified_mm.nn.attention.rules import NONE, MaskTable, Window
 from unified_mm.nn.layers import Dense, Norm, PerModality
 from unified_mm.nn.options import TransformerOptions
@@ -39,7 +39,7 @@ class AttentionPlan:
 
     Attributes:
       masks: of the block calls.
-      positions: int32 [B, Q] of the queries, for rotary positions.
+      positions: int32 [B, Q] of the queries, or float32 [B, Q, 3], for rotary positions.
       valid: bool [B, Q], which of the queries are valid, for layers that leave padding out.
       write_at: int32 [], the slot of the cache where new keys begin; None without a cache.
       features: [B, K, width], what a cross layer attends to; None where its keys are cached.
@@ -145,7 +145,7 @@ def plan_attention(
         block_masks.append(seen_by)
     return AttentionPlan(
         masks=tuple(block_masks),
-        positions=queries.position,
+        positions=rotary_places(queries) if options.rotary_axes == "places" else queries.position,
         valid=queries.valid,
         write_at=write_at,
         features=features,

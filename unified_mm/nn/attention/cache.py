@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from unified_mm.nn.tokens import Group, TokenMetadata, lengthen, single_document
+from unified_mm.nn.tokens import Group, TokenMetadata, lengthen, single_document, with_places
 
 # Each [B, G, K, A]: an array, or the same in 8 bits. The heads come first, so that the products of
 # attention take the slots as they lie; else every written token would copy the whole cache.
@@ -131,5 +131,6 @@ class Cache:
         def put(slots: Array, values: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(slots, values, self.length, axis=1)
 
-        same_groups = new.replace(groups=self.metadata.groups)  # type: ignore[attr-defined]
-        return jax.tree.map(put, self.metadata, same_groups)
+        kept, written = with_places([self.metadata, new])
+        same_groups = written.replace(groups=kept.groups)  # type: ignore[attr-defined]
+        return jax.tree.map(put, kept, same_groups)

@@ -266,15 +266,21 @@ def widen(x: Float[Array, "B K G A"], heads: int) -> Float[Array, "B K H A"]:
     return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
+def _fields(metadata: TokenMetadata) -> dict[str, Array]:
+    """Returns the metadata [B, N] that predicates and score terms may read, what there is."""
+    found = {name: getattr(metadata, name) for name in (*FIELDS, "valid")}
+    return {name: x for name, x in found.items() if x is not None}
+
+
 def block_mask(
     call: BlockCall, queries: TokenMetadata, keys: TokenMetadata
 ) -> Bool[Array, "B Q K"]:
     """Returns the mask of a block call: valid keys of the same document, by predicate."""
     rows = slice(*call.queries)
-    query = {name: getattr(queries, name)[:, rows, None] for name in FIELDS}
+    query = {name: x[:, rows, None] for name, x in _fields(queries).items()}
     parts = []
     for start, stop, predicate, _ in call.keys:
-        key = {name: getattr(keys, name)[:, None, start:stop] for name in (*FIELDS, "valid")}
+        key = {name: x[:, None, start:stop] for name, x in _fields(keys).items()}
         allowed = key["valid"] & (key["document"] == query["document"])
         parts.append(allowed & predicate(query, key))
     return jnp.concatenate(parts, axis=2)
@@ -287,10 +293,10 @@ def block_bias(
     if not call.has_terms:
         return None
     rows = slice(*call.queries)
-    query = {name: getattr(queries, name)[:, rows, None] for name in FIELDS}
+    query = {name: x[:, rows, None] for name, x in _fields(queries).items()}
     parts = []
     for start, stop, _, term in call.keys:
-        key = {name: getattr(keys, name)[:, None, start:stop] for name in (*FIELDS, "valid")}
+        key = {name: x[:, None, start:stop] for name, x in _fields(keys).items()}
         shape = key["valid"].shape[0], query["position"].shape[1], stop - start
         added = jnp.zeros((), jnp.float32) if term is None else term(query, key)
         parts.append(jnp.broadcast_to(added.astype(jnp.float32), shape))
@@ -306,8 +312,8 @@ def reference_mask(
     for query in queries.groups:
         for key in keys.groups:
             rows, columns = query_spans[query.name], key_spans[key.name]
-            mine = {name: getattr(queries, name)[:, rows, None] for name in FIELDS}
-            others = {name: getattr(keys, name)[:, None, columns] for name in FIELDS}
+            mine = {name: x[:, rows, None] for name, x in _fields(queries).items()}
+            others = {name: x[:, None, columns] for name, x in _fields(keys).items()}
             mask[:, rows, columns] = table.between(query, key)[0](mine, others)
     same = np.asarray(queries.document)[:, :, None] == np.asarray(keys.document)[:, None, :]
     return jnp.asarray(mask & same & np.asarray(keys.valid)[:, None, :])

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from unified_mm.config import read_options
+from unified_mm.nn.tokens import TokenMetadata
+
+# What counts as one step of the order: seconds, and shares of a picture's height and width.
+UNITS = (0.1, 1 / 16, 1 / 16)
 
 
 @dataclass(frozen=True)
@@ -81,12 +86,35 @@ def rotary_rates(width: int, base: float, options: Mapping[str, Any]) -> Float[A
     return rates if scaling is None else scaling(rates)
 
 
+def rotary_places(metadata: TokenMetadata) -> Float[Array, "B N 3"]:
+    """Returns what tokens turn by along time, row and column, in `UNITS`.
+
+    A token without time and coords has its order in place of each (Wang et al. 2024, Qwen2-VL,
+    section 2.1).
+    """
+    order = jnp.repeat(metadata.position.astype(jnp.float32)[..., None], 3, axis=-1)
+    if metadata.time is None:
+        return order
+    row, column = metadata.coords[..., 1], metadata.coords[..., 0]
+    places = jnp.stack([metadata.time, row, column], axis=-1) / jnp.array(UNITS)
+    placed = np.concatenate([np.full(group.length, group.placed) for group in metadata.groups])
+    return jnp.where(placed[None, :, None], places, order)
+
+
 def rotate(
-    x: Float[Array, "B N H A"], positions: Int[Array, "B N"], rates: Float[Array, " half"]
+    x: Float[Array, "B N H A"],
+    positions: Int[Array, "B N"] | Float[Array, "B N 3"],
+    rates: Float[Array, " half"],
 ) -> Float[Array, "B N H A"]:
-    """Applies rotary positions (Su et al. 2021, equation 34), pairing the two halves of A."""
+    """Applies rotary positions (Su et al. 2021, equation 34), pairing the two halves of A.
+
+    Of positions along several axes, the pairs take turns.
+    """
     half = x.shape[-1] // 2
-    angles = positions[:, :, None, None].astype(jnp.float32) * rates
+    if positions.ndim == 3:
+        angles = positions[:, :, np.arange(half) % 3][:, :, None] * rates
+    else:
+        angles = positions[:, :, None, None].astype(jnp.float32) * rates
     cosine, sine = jnp.cos(angles), jnp.sin(angles)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     turned = [first * cosine - second * sine, second * cosine + first * sine]

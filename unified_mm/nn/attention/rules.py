@@ -39,9 +39,10 @@ from jaxtyping import Array
 from unified_mm.nn.tokens import Group
 from unified_mm.registry import resolve
 
-# The metadata that predicates and score terms get, each broadcastable to [B, Q, K].
+# The metadata that predicates and score terms get, each broadcastable to [B, Q, K]; `time` where
+# the tokens of the pass have it.
 Fields = Mapping[str, Array]
-FIELDS = ("position", "segment", "document")
+FIELDS = ("position", "segment", "document", "time")
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,34 @@ class Window(Predicate):
         return None if seen is None else seen & (np.abs(query - key) < self.size)
 
 
+@dataclass(frozen=True)
+class NearInTime(Predicate):
+    """The predicate under which a token sees those at most `seconds` away, before or after."""
+
+    seconds: float = 1.0
+
+    def __call__(self, query: Fields, key: Fields) -> Array:
+        return abs(_later_by(query, key)) <= self.seconds
+
+
+@dataclass(frozen=True)
+class Past(Predicate):
+    """The predicate under which a token sees those that are not later by the clock."""
+
+    def __call__(self, query: Fields, key: Fields) -> Array:
+        return _later_by(query, key) <= 0
+
+
+def _later_by(query: Fields, key: Fields) -> Array:
+    """Returns how many seconds keys are later than queries."""
+    if "time" not in query or "time" not in key:
+        raise ValueError(
+            "the attention rule compares times (near_in_time, past), but the tokens have none: "
+            "name modalities in its patterns that have a time, such as audio"
+        )
+    return key["time"] - query["time"]
+
+
 NONE, ALL, CAUSAL = Nothing(), Everything(), Causal()
 PREDICATES: dict[str, Predicate] = {
     "none": NONE,
@@ -152,6 +181,8 @@ PREDICATES: dict[str, Predicate] = {
     "causal": CAUSAL,
     "same_segment": SameSegment(),
     "block_causal": BlockCausal(),
+    "near_in_time": NearInTime(),  # of one second; `NearInTime(seconds)` of others
+    "past": Past(),
 }
 
 

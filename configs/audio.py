@@ -1,0 +1,52 @@
+"""Classes of sounds: one transformer over patches of a log-mel spectrogram.
+
+    python -m unified_mm.main --config=configs/audio.py --workdir=runs/tones
+    python -m unified_mm.main --config=configs/audio.py --config.data.dir=DIR --workdir=runs/sounds
+
+Without data it learns a small set that it makes itself, of tones, sweeps, clicks and noises. A
+folder has a folder a class, or a csv or JSON lines that name files and classes (ESC-50's is one);
+what another field holds is said by `data.fields.label`, and what is held out by `data.val_rows`:
+
+    --config.data.dir=fsdd --config.data.fields.label=digit --config.data.val_rows=take=5,6,7,8,9
+    --config.data.dir=esc10 --config.data.val_rows=fold=4 --config.model.modalities.audio.seconds=5
+
+| size | parameters | hardware | time | accuracy |
+| --- | --- | --- | --- | --- |
+| `tiny` | 0.47 M | 2 CPU cores | 900 steps, 4 CPU minutes | 0.952 (fsdd takes 5 to 9; chance 0.1) |
+| `base` | not counted | one accelerator | not measured | not measured |
+
+Kernel ridge on the pooled spectrum, in four parts, reaches 0.924 on the same takes.
+"""
+
+from ml_collections import ConfigDict
+
+from unified_mm.config import defaults_of
+from unified_mm.default_config import default_config
+from unified_mm.modalities.audio import AudioModality
+
+SIZES = ("tiny", "base")
+
+
+def get_config(size: str = "auto") -> ConfigDict:
+    """The recipe at a size; 'auto' is resolved by the command once jax has its devices."""
+    if size not in ("auto", *SIZES):
+        raise ValueError(f"no size {size!r}; there are {', '.join(SIZES)}, or none for auto")
+    config = default_config()
+    config.size = size
+    config.data.source = "sounds"
+    config.model.modalities = {"audio": {"type": "audio", **defaults_of(AudioModality)}}
+    for objective in config.objectives.values():
+        objective.weight = 0.0
+    config.objectives.classification.update({"weight": 1.0, "of": "audio"})
+    audio = config.model.modalities.audio
+    if size == "base":
+        config.model.update({"width": 768, "layers": 12, "heads": 12, "feed_forward": 3072})
+        audio.update({"preset": "kaldi", "mels": 128, "mask_frames": 192, "mask_mels": 48})
+        config.train.update({"steps": 20_000, "batch_size": 64, "learning_rate": 1e-4})
+        return config
+    config.model.update({"width": 96, "layers": 4, "heads": 4, "feed_forward": 384})
+    audio.update({"seconds": 1.0, "mels": 64, "patch": (8, 16), "gain": 6.0})
+    audio.update({"mask_frames": 20, "mask_mels": 12})
+    config.train.update({"steps": 900, "batch_size": 48, "learning_rate": 2e-3})
+    config.checkpoint.every = 200
+    return config

@@ -1,0 +1,290 @@
+"""Audio: patches of a log-mel spectrogram become tokens (Gong et al. 2021, AST, section 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from unified_mm.config import build_options, option
+from unified_mm.data import sounds
+from unified_mm.data.records import Record
+from unified_mm.modalities.image import START
+from unified_mm.modalities.spectrogram import HOP, PRESETS, log_mel
+from unified_mm.nn.layers import Dense, partitioned
+from unified_mm.nn.tokens import Group, Tokens, blank, single_document
+
+MEASURED = 500  # sounds that the mean and the deviation are taken from, spread over the data
+READ_AT_A_TIME = 50
+
+
+@dataclass(frozen=True)
+class AudioModality:
+    """Sounds of at most `seconds`, as 16 kHz samples, heard as spectrograms.
+
+    Of a longer one training hears a random part, and evaluation `windows` of it. A part of a record
+    is a file, or `{"file": FILE, "start": SECONDS}` of one.
+
+    Attributes:
+      name: its key under `config.model.modalities`.
+      seconds: of the longest sound that is heard whole.
+      preset: the kind of spectrogram: 'whisper', or 'kaldi' (AST, ImageBind).
+      mels: bands of frequency.
+      mean, std: by which spectrograms are normalised; std 0 takes both from the training data, and
+        the run keeps them.
+      patch: frames (of 10 ms) and bands of a token.
+      positions: initial values of the learned positions of time and band: 'grid', 'line', 'random',
+        or 'none', as those of images.
+      modality_embedding: whether a learned embedding of the modality is added.
+      mask_frames, mask_mels: the widest stretch of time, and of bands, that training blanks (Park
+        et al. 2019, SpecAugment).
+      gain: the most decibels by which training makes a sound louder or softer.
+      roll: whether training turns a sound round in time, so that it begins anywhere.
+    """
+
+    suffixes: ClassVar[frozenset[str]] = sounds.SUFFIXES
+    from_data: ClassVar[tuple[str, ...]] = ("std", "mean")
+
+    name: str
+    seconds: float = option(10.0, above=0)
+    preset: str = option("whisper", choices=tuple(PRESETS))
+    mels: int = option(80, least=1)
+    mean: float = 0.0
+    std: float = option(0.0, least=0)
+    patch: tuple[int, int] = (16, 16)
+    positions: str = option("grid", choices=(*START, "none"))
+    modality_embedding: bool = True
+    mask_frames: int = option(0, least=0)
+    mask_mels: int = option(0, least=0)
+    gain: float = option(0.0, least=0)
+    roll: bool = False
+
+    @classmethod
+    def from_config(cls, name: str, options: Mapping[str, Any], resources: Any) -> AudioModality:
+        where = f"model.modalities.{name}"
+        built: AudioModality = build_options(cls, options, where, name=name)
+        if min(built.patch) < 1 or built.mels % built.patch[1]:
+            raise ValueError(
+                f"{where}.mels={built.mels} is no multiple of the bands of {where}.patch="
+                f"{built.patch}"
+            )
+        return built
+
+    @property
+    def samples(self) -> int:
+        """Samples of the longest sound, S."""
+        return round(self.seconds * sounds.RATE)
+
+    @property
+    def frames(self) -> int:
+        """Frames of the longest sound, filled up to whole patches."""
+        frames, of_patch = PRESETS[self.preset].frames(self.samples), self.patch[0]
+        return -(-frames // of_patch) * of_patch
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches in time and in frequency."""
+        return self.frames // self.patch[0], self.mels // self.patch[1]
+
+    def prepare(self, record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+        if self.name not in record.parts:
+            return self.absent()
+        file, start = place_of(record.parts[self.name])
+        if rng is not None:
+            room = sounds.seconds_of(file) - start - self.seconds
+            start += rng.uniform(0, room) if room > 0 else 0.0
+        wave = sounds.decode(file, start, self.seconds)
+        if rng is None:
+            return self.arrays(wave)
+        if self.roll:
+            wave = np.roll(wave, rng.integers(len(wave)))
+        drawn = {
+            "gain": np.array(10 ** (rng.uniform(-self.gain, self.gain) / 20), np.float32),
+            "masks": np.array(
+                [_stretch(rng, self.mask_frames, self._there(len(wave))),
+                 _stretch(rng, self.mask_mels, self.mels)],
+                np.int32,
+            ),
+        }  # fmt: skip
+        return self.arrays(wave) | drawn
+
+    def _there(self, samples: int) -> int:
+        preset, samples = PRESETS[self.preset], min(samples, self.samples)
+        return -(-samples // HOP) if preset.centred else preset.frames(samples)
+
+    def read(self, content: bytes) -> dict[str, np.ndarray]:
+        return self.arrays(sounds.decode(content, seconds=self.seconds))
+
+    def arrays(self, wave: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the arrays of int16 samples, of which more than `seconds` are left out."""
+        wave = wave[: self.samples]
+        samples = np.pad(wave, (0, self.samples - len(wave)))
+        found = {
+            "samples": samples,
+            "length": np.array(len(wave), np.int32),
+            "present": np.array(True),
+        }
+        return self.absent() | found
+
+    def absent(self) -> dict[str, np.ndarray]:
+        return {
+            "samples": np.zeros(self.samples, np.int16),
+            "length": np.array(0, np.int32),
+            "gain": np.array(1, np.float32),
+            "masks": np.zeros((2, 2), np.int32),
+            "present": np.array(False),
+        }
+
+    def windows(self, part: Any) -> list[Any]:
+        """Returns the parts of `seconds` that evaluation hears of a sound, evenly spread."""
+        file, start = place_of(part)
+        length = sounds.seconds_of(file) - start
+        if length <= self.seconds + 0.5 / sounds.RATE:
+            return [part]
+        count = int(np.ceil(length / self.seconds))
+        starts = start + np.linspace(0, length - self.seconds, count)
+        return [{"file": str(file), "start": float(each)} for each in starts]
+
+    def mix(
+        self, one: dict[str, np.ndarray], other: dict[str, np.ndarray], rng: np.random.Generator,
+        decibels: float,
+    ) -> dict[str, np.ndarray]:  # fmt: skip
+        """Returns one sound with another added, louder or softer by up to so many decibels.
+
+        A sum that int16 cannot hold is made softer as a whole.
+        """
+        factor = 10 ** (rng.uniform(-decibels, decibels) / 20)
+        wave = one["samples"].astype(np.float32) + factor * other["samples"]
+        wave *= min(1.0, 32767 / max(float(np.abs(wave).max()), 1.0))
+        length = np.maximum(one["length"], other["length"])
+        return one | {"samples": np.rint(wave).astype(np.int16), "length": length}
+
+    def measure(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Returns the mean and the deviation of the spectrograms of `MEASURED` sounds.
+
+        Raises:
+          ValueError: no record has one, or all are alike.
+        """
+        heard = [record for record in records if self.name in record.parts]
+        if not heard:
+            raise ValueError(
+                f"model.modalities.{self.name}: no example has it, so that its mean and std cannot "
+                "be taken from the data"
+            )
+        places = np.linspace(0, len(heard) - 1, min(len(heard), MEASURED), dtype=int)
+        chosen = [heard[place] for place in places]
+        spectrum = jax.jit(lambda batch: spectrogram(replace(self, std=1.0), batch)[:2])
+        sums = np.zeros(3)
+        for first in range(0, len(chosen), READ_AT_A_TIME):
+            rows = [self.prepare(record, None) for record in chosen[first : first + READ_AT_A_TIME]]
+            rows += [self.absent()] * (READ_AT_A_TIME - len(rows))
+            batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+            x, there = (np.asarray(each) for each in spectrum(batch))
+            x = x[there].astype(np.float64)
+            sums += [x.size, x.sum(), np.square(x).sum()]
+        mean = sums[1] / sums[0]
+        std = float(np.sqrt(max(sums[2] / sums[0] - mean**2, 0.0)))
+        if not std > 1e-6:
+            raise ValueError(f"model.modalities.{self.name}: all its sounds are silent or alike")
+        return {"mean": float(np.float32(mean)), "std": float(np.float32(std))}
+
+    def embedder(self, width: int, dtype: Any) -> nn.Module:
+        if not self.std:
+            raise ValueError(
+                f"model.modalities.{self.name}.std=0: the command takes mean and std from the "
+                "training data; elsewhere, give both"
+            )
+        return AudioEmbedder(self, width, dtype)
+
+
+def place_of(part: Any) -> tuple[str, float]:
+    """Returns the file of a record's part, and the second at which it begins."""
+    if isinstance(part, Mapping):
+        return part["file"], float(part.get("start", 0.0))
+    return part, 0.0
+
+
+def _stretch(rng: np.random.Generator, widest: int, room: int) -> tuple[int, int]:
+    """Returns the start and the width of a stretch that is blanked."""
+    width = int(rng.integers(min(widest, room) + 1)) if widest else 0
+    return int(rng.integers(room - width + 1)), width
+
+
+def spectrogram(
+    audio: AudioModality, batch: Mapping[str, Array]
+) -> tuple[Float[Array, "B N mels"], Bool[Array, "B N"], Bool[Array, "B N mels"]]:
+    """Returns normalised log-mel frames, which of them hold sound, and what is not blanked.
+
+    Args:
+      audio: the modality.
+      batch: `samples` [B, S] (int16, or float of its range), `length`, `gain` and `present` [B],
+        `masks` [B, 2, 2]: the start and the width that are blanked, in frames and in bands.
+    """
+    preset = PRESETS[audio.preset]
+    length = jnp.where(batch["present"], batch["length"], 0)
+    heard = jnp.arange(batch["samples"].shape[1])[None] < length[:, None]
+    wave = blank(batch["samples"].astype(jnp.float32), heard) / 32768.0
+    wave = wave * jnp.where(batch["present"], batch["gain"], 1.0)[:, None]
+    frames = preset.frames(wave.shape[1])
+    there = jnp.arange(frames)[None] < preset.frames_of(length)[:, None]
+    x = (log_mel(audio.preset, wave, audio.mels, there) - audio.mean) / audio.std
+    place = [jnp.arange(frames)[None, :, None], jnp.arange(audio.mels)[None, None]]
+    masks = batch["masks"][:, :, :, None, None]
+    left = ~(
+        ((place[0] >= masks[:, 0, 0]) & (place[0] < masks[:, 0, 0] + masks[:, 0, 1]))
+        | ((place[1] >= masks[:, 1, 0]) & (place[1] < masks[:, 1, 0] + masks[:, 1, 1]))
+    )
+    return x, there, left
+
+
+class AudioEmbedder(nn.Module):
+    """Patches of a spectrogram through a dense map, plus positions and the modality's embedding.
+
+    Tokens go by time, then by frequency.
+    """
+
+    audio: AudioModality
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, batch: Mapping[str, Array]) -> Tokens:
+        """Embeds a batch as `spectrogram` takes it; seconds may be other than the modality's."""
+        a = self.audio
+        x, there, left = spectrogram(a, batch)
+        x = blank(x, there) * left.astype(x.dtype)
+        of_patch, bands = a.patch
+        missing = -x.shape[1] % of_patch
+        x = jnp.pad(x, ((0, 0), (0, missing), (0, 0))).astype(self.dtype)
+        there = jnp.pad(there, ((0, 0), (0, missing)))
+        rows, down, across = x.shape[0], x.shape[1] // of_patch, a.mels // bands
+        patches = x.reshape(rows, down, of_patch, across, bands).transpose(0, 1, 3, 2, 4)
+        patches = patches.reshape(rows, down * across, of_patch * bands)
+        x = Dense((self.width,), (None,), ("embed",), dtype=self.dtype, name="patches")(patches)
+        if a.positions != "none":
+            start = partitioned(START[a.positions], None, None, "embed")
+            table = self.param("positions", start, (*a.grid, self.width))
+            if table.shape[0] < down:
+                raise ValueError(
+                    f"sounds of {down * of_patch * HOP / sounds.RATE:g} seconds, but the model "
+                    f"learns positions of {a.seconds:g} (model.modalities.{a.name}.seconds)"
+                )
+            x = x + table[:down].reshape(down * across, self.width).astype(self.dtype)
+        if a.modality_embedding:
+            vector = partitioned(nn.initializers.normal(0.02), "embed"), (self.width,)
+            x = x + self.param("modality", *vector).astype(self.dtype)
+        valid = jnp.repeat(there.reshape(rows, down, of_patch).any(-1), across, axis=1)
+        group = Group(a.name, a.name, x.shape[1])
+        first = PRESETS[a.preset].first_centre
+        times = first + (np.arange(down) * of_patch + (of_patch - 1) / 2) * HOP / sounds.RATE
+        coords = np.zeros((down, across, 3), np.float32)
+        coords[:, :, 1] = (np.arange(across) + 0.5) / across
+        time = np.repeat(times.astype(np.float32), across)
+        placed = single_document(valid, group, time, coords.reshape(-1, 3))
+        return Tokens(blank(x, valid), placed)
