@@ -23,7 +23,11 @@ from unified_mm.parallel.sharding import without_names
 
 ROWS, TOKENS, WIDTH, HIDDEN = 64, 96, 128, 512
 OWN: dict[str, Any] = {"count": 8, "top_k": 1, "capacity": 1.25}
-WAYS = {"groups of 8": {"group": 8}, "groups of 1": {"group": 1}, "dropless": {"dropless": True}}
+WAYS: dict[str, dict[str, Any]] = {
+    "groups of 8": {"group": 8},
+    "groups of 1": {"group": 1},
+    "dropless": {"dropless": True},
+}
 TURNS = 12
 
 
