@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from unified_mm.costs.flops import matmul_flops
 from unified_mm.nn.attention import splash
@@ -12,6 +13,7 @@ from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import Group, single_document
 from unified_mm.nn.transformer import Transformer
+from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import without_names
 
 BATCH, TOKENS, WIDTH, LAYERS = 2, 10, 16, 3
@@ -46,6 +48,18 @@ def test_a_kernel_counts_at_each_point_of_its_grid():
     run = splash.kernel(np.ones((rows, columns), bool), 2, False)
     shapes = [jax.ShapeDtypeStruct((2, size, width), jnp.bfloat16) for size in (rows, columns)]
     assert matmul_flops(run, *shapes, shapes[1]) == 2 * 4 * rows * columns * width
+
+
+def test_a_shard_map_counts_on_each_device():
+    mesh = make_mesh({"data": 4, "tensor": 2})
+    x = jax.ShapeDtypeStruct((8, 6), jnp.float32)
+
+    def divided(x):
+        specs = P(("data", "tensor"))
+        return jax.shard_map(lambda x: x @ x.T @ x, in_specs=specs, out_specs=specs)(x)
+
+    with jax.set_mesh(mesh):
+        assert matmul_flops(divided, x) == 8 * 2 * (2 * 6)
 
 
 def test_rematerialisation_costs_a_forward_pass_more():

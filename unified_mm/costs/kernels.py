@@ -32,5 +32,7 @@ def repeats(equation: Any) -> int:
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
     if name == "shard_map":
-        return math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        # `manual_axes` in some versions of jax, `newly_manual_axes` in others.
+        axes = next(value for key, value in params.items() if key.endswith("manual_axes"))
+        return math.prod(params["mesh"].shape[axis] for axis in axes)
     return 1
