@@ -33,6 +33,7 @@ def get_config(size: str = "auto") -> ConfigDict:
         raise ValueError(f"no size {size!r}; there are {', '.join(SIZES)}, or none for auto")
     config = default_config()
     config.size = size
+    config.model.dtype = "auto"
     config.data.source = "sounds"
     config.model.modalities = {"audio": {"type": "audio", **defaults_of(AudioModality)}}
     for objective in config.objectives.values():

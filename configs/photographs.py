@@ -31,6 +31,8 @@ def get_config(size: str = "auto") -> ConfigDict:
         raise ValueError(f"no size {size!r}; there are {', '.join(SIZES)}, or none for auto")
     config = default_config()
     config.size = size
+    config.data.mirror = False  # captions name sides, in whatever language
+    config.model.dtype = "auto"
     config.model.start_from.stem = EYES
     config.model.modalities.image.patch = 32
     config.model.modalities.text.length = 32

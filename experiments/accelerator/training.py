@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.accelerator.peaks import peaks_of
 from experiments.accelerator.scale import Setting, config_of, largest_batch
 from experiments.accelerator.schedule import Results, Row, Rows
 from experiments.accelerator.trainer import Trainer, device_memory
@@ -19,6 +18,7 @@ from unified_mm.benchmarks.timing import (
     memory_bandwidth,
     provenance,
 )
+from unified_mm.costs.peaks import chip_of
 from unified_mm.training.ahead import DoesNotFit
 
 APART = 0.05  # of the device's memory, lost between what is held
@@ -38,10 +38,10 @@ def machine(setting: Setting) -> Rows:
     del setting  # the same at any scale
 
     def specified() -> Row:
-        dense = peaks_of(jax.devices()[0].device_kind)
+        known = chip_of(jax.devices()[0].device_kind)
         return {
-            "dense_specification_flops": dense.flops if dense else None,
-            "specification_bandwidth": dense.memory_bandwidth if dense else None,
+            "dense_specification_flops": known[1].flops if known else None,
+            "specification_bandwidth": known[1].memory_bandwidth if known else None,
             "memory_bytes": device_memory(0),
         }
 

@@ -14,7 +14,6 @@ import pytest
 from packaging.requirements import Requirement
 
 from experiments.accelerator import carried, checks, world
-from experiments.accelerator.peaks import peaks_of
 from experiments.accelerator.scale import FULL, largest_batch
 from experiments.accelerator.schedule import SKIPPED, Part, Results, measure_rows, run_parts
 from experiments.accelerator.trainer import utilisation
@@ -128,12 +127,6 @@ def test_the_largest_batch_is_what_memory_leaves_beside_the_state():
     assert largest_batch(step, 10**9, FULL) == FULL.most_batch
     with pytest.raises(ValueError, match="hold no batch of 32: the state takes 1,000"):
         largest_batch(step, 1300, FULL)
-
-
-def test_peaks_are_those_of_the_card():
-    assert peaks_of("NVIDIA H200").flops == peaks_of("NVIDIA H100 80GB HBM3").flops == 989.4e12
-    assert peaks_of("NVIDIA H200").memory_bandwidth > peaks_of("NVIDIA H100").memory_bandwidth
-    assert peaks_of("cpu") is None
 
 
 def test_utilisation_says_of_which_peak_and_goes_without_one():
