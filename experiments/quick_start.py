@@ -27,6 +27,14 @@ COARSE = {
     "train.steps": 1100,
     "checkpoint.every": 550,
 }
+# The candidates at their whole length, on whole pictures.
+WHOLE: dict[str, Any] = {
+    "data.crop_scale": (1.0, 1.0),
+    "data.crop_ratio": (1.0, 1.0),
+    "train.steps": 3400,
+    "train.warmup_steps": 100,
+    "checkpoint.every": 500,
+}
 
 
 def get_ablation(size: str) -> Ablation:
@@ -73,6 +81,20 @@ def get_ablation(size: str) -> Ablation:
             "captions_8": {**COARSE, "objectives.captioning.weight": 8.0},
             "linear": {**COARSE, "train.schedule": "linear", "train.final_rate": 0.0},
             "gated": {**COARSE, "model.gated_feed_forward": True, "model.feed_forward": 256},
+            "whole": {**COARSE, **WHOLE},
+            "whole_rate_8": {**COARSE, **WHOLE, "train.learning_rate": 8e-3},
+            "whole_wide": {
+                **FASTER,
+                **WHOLE,
+                "model.modalities.image.patch": 16,
+                "train.steps": 2300,
+            },
+            "whole_fine": {
+                **NARROW,
+                **WHOLE,
+                "train.learning_rate": 6e-3,
+                "train.steps": 2100,
+            },
         },
         scores=(
             "single_caption/text_to_image/recall_at_1",

@@ -21,10 +21,6 @@ from unified_mm.objectives.classification import LABELS
 from unified_mm.task import build_task
 
 soundfile = pytest.importorskip("soundfile")
-# The loops by which checkpoints are written are closed when they are collected.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
-)
 
 TINY = {"type": "audio", "seconds": 0.2, "mels": 8, "patch": (5, 4), "mean": -0.1, "std": 0.5}
 CLASSES = ("high", "low")

@@ -34,7 +34,6 @@ class Interrupts:
         self.heard = False
         self._text = text
         self._lock = threading.Lock()
-        self.reader, self.writer = socket.socketpair()
 
     @property
     def said(self) -> bool:
@@ -68,20 +67,21 @@ def leaving_on_interrupt(text: str) -> Iterator[Interrupts]:
         yield interrupts
         return
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    interrupts.writer.setblocking(False)
-    waking = signal.set_wakeup_fd(interrupts.writer.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(interrupts,), daemon=True).start()
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    waking = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(interrupts, reader), daemon=True).start()
     try:
         yield interrupts
     finally:
         signal.set_wakeup_fd(waking)
         if not interrupts.said:  # else the interpreter may still wait for threads at its end
             signal.signal(signal.SIGINT, before)
-            interrupts.writer.close()  # which ends the thread
+            writer.close()  # which ends the thread
 
 
-def _watch(interrupts: Interrupts) -> None:
-    with interrupts.reader as reader:
+def _watch(interrupts: Interrupts, reader: socket.socket) -> None:
+    with reader:
         while got := reader.recv(1):
             if got[0] == signal.SIGINT:
                 interrupts.heard = True
