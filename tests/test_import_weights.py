@@ -106,7 +106,7 @@ def test_a_name_that_is_not_here(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert imported_by_command("someone/small-gpt2@v2", tmp_path / "run") == 1
     said = capsys.readouterr().err
-    assert re.search(r"small-gpt2 \(revision v2\) is no directory.*unified_mm\[hub\]", said), said
+    assert re.search(r"no folder someone/small-gpt2 .*revision v2.*unified_mm\[hub\]", said), said
     assert imported_by_command("someone/small-gpt2", tmp_path / "run") == 1
 
 

@@ -349,7 +349,7 @@ def test_a_budget_settles_the_width_and_is_no_field_that_nothing_reads(data, tmp
     from unified_mm.training import run
     from unified_mm.training.loop import Stopped
 
-    def stop(setup, output):
+    def stop(setup, output, *, traced):
         raise Stopped(0, 75)
 
     monkeypatch.setattr(run, "train_and_score", stop)  # all before the first step is done

@@ -81,10 +81,12 @@ def in_the_checkout(monkeypatch, tmp_path):
 
 
 def todays(flags):
-    """The flags that made a run, fields by the names that they have now."""
+    """The flags that made a run, of the recipe as it was, fields by their names of today."""
     named = [flag.removeprefix("--config.").partition("=") for flag in flags]
     return [
-        flag if flag.startswith("--config=") else f"--config.{new_field(field)}={value}"
+        flag.replace("configs/coco.py", "experiments/recipe.py")
+        if flag.startswith("--config=")
+        else f"--config.{new_field(field)}={value}"
         for flag, (field, _, value) in zip(flags, named, strict=True)
     ]
 

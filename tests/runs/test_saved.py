@@ -76,8 +76,8 @@ def test_a_field_of_a_later_version_is_named():
         group = within(later, path)
         if not isinstance(group, dict) or {"tone", "tones"} & set(path) or path[-1] == "phases":
             continue
-        if path[-1].endswith("_options") or path[-1] in ("towers", "start_from"):
-            continue  # these are a class's or a modality's own
+        if path[-1].endswith("_options") or path[-1] in ("towers", "start_from", "mixture"):
+            continue  # these are a class's, a modality's or a source's own
         if "phases" in path and len(path) > 3:
             continue
         group["experts"] = 4
