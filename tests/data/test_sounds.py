@@ -152,3 +152,15 @@ def test_a_wave_of_the_standard_library_is_read(tmp_path):
         file.setframerate(16_000)
         file.writeframes(np.arange(100, dtype="<i2").tobytes())
     np.testing.assert_array_equal(sounds.decode(tmp_path / "a.wav"), np.arange(100))
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    """As an error of what was given, which a command says in a line; no sound counts as bad."""
+
+    def absent(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr("importlib.import_module", absent)
+    with pytest.raises(ValueError, match=r"soundfile.*unified_mm\[audio\]") as error:
+        sounds.check(tmp_path / "any.wav")
+    assert not isinstance(error.value, sounds.SoundError)

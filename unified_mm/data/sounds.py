@@ -96,12 +96,16 @@ def _opened(source: str | Path | bytes, name: str) -> Any:
 
 
 def _library(name: str) -> Any:
-    """Returns a library of the extra 'audio', which is imported where sounds are met."""
+    """Returns a library of the extra 'audio', which is imported where sounds are met.
+
+    Raises:
+      ValueError: it is not installed.
+    """
     import importlib
 
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(
-            f"sounds need {name}, of the extra 'audio': pip install unified_mm[audio]"
+        raise ValueError(
+            f"sounds need {name}, of the extra 'audio': pip install 'unified_mm[audio]'"
         ) from error
