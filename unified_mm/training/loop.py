@@ -161,9 +161,15 @@ def train(
 
 
 def first_phase(setup: Setup, checkpoints: Checkpoints) -> Phase | None:
-    """Returns the phase that a process alone goes on with; None where no step is left."""
+    """Returns the phase whose step is compiled ahead, that a process alone goes on with.
+
+    None where no step is left. Several devices of one CPU share its threads: a collective that
+    waits for all of them is starved by a compiler beside it, and ends the process.
+    """
     start = max(checkpoints.steps(), default=0)
-    if jax.process_count() > 1 or start >= setup.options.train.steps:
+    devices = setup.mesh.devices
+    crowded = devices.size > 1 and devices.flat[0].platform == "cpu"
+    if crowded or jax.process_count() > 1 or start >= setup.options.train.steps:
         return None
     return setup.phase_at(start + 1)
 
