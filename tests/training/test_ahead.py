@@ -3,6 +3,7 @@
 import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -28,7 +29,7 @@ from unified_mm.training.ahead import (
     stand_in_data,
 )
 from unified_mm.training.estimate import estimate, lines, problem
-from unified_mm.training.loop import phase_batches
+from unified_mm.training.loop import first_phase, phase_batches
 from unified_mm.training.phases import batch_shapes, computed_flops, training_flops
 from unified_mm.training.setup import plan, prepare
 
@@ -209,3 +210,13 @@ def test_a_step_for_sixteen_chips(mesh):
     assert "all-reduce" in found or "reduce-scatter" in found
     assert 0 < told["step_seconds"] < 1
     assert 0 < told["mfu"] < 1
+
+
+def test_nothing_is_compiled_ahead_on_several_devices_of_one_cpu():
+    def asked(devices):
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",))
+        steps = SimpleNamespace(train=SimpleNamespace(steps=2))
+        setup = SimpleNamespace(mesh=mesh, options=steps, phase_at=lambda step: f"of step {step}")
+        return first_phase(setup, SimpleNamespace(steps=lambda: []))
+
+    assert asked(1) == "of step 1" and asked(2) is None

@@ -163,8 +163,8 @@ def train(
 def first_phase(setup: Setup, checkpoints: Checkpoints) -> Phase | None:
     """Returns the phase whose step is compiled ahead, that a process alone goes on with.
 
-    None where no step is left. Several devices of one CPU share its threads: a collective that
-    waits for all of them is starved by a compiler beside it, and ends the process.
+    None where no step is left, and on several devices of one CPU: they share its threads with the
+    compiler, beside which a collective that waits for all of them may starve.
     """
     start = max(checkpoints.steps(), default=0)
     devices = setup.mesh.devices
