@@ -51,6 +51,26 @@ def test_a_line_for_each_image(written, capsys):
     assert capsys.readouterr().out.splitlines() == expected
 
 
+def test_texts_that_end_at_once_are_counted(written, tmp_path, capsys):
+    run, images, model = written
+    assert command("--run", run, *of(images)) == 0
+    assert "empty" not in capsys.readouterr().err
+    text, end = model.params["embedders_text"], model.task.tokenizer.eos_id
+    for size in (100, -100):  # one of them makes the end likeliest at first
+        tokens = text["tokens"].at[end].multiply(size)
+        params = {**model.params, "embedders_text": {**text, "tokens": tokens}}
+        ends = tiny.write_run(
+            tmp_path / str(size), tiny.config_dict(objectives__matching__weight=0.0), params, None
+        )
+        assert command("--run", ends, *of(images[:1])) == 0
+        said = capsys.readouterr()
+        if said.out == f"{images[0]}: \n":
+            assert "1 of 1 texts are empty" in said.err and f"{model.step:,} steps" in said.err
+            break
+    else:
+        pytest.fail("no text was empty")
+
+
 def test_samples_beams_and_json(written, capsys):
     run, images, model = written
     drawn = ("--temperature", 1.5, "--top_k", 20, "--top_p", 0.9, "--samples", 3, "--seed", 4)

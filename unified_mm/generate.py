@@ -99,6 +99,7 @@ def main(options: argparse.Namespace) -> int:
         stream(model, pictures, options.prompt, decoding)
         return 0
     results: list[dict[str, Any]] = []
+    empty = 0
     for picture, texts in written(model, pictures, options.prompt, decoding):
         for text in texts:
             results.append(result(picture, options.prompt, text.text))
@@ -107,6 +108,13 @@ def main(options: argparse.Namespace) -> int:
                 say(json.dumps(said))
             else:
                 say(shown(f"{picture.path}: {text.text}"))
+            empty += not text.text
+    if empty:
+        print(
+            f"{empty:,} of {len(results):,} texts are empty: the model ended them at once, as one "
+            f"does that has learned little; this one was trained for {model.step:,} steps",
+            file=sys.stderr,
+        )
     if output is not None:
         with naming(f"--output={output}"):
             write_json(output, results)
