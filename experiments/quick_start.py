@@ -83,6 +83,12 @@ def get_ablation(size: str) -> Ablation:
             "gated": {**COARSE, "model.gated_feed_forward": True, "model.feed_forward": 256},
             "whole": {**COARSE, **WHOLE},
             "whole_rate_8": {**COARSE, **WHOLE, "train.learning_rate": 8e-3},
+            "whole_captions_2": {
+                **COARSE,
+                **WHOLE,
+                "train.learning_rate": 8e-3,
+                "objectives.captioning.weight": 2.0,
+            },
             "whole_wide": {
                 **FASTER,
                 **WHOLE,
