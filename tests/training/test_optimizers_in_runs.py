@@ -9,6 +9,7 @@ import tiny
 import unified_mm
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder
+from unified_mm.training.progress import Starved
 
 pytestmark = pytest.mark.slow
 
@@ -16,6 +17,10 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("name", ["muon", "schedule_free"])
 def test_a_run_is_trained_taken_on_and_loaded(name, tmp_path, monkeypatch):
     monkeypatch.setenv("UNIFIED_MM_CACHE", str(tmp_path / "cache"))
+    ready = []  # after each step: on devices that share threads one program alone may wait
+    monkeypatch.setattr(
+        Starved, "until", lambda self, results: ready.append(results.bad_step.is_ready())
+    )
     data, workdir = tiny.write_coco(tmp_path / "coco"), tmp_path / "run"
     arguments = (
         "--config=configs/coco.py:tiny",
@@ -28,6 +33,7 @@ def test_a_run_is_trained_taken_on_and_loaded(name, tmp_path, monkeypatch):
     )
     assert commands.run(*arguments) == 0
     assert commands.run(*arguments, "--config.train.steps=6") == 0
+    assert ready == [True] * 6
     model = unified_mm.load(workdir)
     assert model.step == 6
     scored = "average" if name == "schedule_free" else "params"

@@ -45,6 +45,15 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def shares_threads(mesh: Mesh) -> bool:
+    """Returns whether a mesh is several devices of one CPU, whose programs share its threads.
+
+    A program in which all devices wait for each other holds a thread for each: beside another one
+    that is queued, or a compilation, it may wait for ever.
+    """
+    return mesh.devices.size > 1 and mesh.devices.flat[0].platform == "cpu"
+
+
 def platform() -> str:
     """Returns the platform on which programs traced now will run: 'cpu', 'gpu' or 'tpu'.
 

@@ -20,6 +20,7 @@ from unified_mm.data.pipeline import Unreadable, training_batches
 from unified_mm.evaluation.directions import higher_is_better
 from unified_mm.evaluation.evaluate import evaluate
 from unified_mm.inference.predictor import Predictor
+from unified_mm.parallel.mesh import shares_threads
 from unified_mm.parallel.processes import first_decides, own_rows
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
@@ -163,13 +164,11 @@ def train(
 def first_phase(setup: Setup, checkpoints: Checkpoints) -> Phase | None:
     """Returns the phase whose step is compiled ahead, that a process alone goes on with.
 
-    None where no step is left, and on several devices of one CPU: they share its threads with the
-    compiler, beside which a collective that waits for all of them may starve.
+    None where no step is left, and on devices that share a CPU's threads with the compiler.
     """
     start = max(checkpoints.steps(), default=0)
-    devices = setup.mesh.devices
-    crowded = devices.size > 1 and devices.flat[0].platform == "cpu"
-    if crowded or jax.process_count() > 1 or start >= setup.options.train.steps:
+    alone = jax.process_count() == 1 and not shares_threads(setup.mesh)
+    if not alone or start >= setup.options.train.steps:
         return None
     return setup.phase_at(start + 1)
 
@@ -243,12 +242,15 @@ class Run:
         waiting: tuple[int, list[StepMetrics]] | None = None
         bad = ""  # what is wrong with the data
         self.flops = training_flops(phase) if self.peak else 0
+        one_by_one = shares_threads(self.setup.mesh)
         with closing(phase_batches(self.setup, phase, start)) as batches:  # type: ignore[type-var]
             for step in range(start + 1, phase.stop + 1):
                 with self.starved.waiting():
                     rows = self.next_rows(batches, step - 1, state)
                 with self.trace.before(step, state):
                     state, measured = step_function(state, to_global(rows, self.setup.mesh))
+                if one_by_one:
+                    jax.block_until_ready(state)
                 self.fresh = True
                 self.starved.until(measured)
                 if self.trace.ends_with(step):
