@@ -23,7 +23,7 @@ coco = load_recipe(Path(__file__).with_name("coco.py"))
 
 def get_config(size: str = "auto") -> ConfigDict:
     """The recipe at a size; 'auto' is resolved by the command once jax has its devices."""
-    config = coco.get_config(size)
+    config = coco.of_size(size)
     config.objectives.captioning.rule = "interleaved"
     config.model.modalities.text.max_positions = 224
     config.data.documents.shots = 4

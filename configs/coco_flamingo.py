@@ -29,7 +29,7 @@ LANGUAGE = r"(transformer|embedders_text)/.*"
 
 def get_config(size: str = "auto") -> ConfigDict:
     """The recipe at a size; 'auto' is resolved by the command once jax has its devices."""
-    config = coco.get_config(size)
+    config = coco.of_size(size)
     config.model.fusion = "gated_cross_attention"
     config.model.unroll = 1
     config.model.resampler.latents = 64 if size in coco.SHAPES else 16

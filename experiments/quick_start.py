@@ -27,6 +27,12 @@ COARSE = {
     "train.steps": 1100,
     "checkpoint.every": 550,
 }
+BOTH = {
+    **COARSE,
+    "data.crop_scale": (1.0, 1.0),
+    "data.crop_ratio": (1.0, 1.0),
+    "train.learning_rate": 8e-3,
+}
 # The candidates at their whole length, on whole pictures.
 WHOLE: dict[str, Any] = {
     "data.crop_scale": (1.0, 1.0),
@@ -81,6 +87,11 @@ def get_ablation(size: str) -> Ablation:
             "captions_8": {**COARSE, "objectives.captioning.weight": 8.0},
             "linear": {**COARSE, "train.schedule": "linear", "train.final_rate": 0.0},
             "gated": {**COARSE, "model.gated_feed_forward": True, "model.feed_forward": 256},
+            # What may mend the first place among many, where the whole length still falls short.
+            "both": BOTH,
+            "both_batch_128": {**BOTH, "train.batch_size": 128, "train.steps": 580},
+            "both_attention_pool": {**BOTH, "objectives.contrastive.pool": "attention"},
+            "both_wide_contrast": {**BOTH, "objectives.contrastive.width": 256},
             "whole": {**COARSE, **WHOLE},
             "whole_rate_8": {**COARSE, **WHOLE, "train.learning_rate": 8e-3},
             "whole_captions_2": {

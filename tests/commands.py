@@ -17,6 +17,7 @@ def run(*arguments: str) -> int:
 SMALL = (
     "--config.data.image_size=16",
     "--config.data.vocabulary_size=300",
+    "--config.model.modalities.image.patch=8",
     "--config.model.width=16",
     "--config.model.layers=2",
     "--config.model.unroll=1",

@@ -107,8 +107,9 @@ def test_metrics_hold_every_loss_by_step(finished):
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     losses = [line for line in lines if "loss" in line]
     assert [line["step"] for line in losses] == [1, 2, 3, 4]
+    weights = {"contrastive": 1, "captioning": 4, "matching": 1}
     for line in losses:
-        expected = sum(line[f"{name}/loss"] for name in ("contrastive", "captioning", "matching"))
+        expected = sum(weight * line[f"{name}/loss"] for name, weight in weights.items())
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
     assert [line["step"] for line in lines if "val/caption/cider_d" in line] == [2, 4]
 
