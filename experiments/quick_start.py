@@ -100,6 +100,13 @@ def get_ablation(size: str) -> Ablation:
                 "train.learning_rate": 8e-3,
                 "objectives.captioning.weight": 2.0,
             },
+            "whole_batch_128": {
+                **COARSE,
+                **WHOLE,
+                "train.learning_rate": 8e-3,
+                "train.batch_size": 128,
+                "train.steps": 1900,
+            },
             "whole_wide": {
                 **FASTER,
                 **WHOLE,
