@@ -28,6 +28,7 @@ from unified_mm.inference.predictor import Predictor
 from unified_mm.inference.quantized_params import in_dtype, saved_shapes
 from unified_mm.inference.streaming import stream
 from unified_mm.nn.unstack import stack_layers, unstack_layers
+from unified_mm.objectives.transcription import Transcription
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import shardings_of, without_names
 from unified_mm.pretrained.hub import directory_of, is_name
@@ -205,6 +206,28 @@ class LoadedModel:
         """Writes a text about each image: greedily, or as `decoding` says."""
         pictured = listed(images, "images")
         return self.answer(pictured, [""] * len(pictured), decoding)
+
+    def transcribe(self, items: Iterable[Any], of: str = "audio") -> list[str]:
+        """Returns what is said in each item: by `Transcription` where it was trained.
+
+        Elsewhere it is what the model writes about them.
+
+        Args:
+          items: what `read` takes.
+          of: the modality.
+
+        Raises:
+          ValueError: no list, an item that cannot be read, or the model writes nothing.
+        """
+        rows = [self.read(item, of) for item in listed(items, "items")]
+        objectives = self.task.objectives
+        able = [e for e in objectives if isinstance(e, Transcription) and e.of == of]
+        if not able:
+            return [texts[0].text for texts in self.generate_rows(rows, [""] * len(rows))]
+        heard: list[str] = []
+        for batch, count in self._batches(rows):
+            heard += self.predictor.transcribe(batch, able[0])[:count]
+        return heard
 
     def answer(
         self,
