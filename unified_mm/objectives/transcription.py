@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import flax.linen as nn
-
 import jax.numpy as jnp
 import numpy as np
 import optax

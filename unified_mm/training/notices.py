@@ -122,7 +122,7 @@ def crop_lines(task: Task, train: Manifest) -> list[str]:
 
 
 def short_lines(task: Task, train: Manifest) -> list[str]:
-    """Names the sounds that have fewer steps in time than their transcripts need."""
+    """Says which sounds have fewer steps in time than their transcripts need."""
     lines = []
     for each in task.objectives:
         if isinstance(each, Transcription):
