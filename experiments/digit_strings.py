@@ -21,15 +21,18 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import audio
+from unified_mm.cli.recipes import load_recipe
 from unified_mm.data import sounds
 from unified_mm.world.tones import DIGITS, write_wave
 
+RECIPE = str(Path(__file__).parents[1] / "configs" / "audio.py")
 COUNTS = {"train": 4000, "val": 300}
 HELD_OUT = range(5, 10)  # takes
 SECONDS = 4.0
@@ -41,7 +44,7 @@ def get_config(kind: str) -> ConfigDict:
     """Returns the config of `captioner`, `ctc` or `both`."""
     if kind not in WEIGHTS:
         raise ValueError(f"{kind!r}: give one of {', '.join(WEIGHTS)}")
-    config = audio.get_config("speech")
+    config: ConfigDict = load_recipe(RECIPE).get_config("speech")
     config.objectives.captioning.weight, config.objectives.transcription.weight = WEIGHTS[kind]
     config.objectives.transcription.update({"units": "words", "slots": 1})
     config.model.modalities.audio.update({"seconds": SECONDS, "patch": (8, 16)})
@@ -112,16 +115,15 @@ def say_empty(run: str, folder: Path) -> None:
     predictor: Predictor = model.predictor
     files = sorted(p for p in folder.glob("*") if p.suffix in sounds.SUFFIXES)
     records = [Record(file.name, {"audio": str(file)}, (), False) for file in files]
-    ways = {each.name: each for each in transcriptions(model.task)}
+    cut = {"audio": replace(model.task.modalities["audio"], longer="crop")}
+    over = partial(predictor.over, preparers={**model.task.modalities, **cut})
     written = {
-        name: predictor.over(records, 50, lambda batch, o=o: predictor.transcribe(batch, o))
-        for name, o in ways.items()
+        each.name: over(records, 50, partial(predictor.transcribe, objective=each))
+        for each in transcriptions(model.task)
     }
     if predictor.can(Captioning):
         empty = [""] * 50
-        written["caption"] = predictor.over(
-            records, 50, lambda batch: predictor.write(batch, empty)
-        )
+        written["caption"] = over(records, 50, lambda batch: predictor.write(batch, empty))
     for name, texts in written.items():
         share = sum(not text for text in texts) / len(texts)
         print(f"{name}/empty_on_sounds {share:.3f} of {len(texts)} (first {SECONDS:g} seconds)")

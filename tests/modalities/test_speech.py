@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import tiny
 
+from unified_mm import generate
 from unified_mm.config import Config
 from unified_mm.data.negatives import negatives
 from unified_mm.data.pipeline import training_batches
 from unified_mm.data.records import Record, Text
+from unified_mm.inference.decoding import GREEDY
 from unified_mm.inference.loaded import load, one_device_mesh
 from unified_mm.inference.predictor import Predictor
 from unified_mm.objectives.captioning import Captioning
@@ -218,8 +220,15 @@ def test_a_loaded_run_transcribes_files(run):
     heard = [each["heard"] for each in written if each["objective"] == "transcription"]
     assert model.transcribe(files) == heard[:3]
     assert model.transcribe([files[0].read_bytes()]) == heard[:1]
+    captions = [each["heard"] for each in written if each["objective"] == "caption"]
+    assert model.caption(files) == captions[:3]
+    given = [generate.Picture(str(file), file.name, file.name) for file in files]
+    texts = [texts[0].text for _, texts in generate.written(model, given, "", GREEDY)]
+    assert texts == captions[:3]
     with pytest.raises(ValueError, match=r"5.wav .*: longer than model.modalities.audio.seconds"):
         model.transcribe([run / "data/val/5.wav"])
+    with pytest.raises(ValueError, match=r"5.wav: longer than .*, and may not be cut"):
+        model.transcribe([str(run / "data/val/5.wav")])
 
 
 def test_it_goes_on_with_the_same_share_of_silence_alone(run, capsys):

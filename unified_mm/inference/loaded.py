@@ -253,7 +253,7 @@ class LoadedModel:
         """
         images, prompts = as_many(images, prompts, "prompts")
         return self.generate_rows(
-            [self.read(image, "image") for image in images], prompts, decoding
+            [self.read(image, self.told_about) for image in images], prompts, decoding
         )
 
     def generate_rows(
@@ -274,7 +274,8 @@ class LoadedModel:
         written: list[list[Written]] = []
         for batch, count in self._batches(rows):
             asked = list(prompts[len(written) : len(written) + count])
-            asked += [""] * (len(batch["image"]["present"]) - count)
+            size = len(batch[self.told_about]["present"])
+            asked += [""] * (size - count)
             texts = self.predictor.generate(batch, asked, decoding, first=first + len(written))
             written += texts[:count]
         return written
@@ -287,8 +288,15 @@ class LoadedModel:
         Raises:
           ValueError: as `generate` does, and for beams or several samples, which have no order.
         """
-        batch = jax.tree.map(lambda leaf: leaf[None], self.read(image, "image"))
+        batch = jax.tree.map(lambda leaf: leaf[None], self.read(image, self.told_about))
         return stream(self.predictor, batch, prompt, decoding)
+
+    @property
+    def told_about(self) -> str:
+        """The modality that texts are written about: images, or else the first one of files."""
+        names = self.task.model.context_names
+        in_files = [name for name in names if hasattr(self.task.modalities[name], "read")]
+        return "image" if "image" in names or not in_files else in_files[0]
 
     def with_options(self, **changes: Any) -> LoadedModel:
         """Returns the same model with other `TransformerOptions`: `dtype`, `attention`, `cache`.

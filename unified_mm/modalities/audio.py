@@ -151,6 +151,8 @@ class AudioModality:
             length = int(drawn.uniform(0.2, 1.0) * self.samples)
             return sounds.silence_or_noise(part["made"], length, drawn)
         file, start = place_of(part)
+        if fault := self.fault(part):
+            raise sounds.SoundError(file, fault)
         if rng is not None:
             room = sounds.seconds_of(file) - start - self.seconds
             start += rng.uniform(0, room) if room > 0 else 0.0
