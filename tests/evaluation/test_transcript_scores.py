@@ -1,9 +1,12 @@
 """Word and character error rates, by hand, and silence that stays empty."""
 
 import pytest
+import tiny
 
 from unified_mm.data.negatives import negatives
+from unified_mm.data.records import Manifest
 from unified_mm.evaluation.directions import higher_is_better
+from unified_mm.evaluation.evaluate import Split, check_split
 from unified_mm.evaluation.transcripts import empty_shares, transcript_scores
 from unified_mm.modalities.audio import AudioModality
 
@@ -31,6 +34,13 @@ def test_what_is_written_about_silence_counts():
     assert found == {"empty_on_noise": 1.0, "empty_on_silence": 0.5}
     with pytest.raises(ValueError, match="negatives are made of sounds, and the model reads image"):
         negatives({"image": object()}, 4)
+
+
+def test_a_model_that_writes_nothing_is_not_asked_about_silence():
+    split = Split(Manifest("val", (), "folder", "folder", ""), negatives=negatives(AUDIO, 4))
+    changes = {"objectives__captioning__weight": 0.0, "objectives__matching__weight": 0.0}
+    with pytest.raises(ValueError, match="evaluation.negatives=4: this model writes nothing"):
+        check_split(split, tiny.task(**changes))
 
 
 def test_fewer_errors_are_better():

@@ -142,6 +142,11 @@ def check_split(split: Split, task: Task) -> None:
     contrasts = [each for each in task.objectives if isinstance(each, Contrastive)]
     others = [pair for each in contrasts for pair in each.pairs if set(pair) != {"image", "text"}]
     compared = any(r.has(a) and r.has(b) for r in split.manifest.records for a, b in others)
+    if split.negatives and not writes and not transcriptions(task):
+        raise ValueError(
+            f"evaluation.negatives={len(split.negatives)}: this model writes nothing about any "
+            "sound: set it to 0"
+        )
     if images and writes and task.tokenizer.bos_id is None:
         raise ValueError(
             "this model's texts have no begin token, so that no caption could be begun or scored: "
@@ -314,17 +319,22 @@ def score_transcriptions(
         heard = transcribe(records)
         found.transcripts[objective.name] = list(zip(records, heard, strict=True))
         found.normalisers[objective.name] = objective.normaliser
-        add_transcript_scores(found, objective.name, split, transcribe)
+        add_error_rates(found, objective.name)
+        add_empty_shares(found, objective.name, split, transcribe)
 
 
-def add_transcript_scores(
-    found: Scores, name: str, split: Split, write: Callable[[Sequence[Record]], list[str]]
-) -> None:
-    """Adds the error rates of what was heard, and how often nothing is where nothing was said."""
+def add_error_rates(found: Scores, name: str) -> None:
+    """Adds the error rates of what was heard."""
     records, heard = zip(*found.transcripts[name], strict=True)
     references = [captions_of(record)[0] for record in records]
     parts = transcript_scores(heard, references, found.normalisers[name])
     found.add(*({f"{name}/{key}": value for key, value in part.items()} for part in parts))
+
+
+def add_empty_shares(
+    found: Scores, name: str, split: Split, write: Callable[[Sequence[Record]], list[str]]
+) -> None:
+    """Adds how often nothing is written where nothing was said."""
     if split.negatives:
         empty = empty_shares(split.negatives, write(split.negatives))
         found.add({f"{name}/{key}": value for key, value in empty.items()})
@@ -435,7 +445,8 @@ def score_captions(predictor: Predictor, split: Split, found: Scores, batch_size
     if split.transcripts:
         found.transcripts["caption"] = list(zip(found.images, found.captions, strict=True))
         found.normalisers["caption"] = split.transcripts
-        add_transcript_scores(found, "caption", split, write)
+        add_error_rates(found, "caption")
+    add_empty_shares(found, "caption", split, write)
     references = [captions_of(record) for record in found.images]
     scores = caption_scores(found.captions, references)
     found.add({f"caption/{name}": value for name, value in scores.items()})

@@ -125,7 +125,7 @@ def short_lines(task: Task, train: Manifest) -> list[str]:
     """Says which sounds have fewer steps in time than their transcripts need."""
     lines = []
     for each in task.objectives:
-        if isinstance(each, Transcription):
+        if isinstance(each, Transcription) and hasattr(task.modalities[each.of], "steps_of"):
             short = each.too_short(task.modalities[each.of], train.records)
             if short:
                 lines.append(
