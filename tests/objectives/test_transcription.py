@@ -73,6 +73,22 @@ def test_what_is_written_is_the_best_path_without_repeats_and_blanks():
     np.testing.assert_array_equal(greedy(jnp.asarray(broken), jnp.asarray(valid)), found)
 
 
+def test_what_lowers_the_loss_writes_the_transcript():
+    rows = jnp.array([[1, 1, 2], [2, 1, 0], [0, 0, 0]], jnp.int32)
+    valid, counts = jnp.arange(8) < jnp.array([[8], [3], [5]]), jnp.ones(3, bool)
+
+    def loss(logits):
+        return transcription_loss(logits, valid, rows, counts).loss[0]
+
+    def step(_, logits):
+        return logits - jax.grad(loss)(logits)
+
+    start = jnp.asarray(np.random.default_rng(2).normal(size=(3, 8, 3)), jnp.float32)
+    found = jax.jit(lambda logits: jax.lax.fori_loop(0, 60, step, logits))(start)
+    np.testing.assert_array_equal(greedy(found, valid)[:, :3], rows)
+    assert not np.asarray(greedy(found, valid))[:, 3:].any()
+
+
 def record(text, id="x", **parts):
     return Record(id, parts, () if text is None else (Text("", text),), False)
 
