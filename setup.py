@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 # What a part of the package needs beyond the core; imported where it is used.
 PARTS = {
-    "audio": ["soundfile>=0.13", "soxr>=0.5"],
+    "audio": ["jiwer>=4.0", "soundfile>=0.13", "soxr>=0.5"],
     "export": ["flatbuffers>=24.3"],  # by which jax.export writes and reads
     "hub": ["huggingface_hub>=0.30"],
     "notebook": ["ipykernel>=6.30", "nbclient>=0.10", "nbformat>=5.10"],

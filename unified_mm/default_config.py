@@ -158,6 +158,10 @@ class EvaluationOptions(ScoringOptions):
 
     # Further splits, scored at the end where the data has them.
     also: tuple = ("test_composition",)
+    # What normalises captions that are scored as transcripts, too: 'plain' (lower case, no
+    # punctuation) or 'exact'; '' scores none.
+    transcripts: str = option("", choices=("", "plain", "exact"))
+    negatives: int = option(0, least=0)  # sounds of silence and noise, of which nothing be written
     questions: bool = False  # score answers also where no question is trained on
     shots: tuple = ()  # examples in context, e.g. (0, 4, 8), for few-shot scores
     few_shot_images: int = 200  # that these are taken on, the first ones
@@ -238,6 +242,8 @@ def data_fields() -> dict:
         # of the others counts as absent when it is met, is named, and falls under max_bad_share.
         "check_at_most": 0,
         "max_bad_share": 0.05,  # of images that cannot be read, before the run is refused
+        # Share of training examples that are made of silence and noise, with an empty text.
+        "negatives": 0.0,
         "question_share": 0.0,  # how often a question with its answer is drawn, not a caption
         "tokenizer": "",  # a tokenizer.json; '' trains one on the training captions
         "vocabulary_size": 8192,  # of the one that is trained

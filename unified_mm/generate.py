@@ -152,7 +152,8 @@ def written(
     from unified_mm.inference.loaded import BATCH
 
     parts = [pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)]
-    read = model.read_ahead([[Path(each.path) for each in part] for part in parts])
+    files = [[Path(each.path) for each in part] for part in parts]
+    read = model.read_ahead(files, model.told_about)
     left_out = done = 0
     # For a few pictures a bar would only stand between their texts.
     hidden = True if len(parts) == 1 else None
@@ -183,7 +184,7 @@ def stream(
     left_out = 0
     for picture in pictures:
         try:
-            pieces = model.stream(picture.path, prompt, decoding)
+            pieces = model.stream(Path(picture.path), prompt, decoding)
         except (FileNotFoundError, ImageError) as error:
             left_out += 1
             print(shown(f"left out: {error}"), file=sys.stderr)
@@ -198,7 +199,7 @@ def stream(
 def refuse_nothing(model: LoadedModel, pictures: Sequence[Picture], left_out: int) -> None:
     """Says how many pictures were left out; raises the first one's error if it was all of them."""
     if left_out == len(pictures):
-        model.read(pictures[0].path, "image")
+        model.read(Path(pictures[0].path), model.told_about)
     if left_out:
         print(f"{left_out:,} of {len(pictures):,} pictures were left out", file=sys.stderr)
 

@@ -75,7 +75,8 @@ class Task:
             if hasattr(each, "preparer"):
                 if found[each.of] is not self.modalities[each.of]:
                     raise ValueError(
-                        f"objectives.{each.name} and another one both classify {each.of}: one may"
+                        f"objectives.{each.name} and another one both classify or transcribe "
+                        f"{each.of}: one may"
                     )
                 found[each.of] = each.preparer(self.modalities[each.of], records)
         return found

@@ -89,7 +89,8 @@ def test_captions_without_spaces_are_scored_by_characters_with_a_warning(task, c
         def write(self, batch, prompts):
             return ["红色的方块", "蓝色的", "绿色", ""][: len(prompts)]
 
-    score_captions(Copies(task, None, one_device_mesh()), found, 4)
+    split = Split(Manifest("val", tuple(records), "coco", "folder", ""))
+    score_captions(Copies(task, None, one_device_mesh()), split, found, 4)
     assert found.scores["caption/characters/cider_d"] > found.chance["caption/characters/cider_d"]
     assert "caption/characters/" in found.warnings[0]
 

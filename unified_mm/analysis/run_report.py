@@ -77,7 +77,8 @@ def caption_examples(found: Scores, count: int = 12) -> tuple:
     """Returns evenly spread images with what people and what the model wrote."""
     if not found.captions:
         return ()
-    chosen = evenly_spread(len(found.images), count).tolist()
+    shown = [number for number, record in enumerate(found.images) if record.image]
+    chosen = [shown[each] for each in evenly_spread(len(shown), count)]
     return tuple(
         CaptionExample(
             picture(found, image), tuple(captions_of(found.images[image])), found.captions[image]

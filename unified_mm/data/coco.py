@@ -5,6 +5,7 @@ for questions. Layouts that are read (see `find_splits`):
 
     train2017/*.jpg  val2017/*.jpg  annotations/captions_train2017.json  captions_val2017.json
     images/*.jpg                    annotations/captions_{train,val,test,...}.json
+    audio/*.wav                     the same files, with `audio` and `audio_id`
 
 Questions with answers beside them (see `read_questions`), under our names or VQA v2's own:
 
@@ -15,6 +16,7 @@ Questions with answers beside them (see `read_questions`), under our names or VQ
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from unified_mm.data import checked_json
@@ -26,7 +28,9 @@ from unified_mm.data.listing import (
     Key,
     Listing,
     Question,
+    Row,
     id_hint,
+    listing_of,
     no_text,
     what_is_there,
 )
@@ -84,6 +88,8 @@ def read_captions(folder: str | Path, split: str) -> Listing:
     folder = Path(folder)
     path = _captions_file(folder, split)
     data = checked_json.read(path)
+    if data.has("audio") and not data.has("images"):
+        return _sounds(data, folder)
     listed, image_problems = _image_files(data.items("images"), folder)
     annotations = data.items("annotations")
     captions, caption_problems, orphans = _captions(annotations, set(listed))
@@ -111,6 +117,27 @@ def read_captions(folder: str | Path, split: str) -> Listing:
         tuple(caption_problems),
         id_hint(listed, orphans),
         finder.looked,
+    )
+
+
+def _sounds(data: checked_json.Node, folder: Path) -> Listing:
+    """Returns the listing of a captions file that has `audio`, and `audio_id` in annotations."""
+    files = {each.id("id"): each for each in data.items("audio")}
+    sounds = {key: {"audio": each.string("file_name")} for key, each in files.items()}
+    rows = [Row(each.place, key, None, parts=sounds[key]) for key, each in files.items()]
+    lost = []
+    for each in data.items("annotations"):
+        if (key := each.id("audio_id")) in sounds:
+            rows.append(Row(each.place, key, None, [each.get("caption")], parts=sounds[key]))
+        else:
+            lost.append(Problem(each.place, "caption of a sound that is not listed", "left out"))
+    home = folder / "audio"
+    listing = listing_of(data.file, rows, Finder(folder, [home] if home.is_dir() else []))
+    return replace(
+        listing,
+        annotations=listing.annotations + len(lost),
+        caption_problems=(*listing.caption_problems, *lost),
+        hint=id_hint(sounds, (each.id("audio_id") for each in data.items("annotations"))),
     )
 
 

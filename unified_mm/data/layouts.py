@@ -41,7 +41,10 @@ WHOLE = "all"  # the only split of a folder that has none of its own
 IMAGE_NAMES = (
     "filepath", "file_name", "filename", "image", "image_path", "image_name", "path", "file", "img",
 )  # fmt: skip
-CAPTION_NAMES = ("title", "caption", "captions", "text", "raw", "comment", "description")
+CAPTION_NAMES = (
+    "title", "caption", "captions", "text", "raw", "comment", "description",
+    "transcript", "transcription", "sentence",
+)  # fmt: skip
 LABEL_NAMES = ("label", "labels", "category", "class", "class_name", "tags")
 AUDIO_NAMES = ("audio", "audio_path", "audio_file", "sound", "wav", "clip")
 ID_NAMES = ("image_id", "img_id", "imgid", "cocoid", "id")
@@ -397,14 +400,23 @@ def tables(folder: Folder) -> Splits:
 Table = tuple[str, list[str]]  # its delimiter, the names of its columns
 
 
+def _first_line(file: Path) -> str:
+    with naming(file), file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        return lines.readline().rstrip("\r\n")
+
+
+def _columns(first: str, delimiter: str) -> list[str]:
+    """Returns the names in the first line of a table."""
+    return [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+
+
 def _table(folder: Folder, file: Path) -> Table | None:
     """Returns the delimiter and the columns of a file that is a table of images and captions."""
-    with naming(file), file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        first = lines.readline().rstrip("\r\n")
+    first = _first_line(file)
     if file.suffix == ".token" or re.match(r"\S+\.\w{3,4}#\d+\t", first):
         return "\t", []
     for delimiter in (",", "\t", "|", ";"):
-        names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+        names = _columns(first, delimiter)
         fields = dict.fromkeys(names)
         if len(names) > 1 and folder.names_media(fields):
             table = delimiter, names
@@ -518,6 +530,64 @@ def _line_object(place: str, line: str | bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{place}: must be an object, is {json.dumps(found):.40}")
     return found
+
+
+def librispeech(folder: Folder) -> Splits:
+    """Reads LibriSpeech: `*.trans.txt` with lines of an id and what is said in its sound.
+
+    Beside train, val and test, which hold every folder of theirs, each folder (test-clean,
+    test-other) is a split of its own.
+    """
+    files = sorted(folder.path.rglob("*.trans.txt"))
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        top, *rest = file.relative_to(folder.path).parts
+        told = split_named(top) if rest else ""
+        for split in (told, top) if told else (WHOLE,):
+            found.setdefault(split, []).append(file)
+
+    def rows(file: Path) -> Iterator[Row]:
+        where = file.parent.relative_to(folder.path)
+        sounds = {path.stem: path.name for path in media_in(file.parent)}
+        with naming(file), file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                name, _, text = line.strip().partition(" ")
+                if name:
+                    sound = (where / sounds.get(name, f"{name}.flac")).as_posix()
+                    yield Row(f"{file.name}:{number}", name, None, [text], parts={"audio": sound})
+
+    def listed(these: Sequence[Path]) -> Listing:
+        return listing_of(these[0], (row for file in these for row in rows(file)), folder.finder)
+
+    order = sorted(found, key=lambda split: (split != "train", split))
+    return {split: partial(listed, found[split]) for split in order}
+
+
+def audiocaps(folder: Folder) -> Splits:
+    """Reads AudioCaps: tables of `youtube_id`, `start_time` and `caption`.
+
+    A clip is called by its id and its start, or one of them, or the number of the caption.
+    """
+    tables = [file for file in folder.files if file.suffix == ".csv"]
+    heads = {file: _columns(_first_line(file), ",") for file in tables}
+    files = [
+        file
+        for file, names in heads.items()
+        if {"youtube_id", "caption"} <= set(names) and not folder.names_media(dict.fromkeys(names))
+    ]
+    if not files:
+        return {}
+    sounds = {path.stem: path.relative_to(folder.path).as_posix() for path in folder.finder.media}
+
+    def rows(file: Path) -> Iterator[Row]:
+        for place, fields in _table_lines(file, (",", heads[file])):
+            clip, start = fields["youtube_id"], fields.get("start_time", "")
+            key, number = f"{clip}_{start}", fields.get("audiocap_id", "")
+            tried = (key, clip, f"Y{clip}", f"Y{key}", number)
+            sound = next((sounds[name] for name in tried if name in sounds), f"{key}.wav")
+            yield Row(place, key, None, [fields["caption"]], parts={"audio": sound})
+
+    return _by_split(files, rows, folder)
 
 
 def texts_beside(folder: Folder) -> Splits:
@@ -640,6 +710,8 @@ LAYOUTS: dict[str, tuple[str, Callable[[Folder], Splits]]] = {
     "karpathy": ("Karpathy's dataset_*.json with sentences and splits", karpathy),
     "llava": ("LLaVA's conversations in JSON", llava),
     "lavis": ("JSON lists of image and caption", lavis),
+    "librispeech": ("LibriSpeech: *.trans.txt beside the sounds", librispeech),
+    "audiocaps": ("AudioCaps: csv of youtube_id, start_time and caption", audiocaps),
     "questions": ("JSON files of questions (OK-VQA, VizWiz, TextVQA, GQA)", questions),
     "imagefolder": ("metadata.jsonl with file_name and text", image_folder),
     "table": ("CSV, TSV or .token of image or sound, and caption or class", tables),

@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,12 +156,17 @@ class Finder:
                 return found
         return self._roots[0] / "/".join(parts)
 
+    @cached_property
+    def media(self) -> list[Path]:
+        """The pictures and sounds of the folder."""
+        return media_in(self.folder)
+
     @property
     def _endings(self) -> dict[str, Path | None]:
         """Returns every ending of the path of every file: the file, None where two share it."""
         if self._by_ending is None:
             found: dict[str, Path | None] = {}
-            for path in media_in(self.folder):
+            for path in self.media:
                 parts = path.relative_to(self.folder).parts
                 for start in range(len(parts)):
                     ending = _normal("/".join(parts[start:]))

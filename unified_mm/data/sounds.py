@@ -70,7 +70,7 @@ def decode(
     if not np.isfinite(wave).all():
         raise SoundError(name, "samples that are not finite")
     if rate != RATE:
-        wave = _library("soxr").resample(wave, rate, RATE)
+        wave = library("soxr").resample(wave, rate, RATE)
     return np.clip(np.rint(wave * 32768.0), -32768, 32767).astype(np.int16)
 
 
@@ -87,15 +87,28 @@ def check(source: str | Path) -> str:
     return ", ".join(found)
 
 
-def _opened(source: str | Path | bytes, name: str) -> Any:
-    soundfile = _library("soundfile")
-    try:
-        return soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source)
-    except soundfile.LibsndfileError as error:
-        raise SoundError(name, f"no sound that can be read: {error.error_string}") from error
+def silence_or_noise(kind: str, samples: int, rng: np.random.Generator) -> Int16[np.ndarray, " S"]:
+    """Returns a sound in which nobody speaks, of 'silence' or 'noise'.
+
+    Silence is not quite still. Noise has a power that falls with frequency, any loudness, which may
+    swell, and half of the time a hum.
+    """
+    if kind == "silence":
+        return np.rint(rng.normal(size=samples) * rng.uniform(0, 3)).astype(np.int16)
+    time = np.arange(samples) / RATE
+    spectrum = np.fft.rfft(rng.normal(size=samples))
+    steepness, swell = rng.uniform(0, 1), rng.uniform(0, 1)
+    wave = np.fft.irfft(spectrum / np.arange(1, len(spectrum) + 1) ** steepness, samples)
+    wave /= max(float(wave.std()), 1e-9)
+    if rng.random() < 0.5:
+        wave += rng.uniform(0, 3) * np.sin(2 * np.pi * rng.uniform(40, 4000) * time)
+    phase = rng.uniform(0, 2 * np.pi)
+    wave *= 1 + swell * np.sin(2 * np.pi * rng.uniform(0.3, 5) * time + phase)
+    loudness = 10 ** rng.uniform(1.5, 4.2)
+    return np.clip(np.rint(wave / np.abs(wave).max() * loudness), -32768, 32767).astype(np.int16)
 
 
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
     """Returns a library of the extra 'audio', which is imported where sounds are met.
 
     Raises:
@@ -109,3 +122,11 @@ def _library(name: str) -> Any:
         raise ValueError(
             f"sounds need {name}, of the extra 'audio': pip install 'unified_mm[audio]'"
         ) from error
+
+
+def _opened(source: str | Path | bytes, name: str) -> Any:
+    soundfile = library("soundfile")
+    try:
+        return soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except soundfile.LibsndfileError as error:
+        raise SoundError(name, f"no sound that can be read: {error.error_string}") from error

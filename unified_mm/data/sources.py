@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ BUILT_IN = {
     **dict.fromkeys(LAYOUTS, "unified_mm.data.sources:given_folder"),
     "mixture": "unified_mm.data.mixture:open_mixture",
     "sounds": "unified_mm.data.sources:find_sounds",
+    "speech": "unified_mm.data.sources:find_speech",
     "tfds": "unified_mm.data.tfds_source:open_dataset",
     "world": "unified_mm.data.sources:embedded_world",
 }
@@ -40,6 +41,11 @@ TONES_BANNER = (
     "NO DATA DIRECTORY WAS GIVEN, so this run uses sounds that are made: tones, sweeps, clicks and "
     "noises. Its scores say nothing about sounds of the world. For your own data: "
     "--config.data.dir=FOLDER (README has the layouts)."
+)
+STRINGS_BANNER = (
+    "NO DATA DIRECTORY WAS GIVEN, so this run uses strings of digits that are made of telephone "
+    "tones. Its scores say nothing about speech. For your own data: --config.data.dir=FOLDER "
+    "(README has the layouts)."
 )
 
 
@@ -398,13 +404,26 @@ def find_sounds(data: Any) -> Source:
     """Returns the folder given, else sounds that this package makes, kept in the cache."""
     from unified_mm.world.tones import ensure_tones
 
+    return _given_or_made(data, ensure_tones, "classes", "tones", TONES_BANNER)
+
+
+def find_speech(data: Any) -> Source:
+    """Returns the folder given, else strings of digits as tones, kept in the cache."""
+    from unified_mm.world.tones import ensure_strings
+
+    return _given_or_made(data, ensure_strings, "table", "strings", STRINGS_BANNER)
+
+
+def _given_or_made(
+    data: Any, make: Callable[[Path], Path], layout: str, name: str, banner: str
+) -> Source:
     if data.dir:
         return given_folder(data.changed({"source": "auto"}))
     cache = cache_folder(data)
     with naming(f"data.cache_dir={cache}"):
-        folder = ensure_tones(cache)
-    splits = LAYOUTS["classes"][1](Folder(folder))
-    return ListedFolder(folder, splits, data, name="tones", banner=TONES_BANNER)
+        folder = make(cache)
+    splits = LAYOUTS[layout][1](Folder(folder))
+    return ListedFolder(folder, splits, data, name=name, banner=banner)
 
 
 def cache_folder(data: Any) -> Path:

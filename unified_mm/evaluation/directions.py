@@ -19,11 +19,21 @@ HIGHER = (
     "*cider_d",
     "*bleu_[1-4]",
     "*rouge_l",
-    "*image_gain",
-    "*image_gain_low",
-    "*image_gain_high",
+    "*_gain",
+    "*_gain_low",
+    "*_gain_high",
+    "*empty_on_*",
 )
-LOWER = ("*loss", "*nats", "*median_rank", "*perplexity", "*calibration_error", "*ece")
+LOWER = (
+    "*loss",
+    "*nats",
+    "*median_rank",
+    "*perplexity",
+    "*calibration_error",
+    "*ece",
+    "*/wer",
+    "*/cer",
+)
 
 
 def higher_is_better(score: str) -> bool:

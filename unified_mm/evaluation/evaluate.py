@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,14 +13,17 @@ from jaxtyping import Int
 
 from unified_mm.data.coco import Foil, Question
 from unified_mm.data.records import Manifest, Record, Text
+from unified_mm.data.sounds import library
 from unified_mm.evaluation import answers, retrieval
 from unified_mm.evaluation.caption_scores import CHARACTERS, caption_scores
 from unified_mm.evaluation.classification import many_class_scores, one_class_scores
 from unified_mm.evaluation.few_shot import FewShot, check_few_shot, few_shot_scores
+from unified_mm.evaluation.transcripts import empty_shares, transcript_scores
 from unified_mm.inference.predictor import Predictor
 from unified_mm.objectives.captioning import Captioning
 from unified_mm.objectives.classification import Classification
 from unified_mm.objectives.contrastive import Contrastive
+from unified_mm.objectives.transcription import Transcription
 from unified_mm.task import Task
 
 SINGLE = "single_caption/"  # names of scores with one caption an image
@@ -36,6 +39,9 @@ class Split:
       questions: questions about the images.
       train_questions: questions of the training split, for a baseline that sees no images.
       few_shot: the settings of few-shot scoring.
+      contexts: the modalities that the model reads beside texts.
+      transcripts: what normalises captions that are transcripts (`evaluation.transcripts`).
+      negatives: examples of silence and noise.
     """
 
     manifest: Manifest
@@ -43,11 +49,14 @@ class Split:
     questions: Sequence[Question] = ()
     train_questions: Sequence[Question] = ()
     few_shot: FewShot = FewShot()
+    contexts: tuple[str, ...] = ("image",)
+    transcripts: str = ""
+    negatives: Sequence[Record] = ()
 
     @property
     def captioned(self) -> list[Record]:
-        """The images that have captions."""
-        return [record for record in self.manifest.records if is_scored(record)]
+        """The images, or what else the model reads, that have captions."""
+        return [record for record in self.manifest.records if is_scored(record, self.contexts)]
 
     @property
     def asked(self) -> list[tuple[Record, Question]]:
@@ -64,12 +73,11 @@ class Split:
         """Returns the split cut to its first `count` images and what belongs to them."""
         records = self.manifest.records[:count]
         kept = {record.id for record in records}
-        return Split(
-            replace(self.manifest, records=records),
-            tuple(foil for foil in self.foils if foil.image_id in kept),
-            tuple(question for question in self.questions if question.image_id in kept),
-            self.train_questions,
-            self.few_shot,
+        return replace(
+            self,
+            manifest=replace(self.manifest, records=records),
+            foils=tuple(foil for foil in self.foils if foil.image_id in kept),
+            questions=tuple(each for each in self.questions if each.image_id in kept),
         )
 
 
@@ -85,6 +93,8 @@ class Scores:
       captions: what the model wrote, one for each image.
       questions: the questions that were scored.
       answers: what the model wrote, one for each of them.
+      transcripts: by the objective that heard it, the records with what it heard.
+      normalisers: by which transcripts were scored, by what they are called among the scores.
       warnings: what a reader of the scores has to know.
       image_embeddings: [images, Z].
       text_embeddings: [texts, Z], by record and caption.
@@ -99,11 +109,18 @@ class Scores:
     captions: list[str] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
+    transcripts: dict[str, list[tuple[Record, str]]] = field(default_factory=dict)
+    normalisers: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     image_embeddings: Any = None
     text_embeddings: Any = None
     texts: list[str] = field(default_factory=list)
     image_of_text: Any = None
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """The entry of results that says how transcripts were normalised, where there are some."""
+        return {"normalisers": self.normalisers} if self.normalisers else {}
 
     def add(self, scores: dict, chance: dict | None = None, ceiling: dict | None = None) -> None:
         self.scores |= scores
@@ -125,6 +142,11 @@ def check_split(split: Split, task: Task) -> None:
     contrasts = [each for each in task.objectives if isinstance(each, Contrastive)]
     others = [pair for each in contrasts for pair in each.pairs if set(pair) != {"image", "text"}]
     compared = any(r.has(a) and r.has(b) for r in split.manifest.records for a, b in others)
+    if split.negatives and not writes and not transcriptions(task):
+        raise ValueError(
+            f"evaluation.negatives={len(split.negatives)}: this model writes nothing about any "
+            "sound: set it to 0"
+        )
     if images and writes and task.tokenizer.bos_id is None:
         raise ValueError(
             "this model's texts have no begin token, so that no caption could be begun or scored: "
@@ -132,7 +154,11 @@ def check_split(split: Split, task: Task) -> None:
             "<|endoftext|> of Qwen"
         )
     classified = any(classified_records(split, each) for each in classifications(task))
-    if not images and not compared and not classified and not (writes and split.asked):
+    transcribed = [each for each in transcriptions(task) if transcribed_records(split, each)]
+    if transcribed or (writes and split.transcripts):
+        library("jiwer")  # an extra that is missing is said before training, not after it
+    scored = images or compared or classified or transcribed
+    if not scored and not (writes and split.asked):
         unanswered = f"; its {len(split.asked)} questions need objectives.captioning"
         raise ValueError(
             f"{where} has no image with a caption: there is nothing to score"
@@ -167,11 +193,12 @@ def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
     found = Scores(images=split.captioned)
     score_retrieval(predictor, split, found, batch_size)
     score_classes(predictor, split, found, batch_size)
+    score_transcriptions(predictor, split, found, batch_size)
     if not predictor.can(Captioning):
         return found
     if found.images:
-        score_captions(predictor, found, batch_size)
-        score_image_gain(predictor, found, batch_size)
+        score_captions(predictor, split, found, batch_size)
+        score_gain(predictor, split, found, batch_size)
         score_foils(predictor, split, found, batch_size)
     score_answers(predictor, split, found, batch_size)
     if split.few_shot.shots:
@@ -180,9 +207,9 @@ def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
     return found
 
 
-def is_scored(record: Record) -> bool:
-    """Returns whether a record has both an image and a caption."""
-    return bool(record.image and captions_of(record))
+def is_scored(record: Record, contexts: Sequence[str] = ("image",)) -> bool:
+    """Returns whether a record has both an image, or another of the contexts, and a caption."""
+    return any(record.has(name) for name in contexts) and bool(captions_of(record))
 
 
 def captions_of(record: Record) -> list[str]:
@@ -264,6 +291,53 @@ def score_classes(predictor: Predictor, split: Split, found: Scores, batch_size:
         found.add(
             *({f"{objective.name}/{k}": v for k, v in each.items()} for each in (scores, chance))
         )
+
+
+def transcriptions(task: Task) -> list[Transcription]:
+    """Returns the objectives of a task that transcribe."""
+    return [each for each in task.objectives if isinstance(each, Transcription)]
+
+
+def transcribed_records(split: Split, objective: Transcription) -> list[Record]:
+    """Returns the examples that an objective is scored on: those with a transcript."""
+    return [record for record in split.manifest.records if is_scored(record, (objective.of,))]
+
+
+def score_transcriptions(
+    predictor: Predictor, split: Split, found: Scores, batch_size: int
+) -> None:
+    """Adds the error rates of every transcription."""
+    for objective in transcriptions(predictor.task):
+        records = transcribed_records(split, objective)
+        if not records:
+            continue
+
+        def transcribe(records: Sequence[Record], objective: Any = objective) -> list[str]:
+            hear = partial(predictor.transcribe, objective=objective)
+            return predictor.over(records, batch_size, hear)
+
+        heard = transcribe(records)
+        found.transcripts[objective.name] = list(zip(records, heard, strict=True))
+        found.normalisers[objective.name] = objective.normaliser
+        add_error_rates(found, objective.name)
+        add_empty_shares(found, objective.name, split, transcribe)
+
+
+def add_error_rates(found: Scores, name: str) -> None:
+    """Adds the error rates of what was heard."""
+    records, heard = zip(*found.transcripts[name], strict=True)
+    references = [captions_of(record)[0] for record in records]
+    parts = transcript_scores(heard, references, found.normalisers[name])
+    found.add(*({f"{name}/{key}": value for key, value in part.items()} for part in parts))
+
+
+def add_empty_shares(
+    found: Scores, name: str, split: Split, write: Callable[[Sequence[Record]], list[str]]
+) -> None:
+    """Adds how often nothing is written where nothing was said."""
+    if split.negatives:
+        empty = empty_shares(split.negatives, write(split.negatives))
+        found.add({f"{name}/{key}": value for key, value in empty.items()})
 
 
 def over_windows(
@@ -356,14 +430,23 @@ def _named(score: str, names: Mapping[str, str]) -> str:
     return f"{names[direction]}/{rest}"
 
 
-def score_captions(predictor: Predictor, found: Scores, batch_size: int) -> None:
+def score_captions(predictor: Predictor, split: Split, found: Scores, batch_size: int) -> None:
     """Adds the scores of greedy captions against their references.
 
     Chance is the score of the captions against the references of other images.
     """
-    found.captions = predictor.over(
-        found.images, batch_size, lambda batch: predictor.write(batch, [""] * batch_size)
-    )
+
+    def write(records: Sequence[Record]) -> list[str]:
+        return predictor.over(
+            records, batch_size, lambda batch: predictor.write(batch, [""] * batch_size)
+        )
+
+    found.captions = write(found.images)
+    if split.transcripts:
+        found.transcripts["caption"] = list(zip(found.images, found.captions, strict=True))
+        found.normalisers["caption"] = split.transcripts
+        add_error_rates(found, "caption")
+    add_empty_shares(found, "caption", split, write)
     references = [captions_of(record) for record in found.images]
     scores = caption_scores(found.captions, references)
     found.add({f"caption/{name}": value for name, value in scores.items()})
@@ -380,18 +463,23 @@ def score_captions(predictor: Predictor, found: Scores, batch_size: int) -> None
     found.add({}, {f"caption/{name}": value for name, value in shuffled.items()})
 
 
-def score_image_gain(predictor: Predictor, found: Scores, batch_size: int) -> None:
+def score_gain(predictor: Predictor, split: Split, found: Scores, batch_size: int) -> None:
     """Adds how much likelier a caption is beside its own image than beside another one.
 
-    The gain is in nats per token, over the first caption of each image; the other images are all
-    shifted by half of the list. Its 95% interval is that of a mean over captions.
+    Where no example has an image, it is of the first modality that one has. The gain is in nats per
+    token, over the first caption of each image; the other images are all shifted by half of the
+    list. Its 95% interval is that of a mean over captions.
     """
-    rows = [replace(r, texts=(Text("", captions_of(r)[0]),)) for r in found.images]
+    order = sorted(split.contexts, key=lambda name: name != "image")
+    of = next(name for name in order if any(record.has(name) for record in found.images))
+    shown = [record for record in found.images if record.has(of)]
+    if len(shown) < 2:
+        return  # there is no other one
+    rows = [replace(r, texts=(Text("", captions_of(r)[0]),)) for r in shown]
     half = len(rows) // 2
-    moved = [other.image for other in rows[half:] + rows[:half]]
+    moved = [other.parts[of] for other in rows[half:] + rows[:half]]
     strangers = [
-        replace(row, parts={**row.parts, "image": image})
-        for row, image in zip(rows, moved, strict=True)
+        replace(row, parts={**row.parts, of: part}) for row, part in zip(rows, moved, strict=True)
     ]
 
     def nats(records: Sequence[Record]) -> np.ndarray:
@@ -404,11 +492,11 @@ def score_image_gain(predictor: Predictor, found: Scores, batch_size: int) -> No
     found.add(
         {
             "caption/nats": float(own.mean()),
-            "caption/image_gain": float(gain.mean()),
-            "caption/image_gain_low": float(gain.mean()) - spread,
-            "caption/image_gain_high": float(gain.mean()) + spread,
+            f"caption/{of}_gain": float(gain.mean()),
+            f"caption/{of}_gain_low": float(gain.mean()) - spread,
+            f"caption/{of}_gain_high": float(gain.mean()) + spread,
         },
-        {"caption/nats": float(other.mean()), "caption/image_gain": 0.0},
+        {"caption/nats": float(other.mean()), f"caption/{of}_gain": 0.0},
     )
 
 

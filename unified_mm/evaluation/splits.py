@@ -8,6 +8,7 @@ from typing import Any
 from unified_mm.config import Config
 from unified_mm.data.cleaning import cleaned
 from unified_mm.data.manifest import without_bad_parts
+from unified_mm.data.negatives import negatives
 from unified_mm.data.records import Manifest
 from unified_mm.data.sources import Source, foils_of, questions_of
 from unified_mm.evaluation.evaluate import Split, is_scored
@@ -50,7 +51,9 @@ def open_split(config: Config, source: Source, name: str, modalities: Mapping[st
     options = config.evaluation
     manifest = read_manifest(config, source, name, modalities)
     answering = config.data.question_share > 0 or config.data.documents.questions
-    asked = answering or options.questions or not any(map(is_scored, manifest.records))
+    contexts = tuple(name for name in modalities if name != "text")
+    captioned = any(is_scored(record, contexts) for record in manifest.records)
+    asked = answering or options.questions or not captioned
     questions = questions_of(source, name) if asked else ()
     split = Split(
         manifest,
@@ -58,6 +61,9 @@ def open_split(config: Config, source: Source, name: str, modalities: Mapping[st
         questions,
         questions_of(source, config.data.train_split) if questions else (),
         few_shot(config, source, modalities) if options.shots else FewShot(),
+        contexts,
+        options.transcripts,
+        negatives(modalities, options.negatives) if options.negatives else (),
     )
     return split.first(options.max_images)
 

@@ -28,6 +28,7 @@ from unified_mm.inference.predictor import Predictor
 from unified_mm.inference.quantized_params import in_dtype, saved_shapes
 from unified_mm.inference.streaming import stream
 from unified_mm.nn.unstack import stack_layers, unstack_layers
+from unified_mm.objectives.transcription import Transcription
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import shardings_of, without_names
 from unified_mm.pretrained.hub import directory_of, is_name
@@ -206,6 +207,28 @@ class LoadedModel:
         pictured = listed(images, "images")
         return self.answer(pictured, [""] * len(pictured), decoding)
 
+    def transcribe(self, items: Iterable[Any], of: str = "audio") -> list[str]:
+        """Returns what is said in each item: by `Transcription` where it was trained.
+
+        Elsewhere it is what the model writes about them.
+
+        Args:
+          items: what `read` takes.
+          of: the modality.
+
+        Raises:
+          ValueError: no list, an item that cannot be read, or the model writes nothing.
+        """
+        rows = [self.read(item, of) for item in listed(items, "items")]
+        objectives = self.task.objectives
+        able = [e for e in objectives if isinstance(e, Transcription) and e.of == of]
+        if not able:
+            return [texts[0].text for texts in self.generate_rows(rows, [""] * len(rows))]
+        heard: list[str] = []
+        for batch, count in self._batches(rows):
+            heard += self.predictor.transcribe(batch, able[0])[:count]
+        return heard
+
     def answer(
         self,
         images: Iterable[Picture],
@@ -230,7 +253,7 @@ class LoadedModel:
         """
         images, prompts = as_many(images, prompts, "prompts")
         return self.generate_rows(
-            [self.read(image, "image") for image in images], prompts, decoding
+            [self.read(image, self.told_about) for image in images], prompts, decoding
         )
 
     def generate_rows(
@@ -251,7 +274,8 @@ class LoadedModel:
         written: list[list[Written]] = []
         for batch, count in self._batches(rows):
             asked = list(prompts[len(written) : len(written) + count])
-            asked += [""] * (len(batch["image"]["present"]) - count)
+            size = len(batch[self.told_about]["present"])
+            asked += [""] * (size - count)
             texts = self.predictor.generate(batch, asked, decoding, first=first + len(written))
             written += texts[:count]
         return written
@@ -264,8 +288,15 @@ class LoadedModel:
         Raises:
           ValueError: as `generate` does, and for beams or several samples, which have no order.
         """
-        batch = jax.tree.map(lambda leaf: leaf[None], self.read(image, "image"))
+        batch = jax.tree.map(lambda leaf: leaf[None], self.read(image, self.told_about))
         return stream(self.predictor, batch, prompt, decoding)
+
+    @property
+    def told_about(self) -> str:
+        """The modality that texts are written about: images, or else the first one of files."""
+        names = self.task.model.context_names
+        in_files = [name for name in names if hasattr(self.task.modalities[name], "read")]
+        return "image" if "image" in names or not in_files else in_files[0]
 
     def with_options(self, **changes: Any) -> LoadedModel:
         """Returns the same model with other `TransformerOptions`: `dtype`, `attention`, `cache`.

@@ -25,6 +25,7 @@ from unified_mm.models.unified import UnifiedModel
 from unified_mm.nn.attention.rules import View
 from unified_mm.objectives.captioning import Captioning, score_text
 from unified_mm.objectives.classification import Classification
+from unified_mm.objectives.transcription import Transcription
 from unified_mm.parallel.processes import own_rows
 from unified_mm.parallel.sharding import serving_rules, to_global
 from unified_mm.task import Task
@@ -115,6 +116,12 @@ class Predictor:
         """Returns the probabilities [B, C] of the classes of an objective."""
         inputs = {name: batch[name] for name in self.task.model.context_names}
         return self._run(f"classes {objective.name}", objective.probabilities, inputs)
+
+    def transcribe(self, batch: Batch, objective: Transcription) -> list[str]:
+        """Returns what an objective hears in each example."""
+        inputs = {name: batch[name] for name in self.task.model.context_names}
+        units = self._run(f"transcribe {objective.name}", objective.written, inputs)
+        return [objective.text(row) for row in units]
 
     def log_likelihood(self, batch: Batch) -> Float[np.ndarray, "B 2"]:
         """Returns each text's log-likelihood beside its image, in nats, and its tokens scored."""

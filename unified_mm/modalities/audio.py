@@ -29,7 +29,8 @@ class AudioModality:
     """Sounds of at most `seconds`, as 16 kHz samples, heard as spectrograms.
 
     Of a longer one training hears a random part, and evaluation `windows` of it. A part of a record
-    is a file, or `{"file": FILE, "start": SECONDS}` of one.
+    is a file, or `{"file": FILE, "start": SECONDS}` of one, or `{"made": KIND, "seed": NUMBER}`,
+    silence or noise that training draws anew each time.
 
     Attributes:
       name: its key under `config.model.modalities`.
@@ -46,8 +47,12 @@ class AudioModality:
         et al. 2019, SpecAugment).
       gain: the most decibels by which training makes a sound louder or softer.
       roll: whether training turns a sound round in time, so that it begins anywhere.
+      longer: 'crop' hears longer sounds as above; 'leave_out' names them and leaves them out, for
+        texts that are of whole sounds.
     """
 
+    # What can be made of which no text tells.
+    made: ClassVar[tuple[str, ...]] = ("silence", "noise")
     suffixes: ClassVar[frozenset[str]] = sounds.SUFFIXES
     from_data: ClassVar[tuple[str, ...]] = ("std", "mean")
 
@@ -64,6 +69,7 @@ class AudioModality:
     mask_mels: int = option(0, least=0)
     gain: float = option(0.0, least=0)
     roll: bool = False
+    longer: str = option("crop", choices=("crop", "leave_out"))
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any], resources: Any) -> AudioModality:
@@ -92,14 +98,39 @@ class AudioModality:
         """Patches in time and in frequency."""
         return self.frames // self.patch[0], self.mels // self.patch[1]
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of each step in time."""
+        return self.grid[1]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every sound is heard from its beginning to its end."""
+        return self.longer == "leave_out" and not self.roll
+
+    def steps_of(self, part: Any) -> int:
+        """Returns the steps in time, as tokens, of a part of a record."""
+        file, start = place_of(part)
+        frames = self._there(round((sounds.seconds_of(file) - start) * sounds.RATE))
+        return -(-frames // self.patch[0])
+
+    def fault(self, part: Any) -> str:
+        """Returns what is wrong with a part of a record: its length, where that is asked for."""
+        if self.longer == "crop" or is_made(part):
+            return ""
+        file, start = place_of(part)
+        return self._too_long(sounds.seconds_of(file) - start)
+
+    def _too_long(self, seconds: float) -> str:
+        if seconds <= self.seconds + 0.5 / sounds.RATE:
+            return ""
+        field = f"model.modalities.{self.name}.seconds"
+        return f"longer than {field}={self.seconds:g}, and may not be cut"
+
     def prepare(self, record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         if self.name not in record.parts:
             return self.absent()
-        file, start = place_of(record.parts[self.name])
-        if rng is not None:
-            room = sounds.seconds_of(file) - start - self.seconds
-            start += rng.uniform(0, room) if room > 0 else 0.0
-        wave = sounds.decode(file, start, self.seconds)
+        wave = self._wave(record.parts[self.name], rng)
         if rng is None:
             return self.arrays(wave)
         if self.roll:
@@ -114,12 +145,29 @@ class AudioModality:
         }  # fmt: skip
         return self.arrays(wave) | drawn
 
+    def _wave(self, part: Any, rng: np.random.Generator | None) -> np.ndarray:
+        if is_made(part):
+            drawn = np.random.default_rng(part["seed"]) if rng is None else rng
+            length = int(drawn.uniform(0.2, 1.0) * self.samples)
+            return sounds.silence_or_noise(part["made"], length, drawn)
+        file, start = place_of(part)
+        if fault := self.fault(part):
+            raise sounds.SoundError(file, fault)
+        if rng is not None:
+            room = sounds.seconds_of(file) - start - self.seconds
+            start += rng.uniform(0, room) if room > 0 else 0.0
+        return sounds.decode(file, start, self.seconds)
+
     def _there(self, samples: int) -> int:
         preset, samples = PRESETS[self.preset], min(samples, self.samples)
         return -(-samples // HOP) if preset.centred else preset.frames(samples)
 
     def read(self, content: bytes) -> dict[str, np.ndarray]:
-        return self.arrays(sounds.decode(content, seconds=self.seconds))
+        cut = self.longer == "crop"
+        wave = sounds.decode(content, seconds=self.seconds + (0 if cut else 1))
+        if not cut and (fault := self._too_long(len(wave) / sounds.RATE)):
+            raise sounds.SoundError("the sound", fault)
+        return self.arrays(wave)
 
     def arrays(self, wave: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the arrays of int16 samples, of which more than `seconds` are left out."""
@@ -143,6 +191,8 @@ class AudioModality:
 
     def windows(self, part: Any) -> list[Any]:
         """Returns the parts of `seconds` that evaluation hears of a sound, evenly spread."""
+        if is_made(part):
+            return [part]
         file, start = place_of(part)
         length = sounds.seconds_of(file) - start
         if length <= self.seconds + 0.5 / sounds.RATE:
@@ -201,6 +251,11 @@ class AudioModality:
                 "training data; elsewhere, give both"
             )
         return AudioEmbedder(self, width, dtype)
+
+
+def is_made(part: Any) -> bool:
+    """Returns whether a record's part is no file but what is made."""
+    return isinstance(part, Mapping) and "made" in part
 
 
 def place_of(part: Any) -> tuple[str, float]:

@@ -34,6 +34,11 @@ class Modality(Protocol):
     of them is empty or 0, with a method `measure(records)` that returns them by name; and
     `windows(part)`, the parts of a long item that evaluation reads one by one and averages.
 
+    Where it can be transcribed, it may have `tokens_per_step`, its tokens of each step in time;
+    `steps_of(part)`, the steps of a part, so that what is too short for its text is named; and
+    `whole`, whether every part is read from its beginning to its end. `made` names what it can make
+    of which no text tells: it prepares a part `{"made": NAME, "seed": NUMBER}`.
+
     Attributes:
       name: its key under `config.model.modalities`.
       suffixes: what the names of its files end with, in lower case, such as '.wav'. With `read` it

@@ -26,6 +26,7 @@ BUILT_IN = {
     "captioning": "unified_mm.objectives.captioning:Captioning",
     "matching": "unified_mm.objectives.matching:Matching",
     "routing": "unified_mm.objectives.routing:Routing",
+    "transcription": "unified_mm.objectives.transcription:Transcription",
 }
 
 Arguments = ParamSpec("Arguments")

@@ -8,6 +8,7 @@ import numpy as np
 
 from unified_mm.config import Config
 from unified_mm.data.records import Manifest
+from unified_mm.objectives.transcription import Transcription
 from unified_mm.task import Task
 
 LOOKED_AT = 20000  # texts of which the lengths are taken
@@ -28,6 +29,7 @@ def notices(config: Config, task: Task, train: Manifest) -> list[str]:
             cut_line(task, train),
             mirror_line(config, task),
             *crop_lines(task, train),
+            *short_lines(task, train),
             moments_line(config.train),
             average_line(config.train),
         )
@@ -116,6 +118,22 @@ def crop_lines(task: Task, train: Manifest) -> list[str]:
                 f"model.modalities.{name}.seconds={modality.seconds:g}: training takes a random "
                 "part of each, evaluation the mean of several"
             )
+    return lines
+
+
+def short_lines(task: Task, train: Manifest) -> list[str]:
+    """Says which sounds have fewer steps in time than their transcripts need."""
+    lines = []
+    for each in task.objectives:
+        if isinstance(each, Transcription) and hasattr(task.modalities[each.of], "steps_of"):
+            short = each.too_short(task.modalities[each.of], train.records)
+            if short:
+                lines.append(
+                    f"{len(short):,} of {len(train.records):,} {each.of}s are too short for their "
+                    f"transcripts, and objectives.{each.name} learns nothing of them: first "
+                    f"{', '.join(str(record.id) for record in short[:5])}; more "
+                    f"objectives.{each.name}.slots or shorter patches give them room"
+                )
     return lines
 
 

@@ -7,6 +7,7 @@ freezes keeps its bits and has no optimizer state.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,8 +23,9 @@ from unified_mm.costs.flops import matmul_flops
 from unified_mm.data.documents import read_documents
 from unified_mm.data.interleave import FewShotRows, Layout, packed_rows
 from unified_mm.data.mixture import mixture_of
+from unified_mm.data.negatives import negatives
 from unified_mm.data.pipeline import RECORD
-from unified_mm.data.records import Manifest
+from unified_mm.data.records import Manifest, Record
 from unified_mm.default_config import PhaseOptions, TrainOptions, phase
 from unified_mm.modalities.interleaved import interleaved_preparers
 from unified_mm.objectives.objective import weighted
@@ -230,8 +232,9 @@ def phase_rows(config: Config, task: Task, train: Manifest, kind: str) -> Rows:
       ValueError: documents that do not fit the model or their row.
     """
     if kind == "pairs":
-        examples = mixture_of(config.data, train.records)
-        return Rows(examples, task.preparers(train.records), train.fingerprint)
+        records, fingerprint = with_negatives(config.data, task, train)
+        examples = mixture_of(config.data, records)
+        return Rows(examples, task.preparers(train.records), fingerprint)
     if kind == "text":
         blind = tuple(replace(record, parts={}) for record in train.records if record.texts)
         examples = mixture_of(config.data, blind)
@@ -256,6 +259,24 @@ def phase_rows(config: Config, task: Task, train: Manifest, kind: str) -> Rows:
         train.records, options.shots, config.seed, questions=options.questions, of=names
     )
     return Rows(shots, preparers, train.fingerprint)
+
+
+def with_negatives(data: Any, task: Task, train: Manifest) -> tuple[Sequence[Record], str]:
+    """Returns the examples with those made of silence and noise, and their fingerprint.
+
+    Raises:
+      ValueError: `data.negatives` of a mixture, or as `negatives` does.
+    """
+    share = float(data.negatives)
+    if not share:
+        return train.records, train.fingerprint
+    if not 0 < share < 1 or data.source == "mixture":
+        raise ValueError(
+            f"data.negatives={share:g}: a share of training examples, below 1, and not of a mixture"
+        )
+    count = round(len(train.records) * share / (1 - share))
+    sealed = hashlib.sha256(f"{train.fingerprint} {count}".encode()).hexdigest()
+    return (*train.records, *negatives(task.modalities, count)), sealed
 
 
 def check_places(task: Task, length: int) -> None:

@@ -59,6 +59,7 @@ def summarise(setup: Setup, found: Mapping[str, Scores], seconds: float) -> dict
     """Returns the contents of `result.json`."""
     return {
         **{kind: joined(found, kind, setup) for kind in ("scores", "chance", "ceiling")},
+        **found[setup.options.evaluation.split].said,
         "data": {
             "source": setup.source.name,
             "folder": setup.source.folder,

@@ -99,10 +99,12 @@ def usual_best(config: Config) -> str:
         if others:
             return f"{others[0]}_to_{one}/recall_at_1"
     if config.objectives.captioning.weight > 0:
-        return "caption/cider_d"
+        return "caption/wer" if config.evaluation.transcripts else "caption/cider_d"
     for name, options in config.objectives.items():
         if options.type == "classification" and options.weight > 0:
             return f"{name}/map" if options.many else f"{name}/accuracy"
+        if options.type == "transcription" and options.weight > 0:
+            return f"{name}/wer"
     return ""
 
 

@@ -1,11 +1,16 @@
-"""A small set of sounds that are made: tones, sweeps, clicks and noises, a folder a class."""
+"""Small sets of sounds that are made: tones, sweeps, clicks and noises, a folder a class.
+
+And strings of digits, each the two tones that a telephone has for it, with what they say.
+"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import shutil
 import tempfile
 import wave
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,27 +20,73 @@ RATE = 16_000
 CLASSES = ("clicks", "falling sweep", "high tone", "low tone", "noise", "rising sweep")
 SOUNDS = {"train": 60, "val": 20}  # of each class
 VERSION = 1  # raise it when the sounds change
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ROWS, COLUMNS = (697, 770, 852, 941), (1209, 1336, 1477)  # Hz of a telephone's keys
+STRINGS = {"train": 600, "val": 100}
+LONGEST = 4  # digits of a string
 
 
 def ensure_tones(cache: Path) -> Path:
     """Returns the folder of the sounds, which are written where they are not there yet."""
-    folder = cache / f"tones-{VERSION}"
+    return _ensure(cache / f"tones-{VERSION}", _write_tones)
+
+
+def ensure_strings(cache: Path) -> Path:
+    """Returns the folder of the strings of digits, with a `metadata.csv` a split, likewise."""
+    return _ensure(cache / f"strings-{VERSION}", _write_strings)
+
+
+def _ensure(folder: Path, write: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=cache))
-    for split, count in SOUNDS.items():
-        for kind in CLASSES:
-            (made / split / kind).mkdir(parents=True)
-            for number in range(count):
-                name = f"{split} {kind} {number}"
-                seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-                write_wave(made / split / kind / f"{number}.wav", sound(kind, seed))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=folder.parent))
+    write(made)
     try:
         made.rename(folder)
     except OSError:  # another process was first
         shutil.rmtree(made)
     return folder
+
+
+def _write_tones(made: Path) -> None:
+    for split, count in SOUNDS.items():
+        for kind in CLASSES:
+            (made / split / kind).mkdir(parents=True)
+            for number in range(count):
+                seed = _seed(f"{split} {kind} {number}")
+                write_wave(made / split / kind / f"{number}.wav", sound(kind, seed))
+
+
+def _write_strings(made: Path) -> None:
+    for split, count in STRINGS.items():
+        (made / split).mkdir()
+        rows = [("file_name", "text")]
+        for number in range(count):
+            wave, text = digit_string(_seed(f"{split} string {number}"))
+            write_wave(made / split / f"{number}.wav", wave)
+            rows.append((f"{number}.wav", text))
+        with (made / split / "metadata.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+
+def _seed(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+
+
+def digit_string(seed: int) -> tuple[Float[np.ndarray, " S"], str]:
+    """Returns one to `LONGEST` digits as tones, in -1..1, and in words."""
+    rng = np.random.default_rng(seed)
+    digits = rng.integers(10, size=rng.integers(1, LONGEST + 1))
+    parts = [np.zeros(int(rng.uniform(0.0, 0.1) * RATE))]
+    for digit in digits.tolist():
+        row, column = divmod(digit - 1, 3) if digit else (3, 1)
+        time = np.arange(int(rng.uniform(0.1, 0.2) * RATE)) / RATE
+        tones = np.sin(2 * np.pi * ROWS[row] * time) + np.sin(2 * np.pi * COLUMNS[column] * time)
+        parts += [tones * rng.uniform(0.2, 0.4), np.zeros(int(rng.uniform(0.05, 0.1) * RATE))]
+    made = np.concatenate(parts)
+    made += rng.normal(size=len(made)) * 10 ** rng.uniform(-3, -1.5)
+    return np.clip(made, -1.0, 1.0), " ".join(DIGITS[digit] for digit in digits)
 
 
 def sound(kind: str, seed: int) -> Float[np.ndarray, " S"]:

@@ -1,0 +1,149 @@
+"""Speech to text: does the captioner or CTC hear strings of spoken digits better?
+
+    python -m experiments.digit_strings --digits=FSDD --out=data/takes
+    python -m experiments.digit_strings --digits=FSDD --out=data/george --leave_out=george
+    python -m unified_mm.main --config=experiments/digit_strings.py:both \
+        --config.data.dir=data/takes --workdir=runs/takes
+    python -m experiments.digit_strings --run=runs/takes --sounds=ESC10/audio
+
+FSDD is a folder of `fsdd.csv` (filename, digit, speaker, take) and `audio/`. A string is two to
+five digits of one speaker. Held out are the takes 5 to 9 of all, or all of a speaker; what is
+learned from is also heard faster and slower. `captioner` and `ctc` learn one of the objectives,
+`both` both on one encoder. Beside the strings, each must write nothing about silence, noise and
+`--sounds`.
+
+Expected: CTC, which must put digits in their order, needs fewer steps; the captioner, which learns
+what follows what, loses more on a speaker it has not heard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from unified_mm.cli.recipes import load_recipe
+from unified_mm.data import sounds
+from unified_mm.world.tones import DIGITS, write_wave
+
+RECIPE = str(Path(__file__).parents[1] / "configs" / "audio.py")
+COUNTS = {"train": 4000, "val": 300}
+HELD_OUT = range(5, 10)  # takes
+SECONDS = 4.0
+SPEEDS = (0.8, 1.25)  # of what is learned from
+WEIGHTS = {"captioner": (1.0, 0.0), "ctc": (0.0, 1.0), "both": (1.0, 1.0)}
+
+
+def get_config(kind: str) -> ConfigDict:
+    """Returns the config of `captioner`, `ctc` or `both`."""
+    if kind not in WEIGHTS:
+        raise ValueError(f"{kind!r}: give one of {', '.join(WEIGHTS)}")
+    config: ConfigDict = load_recipe(RECIPE).get_config("speech")
+    config.objectives.captioning.weight, config.objectives.transcription.weight = WEIGHTS[kind]
+    config.objectives.transcription.update({"units": "words", "slots": 1})
+    config.model.modalities.audio.update({"seconds": SECONDS, "patch": (8, 16)})
+    config.model.modalities.audio.update({"mask_frames": 20, "mask_mels": 8})
+    config.train.update({"steps": 600, "learning_rate": 2e-3})
+    config.evaluation.update({"negatives": 100, "best_by": ""})
+    return config
+
+
+def write_strings(digits: Path, out: Path, leave_out: str) -> None:
+    """Writes the strings of both splits, each with a `metadata.csv`.
+
+    Raises:
+      ValueError: a speaker of whom there is no digit.
+    """
+    with (digits / "fsdd.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if leave_out and leave_out not in {row["speaker"] for row in rows}:
+        raise ValueError(f"--leave_out={leave_out}: {digits} has no such speaker")
+
+    def held_out(row: Mapping[str, str]) -> bool:
+        return row["speaker"] == leave_out if leave_out else int(row["take"]) in HELD_OUT
+
+    # In the order of the files: the strings are of the seed alone.
+    for seed, (split, count) in enumerate(COUNTS.items()):
+        rng = np.random.default_rng(seed)
+        kept = [row for row in rows if held_out(row) == (split == "val")]
+        speakers = sorted({row["speaker"] for row in kept})
+        waves = {row["filename"]: sounds.decode(digits / "audio" / row["filename"]) for row in kept}
+        (out / split).mkdir(parents=True)
+        lines = ["file_name,text"]
+        for number in range(count):
+            own = [row for row in kept if row["speaker"] == speakers[rng.integers(len(speakers))]]
+            chosen = [own[rng.integers(len(own))] for _ in range(rng.integers(2, 6))]
+            wave = joined([waves[row["filename"]] for row in chosen], rng)
+            if split == "train":
+                wave = faster(wave, rng.uniform(*SPEEDS))
+            write_wave(out / split / f"{number}.wav", wave)
+            text = " ".join(DIGITS[int(row["digit"])] for row in chosen)
+            lines.append(f"{number}.wav,{text}")
+        (out / split / "metadata.csv").write_text("\n".join(lines) + "\n")
+
+
+def joined(waves: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """Returns sounds one after another, in -1..1, with pauses and some noise."""
+    pause = [np.zeros(int(rng.uniform(0.02, 0.15) * sounds.RATE)) for _ in range(len(waves) + 1)]
+    parts = [pause[0]]
+    for wave, after in zip(waves, pause[1:], strict=True):
+        parts += [wave / max(1.0, float(np.abs(wave.astype(float)).max())) * 0.5, after]
+    found = np.concatenate(parts)
+    return found + rng.normal(size=len(found)) * 10 ** rng.uniform(-4, -2.5)
+
+
+def faster(wave: np.ndarray, speed: float) -> np.ndarray:
+    """Returns a sound that is so many times as fast, and as high."""
+    return np.interp(np.arange(0, len(wave) - 1, speed), np.arange(len(wave)), wave)
+
+
+def say_empty(run: str, folder: Path) -> None:
+    """Says of how many sounds of a folder each way of writing says nothing, as it should."""
+    from unified_mm import load
+    from unified_mm.data.records import Record
+    from unified_mm.evaluation.evaluate import transcriptions
+    from unified_mm.inference.predictor import Predictor
+    from unified_mm.objectives.captioning import Captioning
+
+    model = load(run)
+    predictor: Predictor = model.predictor
+    files = sorted(p for p in folder.glob("*") if p.suffix in sounds.SUFFIXES)
+    records = [Record(file.name, {"audio": str(file)}, (), False) for file in files]
+    cut = {"audio": replace(model.task.modalities["audio"], longer="crop")}
+    over = partial(predictor.over, preparers={**model.task.modalities, **cut})
+    written = {
+        each.name: over(records, 50, partial(predictor.transcribe, objective=each))
+        for each in transcriptions(model.task)
+    }
+    if predictor.can(Captioning):
+        empty = [""] * 50
+        written["caption"] = over(records, 50, lambda batch: predictor.write(batch, empty))
+    for name, texts in written.items():
+        share = sum(not text for text in texts) / len(texts)
+        print(f"{name}/empty_on_sounds {share:.3f} of {len(texts)} (first {SECONDS:g} seconds)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--digits", type=Path, help="the folder of fsdd.csv")
+    parser.add_argument("--out", type=Path, help="where the strings are written")
+    parser.add_argument("--leave_out", default="", help="a speaker to hold out")
+    parser.add_argument("--run", default="", help="a run that hears --sounds")
+    parser.add_argument("--sounds", type=Path, help="a folder of sounds in which nobody speaks")
+    options = parser.parse_args()
+    if options.digits and options.out:
+        write_strings(options.digits, options.out, options.leave_out)
+    elif options.run and options.sounds:
+        say_empty(options.run, options.sounds)
+    else:
+        parser.error("give --digits and --out, or --run and --sounds")
+
+
+if __name__ == "__main__":
+    main()
