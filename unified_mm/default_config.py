@@ -18,6 +18,7 @@ from unified_mm.config import defaults_of, option
 from unified_mm.modalities.audio import AudioModality
 from unified_mm.modalities.image import ImageEmbedding
 from unified_mm.modalities.text import TextEmbedding, TextModality
+from unified_mm.modalities.video import VideoModality
 from unified_mm.models.features import ProjectorOptions
 from unified_mm.nn.options import OWN_OPTIONS, GateOptions, TransformerOptions
 from unified_mm.objectives.objective import BUILT_IN
@@ -190,11 +191,12 @@ def default_config() -> ConfigDict:
 def defaults() -> dict[str, Any]:
     """Returns all defaults as plain values, to read saved runs with; `*` is any phase's.
 
-    What recipes alone declare is among them, such as audio.
+    What recipes alone declare is among them, such as audio and video.
     """
     found: dict[str, Any] = default_config().to_dict()
     found["train"]["phases"]["*"] = phase(0)
-    found["model"]["modalities"]["audio"] = {"type": "audio", **defaults_of(AudioModality)}
+    for name, kind in (("audio", AudioModality), ("video", VideoModality)):
+        found["model"]["modalities"][name] = {"type": name, **defaults_of(kind)}
     return found
 
 

@@ -20,6 +20,7 @@ from unified_mm.registry import resolve
 
 BUILT_IN = {
     "auto": "unified_mm.data.sources:find_source",
+    "clips": "unified_mm.data.sources:find_clips",
     **dict.fromkeys(LAYOUTS, "unified_mm.data.sources:given_folder"),
     "mixture": "unified_mm.data.mixture:open_mixture",
     "sounds": "unified_mm.data.sources:find_sounds",
@@ -39,6 +40,12 @@ WORLD_BANNER = (
 TONES_BANNER = (
     "NO DATA DIRECTORY WAS GIVEN, so this run uses sounds that are made: tones, sweeps, clicks and "
     "noises. Its scores say nothing about sounds of the world. For your own data: "
+    "--config.data.dir=FOLDER (README has the layouts)."
+)
+
+CLIPS_BANNER = (
+    "NO DATA DIRECTORY WAS GIVEN, so this run uses clips that are drawn: two solids that move, and "
+    "hit or pass. Its scores say nothing about videos of the world. For your own data: "
     "--config.data.dir=FOLDER (README has the layouts)."
 )
 
@@ -405,6 +412,18 @@ def find_sounds(data: Any) -> Source:
         folder = ensure_tones(cache)
     splits = LAYOUTS["classes"][1](Folder(folder))
     return ListedFolder(folder, splits, data, name="tones", banner=TONES_BANNER)
+
+
+def find_clips(data: Any) -> Source:
+    """Returns the folder given, else clips that this package draws, kept in the cache."""
+    from unified_mm.world.drawn import ensure_clips
+
+    if data.dir:
+        return given_folder(data.changed({"source": "auto"}))
+    cache = cache_folder(data)
+    with naming(f"data.cache_dir={cache}"):
+        folder = ensure_clips(cache)
+    return coco_folder(folder, data, name="clips", banner=CLIPS_BANNER)
 
 
 def cache_folder(data: Any) -> Path:

@@ -15,6 +15,7 @@ BUILT_IN = {
     "audio": "unified_mm.modalities.audio:AudioModality",
     "image": "unified_mm.modalities.image:ImageModality",
     "text": "unified_mm.modalities.text:TextModality",
+    "video": "unified_mm.modalities.video:VideoModality",
 }
 
 
