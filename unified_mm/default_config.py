@@ -215,9 +215,9 @@ def data_fields() -> dict:
         # `data.tfds_features` lists. `captions` may name a text in a group, as captions.text.
         "tfds": {"image": "", "captions": "", "id": "", "name": "", "mirrorable": ""},
         "manifest": "",  # what `python -m unified_mm.clean` wrote of what to leave out
-        # What lists, tables and parquet files call images, captions, sounds and classes; '' takes
-        # the usual names. Several fields of sounds, as 'speech,sound', are modalities so named.
-        "fields": {"image": "", "caption": "", "audio": "", "label": ""},
+        # What lists, tables and parquet files call images, captions, sounds, classes and videos; ''
+        # takes the usual names. Several of sounds, as 'speech,sound', are modalities so named.
+        "fields": {"image": "", "caption": "", "audio": "", "label": "", "video": ""},
         "val_rows": "",  # of lists, as 'fold=4' or 'take=5,6': 'val', and all others 'train'
         "val_share": 0.1,  # of a folder without a split to score on, by the examples' names
         "cache_dir": "",  # where the world and checked manifests are kept; '' is the user's cache

@@ -164,7 +164,9 @@ class _Array:
             raise ClipError(name, f"no array that can be read: {error}") from error
         x = self._frames
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not x.size:
-            raise ClipError(name, f"{x.dtype} {list(x.shape)}, not uint8 [frames, height, width, 3]")
+            raise ClipError(
+                name, f"{x.dtype} {list(x.shape)}, not uint8 [frames, height, width, 3]"
+            )
         if not (np.isfinite(fps) and fps > 0):
             raise ClipError(name, f"{fps} frames a second")
         self.times = np.arange(len(x)) / fps

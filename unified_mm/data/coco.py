@@ -74,8 +74,9 @@ def read_captions(folder: str | Path, split: str) -> Listing:
     """Reads the images and captions of a split in the order of the file, without decoding images.
 
     Images without captions are kept, and so are entries whose file_name is null or empty (examples
-    without image). Beside it or in its place, `audio` and `video` may name other files. Empty captions, captions of unlisted images, repeated annotations, and ids that
-    name two different files are left out and counted.
+    without image). Beside it or in its place, `audio` and `video` may name other files. Empty
+    captions, captions of unlisted images, repeated annotations, and ids that name two different
+    files are left out and counted.
 
     Raises:
       FileNotFoundError: there is no data folder, or no image folder in it.

@@ -345,6 +345,7 @@ def given_folder(data: Any) -> Source:
         named.audio,
         named.label,
         data.val_rows,
+        named.video,
     )
     with naming(f"data.dir={path}"):
         if data.source != "auto":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -98,9 +98,7 @@ class VideoModality:
             clips.refuse_long(clip)
             return self._arrays(clip, None, False)
 
-    def times(
-        self, seconds: float, rng: np.random.Generator | None
-    ) -> Float[np.ndarray, " S"]:
+    def times(self, seconds: float, rng: np.random.Generator | None) -> Float[np.ndarray, " S"]:
         """Returns the times at which the frames of a clip of some seconds are taken."""
         span = self.seconds or seconds
         room = max(seconds - span, 0.0)

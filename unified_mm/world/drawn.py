@@ -1,8 +1,8 @@
 """A small set of clips that are drawn: two solids that move one way, and hit or pass each other.
 
-The faster one comes from behind. Where they hit they exchange their speeds, as equal masses do; else
-it overtakes in a lane of its own. Either, played backwards, is a clip of the other direction that is
-as likely: so no single picture tells the direction, and a model that tells it has seen motion.
+The faster one comes from behind. Where they hit they exchange their speeds, as equal masses do;
+else it overtakes in a lane of its own. Either, played backwards, is a clip of the other direction
+that is as likely: so no single picture tells the direction, and who tells it has seen motion.
 """
 
 from __future__ import annotations
