@@ -88,7 +88,7 @@ def test_containers_are_sampled_by_time(tmp_path, name, codec):
     path = write_video(tmp_path / name, codec)
     for source in (path, path.read_bytes()):
         numbers, frames, seconds = seen(source, [0.0, 0.31, 0.35, 1.2, 1.95])
-        assert numbers == [0, 3, 3, 12, 19] and seconds == pytest.approx(2.0, abs=0.02)
+        assert numbers == [0, 3, 3, 12, 19] and seconds == pytest.approx(2.0, abs=0.1)
         red = frames[0][4, 4].astype(int)
         assert red[0] > 200 and red[1:].max() < 60
     assert clips.check(path) == ""
@@ -152,7 +152,7 @@ def bad_containers(folder):
         container.mux(stream.encode())
     return {
         "cut.mp4": "cut short|damaged",
-        "headless.mp4": "no video that can be read",
+        "headless.mp4": "no video that can be read|no frame",
         "cut.webm": "cut short|damaged",
         "text.mp4": "no video that can be read",
         "sound.mp4": "no video stream",
@@ -213,7 +213,7 @@ def test_a_coco_file_may_name_videos(tmp_path):
         (3, {"video": str(tmp_path / "still.png")}),
     ]
     told = summary(found["train"])
-    assert "3 videos" in told and "not uint8 [frames" in told and "missing" in told
+    assert "3 videos" in told and "not uint8 [frames" in told and "missing video" in told
     assert records[1].texts[0].target == "clip 1"
 
 

@@ -17,7 +17,7 @@ from unified_mm.data import images
 
 CONTAINERS = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
 ARRAYS = frozenset({".npz", ".npy"})
-PICTURES = ("BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")  # Pillow's formats
+PICTURES = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # Pillow's formats
 SUFFIXES = CONTAINERS | ARRAYS | images.SUFFIXES
 FPS = 25.0  # of arrays that do not say theirs
 MAX_PIXELS = 16 * 1024 * 1024  # of a frame
@@ -228,7 +228,7 @@ class _Container:
     def __init__(self, file: Any, name: str) -> None:
         self._av, self._name = _library(), name
         try:
-            self._container = self._av.open(file)
+            self._container = self._av.open(file, options={"fflags": "genpts"})
         except self._av.FFmpegError as error:
             raise ClipError(name, f"no video that can be read: {error.strerror}") from error
         try:
@@ -250,7 +250,6 @@ class _Container:
         if self.pixels > MAX_PIXELS:
             raise ClipError(name, _too_large(stream.width, stream.height))
         stream.codec_context.thread_count = 1  # the reader's threads are the parallelism
-        container.gen_pts = True
         shown, keys, lengths, end = [], [], [], 0.0
         try:
             for packet in container.demux():
@@ -270,7 +269,7 @@ class _Container:
             raise ClipError(name, "no frame")
         told = (container.duration or 0) / self._av.time_base
         begins = (container.start_time or 0) / self._av.time_base
-        if len(shown) < stream.frames or end - begins < 0.95 * told - 0.1:
+        if len(shown) < stream.frames or end - begins < 0.95 * told - 0.25:
             raise ClipError(
                 name, f"cut short: {len(shown)} frames, {end - begins:.2f} of {told:.2f} seconds"
             )

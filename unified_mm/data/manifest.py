@@ -362,11 +362,12 @@ def _image_fault(entry: Entry, stats: Stats, decoded: bool) -> Problem | None:
 
 def _file_fault(modality: str, file: Path, stats: Stats, decoded: bool) -> Problem | None:
     """Returns the problem of a file of another modality than image."""
+    kind = medium_of(file) if medium_of(file) in CHECKS else modality
     if file not in stats:
-        return Problem(str(file), f"missing {medium_of(file)}", "left out")
+        return Problem(str(file), f"missing {kind}", "left out")
     if not decoded:
         return None
-    check = CHECKS.get(medium_of(file)) or CHECKS.get(modality, sounds.check)
+    check = CHECKS.get(kind, sounds.check)
     try:
         conversion = check(file)
     except (sounds.SoundError, clips.ClipError) as error:
