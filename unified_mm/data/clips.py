@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
@@ -44,6 +44,7 @@ class ClipError(ValueError):
         return f"{self.name}: {self.what}"
 
 
+@runtime_checkable
 class Clip(Protocol):
     """An opened video.
 

@@ -33,7 +33,8 @@ class Modality(Protocol):
 
     It may have `from_data`, names of options that are taken from the training data where the first
     of them is empty or 0, with a method `measure(records)` that returns them by name; and
-    `windows(part)`, the parts of a long item that evaluation reads one by one and averages.
+    `windows(part)`, the parts of a long item that evaluation reads one by one and averages. With
+    `steps`, its tokens are of so many moments, the same number each and the earliest first.
 
     Attributes:
       name: its key under `config.model.modalities`.

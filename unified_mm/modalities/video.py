@@ -87,6 +87,11 @@ class VideoModality:
         side = self.size // self.patch
         return self.frames // self.tubelet, side, side
 
+    @property
+    def steps(self) -> int:
+        """Moments that the tokens are of, the same number each."""
+        return self.grid[0]
+
     def prepare(self, record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         if self.name not in record.parts:
             return self.absent()
