@@ -36,6 +36,7 @@ def get_config(size: str = "auto") -> ConfigDict:
     config.data.mirror = False  # captions name sides, in whatever language
     video = {"type": "video", **defaults_of(VideoModality), "stem": "difference"}
     config.model.modalities = {"video": video, "text": config.model.modalities.text}
+    config.model.start_from.video = ""  # or a run with an image tower, for fusions that have towers
     for objective in config.objectives.values():
         objective.weight = 0.0
     config.objectives.contrastive.update({"weight": 1.0, "between": "video"})

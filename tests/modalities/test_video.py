@@ -13,9 +13,12 @@ from PIL import Image
 from unified_mm.config import Config
 from unified_mm.data.pipeline import training_batches
 from unified_mm.data.records import Record
+from unified_mm.files import write_json
 from unified_mm.modalities.video import inflated, tubelets
 from unified_mm.objectives.classification import LABELS
+from unified_mm.runs.folder import RunFolder
 from unified_mm.task import build_task
+from unified_mm.training.start_from import config_from_run, load_params, weights_to_start_from
 
 FUSIONS = ("early", "gated_cross_attention", "late")
 TINY = {"type": "video", "frames": 4, "patch": 8, "stem": "difference"}
@@ -198,6 +201,56 @@ def test_batches_depend_on_seed_and_step_alone(tmp_path):
     for one, other in zip([*whole[2:], *whole], [*later, *threaded], strict=True):
         jax.tree.map(np.testing.assert_array_equal, one, other)
     assert len({each["times"].tobytes() for each in whole}) == 4
+
+
+def test_a_tower_of_pictures_starts_one_of_videos(tmp_path):
+    """A still clip is then seen as its picture is, in each of its moments."""
+    late = {"fusion": "late", "tower__width": 8}
+    changes = {f"model__{name}": value for name, value in late.items()}
+    off = {f"objectives__{name}__weight": 0.0 for name in ("captioning", "matching")}
+    donor = tiny.task(**changes, **off)
+    weights = tiny.params(donor)
+    run = tiny.write_run(tmp_path / "run", tiny.config_dict(**changes, **off), weights)
+    config = config_from_run(config_with(run), ())
+    assert config.model.towers.video.width == 8 and config.model.modalities.video.patch == 8
+    fields = Config(config.to_dict())
+    task = build_task(fields, tiny.tokenizer())
+    params = load_params(tiny.params(task, seed=1), fields, weights_to_start_from(fields))
+    # What pictures have not begins afresh: here it is made to say nothing.
+    own = params["embedders_video"]
+    own["time_positions"] = jnp.zeros_like(own["time_positions"])
+    own["differences"]["bias"] = jnp.zeros_like(own["differences"]["bias"])
+    picture = np.random.default_rng(0).integers(0, 255, (2, 16, 16, 3)).astype(np.uint8)
+    present = np.ones(2, bool)
+    still = {
+        "frames": np.repeat(picture[:, None], 4, axis=1),
+        "times": np.zeros((2, 4), np.float32),
+        "length": np.full(2, 4, np.int32),
+        "present": present,
+    }
+
+    def read(task, params, name, arrays):
+        arrays = jax.tree.map(jnp.asarray, arrays)
+        return task.model.apply(
+            {"params": params}, method=lambda model: model.embedders[name](arrays).embeddings
+        )
+
+    seen = read(task, params, "video", still)
+    want = read(donor, weights, "image", {"pixels": picture, "present": present})
+    np.testing.assert_allclose(seen[:, :4], want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(seen[:, 4:], want, rtol=1e-5, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, params["towers_video"], weights["towers_image"])
+    hierarchical = {"model__modalities__image__stem": "hierarchical", **changes, **off}
+    other = tiny.config_dict(**hierarchical)
+    write_json(RunFolder(run).config, other.to_dict())
+    with pytest.raises(ValueError, match="has stem='hierarchical', and video begins"):
+        config_from_run(config_with(run), ())
+
+
+def config_with(run):
+    config = config_of("late")
+    config.model.start_from.video = str(run)
+    return config
 
 
 def test_what_does_not_divide_is_refused():

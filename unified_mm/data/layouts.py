@@ -119,9 +119,7 @@ class Folder:
 
     def names_media(self, fields: Mapping[str, Any]) -> bool:
         """Returns whether a row has the field of a picture, of a sound or of a video."""
-        return bool(
-            self.image_name(fields) or self.audio_names(fields) or self.video_name(fields)
-        )
+        return bool(self.image_name(fields) or self.audio_names(fields) or self.video_name(fields))
 
     def row(self, file: Path, place: str, key: Key | None, fields: Mapping[str, Any]) -> Row:
         """Returns the row of a list that names files, with captions or classes.

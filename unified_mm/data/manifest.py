@@ -27,8 +27,8 @@ _SIDES = re.compile(
 # What was once taken for sides. Fingerprints go by these, so that those of old runs stay.
 _SIDES_ONCE = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
 MISSING = "missing image"
-# What decodes a file completely and says what it converted, by what its name says it is, or else by
-# the modality that reads it.
+# What decodes a file completely and says what it converted: by the modality that reads it, or where
+# that is of the user's naming by what the file's name says it is.
 CHECKS = {"audio": sounds.check, "video": clips.check}
 _NAMED = 5  # files named per kind of problem in a summary
 
@@ -362,7 +362,7 @@ def _image_fault(entry: Entry, stats: Stats, decoded: bool) -> Problem | None:
 
 def _file_fault(modality: str, file: Path, stats: Stats, decoded: bool) -> Problem | None:
     """Returns the problem of a file of another modality than image."""
-    kind = medium_of(file) if medium_of(file) in CHECKS else modality
+    kind = modality if modality in CHECKS else medium_of(file)
     if file not in stats:
         return Problem(str(file), f"missing {kind}", "left out")
     if not decoded:

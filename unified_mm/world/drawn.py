@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-
 COLOURS = {
     "red": (0.9, 0.15, 0.15),
     "green": (0.15, 0.7, 0.2),
