@@ -323,11 +323,10 @@ def weights_to_start_from(config: Config) -> dict[str, Any]:
         donor = donor_of(part, modalities)
         given = part_of_run(run, donor)
         if donor != part:
-            own = config.model.modalities[part]
-            tubelet = int(own["tubelet"] if "tubelet" in own else VideoModality.tubelet)
+            tubelet = config.model.modalities[part].get("tubelet", VideoModality.tubelet)
             given = {path.replace(f"_{donor}/", f"_{part}/", 1): x for path, x in given.items()}
             kernel = f"embedders_{part}/patches/kernel"
-            given[kernel] = inflated(given[kernel], tubelet)
+            given[kernel] = inflated(given[kernel], int(tubelet))
         found |= given
     return found
 
