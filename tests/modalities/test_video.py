@@ -3,6 +3,7 @@
 import functools
 from dataclasses import replace
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,8 @@ from unified_mm.data.records import Record
 from unified_mm.files import write_json
 from unified_mm.modalities.video import inflated, tubelets
 from unified_mm.objectives.classification import LABELS
+from unified_mm.parallel.mesh import make_mesh
+from unified_mm.parallel.sharding import param_shardings, rule_items, to_global
 from unified_mm.runs.folder import RunFolder
 from unified_mm.task import build_task
 from unified_mm.training.start_from import config_from_run, load_params, weights_to_start_from
@@ -131,6 +134,31 @@ def test_every_fusion_learns_and_never_sees_padding(fusion):
     if fusion == "gated_cross_attention":
         times = np.abs(of_params["resamplers_video"]["times"]).max(1)
         assert (times[:2] > 0).all() and (times[2:] == 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_eight_devices_give_what_one_gives(fusion):
+    task, batch = task_of(fusion), batch_of()
+    params = tiny.drawn(task, 0)
+
+    def loss(params, batch):
+        found = task.metrics(params, batch, jax.random.key(0), deterministic=True)
+        return sum(x[0] for name, x in found.items() if name.endswith("/loss"))
+
+    found = []
+    for sizes, devices in (({}, jax.devices()[:1]), ({"data": 2, "fsdp": 2, "tensor": 2}, None)):
+        mesh = make_mesh(sizes, devices)
+        with jax.set_mesh(mesh), flax.linen.logical_axis_rules(rule_items()):
+            placement = param_shardings(task.abstract_params(), mesh)
+            placed = jax.device_put(params, placement.params)
+            run = jax.jit(jax.value_and_grad(loss))
+            found.append(jax.device_get(run(placed, to_global(batch, mesh))))
+    (one, of_one), (other, of_other) = found
+    assert one == pytest.approx(other, rel=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=2e-4), of_one, of_other
+    )
 
 
 def records(folder, count=8):
