@@ -20,10 +20,10 @@ from unified_mm.registry import resolve
 
 BUILT_IN = {
     "auto": "unified_mm.data.sources:find_source",
-    "clips": "unified_mm.data.sources:find_clips",
     **dict.fromkeys(LAYOUTS, "unified_mm.data.sources:given_folder"),
     "mixture": "unified_mm.data.mixture:open_mixture",
     "sounds": "unified_mm.data.sources:find_sounds",
+    "clips": "unified_mm.data.sources:find_clips",
     "tfds": "unified_mm.data.tfds_source:open_dataset",
     "world": "unified_mm.data.sources:embedded_world",
 }
