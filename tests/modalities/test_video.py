@@ -13,7 +13,7 @@ from PIL import Image
 
 from unified_mm.config import Config
 from unified_mm.data.pipeline import training_batches
-from unified_mm.data.records import Record
+from unified_mm.data.records import Manifest, Record
 from unified_mm.files import write_json
 from unified_mm.modalities.video import inflated, tubelets
 from unified_mm.objectives.classification import LABELS
@@ -21,6 +21,7 @@ from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import param_shardings, rule_items, to_global
 from unified_mm.runs.folder import RunFolder
 from unified_mm.task import build_task
+from unified_mm.training.notices import crop_lines
 from unified_mm.training.start_from import config_from_run, load_params, weights_to_start_from
 
 FUSIONS = ("early", "gated_cross_attention", "late")
@@ -198,6 +199,20 @@ def test_frames_are_drawn_in_training_and_central_in_evaluation(tmp_path):
         frames = mirrored.prepare(record, np.random.default_rng(seed))["frames"].astype(int)
         brighter = frames[:, 8, 1, 0] > frames[:, 8, -2, 0]
         assert brighter.all() or not brighter.any()
+
+
+def test_clips_that_are_longer_than_what_is_seen_are_said(tmp_path):
+    seen = records(tmp_path, 2)
+    train = Manifest("train", tuple(seen), "tests", "", "0")
+
+    def said(**options):
+        task = build_task(Config(config_of(**options).to_dict()), tiny.tokenizer())
+        return crop_lines(task, train)
+
+    assert said() == said(seconds=4.0) == []
+    (line,) = said(seconds=2.0)
+    assert line.startswith("2 of 2 videos that were looked at are longer than")
+    assert line.endswith("seconds=2: training takes a random part of each, evaluation the middle")
 
 
 def test_a_short_clip_has_fewer_frames_and_a_picture_one(tmp_path):

@@ -305,12 +305,17 @@ class _Container:
                     following = next(decoded, None)
                 except self._av.FFmpegError as error:
                     raise ClipError(self._name, f"damaged: {error.strerror}") from error
-                if following is None or following.is_corrupt:
-                    at = f"damaged: no frame at {self.times[number]:.2f} s"
-                    raise ClipError(self._name, at)
+                if following is None or following.pts is None or following.is_corrupt:
+                    raise self._lost(number)
                 frame, given = following, None
+            # Of a packet without a picture of its own, as old encoders write, it is the next one's.
+            if frame.pts > self._pts[min(number + 1, len(self._pts) - 1)]:
+                raise self._lost(number)
             given = self._upright(frame) if given is None else given
             yield given
+
+    def _lost(self, number: int) -> ClipError:
+        return ClipError(self._name, f"damaged: no frame at {self.times[number]:.2f} s")
 
     def _upright(self, frame: Any) -> Frame:
         if frame.width * frame.height > MAX_PIXELS:

@@ -33,8 +33,9 @@ class Modality(Protocol):
 
     It may have `from_data`, names of options that are taken from the training data where the first
     of them is empty or 0, with a method `measure(records)` that returns them by name; and
-    `windows(part)`, the parts of a long item that evaluation reads one by one and averages. With
-    `steps`, its tokens are of so many moments, the same number each and the earliest first.
+    `windows(part)`, the parts of a long item that evaluation reads one by one and averages. In
+    place of it there may be `longer(part)`: whether evaluation takes the middle of an item alone.
+    With `steps`, its tokens are of so many moments, the same number each and the earliest first.
 
     Attributes:
       name: its key under `config.model.modalities`.

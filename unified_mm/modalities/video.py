@@ -103,6 +103,13 @@ class VideoModality:
             clips.refuse_long(clip)
             return self._arrays(clip, None, False)
 
+    def longer(self, part: Any) -> bool:
+        """Returns whether a clip is longer than what is taken of it."""
+        if not self.seconds:
+            return False
+        with clips.opened(part) as clip:
+            return clip.seconds > self.seconds
+
     def times(self, seconds: float, rng: np.random.Generator | None) -> Float[np.ndarray, " S"]:
         """Returns the times at which the frames of a clip of some seconds are taken."""
         span = self.seconds or seconds
