@@ -12,9 +12,13 @@ import tiny
 from PIL import Image
 
 from unified_mm.config import Config
+from unified_mm.data.listing import Foil
 from unified_mm.data.pipeline import training_batches
 from unified_mm.data.records import Manifest, Record
+from unified_mm.evaluation.evaluate import Scores, Split, score_compared_foils
 from unified_mm.files import write_json
+from unified_mm.inference.loaded import one_device_mesh
+from unified_mm.inference.predictor import Predictor
 from unified_mm.modalities.video import inflated, tubelets
 from unified_mm.objectives.classification import LABELS
 from unified_mm.parallel.mesh import make_mesh
@@ -294,6 +298,28 @@ def config_with(run):
     config = config_of("late")
     config.model.start_from.video = str(run)
     return config
+
+
+def test_foils_are_told_by_the_contrast(tmp_path):
+    class PrefersLong(Predictor):
+        def embed(self, batch, of, objective=""):
+            if of == "video":
+                return np.ones((len(batch["video"]["present"]), 1), np.float32)
+            return np.asarray(batch["text"]["valid"].sum(1, keepdims=True), np.float32)
+
+    train = Manifest("train", tuple(records(tmp_path, 2)), "tests", "", "0")
+    foils = [
+        Foil(0, "a red square", "red", "length"),
+        Foil(1, "red", "a red square", "length"),
+        Foil(1, "a red square", "red", "other"),
+        Foil(9, "red", "blue", "no clip"),
+    ]
+    found = Scores()
+    predictor = PrefersLong(task_of(), None, one_device_mesh())
+    score_compared_foils(predictor, Split(train, foils), found, 4)
+    accuracy = "foil/video/accuracy"
+    assert found.scores[f"{accuracy}/length"] == 0.5 and found.scores[f"{accuracy}/other"] == 1.0
+    assert found.scores[accuracy] == pytest.approx(2 / 3) and len(found.scores) == 3
 
 
 def test_what_does_not_divide_is_refused():
