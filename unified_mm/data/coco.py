@@ -22,6 +22,7 @@ from pathlib import Path
 from unified_mm.data import checked_json
 from unified_mm.data.checked_json import Node
 from unified_mm.data.listing import (
+    MEDIA,
     Entry,
     Finder,
     Foil,
@@ -77,8 +78,9 @@ def read_captions(folder: str | Path, split: str) -> Listing:
     """Reads the images and captions of a split in the order of the file, without decoding images.
 
     Images without captions are kept, and so are entries whose file_name is null or empty (examples
-    without image). Empty captions, captions of unlisted images, repeated annotations, and ids that
-    name two different files are left out and counted.
+    without image). Beside it or in its place, `audio` and `video` may name other files. Empty
+    captions, captions of unlisted images, repeated annotations, and ids that name two different
+    files are left out and counted.
 
     Raises:
       FileNotFoundError: there is no data folder, or no image folder in it.
@@ -96,16 +98,18 @@ def read_captions(folder: str | Path, split: str) -> Listing:
     if not listed:
         raise data.error("is empty: the file lists no image", "images")
     files = {key: names[0] for key, names in listed.items() if len(names) == 1}
-    home = _image_folder(folder, _suffix(path), [f for f in files.values() if f])
+    pictures = [names["image"] for names in files.values() if "image" in names]
+    home = _image_folder(folder, _suffix(path), pictures)
     finder = Finder(folder, [home] if home else [])
     entries = tuple(
         Entry(
             key,
-            file,
-            finder.find(file) if file else None,
+            next(iter(names.values()), None),
+            finder.find(names["image"]) if "image" in names else None,
             tuple(Text("", caption) for caption in captions.get(key, ())),
+            tuple((each, finder.find(name)) for each, name in names.items() if each != "image"),
         )
-        for key, file in files.items()
+        for key, names in files.items()
     )
     return Listing(
         path,
@@ -245,42 +249,42 @@ def _directional(data: Node) -> bool:
 
 def _image_files(
     images: list[Node], folder: Path
-) -> tuple[dict[Key, list[str | None]], list[Problem]]:
-    """Returns the distinct file names of each image id, and the problems found.
-
-    A file name of None is an example without image.
-    """
-    files: dict[Key, list[str | None]] = {}
+) -> tuple[dict[Key, list[dict[str, str]]], list[Problem]]:
+    """Returns the distinct file names of each image id, by modality, and the problems found."""
+    files: dict[Key, list[dict[str, str]]] = {}
     owners: dict[str, Key] = {}
     problems = []
     for node in images:
-        name = _file_name(node, folder)
-        if name and owners.setdefault(name, node.id("id")) != node.id("id"):
+        found = _file_names(node, folder)
+        if any(owners.setdefault(name, node.id("id")) != node.id("id") for name in found.values()):
             problems.append(Problem(node.place, "file of another image id too", "converted"))
         names = files.setdefault(node.id("id"), [])
-        if name in names:
+        if found in names:
             problems.append(Problem(node.place, "image listed twice", "converted"))
             continue
         if names:
             problems.append(Problem(node.place, "image id with two different files", "left out"))
-        names.append(name)
+        names.append(found)
     return files, problems
 
 
-def _file_name(node: Node, folder: Path) -> str | None:
-    """Returns the name of an image's file, or None for an example without image.
+def _file_names(node: Node, folder: Path) -> dict[str, str]:
+    """Returns the names of an example's files by modality; one without any has texts alone.
 
     Raises:
-      ValueError: the name leads out of the data folder.
+      ValueError: a name leads out of the data folder.
     """
-    if not node.has("file_name"):
-        return None
-    name = node.string("file_name")
-    # Below one folder at least, the images' own.
-    inside = os.path.relpath(os.path.join(folder, "images", name), folder)
-    if inside == ".." or inside.startswith("../"):
-        raise node.error(f"leads out of the data folder: {name!r}", "file_name")
-    return name
+    found = {}
+    for modality in MEDIA:
+        key = "file_name" if modality == "image" else modality
+        if not node.has(key):
+            continue
+        found[modality] = name = node.string(key)
+        # Below one folder at least, the images' own.
+        inside = os.path.relpath(os.path.join(folder, "images", name), folder)
+        if inside == ".." or inside.startswith("../"):
+            raise node.error(f"leads out of the data folder: {name!r}", key)
+    return found
 
 
 def _captions(

@@ -47,6 +47,7 @@ CAPTION_NAMES = (
 )  # fmt: skip
 LABEL_NAMES = ("label", "labels", "category", "class", "class_name", "tags")
 AUDIO_NAMES = ("audio", "audio_path", "audio_file", "sound", "wav", "clip")
+VIDEO_NAMES = ("video", "video_path", "video_file", "video_name")
 ID_NAMES = ("image_id", "img_id", "imgid", "cocoid", "id")
 
 Splits = Mapping[str, Callable[[], Listing]]
@@ -65,6 +66,7 @@ class Folder:
       label: what the field of classes is called.
       val_rows: `FIELD=VALUE,VALUE`: the rows of lists that are 'val', all others being 'train'; ''
         for none.
+      video: what the field of videos is called.
     """
 
     path: Path
@@ -74,6 +76,7 @@ class Folder:
     audio: str = ""
     label: str = ""
     val_rows: str = ""
+    video: str = ""
 
     @cached_property
     def files(self) -> list[Path]:
@@ -114,9 +117,12 @@ class Folder:
         names = [name for name in names if name in fields]
         return {"audio": names[0]} if "," not in self.audio and names else {n: n for n in names}
 
+    def video_name(self, fields: Mapping[str, Any]) -> str:
+        return self.video if self.video in fields else usual(fields, VIDEO_NAMES)
+
     def names_media(self, fields: Mapping[str, Any]) -> bool:
-        """Returns whether a row has the field of a picture or of a sound."""
-        return bool(self.image_name(fields) or self.audio_names(fields))
+        """Returns whether a row has the field of a picture, of a sound or of a video."""
+        return bool(self.image_name(fields) or self.audio_names(fields) or self.video_name(fields))
 
     def row(self, file: Path, place: str, key: Key | None, fields: Mapping[str, Any]) -> Row:
         """Returns the row of a list that names files, with captions or classes.
@@ -129,8 +135,13 @@ class Folder:
             for name, field in self.audio_names(fields).items()
             if (found := self._file_name(file, place, fields, field))
         }
-        if image and medium_of(image) == "audio" and not self.image:
-            parts, image = {"audio": image, **parts}, None
+        if video := self._file_name(file, place, fields, self.video_name(fields)):
+            parts["video"] = video
+        # What the usual field names, a file or a clip, is what its suffix says.
+        if not self.audio and medium_of(parts.get("audio", "")) == "video":
+            parts = {"video": parts.pop("audio"), **parts}
+        if image and medium_of(image) != "image" and not self.image:
+            parts, image = {medium_of(image): image, **parts}, None
         labels: list[Any] = []
         if parts or self.label:
             labels = _several(fields.get(self.label_name(fields)), ";")
@@ -232,13 +243,39 @@ def _karpathy_splits(folder: Folder, file: Path, images: list) -> Splits:
     }
 
 
+def msrvtt(folder: Folder) -> Splits:
+    """Reads MSR-VTT's `videos` with `split`, and `sentences` with the `video_id` of each."""
+    for file, data in folder.json_lists:
+        if not (isinstance(data, dict) and {"videos", "sentences"} <= set(data)):
+            continue
+        captions: dict[Any, list[Any]] = {}
+        for number, each in enumerate(data["sentences"]):
+            key = _string(each, "video_id", f"{file.name}: sentences[{number}]")
+            captions.setdefault(key, []).append(each.get("caption"))
+        files = {path.stem: path for path in media_in(folder.path) if medium_of(path) == "video"}
+        rows: dict[str, list[Row]] = {}
+        for number, each in enumerate(data["videos"]):
+            place = f"{file.name}: videos[{number}]"
+            key = _string(each, "video_id", place)
+            found = files.get(key)
+            name = found.relative_to(folder.path).as_posix() if found else f"{key}.mp4"
+            split = str(each.get("split") or "")
+            rows.setdefault(split_named(split) or split or WHOLE, []).append(
+                Row(place, key, None, captions.get(key, []), parts={"video": name})
+            )
+        return {
+            split: partial(listing_of, file, each, folder.finder) for split, each in rows.items()
+        }
+    return {}
+
+
 def lavis(folder: Folder) -> Splits:
     """Reads JSON lists of `image` and `caption`, as LAVIS has them."""
     files = {
         file: data
         for file, data in folder.json_lists
         if isinstance(data, list) and data
-        and folder.image_name(_first(data)) and folder.caption_name(_first(data))
+        and folder.names_media(_first(data)) and folder.caption_name(_first(data))
     }  # fmt: skip
 
     def rows(file: Path) -> Iterator[Row]:
@@ -491,11 +528,11 @@ def image_folder(folder: Folder) -> Splits:
     """Reads Hugging Face's imagefolder: `metadata.jsonl` beside the files that it names.
 
     (`metadata.csv` is read as a table.) Where there is none, JSON lines of another name are read
-    that name sounds.
+    that name sounds or videos.
     """
     lists = [file for file in folder.files if file.suffix == ".jsonl"]
     files = [file for file in lists if file.name == "metadata.jsonl"]
-    files = files or [file for file in lists if _names_sounds(folder, file)]
+    files = files or [file for file in lists if _names_others(folder, file)]
     if folder.val_rows:
         return _splits_of_rows(folder, files, _json_lines)
 
@@ -505,10 +542,10 @@ def image_folder(folder: Folder) -> Splits:
     return _by_split(files, rows, folder)
 
 
-def _names_sounds(folder: Folder, file: Path) -> bool:
+def _names_others(folder: Folder, file: Path) -> bool:
     _, fields = next(_json_lines(file), ("", {}))
     first = str(fields.get(folder.image_name(fields)))
-    named = folder.audio_names(fields) or medium_of(first) == "audio"
+    named = folder.audio_names(fields) or folder.video_name(fields) or medium_of(first) != "image"
     return bool(named and (folder.caption_name(fields) or folder.label_name(fields)))
 
 
@@ -608,9 +645,9 @@ def texts_beside(folder: Folder) -> Splits:
 
 
 def class_folders(folder: Folder) -> Splits:
-    """Reads a folder of pictures or sounds a class, whose name is the caption: `cat/1.jpg`."""
+    """Reads a folder of pictures, sounds or videos a class, whose name is the caption."""
     pictures = [p for p in media_in(folder.path) if len(p.relative_to(folder.path).parts) > 1]
-    classes = {p.parent.name for p in pictures if p.parent.name not in ("images", "audio")}
+    classes = {p.parent.name for p in pictures if p.parent.name not in ("images", *MEDIA)}
     if len({name for name in classes if not split_named(name)}) < 2:
         return {}
 
@@ -620,7 +657,8 @@ def class_folders(folder: Folder) -> Splits:
         if medium_of(picture) == "image":
             yield Row(relative, None, relative, [name], labels=[name])
         else:
-            yield Row(relative, None, None, [name], parts={"audio": relative}, labels=[name])
+            parts = {medium_of(picture): relative}
+            yield Row(relative, None, None, [name], parts=parts, labels=[name])
 
     return _by_split(pictures, rows, folder)
 
@@ -708,17 +746,18 @@ def _string(fields: Mapping[str, Any], key: str, place: str) -> str:
 LAYOUTS: dict[str, tuple[str, Callable[[Folder], Splits]]] = {
     "coco": ("MS-COCO: annotations/captions_*.json", coco_captions),
     "karpathy": ("Karpathy's dataset_*.json with sentences and splits", karpathy),
+    "msrvtt": ("MSR-VTT's JSON of videos and sentences", msrvtt),
     "llava": ("LLaVA's conversations in JSON", llava),
     "lavis": ("JSON lists of image and caption", lavis),
     "librispeech": ("LibriSpeech: *.trans.txt beside the sounds", librispeech),
     "audiocaps": ("AudioCaps: csv of youtube_id, start_time and caption", audiocaps),
     "questions": ("JSON files of questions (OK-VQA, VizWiz, TextVQA, GQA)", questions),
     "imagefolder": ("metadata.jsonl with file_name and text", image_folder),
-    "table": ("CSV, TSV or .token of image or sound, and caption or class", tables),
+    "table": ("CSV, TSV or .token of image, sound or video, and caption or class", tables),
     "webdataset": ("WebDataset tars: KEY.jpg with KEY.txt or KEY.json", webdataset),
     "parquet": ("parquet files with the bytes of images and captions", parquet),
     "text_files": ("pictures with a .txt of the same name", texts_beside),
-    "classes": ("a folder of pictures or sounds for each class", class_folders),
+    "classes": ("a folder of pictures, sounds or videos for each class", class_folders),
 }
 
 

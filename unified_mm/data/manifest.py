@@ -13,7 +13,7 @@ from typing import Any
 
 import PIL
 
-from unified_mm.data import images, sounds
+from unified_mm.data import clips, images, sounds
 from unified_mm.data.listing import Entry, Key, Listing, Question, id_hint, medium_of
 from unified_mm.data.records import ByteStore, Image, Manifest, Problem, Record, StoredImage, Text
 from unified_mm.files import naming, write_atomically
@@ -27,6 +27,9 @@ _SIDES = re.compile(
 # What was once taken for sides. Fingerprints go by these, so that those of old runs stay.
 _SIDES_ONCE = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
 MISSING = "missing image"
+# What decodes a file completely and says what it converted: by the modality that reads it, or where
+# that is of the user's naming by what the file's name says it is.
+CHECKS = {"audio": sounds.check, "video": clips.check}
 _NAMED = 5  # files named per kind of problem in a summary
 
 
@@ -351,21 +354,23 @@ def image_faults(
 
 def _image_fault(entry: Entry, stats: Stats, decoded: bool) -> Problem | None:
     """Returns the first problem of an entry's files that leaves it out, else what is converted."""
-    faults = [_file_fault(file, stats, decoded) for _, file in entry.parts]
+    faults = [_file_fault(*part, stats, decoded) for part in entry.parts]
     faults.append(_picture_fault(entry, stats, decoded))
     found = sorted((each for each in faults if each), key=lambda each: each.action == "converted")
     return found[0] if found else None
 
 
-def _file_fault(file: Path, stats: Stats, decoded: bool) -> Problem | None:
-    """Returns the problem of a file that is no picture, by what its name says it is."""
+def _file_fault(modality: str, file: Path, stats: Stats, decoded: bool) -> Problem | None:
+    """Returns the problem of a file of another modality than image."""
+    kind = modality if modality in CHECKS else medium_of(file)
     if file not in stats:
-        return Problem(str(file), f"missing {medium_of(file)}", "left out")
+        return Problem(str(file), f"missing {kind}", "left out")
     if not decoded:
         return None
+    check = CHECKS.get(kind, sounds.check)
     try:
-        conversion = sounds.check(file)
-    except sounds.SoundError as error:
+        conversion = check(file)
+    except (sounds.SoundError, clips.ClipError) as error:
         return Problem(str(file), error.what, "left out")
     return Problem(str(file), conversion, "converted") if conversion else None
 

@@ -24,6 +24,7 @@ BUILT_IN = {
     "mixture": "unified_mm.data.mixture:open_mixture",
     "sounds": "unified_mm.data.sources:find_sounds",
     "speech": "unified_mm.data.sources:find_speech",
+    "clips": "unified_mm.data.sources:find_clips",
     "tfds": "unified_mm.data.tfds_source:open_dataset",
     "world": "unified_mm.data.sources:embedded_world",
 }
@@ -46,6 +47,12 @@ STRINGS_BANNER = (
     "NO DATA DIRECTORY WAS GIVEN, so this run uses strings of digits that are made of telephone "
     "tones. Its scores say nothing about speech. For your own data: --config.data.dir=FOLDER "
     "(README has the layouts)."
+)
+
+CLIPS_BANNER = (
+    "NO DATA DIRECTORY WAS GIVEN, so this run uses clips that are drawn: two solids that move, and "
+    "hit or pass. Its scores say nothing about videos of the world. For your own data: "
+    "--config.data.dir=FOLDER (README has the layouts)."
 )
 
 
@@ -344,6 +351,7 @@ def given_folder(data: Any) -> Source:
         named.audio,
         named.label,
         data.val_rows,
+        named.video,
     )
     with naming(f"data.dir={path}"):
         if data.source != "auto":
@@ -424,6 +432,18 @@ def _given_or_made(
         folder = make(cache)
     splits = LAYOUTS[layout][1](Folder(folder))
     return ListedFolder(folder, splits, data, name=name, banner=banner)
+
+
+def find_clips(data: Any) -> Source:
+    """Returns the folder given, else clips that this package draws, kept in the cache."""
+    from unified_mm.world.drawn import ensure_clips
+
+    if data.dir:
+        return given_folder(data.changed({"source": "auto"}))
+    cache = cache_folder(data)
+    with naming(f"data.cache_dir={cache}"):
+        folder = ensure_clips(cache)
+    return coco_folder(folder, data, name="clips", banner=CLIPS_BANNER)
 
 
 def cache_folder(data: Any) -> Path:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from unified_mm.data.coco import Foil, Question
 from unified_mm.data.records import Manifest, Record, Text
@@ -192,6 +192,7 @@ def evaluate(predictor: Predictor, split: Split, *, batch_size: int) -> Scores:
     check_split(split, predictor.task)
     found = Scores(images=split.captioned)
     score_retrieval(predictor, split, found, batch_size)
+    score_compared_foils(predictor, split, found, batch_size)
     score_classes(predictor, split, found, batch_size)
     score_transcriptions(predictor, split, found, batch_size)
     if not predictor.can(Captioning):
@@ -518,10 +519,45 @@ def score_foils(predictor: Predictor, split: Split, found: Scores, batch_size: i
         return np.array(predictor.over(rows, batch_size, predictor.log_likelihood))[:, 0]
 
     right = likelihoods([f.caption for f in foils]) > likelihoods([f.foil for f in foils])
+    add_foils(found, "foil", foils, right)
+
+
+def score_compared_foils(
+    predictor: Predictor, split: Split, found: Scores, batch_size: int
+) -> None:
+    """Adds how often an item of another modality than image is nearer to its caption than its foil.
+
+    Of pictures the captioner is asked, by `score_foils`.
+    """
+    for of in predictor.task.modalities:
+        by_id = {record.id: record for record in split.manifest.records if record.has(of)}
+        foils = [foil for foil in split.foils if foil.image_id in by_id]
+        contrasts = predictor.task.contrasts(of, "text")
+        if of in ("image", "text") or not foils or not contrasts:
+            continue
+
+        def vectors(rows: Sequence[Record], of: str, space: str = contrasts[0].name) -> Any:
+            embed = partial(predictor.embed, of=of, objective=space)
+            return np.array(predictor.over(rows, batch_size, embed))
+
+        records = list({foil.image_id: by_id[foil.image_id] for foil in foils}.values())
+        place = {record.id: number for number, record in enumerate(records)}
+        items = vectors(records, of)[[place[foil.image_id] for foil in foils]]
+        true, false = (
+            vectors([Record(0, {}, (Text("", text),), False) for text in texts], "text")
+            for texts in ([foil.caption for foil in foils], [foil.foil for foil in foils])
+        )
+        add_foils(found, f"foil/{of}", foils, np.einsum("IZ,IZ->I", items, true - false) > 0)
+
+
+def add_foils(
+    found: Scores, name: str, foils: Sequence[Foil], right: Bool[np.ndarray, " foils"]
+) -> None:
+    """Adds the share of foils that were told from their captions, of all and of each kind."""
     kinds = np.array([foil.kind for foil in foils])
-    scores = {"foil/accuracy": float(right.mean())}
+    scores = {f"{name}/accuracy": float(right.mean())}
     for kind in sorted(set(kinds)):
-        scores[f"foil/accuracy/{kind}"] = float(right[kinds == kind].mean())
+        scores[f"{name}/accuracy/{kind}"] = float(right[kinds == kind].mean())
     found.add(scores, dict.fromkeys(scores, 0.5))
 
 

@@ -15,6 +15,7 @@ BUILT_IN = {
     "audio": "unified_mm.modalities.audio:AudioModality",
     "image": "unified_mm.modalities.image:ImageModality",
     "text": "unified_mm.modalities.text:TextModality",
+    "video": "unified_mm.modalities.video:VideoModality",
 }
 
 
@@ -32,7 +33,9 @@ class Modality(Protocol):
 
     It may have `from_data`, names of options that are taken from the training data where the first
     of them is empty or 0, with a method `measure(records)` that returns them by name; and
-    `windows(part)`, the parts of a long item that evaluation reads one by one and averages.
+    `windows(part)`, the parts of a long item that evaluation reads one by one and averages. In
+    place of it there may be `longer(part)`: whether evaluation takes the middle of an item alone.
+    With `steps`, its tokens are of so many moments, the same number each and the earliest first.
 
     Where it can be transcribed, it may have `tokens_per_step`, its tokens of each step in time;
     `steps_of(part)`, the steps of a part, so that what is too short for its text is named; and

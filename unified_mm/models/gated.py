@@ -40,9 +40,11 @@ class GatedCrossAttention(WithTowers):
 
     Attributes:
       resampler: of each context modality's features; with 0 latents text attends to all of them.
+      steps: of each modality whose tokens are of several moments, how many, the earliest first.
     """
 
     resampler: ResamplerOptions
+    steps: tuple[tuple[str, int], ...] = ()
 
     abilities: ClassVar[frozenset[str]] = frozenset({"contrastive", "captioning"})
 
@@ -59,7 +61,8 @@ class GatedCrossAttention(WithTowers):
                 )
         options = replace(built.options, cross=GateOptions(**model.cross))
         resampler = ResamplerOptions.from_config(model.resampler, built.tower.width, options)
-        return built.clone(options=options, resampler=resampler)
+        steps = tuple((name, m.steps) for name, m in modalities.items() if hasattr(m, "steps"))
+        return built.clone(options=options, resampler=resampler, steps=steps)
 
     def setup(self) -> None:
         super().setup()
@@ -137,7 +140,10 @@ class GatedCrossAttention(WithTowers):
             x, metadata = features.embeddings, features.metadata
             if self.resampler.latents:
                 present = metadata.valid.any(1)
-                x = self.resamplers[name](x[:, None], metadata.valid[:, None])
+                shape = x.shape[0], dict(self.steps).get(name, 1), -1
+                x = self.resamplers[name](
+                    x.reshape(*shape, x.shape[2]), metadata.valid.reshape(shape)
+                )
                 group = metadata.groups[0]._replace(length=x.shape[1])
                 valid = jnp.broadcast_to(present[:, None], x.shape[:2])
                 metadata = single_document(valid, group)

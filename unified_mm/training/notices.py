@@ -108,15 +108,17 @@ def crop_lines(task: Task, train: Manifest) -> list[str]:
     lines = []
     for name, modality in task.modalities.items():
         parts = [record.parts[name] for record in train.records if name in record.parts]
-        if not parts or not hasattr(modality, "windows"):
+        if not parts or not (hasattr(modality, "windows") or hasattr(modality, "longer")):
             continue
+        middle = not hasattr(modality, "windows")
+        longer = modality.longer if middle else (lambda part, m=modality: len(m.windows(part)) > 1)
         places = np.linspace(0, len(parts) - 1, min(len(parts), MEASURED), dtype=int)
-        long = sum(len(modality.windows(parts[place])) > 1 for place in places)
+        long = sum(longer(parts[place]) for place in places)
         if long:
             lines.append(
                 f"{long:,} of {len(places):,} {name}s that were looked at are longer than "
                 f"model.modalities.{name}.seconds={modality.seconds:g}: training takes a random "
-                "part of each, evaluation the mean of several"
+                f"part of each, evaluation the {'middle' if middle else 'mean of several'}"
             )
     return lines
 

@@ -23,6 +23,7 @@ from unified_mm.default_config import MAIN_ALONE, STACK_FIELDS, defaults
 from unified_mm.inference.imported import run_of
 from unified_mm.inference.quantized_params import dequantized, saved_shapes
 from unified_mm.modalities.image import PATCHES
+from unified_mm.modalities.video import VideoModality, inflated
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.parallel.sharding import path_of, without_names
 from unified_mm.runs.checkpoints import Checkpoints
@@ -33,6 +34,10 @@ from unified_mm.task import build_task
 STACK = tuple(name for name in STACK_FIELDS if name not in (*MAIN_ALONE, "attention"))
 WHOLE = "whole"
 STEM = "stem"  # of images: it stands in any fusion
+# Towers that may begin with a run of another modality, where the run has none of their own.
+DONORS = {"video": "image"}
+# What such a tower has of its own, and begins afresh.
+OWN_OF_HEIR = re.compile(r"embedders_\w+/(time_positions|differences/.*)")
 STEM_FIELDS = ("stem", "stem_options", "patch", "mean", "std")
 # What may be other than in the run that a whole model comes from: none of it changes an embedding.
 FREE_OF_MODEL = ("dropout", "remat", "attention", "unroll", "dtype")
@@ -210,9 +215,10 @@ def saved_config(run: str, part: str, fusion: str) -> dict[str, Any]:
     modalities = saved["model"]["modalities"]
     if part == STEM and modalities.get("image", {}).get("stem", PATCHES[0]) in PATCHES:
         raise ValueError(f"model.start_from.{part}={run!r} sees patches of images: it has no stem")
-    if part not in (WHOLE, STEM, *modalities):
+    if part not in (WHOLE, STEM, *modalities) and DONORS.get(part) not in modalities:
         raise ValueError(f"model.start_from.{part}={run!r} reads no {part}")
     held = saved.get("imported", {}).get("part", "both")
+    part = donor_of(part, modalities)
     # Imported text is a whole model of texts; an image tower is no model yet.
     if held != "both" and part != held and not (part == WHOLE and held == "text"):
         raise ValueError(
@@ -261,12 +267,42 @@ def stem_of(saved: Mapping[str, Any], begun: Mapping[str, str]) -> dict[str, Any
     return {f"model.modalities.image.{name}": image[name] for name in STEM_FIELDS}
 
 
+def donor_of(part: str, modalities: Collection[str]) -> str:
+    """Returns the modality of a run whose tower a part begins with, most often its own."""
+    return part if part in (*modalities, WHOLE, STEM) else DONORS.get(part, part)
+
+
+def heir_of(saved: Mapping[str, Any], part: str, tower: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that the weights of an image tower decide for another modality's.
+
+    Raises:
+      ValueError: the tower has what the other modality has not.
+    """
+    image = saved["model"]["modalities"]["image"]
+    plain = {"stem": "linear", "class_token": False, "norm": False, "bias": True, "cut_rest": False}
+    for name, value in plain.items():
+        if image[name] != value:
+            raise ValueError(
+                f"model.start_from.{part}: the image tower of the run has {name}={image[name]!r}, "
+                f"and {part} begins with towers of {name}={value!r} alone"
+            )
+    same = ("patch", "positions", "modality_embedding", "mean", "std")
+    return {
+        f"model.towers.{part}": tower,
+        **{f"model.modalities.{part}.{name}": image[name] for name in same},
+        **{f"data.{name}": saved["data"][name] for name in SEEN},
+    }
+
+
 def tower_of(saved: Mapping[str, Any], part: str) -> dict[str, Any]:
     """Returns the fields that the weights of a modality's tower decide, by dotted name."""
     model, data = saved["model"], saved["data"]
+    donor = donor_of(part, model["modalities"])
     options = TransformerOptions.from_config(model).changed(model["tower"])
-    options = options.changed(model["towers"].get(part, {}))
+    options = options.changed(model["towers"].get(donor, {}))
     tower = {name: getattr(options, name) for name in STACK}
+    if donor != part:
+        return heir_of(saved, part, tower)
     modality = {k: v for k, v in model["modalities"][part].items() if k != "type"}
     taken = {f"model.modalities.{part}.{name}": value for name, value in modality.items()}
     if part != "image":
@@ -283,7 +319,15 @@ def weights_to_start_from(config: Config) -> dict[str, Any]:
     """Reads the parameters of the runs in `model.start_from`, by path, each block by its layer."""
     found: dict[str, Any] = {}
     for part, run in begun_parts(config).items():
-        found |= part_of_run(run, part)
+        modalities = RunFolder(run).read_config(defaults())["model"]["modalities"]
+        donor = donor_of(part, modalities)
+        given = part_of_run(run, donor)
+        if donor != part:
+            tubelet = config.model.modalities[part].get("tubelet", VideoModality.tubelet)
+            given = {path.replace(f"_{donor}/", f"_{part}/", 1): x for path, x in given.items()}
+            kernel = f"embedders_{part}/patches/kernel"
+            given[kernel] = inflated(given[kernel], int(tubelet))
+        found |= given
     return found
 
 
@@ -320,7 +364,7 @@ def source_of(path: str, begun: Mapping[str, str], found: Mapping[str, Any]) -> 
     if WHOLE in begun:  # a head that the run does not have is a new one
         top = path.split("/")[0]
         return WHOLE if any(name.startswith(f"{top}/") for name in found) else None
-    if "/cross/" in path:
+    if "/cross/" in path or (OWN_OF_HEIR.fullmatch(path) and path not in found):
         return None
     return next((part for part in begun if path.startswith(prefixes(part))), None)
 
