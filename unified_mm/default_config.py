@@ -33,6 +33,7 @@ MAIN_ALONE = (
     "unroll",
     "dtype",
     "places",
+    "exits",
 )
 
 
