@@ -31,7 +31,7 @@ class Early:
     """How the tokens of texts leave the layers early, a text a row.
 
     Attributes:
-      threshold: float32 [B], the confidence at which a token leaves at the first exit.
+      threshold: float32 [B], the confidence at which a token leaves at an exit.
       depth: float32 [B], layers that were run, of all tokens together; those of a prompt apart.
     """
 

@@ -245,6 +245,7 @@ class Transformer(nn.Module):
         left = jnp.zeros(x.shape[0], bool)
         depth = jnp.zeros(x.shape[0], jnp.float32)
         kv: list[PeriodKV] = []
+        new: Any
         for first, last in pairwise((0, *exits, o.periods)):
             own = layers[first:last]
             depth = depth + jnp.where(left, 0.0, (last - first) * o.blocks_per_period)

@@ -72,17 +72,7 @@ class Exits:
         *,
         deterministic: bool,
     ) -> ObjectiveOutput:
-        """Returns the loss.
-
-        Raises:
-          ValueError: the model has no exits.
-        """
         exits = model.options.exits
-        if not exits:
-            raise ValueError(
-                f"objectives.{self.name}: the model has no exits; set model.exits to layers such "
-                "as (4,), or the weight to 0"
-            )
         if model.is_initializing():
             return ObjectiveOutput((jnp.zeros(()), jnp.zeros(())), {}, {})
         sown = f"{EXIT}:{self.of}"
