@@ -245,7 +245,7 @@ class Transformer(nn.Module):
         left = jnp.zeros(x.shape[0], bool)
         depth = jnp.zeros(x.shape[0], jnp.float32)
         kv: list[PeriodKV] = []
-        new: Any
+        found: Any
         for first, last in pairwise((0, *exits, o.periods)):
             own = layers[first:last]
             depth = depth + jnp.where(left, 0.0, (last - first) * o.blocks_per_period)
@@ -265,8 +265,9 @@ class Transformer(nn.Module):
             def skip(x: Array, left: Array, through: Any = through) -> Any:
                 return x, left, through(x, True)[1]
 
-            x, left, new = jax.lax.cond(left.all(), skip, run, x, left) if first else run(x, left)
-            kv += new
+            found = jax.lax.cond(left.all(), skip, run, x, left) if first else run(x, left)
+            x, left = found[:2]
+            kv += found[2]
         self.sow(DEPTH, "layers", depth)
         return x, {name: tuple(each[name] for each in kv) for name in kv[0]}
 
