@@ -245,7 +245,6 @@ class Transformer(nn.Module):
         left = jnp.zeros(x.shape[0], bool)
         depth = jnp.zeros(x.shape[0], jnp.float32)
         kv: list[PeriodKV] = []
-        found: Any
         for first, last in pairwise((0, *exits, o.periods)):
             own = layers[first:last]
             depth = depth + jnp.where(left, 0.0, (last - first) * o.blocks_per_period)
@@ -265,9 +264,10 @@ class Transformer(nn.Module):
             def skip(x: Array, left: Array, through: Any = through) -> Any:
                 return x, left, through(x, True)[1]
 
-            found = jax.lax.cond(left.all(), skip, run, x, left) if first else run(x, left)
-            x, left = found[:2]
-            kv += found[2]
+            # All go through the layers before the first exit.
+            done: Any = jax.lax.cond(left.all(), skip, run, x, left) if first else run(x, left)
+            x, left = done[:2]
+            kv += done[2]
         self.sow(DEPTH, "layers", depth)
         return x, {name: tuple(each[name] for each in kv) for name in kv[0]}
 
@@ -277,7 +277,7 @@ class Transformer(nn.Module):
         if not o.final_norm:
             return x
         norm = Norm(o.norm, o.norm_epsilon, o.dtype, parent=None)
-        normed: Array = norm.apply({"params": self.variables["params"]["norm"]}, x)
+        normed: Any = norm.apply({"params": self.variables["params"]["norm"]}, x)
         return normed
 
     def _pipelined(
