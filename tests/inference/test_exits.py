@@ -184,7 +184,7 @@ def test_where_no_token_leaves_the_logits_are_those_of_all_layers(model):
     never = first_steps(model, np.full(4, NEVER, np.float32))
     early = first_steps(model, np.full(4, ALWAYS, np.float32))
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(never), strict=True):
-        np.testing.assert_allclose(one, other, atol=5e-4)  # its weights are large
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)  # of large weights
     assert not np.allclose(whole[0], early[0], atol=1e-2)
 
 
