@@ -34,6 +34,7 @@ MAIN_ALONE = (
     "unroll",
     "dtype",
     "places",
+    "exits",
 )
 
 

@@ -55,6 +55,7 @@ class Picture(NamedTuple):
     needs=("run", "image"),
     takes=(
         "best",
+        "exits",
         "prompt",
         "tokens",
         "temperature",
@@ -90,7 +91,7 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError("--stream prints each piece at once: give no --output beside it")
     output = new_file(options.output)
     pictures = listed(options.image)
-    model = load(options.run, best=options.best)
+    model = load(options.run, best=options.best, exits=options.exits)
     changes: dict[str, Any] = {"cache": options.cache}
     if options.dtype:
         changes["dtype"] = options.dtype

@@ -52,6 +52,7 @@ from unified_mm.runs.metrics import read_metrics
 READ_BY = {
     "run": ("evaluate", "caption", "search"),
     "best": ("evaluate", "caption", "search"),
+    "exits": ("evaluate", "caption"),
     "split": ("evaluate", "search"),
     "image": ("caption",),
     "query": ("search",),
@@ -277,7 +278,7 @@ def evaluate(options: argparse.Namespace) -> int:
     for each in beside.values():
         new_file(str(each))
     output = output_of(RunFolder(options.folder), say)
-    model = load(options.folder, mesh=mesh_of_processes(), best=options.best)
+    model = load(options.folder, mesh=mesh_of_processes(), best=options.best, exits=options.exits)
     config = run_config(model.config, options)
     with first_before_others("data"):
         source = open_source(config.data)
@@ -301,6 +302,7 @@ def evaluate(options: argparse.Namespace) -> int:
         "split": split.manifest.split,
         "step": model.step,
         "state": model.state,
+        **({"exits": model.predictor.exits} if options.exits else {}),
         "data": {"source": source.name, "folder": source.folder, "notice": source.banner},
     }
     output.say(score_table(result))
@@ -333,8 +335,9 @@ def caption(options: argparse.Namespace) -> int:
     if not options.image:
         raise ValueError("--mode=caption needs --image=FILE")
     images = [f"--image={file}" for file in options.image]
-    best = ["--best"] * options.best
-    return generate.main.work(generate.main.options_of([f"--run={options.folder}", *best, *images]))
+    switches = ["--best"] * options.best + ["--exits"] * options.exits
+    given = [f"--run={options.folder}", *switches, *images]
+    return generate.main.work(generate.main.options_of(given))
 
 
 def search(options: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from unified_mm.modalities.modality import build_modalities
 from unified_mm.models.unified import ABLE, UnifiedModel, fusion
 from unified_mm.nn.sow import AUXILIARY, auxiliary_by_path
 from unified_mm.objectives.contrastive import Contrastive
+from unified_mm.objectives.exits import Exits
 from unified_mm.objectives.objective import (
     Embedded,
     Metric,
@@ -265,6 +266,7 @@ def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
             "'early_features'"
         )
     check_modalities(modalities, objectives)
+    check_exits(m.exits, objectives)
     heads = {objective.name: objective.head() for objective in objectives}
     model = kind.from_config(
         m, modalities, {name: head for name, head in heads.items() if head is not None}
@@ -308,6 +310,24 @@ def check_modalities(modalities: Mapping[str, Any], objectives: Sequence[Any]) -
         raise ValueError(
             f"model.modalities.{unread[0]} is declared, but no objective with a weight above 0 "
             "reads it under its rule"
+        )
+
+
+def check_exits(exits: Sequence[int], objectives: Sequence[Any]) -> None:
+    """Checks that exits have an objective that trains them, and it exits.
+
+    Raises:
+      ValueError: one is there without the other.
+    """
+    names = [each.name for each in objectives if isinstance(each, Exits)]
+    if names and not exits:
+        raise ValueError(
+            f"model.exits=(): objectives.{names[0]} has a weight above 0; name layers after which "
+            "one may leave, such as (4,), or set it to 0"
+        )
+    if exits and not names:
+        raise ValueError(
+            f"model.exits={tuple(exits)}: no objective trains them; set objectives.exits.weight=1"
         )
 
 

@@ -61,6 +61,7 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
     ),
     "workdir": _text("RUN", "the folder of the run that is trained"),
     "run": _text("RUN", "the folder of a finished run"),
+    "exits": _switch("tokens leave layers early, as `calibrate` found for the run"),
     "best": _switch("take the run's best state on the way (evaluation.every), not its last"),
     "part": {
         "choices": ("image", "text"),
@@ -104,6 +105,14 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
     "train": _count("that probes are fitted on (2000)", 2000, 0),
     "asked": _count("that probes are asked about (1000)", 1000, 0),
     "profile": _count("steps that jax.profiler traces into the run's folder; none", 0),
+    "tolerance": _number(
+        "SHARE",
+        "of tokens that may be others than by all layers (0.05)",
+        0.05,
+        at_least(float, 0, 1),
+    ),
+    "error": _number("SHARE", "the chance that more are (0.05)", 0.05, at_least(float, 1e-9, 1)),
+    "replace": _switch("replace what the run has of this"),
     "template": _many("TEXT", "a sentence with {} for the class, averaged; without: our own"),
     "topology": _text("NAME", "what is compiled for: v5e:4x4, h100:8, h100:4x8, cpu:8", "v5e:4x4"),
     "phase": _text("NAME", "of train.phases; the first one"),

@@ -62,7 +62,7 @@ class Engine:
       queue: requests that may wait for a slot.
 
     Raises:
-      ValueError: a model that does not write, or sizes that are too small.
+      ValueError: a model that does not write or has exits to take, or sizes that are too small.
     """
 
     def __init__(
@@ -75,6 +75,8 @@ class Engine:
         ):
             if value < least:
                 raise ValueError(f"{name}={value}: must be at least {least}")
+        if model.predictor.exits:
+            raise ValueError("the engine runs all layers: load the run without exits")
         self._model = model
         self._slots = Slots(model.predictor, slots, images)
         self._known = KnownImages(images)

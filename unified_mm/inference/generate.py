@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,8 +21,22 @@ from unified_mm.models.unified import UnifiedModel, text_group
 from unified_mm.nn.attention.cache import Cache
 from unified_mm.nn.attention.rules import View
 from unified_mm.nn.tokens import POSITION_KEYS
+from unified_mm.nn.transformer import DEPTH
 
 Text = Mapping[str, Array]
+
+
+@struct.dataclass
+class Early:
+    """How the tokens of texts leave the layers early, a text a row.
+
+    Attributes:
+      threshold: float32 [B], the confidence at which a token leaves at an exit.
+      depth: float32 [B], layers that were run, of all tokens together; those of a prompt apart.
+    """
+
+    threshold: Any
+    depth: Any
 
 
 @struct.dataclass
@@ -33,24 +48,24 @@ class ReadState:
       place: int32 [B], index of the next token in its text.
       where: int32 [B] each, `POSITION_KEYS` of the next token; empty where the batch holds no
         documents.
+      early: how their tokens leave the layers early; None where all layers are run.
     """
 
     cache: Cache
     place: Any
     where: dict[str, Any]
+    early: Early | None = None
 
     def select(self, rows: Int[Array, " rows"]) -> ReadState:
         """Returns the given rows."""
-        where = {key: value[rows] for key, value in self.where.items()}
-        return ReadState(self.cache.select(rows), self.place[rows], where)
+        own = jax.tree.map(lambda x: x[rows], (self.place, self.where, self.early))
+        return ReadState(self.cache.select(rows), *own)
 
     def put(self, rows: Int[Array, " rows"], other: ReadState) -> ReadState:
         """Returns the state with the rows of `other` in place of the given ones."""
-        return ReadState(
-            self.cache.put(rows, other.cache),
-            self.place.at[rows].set(other.place),
-            {key: value.at[rows].set(other.where[key]) for key, value in self.where.items()},
-        )
+        own, others = ((x.place, x.where, x.early) for x in (self, other))
+        own = jax.tree.map(lambda x, y: x.at[rows].set(y), own, others)
+        return ReadState(self.cache.put(rows, other.cache), *own)
 
 
 @struct.dataclass
@@ -119,6 +134,7 @@ class TextWriter:
         max_tokens: Int[Array, " B"],
         stop: Int[Array, "B stops"],
         sampling: Sampling,
+        threshold: Float[Array, " B"] | None = None,
     ) -> DecodeState:
         """Reads context and prompts and draws the first token of each text.
 
@@ -130,12 +146,17 @@ class TextWriter:
           stop: tokens that end it; -1 where there are fewer.
           sampling: how each text is drawn. It, `max_tokens` and `stop` have as many rows as the
             batch, or so many times more: then that many texts are written for each prompt.
+          threshold: the confidence at which tokens after the first leave the layers early, of as
+            many rows; None runs all layers.
         """
         logits, read_state = self.read_prompts(params, batch)
         copies = max_tokens.shape[0] // logits.shape[0]
         if copies > 1:
             rows = jnp.repeat(jnp.arange(logits.shape[0]), copies)
             logits, read_state = logits[rows], read_state.select(rows)
+        if threshold is not None:
+            early = Early(threshold, jnp.zeros_like(threshold))
+            read_state = replace(read_state, early=early)
         return self.first_token(logits, read_state, max_tokens, stop, sampling)
 
     def first_token(
@@ -170,10 +191,18 @@ class TextWriter:
 
     def decode_step(self, params: Any, state: DecodeState) -> DecodeState:
         """Reads the last token of each text and draws the next; those that are done stay as is."""
-        logits, read_state = self.read_token(params, state.read_state, state.token)
+        early = state.read_state.early
+        if early is not None:  # nothing waits for what is done
+            early = replace(early, threshold=jnp.where(state.done, -jnp.inf, early.threshold))
+        reading = replace(state.read_state, early=early)
+        logits, read_state = self.read_token(params, reading, state.token)
         # What is done stays at its place: beyond the last one there is no embedding.
-        place = jnp.where(state.done, state.read_state.place, read_state.place)
-        read_state = replace(read_state, place=place)
+        before = state.read_state
+        place = jnp.where(state.done, before.place, read_state.place)
+        early = jax.tree.map(
+            lambda old, new: jnp.where(state.done, old, new), before.early, read_state.early
+        )
+        read_state = replace(read_state, place=place, early=early)
         return self.append(state.replace(read_state=read_state), logits)  # type: ignore[attr-defined]
 
     def append(self, state: DecodeState, logits: Float[Array, "B V"]) -> DecodeState:
@@ -254,20 +283,42 @@ class TextWriter:
             **{key: value[:, None] for key, value in read_state.where.items()},
         }
 
+        early = read_state.early
+
+        def leave(x: Float[Array, "B T D"]) -> Array:
+            assert early is not None
+            logits: Any = self._apply(params, partial(UnifiedModel.exit_logits, x=x))
+            return confidence(logits[:, -1]) >= early.threshold
+
         def extend(module: UnifiedModel) -> Any:
-            x, cache = module.extend(read_state.cache, text, self.view)
+            leaves: Any = {} if early is None else {"leave": leave}
+            x, cache = module.extend(read_state.cache, text, self.view, **leaves)
             return module.logits(x)[:, 0], cache
 
-        logits, cache = self._apply(params, extend)
+        if early is None:
+            logits, cache = self._apply(params, extend)
+        else:
+            found: Any = self.model.apply({"params": params}, method=extend, mutable=[DEPTH])
+            (logits, cache), left = found
+            (depth,) = jax.tree.leaves(left)
+            early = replace(early, depth=early.depth + depth)
         ring = cache.slots - self.cache_room
         length = jnp.where(cache.length < cache.slots, cache.length, ring)
         where = dict(read_state.where)
         if "position" in where:
             where["position"] = where["position"] + 1
-        return logits, ReadState(cache.replace(length=length), read_state.place + 1, where)
+        cache = cache.replace(length=length)
+        return logits, ReadState(cache, read_state.place + 1, where, early)
 
     def _apply(self, params: Any, function: Any) -> Any:
         return self.model.apply({"params": params}, method=function)
+
+
+def confidence(logits: Float[Array, "B V"]) -> Float[Array, " B"]:
+    """Returns how far the likeliest token's probability is above the next one's, in [0, 1]."""
+    likely = jax.nn.softmax(logits)
+    best = jax.nn.one_hot(likely.argmax(-1), likely.shape[-1], dtype=bool)
+    return likely.max(-1) - jnp.where(best, 0, likely).max(-1)
 
 
 def in_its_form(model: UnifiedModel, cache: Cache) -> Cache:

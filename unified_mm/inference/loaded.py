@@ -21,6 +21,7 @@ from unified_mm.data.records import Image as ImageFile
 from unified_mm.data.records import Problem, Record, StoredImage
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import defaults
+from unified_mm.files import read_json
 from unified_mm.inference.classes import class_embeddings, templates_of
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.imported import import_directory
@@ -63,6 +64,7 @@ class LoadedModel:
         step: int,
         saved: Mapping[str, Any] | None = None,
         state: str = "last",
+        exits: Mapping[str, float] | None = None,
     ) -> None:
         self.task = task
         self.config = config
@@ -71,7 +73,7 @@ class LoadedModel:
         self.saved = config.as_dict() if saved is None else saved
         # A layer at a time: see `nn.unstack`.
         unstacked = replace(task, model=task.model.with_options(unstacked=True))
-        self.predictor = Predictor(unstacked, unstack_layers(params), mesh)
+        self.predictor = Predictor(unstacked, unstack_layers(params), mesh, exits)
 
     @property
     def params(self) -> Any:
@@ -302,12 +304,20 @@ class LoadedModel:
         """Returns the same model with other `TransformerOptions`: `dtype`, `attention`, `cache`.
 
         Another `dtype` casts the parameters too, except those that are int8.
+
+        Raises:
+          ValueError: numbers would be computed otherwise than when exits were calibrated.
         """
+        before = self.task.model.options
+        if self.predictor.exits and replace(before, **changes) != before:
+            raise ValueError(
+                f"{', '.join(changes)}: exits were calibrated with the run's own; load it without"
+            )
         task = replace(self.task, model=self.task.model.with_options(**changes))
         params = self.params
         if "dtype" in changes:
             params = in_dtype(params, changes["dtype"])
-        told = (self.config, self.step, self.saved, self.state)
+        told = (self.config, self.step, self.saved, self.state, self.predictor.exits)
         return LoadedModel(task, params, self.predictor.mesh, *told)
 
     def view(self, image: Picture) -> UInt8[np.ndarray, "size size 3"]:
@@ -475,6 +485,7 @@ def load(
     mesh: Mesh | None = None,
     step: int | None = None,
     best: bool = False,
+    exits: bool = False,
 ) -> LoadedModel:
     """Loads the newest whole checkpoint of a run, or that of a step, or its best state.
 
@@ -484,9 +495,11 @@ def load(
       mesh: the mesh that the parameters are laid out on; by default of one device.
       step: step of a checkpoint that the run still has.
       best: the state in `best/`, which had the best score on the way (`evaluation.best_by`).
+      exits: whether tokens leave layers early, as `python -m unified_mm.calibrate` found.
 
     Raises:
-      FileNotFoundError: no run there, nor a model of that name; or no best state of the run.
+      FileNotFoundError: no run there, nor a model of that name; no best state of the run, or no
+        calibrated exits.
       RunFolderError: a damaged config, or another tokenizer than the run was trained with.
       ValueError: weights of an image tower alone; a step of a published model; or weights that
         cannot be read.
@@ -496,6 +509,8 @@ def load(
     if not folder.exists and is_name(run):
         if step is not None:
             raise ValueError(f"{run} is a published model, which has no step {step}")
+        if exits:
+            raise ValueError(f"{run} is a published model, which has no exits")
         return published(run, mesh or one_device_mesh())
     if not folder.exists:
         raise FileNotFoundError(
@@ -521,7 +536,28 @@ def load(
         wanted = {name: abstract_params(task, mesh, config)}
         restored = checkpoints.restore(wanted, step=step, partial=True)
     params, saved = restored.state[name], folder.saved_config()
-    return LoadedModel(task, params, mesh, config, restored.step, saved, state)
+    early = read_exits(folder, restored.step, state) if exits else None
+    return LoadedModel(task, params, mesh, config, restored.step, saved, state, early)
+
+
+def read_exits(folder: RunFolder, step: int, state: str) -> dict[str, float]:
+    """Returns by kind of text the confidence at which its tokens leave layers early.
+
+    Raises:
+      FileNotFoundError: the run was not calibrated.
+      ValueError: it was, at another step or state.
+    """
+    if not folder.exits.exists():
+        raise FileNotFoundError(
+            f"{folder.path} has no calibrated exits: python -m unified_mm.calibrate finds them"
+        )
+    found = read_json(folder.exits)
+    if (found["step"], found["state"]) != (step, state):
+        raise ValueError(
+            f"{folder.exits} is of the {found['state']} state at step {found['step']}, and this is "
+            f"the {state} one at {step}: calibrate the run anew (--replace)"
+        )
+    return {kind: each["threshold"] for kind, each in found["texts"].items()}
 
 
 def refuse_without_best(folder: RunFolder) -> None:

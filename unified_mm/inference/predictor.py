@@ -31,6 +31,7 @@ from unified_mm.parallel.sharding import serving_rules, to_global
 from unified_mm.task import Task
 
 Batch = Mapping[str, Mapping[str, np.ndarray]]
+CAPTION, ANSWER = "caption", "answer"  # kinds of texts: without and with a prompt
 
 
 class Predictor:
@@ -40,9 +41,16 @@ class Predictor:
     batch, and each gets the results of all of them.
 
     Functions are compiled once for each batch size, so callers should use few sizes.
+
+    Attributes:
+      exits: by kind of text, `CAPTION` or `ANSWER`, the confidence at which its tokens leave the
+        layers early; kinds that are not there run all layers.
     """
 
-    def __init__(self, task: Task, params: Any, mesh: Mesh) -> None:
+    def __init__(
+        self, task: Task, params: Any, mesh: Mesh, exits: Mapping[str, float] | None = None
+    ) -> None:
+        self.exits = dict(exits or {})
         self.task = replace(task, model=task.model.for_inference())
         self.params = params
         self.mesh = mesh
@@ -52,6 +60,12 @@ class Predictor:
         """Returns the predictor with other parameters, sharing what is compiled."""
         other = copy.copy(self)
         other.params = params
+        return other
+
+    def leaving(self, exits: Mapping[str, float]) -> Predictor:
+        """Returns the predictor with other exits, sharing what is compiled."""
+        other = copy.copy(self)
+        other.exits = dict(exits)
         return other
 
     def rows(self, batch_size: int) -> Int[np.ndarray, " rows"]:
@@ -162,9 +176,33 @@ class Predictor:
         own = self.rows(len(prompts))
         text, used = {name: array[own] for name, array in text.items()}, used[own]
         first += int(own[0])
+        threshold = self.thresholds(prompts, decoding)
         return self.continue_text(
-            {**batch, "text": text}, length - used, length - 1, decoding, first
+            {**batch, "text": text},
+            length - used,
+            length - 1,
+            decoding,
+            first,
+            None if threshold is None else threshold[own],
         )
+
+    def thresholds(
+        self, prompts: Sequence[str], decoding: Decoding
+    ) -> Float[np.ndarray, " B"] | None:
+        """Returns the confidence at which each text's tokens leave early; None without exits.
+
+        Raises:
+          ValueError: tokens are drawn, or beams compared: the exits are of the likeliest token.
+        """
+        if not self.exits:
+            return None
+        if decoding.temperature > 0 or decoding.beams > 1:
+            raise ValueError(
+                "exits were calibrated for the likeliest token: give neither a temperature nor "
+                "beams with them"
+            )
+        kinds = [ANSWER if prompt else CAPTION for prompt in prompts]
+        return np.array([self.exits.get(kind, np.inf) for kind in kinds], np.float32)
 
     def continue_text(
         self,
@@ -173,6 +211,7 @@ class Predictor:
         cache_room: int,
         decoding: Decoding = GREEDY,
         first: int = 0,
+        threshold: Float[np.ndarray, " B"] | None = None,
     ) -> list[list[Written]]:
         """Continues the beginning that each example's text holds.
 
@@ -182,6 +221,7 @@ class Predictor:
           cache_room: the most that any text may still have; each value is compiled once.
           decoding: how texts are decoded.
           first: number of the first example, which is part of the seed of each draw.
+          threshold: as `thresholds` says.
 
         Returns:
           `decoding.samples` texts for each example, the best first where beams were compared.
@@ -194,7 +234,7 @@ class Predictor:
             return *texts, inputs["max_tokens"]
 
         name = f"write {cache_room} {decoding.beams} {decoding.samples}"
-        inputs = self.to_device(inputs_of(decoding, batch, max_tokens, ends, first))
+        inputs = self.to_device(inputs_of(decoding, batch, max_tokens, ends, first, threshold))
         written, gained, rooms = jax.device_get(self.call(name, write, inputs))
         # What stands beyond a text's room is padding, which may be the same token as the end.
         rooms = np.repeat(rooms, len(written) // len(rooms)).tolist()
@@ -310,6 +350,7 @@ def inputs_of(
     max_tokens: Int[np.ndarray, " B"],
     ends: Sequence[int],
     first: int,
+    threshold: Float[np.ndarray, " B"] | None = None,
 ) -> dict[str, Any]:
     """Returns the `inputs` of `write_texts`.
 
@@ -319,6 +360,7 @@ def inputs_of(
       max_tokens: how many tokens each text may have.
       ends: tokens that end a text.
       first: number of the first example, which is part of the seed of each draw.
+      threshold: confidence at which each text's tokens leave the layers early; None for never.
     """
     if decoding.tokens is not None:
         max_tokens = np.minimum(max_tokens, decoding.tokens)
@@ -328,6 +370,8 @@ def inputs_of(
     else:
         inputs["sampling"] = sampling_arrays(decoding, len(max_tokens), first)
         max_tokens = np.repeat(max_tokens, decoding.samples)
+        if threshold is not None:
+            inputs["threshold"] = threshold
     inputs["max_tokens"] = max_tokens.astype(np.int32)
     inputs["stop"] = np.tile(np.array(ends, np.int32), (len(max_tokens), 1))
     return inputs

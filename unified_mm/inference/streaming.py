@@ -27,7 +27,8 @@ def stream(
     length = predictor.task.modalities["text"].length
     text, used = predictor.prompts([prompt])
     ends = decoding.stop_ids(tokenizer)
-    inputs = inputs_of(decoding, {**batch, "text": text}, length - used, ends, 0)
+    threshold = predictor.thresholds([prompt], decoding)
+    inputs = inputs_of(decoding, {**batch, "text": text}, length - used, ends, 0, threshold)
     return _pieces(
         predictor,
         predictor.writer(length - 1),

@@ -19,6 +19,7 @@ from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.cache import Cache
 from unified_mm.nn.attention.rules import MaskTable, View, plan_passes
 from unified_mm.nn.tokens import Tokens, concatenate, spans, unfold_items
+from unified_mm.nn.transformer import Leave
 
 
 class EarlyFusion(UnifiedModel):
@@ -130,8 +131,9 @@ class EarlyFusion(UnifiedModel):
         view: View,
         *,
         deterministic: bool = True,
+        leave: Leave | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         groups = cache.metadata.groups
         after = sum(group.length for group in groups if group.name != view.name)
         tokens = self.embed_text(text, view.name, after)
-        return self.write_on(cache, tokens, view, None, deterministic)
+        return self.write_on(cache, tokens, view, None, deterministic, leave)

@@ -28,7 +28,7 @@ from unified_mm.nn.tokens import (
     take,
     unfold_items,
 )
-from unified_mm.nn.transformer import CROSS
+from unified_mm.nn.transformer import CROSS, Leave
 
 
 class GatedCrossAttention(WithTowers):
@@ -113,6 +113,7 @@ class GatedCrossAttention(WithTowers):
         view: View,
         *,
         deterministic: bool = True,
+        leave: Leave | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         assert cache.memory is not None
         tokens = self.embed_text(text, view.name, cache.memory.length)
@@ -120,7 +121,7 @@ class GatedCrossAttention(WithTowers):
             self.cross_options, MaskTable((view,)), tokens.metadata, cache.memory.metadata
         )
         with_memory = cache.replace(layers=cache.layers | {CROSS: cache.memory.layers})  # type: ignore[attr-defined]
-        x, written = self.write_on(with_memory, tokens, view, cross, deterministic)
+        x, written = self.write_on(with_memory, tokens, view, cross, deterministic, leave)
         layers = {name: kept for name, kept in written.layers.items() if name != CROSS}
         return x, written.replace(layers=layers)  # type: ignore[attr-defined]
 

@@ -41,7 +41,7 @@ class WithTowers(UnifiedModel):
     @classmethod
     def from_config(cls, model: Any, modalities: Any, heads: Any, **more: Any) -> UnifiedModel:
         options = TransformerOptions.from_config(model)
-        tower = options.changed(model.tower)
+        tower = replace(options, exits=()).changed(model.tower)
         for name in model.towers:
             if name not in modalities or name == "text":
                 raise ValueError(f"model.towers.{name}: model.modalities has no such context")

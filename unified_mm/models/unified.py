@@ -29,7 +29,7 @@ from unified_mm.nn.tokens import (
     offset_positions,
     with_positions,
 )
-from unified_mm.nn.transformer import Transformer
+from unified_mm.nn.transformer import Leave, Transformer
 from unified_mm.registry import resolve
 
 FUSIONS = {
@@ -174,6 +174,7 @@ class UnifiedModel(nn.Module):
         view: View,
         *,
         deterministic: bool = True,
+        leave: Leave | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Encodes more text tokens, which attend to what the cache holds.
 
@@ -183,6 +184,7 @@ class UnifiedModel(nn.Module):
             begin the text; in documents `position`, `segment` and `document` [B, T] too.
           view: the rule of the text.
           deterministic: whether there is no dropout.
+          leave: which examples leave the main transformer at each of its exits.
 
         Returns:
           Contextual embeddings [B, T, D], and the cache with the tokens in it.
@@ -200,6 +202,10 @@ class UnifiedModel(nn.Module):
             raise ValueError(f"model.modalities.{of} has no logits: it can be read, not written")
         found: Array = embedder.logits(x)
         return found
+
+    def exit_logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Returns the logits of next tokens by the residual stream after an exit."""
+        return self.logits(self.transformer.normed(x))
 
     @property
     def stacks(self) -> dict[str, TransformerOptions]:
@@ -263,6 +269,7 @@ class UnifiedModel(nn.Module):
         view: View,
         cross: Any,
         deterministic: bool,
+        leave: Leave | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Runs the main transformer on new tokens with a cache, and writes them into it."""
         metadata = cache.write_metadata(tokens.metadata)
@@ -274,7 +281,12 @@ class UnifiedModel(nn.Module):
             write_at=cache.length,
         )
         x, layers = self.transformer(
-            tokens.embeddings, plan, cache.layers, cross=cross, deterministic=deterministic
+            tokens.embeddings,
+            plan,
+            cache.layers,
+            cross=cross,
+            deterministic=deterministic,
+            leave=leave,
         )
         length = cache.length + x.shape[1]
         return x, cache.replace(layers=layers, metadata=metadata, length=length)  # type: ignore[attr-defined]

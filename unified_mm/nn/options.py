@@ -156,6 +156,8 @@ class TransformerOptions:
       dtype: of the computation; parameters are float32.
       cache: type of cached keys and values in generation: 'same', which is `dtype`, or 'int8'.
       dropless: whether experts have room for every token that asks for them; for inference.
+      exits: layers, counted from 1, after which an example may leave the stack (`nn.transformer`);
+        an objective trains them ('exits').
       cross: the gated cross-attention layers between the blocks.
       pipeline: the stages that its periods are divided among in training; None for one stage.
       make_block, make_feed_forward: constructors of the kinds that `block` and `feed_forward_type`
@@ -202,6 +204,7 @@ class TransformerOptions:
     dtype: Any = jnp.float32
     cache: str = option("same", choices=CACHE)
     dropless: bool = False
+    exits: tuple[int, ...] = ()
     cross: GateOptions = GateOptions()
     pipeline: Pipeline | None = None
     # What follows from the fields above.
@@ -253,6 +256,12 @@ class TransformerOptions:
             raise ValueError(
                 f"model.layers={self.layers} is no multiple of model.cross.every="
                 f"{self.cross.every}: every cross-attention layer comes before as many blocks"
+            )
+        known = range(blocks_per_period, self.layers, blocks_per_period)
+        if list(self.exits) != sorted(set(self.exits) & set(known)):
+            raise ValueError(
+                f"model.exits={self.exits}: must be layers in ascending order, of "
+                f"{', '.join(map(str, known)) or 'none that there are'}"
             )
         if self.rotary_base and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even width of heads, not {self.head_dim}")

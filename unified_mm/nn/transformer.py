@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import checkpoint_policies as policies
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from unified_mm.nn.attention.attention import Attention, AttentionPlan
 from unified_mm.nn.attention.cache import LayerKV
@@ -23,13 +26,19 @@ from unified_mm.nn.sow import (
     RESIDUAL,
     auxiliary_left,
     check_auxiliary,
+    sow_auxiliary,
 )
+from unified_mm.nn.tokens import spans
 from unified_mm.nn.unstack import LAYERS
 from unified_mm.parallel.sharding import constrain
 
 # By name of each layer of a period, its keys and values; in an unstacked stack, a tuple of these.
 PeriodKV = dict[str, Any]
 CROSS = "cross"
+EXIT = "exit"  # begins the names of what periods sow for exits, one for each group of tokens
+DEPTH = "depth"  # the collection of how many layers each example went through
+# Residual stream [B, N, D] after an exit -> bool [B], which examples leave there.
+Leave = Callable[[Array], Array]
 
 # How the backward pass recomputes what `TransformerOptions.remat` says (Chen et al. 2016, "Training
 # deep nets with sublinear memory cost"). Under a scan nothing can be merged with the first
@@ -95,26 +104,46 @@ class Period(nn.Module):
         plan: AttentionPlan,
         cross: AttentionPlan | None,
         cached: PeriodKV,
+        left: Bool[Array, " B"] | bool = False,
     ) -> tuple[Float[Array, "B N D"], PeriodKV]:
+        """Runs the period on the examples that have not left; of the others it keeps x.
+
+        Where all have `left` (True), only keys and values are computed: the compiler drops the
+        rest, which nothing uses.
+        """
         o = self.options
         leaving = self.is_mutable_collection(AUXILIARY)
         before = auxiliary_left(self) if leaving else {}
         kv: PeriodKV = {}
         if cross is not None:
             layer = GatedCrossLayer(o, name=CROSS)
-            x, kv[CROSS] = layer(x, cross, cached.get(CROSS))
+            y, kv[CROSS] = layer(x, cross, cached.get(CROSS))
+            x = unless_left(left, x, y)
             if not self.is_initializing():
                 self.sow(RESIDUAL, f"after_{CROSS}", x)
         for number in range(o.blocks_per_period):
             name = f"block_{number}"
             own = o.of_block(number)
             block = o.make_block(options=own, deterministic=self.deterministic, name=name)
-            x, kv[name] = block(x, plan, cached.get(name))
+            y, kv[name] = block(x, plan, cached.get(name))
+            x = unless_left(left, x, y)
             if not self.is_initializing():
                 self.sow(RESIDUAL, f"after_{name}", x)
         if leaving:
+            if o.exits:
+                for name, span in spans(plan.groups).items():
+                    sow_auxiliary(self, f"{EXIT}:{name}", x[:, span])
             check_auxiliary(self, before, x.shape[0])
         return x, kv
+
+
+def unless_left(
+    left: Bool[Array, " B"] | bool, x: Float[Array, "B N D"], y: Float[Array, "B N D"]
+) -> Float[Array, "B N D"]:
+    """Returns y, but x of the examples that have left."""
+    if isinstance(left, bool):
+        return x if left else y
+    return jnp.where(left[:, None, None], x, y)
 
 
 class Transformer(nn.Module):
@@ -134,6 +163,7 @@ class Transformer(nn.Module):
         *,
         cross: AttentionPlan | None = None,
         deterministic: bool = True,
+        leave: Leave | None = None,
     ) -> tuple[Float[Array, "B N D"], PeriodKV]:
         """Runs the stack.
 
@@ -143,6 +173,7 @@ class Transformer(nn.Module):
           cached: keys and values of earlier tokens, into which the new ones are written.
           cross: of the gated cross layers, where the stack has any.
           deterministic: whether there is no dropout.
+          leave: which examples leave after each of `options.exits`; None runs all layers.
 
         Returns:
           Contextual embeddings [B, N, D], and keys and values, each [periods, B, G, K, A], or with
@@ -155,7 +186,12 @@ class Transformer(nn.Module):
         if not self.is_initializing():
             self.sow(RESIDUAL, EMBEDDED, x)
         cached = cached or {}
-        if o.unstacked:
+        if leave is not None and not (o.unstacked and deterministic):
+            # With stacked parameters each conditional would copy its layers: four times the time.
+            raise ValueError("layers are left early where they are unstacked and nothing is drawn")
+        if leave is not None:
+            x, kv = self._leaving(leave, x, plan, cross, cached)
+        elif o.unstacked:
             x, kv = self._one_by_one(x, plan, cross, cached, deterministic)
         elif o.pipeline and not self.is_initializing():
             x, kv = self._pipelined(o.pipeline, x, plan, cross, cached, deterministic)
@@ -186,6 +222,63 @@ class Transformer(nn.Module):
             for name, pair in new.items():
                 kv.setdefault(name, []).append(pair)
         return x, {name: tuple(each) for name, each in kv.items()}
+
+    def _leaving(
+        self, leave: Leave, x: Array, plan: AttentionPlan, cross: Any, cached: PeriodKV
+    ) -> tuple[Array, PeriodKV]:
+        """Runs an unstacked stack, of which an example leaves after the first exit that lets it.
+
+        Layers are skipped where all have left. An example that has left keeps its state, of which
+        the later layers compute keys and values, so that later tokens find them (Schuster et al.
+        2022, "Confident adaptive language modeling", section 3.2): nothing of it depends on others.
+        """
+        o = self.options
+        period = Period(o, True, parent=None)
+        layers: list[tuple[Any, PeriodKV]] = [
+            (
+                self.get_variable("params", f"{LAYERS}_{number}"),
+                {name: each[number] for name, each in cached.items()},
+            )
+            for number in range(o.periods)
+        ]
+        exits = [layer // o.blocks_per_period for layer in o.exits]
+        left = jnp.zeros(x.shape[0], bool)
+        depth = jnp.zeros(x.shape[0], jnp.float32)
+        kv: list[PeriodKV] = []
+        for first, last in pairwise((0, *exits, o.periods)):
+            own = layers[first:last]
+            depth = depth + jnp.where(left, 0.0, (last - first) * o.blocks_per_period)
+
+            def through(x: Any, left: Any, own: Any = own) -> tuple[Any, list[PeriodKV]]:
+                found: list[Any] = []
+                for params, cached in own:
+                    y: Any = period.apply({"params": params}, x, plan, cross, cached, left)
+                    x = y[0]
+                    found.append(y[1])
+                return x, found
+
+            def run(x: Array, left: Array, through: Any = through, last: int = last) -> Any:
+                x, found = through(x, left)
+                return x, left if last == o.periods else left | leave(x), found
+
+            def skip(x: Array, left: Array, through: Any = through) -> Any:
+                return x, left, through(x, True)[1]
+
+            # All go through the layers before the first exit.
+            done: Any = jax.lax.cond(left.all(), skip, run, x, left) if first else run(x, left)
+            x, left = done[:2]
+            kv += done[2]
+        self.sow(DEPTH, "layers", depth)
+        return x, {name: tuple(each[name] for each in kv) for name in kv[0]}
+
+    def normed(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        """Returns what the final norm makes of a residual stream, such as that after an exit."""
+        o = self.options
+        if not o.final_norm:
+            return x
+        norm = Norm(o.norm, o.norm_epsilon, o.dtype, parent=None)
+        normed: Any = norm.apply({"params": self.variables["params"]["norm"]}, x)
+        return normed
 
     def _pipelined(
         self,

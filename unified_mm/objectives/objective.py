@@ -25,6 +25,7 @@ BUILT_IN = {
     "contrastive": "unified_mm.objectives.contrastive:Contrastive",
     "captioning": "unified_mm.objectives.captioning:Captioning",
     "matching": "unified_mm.objectives.matching:Matching",
+    "exits": "unified_mm.objectives.exits:Exits",
     "routing": "unified_mm.objectives.routing:Routing",
     "transcription": "unified_mm.objectives.transcription:Transcription",
 }

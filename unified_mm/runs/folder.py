@@ -106,6 +106,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.result = self.path / "result.json"
+        self.exits = self.path / "exits.json"  # `calibrate` wrote it
         self.report = self.path / "report.html"
         self.profile = self.path / "profile"
         self.operations = self.profile / "operations.json"  # where steps spent their time

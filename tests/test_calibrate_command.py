@@ -1,0 +1,121 @@
+"""`python -m unified_mm.calibrate` as a user types it, and the commands that take what it found."""
+
+import json
+
+import pytest
+import tiny
+
+import unified_mm
+from unified_mm import calibrate, generate, main
+from unified_mm.files import read_json, write_json
+
+EXITS = {"model__exits": (1,), "objectives__exits__weight": 1.0}
+
+
+def write_run(folder, name, **changes):
+    """A run of random weights on eight pictures that are scored."""
+    changes |= {
+        "data__dir": str(folder / "coco"),
+        "data__cache_dir": str(folder / "cache"),
+        "objectives__matching__weight": 0.0,
+    }
+    task = tiny.task(**changes)
+    return tiny.write_run(folder / name, tiny.config_dict(**changes), tiny.params(task))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with a run with exits and one without."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    tiny.write_coco(folder / "coco")
+    write_run(folder, "early", **EXITS)
+    write_run(folder, "plain")
+    return folder
+
+
+def ended(command, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        command.main([str(argument) for argument in arguments])
+    return stopped.value.code
+
+
+def test_it_writes_the_boldest_threshold_that_it_said_and_never_over_another(runs, capsys):
+    run = runs / "early"
+    asked = ("--run", run, "--tolerance", "0.6")
+    assert ended(calibrate, *asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    result = json.loads(lines[-1])
+    found = result["texts"]["caption"]
+    assert read_json(run / "exits.json") == result
+    assert (result["layers"], result["step"], found["examples"]) == ([1], 7, 8)
+    assert 0.5 <= found["depth"] <= 1 and found["risk"] < 0.6
+    said = f"caption at {found['threshold']}: {found['risk']:.4f} of the tokens would be others"
+    assert any(line.startswith(said) for line in lines)
+
+    assert ended(calibrate, *asked) == 1
+    assert "give --replace" in capsys.readouterr().err
+    assert ended(calibrate, *asked, "--replace", "--error", "0.2") == 0
+    assert read_json(run / "exits.json")["texts"]["caption"]["error"] == 0.2
+
+
+def test_generate_takes_what_was_found(runs, capsys):
+    run, picture = runs / "early", next((runs / "coco" / "images" / "val").iterdir())
+    # Whatever was found, tokens are to leave: else nothing would tell that it is taken.
+    found = {"texts": {"caption": {"threshold": -1.0}}, "step": 7, "state": "last"}
+    write_json(run / "exits.json", found)
+    model = unified_mm.load(run, exits=True)
+    assert model.predictor.exits == {"caption": -1.0}
+    (expected,) = model.caption([picture])
+    assert [expected] != unified_mm.load(run).caption([picture])
+    capsys.readouterr()
+    assert ended(generate, "--run", run, "--image", picture, "--exits", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["text"] == expected
+
+
+@pytest.mark.slow
+def test_evaluate_takes_what_was_found(runs, capsys):
+    run = runs / "early"
+    write_json(
+        run / "exits.json",
+        {"texts": {"caption": {"threshold": -1.0}}, "step": 7, "state": "last"},
+    )
+    results = []
+    for flags in ((), ("--exits",)):
+        assert ended(main, "--mode=evaluate", "--run", run, *flags) == 0
+        results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert results[1]["exits"] == {"caption": -1.0} and "exits" not in results[0]
+    assert results[0]["scores"]["caption/nats"] == results[1]["scores"]["caption/nats"]
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "no calibrated exits: python -m unified_mm.calibrate finds them"),
+        ({"step": 6, "state": "last"}, "of the last state at step 6, and this is the last one"),
+        ({"step": 7, "state": "best"}, "of the best state at step 7, and this is the last one"),
+    ],
+)
+def test_thresholds_of_another_state_or_none_are_refused(runs, found, message):
+    run = runs / "early"
+    (run / "exits.json").unlink(missing_ok=True)
+    if found:
+        write_json(run / "exits.json", {**found, "texts": {}})
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        unified_mm.load(run, exits=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("plain", (), "has no exits: train a run with --config.model.exits"),
+        ("early", ("--tolerance", "0.01", "--replace"), "no threshold keeps --tolerance=0.01"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused_and_writes_nothing(
+    runs, capsys, name, flags, message
+):
+    exits = runs / name / "exits.json"
+    exits.unlink(missing_ok=True)
+    assert ended(calibrate, "--run", runs / name, *flags) == 1
+    assert message in capsys.readouterr().err
+    assert not exits.exists()

@@ -1,0 +1,117 @@
+"""Finds how early a run's tokens may leave its layers, with a stated risk, and keeps it in the run.
+
+    python -m unified_mm.calibrate --run runs/first
+    python -m unified_mm.calibrate --run runs/first --tolerance 0.03 --error 0.1 --replace
+
+The run must have exits (model.exits, objectives.exits). A token leaves where its likeliest word is
+ahead of the next one by a threshold. The one that is found lets all layers disagree with at most
+--tolerance of the tokens of a text, in the mean over examples, but for a chance of --error that the
+examples of the split mislead; captions and answers have one each. `generate --exits` and
+`main --mode=evaluate --exits` use them. The last line printed is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from functools import partial
+from typing import Any
+
+from unified_mm.cli.command import command
+from unified_mm.cli.messages import say
+from unified_mm.files import write_json
+from unified_mm.runs.folder import RunFolder
+
+# From safe to bold; chosen before any example is seen.
+THRESHOLDS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02, 0.0)
+
+
+@command(
+    "calibrate",
+    __doc__,
+    needs=("run",),
+    takes=("best", "split", "max_images", "data_dir", "tolerance", "error", "replace"),
+)
+def main(options: argparse.Namespace) -> int:
+    """Calibrates the exits of a run, writes them into it and returns the exit code.
+
+    Raises:
+      ValueError: there are exits already and --replace is not given, the run has none to calibrate,
+        or no threshold keeps the tolerance.
+    """
+    from unified_mm.inference.loaded import load
+    from unified_mm.quantize import open_scored
+    from unified_mm.runs.environment import device_name, revision, versions
+
+    folder = RunFolder(options.run)
+    if folder.exits.exists() and not options.replace:
+        raise ValueError(f"{folder.exits} is there: give --replace to calibrate the run anew")
+    model = load(options.run, best=options.best)
+    exits = model.task.model.options.exits
+    if not exits:
+        raise ValueError(
+            f"{folder.path} has no exits: train a run with --config.model.exits='(4,)', the layers "
+            "after which one may leave, and --config.objectives.exits.weight=1"
+        )
+    split, data = open_scored(model, options)
+    found = calibrated(model, split, options.tolerance, options.error)
+    if not found:
+        raise ValueError(
+            f"no threshold keeps --tolerance={options.tolerance} with --error={options.error} on "
+            "these examples: allow more, or calibrate on more of them (--max_images)"
+        )
+    result = {
+        "layers": list(exits),
+        "step": model.step,
+        "state": model.state,
+        "texts": found,
+        "split": split.manifest.split,
+        "data": data,
+        "device": device_name(),
+        "versions": versions(),
+        "revision": revision(),
+    }
+    write_json(folder.exits, result)
+    say(f"exits: {folder.exits}")
+    say(json.dumps(result))
+    return 0
+
+
+def calibrated(model: Any, split: Any, tolerance: float, error: float) -> dict[str, Any]:
+    """Returns by kind of text its threshold and what it was found with; kinds without are said."""
+    from unified_mm.evaluation.exits import texts_of
+    from unified_mm.inference.calibration import calibrate
+
+    found = {}
+    for kind, (records, prompts) in texts_of(split).items():
+        depths: dict[float, float] = {}
+        losses_at = partial(losses, model, kind, records, prompts, depths)
+        best = calibrate(losses_at, THRESHOLDS, tolerance, error)
+        if best is None:
+            say(f"{kind}: no threshold keeps {tolerance} on {len(records):,} examples: all layers")
+        else:
+            found[kind] = {**dataclasses.asdict(best), "depth": depths[best.threshold]}
+            say(f"{kind}: leaves at {best.threshold}, depth {depths[best.threshold]:.3f}")
+    return found
+
+
+def losses(
+    model: Any, kind: str, records: Any, prompts: Any, depths: dict[float, float], threshold: float
+) -> Any:
+    """Returns the loss of each text of a kind at a threshold, says it and notes the depth."""
+    from unified_mm.evaluation.exits import early_texts
+
+    early = model.predictor.leaving({kind: threshold})
+    texts = early_texts(early, records, prompts, model.config.evaluation.batch_size)
+    depths[threshold] = texts.depth
+    say(
+        f"{kind} at {threshold}: {texts.losses.mean():.4f} of the tokens would be others, depth "
+        f"{texts.depth:.3f}"
+    )
+    return texts.losses
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
