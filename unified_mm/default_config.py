@@ -283,6 +283,9 @@ def model_fields() -> dict:
         # Rotary scaling to longer texts: {"type": "linear", "factor": 2.0}, or 'llama3' with more.
         "rotary_options": {},
         "feed_forward_options": {},
+        # By modality, what its tokens see of each other, such as {"image": {"grid": 2}} or
+        # {"text": {"window": 256, "first": 4}}; `nn.options.SparseOptions` explains them.
+        "sparse": {},
         # Of the computation, or 'bfloat16', 'float16'; 'auto', as our recipes have it, is bfloat16
         # on accelerators and float32 on CPUs. Parameters stay float32.
         "dtype": "float32",

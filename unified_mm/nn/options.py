@@ -19,7 +19,7 @@ NORMS = ("layer", "rms")
 NORM_PLACES = ("pre", "post")
 ACTIVATIONS = ("gelu", "gelu_exact", "quick_gelu", "silu", "relu")
 REMAT = ("none", "full", "dots", "offload")
-ATTENTION = ("auto", "xla", "chunked", "cudnn", "splash")
+ATTENTION = ("auto", "xla", "chunked", "blocks", "cudnn", "splash")
 CACHE = ("same", "int8")
 ROTARY_AXES = ("order", "places")
 GATES = ("tanh", "sigmoid")
@@ -35,18 +35,18 @@ FEED_FORWARDS = {
 }
 
 # Options of a class that the config names, as pairs: options are hashed.
-OWN_OPTIONS = ("block_options", "feed_forward_options", "rotary_options")
+OWN_OPTIONS = ("block_options", "feed_forward_options", "rotary_options", "sparse")
 
 
 def frozen(groups: Mapping[str, Any]) -> dict[str, tuple[tuple[str, Any], ...]]:
-    """Returns each group as sorted pairs of name and value, lists as tuples."""
-    return {
-        group: tuple(
-            (name, tuple(value) if isinstance(value, list) else value)
-            for name, value in sorted(dict(options).items())
-        )
-        for group, options in groups.items()
-    }
+    """Returns each group as sorted pairs of name and value, lists and groups in it as tuples."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return tuple((name, one(each)) for name, each in sorted(value.items()))
+        return tuple(value) if isinstance(value, list) else value
+
+    return {group: one(dict(options)) for group, options in groups.items()}
 
 
 def dtype_on(platform: str, asked: str) -> str:
@@ -80,6 +80,45 @@ class GateOptions:
 
     def __post_init__(self) -> None:
         check_options(self, "model.cross")
+
+
+@dataclass(frozen=True)
+class SparseOptions:
+    """What a token sees of its modality: of what its rule lets it see, what any of these keeps.
+
+    Attributes:
+      window: tokens at fewer positions away; 0 for none.
+      grid: patches so many rows and columns away at most; 0 for none.
+      first: so many tokens, the first of the modality in a document, are seen by all and see all.
+      random: so many blocks that each block draws among itself and those before it, and those that
+        draw it (`nn.attention.patterns.RandomBlocks`).
+      block: positions of such a block.
+      seed: of the draw.
+    """
+
+    window: int = option(0, least=0)
+    grid: int = option(0, least=0)
+    first: int = option(0, least=0)
+    random: int = option(0, least=0)
+    block: int = option(64, least=1)
+    seed: int = option(0, least=0)
+
+
+def sparse_options(modality: str, given: Any) -> SparseOptions:
+    """Returns the options that `model.sparse` has for a modality, as a group or pairs.
+
+    Raises:
+      ValueError: an option is unknown or out of range, or none says what is seen.
+    """
+    where = f"model.sparse.{modality}"
+    found = SparseOptions(**read_options(SparseOptions, dict(given), where))
+    check_options(found, where)
+    if not (found.window or found.grid or found.first or found.random):
+        raise ValueError(
+            f"{where}: says nothing of what its tokens see; set window, grid, first or random, or "
+            "leave it out"
+        )
+    return found
 
 
 def derived() -> Any:
@@ -139,6 +178,8 @@ class TransformerOptions:
       rotary_options: their scaling to longer texts, by `type` (`nn.attention.rotary.SCALINGS`).
       window: how many tokens of its own sequence one sees at most, itself among them, by position
         (Mistral, Jiang et al. 2023); 0 means all that its rule lets it see.
+      sparse: by modality, what its tokens see of each other (`SparseOptions`); those that are not
+        named see all that their rule lets them see.
       rotary_axes: what they turn by: 'order', or 'places', where a third of each head goes by time,
         a third by row and a third by column, for tokens that have such (`nn.attention.rotary`).
       places: what is added to tokens by their time and coords, by one map for all modalities: ''
@@ -160,6 +201,7 @@ class TransformerOptions:
       pipeline: the stages that its periods are divided among in training; None for one stage.
       make_block, make_feed_forward: constructors of the kinds that `block` and `feed_forward_type`
         name, with the fields of their own.
+      patterns: `sparse` by modality, as options.
       head_dim: A, the width of a head.
       num_kv_heads: G, the number of heads of keys and of values.
       blocks_per_period: the number of blocks in each period, the repeated part of the stack.
@@ -191,6 +233,7 @@ class TransformerOptions:
     rotary_base: float = 0.0
     rotary_options: tuple[tuple[str, Any], ...] = ()
     window: int = option(0, least=0)
+    sparse: tuple[tuple[str, Any], ...] = ()
     rotary_axes: str = option("order", choices=ROTARY_AXES)
     places: str = option("", choices=PLACES)
     separate_attention: bool = False
@@ -207,6 +250,7 @@ class TransformerOptions:
     # What follows from the fields above.
     make_block: Any = derived()
     make_feed_forward: Any = derived()
+    patterns: Any = derived()
     head_dim: int = derived()
     num_kv_heads: int = derived()
     blocks_per_period: int = derived()
@@ -223,6 +267,7 @@ class TransformerOptions:
         found = {
             "make_block": constructor("block", self.block, BLOCKS, self.block_options),
             "make_feed_forward": make_feed_forward,
+            "patterns": {name: sparse_options(name, each) for name, each in self.sparse},
             "head_dim": self.head_width or self.width // self.heads,
             "num_kv_heads": self.key_value_heads or self.heads,
             "blocks_per_period": blocks_per_period,
