@@ -19,7 +19,12 @@ from unified_mm.modalities.audio import AudioModality
 from unified_mm.modalities.image import ImageEmbedding
 from unified_mm.modalities.text import TextEmbedding, TextModality
 from unified_mm.models.features import ProjectorOptions
-from unified_mm.nn.options import OWN_OPTIONS, GateOptions, TransformerOptions
+from unified_mm.nn.options import (
+    OWN_OPTIONS,
+    DroppingOptions,
+    GateOptions,
+    TransformerOptions,
+)
 from unified_mm.objectives.objective import BUILT_IN
 from unified_mm.registry import resolve
 
@@ -299,6 +304,7 @@ def model_fields() -> dict:
         "tower": tower_fields(),
         "towers": {},  # by modality, what its tower has other than `tower`
         "cross": {**defaults_of(GateOptions), "every": 1},  # in gated fusion
+        "dropping": defaults_of(DroppingOptions),  # in early fusion
         "resampler": resampler_fields(),
         "projector": defaults_of(ProjectorOptions),  # in early fusion of features
         "modalities": modality_fields(),

@@ -104,6 +104,24 @@ class SparseOptions:
     seed: int = option(0, least=0)
 
 
+@dataclass(frozen=True)
+class DroppingOptions:
+    """Tokens of the context that end after some layers, the least important ones.
+
+    Attributes:
+      keep: the share of each modality's tokens that goes on; with 1 all do, and nothing is scored.
+      after: the layer after which the others end.
+    """
+
+    keep: float = option(1.0, above=0)
+    after: int = option(1, least=1)
+
+    def __post_init__(self) -> None:
+        check_options(self, "model.dropping")
+        if self.keep > 1:
+            raise ValueError(f"model.dropping.keep={self.keep}: a share is at most 1")
+
+
 def sparse_options(modality: str, given: Any) -> SparseOptions:
     """Returns the options that `model.sparse` has for a modality, as a group or pairs.
 
@@ -198,6 +216,7 @@ class TransformerOptions:
       cache: type of cached keys and values in generation: 'same', which is `dtype`, or 'int8'.
       dropless: whether experts have room for every token that asks for them; for inference.
       cross: the gated cross-attention layers between the blocks.
+      dropping: which tokens of the context end after some layers; in early fusion.
       pipeline: the stages that its periods are divided among in training; None for one stage.
       make_block, make_feed_forward: constructors of the kinds that `block` and `feed_forward_type`
         name, with the fields of their own.
@@ -246,6 +265,7 @@ class TransformerOptions:
     cache: str = option("same", choices=CACHE)
     dropless: bool = False
     cross: GateOptions = GateOptions()
+    dropping: DroppingOptions = DroppingOptions()
     pipeline: Pipeline | None = None
     # What follows from the fields above.
     make_block: Any = derived()
@@ -299,8 +319,29 @@ class TransformerOptions:
                 f"model.layers={self.layers} is no multiple of model.cross.every="
                 f"{self.cross.every}: every cross-attention layer comes before as many blocks"
             )
+        if self.dropping.keep < 1:
+            self._check_dropping()
         if self.rotary_base and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even width of heads, not {self.head_dim}")
+
+    def _check_dropping(self) -> None:
+        after = self.dropping.after
+        if after % self.blocks_per_period or after >= self.layers:
+            raise ValueError(
+                f"model.dropping.after={after}: must be a multiple of {self.blocks_per_period} "
+                f"below model.layers={self.layers}"
+            )
+        if self.feed_forward_type != "dense":
+            raise ValueError(
+                f"model.dropping.keep={self.dropping.keep}: what layers of "
+                f"{self.feed_forward_type!r} leave for objectives is of all tokens; set "
+                "model.feed_forward_type='dense', or keep to 1"
+            )
+        if self.pipeline:
+            raise ValueError(
+                f"model.dropping.keep={self.dropping.keep}: a pipeline's stages have one length of "
+                "sequence; set mesh.stage=1, or keep to 1"
+            )
 
     def own(self, name: str, otherwise: Any) -> Any:
         """Returns a field of the kind of feed-forward, `otherwise` if it has no such field."""
@@ -315,7 +356,7 @@ class TransformerOptions:
     @classmethod
     def config_fields(cls) -> tuple[str, ...]:
         """Returns the names of the fields that `config.model` has under the same names."""
-        elsewhere = ("unstacked", "cache", "dropless", "cross", "pipeline")
+        elsewhere = ("unstacked", "cache", "dropless", "cross", "dropping", "pipeline")
         return tuple(each.name for each in fields(cls) if each.init and each.name not in elsewhere)
 
     @classmethod

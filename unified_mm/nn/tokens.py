@@ -28,6 +28,7 @@ class Group(NamedTuple):
       first: position at which the tokens of its modality begin in a document.
       ordered: whether it is known of positions that are data that within a document each is later
         than that of the token before.
+      places: how many positions it takes up, where some of its tokens were dropped; 0 for `length`.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Group(NamedTuple):
     grid: tuple[int, ...] = ()
     first: int = 0
     ordered: bool = False
+    places: int = 0
 
 
 @struct.dataclass
