@@ -206,6 +206,11 @@ def test_what_cannot_be_is_refused():
     experts = {"model__feed_forward_type": "experts"}
     assert "of all tokens; set model.feed_forward_type='dense'" in why(**experts)
     built = task(0.5)
+    late = {"model__fusion": "late", "objectives__captioning__weight": 0.0}
+    late |= {"objectives__matching__weight": 0.0}
+    assert "only the early fusions drop tokens of the context, and not model.fusion='late'" in why(
+        **late
+    )
     documents = tiny.documents(built)
     with pytest.raises(ValueError, match="image is placed by the data"):
         jax.eval_shape(lambda p: read(built, p, documents, outputs), tiny.params(built))

@@ -38,6 +38,7 @@ class EarlyFusion(UnifiedModel):
     """A fusion in which all modalities are tokens of one transformer, under attention rules."""
 
     abilities: ClassVar[frozenset[str]] = frozenset({"contrastive", "captioning", "matching"})
+    drops_context: ClassVar[bool] = True
 
     @classmethod
     def from_config(cls, model: Any, modalities: Any, heads: Any, **more: Any) -> UnifiedModel:

@@ -89,6 +89,8 @@ class UnifiedModel(nn.Module):
     abilities: ClassVar[frozenset[str]] = frozenset()
     # Whether it reads a picture at the place of the token that stands for it.
     places_pictures: ClassVar[bool] = False
+    # Whether it drops tokens of the context after a layer (`model.dropping`).
+    drops_context: ClassVar[bool] = False
 
     @classmethod
     def from_config(
