@@ -2,8 +2,8 @@
 
     python experiments/time_sparse.py
 
-CPU seconds are those of all threads, taken in turns; their ratios are kept in
-`results/time_sparse.json`. Attention is of one example, 4 heads of width 32; `bytes` are those that
+CPU seconds are those of all threads, taken in turns.
+Attention is of one example, 4 heads of width 32; `bytes` are those that
 a program holds meanwhile. Patches are those of `experiments/recipe.py:tiny`: `flops` are counted of
 a whole example's forward pass, and `picture` is the time of a picture's alone.
 """
