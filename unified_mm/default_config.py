@@ -20,7 +20,12 @@ from unified_mm.modalities.image import ImageEmbedding
 from unified_mm.modalities.text import TextEmbedding, TextModality
 from unified_mm.modalities.video import VideoModality
 from unified_mm.models.features import ProjectorOptions
-from unified_mm.nn.options import OWN_OPTIONS, GateOptions, TransformerOptions
+from unified_mm.nn.options import (
+    OWN_OPTIONS,
+    DroppingOptions,
+    GateOptions,
+    TransformerOptions,
+)
 from unified_mm.objectives.objective import BUILT_IN
 from unified_mm.registry import resolve
 
@@ -292,6 +297,9 @@ def model_fields() -> dict:
         # Rotary scaling to longer texts: {"type": "linear", "factor": 2.0}, or 'llama3' with more.
         "rotary_options": {},
         "feed_forward_options": {},
+        # By modality, what its tokens see of each other, such as {"image": {"grid": 2}} or
+        # {"text": {"window": 256, "first": 4}}; `nn.options.SparseOptions` explains them.
+        "sparse": {},
         # Of the computation, or 'bfloat16', 'float16'; 'auto', as our recipes have it, is bfloat16
         # on accelerators and float32 on CPUs. Parameters stay float32.
         "dtype": "float32",
@@ -305,6 +313,7 @@ def model_fields() -> dict:
         "tower": tower_fields(),
         "towers": {},  # by modality, what its tower has other than `tower`
         "cross": {**defaults_of(GateOptions), "every": 1},  # in gated fusion
+        "dropping": defaults_of(DroppingOptions),  # in early fusion
         "resampler": resampler_fields(),
         "projector": defaults_of(ProjectorOptions),  # in early fusion of features
         "modalities": modality_fields(),

@@ -265,6 +265,11 @@ def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
             f"{m.fusion!r} reads no picture within a text; set it to '', or the fusion to "
             "'early_features'"
         )
+    if m.dropping.keep < 1 and not kind.drops_context:
+        raise ValueError(
+            f"model.dropping.keep={m.dropping.keep}: only the early fusions drop tokens of the "
+            f"context, and not model.fusion={m.fusion!r}: set it to 1, or the fusion to 'early'"
+        )
     check_modalities(modalities, objectives)
     check_exits(m.exits, objectives)
     heads = {objective.name: objective.head() for objective in objectives}

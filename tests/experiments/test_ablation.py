@@ -160,7 +160,8 @@ def test_our_ablations_can_be_trained(path, size, tmp_path):
         assert max(flops) <= (1 + EQUAL) * flops[0] and min(flops) >= (1 - EQUAL) * flops[0]
 
 
-def test_the_eight_questions_are_there():
+def test_the_questions_are_there():
     assert [path.stem for path in OURS] == [
-        "fusion", "objectives", "optimizer", "parameters", "phases", "positions", "rules", "scale",
+        "fusion", "objectives", "optimizer", "parameters", "patches", "phases", "positions",
+        "rules", "scale",
     ]  # fmt: skip

@@ -18,7 +18,7 @@ from unified_mm.data import images
 from unified_mm.data.records import Image, Record
 from unified_mm.nn.layers import Dense, Norm, partitioned
 from unified_mm.nn.options import constructor, frozen
-from unified_mm.nn.tokens import Group, Tokens, blank, single_document
+from unified_mm.nn.tokens import Group, Tokens, blank, patch_centres, single_document
 
 PART = 4  # pixels on a side of the smallest part of a patch in the hierarchical stem
 PATCHES = ("linear", "hierarchical")  # stems in which no patch sees another
@@ -271,7 +271,10 @@ class ImageEmbedder(nn.Module):
         if e.norm:
             x = Norm("layer", e.norm_epsilon, self.dtype, name="norm")(x)
         valid = jnp.broadcast_to(batch["present"][:, None], x.shape[:2])
-        group = Group(self.name_of_group, self.name_of_group, x.shape[1], valid_first=True)
+        grid = int(e.class_token), down, across
+        group = Group(
+            self.name_of_group, self.name_of_group, x.shape[1], valid_first=True, grid=grid
+        )
         coords = patch_centres(down, across)
         if e.class_token:
             coords = np.concatenate([np.zeros((1, 3), np.float32), coords])
@@ -296,14 +299,6 @@ class ImageEmbedder(nn.Module):
         # section 6): no patch sees another, so masked patches do not leak.
         parts = Dense((self.width // 2,), (None,), (None,), dtype=self.dtype, name="parts")
         return patchify(nn.gelu(parts(patchify(pixels, PART))), e.patch // PART)
-
-
-def patch_centres(down: int, across: int) -> Float[np.ndarray, "P 3"]:
-    """Returns the coordinates of the centres of patches, row by row: x, y in 0..1, and 0."""
-    y, x = np.meshgrid(
-        (np.arange(down) + 0.5) / down, (np.arange(across) + 0.5) / across, indexing="ij"
-    )
-    return np.stack([x, y, 0 * x], axis=-1).reshape(-1, 3).astype(np.float32)
 
 
 def normalised(

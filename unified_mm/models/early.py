@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from unified_mm.config import build_options
 from unified_mm.models.unified import (
     Batch,
     Encoded,
     UnifiedModel,
     text_group,
 )
-from unified_mm.nn.attention.attention import plan_attention
+from unified_mm.nn.attention.attention import AttentionPlan, plan_attention
 from unified_mm.nn.attention.cache import Cache
-from unified_mm.nn.attention.rules import MaskTable, View, plan_passes
-from unified_mm.nn.tokens import Tokens, concatenate, spans, unfold_items
+from unified_mm.nn.attention.rules import ALL, MaskTable, View, plan_passes
+from unified_mm.nn.dropping import Scorer, is_pair, most_important, rows_at, weighed
+from unified_mm.nn.options import DroppingOptions
+from unified_mm.nn.tokens import (
+    Group,
+    TokenMetadata,
+    Tokens,
+    concatenate,
+    join_metadata,
+    spans,
+    unfold_items,
+)
 from unified_mm.nn.transformer import Leave
 
 
@@ -26,6 +39,18 @@ class EarlyFusion(UnifiedModel):
     """A fusion in which all modalities are tokens of one transformer, under attention rules."""
 
     abilities: ClassVar[frozenset[str]] = frozenset({"contrastive", "captioning", "matching"})
+    drops_context: ClassVar[bool] = True
+
+    @classmethod
+    def from_config(cls, model: Any, modalities: Any, heads: Any, **more: Any) -> UnifiedModel:
+        built = super().from_config(model, modalities, heads, **more)
+        dropping = build_options(DroppingOptions, model.dropping, "model.dropping")
+        return built.clone(options=replace(built.options, dropping=dropping))
+
+    def setup(self) -> None:
+        super().setup()
+        if self.options.dropping.keep < 1:
+            self.scorer = Scorer(self.options)
 
     def embed_context(self, batch: Batch) -> list[Tokens]:
         """Returns the tokens of each context modality, before any layer of the transformer."""
@@ -73,6 +98,10 @@ class EarlyFusion(UnifiedModel):
         Returns:
           By view name.
         """
+        if context and self.options.dropping.keep < 1:
+            return self._encode_dropping(
+                concatenate(context), texts, views, keep_text, deterministic
+            )
         tokens = concatenate([*context, *texts])
         kept_parts = [*context, *texts] if keep_text else context
         keep = sum(part.embeddings.shape[1] for part in kept_parts)
@@ -95,6 +124,65 @@ class EarlyFusion(UnifiedModel):
         return {
             view.name: Encoded(
                 seen | ({"text": x[:, where[view.name]]} if view.name in written else {}),
+                valid,
+                cache,
+                view.resolved,
+            )
+            for view in views
+        }
+
+    def _encode_dropping(
+        self,
+        context: Tokens,
+        texts: Sequence[Tokens],
+        views: Sequence[View],
+        keep_text: bool,
+        deterministic: bool,
+    ) -> dict[str, Encoded]:
+        """Runs a pass as `encode_together` does, but drops the least important of the context.
+
+        The context comes first, by itself; texts read the keys and values of what went on, in the
+        layers before the drop too: so a cache has as many slots in all layers.
+        """
+        o, table = self.options, MaskTable(tuple(views))
+        for group in context.metadata.groups:
+            check_droppable(views[0], group, self.context_names)
+        drop = o.dropping.after // o.blocks_per_period
+        run = partial(self.transformer, deterministic=deterministic)
+
+        def plan(metadata: TokenMetadata) -> AttentionPlan:
+            keep = (0, metadata.valid.shape[1])
+            return plan_attention(o, table, metadata, metadata, keep=keep)
+
+        x, first = run(context.embeddings, plan(context.metadata), span=(0, drop))
+        scores = self.scorer(jax.lax.stop_gradient(x))
+        slots, metadata = most_important(scores, context.metadata, o.dropping.keep)
+        score = rows_at(scores, slots, 1)
+        weight = 1 + (score - jax.lax.stop_gradient(score))
+        first = jax.tree.map(lambda each: rows_at(each, slots, each.ndim - 2), first)
+        x = rows_at(x, slots, 1)
+        x, rest = run(x, plan(metadata), span=(drop, o.periods))
+        layers = weighed(join_periods(first, rest), weight)
+        x = x * weight[..., None].astype(x.dtype)
+        length = jnp.array(slots.shape[1], jnp.int32)
+        cache = Cache(layers, metadata, length)
+        where = spans(metadata.groups)
+        seen = {name: x[:, span] for name, span in where.items()}
+        valid = {name: metadata.valid[:, span] for name, span in where.items()}
+        written: dict[str, Any] = {}
+        if texts:
+            text = concatenate(texts)
+            both = join_metadata([metadata, text.metadata])
+            count = text.embeddings.shape[1]
+            longer = jax.tree.map(lambda each: with_slots(each, count), layers)
+            reading = plan_attention(o, table, text.metadata, both, write_at=length)
+            y, layers = run(text.embeddings, reading, longer)
+            written = {name: y[:, span] for name, span in spans(text.metadata.groups).items()}
+            if keep_text:
+                cache = Cache(layers, both, length + count)
+        return {
+            view.name: Encoded(
+                seen | ({"text": written[view.name]} if view.name in written else {}),
                 valid,
                 cache,
                 view.resolved,
@@ -134,6 +222,39 @@ class EarlyFusion(UnifiedModel):
         leave: Leave | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         groups = cache.metadata.groups
-        after = sum(group.length for group in groups if group.name != view.name)
+        before = [group for group in groups if group.name != view.name]
+        after = sum(group.places or group.length for group in before)
         tokens = self.embed_text(text, view.name, after)
         return self.write_on(cache, tokens, view, None, deterministic, leave)
+
+
+def check_droppable(view: View, group: Group, contexts: Sequence[str]) -> None:
+    """Checks that tokens of a context group may be dropped by what the whole group is.
+
+    Raises:
+      ValueError: the context sees the text, or its tokens are read in order or lie in documents.
+    """
+    rule = view.resolved
+    if rule.context_view(contexts) is None:
+        why = f"under rule {rule.name!r} the context sees the text, which would decide what it sees"
+    elif group.start is None:
+        why = f"{group.name} is placed by the data (documents, or a token within the text)"
+    elif rule.between(group, group, (False, False))[0] != ALL:
+        why = f"under rule {rule.name!r} tokens of {group.name} are read in order"
+    else:
+        return
+    raise ValueError(f"model.dropping.keep: {why}, and earlier tokens would tell of later ones")
+
+
+def join_periods(first: Any, rest: Any) -> Any:
+    """Returns the keys and values of all periods, from those of the first and of the others."""
+
+    def one(a: Any, b: Any) -> Any:
+        return (*a, *b) if isinstance(a, tuple) else jnp.concatenate([a, b])
+
+    return jax.tree.map(one, first, rest, is_leaf=lambda x: isinstance(x, tuple) and not is_pair(x))
+
+
+def with_slots(x: Float[Array, "... K A"], count: int) -> Float[Array, "... slots A"]:
+    """Returns keys or values with so many empty slots after them."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, count), (0, 0)])

@@ -89,6 +89,8 @@ class UnifiedModel(nn.Module):
     abilities: ClassVar[frozenset[str]] = frozenset()
     # Whether it reads a picture at the place of the token that stands for it.
     places_pictures: ClassVar[bool] = False
+    # Whether it drops tokens of the context after a layer (`model.dropping`).
+    drops_context: ClassVar[bool] = False
 
     @classmethod
     def from_config(
@@ -113,6 +115,12 @@ class UnifiedModel(nn.Module):
                 )
             width = widths.pop() if widths else self.options.width
             self.places = PlaceEmbedding(self.options.places, width, self.options.dtype)
+        for name in {name for each in self.stacks.values() for name in each.patterns}:
+            if name not in self.modalities:
+                raise ValueError(
+                    f"model.sparse.{name}: the model has no such modality, only "
+                    f"{', '.join(self.modalities)}"
+                )
         self.transformer = Transformer(self.options)
         self.head = dict(self.heads)
 
@@ -260,7 +268,11 @@ class UnifiedModel(nn.Module):
         metadata = tokens.metadata.replace(groups=(group,))  # type: ignore[attr-defined]
         if "text_position" in text and "position" not in text:
             metadata = with_positions(metadata, position=text["text_position"])
-        return tokens.replace(metadata=offset_positions(metadata, text, after))  # type: ignore[attr-defined]
+        metadata = offset_positions(metadata, text, after)
+        if "position" in text:  # of documents, whose texts are laid out in order
+            ordered = tuple(each._replace(ordered=True) for each in metadata.groups)
+            metadata = metadata.replace(groups=ordered)  # type: ignore[attr-defined]
+        return tokens.replace(metadata=metadata)  # type: ignore[attr-defined]
 
     def write_on(
         self,

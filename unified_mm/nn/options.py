@@ -19,7 +19,7 @@ NORMS = ("layer", "rms")
 NORM_PLACES = ("pre", "post")
 ACTIVATIONS = ("gelu", "gelu_exact", "quick_gelu", "silu", "relu")
 REMAT = ("none", "full", "dots", "offload")
-ATTENTION = ("auto", "xla", "chunked", "cudnn", "splash")
+ATTENTION = ("auto", "xla", "chunked", "blocks", "cudnn", "splash")
 CACHE = ("same", "int8")
 ROTARY_AXES = ("order", "places")
 GATES = ("tanh", "sigmoid")
@@ -35,18 +35,18 @@ FEED_FORWARDS = {
 }
 
 # Options of a class that the config names, as pairs: options are hashed.
-OWN_OPTIONS = ("block_options", "feed_forward_options", "rotary_options")
+OWN_OPTIONS = ("block_options", "feed_forward_options", "rotary_options", "sparse")
 
 
 def frozen(groups: Mapping[str, Any]) -> dict[str, tuple[tuple[str, Any], ...]]:
-    """Returns each group as sorted pairs of name and value, lists as tuples."""
-    return {
-        group: tuple(
-            (name, tuple(value) if isinstance(value, list) else value)
-            for name, value in sorted(dict(options).items())
-        )
-        for group, options in groups.items()
-    }
+    """Returns each group as sorted pairs of name and value, lists and groups in it as tuples."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return tuple((name, one(each)) for name, each in sorted(value.items()))
+        return tuple(value) if isinstance(value, list) else value
+
+    return {group: one(dict(options)) for group, options in groups.items()}
 
 
 def dtype_on(platform: str, asked: str) -> str:
@@ -80,6 +80,63 @@ class GateOptions:
 
     def __post_init__(self) -> None:
         check_options(self, "model.cross")
+
+
+@dataclass(frozen=True)
+class SparseOptions:
+    """What a token sees of its modality: of what its rule lets it see, what any of these keeps.
+
+    Attributes:
+      window: tokens at fewer positions away; 0 for none.
+      grid: patches so many rows and columns away at most; 0 for none.
+      first: so many tokens, the first of the modality in a document, are seen by all and see all.
+      random: so many blocks that each block draws among itself and those before it, and those that
+        draw it (`nn.attention.patterns.RandomBlocks`).
+      block: positions of such a block.
+      seed: of the draw.
+    """
+
+    window: int = option(0, least=0)
+    grid: int = option(0, least=0)
+    first: int = option(0, least=0)
+    random: int = option(0, least=0)
+    block: int = option(64, least=1)
+    seed: int = option(0, least=0)
+
+
+@dataclass(frozen=True)
+class DroppingOptions:
+    """Tokens of the context that end after some layers, the least important ones.
+
+    Attributes:
+      keep: the share of each modality's tokens that goes on; with 1 all do, and nothing is scored.
+      after: the layer after which the others end.
+    """
+
+    keep: float = option(1.0, above=0)
+    after: int = option(1, least=1)
+
+    def __post_init__(self) -> None:
+        check_options(self, "model.dropping")
+        if self.keep > 1:
+            raise ValueError(f"model.dropping.keep={self.keep}: a share is at most 1")
+
+
+def sparse_options(modality: str, given: Any) -> SparseOptions:
+    """Returns the options that `model.sparse` has for a modality, as a group or pairs.
+
+    Raises:
+      ValueError: an option is unknown or out of range, or none says what is seen.
+    """
+    where = f"model.sparse.{modality}"
+    found = SparseOptions(**read_options(SparseOptions, dict(given), where))
+    check_options(found, where)
+    if not (found.window or found.grid or found.first or found.random):
+        raise ValueError(
+            f"{where}: says nothing of what its tokens see; set window, grid, first or random, or "
+            "leave it out"
+        )
+    return found
 
 
 def derived() -> Any:
@@ -139,6 +196,8 @@ class TransformerOptions:
       rotary_options: their scaling to longer texts, by `type` (`nn.attention.rotary.SCALINGS`).
       window: how many tokens of its own sequence one sees at most, itself among them, by position
         (Mistral, Jiang et al. 2023); 0 means all that its rule lets it see.
+      sparse: by modality, what its tokens see of each other (`SparseOptions`); those that are not
+        named see all that their rule lets them see.
       rotary_axes: what they turn by: 'order', or 'places', where a third of each head goes by time,
         a third by row and a third by column, for tokens that have such (`nn.attention.rotary`).
       places: what is added to tokens by their time and coords, by one map for all modalities: ''
@@ -159,9 +218,11 @@ class TransformerOptions:
       exits: layers, counted from 1, after which an example may leave the stack (`nn.transformer`);
         an objective trains them ('exits').
       cross: the gated cross-attention layers between the blocks.
+      dropping: which tokens of the context end after some layers; in early fusion.
       pipeline: the stages that its periods are divided among in training; None for one stage.
       make_block, make_feed_forward: constructors of the kinds that `block` and `feed_forward_type`
         name, with the fields of their own.
+      patterns: `sparse` by modality, as options.
       head_dim: A, the width of a head.
       num_kv_heads: G, the number of heads of keys and of values.
       blocks_per_period: the number of blocks in each period, the repeated part of the stack.
@@ -193,6 +254,7 @@ class TransformerOptions:
     rotary_base: float = 0.0
     rotary_options: tuple[tuple[str, Any], ...] = ()
     window: int = option(0, least=0)
+    sparse: tuple[tuple[str, Any], ...] = ()
     rotary_axes: str = option("order", choices=ROTARY_AXES)
     places: str = option("", choices=PLACES)
     separate_attention: bool = False
@@ -206,10 +268,12 @@ class TransformerOptions:
     dropless: bool = False
     exits: tuple[int, ...] = ()
     cross: GateOptions = GateOptions()
+    dropping: DroppingOptions = DroppingOptions()
     pipeline: Pipeline | None = None
     # What follows from the fields above.
     make_block: Any = derived()
     make_feed_forward: Any = derived()
+    patterns: Any = derived()
     head_dim: int = derived()
     num_kv_heads: int = derived()
     blocks_per_period: int = derived()
@@ -226,6 +290,7 @@ class TransformerOptions:
         found = {
             "make_block": constructor("block", self.block, BLOCKS, self.block_options),
             "make_feed_forward": make_feed_forward,
+            "patterns": {name: sparse_options(name, each) for name, each in self.sparse},
             "head_dim": self.head_width or self.width // self.heads,
             "num_kv_heads": self.key_value_heads or self.heads,
             "blocks_per_period": blocks_per_period,
@@ -263,8 +328,34 @@ class TransformerOptions:
                 f"model.exits={self.exits}: must be layers in ascending order, of "
                 f"{', '.join(map(str, known)) or 'none that there are'}"
             )
+        if self.dropping.keep < 1:
+            self._check_dropping()
         if self.rotary_base and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even width of heads, not {self.head_dim}")
+
+    def _check_dropping(self) -> None:
+        after = self.dropping.after
+        if after % self.blocks_per_period or after >= self.layers:
+            raise ValueError(
+                f"model.dropping.after={after}: must be a multiple of {self.blocks_per_period} "
+                f"below model.layers={self.layers}"
+            )
+        if self.feed_forward_type != "dense":
+            raise ValueError(
+                f"model.dropping.keep={self.dropping.keep}: what layers of "
+                f"{self.feed_forward_type!r} leave for objectives is of all tokens; set "
+                "model.feed_forward_type='dense', or keep to 1"
+            )
+        if self.exits:
+            raise ValueError(
+                f"model.dropping.keep={self.dropping.keep}: layers that drop tokens leave nothing "
+                "for the losses of exits; set model.exits=(), or keep to 1"
+            )
+        if self.pipeline:
+            raise ValueError(
+                f"model.dropping.keep={self.dropping.keep}: a pipeline's stages have one length of "
+                "sequence; set mesh.stage=1, or keep to 1"
+            )
 
     def own(self, name: str, otherwise: Any) -> Any:
         """Returns a field of the kind of feed-forward, `otherwise` if it has no such field."""
@@ -279,7 +370,7 @@ class TransformerOptions:
     @classmethod
     def config_fields(cls) -> tuple[str, ...]:
         """Returns the names of the fields that `config.model` has under the same names."""
-        elsewhere = ("unstacked", "cache", "dropless", "cross", "pipeline")
+        elsewhere = ("unstacked", "cache", "dropless", "cross", "dropping", "pipeline")
         return tuple(each.name for each in fields(cls) if each.init and each.name not in elsewhere)
 
     @classmethod

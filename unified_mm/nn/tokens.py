@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
@@ -22,6 +23,12 @@ class Group(NamedTuple):
         document 0 and segment 0; None where these are data.
       valid_first: whether it is known that its valid tokens stand before all others.
       placed: whether its tokens have time and coords.
+      grid: of each item, how many tokens lie nowhere and come first, and the rows and columns of
+        the patches that follow, row by row; empty where the tokens lie on no grid.
+      first: position at which the tokens of its modality begin in a document.
+      ordered: whether it is known of positions that are data that within a document each is later
+        than that of the token before.
+      places: how many positions it takes up, where some of its tokens were dropped; 0 for `length`.
     """
 
     name: str
@@ -30,6 +37,10 @@ class Group(NamedTuple):
     start: int | None = None
     valid_first: bool = False
     placed: bool = False
+    grid: tuple[int, ...] = ()
+    first: int = 0
+    ordered: bool = False
+    places: int = 0
 
 
 @struct.dataclass
@@ -91,7 +102,11 @@ def single_document(
         segment=zeros,
         document=zeros,
         valid=valid,
-        groups=(group._replace(start=0, placed=time is not None),),
+        groups=(
+            group._replace(
+                start=0, placed=time is not None, grid=group.grid if time is not None else ()
+            ),
+        ),
         time=None if time is None else jnp.broadcast_to(time, valid.shape),
         coords=None if coords is None else jnp.broadcast_to(coords, (*valid.shape, 3)),
     )
@@ -111,8 +126,23 @@ def with_places(parts: Sequence[TokenMetadata]) -> list[TokenMetadata]:
 
 def with_positions(metadata: TokenMetadata, **arrays: Array) -> TokenMetadata:
     """Returns metadata with other positions, segments or documents [B, N] that are data."""
-    groups = tuple(group._replace(start=None) for group in metadata.groups)
+    groups = tuple(group._replace(start=None, ordered=False) for group in metadata.groups)
     return metadata.replace(groups=groups, **arrays)  # type: ignore[attr-defined]
+
+
+def patch_centres(down: int, across: int) -> Float[np.ndarray, "P 3"]:
+    """Returns the coordinates of the centres of patches, row by row: x, y in 0..1, and 0."""
+    y, x = np.meshgrid(
+        (np.arange(down) + 0.5) / down, (np.arange(across) + 0.5) / across, indexing="ij"
+    )
+    return np.stack([x, y, 0 * x], axis=-1).reshape(-1, 3).astype(np.float32)
+
+
+def grid_coords(group: Group) -> Float[np.ndarray, "N 3"]:
+    """Returns the coords of a group whose tokens lie on a grid."""
+    nowhere, down, across = group.grid
+    item = np.pad(patch_centres(down, across), ((nowhere, 0), (0, 0)))
+    return np.tile(item, (group.length // len(item), 1))
 
 
 def spans(groups: Sequence[Group]) -> dict[str, slice]:
@@ -140,7 +170,10 @@ def offset_positions(
     if "position" in arrays:
         return with_positions(metadata, **{key: arrays[key] for key in POSITION_KEYS})
     groups = tuple(
-        group._replace(start=None if group.start is None else group.start + offset)
+        group._replace(
+            start=None if group.start is None else group.start + offset,
+            first=group.first + offset,
+        )
         for group in metadata.groups
     )
     return metadata.replace(position=metadata.position + offset, groups=groups)  # type: ignore[attr-defined]
@@ -181,7 +214,7 @@ def unfold_items(
         joined = joined.replace(  # type: ignore[attr-defined]
             time=metadata.time.reshape(batch, slots * tokens),
             coords=metadata.coords.reshape(batch, slots * tokens, 3),
-            groups=tuple(each._replace(placed=True) for each in joined.groups),
+            groups=tuple(each._replace(placed=True, grid=group.grid) for each in joined.groups),
         )
     return Tokens(x.reshape(batch, slots * tokens, -1), offset_positions(joined, placement, offset))
 
@@ -225,7 +258,9 @@ def lengthen(metadata: TokenMetadata, more: TokenMetadata) -> TokenMetadata:
         return join_metadata([metadata, more])
     *before, last = metadata.groups
     apart_ = more.replace(groups=(added._replace(name=f"{added.name} to come"),))  # type: ignore[attr-defined]
-    grown = last._replace(length=last.length + added.length, start=None, valid_first=False)
+    grown = last._replace(
+        length=last.length + added.length, start=None, valid_first=False, ordered=False
+    )
     return join_metadata([metadata, apart_]).replace(groups=(*before, grown))  # type: ignore[attr-defined]
 
 

@@ -164,6 +164,7 @@ class Transformer(nn.Module):
         cross: AttentionPlan | None = None,
         deterministic: bool = True,
         leave: Leave | None = None,
+        span: tuple[int, int] | None = None,
     ) -> tuple[Float[Array, "B N D"], PeriodKV]:
         """Runs the stack.
 
@@ -174,6 +175,7 @@ class Transformer(nn.Module):
           cross: of the gated cross layers, where the stack has any.
           deterministic: whether there is no dropout.
           leave: which examples leave after each of `options.exits`; None runs all layers.
+          span: bounds of the periods to run; None runs all. The norm follows the last one.
 
         Returns:
           Contextual embeddings [B, N, D], and keys and values, each [periods, B, G, K, A], or with
@@ -192,7 +194,9 @@ class Transformer(nn.Module):
         if leave is not None:
             x, kv = self._leaving(leave, x, plan, cross, cached)
         elif o.unstacked:
-            x, kv = self._one_by_one(x, plan, cross, cached, deterministic)
+            x, kv = self._one_by_one(x, plan, cross, cached, deterministic, span)
+        elif span is not None and not self.is_initializing():
+            x, kv = self._part(span, x, plan, cross, cached, deterministic)
         elif o.pipeline and not self.is_initializing():
             x, kv = self._pipelined(o.pipeline, x, plan, cross, cached, deterministic)
         else:
@@ -206,16 +210,24 @@ class Transformer(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             x, kv = layers(o, deterministic, name=LAYERS)(x, plan, cross, cached)
-        if o.final_norm:
+            if span is not None:  # parameters are those of the whole stack
+                kv = jax.tree.map(lambda each: each[slice(*span)], kv)
+        if o.final_norm and (span is None or span[1] == o.periods or self.is_initializing()):
             x = Norm(o.norm, o.norm_epsilon, o.dtype, name="norm")(x)
         return x, kv
 
     def _one_by_one(
-        self, x: Array, plan: AttentionPlan, cross: Any, cached: PeriodKV, deterministic: bool
+        self,
+        x: Array,
+        plan: AttentionPlan,
+        cross: Any,
+        cached: PeriodKV,
+        deterministic: bool,
+        span: tuple[int, int] | None,
     ) -> tuple[Array, PeriodKV]:
         """Runs the periods of an unstacked stack; keys and values are tuples of [B, G, K, A]."""
         kv: dict[str, list[Any]] = {}
-        for number in range(self.options.periods):
+        for number in range(*(span or (0, self.options.periods))):
             period = Period(self.options, deterministic, name=f"{LAYERS}_{number}")
             own = {name: each[number] for name, each in cached.items()}
             x, new = period(x, plan, cross, own)
@@ -290,6 +302,47 @@ class Transformer(nn.Module):
         deterministic: bool,
     ) -> tuple[Array, PeriodKV]:
         """Runs the periods as a pipeline of stages, on the same parameters as the scan."""
+        period, layers = self._period_function(deterministic)
+        together = self.options.own("group", 1)
+        x, (kv, left) = run_pipeline(
+            pipeline, period, layers, cached, x, (plan, cross), together=together
+        )
+        if left:
+            before: Any = self.get_variable(AUXILIARY, LAYERS, {})
+            self.put_variable(AUXILIARY, LAYERS, after_what_is_left(before, left))
+        return x, kv
+
+    def _part(
+        self,
+        span: tuple[int, int],
+        x: Array,
+        plan: AttentionPlan,
+        cross: Any,
+        cached: PeriodKV,
+        deterministic: bool,
+    ) -> tuple[Array, PeriodKV]:
+        """Runs some of the periods, on the same parameters as the scan of all."""
+        for collection in (ATTENTION, RESIDUAL):
+            if self.is_mutable_collection(collection):
+                raise ValueError(
+                    f"the {collection} of a stack that drops tokens (model.dropping) cannot be "
+                    "shown: its layers have sequences of different lengths"
+                )
+        period, layers = self._period_function(deterministic)
+        part = jax.tree.map(lambda each: each[slice(*span)], layers)
+
+        def step(x: Array, one: Any) -> tuple[Array, Any]:
+            layer, cached = one
+            x, (kv, _) = period(layer, cached, x, (plan, cross), jnp.zeros((), jnp.int32))
+            return x, kv
+
+        return jax.lax.scan(step, x, (part, cached))
+
+    def _period_function(self, deterministic: bool) -> tuple[Any, Any]:
+        """Returns a period as a function of its parameters, and those of all periods, stacked.
+
+        What layers leave is in the second value that it returns, beside keys and values.
+        """
         o = self.options
         module = Period(o, deterministic, parent=None)
         leaving = self.is_mutable_collection(AUXILIARY)
@@ -312,13 +365,7 @@ class Transformer(nn.Module):
         layers: Any = (self.get_variable("params", LAYERS), keys)
         if o.remat != "none":
             period = jax.checkpoint(period, **RECOMPUTED[o.remat])
-        x, (kv, left) = run_pipeline(
-            pipeline, period, layers, cached, x, (plan, cross), together=o.own("group", 1)
-        )
-        if left:
-            before: Any = self.get_variable(AUXILIARY, LAYERS, {})
-            self.put_variable(AUXILIARY, LAYERS, after_what_is_left(before, left))
-        return x, kv
+        return period, layers
 
 
 def after_what_is_left(before: Any, left: Any) -> Any:

@@ -24,6 +24,7 @@ from unified_mm.nn.attention.masks import (
     cut,
     slice_keys,
 )
+from unified_mm.nn.attention.patterns import refined
 from unified_mm.nn.attention.rotary import rotary_places, rotary_rates, rotate
 from unified_mm.nn.attention.rules import NONE, MaskTable, Window
 from unified_mm.nn.layers import Dense, Norm, PerModality
@@ -102,6 +103,9 @@ def plan_attention(
             predicate = next((p for (q, k), p in rule.table if q in asking and k in asked), NONE)
             if options.window and predicate != NONE:
                 predicate = Window(predicate, options.window)
+            sparse = options.patterns.get(query.modality)
+            if sparse and predicate != NONE and query.modality == key.modality:
+                predicate = refined(predicate, sparse, query)
             term = next((t for (q, k), t in rule.terms if q in asking and k in asked), None)
             stop = start + key.length
             if predicate == NONE or (mine and other and mine != other):
@@ -130,6 +134,8 @@ def plan_attention(
         seen_by = None
         if kernel:
             seen_by = kernel_mask(options, kernel, call, queries, keys, platform)
+        if seen_by is None and backend == "auto" and scores > LONG:
+            seen_by = kernel_mask(options, "blocks", call, queries, keys, platform)
         if seen_by is None and (backend == "chunked" or (backend == "auto" and scores > LONG)):
             own, rows, columns = cut(call, queries, keys)
             seen_by = BlockMask(own, "chunked", chunked.attend, queries=rows, keys=columns)

@@ -4,9 +4,11 @@
 | --- | --- | --- |
 | `xla` | plain attention with a dense mask | everywhere |
 | `chunked` | blocks of queries, recomputed in the backward pass | everywhere |
+| `blocks` | the same, with the blocks of keys alone that they see | everywhere |
 | `cudnn` | cuDNN's fused kernel | NVIDIA GPUs, 16 bits |
 | `splash` | jax's fused kernel | TPUs |
-| `auto` | the device's kernel where it can, else `xla`, or `chunked` where a call is long | |
+| `auto` | the device's kernel where it can, else `xla`; where a call is long, `blocks` if the rule
+  leaves out half of them, else `chunked` | |
 
 A backend refuses what it cannot do, and what `auto` chose is said. Neither kernel has been run yet:
 `splash` was checked interpreted, and compiled for a v5e; `cudnn` was compiled for four GPUs.
@@ -17,7 +19,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from unified_mm.nn.attention import cudnn, splash
+from unified_mm.nn.attention import blocked, cudnn, splash
 from unified_mm.nn.attention.masks import BlockCall, BlockMask, cut, has_keys
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import TokenMetadata
@@ -26,9 +28,10 @@ from unified_mm.registry import resolve
 # Scores (queries x keys) of a call above which 'auto' works in blocks: from there on these are
 # faster too (on a CPU; `bench --sweep`).
 LONG = 2**19
-# Kernels, each with a device of its own. A backend from outside the package is an object, or a
-# module, of the same two functions: `refusal`, which says what it cannot do, and `attend`.
-KERNELS: dict[str, Any] = {"cudnn": cudnn, "splash": splash}
+# Kernels, each with a device of its own, and listed blocks. A backend from outside the package is
+# an object, or a module, of the same two functions: `refusal`, which says what it cannot do, and
+# `attend`; with `ZEROES_UNSEEN` it sees itself to queries that see no key.
+KERNELS: dict[str, Any] = {"blocks": blocked, "cudnn": cudnn, "splash": splash}
 PLAIN = ("auto", "xla", "chunked")
 KERNEL_OF = {"gpu": "cudnn", "tpu": "splash"}
 SCOPE = re.compile(r"attention_(\w+?)_(\d+)x(\d+)")
@@ -66,5 +69,6 @@ def kernel_mask(
         raise ValueError(f"model.attention={name!r} {why}")
     if why:
         return None
-    sees = has_keys(call, queries, keys)
+    zeroes = getattr(kernel, "ZEROES_UNSEEN", False)
+    sees = None if zeroes else has_keys(call, queries, keys)
     return BlockMask(call, name, kernel.attend, queries=queries, keys=keys, has_keys=sees)

@@ -13,7 +13,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Shaped
 
 from unified_mm.nn.attention.rules import ALL, FIELDS, MaskTable, Predicate, ScoreTerm
-from unified_mm.nn.tokens import Group, TokenMetadata, spans
+from unified_mm.nn.tokens import Group, TokenMetadata, grid_coords, spans
 from unified_mm.parallel.mesh import platform
 
 
@@ -94,12 +94,12 @@ def cut(
         slices.append(each._replace(start=start, stop=count))
     return (
         BlockCall((0, call.queries[1] - call.queries[0]), tuple(slices)),
-        own.replace(groups=_within(queries.groups, [call.queries])),
-        seen.replace(groups=_within(keys.groups, [each[:2] for each in call.keys])),
+        own.replace(groups=groups_within(queries.groups, [call.queries])),
+        seen.replace(groups=groups_within(keys.groups, [each[:2] for each in call.keys])),
     )
 
 
-def _within(groups: Sequence[Group], bounds: Sequence[tuple[int, int]]) -> tuple[Group, ...]:
+def groups_within(groups: Sequence[Group], bounds: Sequence[tuple[int, int]]) -> tuple[Group, ...]:
     """Returns the groups that lie within one of the bounds."""
     return tuple(
         group
@@ -214,22 +214,24 @@ def attend(
 
 
 def static_mask(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) -> np.ndarray | None:
-    """Returns the mask [Q, K] by predicate and positions where these are static, else None.
+    """Returns the mask [Q, K] by predicate and metadata that are static, else None.
 
     Documents and validity are data and are masked in addition. The slices of `call` count among its
-    own queries and keys. Where positions are static there is one segment. A predicate that
-    positions do not decide has no static mask.
+    own queries and keys. Where positions are static there is one segment.
     """
-    rows = _positions(queries.groups, (0, call.queries[1]))
+    rows = static_fields(queries.groups, (0, call.queries[1]))
     parts = []
     for each in call.keys:
         if each.predicate == ALL:
             parts.append(np.ones((call.queries[1], each.stop - each.start), bool))
             continue
-        columns = _positions(keys.groups, (each.start, each.stop))
+        columns = static_fields(keys.groups, (each.start, each.stop))
         if rows is None or columns is None:
             return None
-        seen = each.predicate.in_order(rows[:, None], columns[None])
+        seen = each.predicate.static(
+            {name: x[:, None] for name, x in rows.items()},
+            {name: x[None] for name, x in columns.items()},
+        )
         if seen is None:
             return None
         parts.append(seen)
@@ -241,19 +243,22 @@ def unknown_to_kernels(call: BlockCall) -> str:
     for each in call.keys:
         if each.term is not None:
             return f"adds nothing to scores, and a rule adds {each.term}: set model.attention='xla'"
-        if type(each.predicate).in_order is Predicate.in_order:
+        kind = type(each.predicate)
+        if kind.in_order is Predicate.in_order and kind.static is Predicate.static:
             return f"does not know the predicate {each.predicate}: set model.attention='auto'"
     return ""
 
 
-def _positions(groups: Sequence[Group], bounds: tuple[int, int]) -> np.ndarray | None:
-    """Returns the positions of the tokens of whole groups within bounds; None if they are data."""
-    found = []
-    for group in _within(groups, [bounds]):
-        if group.length and group.start is None:
-            return None
-        found.append((group.start or 0) + np.arange(group.length))
-    return np.concatenate(found)
+def static_fields(groups: Sequence[Group], bounds: tuple[int, int]) -> dict[str, np.ndarray] | None:
+    """Returns what `Predicate.static` reads of whole groups within bounds; None if it is data."""
+    within = groups_within(groups, [bounds])
+    if any(group.length and group.start is None for group in within):
+        return None
+    places = [(group.start or 0) + np.arange(group.length) for group in within]
+    fields = {"position": np.concatenate(places)}
+    if all(group.grid for group in within):
+        fields["coords"] = np.concatenate([grid_coords(group) for group in within])
+    return fields
 
 
 def one_document(*metadata: TokenMetadata) -> bool:
@@ -266,7 +271,7 @@ def widen(x: Float[Array, "B K G A"], heads: int) -> Float[Array, "B K H A"]:
     return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
 
 
-def _fields(metadata: TokenMetadata) -> dict[str, Array]:
+def fields_of(metadata: TokenMetadata) -> dict[str, Array]:
     """Returns the metadata [B, N] that predicates and score terms may read, what there is."""
     found = {name: getattr(metadata, name) for name in (*FIELDS, "valid")}
     return {name: x for name, x in found.items() if x is not None}
@@ -277,10 +282,10 @@ def block_mask(
 ) -> Bool[Array, "B Q K"]:
     """Returns the mask of a block call: valid keys of the same document, by predicate."""
     rows = slice(*call.queries)
-    query = {name: x[:, rows, None] for name, x in _fields(queries).items()}
+    query = {name: x[:, rows, None] for name, x in fields_of(queries).items()}
     parts = []
     for start, stop, predicate, _ in call.keys:
-        key = {name: x[:, None, start:stop] for name, x in _fields(keys).items()}
+        key = {name: x[:, None, start:stop] for name, x in fields_of(keys).items()}
         allowed = key["valid"] & (key["document"] == query["document"])
         parts.append(allowed & predicate(query, key))
     return jnp.concatenate(parts, axis=2)
@@ -293,10 +298,10 @@ def block_bias(
     if not call.has_terms:
         return None
     rows = slice(*call.queries)
-    query = {name: x[:, rows, None] for name, x in _fields(queries).items()}
+    query = {name: x[:, rows, None] for name, x in fields_of(queries).items()}
     parts = []
     for start, stop, _, term in call.keys:
-        key = {name: x[:, None, start:stop] for name, x in _fields(keys).items()}
+        key = {name: x[:, None, start:stop] for name, x in fields_of(keys).items()}
         shape = key["valid"].shape[0], query["position"].shape[1], stop - start
         added = jnp.zeros((), jnp.float32) if term is None else term(query, key)
         parts.append(jnp.broadcast_to(added.astype(jnp.float32), shape))
@@ -312,8 +317,8 @@ def reference_mask(
     for query in queries.groups:
         for key in keys.groups:
             rows, columns = query_spans[query.name], key_spans[key.name]
-            mine = {name: x[:, rows, None] for name, x in _fields(queries).items()}
-            others = {name: x[:, None, columns] for name, x in _fields(keys).items()}
+            mine = {name: x[:, rows, None] for name, x in fields_of(queries).items()}
+            others = {name: x[:, None, columns] for name, x in fields_of(keys).items()}
             mask[:, rows, columns] = table.between(query, key)[0](mine, others)
     same = np.asarray(queries.document)[:, :, None] == np.asarray(keys.document)[:, None, :]
     return jnp.asarray(mask & same & np.asarray(keys.valid)[:, None, :])

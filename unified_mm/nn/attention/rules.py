@@ -39,10 +39,10 @@ from jaxtyping import Array
 from unified_mm.nn.tokens import Group
 from unified_mm.registry import resolve
 
-# The metadata that predicates and score terms get, each broadcastable to [B, Q, K]; `time` where
-# the tokens of the pass have it.
+# The metadata that predicates and score terms get, each broadcastable to [B, Q, K], and `coords` to
+# [B, Q, K, 3]; `time` and `coords` where the tokens of the pass have them.
 Fields = Mapping[str, Array]
-FIELDS = ("position", "segment", "document", "time")
+FIELDS = ("position", "segment", "document", "time", "coords")
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Predicate:
     """A test by metadata of whether a query may attend to a key; its fields are parameters.
 
     A predicate from outside the package is a frozen dataclass like those below. Attention kernels
-    refuse it unless it overrides `in_order`; autoregressive views refuse it for what the context
-    sees of the text unless it is `causal`.
+    refuse it unless it overrides `in_order` or `static`; autoregressive views refuse it for what
+    the context sees of the text unless it is `causal`.
     """
 
     # Whether it lets no token see a later one of its document.
@@ -69,6 +69,26 @@ class Predicate:
 
         Returns:
           bool [Q, K]. Kernels that need a static mask refuse a predicate that has none.
+        """
+        return None
+
+    def static(
+        self, query: Mapping[str, np.ndarray], key: Mapping[str, np.ndarray]
+    ) -> np.ndarray | None:
+        """Returns the mask by metadata that are known beforehand, None where they do not decide it.
+
+        Args:
+          query, key: `position` [Q, 1] and [1, K], and `coords` [Q, 1, 3] and [1, K, 3] where the
+            tokens lie on a grid, of one segment of one document.
+        """
+        return self.in_order(query["position"], key["position"])
+
+    def by_slots(self, query: np.ndarray, key: np.ndarray) -> np.ndarray | None:
+        """Returns where anything may be seen by slots alone, None for everywhere.
+
+        Args:
+          query, key: slots [Q, 1] and [1, K] of packed documents, in each of which a token's
+            position is later than that of the slot before, by one or more.
         """
         return None
 
@@ -106,6 +126,9 @@ class Causal(Predicate):
     def in_order(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
         return key <= query
 
+    def by_slots(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+        return key <= query
+
 
 @dataclass(frozen=True)
 class SameSegment(Predicate):
@@ -137,6 +160,11 @@ class Window(Predicate):
     of: Predicate
     size: int
 
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        """Whether it lets no token see a later one, as the other predicate does not."""
+        return self.of.causal
+
     def __call__(self, query: Fields, key: Fields) -> Array:
         near = jnp.abs(query["position"] - key["position"]) < self.size
         return near & self.of(query, key)
@@ -144,6 +172,18 @@ class Window(Predicate):
     def in_order(self, query: np.ndarray, key: np.ndarray) -> np.ndarray | None:
         seen = self.of.in_order(query, key)
         return None if seen is None else seen & (np.abs(query - key) < self.size)
+
+    def static(
+        self, query: Mapping[str, np.ndarray], key: Mapping[str, np.ndarray]
+    ) -> np.ndarray | None:
+        seen = self.of.static(query, key)
+        near = np.abs(query["position"] - key["position"]) < self.size
+        return None if seen is None else seen & near
+
+    def by_slots(self, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+        near = np.abs(query - key) < self.size
+        seen = self.of.by_slots(query, key)
+        return near if seen is None else near & seen
 
 
 @dataclass(frozen=True)
