@@ -43,7 +43,10 @@ IMAGE_NAMES = (
 )  # fmt: skip
 CAPTION_NAMES = ("title", "caption", "captions", "text", "raw", "comment", "description")
 LABEL_NAMES = ("label", "labels", "category", "class", "class_name", "tags")
-AUDIO_NAMES = ("audio", "audio_path", "audio_file", "sound", "wav", "clip")
+PART_NAMES = {
+    "audio": ("audio", "audio_path", "audio_file", "sound", "wav", "clip"),
+    "points": ("points", "point_cloud", "cloud", "mesh"),
+}
 ID_NAMES = ("image_id", "img_id", "imgid", "cocoid", "id")
 
 Splits = Mapping[str, Callable[[], Listing]]
@@ -57,8 +60,8 @@ class Folder:
       path: the folder.
       image, caption: what the user calls the fields of images and captions; '' for usual names.
       cache: where what is costly to find out is kept.
-      audio: what the fields of sounds are called; of several, with commas, each is the modality of
-        its name.
+      audio, points: what the fields of sounds, and of shapes, are called; of several, with commas,
+        each is the modality of its name.
       label: what the field of classes is called.
       val_rows: `FIELD=VALUE,VALUE`: the rows of lists that are 'val', all others being 'train'; ''
         for none.
@@ -69,6 +72,7 @@ class Folder:
     caption: str = ""
     cache: Path | None = None
     audio: str = ""
+    points: str = ""
     label: str = ""
     val_rows: str = ""
 
@@ -102,18 +106,19 @@ class Folder:
     def label_name(self, fields: Mapping[str, Any]) -> str:
         return self.label if self.label in fields else usual(fields, LABEL_NAMES)
 
-    def audio_names(self, fields: Mapping[str, Any]) -> dict[str, str]:
-        """Returns the fields of sounds, by the modality that hears them."""
-        if not self.audio:
-            found = usual(fields, AUDIO_NAMES)
-            return {"audio": found} if found else {}
-        names = [name.strip() for name in self.audio.split(",")]
-        names = [name for name in names if name in fields]
-        return {"audio": names[0]} if "," not in self.audio and names else {n: n for n in names}
+    def part_names(self, fields: Mapping[str, Any]) -> dict[str, str]:
+        """Returns the fields of what is neither picture nor text, by the modality that reads it."""
+        found: dict[str, str] = {}
+        for medium, given in (("audio", self.audio), ("points", self.points)):
+            names = [name.strip() for name in given.split(",")] if given else []
+            names = names or [usual(fields, PART_NAMES[medium])]
+            alone = len(names) == 1
+            found |= {medium if alone else name: name for name in names if name in fields}
+        return found
 
     def names_media(self, fields: Mapping[str, Any]) -> bool:
-        """Returns whether a row has the field of a picture or of a sound."""
-        return bool(self.image_name(fields) or self.audio_names(fields))
+        """Returns whether a row has the field of a picture, a sound or a shape."""
+        return bool(self.image_name(fields) or self.part_names(fields))
 
     def row(self, file: Path, place: str, key: Key | None, fields: Mapping[str, Any]) -> Row:
         """Returns the row of a list that names files, with captions or classes.
@@ -123,11 +128,11 @@ class Folder:
         image = self._file_name(file, place, fields, self.image_name(fields))
         parts = {
             name: found
-            for name, field in self.audio_names(fields).items()
+            for name, field in self.part_names(fields).items()
             if (found := self._file_name(file, place, fields, field))
         }
-        if image and medium_of(image) == "audio" and not self.image:
-            parts, image = {"audio": image, **parts}, None
+        if image and (medium := medium_of(image)) != "image" and not self.image:
+            parts, image = {medium: image, **parts}, None
         labels: list[Any] = []
         if parts or self.label:
             labels = _several(fields.get(self.label_name(fields)), ";")
@@ -408,13 +413,13 @@ def _table(folder: Folder, file: Path) -> Table | None:
         fields = dict.fromkeys(names)
         if len(names) > 1 and folder.names_media(fields):
             table = delimiter, names
-            if folder.caption_name(fields) or _labels_sounds(folder, file, table):
+            if folder.caption_name(fields) or _labels_parts(folder, file, table):
                 return table
     return None
 
 
-def _labels_sounds(folder: Folder, file: Path, table: Table) -> bool:
-    """Returns whether a table without captions has classes of sounds, as its first row tells."""
+def _labels_parts(folder: Folder, file: Path, table: Table) -> bool:
+    """Returns whether a table without captions has classes of other media, by its first row."""
     first = next(_table_lines(file, table), None)
     return first is not None and bool(
         folder.label_name(first[1]) and folder.row(file, *first[:1], None, first[1]).parts
@@ -479,11 +484,11 @@ def image_folder(folder: Folder) -> Splits:
     """Reads Hugging Face's imagefolder: `metadata.jsonl` beside the files that it names.
 
     (`metadata.csv` is read as a table.) Where there is none, JSON lines of another name are read
-    that name sounds.
+    that name sounds or shapes.
     """
     lists = [file for file in folder.files if file.suffix == ".jsonl"]
     files = [file for file in lists if file.name == "metadata.jsonl"]
-    files = files or [file for file in lists if _names_sounds(folder, file)]
+    files = files or [file for file in lists if _names_parts(folder, file)]
     if folder.val_rows:
         return _splits_of_rows(folder, files, _json_lines)
 
@@ -493,10 +498,10 @@ def image_folder(folder: Folder) -> Splits:
     return _by_split(files, rows, folder)
 
 
-def _names_sounds(folder: Folder, file: Path) -> bool:
+def _names_parts(folder: Folder, file: Path) -> bool:
     _, fields = next(_json_lines(file), ("", {}))
     first = str(fields.get(folder.image_name(fields)))
-    named = folder.audio_names(fields) or medium_of(first) == "audio"
+    named = folder.part_names(fields) or medium_of(first) != "image"
     return bool(named and (folder.caption_name(fields) or folder.label_name(fields)))
 
 
@@ -537,9 +542,10 @@ def texts_beside(folder: Folder) -> Splits:
     return _by_split(pictures, rows, folder)
 
 
-def class_folders(folder: Folder) -> Splits:
+def class_folders(folder: Folder, media: Sequence[str] = ("image", "audio")) -> Splits:
     """Reads a folder of pictures or sounds a class, whose name is the caption: `cat/1.jpg`."""
-    pictures = [p for p in media_in(folder.path) if len(p.relative_to(folder.path).parts) > 1]
+    below = [p for p in media_in(folder.path) if len(p.relative_to(folder.path).parts) > 1]
+    pictures = [p for p in below if medium_of(p) in media]
     classes = {p.parent.name for p in pictures if p.parent.name not in ("images", "audio")}
     if len({name for name in classes if not split_named(name)}) < 2:
         return {}
@@ -547,10 +553,10 @@ def class_folders(folder: Folder) -> Splits:
     def rows(picture: Path) -> Iterator[Row]:
         relative = picture.relative_to(folder.path).as_posix()
         name = in_words(picture.parent.name)
-        if medium_of(picture) == "image":
+        if (medium := medium_of(picture)) == "image":
             yield Row(relative, None, relative, [name], labels=[name])
         else:
-            yield Row(relative, None, None, [name], parts={"audio": relative}, labels=[name])
+            yield Row(relative, None, None, [name], parts={medium: relative}, labels=[name])
 
     return _by_split(pictures, rows, folder)
 
@@ -642,11 +648,13 @@ LAYOUTS: dict[str, tuple[str, Callable[[Folder], Splits]]] = {
     "lavis": ("JSON lists of image and caption", lavis),
     "questions": ("JSON files of questions (OK-VQA, VizWiz, TextVQA, GQA)", questions),
     "imagefolder": ("metadata.jsonl with file_name and text", image_folder),
-    "table": ("CSV, TSV or .token of image or sound, and caption or class", tables),
+    "table": ("CSV, TSV or .token of image, sound or shape, and caption or class", tables),
     "webdataset": ("WebDataset tars: KEY.jpg with KEY.txt or KEY.json", webdataset),
     "parquet": ("parquet files with the bytes of images and captions", parquet),
     "text_files": ("pictures with a .txt of the same name", texts_beside),
     "classes": ("a folder of pictures or sounds for each class", class_folders),
+    # Apart, for a mesh often has pictures beside it.
+    "shapes": ("a folder of shapes for each class", partial(class_folders, media=("points",))),
 }
 
 

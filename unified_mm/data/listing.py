@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unified_mm.data import sounds
+from unified_mm.data import shapes, sounds
 from unified_mm.data.images import SUFFIXES
 from unified_mm.data.records import Problem, StoredImage, Text
 
 # The files that layouts look for, by what they are.
-MEDIA = {"image": SUFFIXES, "audio": sounds.SUFFIXES}
+MEDIA = {"image": SUFFIXES, "audio": sounds.SUFFIXES, "points": shapes.SUFFIXES}
 
 Key = int | str
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import PIL
 
-from unified_mm.data import images, sounds
+from unified_mm.data import images, shapes, sounds
 from unified_mm.data.listing import Entry, Key, Listing, Question, id_hint, medium_of
 from unified_mm.data.records import ByteStore, Image, Manifest, Problem, Record, StoredImage, Text
 from unified_mm.files import naming, write_atomically
@@ -27,6 +27,7 @@ _SIDES = re.compile(
 # What was once taken for sides. Fingerprints go by these, so that those of old runs stay.
 _SIDES_ONCE = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
 MISSING = "missing image"
+CHECKS = {"audio": sounds.check, "points": shapes.check}  # of files that are no pictures
 _NAMED = 5  # files named per kind of problem in a summary
 
 
@@ -216,7 +217,7 @@ def summary(manifest: Manifest) -> str:
     texts = sum(len(r.texts) for r in records)
     found = Counter(name for record in records for name in record.parts)
     kinds = sorted(found or {"image"}, key=lambda name: (name != "image", name))
-    listed = ", ".join(f"{found[name]:,} {name}s" for name in kinds)
+    listed = ", ".join(f"{found[name]:,} {name.removesuffix('s')}s" for name in kinds)
     parts = [
         f"{manifest.source} {manifest.split}: {listed} "
         f"and {texts:,} texts in {len(records):,} examples from {manifest.folder}"
@@ -364,8 +365,8 @@ def _file_fault(file: Path, stats: Stats, decoded: bool) -> Problem | None:
     if not decoded:
         return None
     try:
-        conversion = sounds.check(file)
-    except sounds.SoundError as error:
+        conversion = CHECKS[medium_of(file)](file)
+    except (sounds.SoundError, shapes.ShapeError) as error:
         return Problem(str(file), error.what, "left out")
     return Problem(str(file), conversion, "converted") if conversion else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ BUILT_IN = {
     "auto": "unified_mm.data.sources:find_source",
     **dict.fromkeys(LAYOUTS, "unified_mm.data.sources:given_folder"),
     "mixture": "unified_mm.data.mixture:open_mixture",
+    "solids": "unified_mm.data.sources:find_solids",
     "sounds": "unified_mm.data.sources:find_sounds",
     "tfds": "unified_mm.data.tfds_source:open_dataset",
     "world": "unified_mm.data.sources:embedded_world",
@@ -35,10 +36,14 @@ WORLD_BANNER = (
     "photographs. For your own data: --config.data.dir=FOLDER (README has the layouts)."
 )
 
-
 TONES_BANNER = (
     "NO DATA DIRECTORY WAS GIVEN, so this run uses sounds that are made: tones, sweeps, clicks and "
     "noises. Its scores say nothing about sounds of the world. For your own data: "
+    "--config.data.dir=FOLDER (README has the layouts)."
+)
+SOLIDS_BANNER = (
+    "NO DATA DIRECTORY WAS GIVEN, so this run uses shapes that are made: boxes, balls and other "
+    "solids. Its scores say nothing about things of the world. For your own data: "
     "--config.data.dir=FOLDER (README has the layouts)."
 )
 
@@ -336,6 +341,7 @@ def given_folder(data: Any) -> Source:
         named.caption,
         cache_folder(data),
         named.audio,
+        named.points,
         named.label,
         data.val_rows,
     )
@@ -398,13 +404,26 @@ def find_sounds(data: Any) -> Source:
     """Returns the folder given, else sounds that this package makes, kept in the cache."""
     from unified_mm.world.tones import ensure_tones
 
+    return _given_or_made(data, ensure_tones, "classes", "tones", TONES_BANNER)
+
+
+def find_solids(data: Any) -> Source:
+    """Returns the folder given, else shapes that this package makes, kept in the cache."""
+    from unified_mm.world.solids import ensure_solids
+
+    return _given_or_made(data, ensure_solids, "shapes", "solids", SOLIDS_BANNER)
+
+
+def _given_or_made(
+    data: Any, ensure: Callable[[Path], Path], layout: str, name: str, banner: str
+) -> Source:
     if data.dir:
         return given_folder(data.changed({"source": "auto"}))
     cache = cache_folder(data)
     with naming(f"data.cache_dir={cache}"):
-        folder = ensure_tones(cache)
-    splits = LAYOUTS["classes"][1](Folder(folder))
-    return ListedFolder(folder, splits, data, name="tones", banner=TONES_BANNER)
+        folder = ensure(cache)
+    splits = LAYOUTS[layout][1](Folder(folder))
+    return ListedFolder(folder, splits, data, name=name, banner=banner)
 
 
 def cache_folder(data: Any) -> Path:

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import tempfile
 import wave
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,38 @@ VERSION = 1  # raise it when the sounds change
 
 def ensure_tones(cache: Path) -> Path:
     """Returns the folder of the sounds, which are written where they are not there yet."""
-    folder = cache / f"tones-{VERSION}"
+
+    def write(file: Path, kind: str, seed: int) -> None:
+        write_wave(file.with_suffix(".wav"), sound(kind, seed))
+
+    return ensure_classes(cache / f"tones-{VERSION}", CLASSES, SOUNDS, write)
+
+
+def ensure_classes(
+    folder: Path,
+    classes: Sequence[str],
+    counts: Mapping[str, int],
+    write: Callable[[Path, str, int], None],
+) -> Path:
+    """Returns a folder that has a folder a class in each split, made where it is not there yet.
+
+    Args:
+      folder: where it is.
+      classes: their names.
+      counts: the files of each class, by the split.
+      write: writes the file of a path without suffix, a class and a seed.
+    """
     if folder.is_dir():
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=cache))
-    for split, count in SOUNDS.items():
-        for kind in CLASSES:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=folder.parent))
+    for split, count in counts.items():
+        for kind in classes:
             (made / split / kind).mkdir(parents=True)
             for number in range(count):
                 name = f"{split} {kind} {number}"
                 seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-                write_wave(made / split / kind / f"{number}.wav", sound(kind, seed))
+                write(made / split / kind / str(number), kind, seed)
     try:
         made.rename(folder)
     except OSError:  # another process was first
