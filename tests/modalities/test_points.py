@@ -1,6 +1,7 @@
 """Points as tokens: groups, what is padding, the order that is none, in every fusion."""
 
 import functools
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ import commands
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import live_server
 import numpy as np
 import pytest
 import tiny
@@ -22,6 +24,9 @@ from unified_mm.modalities.points import centres_and_nearest, in_order
 from unified_mm.objectives.classification import LABELS
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import param_shardings, rule_items, to_global
+from unified_mm.search.index_writer import write_index
+from unified_mm.search.items import read_items
+from unified_mm.search.search_index import SearchIndex
 from unified_mm.task import build_task
 from unified_mm.world.solids import CLASSES, solid
 
@@ -260,11 +265,11 @@ def test_training_moves_shapes_and_evaluation_does_not(folder):
     assert np.abs(turned - own).max() > 0.1
     factors = large / own
     assert np.ptp(factors) < 1e-5 and 0.5 <= factors.min() <= 2 and abs(factors.min() - 1) > 0.01
-    drawn = {
-        tuple(np.sign(points_of(mirror=True).prepare(record, np.random.default_rng(i))["points"][0, :3] * own[0]))
-        for i in range(8)
-    }  # fmt: skip
-    assert drawn == {(1, 1, 1), (-1, 1, 1)} and mirrored.shape == own.shape
+    flips = {tuple(np.sign(mirrored[0] * own[0]))}
+    for seed in range(8):
+        moved = points_of(mirror=True).prepare(record, np.random.default_rng(seed))["points"]
+        flips.add(tuple(np.sign(moved[0, :3] * own[0])))
+    assert flips == {(1, 1, 1), (-1, 1, 1)}
 
 
 def test_the_unit_is_the_mean_distance_from_the_centres(folder):
@@ -328,3 +333,33 @@ def test_a_run_that_lost_its_end_ends_in_the_same_bits(run, folder, tmp_path):
     assert train(tmp_path, folder, again) == 0
     one, other = (json.loads((each / "result.json").read_text()) for each in (run, again))
     assert one["scores"] == other["scores"]
+
+
+def test_shapes_are_indexed_and_served(run, folder, tmp_path):
+    """By the paths of any modality; an upload that would become too large is refused."""
+    model = unified_mm.load(run)
+    files = [folder / kind / f"{number}.npy" for kind in ("big", "small") for number in (1, 2)]
+    expected = model.embed([str(file) for file in files], of="points")
+    np.testing.assert_allclose(
+        model.embed([file.read_bytes() for file in files], of="points"), expected, atol=1e-6
+    )
+    (tmp_path / "items").mkdir()
+    for number, file in enumerate(files):
+        shutil.copy(file, tmp_path / "items" / f"{number}.npy")
+    (tmp_path / "items" / "bad.off").write_text("OFF\n8 1 0\n")
+    items = read_items(tmp_path / "items", of="points", suffixes=shapes.SUFFIXES)
+    write_index(model, items, tmp_path / "index", print)
+    index = SearchIndex.open(tmp_path / "index")
+    assert index.of == "points" and sorted(index.rows.names) == [f"{n}.npy" for n in range(4)]
+    (problem,) = index.header["problems"]
+    assert problem["file"] == "bad.off" and "cut short" in problem["what"]
+    large = io.BytesIO()
+    header = {"descr": "<f4", "fortran_order": False, "shape": (10**9, 3)}
+    np.lib.format.write_array_header_1_0(large, header)
+    with live_server.Running(model, index=index) as running:
+        asked = {"files": {"item": files[1].read_bytes()}, "data": {"of": "points", "count": 1}}
+        (best,) = running.client.post("/search", **asked).json()["results"]
+        assert index.rows.names[best["picture"]] == "1.npy"
+        asked["files"] = {"item": large.getvalue()}
+        refused = running.client.post("/search", **asked)
+        assert refused.status_code == 422 and "2,000,000 are the most" in refused.json()["message"]

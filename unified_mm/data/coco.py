@@ -20,6 +20,7 @@ from pathlib import Path
 from unified_mm.data import checked_json
 from unified_mm.data.checked_json import Node
 from unified_mm.data.listing import (
+    MEDIA,
     Entry,
     Finder,
     Foil,
@@ -92,12 +93,14 @@ def read_captions(folder: str | Path, split: str) -> Listing:
     files = {key: names[0] for key, names in listed.items() if len(names) == 1}
     home = _image_folder(folder, _suffix(path), [f for f in files.values() if f])
     finder = Finder(folder, [home] if home else [])
+    parts = _other_files(data.items("images"), folder)
     entries = tuple(
         Entry(
             key,
-            file,
+            file or next(iter(parts[key].values()), None),
             finder.find(file) if file else None,
             tuple(Text("", caption) for caption in captions.get(key, ())),
+            tuple((name, finder.find(named)) for name, named in parts[key].items()),
         )
         for key, file in files.items()
     )
@@ -240,19 +243,32 @@ def _image_files(
     return files, problems
 
 
+def _other_files(images: list[Node], folder: Path) -> dict[Key, dict[str, str]]:
+    """Returns the files of other modalities that stand beside `file_name`, such as `points`."""
+    found: dict[Key, dict[str, str]] = {}
+    for node in images:
+        named = found.setdefault(node.id("id"), {})
+        for name in (each for each in MEDIA if each != "image"):
+            if node.has(name) and isinstance(node.get(name), str):
+                named.setdefault(name, _inside(node, folder, name))
+    return found
+
+
 def _file_name(node: Node, folder: Path) -> str | None:
     """Returns the name of an image's file, or None for an example without image.
 
     Raises:
       ValueError: the name leads out of the data folder.
     """
-    if not node.has("file_name"):
-        return None
-    name = node.string("file_name")
+    return _inside(node, folder, "file_name") if node.has("file_name") else None
+
+
+def _inside(node: Node, folder: Path, key: str) -> str:
+    name = node.string(key)
     # Below one folder at least, the images' own.
     inside = os.path.relpath(os.path.join(folder, "images", name), folder)
     if inside == ".." or inside.startswith("../"):
-        raise node.error(f"leads out of the data folder: {name!r}", "file_name")
+        raise node.error(f"leads out of the data folder: {name!r}", key)
     return name
 
 

@@ -178,13 +178,14 @@ def in_words(name: str) -> str:
     return re.sub(r"[_\s]+", " ", name)
 
 
-def _grouped(files: Iterable[Path], folder: Folder) -> dict[str, list[Path]]:
-    """Returns files by the split that their names tell, or the first folder they are in."""
+def _grouped(files: Iterable[Path], folder: Folder, folders: int = 1) -> dict[str, list[Path]]:
+    """Returns files by the split that their names tell, or the first `folders` they are in."""
     found: dict[str, list[Path]] = {}
     for file in files:
-        top, *rest = file.relative_to(folder.path).parts
+        *above, _ = file.relative_to(folder.path).parts
         # A picture may be called train_station.jpg: its folder alone tells its split.
-        told = split_named(top) if rest and top.isalpha() else ""
+        said = (split_named(name) for name in above[:folders] if name.isalpha())
+        told = next(filter(None, said), "")
         if not told and not _is_medium(file):
             told = split_named(file.name)
         found.setdefault(told or WHOLE, []).append(file)
@@ -192,7 +193,10 @@ def _grouped(files: Iterable[Path], folder: Folder) -> dict[str, list[Path]]:
 
 
 def _by_split(
-    files: Iterable[Path], read: Callable[[Path], Iterable[Row]], folder: Folder
+    files: Iterable[Path],
+    read: Callable[[Path], Iterable[Row]],
+    folder: Folder,
+    folders: int = 1,
 ) -> Splits:
     """Returns the splits of files; what files of one split list is put together."""
 
@@ -200,7 +204,8 @@ def _by_split(
         rows = (row for file in these for row in read(file))
         return listing_of(these[0], rows, folder.finder)
 
-    return {split: partial(listed, these) for split, these in _grouped(files, folder).items()}
+    grouped = _grouped(files, folder, folders)
+    return {split: partial(listed, these) for split, these in grouped.items()}
 
 
 def coco_captions(folder: Folder) -> Splits:
@@ -542,23 +547,37 @@ def texts_beside(folder: Folder) -> Splits:
     return _by_split(pictures, rows, folder)
 
 
-def class_folders(folder: Folder, media: Sequence[str] = ("image", "audio")) -> Splits:
+def class_folders(folder: Folder) -> Splits:
     """Reads a folder of pictures or sounds a class, whose name is the caption: `cat/1.jpg`."""
-    below = [p for p in media_in(folder.path) if len(p.relative_to(folder.path).parts) > 1]
-    pictures = [p for p in below if medium_of(p) in media]
-    classes = {p.parent.name for p in pictures if p.parent.name not in ("images", "audio")}
+    return _classes(folder, [p for p in media_in(folder.path) if medium_of(p) != "points"])
+
+
+def shape_folders(folder: Folder) -> Splits:
+    """Reads a folder of shapes a class; splits may be in it, as ModelNet's: `chair/train/1.off`."""
+    return _classes(folder, [p for p in media_in(folder.path) if medium_of(p) == "points"], 2)
+
+
+def _classes(folder: Folder, files: Iterable[Path], folders: int = 1) -> Splits:
+    """Returns the splits of files in folders of classes, told by one of the first `folders`."""
+    pictures = [p for p in files if len(p.relative_to(folder.path).parts) > 1]
+
+    def class_of(file: Path) -> str:
+        *above, own = file.relative_to(folder.path).parts[:-1]
+        return above[-1] if above and folders > 1 and split_named(own) else own
+
+    classes = {class_of(p) for p in pictures if p.parent.name not in ("images", "audio")}
     if len({name for name in classes if not split_named(name)}) < 2:
         return {}
 
     def rows(picture: Path) -> Iterator[Row]:
         relative = picture.relative_to(folder.path).as_posix()
-        name = in_words(picture.parent.name)
+        name = in_words(class_of(picture))
         if (medium := medium_of(picture)) == "image":
             yield Row(relative, None, relative, [name], labels=[name])
         else:
             yield Row(relative, None, None, [name], parts={medium: relative}, labels=[name])
 
-    return _by_split(pictures, rows, folder)
+    return _by_split(pictures, rows, folder, folders)
 
 
 def webdataset(folder: Folder) -> Splits:
@@ -654,7 +673,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Folder], Splits]]] = {
     "text_files": ("pictures with a .txt of the same name", texts_beside),
     "classes": ("a folder of pictures or sounds for each class", class_folders),
     # Apart, for a mesh often has pictures beside it.
-    "shapes": ("a folder of shapes for each class", partial(class_folders, media=("points",))),
+    "shapes": ("a folder of shapes for each class", shape_folders),
 }
 
 

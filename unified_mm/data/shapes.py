@@ -130,11 +130,10 @@ def _parts(content: bytes) -> tuple[bool, Parts]:
     if content.startswith(b"glTF"):
         _check_glb(content)
         return True, _mesh(content, "glb")
-    first = content.split(b"\n", 1)[0]
-    if b"OFF" in first[:4]:
+    lines = [line for line in content.splitlines() if line.strip() and not line.startswith(b"#")]
+    if lines and b"OFF" in lines[0][:4]:
         return True, _off(content)
-    lines = [line.split(None, 1)[0] for line in content.splitlines() if line.strip()]
-    if b"v" not in lines:
+    if not any(line.startswith((b"v ", b"v\t")) for line in lines):
         raise ShapeError("no shape that can be read")
     _limit(len(lines))
     return True, _mesh(content, "obj")

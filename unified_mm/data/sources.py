@@ -189,7 +189,7 @@ class ListedFolder(AnnotatedFolder):
         self._listed = dict(splits)
         self._known: dict[str, Listing] = {}
         if set(splits) == {WHOLE} or (name != "coco" and {"train", "val"} - set(splits) == {"val"}):
-            self._hold_out(next(iter(splits)), float(data.val_share))
+            self._hold_out(WHOLE if WHOLE in splits else "train", float(data.val_share))
         self._check_at_most, self._train_split = int(data.check_at_most), data.train_split
         super().__init__(folder, list(self._listed), data, name=name, banner=banner)
 

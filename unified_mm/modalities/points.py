@@ -192,7 +192,8 @@ def centres_and_nearest(
 
 
 def _mean(values: Float[Array, "B points 3"], there: Bool[Array, "B points"]) -> Any:
-    return blank(values, there).sum(1) / jnp.maximum(there.sum(1), 1)[:, None]
+    count = jnp.maximum(there.sum(1), 1).astype(values.dtype)
+    return blank(values, there).sum(1) / count[:, None]
 
 
 def _largest(x: Float[Array, "B N group D"], real: Bool[Array, "B N group"]) -> Any:
