@@ -42,7 +42,8 @@ class PointsModality:
       up: the axis about which training turns shapes.
       turn: the most degrees by which it does.
       stretch: the most by which it makes them larger or smaller: 1.25 is to 0.8 or 1.25 times.
-      mirror: whether it mirrors them in the first of the two other axes.
+      mirror: whether it mirrors them in the first of the two other axes, where no text of the
+        record names a side.
     """
 
     suffixes: ClassVar[frozenset[str]] = shapes.SUFFIXES
@@ -76,23 +77,24 @@ class PointsModality:
     def prepare(self, record: Record, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         if self.name not in record.parts:
             return self.absent()
-        shape = shapes.read(record.parts[self.name])
-        return self.arrays(shape, rng)
+        return self.arrays(shapes.read(record.parts[self.name]), rng, record.mirrorable)
 
     def read(self, content: bytes) -> dict[str, np.ndarray]:
         return self.arrays(shapes.read(content), None)
 
-    def arrays(self, shape: shapes.Shape, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+    def arrays(
+        self, shape: shapes.Shape, rng: np.random.Generator | None, mirrorable: bool = True
+    ) -> dict[str, np.ndarray]:
         """Returns the arrays of a shape; `rng` draws its points and how it is moved."""
         found = shapes.sample(shape, self.points, rng or np.random.default_rng(0))
         if rng is not None:
-            found[:, :3] @= self._movement(rng).astype(np.float32)
+            found[:, :3] @= self._movement(rng, mirrorable).astype(np.float32)
         values = self.absent()["points"]
         values[: len(found)] = found[:, : values.shape[1]]
         length = np.array(len(found), np.int32)
         return {"points": values, "length": length, "present": np.array(True)}
 
-    def _movement(self, rng: np.random.Generator) -> Float[np.ndarray, "3 3"]:
+    def _movement(self, rng: np.random.Generator, mirrorable: bool) -> Float[np.ndarray, "3 3"]:
         """Returns the matrix of a drawn turn, mirroring and size."""
         up = "xyz".index(self.up)
         one, other = (axis for axis in range(3) if axis != up)
@@ -100,7 +102,7 @@ class PointsModality:
         moved = np.eye(3)
         moved[one, one] = moved[other, other] = np.cos(angle)
         moved[one, other], moved[other, one] = np.sin(angle), -np.sin(angle)
-        if self.mirror and rng.random() < 0.5:
+        if self.mirror and rng.random() < 0.5 and mirrorable:
             moved[one] *= -1
         return moved * self.stretch ** rng.uniform(-1, 1)
 
