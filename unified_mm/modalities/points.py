@@ -182,9 +182,11 @@ def centres_and_nearest(
         nearest, centre = state
         found = jnp.take_along_axis(places, centre[:, None, None], axis=1)[:, 0]
         distances = jnp.where(there, distance(found), jnp.inf)
-        negative, near = jax.lax.top_k(-distances, group)
+        # Not `top_k`, for which each device of a CPU would take the rows of all.
+        near = jnp.argsort(distances, axis=-1, stable=True)[:, :group]
+        real = jnp.take_along_axis(distances, near, axis=1) < jnp.inf
         nearest = jnp.minimum(nearest, distances)
-        return (nearest, farthest(nearest)), (centre, near, negative > -jnp.inf)
+        return (nearest, farthest(nearest)), (centre, near, real)
 
     first = farthest(distance(_mean(places, there)))
     start = jnp.full(there.shape, jnp.inf), first
