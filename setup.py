@@ -9,6 +9,7 @@ PARTS = {
     "hub": ["huggingface_hub>=0.30"],
     "notebook": ["ipykernel>=6.30", "nbclient>=0.10", "nbformat>=5.10"],
     "opencv": ["opencv-python-headless>=4.10"],
+    "points": ["trimesh>=4.4"],
     "quantize": ["qwix>=0.1.8"],
     "search": ["usearch>=2.26"],
     "serve": [

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def test_a_name_is_the_recipe_of_this_package(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     coco = ["coco", "coco_documents", "coco_experts", "coco_flamingo"]
-    assert list(own_recipes()) == ["audio", *coco, "photographs", "video"]
+    assert list(own_recipes()) == ["audio", *coco, "photographs", "points", "video"]
     named = read_recipe("coco:base", ["--config.seed=3"])
     by_path = read_recipe(f"{ROOT / 'configs' / 'coco.py'}:base", ["--config.seed=3"])
     assert named == by_path and named.config.size == "base" and named.config.seed == 3

@@ -17,6 +17,7 @@ from ml_collections.config_dict import placeholder
 from unified_mm.config import defaults_of, option
 from unified_mm.modalities.audio import AudioModality
 from unified_mm.modalities.image import ImageEmbedding
+from unified_mm.modalities.points import PointsModality
 from unified_mm.modalities.text import TextEmbedding, TextModality
 from unified_mm.modalities.video import VideoModality
 from unified_mm.models.features import ProjectorOptions
@@ -201,11 +202,12 @@ def default_config() -> ConfigDict:
 def defaults() -> dict[str, Any]:
     """Returns all defaults as plain values, to read saved runs with; `*` is any phase's.
 
-    What recipes alone declare is among them, such as audio and video.
+    What recipes alone declare is among them, such as audio, points and video.
     """
     found: dict[str, Any] = default_config().to_dict()
     found["train"]["phases"]["*"] = phase(0)
-    for name, kind in (("audio", AudioModality), ("video", VideoModality)):
+    declared = {"audio": AudioModality, "points": PointsModality, "video": VideoModality}
+    for name, kind in declared.items():
         found["model"]["modalities"][name] = {"type": name, **defaults_of(kind)}
     return found
 
@@ -225,9 +227,17 @@ def data_fields() -> dict:
         # `data.tfds_features` lists. `captions` may name a text in a group, as captions.text.
         "tfds": {"image": "", "captions": "", "id": "", "name": "", "mirrorable": ""},
         "manifest": "",  # what `python -m unified_mm.clean` wrote of what to leave out
-        # What lists, tables and parquet files call images, captions, sounds, classes and videos; ''
-        # takes the usual names. Several of sounds, as 'speech,sound', are modalities so named.
-        "fields": {"image": "", "caption": "", "audio": "", "label": "", "video": ""},
+        # What lists, tables and parquet files call images, captions, sounds, shapes, classes and
+        # videos; '' takes the usual names. Several of sounds, as 'speech,sound', are modalities so
+        # named.
+        "fields": {
+            "image": "",
+            "caption": "",
+            "audio": "",
+            "points": "",
+            "label": "",
+            "video": "",
+        },
         "val_rows": "",  # of lists, as 'fold=4' or 'take=5,6': 'val', and all others 'train'
         "val_share": 0.1,  # of a folder without a split to score on, by the examples' names
         "cache_dir": "",  # where the world and checked manifests are kept; '' is the user's cache

@@ -205,6 +205,8 @@ def test_what_cannot_be_is_refused():
     assert "the context sees the text" in why(objectives__matching__rule="joint")
     experts = {"model__feed_forward_type": "experts"}
     assert "of all tokens; set model.feed_forward_type='dense'" in why(**experts)
+    exits = {"model__exits": (1,), "objectives__exits__weight": 1.0}
+    assert "nothing for the losses of exits; set model.exits=()" in why(**exits)
     built = task(0.5)
     late = {"model__fusion": "late", "objectives__captioning__weight": 0.0}
     late |= {"objectives__matching__weight": 0.0}

@@ -46,8 +46,11 @@ CAPTION_NAMES = (
     "transcript", "transcription", "sentence",
 )  # fmt: skip
 LABEL_NAMES = ("label", "labels", "category", "class", "class_name", "tags")
-AUDIO_NAMES = ("audio", "audio_path", "audio_file", "sound", "wav", "clip")
-VIDEO_NAMES = ("video", "video_path", "video_file", "video_name")
+PART_NAMES = {
+    "audio": ("audio", "audio_path", "audio_file", "sound", "wav", "clip"),
+    "points": ("points", "point_cloud", "cloud", "mesh"),
+    "video": ("video", "video_path", "video_file", "video_name"),
+}
 ID_NAMES = ("image_id", "img_id", "imgid", "cocoid", "id")
 
 Splits = Mapping[str, Callable[[], Listing]]
@@ -61,12 +64,11 @@ class Folder:
       path: the folder.
       image, caption: what the user calls the fields of images and captions; '' for usual names.
       cache: where what is costly to find out is kept.
-      audio: what the fields of sounds are called; of several, with commas, each is the modality of
-        its name.
+      audio, points, video: what the fields of sounds, shapes and videos are called; of several,
+        with commas, each is the modality of its name.
       label: what the field of classes is called.
       val_rows: `FIELD=VALUE,VALUE`: the rows of lists that are 'val', all others being 'train'; ''
         for none.
-      video: what the field of videos is called.
     """
 
     path: Path
@@ -74,6 +76,7 @@ class Folder:
     caption: str = ""
     cache: Path | None = None
     audio: str = ""
+    points: str = ""
     label: str = ""
     val_rows: str = ""
     video: str = ""
@@ -108,21 +111,23 @@ class Folder:
     def label_name(self, fields: Mapping[str, Any]) -> str:
         return self.label if self.label in fields else usual(fields, LABEL_NAMES)
 
-    def audio_names(self, fields: Mapping[str, Any]) -> dict[str, str]:
-        """Returns the fields of sounds, by the modality that hears them."""
-        if not self.audio:
-            found = usual(fields, AUDIO_NAMES)
-            return {"audio": found} if found else {}
-        names = [name.strip() for name in self.audio.split(",")]
-        names = [name for name in names if name in fields]
-        return {"audio": names[0]} if "," not in self.audio and names else {n: n for n in names}
+    @property
+    def given_parts(self) -> tuple[tuple[str, str], ...]:
+        return ("audio", self.audio), ("points", self.points), ("video", self.video)
 
-    def video_name(self, fields: Mapping[str, Any]) -> str:
-        return self.video if self.video in fields else usual(fields, VIDEO_NAMES)
+    def part_names(self, fields: Mapping[str, Any]) -> dict[str, str]:
+        """Returns the fields of what is neither picture nor text, by the modality that reads it."""
+        found: dict[str, str] = {}
+        for medium, given in self.given_parts:
+            names = [name.strip() for name in given.split(",")] if given else []
+            names = names or [usual(fields, PART_NAMES[medium])]
+            alone = len(names) == 1
+            found |= {medium if alone else name: name for name in names if name in fields}
+        return found
 
     def names_media(self, fields: Mapping[str, Any]) -> bool:
-        """Returns whether a row has the field of a picture, of a sound or of a video."""
-        return bool(self.image_name(fields) or self.audio_names(fields) or self.video_name(fields))
+        """Returns whether a row has the field of a picture, a sound, a shape or a video."""
+        return bool(self.image_name(fields) or self.part_names(fields))
 
     def row(self, file: Path, place: str, key: Key | None, fields: Mapping[str, Any]) -> Row:
         """Returns the row of a list that names files, with captions or classes.
@@ -132,16 +137,14 @@ class Folder:
         image = self._file_name(file, place, fields, self.image_name(fields))
         parts = {
             name: found
-            for name, field in self.audio_names(fields).items()
+            for name, field in self.part_names(fields).items()
             if (found := self._file_name(file, place, fields, field))
         }
-        if video := self._file_name(file, place, fields, self.video_name(fields)):
-            parts["video"] = video
         # What the usual field names, a file or a clip, is what its suffix says.
         if not self.audio and medium_of(parts.get("audio", "")) == "video":
             parts = {"video": parts.pop("audio"), **parts}
-        if image and medium_of(image) != "image" and not self.image:
-            parts, image = {medium_of(image): image, **parts}, None
+        if image and (medium := medium_of(image)) != "image" and not self.image:
+            parts, image = {medium: image, **parts}, None
         labels: list[Any] = []
         if parts or self.label:
             labels = _several(fields.get(self.label_name(fields)), ";")
@@ -187,13 +190,14 @@ def in_words(name: str) -> str:
     return re.sub(r"[_\s]+", " ", name)
 
 
-def _grouped(files: Iterable[Path], folder: Folder) -> dict[str, list[Path]]:
-    """Returns files by the split that their names tell, or the first folder they are in."""
+def _grouped(files: Iterable[Path], folder: Folder, folders: int = 1) -> dict[str, list[Path]]:
+    """Returns files by the split that their names tell, or the first `folders` they are in."""
     found: dict[str, list[Path]] = {}
     for file in files:
-        top, *rest = file.relative_to(folder.path).parts
+        *above, _ = file.relative_to(folder.path).parts
         # A picture may be called train_station.jpg: its folder alone tells its split.
-        told = split_named(top) if rest and top.isalpha() else ""
+        said = (split_named(name) for name in above[:folders] if name.isalpha())
+        told = next(filter(None, said), "")
         if not told and not _is_medium(file):
             told = split_named(file.name)
         found.setdefault(told or WHOLE, []).append(file)
@@ -201,7 +205,10 @@ def _grouped(files: Iterable[Path], folder: Folder) -> dict[str, list[Path]]:
 
 
 def _by_split(
-    files: Iterable[Path], read: Callable[[Path], Iterable[Row]], folder: Folder
+    files: Iterable[Path],
+    read: Callable[[Path], Iterable[Row]],
+    folder: Folder,
+    folders: int = 1,
 ) -> Splits:
     """Returns the splits of files; what files of one split list is put together."""
 
@@ -209,7 +216,8 @@ def _by_split(
         rows = (row for file in these for row in read(file))
         return listing_of(these[0], rows, folder.finder)
 
-    return {split: partial(listed, these) for split, these in _grouped(files, folder).items()}
+    grouped = _grouped(files, folder, folders)
+    return {split: partial(listed, these) for split, these in grouped.items()}
 
 
 def coco_captions(folder: Folder) -> Splits:
@@ -457,13 +465,13 @@ def _table(folder: Folder, file: Path) -> Table | None:
         fields = dict.fromkeys(names)
         if len(names) > 1 and folder.names_media(fields):
             table = delimiter, names
-            if folder.caption_name(fields) or _labels_sounds(folder, file, table):
+            if folder.caption_name(fields) or _labels_parts(folder, file, table):
                 return table
     return None
 
 
-def _labels_sounds(folder: Folder, file: Path, table: Table) -> bool:
-    """Returns whether a table without captions has classes of sounds, as its first row tells."""
+def _labels_parts(folder: Folder, file: Path, table: Table) -> bool:
+    """Returns whether a table without captions has classes of other media, by its first row."""
     first = next(_table_lines(file, table), None)
     return first is not None and bool(
         folder.label_name(first[1]) and folder.row(file, *first[:1], None, first[1]).parts
@@ -528,11 +536,11 @@ def image_folder(folder: Folder) -> Splits:
     """Reads Hugging Face's imagefolder: `metadata.jsonl` beside the files that it names.
 
     (`metadata.csv` is read as a table.) Where there is none, JSON lines of another name are read
-    that name sounds or videos.
+    that name sounds, shapes or videos.
     """
     lists = [file for file in folder.files if file.suffix == ".jsonl"]
     files = [file for file in lists if file.name == "metadata.jsonl"]
-    files = files or [file for file in lists if _names_others(folder, file)]
+    files = files or [file for file in lists if _names_parts(folder, file)]
     if folder.val_rows:
         return _splits_of_rows(folder, files, _json_lines)
 
@@ -542,10 +550,10 @@ def image_folder(folder: Folder) -> Splits:
     return _by_split(files, rows, folder)
 
 
-def _names_others(folder: Folder, file: Path) -> bool:
+def _names_parts(folder: Folder, file: Path) -> bool:
     _, fields = next(_json_lines(file), ("", {}))
     first = str(fields.get(folder.image_name(fields)))
-    named = folder.audio_names(fields) or folder.video_name(fields) or medium_of(first) != "image"
+    named = folder.part_names(fields) or medium_of(first) != "image"
     return bool(named and (folder.caption_name(fields) or folder.label_name(fields)))
 
 
@@ -646,21 +654,35 @@ def texts_beside(folder: Folder) -> Splits:
 
 def class_folders(folder: Folder) -> Splits:
     """Reads a folder of pictures, sounds or videos a class, whose name is the caption."""
-    pictures = [p for p in media_in(folder.path) if len(p.relative_to(folder.path).parts) > 1]
-    classes = {p.parent.name for p in pictures if p.parent.name not in ("images", *MEDIA)}
+    return _classes(folder, [p for p in media_in(folder.path) if medium_of(p) != "points"])
+
+
+def shape_folders(folder: Folder) -> Splits:
+    """Reads a folder of shapes a class; splits may be in it, as ModelNet's: `chair/train/1.off`."""
+    return _classes(folder, [p for p in media_in(folder.path) if medium_of(p) == "points"], 2)
+
+
+def _classes(folder: Folder, files: Iterable[Path], folders: int = 1) -> Splits:
+    """Returns the splits of files in folders of classes, told by one of the first `folders`."""
+    pictures = [p for p in files if len(p.relative_to(folder.path).parts) > 1]
+
+    def class_of(file: Path) -> str:
+        *above, own = file.relative_to(folder.path).parts[:-1]
+        return above[-1] if above and folders > 1 and split_named(own) else own
+
+    classes = {class_of(p) for p in pictures if p.parent.name not in ("images", *MEDIA)}
     if len({name for name in classes if not split_named(name)}) < 2:
         return {}
 
     def rows(picture: Path) -> Iterator[Row]:
         relative = picture.relative_to(folder.path).as_posix()
-        name = in_words(picture.parent.name)
-        if medium_of(picture) == "image":
+        name = in_words(class_of(picture))
+        if (medium := medium_of(picture)) == "image":
             yield Row(relative, None, relative, [name], labels=[name])
         else:
-            parts = {medium_of(picture): relative}
-            yield Row(relative, None, None, [name], parts=parts, labels=[name])
+            yield Row(relative, None, None, [name], parts={medium: relative}, labels=[name])
 
-    return _by_split(pictures, rows, folder)
+    return _by_split(pictures, rows, folder, folders)
 
 
 def webdataset(folder: Folder) -> Splits:
@@ -753,11 +775,13 @@ LAYOUTS: dict[str, tuple[str, Callable[[Folder], Splits]]] = {
     "audiocaps": ("AudioCaps: csv of youtube_id, start_time and caption", audiocaps),
     "questions": ("JSON files of questions (OK-VQA, VizWiz, TextVQA, GQA)", questions),
     "imagefolder": ("metadata.jsonl with file_name and text", image_folder),
-    "table": ("CSV, TSV or .token of image, sound or video, and caption or class", tables),
+    "table": ("CSV, TSV or .token of a file and its caption or class", tables),
     "webdataset": ("WebDataset tars: KEY.jpg with KEY.txt or KEY.json", webdataset),
     "parquet": ("parquet files with the bytes of images and captions", parquet),
     "text_files": ("pictures with a .txt of the same name", texts_beside),
     "classes": ("a folder of pictures, sounds or videos for each class", class_folders),
+    # Apart, for a mesh often has pictures beside it.
+    "shapes": ("a folder of shapes for each class", shape_folders),
 }
 
 

@@ -12,12 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unified_mm.data import clips, sounds
+from unified_mm.data import clips, shapes, sounds
 from unified_mm.data.images import SUFFIXES
 from unified_mm.data.records import Problem, StoredImage, Text
 
 # The files that layouts look for, by what they are.
-MEDIA = {"image": SUFFIXES, "audio": sounds.SUFFIXES, "video": clips.CONTAINERS}
+MEDIA = {
+    "image": SUFFIXES,
+    "audio": sounds.SUFFIXES,
+    "video": clips.CONTAINERS,
+    "points": shapes.SUFFIXES,
+}
 
 Key = int | str
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import PIL
 
-from unified_mm.data import clips, images, sounds
+from unified_mm.data import clips, images, shapes, sounds
 from unified_mm.data.listing import Entry, Key, Listing, Question, id_hint, medium_of
 from unified_mm.data.records import ByteStore, Image, Manifest, Problem, Record, StoredImage, Text
 from unified_mm.files import naming, write_atomically
@@ -29,7 +29,7 @@ _SIDES_ONCE = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
 MISSING = "missing image"
 # What decodes a file completely and says what it converted: by the modality that reads it, or where
 # that is of the user's naming by what the file's name says it is.
-CHECKS = {"audio": sounds.check, "video": clips.check}
+CHECKS = {"audio": sounds.check, "points": shapes.check, "video": clips.check}
 _NAMED = 5  # files named per kind of problem in a summary
 
 
@@ -219,7 +219,7 @@ def summary(manifest: Manifest) -> str:
     texts = sum(len(r.texts) for r in records)
     found = Counter(name for record in records for name in record.parts)
     kinds = sorted(found or {"image"}, key=lambda name: (name != "image", name))
-    listed = ", ".join(f"{found[name]:,} {name}s" for name in kinds)
+    listed = ", ".join(f"{found[name]:,} {name.removesuffix('s')}s" for name in kinds)
     parts = [
         f"{manifest.source} {manifest.split}: {listed} "
         f"and {texts:,} texts in {len(records):,} examples from {manifest.folder}"
@@ -370,7 +370,7 @@ def _file_fault(modality: str, file: Path, stats: Stats, decoded: bool) -> Probl
     check = CHECKS.get(kind, sounds.check)
     try:
         conversion = check(file)
-    except (sounds.SoundError, clips.ClipError) as error:
+    except (sounds.SoundError, clips.ClipError, shapes.ShapeError) as error:
         return Problem(str(file), error.what, "left out")
     return Problem(str(file), conversion, "converted") if conversion else None
 

@@ -22,6 +22,7 @@ BUILT_IN = {
     "auto": "unified_mm.data.sources:find_source",
     **dict.fromkeys(LAYOUTS, "unified_mm.data.sources:given_folder"),
     "mixture": "unified_mm.data.mixture:open_mixture",
+    "solids": "unified_mm.data.sources:find_solids",
     "sounds": "unified_mm.data.sources:find_sounds",
     "speech": "unified_mm.data.sources:find_speech",
     "clips": "unified_mm.data.sources:find_clips",
@@ -37,7 +38,6 @@ WORLD_BANNER = (
     "photographs. For your own data: --config.data.dir=FOLDER (README has the layouts)."
 )
 
-
 TONES_BANNER = (
     "NO DATA DIRECTORY WAS GIVEN, so this run uses sounds that are made: tones, sweeps, clicks and "
     "noises. Its scores say nothing about sounds of the world. For your own data: "
@@ -47,6 +47,11 @@ STRINGS_BANNER = (
     "NO DATA DIRECTORY WAS GIVEN, so this run uses strings of digits that are made of telephone "
     "tones. Its scores say nothing about speech. For your own data: --config.data.dir=FOLDER "
     "(README has the layouts)."
+)
+SOLIDS_BANNER = (
+    "NO DATA DIRECTORY WAS GIVEN, so this run uses shapes that are made: boxes, balls and other "
+    "solids. Its scores say nothing about things of the world. For your own data: "
+    "--config.data.dir=FOLDER (README has the layouts)."
 )
 
 CLIPS_BANNER = (
@@ -197,7 +202,7 @@ class ListedFolder(AnnotatedFolder):
         self._listed = dict(splits)
         self._known: dict[str, Listing] = {}
         if set(splits) == {WHOLE} or (name != "coco" and {"train", "val"} - set(splits) == {"val"}):
-            self._hold_out(next(iter(splits)), float(data.val_share))
+            self._hold_out(WHOLE if WHOLE in splits else "train", float(data.val_share))
         self._check_at_most, self._train_split = int(data.check_at_most), data.train_split
         super().__init__(folder, list(self._listed), data, name=name, banner=banner)
 
@@ -349,6 +354,7 @@ def given_folder(data: Any) -> Source:
         named.caption,
         cache_folder(data),
         named.audio,
+        named.points,
         named.label,
         data.val_rows,
         named.video,
@@ -420,6 +426,13 @@ def find_speech(data: Any) -> Source:
     from unified_mm.world.tones import ensure_strings
 
     return _given_or_made(data, ensure_strings, "table", "strings", STRINGS_BANNER)
+
+
+def find_solids(data: Any) -> Source:
+    """Returns the folder given, else shapes that this package makes, kept in the cache."""
+    from unified_mm.world.solids import ensure_solids
+
+    return _given_or_made(data, ensure_solids, "shapes", "solids", SOLIDS_BANNER)
 
 
 def _given_or_made(

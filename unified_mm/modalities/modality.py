@@ -14,6 +14,7 @@ from unified_mm.registry import resolve
 BUILT_IN = {
     "audio": "unified_mm.modalities.audio:AudioModality",
     "image": "unified_mm.modalities.image:ImageModality",
+    "points": "unified_mm.modalities.points:PointsModality",
     "text": "unified_mm.modalities.text:TextModality",
     "video": "unified_mm.modalities.video:VideoModality",
 }

@@ -87,14 +87,15 @@ def single_document(
     valid: Bool[Array, "B N"],
     group: Group,
     time: Float[Any, " N"] | None = None,
-    coords: Float[Any, "N 3"] | None = None,
+    coords: Float[Any, "... N 3"] | None = None,
 ) -> TokenMetadata:
     """Returns the metadata of one segment of one document, positions counted from 0.
 
     Args:
       valid: which tokens are there.
       group: of the tokens.
-      time, coords: float32, of the tokens of each example; both or neither.
+      time, coords: float32, of the tokens of each example; both or neither. Coords may be of each
+        example its own, [B, N, 3].
     """
     zeros = jnp.zeros(valid.shape, jnp.int32)
     return TokenMetadata(

@@ -141,9 +141,15 @@ def short_lines(task: Task, train: Manifest) -> list[str]:
 
 def mirror_line(config: Config, task: Task) -> str:
     """Says that mirroring knows the sides that captions name in English, and no others."""
-    if not any(getattr(modality, "mirror", False) for modality in task.modalities.values()):
+    mirrored = [n for n, modality in task.modalities.items() if getattr(modality, "mirror", False)]
+    if not mirrored:
         return ""
+    own = {name for name in mirrored if "mirror" in config.model.modalities[name]}
+    what = ["pictures"] * (set(mirrored) != own) + [f"{name} items" for name in sorted(own)]
+    fields = ["data.mirror"] * (set(mirrored) != own)
+    fields += [f"model.modalities.{name}.mirror" for name in sorted(own)]
     return (
-        "training mirrors half of the pictures, but for those of which a text says left or right "
-        "in English: where texts name sides in another language, set data.mirror=False"
+        f"training mirrors half of the {' and '.join(what)}, but for those of which a text says "
+        "left or right in English: where texts name sides in another language, set "
+        f"{' and '.join(fields)}=False"
     )

@@ -7,17 +7,16 @@ that is as likely: so no single picture tells the direction, and who tells it ha
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
+
+from unified_mm.world.made import ensure_folder, seed_of
 
 COLOURS = {
     "red": (0.9, 0.15, 0.15),
@@ -146,27 +145,20 @@ def ensure_clips(cache: Path) -> Path:
 
     It is in the layout of COCO captions, with `video` in place of `file_name`.
     """
-    folder = cache / f"clips-{VERSION}"
-    if folder.is_dir():
-        return folder
-    print(f"drawing {sum(CLIPS.values()):,} clips, once, into {folder}", flush=True)
-    cache.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=cache))
+    return ensure_folder(cache / f"clips-{VERSION}", _write_clips)
+
+
+def _write_clips(made: Path) -> None:
+    print(f"drawing {sum(CLIPS.values()):,} clips, once", flush=True)
     (made / "annotations").mkdir()
     for split, count in CLIPS.items():
         (made / "clips" / split).mkdir(parents=True)
         _write_split(made, split, count)
-    try:
-        made.rename(folder)
-    except OSError:  # another process was first
-        shutil.rmtree(made)
-    return folder
 
 
 def scene_of(split: str, number: int) -> Scene:
     """Returns a scene of a split, which its number decides."""
-    seed = hashlib.sha256(f"{split} {number}".encode()).digest()[:8]
-    return sample_scene(np.random.default_rng(int.from_bytes(seed, "little")))
+    return sample_scene(np.random.default_rng(seed_of(f"{split} {number}")))
 
 
 def _write_split(folder: Path, split: str, count: int) -> None:

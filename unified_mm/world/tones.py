@@ -6,15 +6,13 @@ And strings of digits, each the two tones that a telephone has for it, with what
 from __future__ import annotations
 
 import csv
-import hashlib
-import shutil
-import tempfile
 import wave
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
+
+from unified_mm.world.made import ensure_classes, ensure_folder, seed_of
 
 RATE = 16_000
 CLASSES = ("clicks", "falling sweep", "high tone", "low tone", "noise", "rising sweep")
@@ -28,34 +26,16 @@ LONGEST = 4  # digits of a string
 
 def ensure_tones(cache: Path) -> Path:
     """Returns the folder of the sounds, which are written where they are not there yet."""
-    return _ensure(cache / f"tones-{VERSION}", _write_tones)
+
+    def write(file: Path, kind: str, seed: int) -> None:
+        write_wave(file.with_suffix(".wav"), sound(kind, seed))
+
+    return ensure_classes(cache / f"tones-{VERSION}", CLASSES, SOUNDS, write)
 
 
 def ensure_strings(cache: Path) -> Path:
     """Returns the folder of the strings of digits, with a `metadata.csv` a split, likewise."""
-    return _ensure(cache / f"strings-{VERSION}", _write_strings)
-
-
-def _ensure(folder: Path, write: Callable[[Path], None]) -> Path:
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent))
-    write(made)
-    try:
-        made.rename(folder)
-    except OSError:  # another process was first
-        shutil.rmtree(made)
-    return folder
-
-
-def _write_tones(made: Path) -> None:
-    for split, count in SOUNDS.items():
-        for kind in CLASSES:
-            (made / split / kind).mkdir(parents=True)
-            for number in range(count):
-                seed = _seed(f"{split} {kind} {number}")
-                write_wave(made / split / kind / f"{number}.wav", sound(kind, seed))
+    return ensure_folder(cache / f"strings-{VERSION}", _write_strings)
 
 
 def _write_strings(made: Path) -> None:
@@ -63,15 +43,11 @@ def _write_strings(made: Path) -> None:
         (made / split).mkdir()
         rows = [("file_name", "text")]
         for number in range(count):
-            wave, text = digit_string(_seed(f"{split} string {number}"))
+            wave, text = digit_string(seed_of(f"{split} string {number}"))
             write_wave(made / split / f"{number}.wav", wave)
             rows.append((f"{number}.wav", text))
         with (made / split / "metadata.csv").open("w", newline="") as file:
             csv.writer(file).writerows(rows)
-
-
-def _seed(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
 def digit_string(seed: int) -> tuple[Float[np.ndarray, " S"], str]:
