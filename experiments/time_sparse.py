@@ -65,7 +65,8 @@ def picture(keep: float) -> Any:
     view = next(each.view for each in task.objectives if each.name == "captioning")  # type: ignore[attr-defined]
 
     def read(params: Any, batch: Any) -> Any:
-        return task.model.apply({"params": params}, batch, view, method="prefix").layers
+        found: Any = task.model.apply({"params": params}, batch, view, method="prefix")
+        return found.layers
 
     return partial(jax.jit(read), params, batch), flops
 
