@@ -294,6 +294,8 @@ def evaluate(options: argparse.Namespace) -> int:
     found = score(model.predictor, split, batch_size=batch_size)
     for warning in found.warnings:
         output.say(f"WARNING: {warning}")
+    if options.exits and any(config.evaluation.shots):
+        output.say("scores of examples in context (shots) are of all layers: exits have no part")
     result = {
         "scores": found.scores,
         "chance": found.chance,

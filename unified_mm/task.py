@@ -28,6 +28,7 @@ from unified_mm.objectives.objective import (
     compare_embedded,
     weight_schedules,
 )
+from unified_mm.objectives.transcription import Transcription
 from unified_mm.parallel.sharding import path_of
 
 
@@ -270,6 +271,8 @@ def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
             f"model.dropping.keep={m.dropping.keep}: only the early fusions drop tokens of the "
             f"context, and not model.fusion={m.fusion!r}: set it to 1, or the fusion to 'early'"
         )
+    if m.dropping.keep < 1:
+        check_dropping(objectives)
     check_modalities(modalities, objectives)
     check_exits(m.exits, objectives)
     heads = {objective.name: objective.head() for objective in objectives}
@@ -316,6 +319,23 @@ def check_modalities(modalities: Mapping[str, Any], objectives: Sequence[Any]) -
             f"model.modalities.{unread[0]} is declared, but no objective with a weight above 0 "
             "reads it under its rule"
         )
+
+
+def check_dropping(objectives: Sequence[Any]) -> None:
+    """Checks that no objective needs the tokens of a context at their places.
+
+    Raises:
+      ValueError: one does.
+    """
+    for each in objectives:
+        where = f"objectives.{each.name}"
+        if isinstance(each, Transcription):
+            why = f"{where} writes what each moment says: set its weight to 0"
+        elif getattr(each, "pool", "") in ("first", "last"):
+            why = f"{where}.pool={each.pool!r} may be dropped: set it to 'mean'"
+        else:
+            continue
+        raise ValueError(f"model.dropping.keep is below 1, and {why}, or keep to 1")
 
 
 def check_exits(exits: Sequence[int], objectives: Sequence[Any]) -> None:

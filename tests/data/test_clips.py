@@ -1,5 +1,6 @@
 """Frames of any video come by its own clock, upright, and what is none is named."""
 
+import io
 import json
 
 import numpy as np
@@ -166,13 +167,23 @@ def test_bad_files_are_refused(tmp_path, kind):
             clips.check(tmp_path / name)
 
 
-def test_an_upload_that_takes_too_long_is_refused(tmp_path):
-    with clips.opened(write_npz(tmp_path / "long.npz", count=3, fps=0.001)) as clip:
-        with pytest.raises(clips.ClipError, match="3000 seconds are over 600"):
-            clips.refuse_long(clip)
-        clip.seconds, clip.pixels = 1.0, 1 << 33
-        with pytest.raises(clips.ClipError, match="3 frames of 8,589,934,592 pixels"):
-            clips.refuse_long(clip)
+def test_an_upload_that_takes_too_long_is_refused(tmp_path, monkeypatch):
+    def refused(content, what):
+        with pytest.raises(clips.ClipError, match=what), clips.opened(content, limited=True):
+            pass
+
+    array = write_npz(tmp_path / "long.npz", count=3, fps=0.001).read_bytes()
+    refused(array, "3000 seconds are over 600")
+    with clips.opened(array):  # a file of one's own may be as long as it is
+        pass
+    shown = []
+    monkeypatch.setattr(clips._Pictures, "_show", lambda self, number: shown.append(number))
+    monkeypatch.setattr(clips, "MAX_DECODED", 8 * 8 * 3 - 1)
+    moving = io.BytesIO()
+    first, *others = (Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(3))
+    first.save(moving, "GIF", save_all=True, append_images=others)
+    refused(moving.getvalue(), "frames of 192 pixels in all are over 191")
+    assert not shown  # it is refused before any frame is decoded
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
@@ -234,7 +245,15 @@ def test_msrvtt_and_tables_of_videos(tmp_path):
         ("caption 1", "caption 4"),
     ]
     assert train[1].parts == (("video", folder / "TrainValVideo" / "video1.mp4"),)
-    assert len(found["validate"]().entries) == 1
+    assert len(found["val"]().entries) == 1
+    # The test set is a file of its own.
+    tested = {
+        "videos": [{"video_id": "video7", "split": "test"}],
+        "sentences": [{"video_id": "video7", "caption": "caption 7"}],
+    }
+    (folder / "test_videodatainfo.json").write_text(json.dumps(tested))
+    both = LAYOUTS["msrvtt"][1](Folder(folder))
+    assert set(both) == {"train", "val", "test"} and len(both["train"]().entries) == 2
 
     for field in ("video", "path", "clip"):
         table = tmp_path / field

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from unified_mm.data import layouts
 from unified_mm.data.manifest import summary
 from unified_mm.data.sources import given_folder
 from unified_mm.default_config import default_config
@@ -38,6 +39,12 @@ def librispeech(folder):
         "val": {"3-4-0000": ["FOR DINNER"]},
         "dev-clean": {"3-4-0000": ["FOR DINNER"]},
     }
+
+
+def test_the_archive_has_a_folder_around_its_splits(tmp_path):
+    expected = librispeech(tmp_path / "LibriSpeech")
+    found = layouts.librispeech(layouts.Folder(tmp_path))
+    assert set(found) == set(expected)
 
 
 def audiocaps(folder):

@@ -205,6 +205,10 @@ def test_what_cannot_be_is_refused():
     assert "the context sees the text" in why(objectives__matching__rule="joint")
     experts = {"model__feed_forward_type": "experts"}
     assert "of all tokens; set model.feed_forward_type='dense'" in why(**experts)
+    grid = {"model__sparse": {"image": {"grid": 1}}}
+    assert "what is left of image is no grid of patches" in why(**grid)
+    pool = {"objectives__contrastive__pool": "first"}
+    assert "objectives.contrastive.pool='first' may be dropped" in why(**pool)
     exits = {"model__exits": (1,), "objectives__exits__weight": 1.0}
     assert "nothing for the losses of exits; set model.exits=()" in why(**exits)
     built = task(0.5)

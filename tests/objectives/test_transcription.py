@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from unified_mm.data.records import Record, Text
+from unified_mm.data.sounds import SoundError
 from unified_mm.modalities.audio import AudioModality
 from unified_mm.objectives.transcription import (
     BLANK,
@@ -128,6 +129,13 @@ def test_what_is_too_short_is_named():
     records = [record("abb", "long", audio=4), record("abb", "short", audio=3), record("abb", "no")]
     assert [each.id for each in DIGITS.too_short(Steps(), records)] == ["short"]
     assert not replace(DIGITS, slots=2).too_short(Steps(), records)
+
+    def damaged(part):
+        raise SoundError("a.flac", "damaged")
+
+    unread = Steps()
+    unread.steps_of = damaged
+    assert not DIGITS.too_short(unread, records)  # they are named where they are read
 
 
 def test_a_sound_that_may_be_cut_is_refused():

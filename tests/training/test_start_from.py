@@ -114,6 +114,8 @@ def test_text_alone_starts_early_fusion(late, theirs):
         if path.startswith(("transformer/", "embedders_text/")):
             np.testing.assert_array_equal(params[path], theirs[path], err_msg=path)
     assert (params["embedders_image/patches/kernel"].shape[1]) == config.model.width
+    gridded = adopted(model__start_from__text=str(late), model__sparse={"image": {"grid": 1}})
+    assert gridded.model.sparse.image.grid == 1
 
 
 @pytest.mark.parametrize(
@@ -244,6 +246,11 @@ def test_what_contradicts_a_whole_model_is_refused(clip, changes, asked, named):
     config = tiny.config_dict(model__start_from__whole=str(clip), **filled)
     with pytest.raises(ValueError, match=named):
         config_from_run(config, asked)
+
+
+def test_exits_may_be_added_to_a_whole_model(late):
+    config = tiny.config_dict(model__start_from__whole=str(late), model__exits=(1,))
+    assert tuple(config_from_run(config, ("model.exits",)).model.exits) == (1,)
 
 
 def test_the_length_of_texts_is_free_but_where_padding_is_seen(clip):

@@ -109,7 +109,7 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
         "SHARE",
         "of tokens that may be others than by all layers (0.05)",
         0.05,
-        at_least(float, 0, 1),
+        at_least(float, 0, 0.999),
     ),
     "error": _number("SHARE", "the chance that more are (0.05)", 0.05, at_least(float, 1e-9, 1)),
     "replace": _switch("replace what the run has of this"),

@@ -26,6 +26,13 @@ MAX_BYTES = 1 << 30  # of an array
 MAX_SECONDS = 600.0
 MAX_DECODED = 1 << 34  # pixels of all its frames
 
+# What reads playlists or addresses would go out into the network.
+OPTIONS = {
+    "fflags": "genpts",
+    "format_whitelist": "asf,avi,matroska,webm,mov,mp4,mpeg,mpegts,mpegvideo,ogg",
+    "protocol_whitelist": "",
+}
+
 Frame = UInt8[np.ndarray, "height width 3"]
 
 
@@ -65,7 +72,7 @@ class Clip(Protocol):
 
 
 @contextmanager
-def opened(source: str | Path | bytes) -> Iterator[Clip]:
+def opened(source: str | Path | bytes, *, limited: bool = False) -> Iterator[Clip]:
     """Opens a video by what it holds: a container, an array, or a picture, moving or not.
 
     A container needs PyAV, of the extra 'video'. A `.npz` has `frames`, uint8 [S, height, width,
@@ -73,9 +80,10 @@ def opened(source: str | Path | bytes) -> Iterator[Clip]:
 
     Args:
       source: a file, or what it holds.
+      limited: whether to refuse what takes long to decode (`MAX_SECONDS`, `MAX_DECODED`).
 
     Raises:
-      ClipError: it cannot be read, or is no video.
+      ClipError: it cannot be read, is no video, or takes too long.
     """
     name = "the video" if isinstance(source, bytes) else str(source)
     try:
@@ -84,19 +92,25 @@ def opened(source: str | Path | bytes) -> Iterator[Clip]:
             file.seek(0)
             if not head:
                 raise ClipError(name, "the file is empty")
-            if head.startswith((b"\x93NUMPY", b"PK\x03\x04")):
-                yield _Array(file, name, zipped=head.startswith(b"PK"))
-            elif picture := _picture(file, name):
-                yield _Pictures(picture, name)
-            else:
-                file.seek(0)
-                container = _Container(file, name)
-                try:
-                    yield container
-                finally:
-                    container.close()
+            clip = _clip(file, name, head, limited)
+            try:
+                if limited:
+                    _refuse_long(name, clip.seconds, clip.pixels * len(clip.times))
+                yield clip
+            finally:
+                if isinstance(clip, _Container):
+                    clip.close()
     except OSError as error:
         raise ClipError(name, f"unreadable: {error.strerror or error}") from error
+
+
+def _clip(file: Any, name: str, head: bytes, limited: bool) -> Clip:
+    if head.startswith((b"\x93NUMPY", b"PK\x03\x04")):
+        return _Array(file, name, zipped=head.startswith(b"PK"))
+    if picture := _picture(file, name):
+        return _Pictures(picture, name, limited)
+    file.seek(0)
+    return _Container(file, name)
 
 
 def frames_at(clip: Clip, times: Float[np.ndarray, " S"]) -> Iterator[Frame]:
@@ -127,15 +141,12 @@ def check(source: str | Path) -> str:
     return ", ".join(found)
 
 
-def refuse_long(clip: Clip) -> None:
-    """Raises ValueError for an upload that would take too long to decode."""
-    if clip.seconds > MAX_SECONDS:
-        raise ClipError("the video", f"{clip.seconds:.0f} seconds are over {MAX_SECONDS:.0f}")
-    if clip.pixels * len(clip.times) > MAX_DECODED:
-        raise ClipError(
-            "the video",
-            f"{len(clip.times):,} frames of {clip.pixels:,} pixels are over {MAX_DECODED:,} in all",
-        )
+def _refuse_long(name: str, seconds: float, pixels: int) -> None:
+    """Raises ClipError for a video whose decoding would take too long."""
+    if seconds > MAX_SECONDS:
+        raise ClipError(name, f"{seconds:.0f} seconds are over {MAX_SECONDS:.0f}")
+    if pixels > MAX_DECODED:
+        raise ClipError(name, f"frames of {pixels:,} pixels in all are over {MAX_DECODED:,}")
 
 
 class _Array:
@@ -193,7 +204,7 @@ class _Pictures:
 
     converted = ""
 
-    def __init__(self, image: Any, name: str) -> None:
+    def __init__(self, image: Any, name: str, limited: bool) -> None:
         self._image, self._name = image, name
         self.pixels = image.size[0] * image.size[1]
         if self.pixels > MAX_PIXELS:
@@ -202,6 +213,8 @@ class _Pictures:
         # A page of a document or a second view of a photograph is not a later moment.
         count = count if image.format in ("GIF", "WEBP", "PNG") else 1
         for number in range(count if count > 1 else 0):
+            if limited:  # before it is decoded: how long a frame lasts is known when it is shown
+                _refuse_long(name, ends[-1], count * self.pixels)
             self._show(number)
             # Those that ask for no time are shown for a tenth of a second, as browsers do it.
             ends.append(ends[-1] + (float(image.info.get("duration", 0)) or 100.0) / 1000)
@@ -229,7 +242,7 @@ class _Container:
     def __init__(self, file: Any, name: str) -> None:
         self._av, self._name = _library(), name
         try:
-            self._container = self._av.open(file, options={"fflags": "genpts"})
+            self._container = self._av.open(file, options=OPTIONS)
         except self._av.FFmpegError as error:
             raise ClipError(name, f"no video that can be read: {error.strerror}") from error
         try:

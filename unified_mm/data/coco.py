@@ -32,6 +32,7 @@ from unified_mm.data.listing import (
     Row,
     id_hint,
     listing_of,
+    names_file,
     no_text,
     what_is_there,
 )
@@ -278,6 +279,9 @@ def _file_names(node: Node, folder: Path) -> dict[str, str]:
     for modality in MEDIA:
         key = "file_name" if modality == "image" else modality
         if not node.has(key):
+            continue
+        # Beside a picture's file, others' fields may be something else, such as a count of points.
+        if "image" in found and not names_file(node.get(key)):
             continue
         found[modality] = name = node.string(key)
         # Below one folder at least, the images' own.

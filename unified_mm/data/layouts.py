@@ -29,6 +29,7 @@ from unified_mm.data.listing import (
     listing_of,
     media_in,
     medium_of,
+    names_file,
     pictures_in,
     split_named,
     usual,
@@ -138,7 +139,8 @@ class Folder:
         parts = {
             name: found
             for name, field in self.part_names(fields).items()
-            if (found := self._file_name(file, place, fields, field))
+            if self._is_meant(name, fields.get(field))
+            and (found := self._file_name(file, place, fields, field))
         }
         # What the usual field names, a file or a clip, is what its suffix says.
         if not self.audio and medium_of(parts.get("audio", "")) == "video":
@@ -154,6 +156,11 @@ class Folder:
         if captions is None:
             captions = [in_words(each) for each in labels]
         return Row(place, key, image, captions, parts=parts, labels=labels)
+
+    def _is_meant(self, name: str, value: Any) -> bool:
+        """Returns whether a field of a usual name holds a file: `points` may be a count."""
+        told = name == "audio" or any(name in given.split(",") for _, given in self.given_parts)
+        return told or names_file(value)
 
     def _file_name(
         self, file: Path, place: str, fields: Mapping[str, Any], field: str
@@ -253,6 +260,8 @@ def _karpathy_splits(folder: Folder, file: Path, images: list) -> Splits:
 
 def msrvtt(folder: Folder) -> Splits:
     """Reads MSR-VTT's `videos` with `split`, and `sentences` with the `video_id` of each."""
+    videos = {path.stem: path for path in media_in(folder.path) if medium_of(path) == "video"}
+    found: dict[str, tuple[Path, list[Row]]] = {}
     for file, data in folder.json_lists:
         if not (isinstance(data, dict) and {"videos", "sentences"} <= set(data)):
             continue
@@ -260,21 +269,18 @@ def msrvtt(folder: Folder) -> Splits:
         for number, each in enumerate(data["sentences"]):
             key = _string(each, "video_id", f"{file.name}: sentences[{number}]")
             captions.setdefault(key, []).append(each.get("caption"))
-        files = {path.stem: path for path in media_in(folder.path) if medium_of(path) == "video"}
-        rows: dict[str, list[Row]] = {}
         for number, each in enumerate(data["videos"]):
             place = f"{file.name}: videos[{number}]"
             key = _string(each, "video_id", place)
-            found = files.get(key)
-            name = found.relative_to(folder.path).as_posix() if found else f"{key}.mp4"
+            video = videos.get(key)
+            name = video.relative_to(folder.path).as_posix() if video else f"{key}.mp4"
             split = str(each.get("split") or "")
-            rows.setdefault(split_named(split) or split or WHOLE, []).append(
-                Row(place, key, None, captions.get(key, []), parts={"video": name})
-            )
-        return {
-            split: partial(listing_of, file, each, folder.finder) for split, each in rows.items()
-        }
-    return {}
+            _, rows = found.setdefault(split_named(split) or split or WHOLE, (file, []))
+            rows.append(Row(place, key, None, captions.get(key, []), parts={"video": name}))
+    return {
+        split: partial(listing_of, file, rows, folder.finder)
+        for split, (file, rows) in found.items()
+    }
 
 
 def lavis(folder: Folder) -> Splits:
@@ -586,14 +592,14 @@ def librispeech(folder: Folder) -> Splits:
     files = sorted(folder.path.rglob("*.trans.txt"))
     found: dict[str, list[Path]] = {}
     for file in files:
-        top, *rest = file.relative_to(folder.path).parts
-        told = split_named(top) if rest else ""
-        for split in (told, top) if told else (WHOLE,):
+        above = file.relative_to(folder.path).parts[:-1]
+        top = next((name for name in above if split_named(name)), "")
+        for split in (split_named(top), top) if top else (WHOLE,):
             found.setdefault(split, []).append(file)
 
     def rows(file: Path) -> Iterator[Row]:
         where = file.parent.relative_to(folder.path)
-        sounds = {path.stem: path.name for path in media_in(file.parent)}
+        sounds = {path.stem: path.name for path in sounds_in(file.parent)}
         with naming(file), file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 name, _, text = line.strip().partition(" ")
@@ -606,6 +612,11 @@ def librispeech(folder: Folder) -> Splits:
 
     order = sorted(found, key=lambda split: (split != "train", split))
     return {split: partial(listed, found[split]) for split in order}
+
+
+def sounds_in(folder: Path) -> list[Path]:
+    """Returns the sounds below a folder."""
+    return [path for path in media_in(folder) if medium_of(path) == "audio"]
 
 
 def audiocaps(folder: Folder) -> Splits:
@@ -622,7 +633,8 @@ def audiocaps(folder: Folder) -> Splits:
     ]
     if not files:
         return {}
-    sounds = {path.stem: path.relative_to(folder.path).as_posix() for path in folder.finder.media}
+    found = sounds_in(folder.path)
+    sounds = {path.stem: path.relative_to(folder.path).as_posix() for path in found}
 
     def rows(file: Path) -> Iterator[Row]:
         for place, fields in _table_lines(file, (",", heads[file])):
@@ -653,8 +665,13 @@ def texts_beside(folder: Folder) -> Splits:
 
 
 def class_folders(folder: Folder) -> Splits:
-    """Reads a folder of pictures, sounds or videos a class, whose name is the caption."""
-    return _classes(folder, [p for p in media_in(folder.path) if medium_of(p) != "points"])
+    """Reads a folder of pictures or sounds a class, whose name is the caption; else of videos.
+
+    Clips beside pictures are not read: cameras write one with each.
+    """
+    media = media_in(folder.path)
+    still = [p for p in media if medium_of(p) in ("image", "audio")]
+    return _classes(folder, still or [p for p in media if medium_of(p) == "video"])
 
 
 def shape_folders(folder: Folder) -> Splits:

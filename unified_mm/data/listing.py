@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,6 +105,7 @@ class Listing:
       looked: where image files were looked for, for error messages.
       questions: questions that are listed with the images.
       stamp: what tells whether the files that images are stored in have changed.
+      media: by modality of the user's naming, which of `MEDIA` its files are.
     """
 
     path: Path
@@ -118,6 +119,7 @@ class Listing:
     looked: str = ""
     questions: tuple[Question, ...] = ()
     stamp: str = ""
+    media: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -184,6 +186,12 @@ def medium_of(name: str | Path) -> str:
     """Returns what a file is by its name, of `MEDIA`; 'image' where that tells nothing."""
     suffix = Path(name).suffix.lower()
     return next((medium for medium, known in MEDIA.items() if suffix in known), "image")
+
+
+def names_file(value: Any) -> bool:
+    """Returns whether a value is the name of a file of `MEDIA`."""
+    known = frozenset[str]().union(*MEDIA.values())
+    return isinstance(value, str) and Path(value).suffix.lower() in known
 
 
 def media_in(folder: Path) -> list[Path]:
@@ -317,7 +325,7 @@ def id_hint(listed: Iterable[Key], used: Iterable[Key]) -> str:
 
 _SPLITS = {
     "train": ("train", "training", "restval"),
-    "val": ("val", "valid", "validation", "dev", "minival"),
+    "val": ("val", "valid", "validate", "validation", "dev", "minival"),
     "test": ("test", "testing", "testdev"),
 }
 

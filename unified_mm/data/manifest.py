@@ -27,8 +27,7 @@ _SIDES = re.compile(
 # What was once taken for sides. Fingerprints go by these, so that those of old runs stay.
 _SIDES_ONCE = re.compile(r"\b(left|right)(most|wards?)?\b", re.IGNORECASE)
 MISSING = "missing image"
-# What decodes a file completely and says what it converted: by the modality that reads it, or where
-# that is of the user's naming by what the file's name says it is.
+# What decodes a file completely and says what it converted.
 CHECKS = {"audio": sounds.check, "points": shapes.check, "video": clips.check}
 _NAMED = 5  # files named per kind of problem in a summary
 
@@ -312,7 +311,8 @@ def _check(
     stats: Stats, threads: int | None, progress: bool, check_at_most: int,
 ) -> Manifest:  # fmt: skip
     left_alone = _left_alone(listing.entries, check_at_most)
-    faults = image_faults(listing.entries, stats, threads, progress, left_alone)
+    entries, media = listing.entries, listing.media
+    faults = image_faults(entries, stats, threads, progress, left_alone, media)
     records = tuple(
         _record(entry, listing.directional)
         for entry, fault in zip(listing.entries, faults, strict=True)
@@ -339,30 +339,38 @@ def image_faults(
     threads: int | None,
     progress: bool,
     left_alone: Set[Key] = frozenset(),
+    media: Mapping[str, str] | None = None,
 ) -> list[Problem | None]:
-    """Returns the problem of each entry's image or None; an image that `stats` lacks is missing.
+    """Returns the problem of each entry's files or None; a file that `stats` lacks is missing.
 
-    Images in `left_alone` are not decoded.
+    Files of entries in `left_alone` are not decoded. `media` is that of `Listing`.
     """
     from tqdm import tqdm
 
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        checks = pool.map(lambda e: _image_fault(e, stats, e.id not in left_alone), entries)
+        checks = pool.map(
+            lambda e: _image_fault(e, stats, e.id not in left_alone, media or {}), entries
+        )
         disable = None if progress else True  # None: no bar where there is no terminal
         return list(tqdm(checks, "checking images", len(entries), unit="image", disable=disable))
 
 
-def _image_fault(entry: Entry, stats: Stats, decoded: bool) -> Problem | None:
+def _image_fault(
+    entry: Entry, stats: Stats, decoded: bool, media: Mapping[str, str]
+) -> Problem | None:
     """Returns the first problem of an entry's files that leaves it out, else what is converted."""
-    faults = [_file_fault(*part, stats, decoded) for part in entry.parts]
+    faults = [
+        _file_fault(media.get(modality, modality), file, stats, decoded)
+        for modality, file in entry.parts
+    ]
     faults.append(_picture_fault(entry, stats, decoded))
     found = sorted((each for each in faults if each), key=lambda each: each.action == "converted")
     return found[0] if found else None
 
 
-def _file_fault(modality: str, file: Path, stats: Stats, decoded: bool) -> Problem | None:
-    """Returns the problem of a file of another modality than image."""
-    kind = modality if modality in CHECKS else medium_of(file)
+def _file_fault(medium: str, file: Path, stats: Stats, decoded: bool) -> Problem | None:
+    """Returns the problem of a file that is no picture, by its medium or else by its name."""
+    kind = medium if medium in CHECKS else medium_of(file)
     if file not in stats:
         return Problem(str(file), f"missing {kind}", "left out")
     if not decoded:

@@ -202,8 +202,13 @@ class ListedFolder(AnnotatedFolder):
         self._listed = dict(splits)
         self._known: dict[str, Listing] = {}
         if set(splits) == {WHOLE} or (name != "coco" and {"train", "val"} - set(splits) == {"val"}):
-            self._hold_out(WHOLE if WHOLE in splits else "train", float(data.val_share))
+            self._hold_out("train" if "train" in splits else WHOLE, float(data.val_share))
         self._check_at_most, self._train_split = int(data.check_at_most), data.train_split
+        self._media = {
+            name.strip(): medium
+            for medium in ("audio", "points", "video")
+            for name in data.fields[medium].split(",")
+        }
         super().__init__(folder, list(self._listed), data, name=name, banner=banner)
 
     def _hold_out(self, whole: str, share: float) -> None:
@@ -233,7 +238,7 @@ class ListedFolder(AnnotatedFolder):
                 f"{self.folder} has no split {split!r}: it has {', '.join(self._listed)}"
             )
         if split not in self._known:
-            self._known[split] = self._listed[split]()
+            self._known[split] = replace(self._listed[split](), media=self._media)
         return self._known[split]
 
     def manifest(self, split: str) -> Manifest:

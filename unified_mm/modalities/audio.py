@@ -119,7 +119,11 @@ class AudioModality:
         if self.longer == "crop" or is_made(part):
             return ""
         file, start = place_of(part)
-        return self._too_long(sounds.seconds_of(file) - start)
+        try:
+            seconds = sounds.seconds_of(file)
+        except sounds.SoundError:
+            return ""  # it counts as unreadable when it is read
+        return self._too_long(seconds - start)
 
     def _too_long(self, seconds: float) -> str:
         if seconds <= self.seconds + 0.5 / sounds.RATE:

@@ -99,8 +99,7 @@ class VideoModality:
             return self._arrays(clip, rng, record.mirrorable)
 
     def read(self, content: bytes) -> dict[str, np.ndarray]:
-        with clips.opened(content) as clip:
-            clips.refuse_long(clip)
+        with clips.opened(content, limited=True) as clip:
             return self._arrays(clip, None, False)
 
     def longer(self, part: Any) -> bool:

@@ -44,7 +44,9 @@ def frozen(groups: Mapping[str, Any]) -> dict[str, tuple[tuple[str, Any], ...]]:
     def one(value: Any) -> Any:
         if isinstance(value, Mapping):
             return tuple((name, one(each)) for name, each in sorted(value.items()))
-        return tuple(value) if isinstance(value, list) else value
+        if isinstance(value, (list, tuple)):
+            return tuple(one(each) for each in value)
+        return value
 
     return {group: one(dict(options)) for group, options in groups.items()}
 
@@ -345,6 +347,11 @@ class TransformerOptions:
                 f"model.dropping.keep={self.dropping.keep}: what layers of "
                 f"{self.feed_forward_type!r} leave for objectives is of all tokens; set "
                 "model.feed_forward_type='dense', or keep to 1"
+            )
+        if gridded := [name for name, each in self.patterns.items() if each.grid]:
+            raise ValueError(
+                f"model.dropping.keep={self.dropping.keep}: what is left of {gridded[0]} is no "
+                f"grid of patches; set model.sparse.{gridded[0]}.grid=0, or keep to 1"
             )
         if self.exits:
             raise ValueError(

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from unified_mm.config import option
 from unified_mm.data.pipeline import Arrays
 from unified_mm.data.records import Record
+from unified_mm.data.sounds import SoundError
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.nn.attention.rules import View
 from unified_mm.nn.layers import Dense
@@ -149,12 +150,19 @@ class Transcription(TextObjective):
         return exact(joined)
 
     def too_short(self, modality: Any, records: Sequence[Record]) -> list[Record]:
-        """Returns the records that have fewer steps in time than their transcript needs."""
+        """Returns the records that have fewer steps in time than their transcript needs.
+
+        Those that cannot be read are not among them.
+        """
         found = []
         for record in records:
             if self.of in record.parts and (text := transcript_of(record)):
                 numbers = np.array([self._numbers.get(unit, 0) for unit in self.split(text)])
-                if self.slots * modality.steps_of(record.parts[self.of]) < _needed(numbers):
+                try:
+                    steps = modality.steps_of(record.parts[self.of])
+                except SoundError:
+                    continue
+                if self.slots * steps < _needed(numbers):
                     found.append(record)
         return found
 

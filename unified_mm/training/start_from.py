@@ -40,7 +40,7 @@ DONORS = {"video": "image"}
 OWN_OF_HEIR = re.compile(r"embedders_\w+/(time_positions|differences/.*)")
 STEM_FIELDS = ("stem", "stem_options", "patch", "mean", "std")
 # What may be other than in the run that a whole model comes from: none of it changes an embedding.
-FREE_OF_MODEL = ("dropout", "remat", "attention", "unroll", "dtype")
+FREE_OF_MODEL = ("dropout", "remat", "attention", "unroll", "dtype", "exits")
 FREE_OF_OBJECTIVE = ("weight", "weight_schedule", "chunk")
 SEEN = ("image_size", "resampling", "fit")  # fields of `config.data`: the pictures that it knows
 BLOCK = re.compile(r"(.*/layers)/block_(\d+)/(.*)")
@@ -242,7 +242,8 @@ def text_of(saved: Mapping[str, Any], run: str) -> dict[str, Any]:
     text = {k: v for k, v in model["modalities"]["text"].items() if k not in ("type", "length")}
     contrastive = saved["objectives"]["contrastive"]
     return {
-        **{f"model.{name}": model[name] for name in STACK},
+        # What a run without patterns saw, it sees with those of other modalities too.
+        **{f"model.{name}": model[name] for name in STACK if name != "sparse" or model["sparse"]},
         **{f"model.modalities.text.{name}": value for name, value in text.items()},
         "model.modalities.text.max_positions": text["max_positions"]
         or model["modalities"]["text"]["length"],

@@ -1,5 +1,7 @@
 """Sparse patterns against masks written out token by token, and the backend of their blocks."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.masks import block_mask, cut, static_mask
 from unified_mm.nn.attention.patterns import First, NearInSpace, RandomBlocks, Sparse
 from unified_mm.nn.attention.rules import ALL, CAUSAL, AttentionRule, MaskTable, View, Window
-from unified_mm.nn.options import TransformerOptions
+from unified_mm.nn.options import TransformerOptions, frozen
 from unified_mm.nn.tokens import (
     Group,
     grid_coords,
@@ -261,6 +263,13 @@ def test_splash_by_the_same_pattern(name):
     arrays = heads_of(metadata, metadata, 2, 2, 2, 64)
     attend = jax.tree_util.Partial(splash.attend, interpret=True)
     agree(lambda *a: attended(plan, attend, *a), arrays, mask)
+
+
+def test_patterns_are_the_same_after_they_were_kept():
+    given = {"sparse": {"image": {"grid": 2}, "text": {"window": 4, "first": 1}}}
+    made = frozen(given)
+    kept = json.loads(json.dumps(made))["sparse"]
+    assert frozen({"sparse": dict(kept)}) == made and hash(made["sparse"])
 
 
 def test_what_cannot_be_is_refused():
