@@ -75,7 +75,7 @@ def tiny(config: ConfigDict) -> None:
 
 
 def quick(config: ConfigDict) -> None:
-    """Many steps of a smaller model on whole pictures, which learn most in the same minutes.
+    """Many examples, seen whole by a smaller model, which learns most in the same minutes.
 
     Found on a world of another seed: experiments/quick_start.py.
     """
@@ -86,8 +86,9 @@ def quick(config: ConfigDict) -> None:
     config.train.optimizer = "muon"
     config.train.learning_rate = 8e-3
     config.train.warmup_steps = 100
-    config.train.steps = 3400
-    config.checkpoint.every = 500
+    config.train.batch_size = 128  # in larger batches pictures are told apart from more others
+    config.train.steps = 1350
+    config.checkpoint.every = 300
 
 
 def photographs(config: ConfigDict) -> None:
