@@ -5,16 +5,15 @@
 
 | size | parameters | hardware | time | text-to-image R@1, R@10 |
 | --- | --- | --- | --- | --- |
-| `tiny` | 1.4 M | 2 CPU cores | 10 minutes, 1,000 steps | 0.475, 0.928 (1,000 world scenes) |
+| `tiny` | 0.9 M | 2 CPU cores | 12 minutes, 1,350 steps | 0.662, 0.957 (1,000 world scenes) |
 | `base` | 23.8 M | one accelerator | not measured | not measured |
 | `large` | 322 M | several accelerators | not measured | not measured |
 | `10b` | 10.3 B | 256 chips of v6e | compiled, never run | not measured |
 | `70b` | 71.2 B | 1,024 chips of v5p | compiled, never run | not measured |
 
 Parameters are those of `python -m unified_mm.sizes`, with the largest vocabulary that the tokenizer
-may have: the world's captions fill a smaller one (`tiny` then has 0.9 M, `large` 305 M).
-One caption an image; chance is 0.001 and 0.010. `tiny` for 6,500 steps, an hour, reaches 0.601
-and 0.953. All other scores: experiments/RESULTS.md.
+may have: the world's captions fill a smaller one (`tiny` then has 0.6 M, `large` 305 M).
+One caption an image; chance is 0.001 and 0.010. All other scores: experiments/RESULTS.md.
 """
 
 from ml_collections import ConfigDict
