@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from unified_mm.pretrained.tables import to_theirs
 from unified_mm.runs.folder import RunFolder
 
 # What a run may have otherwise than its family: none of it is part of the weights.
-FREE = ("dropout", "remat", "attention", "unroll", "dtype")
+FREE = ("dropout", "remat", "attention", "unroll", "dtype", "exits")
 # And of its contrast: none of these changes an embedding, and the scale is written as it is used.
 FREE_OF_CONTRAST = ("weight", "weight_schedule", "chunk", "bound_scale")
 LOG_SCALE = "heads_contrastive/log_scale"
@@ -210,6 +210,7 @@ def _kind(options: TransformerOptions) -> dict[str, Any]:
     given = [each.name for each in fields(options) if each.init]
     names = [name for name in given if name not in (*FREE, "cross")]
     said = {name: getattr(options, name) for name in names}
+    said["dropping"] = asdict(options.dropping)
     return said | {"key_value_heads": options.num_kv_heads, "head_width": options.head_dim}
 
 

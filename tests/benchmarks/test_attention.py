@@ -19,11 +19,12 @@ def swept():
 def test_a_row_for_each_backend_and_length_or_a_reason(swept):
     result, lines = swept
     measured = {(row["backend"], row["tokens"]) for row in result["attention"]}
-    assert measured == {(name, length) for name in ("xla", "chunked") for length in (128, 512)}
+    names = ("xla", "chunked", "blocks")
+    assert measured == {(name, length) for name in names for length in (128, 512)}
     assert all(row["seconds"] > 0 and row["bytes"] > 0 for row in result["attention"])
     assert [row["layers"] for row in result["compile"]] == [1, 2]
     assert all(row["scanned"] > 0 and row["unrolled"] > 0 for row in result["compile"])
-    assert len(lines) == 4 + len(result["left_out"]) + 2
+    assert len(lines) == 6 + len(result["left_out"]) + 2
     assert json.loads(json.dumps(result)) == result
     assert {"device", "versions", "revision", "date"} <= set(result)
 

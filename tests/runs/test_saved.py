@@ -76,7 +76,12 @@ def test_a_field_of_a_later_version_is_named():
         group = within(later, path)
         if not isinstance(group, dict) or {"tone", "tones"} & set(path) or path[-1] == "phases":
             continue
-        if path[-1].endswith("_options") or path[-1] in ("towers", "start_from", "mixture"):
+        if path[-1].endswith("_options") or path[-1] in (
+            "towers",
+            "start_from",
+            "mixture",
+            "sparse",
+        ):
             continue  # these are a class's, a modality's or a source's own
         if "phases" in path and len(path) > 3:
             continue

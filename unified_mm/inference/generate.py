@@ -256,7 +256,8 @@ class TextWriter:
         """
 
         def read_first(module: UnifiedModel) -> Any:
-            reserved = prefix.reserve(text_group(self.view, room))
+            begins = module.text_begins(prefix, self.view)
+            reserved = prefix.reserve(text_group(self.view, room, begins))
             x, cache = module.extend(reserved, prompt, self.view)
             return next_logits(module, x, prompt), cache
 

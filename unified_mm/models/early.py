@@ -221,10 +221,7 @@ class EarlyFusion(UnifiedModel):
         deterministic: bool = True,
         leave: Leave | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        groups = cache.metadata.groups
-        before = [group for group in groups if group.name != view.name]
-        after = sum(group.places or group.length for group in before)
-        tokens = self.embed_text(text, view.name, after)
+        tokens = self.embed_text(text, view.name, self.text_begins(cache, view))
         return self.write_on(cache, tokens, view, None, deterministic, leave)
 
 

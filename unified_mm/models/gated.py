@@ -116,7 +116,7 @@ class GatedCrossAttention(WithTowers):
         leave: Leave | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         assert cache.memory is not None
-        tokens = self.embed_text(text, view.name, cache.memory.length)
+        tokens = self.embed_text(text, view.name, self.text_begins(cache, view))
         cross = plan_attention(
             self.cross_options, MaskTable((view,)), tokens.metadata, cache.memory.metadata
         )

@@ -211,6 +211,12 @@ class UnifiedModel(nn.Module):
         found: Array = embedder.logits(x)
         return found
 
+    def text_begins(self, cache: Cache, view: View) -> int:
+        """Returns the position at which a view's text begins after the context of a cache."""
+        before = [group for group in cache.metadata.groups if group.name != view.name]
+        beside = 0 if cache.memory is None else int(cache.memory.length)
+        return beside + sum(group.places or group.length for group in before)
+
     def exit_logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns the logits of next tokens by the residual stream after an exit."""
         return self.logits(self.transformer.normed(x))
@@ -316,6 +322,6 @@ def fusion(name: str) -> type[UnifiedModel]:
     return found
 
 
-def text_group(view: View, length: int) -> Group:
-    """Returns the token group of a view's text in a cache."""
-    return Group(view.name, "text", length)
+def text_group(view: View, length: int, begins: int = 0) -> Group:
+    """Returns the token group of a view's text in a cache, which begins at a position."""
+    return Group(view.name, "text", length, first=begins)

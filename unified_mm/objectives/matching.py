@@ -99,7 +99,8 @@ class Matching(TextObjective):
         if self._can_reuse(encoded, model.context_names):
             cache = encoded[self.mine_from].cache
             assert cache is not None
-            group = text_group(self.view, text["ids"].shape[1])
+            begins = model.text_begins(cache, self.view)
+            group = text_group(self.view, text["ids"].shape[1], begins)
             cache = cache.select(image_rows).reserve(group)
             return model.extend(cache, text, self.view, deterministic=deterministic)[0]
         context = {

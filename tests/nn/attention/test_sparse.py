@@ -227,13 +227,18 @@ def test_a_text_written_on_beside_a_cache_is_the_text_read_at_once(fusion):
         first, cache = model.prefill({**batch, "text": part(0, 5)}, view, 7)
         assert text_group(view, 12).length == cache.metadata.groups[-1].length
         second, _ = model.extend(cache, part(5, 12), view)
-        return whole, jnp.concatenate([first, second], axis=1)
+        beside = model.prefix(batch, view)
+        begins = model.text_begins(beside, view)
+        beside = beside.reserve(text_group(view, 12, begins))
+        after, _ = model.extend(beside, part(0, 12), view)
+        return whole, jnp.concatenate([first, second], axis=1), after
 
     def read(task):
         return jax.jit(lambda p: task.model.apply({"params": p}, method=run))(params)
 
-    whole, parts = read(task)
+    whole, parts, after = read(task)
     np.testing.assert_allclose(whole, parts, atol=2e-5)
+    np.testing.assert_allclose(whole, after, atol=2e-5)
     other = read(tiny.replace_model(task, sparse=()))[0]
     assert np.abs(np.asarray(other - whole)).max() > 1e-3
 
