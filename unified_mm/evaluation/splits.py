@@ -51,7 +51,8 @@ def open_split(config: Config, source: Source, name: str, modalities: Mapping[st
     options = config.evaluation
     manifest = read_manifest(config, source, name, modalities)
     answering = config.data.question_share > 0 or config.data.documents.questions
-    contexts = tuple(name for name in modalities if name != "text")
+    # A model of texts alone is scored on the captions of images, which it does not see.
+    contexts = tuple(name for name in modalities if name != "text") or ("image",)
     captioned = any(is_scored(record, contexts) for record in manifest.records)
     asked = answering or options.questions or not captioned
     questions = questions_of(source, name) if asked else ()
