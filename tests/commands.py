@@ -14,10 +14,10 @@ def run(*arguments: str) -> int:
     return int(stopped.value.code or 0)
 
 
-SMALL = (
+# Of any recipe.
+SHRUNK = (
     "--config.data.image_size=16",
     "--config.data.vocabulary_size=300",
-    "--config.model.modalities.image.patch=8",
     "--config.model.width=16",
     "--config.model.layers=2",
     "--config.model.unroll=1",
@@ -31,3 +31,5 @@ SMALL = (
     "--config.logging.every=2",
     "--config.evaluation.batch_size=8",
 )
+# Of a recipe whose patches are large: a picture of several.
+SMALL = (*SHRUNK, "--config.model.modalities.image.patch=8")

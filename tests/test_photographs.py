@@ -44,7 +44,7 @@ def test_a_folder_of_photographs_becomes_a_model_that_finds_and_describes(
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.setenv("UNIFIED_MM_CACHE", str(tmp_path / "cache"))
     data, run = tiny.write_coco(tmp_path / "data"), tmp_path / "run"
-    small = [each for each in commands.SMALL if "image_size" not in each]
+    small = [each for each in commands.SHRUNK if "image_size" not in each]
     arguments = ("--config=photographs:tiny", f"--config.data.dir={data}", f"--workdir={run}")
     assert commands.run(*arguments, *small, "--config.data.image_size=40") == 0
     assert "features of 24 x 4 views: computed once" in capsys.readouterr().out

@@ -148,7 +148,7 @@ def test_a_run_with_kept_features_has_the_scores_of_one_without(data, tmp_path):
     for kept in (True, False):
         arguments = (
             f"--config={Path(__file__).parents[1] / 'stem_recipe.py'}",
-            *commands.SMALL,
+            *commands.SHRUNK,
             f"--config.data.dir={data}",
             f"--config.data.cache_dir={tmp_path / 'cache'}",
             f"--config.data.keep_features={kept}",
