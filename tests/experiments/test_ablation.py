@@ -162,6 +162,5 @@ def test_our_ablations_can_be_trained(path, size, tmp_path):
 
 def test_the_questions_are_there():
     assert [path.stem for path in OURS] == [
-        "fusion", "objectives", "optimizer", "parameters", "patches", "phases", "positions",
-        "rules", "scale",
+        "fusion", "objectives", "optimizer", "parameters", "phases", "positions", "rules", "scale",
     ]  # fmt: skip

@@ -191,7 +191,7 @@ def run(tmp_path_factory):
 
 def test_what_is_not_learned_from_is_named(run):
     told = (run / "told.txt").read_text()
-    assert "1 of 11 audios are too short for their transcripts" in told
+    assert "1 of 11 audio items are too short for their transcripts" in told
     assert "first train/10.wav" in told
     assert "longer than model.modalities.audio.seconds=0.2" in told
 
