@@ -86,7 +86,7 @@ def quick(config: ConfigDict) -> None:
     config.train.learning_rate = 8e-3
     config.train.warmup_steps = 100
     config.train.batch_size = 128  # in larger batches pictures are told apart from more others
-    config.train.steps = 1350
+    config.train.steps = 1500
     config.checkpoint.every = 300
 
 

@@ -121,6 +121,12 @@ class UnifiedModel(nn.Module):
                     f"model.sparse.{name}: the model has no such modality, only "
                     f"{', '.join(self.modalities)}"
                 )
+        few = self.options.own("of", ()) if self.options.feed_forward_type == "neurons" else ()
+        for name in set(few) - set(self.modalities):
+            raise ValueError(
+                f"model.feed_forward_options.of={few}: the model has no modality {name!r}, only "
+                f"{', '.join(self.modalities)}"
+            )
         self.transformer = Transformer(self.options)
         self.head = dict(self.heads)
 
@@ -244,10 +250,11 @@ class UnifiedModel(nn.Module):
         """Returns the model for inference, where no example depends on another.
 
         Attention is by 'auto' instead of a kernel by name: it may run on another device than in
-        training, and attends to a cache. Experts drop no token.
+        training, and attends to a cache. Experts drop no token, and few neurons are gathered.
         """
         kernel = any(is_kernel(each.attention) for each in self.stacks.values())
-        return self.with_options(dropless=True, **{"attention": "auto"} if kernel else {})
+        attention = {"attention": "auto"} if kernel else {}
+        return self.with_options(dropless=True, gathered=True, **attention)
 
     def pipelined(self, pipeline: Pipeline) -> UnifiedModel:
         """Returns the model with its transformers divided into pipeline stages."""

@@ -37,7 +37,10 @@ class Mlp(nn.Module):
     use_bias: bool | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    def __call__(
+        self, x: Float[Array, "... D"], limit: Callable[[Array], Array] = lambda hidden: hidden
+    ) -> Float[Array, "... D"]:
+        """Maps x; of the hidden layer only what `limit` makes of it goes on."""
         o = self.options
         use_bias = o.feed_forward_bias if self.use_bias is None else self.use_bias
         dense = partial(Dense, use_bias=use_bias, dtype=o.dtype)
@@ -48,7 +51,7 @@ class Mlp(nn.Module):
         else:
             hidden = act(widen(name="up")(x))
         out = x.shape[-1:], ("feed_forward",), ("embed",)
-        return dense(*out, scale=o.branch_scale, name="down")(hidden)
+        return dense(*out, scale=o.branch_scale, name="down")(limit(hidden))
 
 
 class FeedForward(nn.Module):

@@ -32,6 +32,7 @@ BLOCKS = {"transformer": "unified_mm.nn.transformer:Block"}
 FEED_FORWARDS = {
     "dense": "unified_mm.nn.feed_forward:FeedForward",
     "experts": "unified_mm.nn.experts:Experts",
+    "neurons": "unified_mm.nn.neurons:Neurons",
 }
 
 # Options of a class that the config names, as pairs: options are hashed.
@@ -217,6 +218,8 @@ class TransformerOptions:
       dtype: of the computation; parameters are float32.
       cache: type of cached keys and values in generation: 'same', which is `dtype`, or 'int8'.
       dropless: whether experts have room for every token that asks for them; for inference.
+      gathered: whether the neurons that predictors name are gathered (`nn.neurons`), and not found
+        by computing all; for inference.
       exits: layers, counted from 1, after which an example may leave the stack (`nn.transformer`);
         an objective trains them ('exits').
       cross: the gated cross-attention layers between the blocks.
@@ -268,6 +271,7 @@ class TransformerOptions:
     dtype: Any = jnp.float32
     cache: str = option("same", choices=CACHE)
     dropless: bool = False
+    gathered: bool = False
     exits: tuple[int, ...] = ()
     cross: GateOptions = GateOptions()
     dropping: DroppingOptions = DroppingOptions()
@@ -377,7 +381,7 @@ class TransformerOptions:
     @classmethod
     def config_fields(cls) -> tuple[str, ...]:
         """Returns the names of the fields that `config.model` has under the same names."""
-        elsewhere = ("unstacked", "cache", "dropless", "cross", "dropping", "pipeline")
+        elsewhere = ("unstacked", "cache", "dropless", "gathered", "cross", "dropping", "pipeline")
         return tuple(each.name for each in fields(cls) if each.init and each.name not in elsewhere)
 
     @classmethod

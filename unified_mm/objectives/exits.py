@@ -2,66 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax.numpy as jnp
 
-from unified_mm.config import check_options, option, read_options
+from unified_mm.config import option
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
-from unified_mm.nn.attention.rules import View
 from unified_mm.nn.transformer import EXIT
+from unified_mm.objectives.auxiliary import Auxiliary
 from unified_mm.objectives.captioning import score_text
 from unified_mm.objectives.objective import ObjectiveOutput, StepContext, masked_metric
 
 
 @dataclass(frozen=True)
-class Exits:
+class Exits(Auxiliary):
     """The loss of captioning by the state after each of `model.exits`, with shared norm and head.
 
     Later exits weigh more, in proportion to their layer (Schuster et al. 2022, CALM, section 3.1);
     the loss after all layers is that of captioning itself.
 
     Attributes:
-      name: its key under `config.objectives`.
       weight: of the weighted mean over exits in the total.
       of: the captioning objective.
       chunk: as there.
     """
 
-    name: str
-    weight: float = option(0.0, least=0)
     of: str = "captioning"
     chunk: int = option(0, least=0)
 
-    kind: ClassVar[str] = ""
-    auxiliary: ClassVar[bool] = True
-
-    @classmethod
-    def from_config(cls, name: str, options: Mapping[str, Any]) -> Exits:
-        """Returns the objective of `config.objectives.<name>`: its fields are its options.
-
-        Raises:
-          ValueError: an option is none of its fields, or its value is not allowed.
-        """
-        own = {key: options[key] for key in options if key not in ("type", "weight_schedule")}
-        built = cls(name=name, **read_options(cls, own, f"objectives.{name}"))
-        check_options(built, f"objectives.{name}")
-        return built
-
     def needs(self) -> tuple[str, ...]:
         return (self.of,)
-
-    def views(self) -> tuple[View, ...]:
-        return ()
-
-    def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
-        return ()
-
-    def head(self) -> nn.Module | None:
-        return None
 
     def __call__(
         self,

@@ -27,6 +27,7 @@ BUILT_IN = {
     "matching": "unified_mm.objectives.matching:Matching",
     "exits": "unified_mm.objectives.exits:Exits",
     "routing": "unified_mm.objectives.routing:Routing",
+    "neurons": "unified_mm.objectives.neurons:Neurons",
     "transcription": "unified_mm.objectives.transcription:Transcription",
 }
 

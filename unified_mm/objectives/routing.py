@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from unified_mm.config import check_options, option, read_options
+from unified_mm.config import option
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
-from unified_mm.nn.attention.rules import View
 from unified_mm.nn.experts import ROUTING, RoutingStatistics
+from unified_mm.objectives.auxiliary import Auxiliary
 from unified_mm.objectives.objective import (
     Metric,
     ObjectiveOutput,
@@ -24,14 +23,13 @@ from unified_mm.objectives.objective import (
 
 
 @dataclass(frozen=True)
-class Routing:
+class Routing(Auxiliary):
     """A weighted sum of losses on what routers do with the tokens of each group of examples.
 
     Each is a mean over groups, layers and pools. To balance loads by a bias is an option of the
     experts; its gradient comes with this objective.
 
     Attributes:
-      name: its key under `config.objectives`.
       weight: of the sum in the total.
       balance: of E sum_e f_e P_e, with the share f of choices and the mean probability P (Fedus et
         al. 2022, Switch, equation 4); 1 where all experts are used alike.
@@ -45,8 +43,6 @@ class Routing:
       local_of, least_share: as said.
     """
 
-    name: str
-    weight: float = option(0.0, least=0)
     balance: float = option(0.01, least=0)
     z: float = option(0.001, least=0)
     importance: float = option(0.0, least=0)
@@ -54,33 +50,6 @@ class Routing:
     global_entropy: float = option(0.0, least=0)
     local_of: tuple = ("text",)
     least_share: float = option(0.5, above=0, most=1)
-
-    kind: ClassVar[str] = ""
-    auxiliary: ClassVar[bool] = True
-
-    @classmethod
-    def from_config(cls, name: str, options: Mapping[str, Any]) -> Routing:
-        """Returns the objective of `config.objectives.<name>`: its fields are its options.
-
-        Raises:
-          ValueError: an option is none of its fields, or its value is not allowed.
-        """
-        own = {key: options[key] for key in options if key not in ("type", "weight_schedule")}
-        built = cls(name=name, **read_options(cls, own, f"objectives.{name}"))
-        check_options(built, f"objectives.{name}")
-        return built
-
-    def needs(self) -> tuple[str, ...]:
-        return ()
-
-    def views(self) -> tuple[View, ...]:
-        return ()
-
-    def reads(self, contexts: Sequence[str]) -> tuple[str, ...]:
-        return ()
-
-    def head(self) -> nn.Module | None:
-        return None
 
     def __call__(
         self,
