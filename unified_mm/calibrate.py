@@ -3,17 +3,20 @@
     python -m unified_mm.calibrate --run runs/first
     python -m unified_mm.calibrate --run runs/first --tolerance 0.03 --error 0.1 --replace
 
-The run must have exits (model.exits, objectives.exits). A token leaves where its likeliest word is
-ahead of the next one by a threshold. The one that is found lets all layers disagree with at most
---tolerance of the tokens of a text, in the mean over examples, but for a chance of --error that the
-examples of the split mislead; captions and answers have one each. `generate --exits` and
-`main --mode=evaluate --exits` use them. The last line printed is JSON.
+The run must have exits (model.exits, objectives.exits), or answer questions. A token leaves where
+its likeliest word is ahead of the next one by a threshold. The one that is found lets all layers
+disagree with at most --tolerance of the tokens of a text, in the mean over examples, but for a
+chance of --error that the examples of the split mislead; captions and answers have one each. Where
+the split has questions, and the model can read them alone (early fusion), an answer stands without
+its picture where it is as likely as another threshold, which changes at most --tolerance of them.
+`generate --exits` and `main --mode=evaluate --exits` use them. The last line printed is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from functools import partial
@@ -42,6 +45,7 @@ def main(options: argparse.Namespace) -> int:
         or no threshold keeps the tolerance.
     """
     from unified_mm.inference.loaded import load
+    from unified_mm.inference.question_only import can_answer_alone
     from unified_mm.quantize import open_scored
     from unified_mm.runs.environment import device_name, revision, versions
 
@@ -50,13 +54,16 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"{folder.exits} is there: give --replace to calibrate the run anew")
     model = load(options.run, best=options.best)
     exits = model.task.model.options.exits
-    if not exits:
+    split, data = open_scored(model, options)
+    alone = bool(split.asked) and can_answer_alone(model.task)
+    if not exits and not alone:
         raise ValueError(
             f"{folder.path} has no exits: train a run with --config.model.exits='(4,)', the layers "
             "after which one may leave, and --config.objectives.exits.weight=1"
         )
-    split, data = open_scored(model, options)
-    found = calibrated(model, split, options.tolerance, options.error)
+    found = calibrated(model, split, options.tolerance, options.error) if exits else {}
+    if alone:
+        found |= calibrated_alone(model, split, options.tolerance, options.error)
     if not found:
         raise ValueError(
             f"no threshold keeps --tolerance={options.tolerance} with --error={options.error} on "
@@ -95,6 +102,43 @@ def calibrated(model: Any, split: Any, tolerance: float, error: float) -> dict[s
             found[kind] = {**dataclasses.asdict(best), "depth": depths[best.threshold]}
             say(f"{kind}: leaves at {best.threshold}, depth {depths[best.threshold]:.3f}")
     return found
+
+
+def calibrated_alone(model: Any, split: Any, tolerance: float, error: float) -> dict[str, Any]:
+    """Returns the threshold for answers without a picture, by its kind; none is said."""
+    from unified_mm.evaluation.exits import texts_of
+    from unified_mm.inference.calibration import calibrate
+    from unified_mm.inference.predictor import ANSWER
+    from unified_mm.inference.question_only import QUESTION_ONLY, confidence, disagreement
+
+    records, prompts = texts_of(split)[ANSWER]
+    known = model.predictor.answers_alone(prompts)
+    alone = [known[prompt] for prompt in prompts]
+    beside = answers_beside(model, records, prompts)
+
+    def losses_at(threshold: float) -> Any:
+        found = disagreement(alone, beside, threshold)
+        say(f"{QUESTION_ONLY} at {threshold}: {found.mean():.4f} of the answers would be others")
+        return found
+
+    best = calibrate(losses_at, THRESHOLDS, tolerance, error)
+    if best is None:
+        say(f"{QUESTION_ONLY}: no threshold keeps {tolerance}: all pictures are read")
+        return {}
+    read = sum(confidence(text) < best.threshold for text in alone) / len(alone)
+    say(f"{QUESTION_ONLY}: stands at {best.threshold}, pictures read {read:.3f}")
+    return {QUESTION_ONLY: {**dataclasses.asdict(best), "read": read}}
+
+
+def answers_beside(model: Any, records: Any, prompts: Any) -> list[str]:
+    """Returns the answer to each question beside its picture, by all layers."""
+    whole = model.predictor.leaving({})
+    asked = itertools.chain(prompts, itertools.repeat(prompts[0]))
+    size = model.config.evaluation.batch_size
+    texts: list[str] = whole.over(
+        records, size, lambda batch: whole.write(batch, list(itertools.islice(asked, size)))
+    )
+    return texts
 
 
 def losses(

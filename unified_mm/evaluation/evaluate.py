@@ -568,8 +568,13 @@ def score_answers(predictor: Predictor, split: Split, found: Scores, batch_size:
     """
     if not split.asked:
         return
-    rows, asked = zip(*split.asked, strict=True)
-    prompts = itertools.chain((question.question for question in asked), itertools.repeat(""))
+    # Batches of questions that need no picture come first: they are answered without one.
+    alone = predictor.sure([question.question for _, question in split.asked])
+    ordered = sorted(split.asked, key=lambda each: each[1].question not in alone)
+    rows, asked = zip(*ordered, strict=True)
+    prompts = itertools.chain(
+        (question.question for question in asked), itertools.repeat(asked[-1].question)
+    )
     found.questions, found.answers = (
         list(asked),
         predictor.over(

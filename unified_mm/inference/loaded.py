@@ -277,7 +277,7 @@ class LoadedModel:
         for batch, count in self._batches(rows):
             asked = list(prompts[len(written) : len(written) + count])
             size = len(batch[self.told_about]["present"])
-            asked += [""] * (size - count)
+            asked += asked[:1] * (size - count)
             texts = self.predictor.generate(batch, asked, decoding, first=first + len(written))
             written += texts[:count]
         return written

@@ -20,6 +20,7 @@ from unified_mm.data.pipeline import Arrays, Preparer, evaluation_batches
 from unified_mm.inference.beams import beam_search
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.generate import TextWriter
+from unified_mm.inference.question_only import QUESTION_ONLY, ROWS, sure, without_context
 from unified_mm.inference.sampling import sampling_arrays
 from unified_mm.models.unified import UnifiedModel
 from unified_mm.nn.attention.rules import View
@@ -44,7 +45,8 @@ class Predictor:
 
     Attributes:
       exits: by kind of text, `CAPTION` or `ANSWER`, the confidence at which its tokens leave the
-        layers early; kinds that are not there run all layers.
+        layers early; kinds that are not there run all layers. `QUESTION_ONLY` has the probability
+        at which an answer stands without its picture.
     """
 
     def __init__(
@@ -55,11 +57,13 @@ class Predictor:
         self.params = params
         self.mesh = mesh
         self._compiled: dict[str, Any] = {}
+        self._alone: dict[Decoding, dict[str, Written]] = {}
 
     def at(self, params: Any) -> Predictor:
         """Returns the predictor with other parameters, sharing what is compiled."""
         other = copy.copy(self)
         other.params = params
+        other._alone = {}
         return other
 
     def leaving(self, exits: Mapping[str, float]) -> Predictor:
@@ -124,7 +128,6 @@ class Predictor:
         read = ("text",) if of == "text" else self.task.model.context_names
         inputs = self.to_device({name: batch[name] for name in read})
         return np.asarray(self.call(f"embed {of} {chosen.name}", embed, inputs))
-        return self._run(f"embed {of} {chosen.name}", embed, {name: batch[name] for name in read})
 
     def class_probabilities(self, batch: Batch, objective: Classification) -> np.ndarray:
         """Returns the probabilities [B, C] of the classes of an objective."""
@@ -171,13 +174,16 @@ class Predictor:
         Raises:
           ValueError: a prompt that leaves no room for an answer.
         """
+        known = self.sure(prompts, decoding)
+        if all(prompt in known for prompt in prompts):
+            return [[known[prompt]] for prompt in prompts]
         length = self.task.modalities["text"].length
         text, used = self.prompts(prompts)
         own = self.rows(len(prompts))
         text, used = {name: array[own] for name, array in text.items()}, used[own]
         first += int(own[0])
         threshold = self.thresholds(prompts, decoding)
-        return self.continue_text(
+        written = self.continue_text(
             {**batch, "text": text},
             length - used,
             length - 1,
@@ -185,6 +191,38 @@ class Predictor:
             first,
             None if threshold is None else threshold[own],
         )
+        return [
+            [known[prompt]] if prompt in known else texts
+            for prompt, texts in zip(prompts, written, strict=True)
+        ]
+
+    def sure(self, prompts: Sequence[str], decoding: Decoding = GREEDY) -> dict[str, Written]:
+        """Returns the answers that stand without a picture, by their questions.
+
+        Raises:
+          ValueError: as `thresholds` does.
+        """
+        threshold = self.exits.get(QUESTION_ONLY)
+        if threshold is None:
+            return {}
+        self.thresholds(prompts, decoding)
+        return sure(self.answers_alone(prompts, decoding), threshold)
+
+    def answers_alone(
+        self, questions: Sequence[str], decoding: Decoding = GREEDY
+    ) -> dict[str, Written]:
+        """Returns what the model answers to each question without a picture."""
+        known = self._alone.setdefault(decoding, {})
+        new = [each for each in dict.fromkeys(questions) if each and each not in known]
+        alone = Predictor(without_context(self.task), self.params, self.mesh) if new else self
+        size = ROWS * self.mesh.size
+        for start in range(0, len(new), size):
+            asked = new[start : start + size]
+            filled = asked + asked[:1] * (size - len(asked))
+            batch = {"text": {"present": np.ones(len(self.rows(size)), bool)}}
+            texts = alone.generate(batch, filled, decoding)
+            known |= {each: text for each, (text,) in zip(asked, texts, strict=False)}
+        return {each: known[each] for each in questions if each}
 
     def thresholds(
         self, prompts: Sequence[str], decoding: Decoding
@@ -201,6 +239,8 @@ class Predictor:
                 "exits were calibrated for the likeliest token: give neither a temperature nor "
                 "beams with them"
             )
+        if not self.exits.keys() & {CAPTION, ANSWER}:
+            return None
         kinds = [ANSWER if prompt else CAPTION for prompt in prompts]
         return np.array([self.exits.get(kind, np.inf) for kind in kinds], np.float32)
 

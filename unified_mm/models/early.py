@@ -40,6 +40,7 @@ class EarlyFusion(UnifiedModel):
 
     abilities: ClassVar[frozenset[str]] = frozenset({"contrastive", "captioning", "matching"})
     drops_context: ClassVar[bool] = True
+    reads_text_alone: ClassVar[bool] = True
 
     @classmethod
     def from_config(cls, model: Any, modalities: Any, heads: Any, **more: Any) -> UnifiedModel:

@@ -91,6 +91,8 @@ class UnifiedModel(nn.Module):
     places_pictures: ClassVar[bool] = False
     # Whether it drops tokens of the context after a layer (`model.dropping`).
     drops_context: ClassVar[bool] = False
+    # Whether the same parameters write with no context at all (`inference.question_only`).
+    reads_text_alone: ClassVar[bool] = False
 
     @classmethod
     def from_config(
