@@ -5,7 +5,7 @@
 
 | size | parameters | hardware | time | text-to-image R@1, R@10 |
 | --- | --- | --- | --- | --- |
-| `tiny` | 0.9 M | 2 CPU cores | 12 minutes, 1,350 steps | 0.662, 0.957 (1,000 world scenes) |
+| `tiny` | 0.9 M | 2 CPU cores | 12 minutes, 1,500 steps | 0.694, 0.963 (1,000 world scenes) |
 | `base` | 23.8 M | one accelerator | not measured | not measured |
 | `large` | 322 M | several accelerators | not measured | not measured |
 | `10b` | 10.3 B | 256 chips of v6e | compiled, never run | not measured |
@@ -13,7 +13,8 @@
 
 Parameters are those of `python -m unified_mm.sizes`, with the largest vocabulary that the tokenizer
 may have: the world's captions fill a smaller one (`tiny` then has 0.6 M, `large` 305 M).
-One caption an image; chance is 0.001 and 0.010. All other scores: experiments/RESULTS.md.
+One caption an image, the mean of three seeds; chance is 0.001 and 0.010. All other scores:
+experiments/RESULTS.md.
 """
 
 from ml_collections import ConfigDict
