@@ -171,6 +171,7 @@ class Predictor:
         Raises:
           ValueError: a prompt that leaves no room for an answer.
         """
+        self._objective(Captioning, "write")  # there may be no text at all
         length = self.task.modalities["text"].length
         text, used = self.prompts(prompts)
         own = self.rows(len(prompts))
