@@ -46,6 +46,7 @@ def get_config(size: str = "auto") -> ConfigDict:
     config.model.modalities = {"audio": {"type": "audio", **defaults_of(AudioModality)}}
     for objective in config.objectives.values():
         objective.weight = 0.0
+    config.model.start_from.audio = ""  # or a run with a tower, for fusions that have towers
     audio = config.model.modalities.audio
     if size == "speech":
         return speech(config, text)

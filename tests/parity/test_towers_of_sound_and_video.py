@@ -1,11 +1,11 @@
 """AST, Whisper's encoder and VideoMAE: the same features, from files on."""
 
-
 import hugging_face as hf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import unified_mm
 from unified_mm.config import Config
@@ -121,3 +121,71 @@ def test_whisper(kind, tmp_path):
     run = write_run(imported, tmp_path / "run").path
     found = pooled(run, sound_files(tmp_path)[1:], "audio")
     hf.assert_close(found, unit(theirs.numpy()[1:].mean(1)))
+
+
+@pytest.mark.filterwarnings("ignore:At least one mel filter")
+@pytest.mark.parametrize("kind", ("ASTModel", "ASTForAudioClassification"))
+def test_ast(kind, tmp_path):
+    import torch
+    import transformers
+
+    config = transformers.ASTConfig(**AST, qkv_bias=kind == "ASTModel")
+    model = hf.randomised(getattr(transformers, kind)(config))
+    model.save_pretrained(tmp_path / "theirs")
+    extractor = transformers.ASTFeatureExtractor(num_mel_bins=19, max_length=30, mean=-3.0, std=2.5)
+    extractor.save_pretrained(tmp_path / "theirs")
+    imported = import_directory(tmp_path / "theirs")
+    assert bool(imported.ignored) == (kind != "ASTModel")
+    given = extractor([x / np.float32(32768) for x in waves()], sampling_rate=16_000)
+    with torch.no_grad():
+        backbone = getattr(model, "audio_spectrogram_transformer", model)
+        theirs = backbone(torch.tensor(np.array(given["input_values"])))
+    features = theirs.last_hidden_state.numpy()
+    order = np.arange(3 * 7).reshape(3, 7).T.reshape(-1)  # theirs go by band, then by time
+    hf.assert_close(
+        heard(imported), np.concatenate([features[:, :2], features[:, 2:][:, order]], 1)
+    )
+    run = write_run(imported, tmp_path / "run").path
+    found = pooled(run, sound_files(tmp_path)[1:], "audio")
+    hf.assert_close(found, unit(theirs.pooler_output.numpy()[1:]))
+
+
+KINDS = ("VideoMAEModel", "VideoMAEForVideoClassification", "VideoMAEForPreTraining")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_videomae(kind, tmp_path):
+    import torch
+    import transformers
+
+    config = transformers.VideoMAEConfig(**VIDEO, use_mean_pooling="Classification" in kind)
+    model = hf.randomised(getattr(transformers, kind)(config))
+    model.save_pretrained(tmp_path / "theirs")
+    name_biases(tmp_path / "theirs", older=kind != "VideoMAEModel")
+    imported = import_directory(tmp_path / "theirs")
+    assert imported.part == "video" and bool(imported.ignored) == (kind != "VideoMAEModel")
+    clips = np.random.default_rng(0).integers(0, 256, (2, 4, 16, 16, 3)).astype(np.uint8)
+    moments, length = np.arange(4, dtype=np.float32), np.array(4, np.int32)
+    more = {"times": moments, "length": length, "present": np.array(True)}
+    ours = looked(imported, "video", [{"frames": clip, **more} for clip in clips])
+    with torch.no_grad():
+        backbone = getattr(model, "videomae", model)
+        theirs = backbone(torch.tensor(hf.normalised(clips, imported, "video")))
+    hf.assert_close(ours, theirs.last_hidden_state)
+    run = write_run(imported, tmp_path / "run").path
+    np.savez(tmp_path / "clip.npz", frames=clips[1], fps=4.0)
+    found = pooled(run, [tmp_path / "clip.npz"], "video")
+    hf.assert_close(found, unit(theirs.last_hidden_state.numpy()[1:].mean(1)))
+
+
+def name_biases(folder, older):
+    """Gives biases the names that older or newer versions write."""
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    for name in list(tensors):
+        for one, other in (("q_bias", "query.bias"), ("v_bias", "value.bias")):
+            there, wanted = (other, one) if older else (one, other)
+            if name.endswith(f"attention.attention.{there}"):
+                tensors[name.replace(there, wanted)] = tensors.pop(name)
+    assert any(name.endswith("q_bias") for name in tensors) == older
+    safetensors.numpy.save_file(tensors, path)

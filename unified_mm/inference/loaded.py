@@ -614,7 +614,7 @@ def tower_alone(config: Config) -> Part | None:
 
 
 def held(task: Task, config: Config) -> Task:
-    """Returns the task with the modalities that a run has weights for: of a tower alone, its own."""
+    """Returns the task with the modalities that weights are there for: of a tower, its own."""
     part = tower_alone(config)
     return replace(task, modalities={part: task.modalities[part]}) if part else task
 
