@@ -378,8 +378,8 @@ class AudioEmbedder(nn.Module):
             x = self.convolved(x, there)
         else:
             frames = np.arange(down)[:, None] * step + np.arange(of_patch)
-            heights = np.arange(across)[:, None] * up + np.arange(bands)
-            patches = x[:, frames][..., heights].transpose(0, 1, 3, 2, 4)
+            levels = np.arange(across)[:, None] * up + np.arange(bands)
+            patches = x[:, frames][..., levels].transpose(0, 1, 3, 2, 4)
             x = self.dense("patches", patches.reshape(rows, down * across, of_patch * bands))
         if a.positions != "none":
             start = partitioned(START[a.positions], None, None, "embed")
@@ -397,9 +397,9 @@ class AudioEmbedder(nn.Module):
         valid = jnp.repeat(there[:, ::step][:, :down], across, axis=1)
         first = PRESETS[a.preset].first_centre
         times = first + (np.arange(down) * step + (of_patch - 1) / 2) * HOP / sounds.RATE
-        coords = np.zeros((down, across, 3), np.float32)
-        coords[:, :, 1] = (np.arange(across) + 0.5) / across
-        time, coords = np.repeat(times.astype(np.float32), across), coords.reshape(-1, 3)
+        coords = np.zeros((down * across, 3), np.float32)
+        coords[:, 1] = np.tile((np.arange(across) + 0.5) / across, down)
+        time = np.repeat(times.astype(np.float32), across)
         if count := a.class_tokens:
             start = partitioned(nn.initializers.normal(0.02), None, "embed")
             learned = self.param("class_tokens", start, (count, self.width)).astype(self.dtype)

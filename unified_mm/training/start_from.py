@@ -321,12 +321,11 @@ def tower_of(saved: Mapping[str, Any], part: str) -> dict[str, Any]:
     tower = {name: getattr(options, name) for name in STACK}
     if donor != part:
         return heir_of(saved, part, tower)
-    modality = dict(model["modalities"][part])
-    kind = modality.pop("type")
-    if "imported" in saved:
-        modality = {k: v for k, v in modality.items() if k not in FREE_OF_IMPORTED}
+    imported = "imported" in saved
+    free = ("type", *FREE_OF_IMPORTED) if imported else ("type",)
+    modality = {k: v for k, v in model["modalities"][part].items() if k not in free}
     taken = {f"model.modalities.{part}.{name}": value for name, value in modality.items()}
-    if kind in ("image", "video"):
+    if part == "image" or (part == "video" and imported):
         taken |= {f"data.{name}": data[name] for name in SEEN}
     if part != "image":
         return {f"model.towers.{part}": tower, **taken}
@@ -344,7 +343,7 @@ def weights_to_start_from(config: Config) -> dict[str, Any]:
         modalities = RunFolder(run).read_config(defaults())["model"]["modalities"]
         donor = donor_of(part, modalities)
         given = part_of_run(run, donor)
-        options = config.model.modalities[part] if part in config.model.modalities else {}
+        options = config.model.modalities.get(part, {})
         if donor != part:
             given = {path.replace(f"_{donor}/", f"_{part}/", 1): x for path, x in given.items()}
             kernel = f"embedders_{part}/patches/kernel"
