@@ -4,17 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from unified_mm.config import Config
 from unified_mm.modalities.audio import AudioModality, with_neighbours
-from unified_mm.objectives.transcription import Transcription
 from unified_mm.parallel.sharding import without_names
+from unified_mm.task import build_task
 
 CONVOLUTION = {"stem": "convolution", "mels": 8, "patch": (2, 8), "seconds": 0.2}
 OVERLAPPING = {"patch": (6, 4), "stride": (4, 3), "mels": 9, "class_tokens": 2, "seconds": 0.2}
 
 
 def modality(**options):
-    shared = {"std": 0.5, "positions": "none", "modality_embedding": False}
+    shared = {"mean": -1.0, "std": 0.5, "positions": "none", "modality_embedding": False}
     return AudioModality.from_config("audio", shared | options, None)
 
 
@@ -95,20 +97,23 @@ def test_padding_is_heard_where_that_is_asked_for(preset):
 
 
 def test_tokens_of_no_moment_say_nothing():
-    objective = Transcription("transcription", alphabet=("a", "b"), longest=2)
-    audio = modality(**OVERLAPPING)
-    assert audio.tokens_per_step == 2
+    config = tiny.config_dict()
+    config.model.modalities = {
+        "audio": {"type": "audio", "std": 0.5, "longer": "leave_out", **OVERLAPPING}
+    }
+    for objective in config.objectives.values():
+        objective.weight = 0.0
+    own = {"weight": 1.0, "alphabet": ("a", "b"), "longest": 2}
+    config.objectives.transcription.update(own)
+    task = build_task(Config(config.to_dict()), tiny.tokenizer())
+    (objective,) = task.objectives
 
-    class Model:
-        modalities = {"audio": audio}
-        head = {"transcription": staticmethod(lambda x: x)}
+    def logits(model, batch):
+        return objective.logits(model, model.read_context(batch, objective.view))
 
-    class Seen:
-        outputs = {"audio": jnp.arange(10.0)[None, :, None]}
-        valid = {"audio": jnp.ones((1, 10), bool)}
-
-    x, valid = objective.logits(Model, Seen)
-    assert x[0].tolist() == [[2, 3], [4, 5], [6, 7], [8, 9]] and valid.shape == (1, 4)
+    batch = {"audio": sounds(task.modalities["audio"], 3200)}
+    found, valid = task.model.apply({"params": tiny.params(task)}, batch, method=logits)
+    assert found.shape == (1, 4, 3) and valid.shape == (1, 4)  # not five, of ten tokens
 
 
 @pytest.mark.parametrize(
