@@ -176,6 +176,8 @@ def test_a_tower_embeds_files_and_nothing_else(kind, runs, tmp_path):
         model.embed(["a dog"], of="text")
     with pytest.raises(ValueError, match="this model cannot write: it was trained on contrastive"):
         model.caption(files)
+    with pytest.raises(ValueError, match=f"a tower of {of} alone .* cannot be served; train a"):
+        model.refuse_alone("served")
     with pytest.raises(SystemExit):
         export_weights.main(["--run", str(runs[kind]), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -294,6 +294,14 @@ class LoadedModel:
         batch = jax.tree.map(lambda leaf: leaf[None], self.read(image, self.told_about))
         return stream(self.predictor, batch, prompt, decoding)
 
+    def refuse_alone(self, what: str) -> None:
+        """Raises ValueError if this is an imported tower alone, of which `what` cannot be done."""
+        if part := tower_alone(self.config):
+            raise ValueError(
+                f"this is a tower of {part} alone ({self.config.imported.family}): it embeds, and "
+                f"cannot be {what}; train a model that begins with it (model.start_from.{part})"
+            )
+
     @property
     def told_about(self) -> str:
         """The modality that texts are written about: images, or else the first one of files."""

@@ -18,6 +18,7 @@ from unified_mm.pretrained.layers import (
     dense,
     line,
     norm,
+    projections,
     start_of_scale,
     start_of_tower,
     tower_options,
@@ -40,11 +41,8 @@ WHISPER_STACK = {
     "activation": ("activation_function", "gelu"),
 }
 WHISPER_BLOCK = {
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
+    **projections("self_attn.{letter}_proj", "self_attn.out_proj"),
     "key_bias": "",
-    "value": "self_attn.v_proj",
-    "output": "self_attn.out_proj",
     "attention_norm": "self_attn_layer_norm",
     "feed_forward_norm": "final_layer_norm",
     "up": "fc1",
@@ -81,8 +79,8 @@ def ast_fields(source: Source) -> Fields:
 
 def ast_table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
     """Returns the table of AST's weights without a classifier."""
-    options = dict(config["model"]["modalities"]["audio"])
-    patch, (_, across) = options["patch"][0], AudioModality.from_config("audio", options, None).grid
+    audio = AudioModality.from_config("audio", config["model"]["modalities"]["audio"], None)
+    patch, across, options = audio.patch[0], audio.grid[1], tower_options(config["model"])
     before = prefix(names, "audio_spectrogram_transformer.", probe="embeddings.cls_token")
     embeddings = f"{before}embeddings"
 
@@ -100,12 +98,7 @@ def ast_table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
             f"{embeddings}.patch_embeddings.projection", "embedders_audio/patches", True, kernel
         ),
         Entry(theirs, ours, Transform(first_and_grid, None)),
-        *blocks(
-            f"{before}encoder.layer.{{layer}}",
-            "towers_audio",
-            VIT_BLOCK,
-            tower_options(config["model"]),
-        ),
+        *blocks(f"{before}encoder.layer.{{layer}}", "towers_audio", VIT_BLOCK, options),
         *norm(f"{before}layernorm", "towers_audio/norm"),
     ]
     ignored = {r"classifier\..*": "the classifier: an audio tower has none"}
@@ -138,25 +131,12 @@ def whisper_table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
     """Returns the table of the weights of Whisper's encoder, which its decoder does without."""
     before = "model.encoder." if "model.encoder.conv1.weight" in names else "encoder."
     kernel = rearranged("d inputs taps", "(taps inputs) d", taps=3)
+    places, options = rearranged("steps d", "steps 1 d"), tower_options(config["model"])
     entries = [
-        *(
-            entry
-            for number in (1, 2)
-            for entry in dense(
-                f"{before}conv{number}", f"embedders_audio/convolution_{number}", True, kernel
-            )
-        ),
-        line(
-            f"{before}embed_positions.weight",
-            "embedders_audio/positions",
-            rearranged("steps d", "steps 1 d"),
-        ),
-        *blocks(
-            f"{before}layers.{{layer}}",
-            "towers_audio",
-            WHISPER_BLOCK,
-            tower_options(config["model"]),
-        ),
+        *dense(f"{before}conv1", "embedders_audio/convolution_1", True, kernel),
+        *dense(f"{before}conv2", "embedders_audio/convolution_2", True, kernel),
+        line(f"{before}embed_positions.weight", "embedders_audio/positions", places),
+        *blocks(f"{before}layers.{{layer}}", "towers_audio", WHISPER_BLOCK, options),
         *norm(f"{before}layer_norm", "towers_audio/norm"),
     ]
     ignored = {

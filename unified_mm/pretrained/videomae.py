@@ -52,6 +52,7 @@ def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
     video, options = model["modalities"]["video"], tower_options(model)
     before = prefix(names, "videomae.", probe="embeddings.patch_embeddings.projection.weight")
     older = any(name.endswith(".q_bias") for name in names)
+    block = {**BLOCK, **(BIASES if older else {}), "key_bias": ""}
     pixels = rearranged(
         "d channels frames rows columns",
         "(frames rows columns channels) d",
@@ -62,12 +63,7 @@ def table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
     projection = f"{before}embeddings.patch_embeddings.projection"
     entries = [
         *dense(projection, "embedders_video/patches", True, pixels),
-        *blocks(
-            f"{before}encoder.layer.{{layer}}",
-            "towers_video",
-            {**BLOCK, **(BIASES if older else {}), "key_bias": ""},
-            options,
-        ),
+        *blocks(f"{before}encoder.layer.{{layer}}", "towers_video", block, options),
     ]
     if options.final_norm:
         entries += norm(f"{before}layernorm", "towers_video/norm")
