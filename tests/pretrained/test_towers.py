@@ -1,7 +1,10 @@
 """Towers of sounds and clips: read from files as they are published, asked, and trained on."""
 
 import json
+from functools import partial
+from pathlib import Path
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,7 @@ import safetensors.numpy
 import tiny
 
 import unified_mm
-from unified_mm import export_weights
+from unified_mm import export_weights, import_weights
 from unified_mm.config import Config
 from unified_mm.default_config import defaults
 from unified_mm.import_weights import import_directory, write_run
@@ -283,6 +286,45 @@ def test_positions_that_are_not_learned_are_not_resized():
     assert list(heard({"embedders_audio/patches/kernel": kernel}, audio)) == [
         "embedders_audio/patches/kernel"
     ]
+
+
+@pytest.mark.slow
+def test_from_a_published_directory_to_scores(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("UNIFIED_MM_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for kind, hertz in (("high", 3000), ("low", 300)):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for number in range(10):
+            wave = 0.4 * np.sin(hertz * np.arange(3000) / 2546) + 0.02 * rng.normal(size=3000)
+            soundfile.write(tmp_path / "data" / kind / f"{number}.wav", wave, 16_000)
+    source, tower = written(tmp_path / "whisper", "whisper"), tmp_path / "tower"
+    with pytest.raises(SystemExit) as stopped:
+        import_weights.main(["--from", str(source), "--out", str(tower)])
+    assert stopped.value.code == 0
+    assert "family: Whisper's encoder (part: audio)" in capsys.readouterr().out
+    recipe = Path(__file__).parents[2] / "configs" / "audio.py"
+    flags = {
+        "data.dir": tmp_path / "data",
+        "model.fusion": "late",
+        "model.start_from.audio": tower,
+        "model.modalities.audio.seconds": 0.2,
+        "train.steps": 2,
+        "train.batch_size": 8,
+        "train.learning_rate": 1e-30,
+        "evaluation.batch_size": 8,
+        "logging.tensorboard": False,
+    }
+    given = [f"--config.{field}={value}" for field, value in flags.items()]
+    assert commands.run(f"--config={recipe}:tiny", f"--workdir={tmp_path / 'run'}", *given) == 0
+    said = capsys.readouterr().out
+    assert f"starts with audio from {tower}; afresh: heads_classification\n" in said
+    before, after = (unified_mm.load(each).params for each in (tower, tmp_path / "run"))
+    same = partial(np.testing.assert_allclose, rtol=0, atol=1e-25)  # zeros are moved by the rate
+    jax.tree.map(same, after["towers_audio"], before["towers_audio"])
+    options = json.loads((tmp_path / "run" / "config.json").read_text())["model"]["modalities"]
+    assert options["audio"]["seconds"] == 0.2 and options["audio"]["mask_frames"] == 20
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert 0 <= result["scores"]["classification/accuracy"] <= 1
 
 
 REFUSED = {
