@@ -218,6 +218,7 @@ def test_a_run_begins_with_the_tower_as_it_is(kind, runs):
     assert task.model.tower_of(of) == theirs.task.model.tower_of(of)
     if of == "video":
         assert (config.data.image_size, config.data.fit) == (16, "crop_resized")
+        assert task.modalities[of].seconds == 2.0 and modality.seconds == 0.0
         assert task.modalities[of].mean == modality.mean == (0.485, 0.456, 0.406)
     else:  # what training does to sounds is the new run's own affair
         assert config.model.modalities.audio.mask_frames == 3

@@ -15,11 +15,7 @@ CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
-FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
+FILES = tuple(f"{name}_config.json" for name in ("preprocessor", "processor", "video_preprocessor"))
 
 
 @dataclass(frozen=True)
@@ -55,10 +51,8 @@ def image_fields(source: Source, vision: Section, usual: Preprocessing) -> tuple
         and key.
     """
     vision.refuse_unless("num_channels", 3, why="pictures have three colours here")
-    section, size = (
-        _section(source, "image_processor", "video_processor"),
-        vision.get("image_size", 224),
-    )
+    section = _section(source, "image_processor", "video_processor")
+    size = vision.get("image_size", 224)
     for key in ("do_resize", "do_rescale", "do_normalize"):
         section.refuse_unless(key, True, None, why="pictures are resized and normalised here")
     section.refuse_unless("do_pad", False, None, why="pictures are cut to squares, not padded")

@@ -43,8 +43,11 @@ STEM_FIELDS = ("stem", "stem_options", "patch", "mean", "std")
 # What may be other than in the run that a whole model comes from: none of it changes an embedding.
 FREE_OF_MODEL = ("dropout", "remat", "attention", "unroll", "dtype", "exits")
 FREE_OF_OBJECTIVE = ("weight", "weight_schedule", "chunk")
-# What imported weights say nothing of: how sounds and clips are cut and changed in training.
-FREE_OF_IMPORTED = ("mask_frames", "mask_mels", "gain", "roll", "longer")
+# What imported weights say nothing of: how sounds and clips are cut, and changed in training.
+FREE_OF_IMPORTED = {
+    "audio": ("mask_frames", "mask_mels", "gain", "roll", "longer"),
+    "video": ("seconds",),
+}
 SEEN = ("image_size", "resampling", "fit")  # fields of `config.data`: the pictures that it knows
 BLOCK = re.compile(r"(.*/layers)/block_(\d+)/(.*)")
 # A dense run's feed-forward becomes each expert (Komatsuzaki et al. 2022, "Sparse upcycling").
@@ -322,7 +325,7 @@ def tower_of(saved: Mapping[str, Any], part: str) -> dict[str, Any]:
     if donor != part:
         return heir_of(saved, part, tower)
     imported = "imported" in saved
-    free = ("type", *FREE_OF_IMPORTED) if imported else ("type",)
+    free = ("type", *(FREE_OF_IMPORTED.get(part, ()) if imported else ()))
     modality = {k: v for k, v in model["modalities"][part].items() if k not in free}
     taken = {f"model.modalities.{part}.{name}": value for name, value in modality.items()}
     if part == "image" or (part == "video" and imported):
