@@ -91,9 +91,9 @@ def pixels(rows: int, size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (rows, size, size, 3)).astype(np.uint8)
 
 
-def normalised(images: np.ndarray, imported: Imported) -> np.ndarray:
+def normalised(images: np.ndarray, imported: Imported, of: str = "image") -> np.ndarray:
     """What transformers' models take: float32 [..., 3, size, size]."""
-    image = imported.config["model"]["modalities"]["image"]
+    image = imported.config["model"]["modalities"][of]
     mean, std = (np.array(image[key], np.float32) for key in ("mean", "std"))
     return np.moveaxis((images / np.float32(255) - mean) / std, -1, -3).astype(np.float32)
 

@@ -186,8 +186,10 @@ def main(options: argparse.Namespace) -> int:
     need_flatbuffers()
     refuse_existing(Path(options.out))
     platforms = [name.strip() for name in options.platforms.split(",") if name.strip()]
+    model = load(options.run, best=options.best)
+    model.refuse_alone("exported")
     manifest = export(
-        load(options.run, best=options.best),
+        model,
         options.out,
         platforms=platforms,
         prompt=options.prompt_tokens,

@@ -30,7 +30,7 @@ from unified_mm.cli.messages import say
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import defaults
 from unified_mm.files import new_folder, refuse_existing, user_path, write_json
-from unified_mm.inference.imported import PARTS, run_config
+from unified_mm.inference.imported import ALONE, PARTS, run_config
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.objectives.contrastive import MAX_LOG_SCALE
 from unified_mm.pretrained.families import FAMILIES
@@ -76,8 +76,18 @@ def export(
 
 
 def part_of(config: Mapping[str, Any]) -> str:
-    """Returns the tower that a run is, 'image' or 'text'; 'whole' if it is more than one."""
-    if config.get("imported", {}).get("part") == "image":
+    """Returns the tower that a run is, 'image' or 'text'; 'whole' if it is more than one.
+
+    Raises:
+      ValueError: it is a tower that none of the families is written with.
+    """
+    imported = config.get("imported", {})
+    if imported.get("part") in ALONE:
+        raise ValueError(
+            f"a tower of {imported['part']} ({imported['family']}) cannot be written again: what "
+            f"it was read from is {imported['from']}"
+        )
+    if imported.get("part") == "image":
         return "image"
     alone = config["model"]["fusion"] == "late" and "image" not in config["model"]["modalities"]
     return "text" if alone else "whole"

@@ -10,9 +10,10 @@ Hugging Face Hub, as NAME or NAME@REVISION, is looked for in the Hub's cache on 
 config keeps its revision. package:NAME/FOLDER is a folder of an installed package, and a folder may
 hold one file of weights alone, such as efficientnet-lite0-57934424.pth.
 `unified_mm.load("runs/clip")` loads the new run. Usable at once: CLIP and SigLIP for retrieval and
-zero-shot classification, LLaVA and language models to write. Tokenizer and image preprocessing
-come along.
---config.model.start_from.text=RUN (or .image, .stem, .whole) trains on from a run.
+zero-shot classification, LLaVA and language models to write; the towers of AST, Whisper and
+VideoMAE embed sounds and clips (`model.embed(files, of="audio")`). Tokenizer and preprocessing come
+along.
+--config.model.start_from.text=RUN (or .image, .audio, .video, .stem, .whole) trains on from a run.
 """
 
 from __future__ import annotations

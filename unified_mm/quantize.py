@@ -44,6 +44,7 @@ def main(options: argparse.Namespace) -> int:
     refuse_name(out)
     need_qwix()
     model = load(source.path)
+    model.refuse_alone("quantised")
     activations = "" if options.activations == "none" else options.activations
     small = quantized(model, options.weights, activations, str(source.path))
     result = {

@@ -71,6 +71,7 @@ def main(options: argparse.Namespace) -> int:
     # What can be said about the address is said before a model is loaded.
     with closing(bind(options.host, options.port)) as bound:
         model = load(options.run, best=options.best)
+        model.refuse_alone("served")
         which = "the best state, " * options.best
         say(f"{which}step {model.step} of {options.run}, fusion {model.config.model.fusion}")
         index = SearchIndex.open(options.index) if options.index else None

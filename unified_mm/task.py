@@ -331,7 +331,7 @@ def check_dropping(objectives: Sequence[Any]) -> None:
         where = f"objectives.{each.name}"
         if isinstance(each, Transcription):
             why = f"{where} writes what each moment says: set its weight to 0"
-        elif getattr(each, "pool", "") in ("first", "last"):
+        elif getattr(each, "pool", "") in ("first", "first_two", "last"):
             why = f"{where}.pool={each.pool!r} may be dropped: set it to 'mean'"
         else:
             continue

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from unified_mm.config import Config, set_field
 from unified_mm.data.text_tokenizer import TextTokenizer
-from unified_mm.default_config import default_config
+from unified_mm.default_config import default_config, defaults
 from unified_mm.files import new_folder, write_json
 from unified_mm.parallel.processes import first_before_others
 from unified_mm.parallel.sharding import without_names
@@ -34,7 +34,11 @@ FORMAT = 1  # raise it when imported runs change: those of installed packages ar
 PARTS: dict[Part, tuple[str, ...]] = {
     "image": ("embedders_image/", "towers_image/"),
     "stem": ("embedders_image/stem/",),
+    "audio": ("embedders_audio/", "towers_audio/", "heads_contrastive/"),
+    "video": ("embedders_video/", "towers_video/", "heads_contrastive/"),
 }
+# Towers that embed by themselves, without a text model beside them.
+ALONE: tuple[Part, ...] = ("audio", "video")
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def run_config(family: Family, source: Source, tokenizer: TextTokenizer | None) 
     """
     fields = family.fields(source)
     chosen = default_config()
-    usual = chosen.model.modalities.to_dict()
+    usual = defaults()["model"]["modalities"]
     asked = fields["model"].pop("modalities")
     chosen.model.modalities = {name: usual[name] | more for name, more in asked.items()}
     for objective in chosen.objectives.values():

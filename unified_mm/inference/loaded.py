@@ -24,7 +24,7 @@ from unified_mm.default_config import defaults
 from unified_mm.files import read_json
 from unified_mm.inference.classes import class_embeddings, templates_of
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
-from unified_mm.inference.imported import import_directory
+from unified_mm.inference.imported import ALONE, PARTS, import_directory
 from unified_mm.inference.predictor import Predictor
 from unified_mm.inference.quantized_params import in_dtype, saved_shapes
 from unified_mm.inference.streaming import stream
@@ -32,6 +32,7 @@ from unified_mm.nn.unstack import stack_layers, unstack_layers
 from unified_mm.objectives.transcription import Transcription
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import shardings_of, without_names
+from unified_mm.pretrained.family import Part
 from unified_mm.pretrained.hub import directory_of, is_name
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, RunFolderError, keeps_average
@@ -293,6 +294,14 @@ class LoadedModel:
         batch = jax.tree.map(lambda leaf: leaf[None], self.read(image, self.told_about))
         return stream(self.predictor, batch, prompt, decoding)
 
+    def refuse_alone(self, what: str) -> None:
+        """Raises ValueError if this is an imported tower alone, of which `what` cannot be done."""
+        if part := tower_alone(self.config):
+            raise ValueError(
+                f"this is a tower of {part} alone ({self.config.imported.family}): it embeds, and "
+                f"cannot be {what}; train a model that begins with it (model.start_from.{part})"
+            )
+
     @property
     def told_about(self) -> str:
         """The modality that texts are written about: images, or else the first one of files."""
@@ -519,7 +528,10 @@ def load(
     config = Config(folder.read_config(defaults()))
     refuse_image_tower(config, folder.path)
     try:
-        tokenizer = TextTokenizer.load(folder.tokenizer, **config.data.special_tokens)
+        if tower_alone(config):
+            tokenizer = TextTokenizer.train([], 260)  # it has none, and reads no text
+        else:
+            tokenizer = TextTokenizer.load(folder.tokenizer, **config.data.special_tokens)
         task = build_task(config, tokenizer)
     except MissingField as error:
         raise RunFolderError(
@@ -537,7 +549,8 @@ def load(
         restored = checkpoints.restore(wanted, step=step, partial=True)
     params, saved = restored.state[name], folder.saved_config()
     early = read_exits(folder, restored.step, state) if exits else None
-    return LoadedModel(task, params, mesh, config, restored.step, saved, state, early)
+    whole = held(task, config)
+    return LoadedModel(whole, params, mesh, config, restored.step, saved, state, early)
 
 
 def read_exits(folder: RunFolder, step: int, state: str) -> dict[str, float]:
@@ -583,11 +596,10 @@ def published(name: str | os.PathLike[str], mesh: Mesh) -> LoadedModel:
     imported = import_directory(directory_of(name))
     config = Config(imported.config)
     refuse_image_tower(config, name)
-    assert imported.tokenizer is not None  # what is no image tower alone reads texts
-    task = build_task(config, imported.tokenizer)
+    task = build_task(config, imported.tokenizer or TextTokenizer.train([], 260))
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(task, mesh, config))
     params = jax.tree.map(jax.device_put, imported.params, places)
-    return LoadedModel(task, params, mesh, config, 0)
+    return LoadedModel(held(task, config), params, mesh, config, 0)
 
 
 def refuse_image_tower(config: Config, where: object) -> None:
@@ -603,6 +615,18 @@ def refuse_image_tower(config: Config, where: object) -> None:
         )
 
 
+def tower_alone(config: Config) -> Part | None:
+    """Returns the modality of an imported tower that embeds by itself; None for all other runs."""
+    part: Part = config.imported.part if "imported" in config else "both"
+    return part if part in ALONE else None
+
+
+def held(task: Task, config: Config) -> Task:
+    """Returns the task with the modalities that weights are there for: of a tower, its own."""
+    part = tower_alone(config)
+    return replace(task, modalities={part: task.modalities[part]}) if part else task
+
+
 def one_device_mesh() -> Mesh:
     """Returns a mesh of this process's first device alone, since requests are small."""
     return make_mesh({}, jax.local_devices()[:1])
@@ -611,6 +635,8 @@ def one_device_mesh() -> Mesh:
 def abstract_params(task: Task, mesh: Mesh, config: Config) -> Any:
     """Returns shapes, types and shardings of a run's parameters."""
     boxed = saved_shapes(task, config)
+    if part := tower_alone(config):
+        boxed = {name: each for name, each in boxed.items() if f"{name}/" in PARTS[part]}
     shardings = shardings_of(boxed, mesh)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

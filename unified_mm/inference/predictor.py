@@ -174,6 +174,7 @@ class Predictor:
         Raises:
           ValueError: a prompt that leaves no room for an answer.
         """
+        self._objective(Captioning, "write")  # there may be no text at all
         known = self.sure(prompts, decoding)
         if all(prompt in known for prompt in prompts):
             return [[known[prompt]] for prompt in prompts]

@@ -1,4 +1,7 @@
-"""Audio: patches of a log-mel spectrogram become tokens (Gong et al. 2021, AST, section 2.1)."""
+"""Audio: parts of a log-mel spectrogram become tokens.
+
+They are patches (Gong et al. 2021, AST, section 2.1), or moments (Radford et al. 2022, Whisper).
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,13 @@ from unified_mm.data import sounds
 from unified_mm.data.records import Record
 from unified_mm.modalities.image import START
 from unified_mm.modalities.spectrogram import HOP, PRESETS, log_mel
+from unified_mm.nn.feed_forward import ACTIVATIONS
 from unified_mm.nn.layers import Dense, partitioned
 from unified_mm.nn.tokens import Group, Tokens, blank, single_document
 
 MEASURED = 500  # sounds that the mean and the deviation are taken from, spread over the data
 READ_AT_A_TIME = 50
+STEMS = ("linear", "convolution")
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,13 @@ class AudioModality:
       mean, std: by which spectrograms are normalised; std 0 takes both from the training data, and
         the run keeps them.
       patch: frames (of 10 ms) and bands of a token.
+      stride: frames and bands from the beginning of one patch to that of the next; (0, 0) is side
+        by side. With a stride of their own patches may overlap, and what fills none at the end and
+        at the top is left out, as a convolution does (AST).
+      stem: 'linear', one dense map of a patch; or 'convolution', two convolutions in time, each of
+        three frames and the second at every other one (Whisper): a token is of two frames and all
+        bands.
+      class_tokens: learned tokens that come before all others (AST has two).
       positions: initial values of the learned positions of time and band: 'grid', 'line', 'random',
         or 'none', as those of images.
       modality_embedding: whether a learned embedding of the modality is added.
@@ -49,6 +61,8 @@ class AudioModality:
       roll: whether training turns a sound round in time, so that it begins anywhere.
       longer: 'crop' hears longer sounds as above; 'leave_out' names them and leaves them out, for
         texts that are of whole sounds.
+      attend_padding: whether what comes after the end of a sound is heard too, up to `seconds`, as
+        published models do: by 'whisper' as silence, by 'kaldi' as zeros in the logarithm.
     """
 
     # What can be made of which no text tells.
@@ -63,6 +77,9 @@ class AudioModality:
     mean: float = 0.0
     std: float = option(0.0, least=0)
     patch: tuple[int, int] = (16, 16)
+    stride: tuple[int, int] = (0, 0)
+    stem: str = option("linear", choices=STEMS)
+    class_tokens: int = option(0, least=0)
     positions: str = option("grid", choices=(*START, "none"))
     modality_embedding: bool = True
     mask_frames: int = option(0, least=0)
@@ -70,16 +87,29 @@ class AudioModality:
     gain: float = option(0.0, least=0)
     roll: bool = False
     longer: str = option("crop", choices=("crop", "leave_out"))
+    attend_padding: bool = False
 
     @classmethod
     def from_config(cls, name: str, options: Mapping[str, Any], resources: Any) -> AudioModality:
         where = f"model.modalities.{name}"
         built: AudioModality = build_options(cls, options, where, name=name)
-        if min(built.patch) < 1 or built.mels % built.patch[1]:
+        if min(built.patch) < 1 or (not built.overlaps and built.mels % built.patch[1]):
             raise ValueError(
                 f"{where}.mels={built.mels} is no multiple of the bands of {where}.patch="
                 f"{built.patch}"
             )
+        if built.overlaps and (min(built.stride) < 1 or min(built.grid) < 1):
+            raise ValueError(
+                f"{where}.stride={built.stride}: give frames and bands of at least 1, and seconds "
+                f"and mels that fill {where}.patch={built.patch}"
+            )
+        whole = {"patch": (2, built.mels), "stride": (0, 0)}
+        for field, value in whole.items() if built.stem == "convolution" else ():
+            if (given := getattr(built, field)) != value:
+                raise ValueError(
+                    f"{where}.{field}={given}: tokens of {where}.stem='convolution' are of two "
+                    f"frames and all bands; set it to {value}"
+                )
         return built
 
     @property
@@ -89,14 +119,30 @@ class AudioModality:
 
     @property
     def frames(self) -> int:
-        """Frames of the longest sound, filled up to whole patches."""
-        frames, of_patch = PRESETS[self.preset].frames(self.samples), self.patch[0]
-        return -(-frames // of_patch) * of_patch
+        """Frames of the longest sound."""
+        return PRESETS[self.preset].frames(self.samples)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether patches have a stride of their own."""
+        return self.stride != (0, 0)
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Frames and bands from one patch to the next."""
+        return self.stride if self.overlaps else self.patch
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patches in time and in frequency."""
-        return self.frames // self.patch[0], self.mels // self.patch[1]
+        return self.grid_of(self.frames)
+
+    def grid_of(self, frames: int) -> tuple[int, int]:
+        """Returns the patches in time and in frequency of so many frames."""
+        if not self.overlaps:
+            return -(-frames // self.patch[0]), self.mels // self.patch[1]
+        (of_patch, bands), (step, up) = self.patch, self.strides
+        return 1 + (frames - of_patch) // step, 1 + (self.mels - bands) // up
 
     @property
     def tokens_per_step(self) -> int:
@@ -112,7 +158,7 @@ class AudioModality:
         """Returns the steps in time, as tokens, of a part of a record."""
         file, start = place_of(part)
         frames = self._there(round((sounds.seconds_of(file) - start) * sounds.RATE))
-        return -(-frames // self.patch[0])
+        return min(-(-frames // self.strides[0]), self.grid[0])
 
     def fault(self, part: Any) -> str:
         """Returns what is wrong with a part of a record: its length, where that is asked for."""
@@ -233,7 +279,8 @@ class AudioModality:
             )
         places = np.linspace(0, len(heard) - 1, min(len(heard), MEASURED), dtype=int)
         chosen = [heard[place] for place in places]
-        spectrum = jax.jit(lambda batch: spectrogram(replace(self, std=1.0), batch)[:2])
+        plain = replace(self, std=1.0, attend_padding=False)
+        spectrum = jax.jit(lambda batch: spectrogram(plain, batch)[:2])
         sums = np.zeros(3)
         for first in range(0, len(chosen), READ_AT_A_TIME):
             rows = [self.prepare(record, None) for record in chosen[first : first + READ_AT_A_TIME]]
@@ -278,7 +325,7 @@ def _stretch(rng: np.random.Generator, widest: int, room: int) -> tuple[int, int
 def spectrogram(
     audio: AudioModality, batch: Mapping[str, Array]
 ) -> tuple[Float[Array, "B N mels"], Bool[Array, "B N"], Bool[Array, "B N mels"]]:
-    """Returns normalised log-mel frames, which of them hold sound, and what is not blanked.
+    """Returns normalised log-mel frames, which of them are heard, and what is not blanked.
 
     Args:
       audio: the modality.
@@ -292,7 +339,11 @@ def spectrogram(
     wave = wave * jnp.where(batch["present"], batch["gain"], 1.0)[:, None]
     frames = preset.frames(wave.shape[1])
     there = jnp.arange(frames)[None] < preset.frames_of(length)[:, None]
-    x = (log_mel(audio.preset, wave, audio.mels, there) - audio.mean) / audio.std
+    x = log_mel(audio.preset, wave, audio.mels, there)
+    if audio.attend_padding:
+        x = x if preset.centred else blank(x, there)
+        there = jnp.broadcast_to(batch["present"][:, None], there.shape)
+    x = (x - audio.mean) / audio.std
     place = [jnp.arange(frames)[None, :, None], jnp.arange(audio.mels)[None, None]]
     masks = batch["masks"][:, :, :, None, None]
     left = ~(
@@ -303,9 +354,9 @@ def spectrogram(
 
 
 class AudioEmbedder(nn.Module):
-    """Patches of a spectrogram through a dense map, plus positions and the modality's embedding.
+    """A spectrogram through the stem, plus positions and the modality's embedding.
 
-    Tokens go by time, then by frequency.
+    Tokens go by time, then by frequency, after the class tokens.
     """
 
     audio: AudioModality
@@ -318,14 +369,18 @@ class AudioEmbedder(nn.Module):
         a = self.audio
         x, there, left = spectrogram(a, batch)
         x = blank(x, there) * left.astype(x.dtype)
-        of_patch, bands = a.patch
-        missing = -x.shape[1] % of_patch
+        (of_patch, bands), (step, up) = a.patch, a.strides
+        rows, (down, across) = x.shape[0], a.grid_of(x.shape[1])
+        missing = max((down - 1) * step + of_patch - x.shape[1], 0)
         x = jnp.pad(x, ((0, 0), (0, missing), (0, 0))).astype(self.dtype)
         there = jnp.pad(there, ((0, 0), (0, missing)))
-        rows, down, across = x.shape[0], x.shape[1] // of_patch, a.mels // bands
-        patches = x.reshape(rows, down, of_patch, across, bands).transpose(0, 1, 3, 2, 4)
-        patches = patches.reshape(rows, down * across, of_patch * bands)
-        x = Dense((self.width,), (None,), ("embed",), dtype=self.dtype, name="patches")(patches)
+        if a.stem == "convolution":
+            x = self.convolved(x, there)
+        else:
+            frames = np.arange(down)[:, None] * step + np.arange(of_patch)
+            levels = np.arange(across)[:, None] * up + np.arange(bands)
+            patches = x[:, frames][..., levels].transpose(0, 1, 3, 2, 4)
+            x = self.dense("patches", patches.reshape(rows, down * across, of_patch * bands))
         if a.positions != "none":
             start = partitioned(START[a.positions], None, None, "embed")
             table = self.param("positions", start, (*a.grid, self.width))
@@ -338,12 +393,38 @@ class AudioEmbedder(nn.Module):
         if a.modality_embedding:
             vector = partitioned(nn.initializers.normal(0.02), "embed"), (self.width,)
             x = x + self.param("modality", *vector).astype(self.dtype)
-        valid = jnp.repeat(there.reshape(rows, down, of_patch).any(-1), across, axis=1)
-        group = Group(a.name, a.name, x.shape[1])
+        # Frames that are heard come first: a patch holds one if its own first is.
+        valid = jnp.repeat(there[:, ::step][:, :down], across, axis=1)
         first = PRESETS[a.preset].first_centre
-        times = first + (np.arange(down) * of_patch + (of_patch - 1) / 2) * HOP / sounds.RATE
-        coords = np.zeros((down, across, 3), np.float32)
-        coords[:, :, 1] = (np.arange(across) + 0.5) / across
+        times = first + (np.arange(down) * step + (of_patch - 1) / 2) * HOP / sounds.RATE
+        coords = np.zeros((down * across, 3), np.float32)
+        coords[:, 1] = np.tile((np.arange(across) + 0.5) / across, down)
         time = np.repeat(times.astype(np.float32), across)
-        placed = single_document(valid, group, time, coords.reshape(-1, 3))
+        if count := a.class_tokens:
+            start = partitioned(nn.initializers.normal(0.02), None, "embed")
+            learned = self.param("class_tokens", start, (count, self.width)).astype(self.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(learned, (rows, *learned.shape)), x], axis=1)
+            present = jnp.broadcast_to(batch["present"][:, None], (rows, count))
+            valid = jnp.concatenate([present, valid], axis=1)
+            time, coords = np.pad(time, (count, 0)), np.pad(coords, ((count, 0), (0, 0)))
+        group = Group(a.name, a.name, x.shape[1])
+        placed = single_document(valid, group, time, coords)
         return Tokens(blank(x, valid), placed)
+
+    def dense(self, name: str, x: Float[Array, "B N values"]) -> Float[Array, "B N D"]:
+        found: Array = Dense((self.width,), (None,), ("embed",), dtype=self.dtype, name=name)(x)
+        return found
+
+    def convolved(
+        self, x: Float[Array, "B N mels"], there: Bool[Array, "B N"]
+    ) -> Float[Array, "B half D"]:
+        """Returns what two convolutions in time make of frames (Radford et al. 2022, 2.2)."""
+        activation = ACTIVATIONS["gelu_exact"]
+        x = blank(activation(self.dense("convolution_1", with_neighbours(x))), there)
+        return activation(self.dense("convolution_2", with_neighbours(x)[:, ::2]))
+
+
+def with_neighbours(x: Float[Array, "B N values"]) -> Float[Array, "B N more"]:
+    """Returns the frame before each, itself, and the one after, zeros beyond the ends."""
+    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
+    return jnp.concatenate([padded[:, :-2], x, padded[:, 2:]], axis=-1)

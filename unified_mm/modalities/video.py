@@ -19,6 +19,7 @@ from unified_mm.nn.layers import Dense, partitioned
 from unified_mm.nn.tokens import Group, Tokens, blank, single_document
 
 STEMS = ("linear", "difference")
+FIXED = "fixed"  # positions that are not learned
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class VideoModality:
       stem: 'linear', one dense map of a tubelet; or 'difference', another one beside it of what
         each frame has other than the one before.
       positions: initial values of the learned positions of row and column, as those of images, with
-        learned ones of time beside them; or 'none'.
+        learned ones of time beside them; or 'fixed', sines of each tubelet's number (VideoMAE); or
+        'none'.
       modality_embedding: whether a learned embedding of the modality is added.
       mean, std: of each channel, in 0..1, by which pixels are normalised.
       crop_scale, crop_ratio, mirror, resampling, fit: of `config.data`, as for images; all frames
@@ -60,7 +62,7 @@ class VideoModality:
     tubelet: int = option(2, least=1)
     patch: int = option(8, least=1)
     stem: str = option("linear", choices=STEMS)
-    positions: str = option("grid", choices=(*START, "none"))
+    positions: str = option("grid", choices=(*START, FIXED, "none"))
     modality_embedding: bool = True
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -188,7 +190,10 @@ class VideoEmbedder(nn.Module):
             change = x - jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
             tokens = tokens + self.dense("differences", tubelets(change, v.tubelet, v.patch))
         rows, steps, down, across = tokens.shape[:4]
-        if v.positions != "none":
+        if v.positions == FIXED:
+            fixed = sines_of_numbers(steps * down * across, self.width)
+            tokens = tokens + fixed.reshape(tokens.shape[1:]).astype(self.dtype)
+        elif v.positions != "none":
             first = partitioned(START[v.positions], None, None, "embed")
             tokens = tokens + self.param("positions", first, (down, across, self.width)).astype(
                 self.dtype
@@ -231,6 +236,14 @@ class VideoEmbedder(nn.Module):
         rows = jnp.arange(frames.shape[0])[:, None]
         shown = blank(frames.astype(jnp.float32), there)[rows, taken]
         return shown, blank(batch["times"].astype(jnp.float32), there)[rows, taken], there
+
+
+def sines_of_numbers(count: int, width: int) -> Float[np.ndarray, "count D"]:
+    """Returns the sine and cosine of each number at falling rates (Vaswani et al. 2017, 3.5)."""
+    if width % 2:
+        raise ValueError(f"positions='{FIXED}' needs an even width, not {width}")
+    angles = np.arange(count)[:, None] / 10000 ** (np.arange(0, width, 2) / width)
+    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(count, width)
 
 
 def tubelets(

@@ -27,6 +27,11 @@ def first(x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Float[Array, "
     return x[:, 0]
 
 
+def first_two(x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Float[Array, "B D"]:
+    """Returns the mean of the first two tokens, such as a class and a distillation token (AST)."""
+    return x[:, :2].mean(1)
+
+
 def last(x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Float[Array, "B D"]:
     """Returns the last valid token."""
     place = jnp.where(valid, jnp.arange(valid.shape[1]), 0).max(1)
@@ -34,7 +39,13 @@ def last(x: Float[Array, "B N D"], valid: Bool[Array, "B N"]) -> Float[Array, "B
 
 
 # By name: (x float32 [B, N, D], valid [B, N]) -> [B, D]; 'attention' is the module below.
-POOLS: dict[str, Any] = {"mean": mean, "first": first, "last": last, "attention": "attention"}
+POOLS: dict[str, Any] = {
+    "mean": mean,
+    "first": first,
+    "first_two": first_two,
+    "last": last,
+    "attention": "attention",
+}
 
 
 def pool_of(name: str, field: str = "pool") -> Any:

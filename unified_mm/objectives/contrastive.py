@@ -51,9 +51,9 @@ class Contrastive(TextObjective):
         et al. 2021, SimCSE, section 3). Given as names, or as a string of them with commas; one
         alone is against text.
       width: Z.
-      pool: of the context's tokens: 'mean', 'first' (a class token), 'last' (of the valid tokens),
-        'attention' of a learned query (Zhai et al. 2022, "Scaling vision transformers", section
-        3.2), or `package.module:FUNCTION`.
+      pool: of the context's tokens: 'mean', 'first' (a class token), 'first_two' (their mean, as of
+        AST), 'last' (of the valid tokens), 'attention' of a learned query (Zhai et al. 2022,
+        "Scaling vision transformers", section 3.2), or `package.module:FUNCTION`.
       text_pool: of the text's.
       pool_heads: of 'attention'.
       pool_feed_forward: width of what follows it; 0: four times the width.

@@ -185,7 +185,9 @@ class Transcription(TextObjective):
     ) -> tuple[Float[Array, "B S C"], Bool[Array, "B S"]]:
         """Returns the scores of the blank and of each unit, and which steps there are."""
         together = getattr(model.modalities[self.of], "tokens_per_step", 1)
-        x, valid = seen.outputs[self.of], seen.valid[self.of]
+        # Tokens that are of no moment come before those that are.
+        first = getattr(model.modalities[self.of], "class_tokens", 0)
+        x, valid = seen.outputs[self.of][:, first:], seen.valid[self.of][:, first:]
         x = x.reshape(x.shape[0], -1, together * x.shape[2])
         valid = valid.reshape(x.shape[0], -1, together).any(-1)
         return model.head[self.name](x), jnp.repeat(valid, self.slots, axis=1)

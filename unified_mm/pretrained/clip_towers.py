@@ -20,13 +20,12 @@ from unified_mm.pretrained.clip import (
 )
 from unified_mm.pretrained.family import Export, Family, prefix
 from unified_mm.pretrained.fields import Fields, read, text_fields
-from unified_mm.pretrained.layers import POSITION_IDS, clip_tower, dense
+from unified_mm.pretrained.layers import POSITION_IDS, clip_tower, dense, start_of_scale
 from unified_mm.pretrained.preprocessing import image_fields
 from unified_mm.pretrained.source import Source
 from unified_mm.pretrained.tables import Table
 
 PROJECTION = "text_projection"
-LOG_SCALE = 2.6593  # ln(1 / 0.07): where CLIP's own starts
 
 
 def image_tower_fields(source: Source) -> Fields:
@@ -79,7 +78,7 @@ def text_tower_table(config: Mapping[str, Any], names: frozenset[str]) -> Table:
     entries = text_tower(config, before)
     if config["objectives"]["contrastive"]["text_projection"] == "linear":
         entries += dense(PROJECTION, f"{CONTRAST}/project_text", False)
-    return Table(entries, POSITION_IDS, starts={f"{CONTRAST}/log_scale": LOG_SCALE})
+    return Table(entries, POSITION_IDS, starts=start_of_scale())
 
 
 def their_text_tower(config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:

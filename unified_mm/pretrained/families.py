@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from unified_mm.pretrained.audio_towers import AST, WHISPER
 from unified_mm.pretrained.bert import BERT
 from unified_mm.pretrained.clip import CLIP, SIGLIP
 from unified_mm.pretrained.clip_towers import CLIP_IMAGE_TOWER, CLIP_TEXT_TOWER
@@ -13,6 +14,7 @@ from unified_mm.pretrained.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from unified_mm.pretrained.llava import LLAVA
 from unified_mm.pretrained.open_clip import OPEN_CLIP
 from unified_mm.pretrained.source import Source
+from unified_mm.pretrained.videomae import VIDEOMAE
 from unified_mm.pretrained.vit import VIT
 
 FAMILIES: tuple[Family, ...] = (
@@ -31,6 +33,9 @@ FAMILIES: tuple[Family, ...] = (
     BERT,
     IDEFICS,
     LLAVA,
+    AST,
+    WHISPER,
+    VIDEOMAE,
 )
 # Near relatives that are something else, and why.
 TILES = "it cuts pictures into tiles (anyres), and here a picture is one square; 'llava' is read"

@@ -12,7 +12,8 @@ from unified_mm.pretrained.source import Source
 from unified_mm.pretrained.tables import Table
 from unified_mm.pretrained.vocabularies import TokenLayout
 
-Part = Literal["both", "image", "stem", "text"]  # a stem is the beginning of an image tower
+# A stem is the beginning of an image tower; a modality is its tower.
+Part = Literal["both", "image", "stem", "text", "audio", "video"]
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,29 @@ def text_fields(**more: Any) -> Fields:
     return {"modality_embedding": False, "scaled": False, **more}
 
 
+def tower_alone(name: str, modality: Fields, tower: Fields, pool: str) -> Fields:
+    """Returns the fields of a modality's tower, whose pooled tokens are what it embeds.
+
+    It stands in a model of two towers; the other one, of texts, is yet to come.
+    """
+    contrast = {
+        "weight": 1.0,
+        "between": name,
+        "width": tower["width"],
+        "pool": pool,
+        "projection": "none",
+        "text_projection": "none",
+    }
+    model = {
+        "fusion": "late",
+        "width": tower["width"],
+        "heads": tower["heads"],
+        "tower": tower,
+        "modalities": {name: modality, "text": {}},
+    }
+    return {"model": model, "objectives": {"contrastive": contrast}}
+
+
 def language_text(section: Section, keys: Keys, **more: Any) -> Fields:
     """Returns the fields of the text that a language model writes, with `more`."""
     fields = read(section, keys)

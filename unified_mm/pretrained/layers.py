@@ -20,6 +20,7 @@ from unified_mm.pretrained.tables import (
     repeated,
 )
 
+LOG_SCALE = 2.6593  # ln(1 / 0.07): where CLIP's own starts
 POSITION_IDS = {r"(.*\.)?embeddings\.position_ids": "the numbers 0, 1, 2 ..., not learned"}
 
 
@@ -69,6 +70,7 @@ def attention(
     Args:
       theirs: names of their modules, by 'query', 'key', 'value' and 'output'. Where one tensor
         holds queries, keys and values one below the other, 'packed' is what its names begin with.
+        'query_bias' and so on are biases that do not lie in their modules; '' for none.
       ours: paths of our modules, by the first four keys.
       width: A, the width of a head.
       query_bias: whether queries, keys and values have biases.
@@ -86,7 +88,8 @@ def attention(
             found.append(Entry((f"{theirs['packed']}{kind}",), paths, apart))
             continue
         heads = rearranged(f"(heads width){more}", f"{more} heads width", width=width)
-        found += [line(f"{theirs[name]}.{kind}", f"{ours[name]}/{leaf}", heads) for name in INPUTS]
+        tensors = {n: theirs.get(f"{n}_{kind}", f"{theirs[n]}.{kind}") for n in INPUTS}
+        found += [line(x, f"{ours[name]}/{leaf}", heads) for name, x in tensors.items() if x]
     return found
 
 
@@ -177,6 +180,21 @@ def patches(
         line(class_token, f"{ours}/class_token", rearranged(f"{batch}{batch}d", "d")),
         Entry((positions,), paths, first_and_grid(side, f"{batch}tokens d")),
     ]
+
+
+def start_of_scale() -> dict[str, float]:
+    """Returns where the scale of a tower's contrast with texts starts, which no weights have."""
+    return {"heads_contrastive/log_scale": LOG_SCALE}
+
+
+def start_of_tower(name: str, biased: bool = True) -> dict[str, float]:
+    """Returns `start_of_scale`, and that of the biases of keys, which a tower does not have.
+
+    Zero is what they are there: a bias of keys adds the same to all scores of a query, and changes
+    nothing.
+    """
+    keys = {f"towers_{name}/layers/block_0/{OUR_ATTENTION['key']}/bias": 0.0}
+    return start_of_scale() | (keys if biased else {})
 
 
 def clip_tower(config: Mapping[str, Any], theirs: str) -> list[Entry]:

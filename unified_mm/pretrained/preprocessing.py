@@ -1,4 +1,4 @@
-"""The image preprocessing that pretrained weights were trained with."""
+"""The preprocessing of images and sounds that pretrained weights were trained with."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from unified_mm.data.sounds import RATE
 from unified_mm.pretrained.source import Section, Source
 
 RESAMPLINGS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
-FILES = ("preprocessor_config.json", "processor_config.json")
+FILES = tuple(f"{name}_config.json" for name in ("preprocessor", "processor", "video_preprocessor"))
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ def image_fields(source: Source, vision: Section, usual: Preprocessing) -> tuple
         and key.
     """
     vision.refuse_unless("num_channels", 3, why="pictures have three colours here")
-    section, size = _section(source), vision.get("image_size", 224)
+    section = _section(source, "image_processor", "video_processor")
+    size = vision.get("image_size", 224)
     for key in ("do_resize", "do_rescale", "do_normalize"):
         section.refuse_unless(key, True, None, why="pictures are resized and normalised here")
     section.refuse_unless("do_pad", False, None, why="pictures are cut to squares, not padded")
@@ -94,12 +98,30 @@ def preprocessor_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _section(source: Source) -> Section:
+def sound_section(source: Source) -> Section:
+    """Returns what is said of spectrograms, which are of sounds at 16 kHz.
+
+    Raises:
+      ValueError: they are of others.
+    """
+    section = _section(source, "feature_extractor")
+    refuse_other(section, {"sampling_rate": RATE}, "sounds are heard at that rate here")
+    return section
+
+
+def refuse_other(section: Section, wanted: Mapping[str, Any], why: str) -> None:
+    """Raises ValueError for a key that has another value than is wanted, where it is there."""
+    for key, value in wanted.items():
+        said = f"only {key}={value} is read, for {why}"
+        section.refuse_unless(key, value, None, why=said)
+
+
+def _section(source: Source, *keys: str) -> Section:
     for name in FILES:
         found = source.json(name)
         if found is not None:
-            found = found.get("image_processor", found)
-            return Section(str(source.path / name), found)
+            inside = next((found[key] for key in keys if key in found), found)
+            return Section(str(source.path / name), inside)
     return Section("", {})
 
 

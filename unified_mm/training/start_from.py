@@ -22,7 +22,8 @@ from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import MAIN_ALONE, STACK_FIELDS, defaults
 from unified_mm.inference.imported import run_of
 from unified_mm.inference.quantized_params import dequantized, saved_shapes
-from unified_mm.modalities.image import PATCHES
+from unified_mm.modalities.audio import AudioModality
+from unified_mm.modalities.image import PATCHES, resize_positions
 from unified_mm.modalities.video import VideoModality, inflated
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.parallel.sharding import path_of, without_names
@@ -35,13 +36,18 @@ STACK = tuple(name for name in STACK_FIELDS if name not in (*MAIN_ALONE, "attent
 WHOLE = "whole"
 STEM = "stem"  # of images: it stands in any fusion
 # Towers that may begin with a run of another modality, where the run has none of their own.
-DONORS = {"video": "image"}
+DONORS = {"video": "image", "audio": "image"}
 # What such a tower has of its own, and begins afresh.
 OWN_OF_HEIR = re.compile(r"embedders_\w+/(time_positions|differences/.*)")
 STEM_FIELDS = ("stem", "stem_options", "patch", "mean", "std")
 # What may be other than in the run that a whole model comes from: none of it changes an embedding.
 FREE_OF_MODEL = ("dropout", "remat", "attention", "unroll", "dtype", "exits")
 FREE_OF_OBJECTIVE = ("weight", "weight_schedule", "chunk")
+# What imported weights say nothing of: how sounds and clips are cut, and changed in training.
+FREE_OF_IMPORTED = {
+    "audio": ("mask_frames", "mask_mels", "gain", "roll", "longer"),
+    "video": ("seconds",),
+}
 SEEN = ("image_size", "resampling", "fit")  # fields of `config.data`: the pictures that it knows
 BLOCK = re.compile(r"(.*/layers)/block_(\d+)/(.*)")
 # A dense run's feed-forward becomes each expert (Komatsuzaki et al. 2022, "Sparse upcycling").
@@ -91,6 +97,7 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
         else:
             taken = text_of(saved, run) if part == "text" else tower_of(saved, part)
         leave_begin_token(taken, asked)
+        leave_shorter_sounds(taken, config, asked)
         modality = "image" if part == STEM else part
         if modality not in config.model.modalities or part in config.model.towers:
             raise ValueError(
@@ -119,6 +126,13 @@ def leave_begin_token(taken: dict[str, Any], asked: Collection[str]) -> None:
     """Leaves a begin token that the command line names to a model whose texts have had none."""
     field = "data.special_tokens.bos"
     if field in asked and taken.get(field) == "":
+        del taken[field]
+
+
+def leave_shorter_sounds(taken: dict[str, Any], config: ConfigDict, asked: Collection[str]) -> None:
+    """Leaves fewer seconds, which the command line asks for, to a tower that hears more."""
+    field = "model.modalities.audio.seconds"
+    if field in asked and get_field(config, field) < taken.get(field, 0):
         del taken[field]
 
 
@@ -281,18 +295,24 @@ def heir_of(saved: Mapping[str, Any], part: str, tower: Mapping[str, Any]) -> di
     """
     image = saved["model"]["modalities"]["image"]
     plain = {"stem": "linear", "class_token": False, "norm": False, "bias": True, "cut_rest": False}
+    if part == "audio":
+        del plain["class_token"]
     for name, value in plain.items():
         if image[name] != value:
             raise ValueError(
                 f"model.start_from.{part}: the image tower of the run has {name}={image[name]!r}, "
                 f"and {part} begins with towers of {name}={value!r} alone"
             )
-    same = ("patch", "positions", "modality_embedding", "mean", "std")
-    return {
-        f"model.towers.{part}": tower,
-        **{f"model.modalities.{part}.{name}": image[name] for name in same},
-        **{f"data.{name}": saved["data"][name] for name in SEEN},
-    }
+    same = {name: image[name] for name in ("patch", "positions", "modality_embedding")}
+    seen = {}
+    if part == "audio":  # what it hears is normalised by its own mean and deviation
+        patch, count = [image["patch"]] * 2, int(image["class_token"])
+        same |= {"patch": patch, "class_tokens": count, "stem": "linear"}
+    else:
+        same |= {name: image[name] for name in ("mean", "std")}
+        seen = {f"data.{name}": saved["data"][name] for name in SEEN}
+    own = {f"model.modalities.{part}.{name}": value for name, value in same.items()}
+    return {f"model.towers.{part}": tower, **own, **seen}
 
 
 def tower_of(saved: Mapping[str, Any], part: str) -> dict[str, Any]:
@@ -304,14 +324,17 @@ def tower_of(saved: Mapping[str, Any], part: str) -> dict[str, Any]:
     tower = {name: getattr(options, name) for name in STACK}
     if donor != part:
         return heir_of(saved, part, tower)
-    modality = {k: v for k, v in model["modalities"][part].items() if k != "type"}
+    imported = "imported" in saved
+    free = ("type", *(FREE_OF_IMPORTED.get(part, ()) if imported else ()))
+    modality = {k: v for k, v in model["modalities"][part].items() if k not in free}
     taken = {f"model.modalities.{part}.{name}": value for name, value in modality.items()}
+    if part == "image" or (part == "video" and imported):
+        taken |= {f"data.{name}": data[name] for name in SEEN}
     if part != "image":
         return {f"model.towers.{part}": tower, **taken}
     return {
         "model.tower": tower,
         **taken,
-        **{f"data.{name}": data[name] for name in SEEN},
         "objectives.contrastive.pool": saved["objectives"]["contrastive"]["pool"],
     }
 
@@ -323,12 +346,43 @@ def weights_to_start_from(config: Config) -> dict[str, Any]:
         modalities = RunFolder(run).read_config(defaults())["model"]["modalities"]
         donor = donor_of(part, modalities)
         given = part_of_run(run, donor)
+        options = config.model.modalities.get(part, {})
         if donor != part:
-            tubelet = config.model.modalities[part].get("tubelet", VideoModality.tubelet)
             given = {path.replace(f"_{donor}/", f"_{part}/", 1): x for path, x in given.items()}
             kernel = f"embedders_{part}/patches/kernel"
-            given[kernel] = inflated(given[kernel], int(tubelet))
+            if part == "audio":
+                given |= heard(given, AudioModality.from_config(part, options, None))
+            else:
+                tubelet = int(options.get("tubelet", VideoModality.tubelet))
+                given[kernel] = inflated(given[kernel], tubelet)
+        elif part == "audio" and (positions := "embedders_audio/positions") in given:
+            steps = AudioModality.from_config(part, options, None).grid[0]
+            given[positions] = given[positions][:steps]  # of shorter sounds, the first ones
         found |= given
+    return found
+
+
+def heard(given: Mapping[str, Any], audio: AudioModality) -> dict[str, Any]:
+    """Returns the parameters of an embedder of sounds, made from those of an embedder of images.
+
+    Gong et al. 2021 (AST), section 2.2: kernels are averaged over the colours, and positions are
+    resized. Columns become time, and rows bands.
+
+    Args:
+      given: of the image tower, by the paths of audio's.
+      audio: the modality.
+    """
+    before = "embedders_audio"
+    kernel = given[f"{before}/patches/kernel"]
+    frames, bands = audio.patch
+    kernel = kernel.reshape(bands, frames, 3, -1).mean(2).swapaxes(0, 1)
+    found = {f"{before}/patches/kernel": kernel.reshape(frames * bands, -1)}
+    if audio.positions != "none":
+        table = jax.numpy.asarray(given[f"{before}/positions"].swapaxes(0, 1))
+        found[f"{before}/positions"] = np.asarray(resize_positions(table, audio.grid))
+    if audio.class_tokens:
+        token, position = (given[f"{before}/class_{name}"] for name in ("token", "position"))
+        found[f"{before}/class_tokens"] = (token + position)[None]
     return found
 
 
