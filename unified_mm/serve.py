@@ -56,7 +56,7 @@ def main(options: argparse.Namespace) -> int:
         from unified_mm.serving.app import make_app
         from unified_mm.serving.server import DrainingServer, bind, url_of
     except ImportError as error:
-        message = f"serving needs more packages: pip install -e '.[serve]' ({error})"
+        message = f"serving needs more packages: pip install 'unified_mm[serve]' ({error})"
         raise ValueError(message) from error
     from unified_mm.analysis.attention_maps import attention_over_patches
     from unified_mm.inference.loaded import load
