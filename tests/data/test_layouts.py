@@ -591,3 +591,16 @@ def test_pictures_without_a_text_are_named(tmp_path):
     assert [(each.file, each.what, each.action) for each in problems] == [
         (f"train/{n}.jpg", "no .txt beside it", "left out") for n in (1, 2)
     ]
+
+
+def test_bad_pictures_of_the_few_that_are_held_out_are_a_share_of_all(tmp_path):
+    folder = tmp_path / "data"
+    whole(folder, "text_files")
+    held_out = sorted(texts(opened(folder), "val"))
+    assert len(held_out) < 20  # one of them is more than a twentieth
+    (folder / held_out[0]).write_bytes(b"")
+    assert sorted(texts(opened(folder), "val")) == held_out[1:]
+    (folder / held_out[1]).write_bytes(b"")
+    (folder / held_out[2]).write_bytes(b"")
+    with pytest.raises(ValueError, match="3 of the 40 images of 'val' in .* and its other part"):
+        opened(folder).manifest("val")

@@ -227,7 +227,10 @@ class ListedFolder(AnnotatedFolder):
                 )
             ids = {entry.id for entry in kept}
             asked = tuple(each for each in found.questions if each.image_id in ids)
-            return replace(found, entries=kept, listed=frozenset(ids), questions=asked)
+            others = len(found.entries) - len(kept)
+            return replace(
+                found, entries=kept, listed=frozenset(ids), questions=asked, apart=others
+            )
 
         self._listed |= {"train": partial(part, False), "val": partial(part, True)}
         self.described += f"; 'val' is {share:.0%} of it, by name (data.val_share)"
