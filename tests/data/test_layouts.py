@@ -604,3 +604,20 @@ def test_bad_pictures_of_the_few_that_are_held_out_are_a_share_of_all(tmp_path):
     (folder / held_out[2]).write_bytes(b"")
     with pytest.raises(ValueError, match="3 of the 40 images of 'val' in .* and its other part"):
         opened(folder).manifest("val")
+
+
+def test_names_from_the_root_are_within_a_folder_however_it_is_given(tmp_path, monkeypatch):
+    folder, link = tmp_path / "data", tmp_path / "link"
+    pictures(folder, "img/a.jpg", "img/b.jpg", "img/c.jpg")
+    pictures(tmp_path, "elsewhere/d.jpg")
+    link.symlink_to(folder)
+    named = [folder / "img/a.jpg", link / "img/b.jpg"]
+    write(folder, "train.csv", "filepath,title\n" + "".join(f"{each},one\n" for each in named))
+    write(folder, "val.csv", f"filepath,title\nimg/c.jpg,two\n{tmp_path}/elsewhere/d.jpg,three\n")
+    monkeypatch.chdir(tmp_path)
+    for given in (folder, Path("data"), link, folder / "img" / ".."):
+        config = Config(copy.deepcopy(default_config.defaults()["data"]))
+        source = open_source(config.changed({"dir": str(given), "cache_dir": str(tmp_path / "c")}))
+        assert list(texts(source)) == ["img/a.jpg", "img/b.jpg"]
+        with pytest.raises(ValueError, match="elsewhere/d.jpg .missing image"):
+            source.manifest("val")

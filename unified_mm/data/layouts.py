@@ -101,7 +101,13 @@ class Folder:
     def near(self, file: Path, name: str) -> str:
         """Returns the name within the folder of an image that is named beside `file`, if it is."""
         beside = file.parent / name.replace("\\", "/")
-        return beside.relative_to(self.path).as_posix() if os.path.isfile(beside) else name
+        if not os.path.isfile(beside):
+            return name
+        if beside.is_relative_to(self.path):
+            return beside.relative_to(self.path).as_posix()
+        # A name from the root of a folder that is given by a relative path or by a link.
+        found, inside = Path(os.path.realpath(beside)), os.path.realpath(self.path)
+        return found.relative_to(inside).as_posix() if found.is_relative_to(inside) else name
 
     def image_name(self, fields: Mapping[str, Any]) -> str:
         return _called(self.image, fields, IMAGE_NAMES)
