@@ -86,6 +86,7 @@ def main(options: argparse.Namespace) -> int:
         ) as service:
             for route, why in service.missing.items():
                 say(f"without {route}: {why}")
+            say("warms up: what requests need is compiled, for minutes the first time")
             say(f"warm after {warm_up(service):.1f} s")
             traffic = Traffic()
             app = make_app(service, traffic=traffic, token=token, host=options.host)
