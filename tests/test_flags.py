@@ -34,6 +34,16 @@ def test_values_are_read_and_what_was_given_is_known():
     assert found.runs == ["a", "b"] and found.json
 
 
+def test_the_home_of_a_user_is_known_in_every_path(monkeypatch):
+    """Shells leave the `~` of `--run=~/runs` to the command."""
+    monkeypatch.setenv("HOME", "/home/me")
+    typed = ["--run=~/runs/a", "--image=~/a.jpg", "--image=b.jpg", "--output=~/x", "--query=~/y"]
+    found = parse("x", "", typed, takes=["run", "image", "output", "query"])
+    assert (found.run, found.image) == ("/home/me/runs/a", ["/home/me/a.jpg", "b.jpg"])
+    assert (found.output, found.query) == ("/home/me/x", "~/y")
+    assert parse("x", "", ["~/a", "b"], names="runs").runs == ["/home/me/a", "b"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

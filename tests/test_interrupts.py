@@ -1,6 +1,7 @@
 """Ctrl-C, as a terminal sends it, where Python itself would not hear it for long."""
 
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from unified_mm.cli.interrupts import _holds, _waits_in_vain
+from unified_mm.cli.interrupts import SAVING, _holds, _waits_in_vain
 from unified_mm.files import without_interrupts
 
 # A lock that is taken twice: no signal ends the wait, as none ends a compilation.
@@ -42,6 +43,27 @@ def work():
 
 end_with(work, interrupted="left")
 """
+# What was learned is saved first, which takes long.
+SAVES = """
+import time
+from unified_mm.cli.messages import end_with
+
+class Saves:
+    def __call__(self, number, frame):
+        pass
+
+    def holds(self):
+        return True
+
+def work():
+    import signal
+    signal.signal(signal.SIGINT, Saves())
+    print("saves", flush=True)
+    while True:
+        time.sleep(60)
+
+end_with(work, interrupted="left")
+"""
 IMPORTING = """
 import sys
 sys.argv = ["-m"]  # as `python -m` has it while it looks for the module
@@ -68,6 +90,21 @@ def test_a_command_is_left_within_seconds(program, told):
         assert process.wait(30) == 130
         assert process.stderr.read() == told
     assert time.monotonic() - began < 10  # it takes 1.6 s on a machine that is free
+
+
+def test_what_is_saved_first_is_said_and_a_second_time_ends_it():
+    with subprocess.Popen(
+        [sys.executable, "-c", HEARD + SAVES],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == f"{SAVING}\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr.read() == "left\n"
 
 
 class Holding:
@@ -105,7 +142,9 @@ def test_a_handler_that_has_ended_its_work_leaves_the_end_to_the_command(monkeyp
             signal, "getsignal", lambda _: signal.default_int_handler if replaced else handled
         )
         ending.start()
-        assert not _waits_in_vain()
+        reader, writer = socket.socketpair()
+        with reader, writer:
+            assert not _waits_in_vain(reader)
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -296,7 +296,10 @@ def test_nothing_that_is_only_nice_to_know_ends_a_run(stopped, data, tmp_path, m
     assert (result["revision"], result["flops"]) == ("", None) and result["scores"]
     assert "report:" not in capsys.readouterr().out
     assert train(data, stopped, *ALIKE, "--config.logging.tensorboard=True") == 0
-    assert f"is finished; see {stopped / 'result.json'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"is finished; see {stopped / 'result.json'}" in said and "trained on" not in said
+    assert train(stopped, stopped, *ALIKE, "--config.logging.tensorboard=True") == 0
+    assert f"it was trained on {data}, and this command names {stopped}" in capsys.readouterr().out
 
 
 def test_two_runs_of_one_seed_have_equal_metrics(finished, full):

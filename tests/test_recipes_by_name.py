@@ -1,6 +1,7 @@
 """Recipes by their names, in a checkout and where the package is installed elsewhere."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -49,3 +50,12 @@ def test_an_installed_package_has_its_recipes_without_the_checkout(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (target / "unified_mm" / "configs" / "coco.py").is_file()
+
+
+def test_messages_name_extras_by_the_package_which_is_found_without_a_checkout():
+    sources = [file.read_text() for file in sorted((ROOT / "unified_mm").rglob("*.py"))]
+    named = {name for text in sources for name in re.findall(r"unified_mm\[(\w+)\]", text)}
+    setup = (ROOT / "setup.py").read_text()
+    assert {"search", "serve", "cuda12"} <= named
+    assert all(f'"{name}":' in setup for name in named)
+    assert not any("install -e" in text for text in sources)

@@ -74,7 +74,7 @@ def export(
 def need_flatbuffers() -> None:
     """Raises ValueError if flatbuffers is missing, which jax.export needs but does not install."""
     if importlib.util.find_spec("flatbuffers") is None:
-        raise ValueError("jax writes programs by flatbuffers: pip install -e '.[export]'")
+        raise ValueError("jax writes programs by flatbuffers: pip install 'unified_mm[export]'")
 
 
 def _write(

@@ -21,8 +21,10 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
 import shlex
 import sys
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -169,6 +171,8 @@ def train(options: argparse.Namespace) -> int:
     output = output_of(folder, say)
     saved = folder.read_config(defaults()) if folder.exists else None
     chosen = resolve(options.recipe, output.say, saved=saved)
+    if chosen.data.dir:  # the run may be scored from another directory
+        chosen.data.dir = str(user_path(chosen.data.dir, "data.dir").absolute())
     refuse_unequal("the config", shared_fields(chosen))
     settle_epochs(chosen, asked_fields(options))
     settle_from_data(chosen, folder)
@@ -180,6 +184,8 @@ def train(options: argparse.Namespace) -> int:
                 raise ValueError(f"--profile: the run in {folder.path} has no step left")
             shown = folder.report if folder.report.exists() else folder.result
             output.say(f"the run in {folder.path} is finished; see {shown}")
+            if other := other_data(saved or {}, chosen):
+                output.say(other)
             return 0
         output.say(f"{'new run' if new else 'run'} in {folder.path} (size: {chosen.size})")
         if warning := unseen_accelerator():
@@ -218,6 +224,17 @@ def train(options: argparse.Namespace) -> int:
     if folder.report.exists():
         output.say(f"report: {folder.report}")
     return 0
+
+
+def other_data(saved: Mapping[str, Any], chosen: ConfigDict) -> str:
+    """Returns a line if a finished run was trained on another folder than is asked for, else ''."""
+    before, asked = saved.get("data", {}).get("dir", ""), chosen.data.dir
+    if (before and os.path.realpath(before)) == (asked and os.path.realpath(asked)):
+        return ""
+    return (
+        f"it was trained on {before or 'data that it found'}, and this command names "
+        f"{asked or 'none'}: for other data choose another --workdir"
+    )
 
 
 def refuse_untrained(folder: RunFolder) -> None:

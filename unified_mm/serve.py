@@ -56,7 +56,7 @@ def main(options: argparse.Namespace) -> int:
         from unified_mm.serving.app import make_app
         from unified_mm.serving.server import DrainingServer, bind, url_of
     except ImportError as error:
-        message = f"serving needs more packages: pip install -e '.[serve]' ({error})"
+        message = f"serving needs more packages: pip install 'unified_mm[serve]' ({error})"
         raise ValueError(message) from error
     from unified_mm.analysis.attention_maps import attention_over_patches
     from unified_mm.inference.loaded import load
@@ -87,6 +87,7 @@ def main(options: argparse.Namespace) -> int:
         ) as service:
             for route, why in service.missing.items():
                 say(f"without {route}: {why}")
+            say("warms up: what requests need is compiled, for minutes the first time")
             say(f"warm after {warm_up(service):.1f} s")
             traffic = Traffic()
             app = make_app(service, traffic=traffic, token=token, host=options.host)

@@ -547,3 +547,77 @@ def test_bad_pictures_of_shards_are_named(tmp_path):
     (folder / "train.tar").write_bytes((folder / "train.tar").read_bytes()[:5000])
     with pytest.raises(ValueError, match="cannot be read as a WebDataset tar|cut off"):
         opened(folder).manifest("train")
+
+
+@pytest.mark.parametrize("field", ["image", "caption", "label"])
+def test_a_field_that_is_not_there_is_no_other(field, tmp_path):
+    """A wrong name must not be read as the usual one."""
+    folder = tmp_path / "data"
+    pictures(folder, "a.jpg", "b.jpg")
+    write(folder, "train.csv", "path,title,kind\na.jpg,one,x\n")
+    with pytest.raises(FileNotFoundError, match=rf"must have data\.fields\.{field}='knd'"):
+        opened(folder, fields={field: "knd"})
+    (folder / "train.csv").unlink()
+    write(folder, "metadata.jsonl", '{"file_name": "a.jpg", "text": "one", "kind": "x"}\n')
+    with pytest.raises(FileNotFoundError, match=rf"must have data\.fields\.{field}='knd'"):
+        opened(folder, fields={field: "knd"})
+    (folder / "metadata.jsonl").unlink()
+    write(folder, "train.json", [{"image": "a.jpg", "caption": "one", "kind": "x"}])
+    with pytest.raises(FileNotFoundError, match=rf"needs data\.fields\.{field}='knd'"):
+        opened(folder, fields={field: "knd"})
+    write(folder, "a.txt", "one")
+    with pytest.raises(ValueError, match=rf"data\.fields\.{field}='knd' is for data\.source=lavis"):
+        opened(folder, fields={field: "knd"})
+
+
+def test_a_field_beside_the_text_of_a_tar_is_read_where_it_is_named(tmp_path):
+    folder = tmp_path / "data"
+    told = json.dumps({"alt": "the other"}).encode()
+    members = {"0.jpg": jpeg(0), "0.txt": b"the text", "0.json": told}
+    tar_of(folder / "train/0.tar", members)
+    tar_of(folder / "val/0.tar", members)
+    assert texts(opened(folder)) == {"0.tar/0": ["the text"]}
+    assert texts(opened(folder, fields={"caption": "alt"})) == {"0.tar/0": ["the other"]}
+    assert texts(opened(folder, fields={"caption": "txt"})) == {"0.tar/0": ["the text"]}
+
+
+def test_pictures_without_a_text_are_named(tmp_path):
+    folder = tmp_path / "data"
+    pictures(folder, *(f"{split}/{n}.jpg" for split in ("train", "val") for n in range(3)))
+    for split in ("train", "val"):
+        write(folder, f"{split}/0.txt", "nought")
+        write(folder, f"{split}/1.TXT", "one")
+    problems = opened(folder).manifest("train").problems
+    assert [(each.file, each.what, each.action) for each in problems] == [
+        (f"train/{n}.jpg", "no .txt beside it", "left out") for n in (1, 2)
+    ]
+
+
+def test_bad_pictures_of_the_few_that_are_held_out_are_a_share_of_all(tmp_path):
+    folder = tmp_path / "data"
+    whole(folder, "text_files")
+    held_out = sorted(texts(opened(folder), "val"))
+    assert len(held_out) < 20  # one of them is more than a twentieth
+    (folder / held_out[0]).write_bytes(b"")
+    assert sorted(texts(opened(folder), "val")) == held_out[1:]
+    (folder / held_out[1]).write_bytes(b"")
+    (folder / held_out[2]).write_bytes(b"")
+    with pytest.raises(ValueError, match="3 of the 40 images of 'val' in .* and its other part"):
+        opened(folder).manifest("val")
+
+
+def test_names_from_the_root_are_within_a_folder_however_it_is_given(tmp_path, monkeypatch):
+    folder, link = tmp_path / "data", tmp_path / "link"
+    pictures(folder, "img/a.jpg", "img/b.jpg", "img/c.jpg")
+    pictures(tmp_path, "elsewhere/d.jpg")
+    link.symlink_to(folder)
+    named = [folder / "img/a.jpg", link / "img/b.jpg"]
+    write(folder, "train.csv", "filepath,title\n" + "".join(f"{each},one\n" for each in named))
+    write(folder, "val.csv", f"filepath,title\nimg/c.jpg,two\n{tmp_path}/elsewhere/d.jpg,three\n")
+    monkeypatch.chdir(tmp_path)
+    for given in (folder, Path("data"), link, folder / "img" / ".."):
+        config = Config(copy.deepcopy(default_config.defaults()["data"]))
+        source = open_source(config.changed({"dir": str(given), "cache_dir": str(tmp_path / "c")}))
+        assert list(texts(source)) == ["img/a.jpg", "img/b.jpg"]
+        with pytest.raises(ValueError, match="elsewhere/d.jpg .missing image"):
+            source.manifest("val")

@@ -84,5 +84,5 @@ def test_a_number_of_vectors_that_did_not_come_is_refused(tmp_path):
 def test_what_is_needed_and_not_installed_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "usearch.index", None)
     write_vectors(tmp_path, "image", [VECTORS[:9]], (9, 16))  # all compared: not needed
-    with pytest.raises(ValueError, match=r"pip install -e '.\[search\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'unified_mm\[search\]'"):
         write_vectors(tmp_path, "text", [VECTORS[:9]], (9, 16), exact_up_to=8)

@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from unified_mm.parallel.mesh import make_mesh
+from unified_mm.training.loop import AHEAD, InFlight
 from unified_mm.training.signals import (
     SharedStopRequest,
     StopRequest,
@@ -54,3 +55,14 @@ def test_when_all_steps_are_done_a_vote_is_counted_at_once(mesh):
     assert not stop.at_last()
     stop.note(signal.SIGINT)
     assert stop.at_last() and stop.exit_code == 130
+
+
+def test_few_steps_are_dispatched_that_a_stop_would_wait_for():
+    class Step:
+        def block_until_ready(self):
+            waited.append(self)
+
+    waited, steps, in_flight = [], [Step() for _ in range(5)], InFlight()
+    for step in steps:
+        in_flight.add(step)
+    assert waited == steps[:-AHEAD]

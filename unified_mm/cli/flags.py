@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -39,7 +40,7 @@ def _switch(help: str) -> dict[str, Any]:
 
 
 def _text(metavar: str, help: str, default: str | None = "") -> dict[str, Any]:
-    return {"metavar": metavar, "help": help, "default": default}
+    return {"metavar": metavar, "help": help, "default": default, **_read_as(metavar)}
 
 
 def _number(metavar: str, help: str, default: Any, reads: Any) -> dict[str, Any]:
@@ -51,7 +52,13 @@ def _count(help: str, default: int | None, least: int = 1) -> dict[str, Any]:
 
 
 def _many(metavar: str, help: str) -> dict[str, Any]:
-    return {"metavar": metavar, "help": f"{help}; may be repeated", "action": "append"}
+    told = {"metavar": metavar, "help": f"{help}; may be repeated", "action": "append"}
+    return {**told, **_read_as(metavar)}
+
+
+def _read_as(metavar: str) -> dict[str, Any]:
+    """Returns how a value is read: shells leave the `~` of `--run=~/runs` to the command."""
+    return {"type": os.path.expanduser} if metavar in ("RUN", "DIR", "FILE", "INDEX") else {}
 
 
 FLAGS: Mapping[str, Mapping[str, Any]] = {
@@ -245,7 +252,8 @@ def parse(
             f"--{name}", required=name in needs, default=argparse.SUPPRESS, **options
         )
     if names:
-        parser.add_argument(names, nargs="+", metavar=names.removesuffix("s").upper())
+        metavar = names.removesuffix("s").upper()
+        parser.add_argument(names, nargs="+", metavar=metavar, **_read_as(metavar))
     found, rest = parser.parse_known_intermixed_args(list(arguments))
     given = vars(found)
     fields = [each for each in rest if each.startswith("--config.")] if "config" in usual else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing.util
 import os
+import select
 import signal
 import socket
 import sys
@@ -15,7 +16,8 @@ from contextlib import contextmanager
 from typing import Any
 
 EXIT_CODE = 128 + signal.SIGINT
-_PATIENCE = 1.5  # seconds for the main thread to end by itself
+SAVING = "interrupted: what was learned is saved first; Ctrl-C again ends it without"
+_PATIENCE = 1.0  # seconds for the main thread to end by itself
 _POLL = 0.05
 _CLEANUP = 0.3  # seconds for worker processes to end
 
@@ -55,8 +57,9 @@ def leaving_on_interrupt(text: str) -> Iterator[Interrupts]:
     Python raises KeyboardInterrupt once it is back from compiled code: a compiler may keep it for
     minutes. Nothing is lost by leaving then. Where a handler of its own has taken SIGINT's place,
     that handler decides: one with a method `holds` by what this returns (whether there is still
-    something to save), any other by itself. Where that handler goes before this leaves, its
-    owner is done, and the command ends in its own way.
+    something to save; that this is waited for is said, and a second Ctrl-C ends it), any other by
+    itself. Where that handler goes before this leaves, its owner is done, and the command ends in
+    its own way.
 
     Args:
       text: what is said.
@@ -82,22 +85,41 @@ def leaving_on_interrupt(text: str) -> Iterator[Interrupts]:
 
 def _watch(interrupts: Interrupts, reader: socket.socket) -> None:
     with reader:
-        while got := reader.recv(1):
-            if got[0] == signal.SIGINT:
-                interrupts.heard = True
-                if _waits_in_vain():
-                    interrupts.say()
-                    leave(EXIT_CODE)
+        while _hears(reader, None):
+            interrupts.heard = True
+            if _waits_in_vain(reader):
+                interrupts.say()
+                leave(EXIT_CODE)
 
 
-def _waits_in_vain() -> bool:
-    """Waits after Ctrl-C; returns whether the main thread has not answered, and nothing is lost."""
+def _hears(reader: socket.socket, seconds: float | None) -> bool:
+    """Waits for Ctrl-C, and returns whether it came; None waits until the command ends."""
+    while select.select([reader], [], [], seconds)[0]:
+        if not (got := reader.recv(1)):  # the command has ended
+            time.sleep(seconds or 0)
+            return False
+        if got[0] == signal.SIGINT:
+            return True
+    return False
+
+
+def _waits_in_vain(reader: socket.socket) -> bool:
+    """Waits after Ctrl-C; returns whether the main thread has not answered, and nothing is lost.
+
+    A second Ctrl-C takes what is lost for nothing.
+    """
     handler = signal.getsignal(signal.SIGINT)
     until = time.monotonic() + _PATIENCE
-    while time.monotonic() < until or _holds(handler):
-        time.sleep(_POLL)
+    told = False
+    while (patient := time.monotonic() < until) or _holds(handler):
+        again = _hears(reader, _POLL)
         if signal.getsignal(signal.SIGINT) is not handler:
             return False
+        if _saves(handler) and not patient and not told:
+            print(SAVING, file=sys.stderr, flush=True)
+            told = True
+        if again and _saves(handler):
+            return True
     return True
 
 
@@ -105,8 +127,12 @@ def _holds(handler: Any) -> bool:
     """Returns whether a handler of SIGINT keeps the process from being left."""
     if handler is signal.default_int_handler:
         return False
-    holds = getattr(handler, "holds", None)
-    return holds is None or bool(holds())
+    return not _saves(handler) or bool(handler.holds())
+
+
+def _saves(handler: Any) -> bool:
+    """Returns whether a handler of SIGINT says what is still to be saved."""
+    return hasattr(handler, "holds")
 
 
 def leave_at_end(code: int) -> None:

@@ -82,7 +82,7 @@ def tpu_devices(name: str, shape: list[int]) -> tuple[list[Any], Tpu]:
             f": {name} makes tori of {chip.dimensions} dimensions and at most {chip.largest} chips"
         )
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(" needs the TPU's compiler, libtpu: pip install -e '.[tpu]'")
+        raise ValueError(" needs the TPU's compiler, libtpu: pip install 'unified_mm[tpu]'")
     jax.config.update("jax_platforms", "cpu")
     for variable, value in ALONE.items():
         os.environ.setdefault(variable, value)
@@ -106,7 +106,7 @@ def gpu_devices(name: str, shape: list[int]) -> tuple[list[Any], Gpu]:
     if not any(importlib.util.find_spec(plugin) for plugin in PLUGINS):
         raise ValueError(
             " needs the GPU's compiler, jax's plugin for CUDA, and no GPU: "
-            "pip install -e '.[cuda12]'"
+            "pip install 'unified_mm[cuda12]'"
         )
     jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it asks for a driver

@@ -34,7 +34,7 @@ from unified_mm.data.listing import (
     split_named,
     usual,
 )
-from unified_mm.data.records import StoredImage
+from unified_mm.data.records import Problem, StoredImage
 from unified_mm.files import naming, read_json
 
 WHOLE = "all"  # the only split of a folder that has none of its own
@@ -101,16 +101,26 @@ class Folder:
     def near(self, file: Path, name: str) -> str:
         """Returns the name within the folder of an image that is named beside `file`, if it is."""
         beside = file.parent / name.replace("\\", "/")
-        return beside.relative_to(self.path).as_posix() if os.path.isfile(beside) else name
+        if not os.path.isfile(beside):
+            return name
+        if beside.is_relative_to(self.path):
+            return beside.relative_to(self.path).as_posix()
+        # A name from the root of a folder that is given by a relative path or by a link.
+        found, inside = Path(os.path.realpath(beside)), os.path.realpath(self.path)
+        return found.relative_to(inside).as_posix() if found.is_relative_to(inside) else name
 
     def image_name(self, fields: Mapping[str, Any]) -> str:
-        return self.image if self.image in fields else usual(fields, IMAGE_NAMES)
+        return _called(self.image, fields, IMAGE_NAMES)
 
     def caption_name(self, fields: Mapping[str, Any]) -> str:
-        return self.caption if self.caption in fields else usual(fields, CAPTION_NAMES)
+        return _called(self.caption, fields, CAPTION_NAMES)
 
     def label_name(self, fields: Mapping[str, Any]) -> str:
-        return self.label if self.label in fields else usual(fields, LABEL_NAMES)
+        return _called(self.label, fields, LABEL_NAMES)
+
+    def is_meant(self, fields: Mapping[str, Any]) -> bool:
+        """Returns whether a list has all the fields that the user names."""
+        return {self.image, self.caption, self.label} - {""} <= set(fields)
 
     @property
     def given_parts(self) -> tuple[tuple[str, str], ...]:
@@ -186,6 +196,13 @@ class Folder:
                 f"a field of it: {', '.join(fields)}"
             )
         return "val" if str(fields[field]) in values.split(",") else "train"
+
+
+def _called(given: str, fields: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Returns the field that the user names, else one of the usual names; '' if it is not there."""
+    if not given:
+        return usual(fields, names)
+    return given if given in fields else ""
 
 
 def _is_medium(file: Path) -> bool:
@@ -290,6 +307,7 @@ def lavis(folder: Folder) -> Splits:
         for file, data in folder.json_lists
         if isinstance(data, list) and data
         and folder.names_media(_first(data)) and folder.caption_name(_first(data))
+        and folder.is_meant(_first(data))
     }  # fmt: skip
 
     def rows(file: Path) -> Iterator[Row]:
@@ -469,7 +487,7 @@ def _table(folder: Folder, file: Path) -> Table | None:
     for delimiter in (",", "\t", "|", ";"):
         names = _columns(first, delimiter)
         fields = dict.fromkeys(names)
-        if len(names) > 1 and folder.names_media(fields):
+        if len(names) > 1 and folder.names_media(fields) and folder.is_meant(fields):
             table = delimiter, names
             if folder.caption_name(fields) or _labels_parts(folder, file, table):
                 return table
@@ -547,6 +565,8 @@ def image_folder(folder: Folder) -> Splits:
     lists = [file for file in folder.files if file.suffix == ".jsonl"]
     files = [file for file in lists if file.name == "metadata.jsonl"]
     files = files or [file for file in lists if _names_parts(folder, file)]
+    if not folder.is_meant({}):
+        files = [f for f in files if any(folder.is_meant(row) for _, row in _json_lines(f))]
     if folder.val_rows:
         return _splits_of_rows(folder, files, _json_lines)
 
@@ -649,7 +669,8 @@ def audiocaps(folder: Folder) -> Splits:
 
 def texts_beside(folder: Folder) -> Splits:
     """Reads pictures with a `.txt` of the same name beside them, a caption a line."""
-    pictures = [p for p in pictures_in(folder.path) if p.with_suffix(".txt").is_file()]
+    found = pictures_in(folder.path)
+    pictures = [p for p in found if p.with_suffix(".txt").is_file()]
 
     def rows(picture: Path) -> Iterator[Row]:
         text = picture.with_suffix(".txt")
@@ -661,7 +682,21 @@ def texts_beside(folder: Folder) -> Splits:
         relative = picture.relative_to(folder.path).as_posix()
         yield Row(relative, None, relative, [line for line in lines if line.strip()] or [""])
 
-    return _by_split(pictures, rows, folder)
+    without = [p for p in found if not p.with_suffix(".txt").is_file()]
+    return _telling(_by_split(pictures, rows, folder), without, folder, "no .txt beside it")
+
+
+def _telling(splits: Splits, files: Iterable[Path], folder: Folder, what: str) -> Splits:
+    """Returns the splits with files that were passed over among their problems."""
+    passed = _grouped(files, folder)
+
+    def told(split: str) -> Listing:
+        found = splits[split]()
+        names = [file.relative_to(folder.path).as_posix() for file in passed.get(split, ())]
+        problems = [Problem(name, what, "left out") for name in names]
+        return replace(found, image_problems=(*found.image_problems, *problems))
+
+    return {split: partial(told, split) for split in splits}
 
 
 def class_folders(folder: Folder) -> Splits:
@@ -707,7 +742,7 @@ def webdataset(folder: Folder) -> Splits:
     tars = [file for file in folder.files if file.suffix == ".tar"]
 
     def captions(place: str, texts: Mapping[str, str]) -> list[Any]:
-        for suffix in (".txt", ".caption"):
+        for suffix in (f".{folder.caption}",) if folder.caption else (".txt", ".caption"):
             if suffix in texts:
                 return [texts[suffix]]
         if ".json" not in texts:
@@ -802,10 +837,22 @@ LAYOUTS: dict[str, tuple[str, Callable[[Folder], Splits]]] = {
 }
 
 
-_NEEDED = (
-    f"an image ({', '.join(IMAGE_NAMES)}) and a caption ({', '.join(CAPTION_NAMES)}), or "
-    "data.fields.image and data.fields.caption name them. "
-)
+# The layouts in which the user may name a field, by the field.
+NAMED_IN = {
+    "image": ("lavis", "imagefolder", "table", "parquet"),
+    "caption": ("lavis", "imagefolder", "table", "parquet", "webdataset"),
+    "label": ("lavis", "imagefolder", "table"),
+}
+
+
+def _needed(folder: Folder) -> str:
+    """Says which fields a list must have, for messages."""
+    if folder.is_meant({}):
+        images, captions = ", ".join(IMAGE_NAMES), ", ".join(CAPTION_NAMES)
+        usual_names = f"an image ({images}) and a caption ({captions})"
+        return f"{usual_names}, or data.fields.image and data.fields.caption name them. "
+    given = {name: getattr(folder, name) for name in NAMED_IN}
+    return ", ".join(f"data.fields.{k}={name!r}" for k, name in given.items() if name) + ". "
 
 
 def nearest(folder: Folder) -> str:
@@ -821,14 +868,16 @@ def nearest(folder: Folder) -> str:
         if file.suffix in (".csv", ".tsv", ".jsonl"):
             with file.open(encoding="utf-8", errors="replace") as lines:
                 first = lines.readline().strip()
-            return f"Nearest is {file.name}, which begins {first[:80]!r}: it must name {_NEEDED}"
+            begins = f"which begins {first[:80]!r}: it must have {_needed(folder)}"
+            return f"Nearest is {file.name}, {begins}"
         if file.suffix in (".tar", ".parquet"):
             return f"Nearest is {file.name}, in which no picture with a caption was found. "
     for file, data in folder.json_lists:
         fields = _first(data) if isinstance(data, list) and data else data
         if isinstance(fields, dict):
             keys = ", ".join(list(fields)[:8])
-            return f"Nearest is {file.name}, which has {keys}: a list of objects needs {_NEEDED}"
+            needs = f"a list of objects needs {_needed(folder)}"
+            return f"Nearest is {file.name}, which has {keys}: {needs}"
     if pictures := pictures_in(folder.path):
         first, text = pictures[0].name, pictures[0].with_suffix(".txt").name
         return (

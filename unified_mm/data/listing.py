@@ -106,6 +106,7 @@ class Listing:
       questions: questions that are listed with the images.
       stamp: what tells whether the files that images are stored in have changed.
       media: by modality of the user's naming, which of `MEDIA` its files are.
+      apart: how many more are listed at the same place, of which this is a part that was drawn.
     """
 
     path: Path
@@ -120,6 +121,7 @@ class Listing:
     questions: tuple[Question, ...] = ()
     stamp: str = ""
     media: Mapping[str, str] = field(default_factory=dict)
+    apart: int = 0
 
     @property
     def problems(self) -> tuple[Problem, ...]:

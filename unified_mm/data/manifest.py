@@ -76,8 +76,12 @@ def build_manifest(
     )
     # Faults of images come before those of captions.
     listed_as, remaining = f"images of {split!r} in {folder}", len(manifest.records)
+    # One bad picture is a large share of the few that are held out of a folder.
+    there = len(listing.listed) + listing.apart * (remaining > 0)
+    listed_as += " and its other part" * (there > len(listing.listed))
     looked = listing.looked if any(p.what == MISSING for p in manifest.problems) else ""
-    refuse_bad(listed_as, len(listing.listed), remaining, manifest.problems, max_bad_share, looked)
+    bad = len(listing.listed) - remaining
+    refuse_bad(listed_as, there, there - bad, manifest.problems, max_bad_share, looked)
     if listing.annotations:
         out = [each for each in listing.caption_problems if each.action == "left out"]
         listed_as = f"captions of {split!r} in {listing.path}"

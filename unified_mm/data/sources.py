@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from unified_mm.data import coco
-from unified_mm.data.layouts import LAYOUTS, WHOLE, Folder, Splits, nearest
+from unified_mm.data.layouts import LAYOUTS, NAMED_IN, WHOLE, Folder, Splits, nearest
 from unified_mm.data.listing import Foil, Listing, Question, held_out, what_is_there
 from unified_mm.data.manifest import Sidecar, build_manifest, with_questions
 from unified_mm.data.records import Manifest
@@ -227,7 +227,10 @@ class ListedFolder(AnnotatedFolder):
                 )
             ids = {entry.id for entry in kept}
             asked = tuple(each for each in found.questions if each.image_id in ids)
-            return replace(found, entries=kept, listed=frozenset(ids), questions=asked)
+            others = len(found.entries) - len(kept)
+            return replace(
+                found, entries=kept, listed=frozenset(ids), questions=asked, apart=others
+            )
 
         self._listed |= {"train": partial(part, False), "val": partial(part, True)}
         self.described += f"; 'val' is {share:.0%} of it, by name (data.val_share)"
@@ -369,7 +372,7 @@ def given_folder(data: Any) -> Source:
             what, splits_of = LAYOUTS[data.source]
             if not (splits := splits_of(folder)):
                 raise FileNotFoundError(_not_found(folder, f"it is not laid out as {what}"))
-            refuse_val_rows(data, data.source)
+            refuse_unused(data, data.source)
             return ListedFolder(
                 path, splits, data, name=data.source, described=f"data: {path} is read as {what}"
             )
@@ -377,7 +380,7 @@ def given_folder(data: Any) -> Source:
     if not laid_out:
         raise FileNotFoundError(_not_found(folder, "none of the known layouts"))
     (name, splits), *others = laid_out.items()
-    refuse_val_rows(data, name)
+    refuse_unused(data, name)
     described = f"data: {path} is read as {LAYOUTS[name][0]}"
     if others:
         also = ", ".join(f"data.source={other}" for other, _ in others)
@@ -385,8 +388,15 @@ def given_folder(data: Any) -> Source:
     return ListedFolder(path, splits, data, name=name, described=described)
 
 
-def refuse_val_rows(data: Any, layout: str) -> None:
-    """Raises ValueError where `data.val_rows` is given for a layout that has no rows of fields."""
+def refuse_unused(data: Any, layout: str) -> None:
+    """Raises ValueError where fields or rows are named for a layout that has none."""
+    for name, readers in NAMED_IN.items():
+        if (given := data.fields[name]) and layout not in readers:
+            raise ValueError(
+                f"data.fields.{name}={given!r} is for data.source={' or '.join(readers)}, and "
+                f"{data.dir} is read as {LAYOUTS[layout][0]}: leave it out, or choose another "
+                "data.source"
+            )
     if data.val_rows and layout not in ("table", "imagefolder"):
         raise ValueError(
             f"data.val_rows={data.val_rows!r} is for the rows of tables and JSON lines, and "

@@ -38,7 +38,7 @@ def need_qwix() -> None:
     if importlib.util.find_spec("qwix") is None:
         raise ValueError(
             "qwix is not installed, which makes int8 numbers and multiplies them: "
-            "pip install -e '.[quantize]'"
+            "pip install 'unified_mm[quantize]'"
         )
 
 

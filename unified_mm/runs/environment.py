@@ -50,9 +50,11 @@ def unseen_accelerator() -> str | None:
     if jax.default_backend() != "cpu":
         return None
     if Path("/proc/driver/nvidia/version").exists():
-        return "this machine has an NVIDIA GPU that jax does not see: pip install -e '.[cuda12]'"
+        return (
+            "this machine has an NVIDIA GPU that jax does not see: pip install 'unified_mm[cuda12]'"
+        )
     if any(Path("/dev").glob("accel*")):
-        return "this machine has a TPU that jax does not see: pip install -e '.[tpu]'"
+        return "this machine has a TPU that jax does not see: pip install 'unified_mm[tpu]'"
     return None
 
 

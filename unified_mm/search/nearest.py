@@ -164,6 +164,6 @@ def _usearch() -> Any:
     except ImportError as error:
         raise ValueError(
             "so many vectors are searched with usearch, which is not installed: "
-            "pip install -e '.[search]'"
+            "pip install 'unified_mm[search]'"
         ) from error
     return usearch.index

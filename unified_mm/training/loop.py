@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from unified_mm.training.signals import StopRequest, stop_on_signals, stop_reque
 from unified_mm.training.state import LATER_SLOTS, TrainState, evaluation_params
 from unified_mm.training.step import StepMetrics
 from unified_mm.training.tracing import Trace
+
+AHEAD = 2  # steps that are dispatched while another is worked on
 
 
 class Stopped(Exception):
@@ -89,6 +92,19 @@ class Unread:
             f"({bad / read:.1%}, allowed are {allowed:.1%}): {self.unreadable.log} names them. "
             "Mend or remove them, or raise data.max_bad_share"
         )
+
+
+class InFlight:
+    """The steps that were dispatched and may not be done; few, as who stops a run waits for all."""
+
+    def __init__(self) -> None:
+        self._results: deque[Any] = deque()
+
+    def add(self, results: Any) -> None:
+        """Adds what a step gives, and waits for the oldest where there are too many."""
+        self._results.append(results)
+        if len(self._results) > AHEAD:
+            jax.block_until_ready(self._results.popleft())
 
 
 def unreadable_of(setup: Setup) -> Unreadable | None:
@@ -243,6 +259,7 @@ class Run:
         bad = ""  # what is wrong with the data
         self.flops = training_flops(phase) if self.peak else 0
         one_by_one = shares_threads(self.setup.mesh)
+        in_flight = InFlight()
         with closing(phase_batches(self.setup, phase, start)) as batches:  # type: ignore[type-var]
             for step in range(start + 1, phase.stop + 1):
                 with self.starved.waiting():
@@ -256,6 +273,7 @@ class Run:
                 if self.trace.ends_with(step):
                     self.trace.finish(measured, program_text(phase, step_function))
                 since.append(measured)
+                in_flight.add(measured)
                 last = step == phase.stop
                 if step % options.logging.every == 0 or last:
                     # What was asked for an interval ago is done by now: reading it waits for
