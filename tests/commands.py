@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from unified_mm import main as command
+from unified_mm.training import run as training
+from unified_mm.training.loop import Stopped
 
 
 def run(*arguments: str) -> int:
@@ -12,6 +14,17 @@ def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as stopped:
         command.main(arguments)
     return int(stopped.value.code or 0)
+
+
+def train(*arguments: str) -> None:
+    """Runs the main command up to where it would score: what is asked of its steps alone."""
+
+    def stop(setup, *_):
+        raise Stopped(setup.options.train.steps, 75)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "score_splits", stop)
+        assert run(*arguments) == 75
 
 
 # Of any recipe.

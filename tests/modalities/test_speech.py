@@ -92,7 +92,7 @@ def test_every_fusion_transcribes_and_padding_is_never_heard(fusion):
     assert ("captioning/loss" in found) == (fusion != "late")
 
 
-@pytest.mark.parametrize("fusion", ["early", "gated_cross_attention", "late"])
+@pytest.mark.parametrize("fusion", ["early", "late"])
 def test_what_is_heard_depends_on_no_padding_and_no_other_sound(fusion):
     task = task_of(fusion)
     batch = jax.tree.map(np.asarray, batch_of(task))

@@ -102,7 +102,7 @@ def test_tubelets_are_a_convolution_whose_steps_are_its_kernel():
 
 def test_tokens_say_when_and_where_they_are():
     task = task_of()
-    tokens = embedded(task, tiny.params(task), batch_of())
+    tokens = jax.jit(functools.partial(embedded, task))(tiny.params(task), batch_of())
     assert tokens.embeddings.shape == (4, 2 * 4, 16)
     # Three frames begin both tubelets, one begins the first.
     assert np.asarray(tokens.metadata.valid).sum(1).tolist() == [8, 8, 4, 0]

@@ -172,11 +172,21 @@ def test_shapes_of_pods_cost_nothing_to_plan(size, parameters, layers, width):
     assert shard_bytes(phase.abstract.params) == pytest.approx(4 * parameters / 8, rel=0.01)
 
 
-def test_every_phase_of_a_recipe_can_be_planned():
-    names = [
-        phase.name for phase in abstract_phases(recipe("coco_flamingo.py:tiny"), jax.devices())
-    ]
-    assert len(names) > 1
+RECIPES = [
+    pytest.param(
+        f"{path.name}:{size}",
+        marks=() if (path.stem, size) == ("coco_flamingo", "tiny") else pytest.mark.slow,
+    )
+    for path in sorted(CONFIGS.glob("coco*.py"))
+    for size in ("tiny", "base", "large")
+]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_phase_of_a_recipe_can_be_planned(name):
+    config = recipe(name)
+    names = [phase.name for phase in abstract_phases(config, jax.devices())]
+    assert names == (list(config.train.phases) or ["all"])
 
 
 @pytest.mark.parametrize("changes, message", [
