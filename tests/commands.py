@@ -43,6 +43,7 @@ SHRUNK = (
     "--config.checkpoint.every=2",
     "--config.logging.every=2",
     "--config.evaluation.batch_size=8",
+    "--config.logging.tensorboard=False",  # to import it takes seconds
 )
 # Of a recipe whose patches are large: a picture of several.
 SMALL = (*SHRUNK, "--config.model.modalities.image.patch=8")

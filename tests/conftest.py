@@ -73,6 +73,15 @@ def pytest_configure(config):
         shutil.rmtree(COMPILED)
 
 
+def pytest_collection_finish():
+    """Keeps Python's collector off what is imported, and rare: to trace makes many small objects.
+
+    With the usual thresholds it took a seventh of the time.
+    """
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_program_is_held():
     """Frees what a module compiled; whoever asks for it again reads it from the folder."""

@@ -41,6 +41,7 @@ ALIKE = (
     "--config.objectives.matching.weight=1.0",
     "--config.evaluation.every=2",
     "--config.logging.every=1",
+    "--config.logging.tensorboard=True",
 )
 
 
@@ -295,14 +296,14 @@ def test_nothing_that_is_only_nice_to_know_ends_a_run(stopped, data, tmp_path, m
     (stopped / "tensorboard").write_text("no folder")
     (stopped / "report.html").unlink(missing_ok=True)
     with pytest.warns(UserWarning) as told:
-        assert train(data, stopped, *ALIKE, "--config.logging.tensorboard=True") == 0
+        assert train(data, stopped, *ALIKE) == 0
     missing = " ".join(str(each.message) for each in told)
     for what in ("the git revision", "its FLOPs", "report.html", "TensorBoard's files"):
         assert f"the run goes on without {what}" in missing.replace(f"{stopped}/", "")
     result = json.loads((stopped / "result.json").read_text())
     assert (result["revision"], result["flops"]) == ("", None) and result["scores"]
     assert "report:" not in capsys.readouterr().out
-    assert train(data, stopped, *ALIKE, "--config.logging.tensorboard=True") == 0
+    assert train(data, stopped, *ALIKE) == 0
     assert f"is finished; see {stopped / 'result.json'}" in capsys.readouterr().out
 
 

@@ -24,7 +24,6 @@ def train(data, workdir, *more):
         f"--config.data.dir={data}",
         f"--config.data.cache_dir={data.parent / 'cache'}",
         "--config.data.check_at_most=1",
-        "--config.logging.tensorboard=False",
         f"--workdir={workdir}",
         *more,
     )

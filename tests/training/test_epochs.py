@@ -19,7 +19,6 @@ def train(data, workdir, *more, recipe="coco"):
         *SMALL,
         f"--config.data.dir={data}",
         f"--config.data.cache_dir={data.parent / 'cache'}",
-        "--config.logging.tensorboard=False",
         f"--workdir={workdir}",
         *more,
     )

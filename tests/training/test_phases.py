@@ -55,7 +55,6 @@ def arguments(data, workdir, *more):
         "--config.checkpoint.every=1",
         "--config.checkpoint.keep=20",
         "--config.logging.every=1",
-        "--config.logging.tensorboard=False",
         f"--config.data.dir={data}",
         f"--workdir={workdir}",
         *more,
