@@ -124,6 +124,7 @@ def stepping(sizes, devices=None):
     return on, abstract
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_to_the_same_bits_and_on_another_mesh(tmp_path):
     """Noise is drawn: it too is a function of seed and step."""
     step, abstract = stepping({"data": 2, "expert": 4})
