@@ -6,6 +6,7 @@ import pytest
 
 from unified_mm import main as command
 from unified_mm.training import run as training
+from unified_mm.training import setup
 from unified_mm.training.loop import Stopped
 
 
@@ -17,12 +18,16 @@ def run(*arguments: str) -> int:
 
 
 def train(*arguments: str) -> None:
-    """Runs the main command up to where it would score: what is asked of its steps alone."""
+    """Runs the main command without what it says of costs, up to where it would score.
 
-    def stop(setup, *_):
-        raise Stopped(setup.options.train.steps, 75)
+    For what is asked of its steps alone.
+    """
+
+    def stop(ready, *_):
+        raise Stopped(ready.options.train.steps, 75)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "run_summary", lambda *_: "")
         patch.setattr(training, "score_splits", stop)
         assert run(*arguments) == 75
 

@@ -230,7 +230,7 @@ def test_a_layer_leaves_the_same_however_it_is_computed(leaving, way):
 
 
 def test_an_auxiliary_loss_adds_up_over_micro_batches():
-    config = tiny.config_dict(**LEAVING)
+    config = tiny.config_dict(**LEAVING, objectives__contrastive__weight=0.0)
     config.objectives.calm = {"type": "toy_parts:Calm", "weight": 3.0, "noise": 0.0}
     task = build_task(Config(config.to_dict()), tiny.tokenizer())
     params, batch = tiny.params(task), tiny.batch(task, 8)
@@ -248,9 +248,9 @@ def test_an_auxiliary_loss_adds_up_over_micro_batches():
 
 
 def test_a_treatment_that_is_not_finite_changes_nothing():
-    task = tiny.task(objectives__matching__weight=0.0)
+    off = {f"objectives__{name}__weight": 0.0 for name in ("captioning", "matching")}
+    task, config = tiny.task(**off), Config(tiny.config_dict(**off).to_dict())
     params, batch = tiny.params(task), tiny.batch(task, 8)
-    config = Config(tiny.config_dict(objectives__matching__weight=0.0).to_dict())
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     placement = param_shardings(task.abstract_params(), mesh)
     treatment = Breaking()

@@ -23,13 +23,6 @@ STARTS = {"image": 0, "caption": 6, "contrast": 11}
 VIEWS = (View("caption", "prefix", autoregressive=True), View("contrast", "separate"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def options(**own):
     given = tuple(sorted({"noise": 0.0, "count": 4, **own}.items()))
     return TransformerOptions(

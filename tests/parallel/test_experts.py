@@ -31,13 +31,6 @@ from unified_mm.training.step import make_train_step
 ROWS, WIDTH = 16, 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def layer():
     """A layer with experts in training, boxed parameters, a sum of its outputs, x and its plan."""

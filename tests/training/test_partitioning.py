@@ -118,14 +118,6 @@ def first_state(fusion, mesh, zero=3):
     return lambda: enter(make()), abstract, optimizer, placement
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The sharding is the compiler's first work; what it does for speed is only waited for."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def alone(fusion):
     """One device: parameters, loss and gradient."""
@@ -162,7 +154,7 @@ class Stepped:
         for case in CASES
     ],
 )
-def stepped(request, quick_compilation):
+def stepped(request):
     fusion, name = request.param
     sizes = dict(MESHES[name])
     zero = sizes.pop("zero", 3)
