@@ -95,6 +95,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_documents_of_tones_are_trained_on(tmp_path):
     """Documents hold what a modality from outside reads, in the order of the file."""
     (tmp_path / "data").mkdir()

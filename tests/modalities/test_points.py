@@ -16,11 +16,11 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-import unified_mm
 from unified_mm.config import Config
 from unified_mm.data import shapes
 from unified_mm.data.pipeline import training_batches
 from unified_mm.data.records import Record
+from unified_mm.inference.loaded import LoadedModel, one_device_mesh
 from unified_mm.modalities.points import centres_and_nearest, in_order
 from unified_mm.objectives.classification import LABELS
 from unified_mm.parallel.mesh import make_mesh
@@ -305,16 +305,12 @@ def get_config():
 """
 
 
-@pytest.fixture(scope="module")
-def run(folder, tmp_path_factory):
-    where = tmp_path_factory.mktemp("run")
-    (where / "recipe.py").write_text(RECIPE)
-    flags = (f"--config={where / 'recipe.py'}", f"--config.data.dir={folder}")
-    assert commands.run(*flags, f"--workdir={where / 'run'}") == 0
-    return where / "run"
-
-
-def test_a_run_is_scored_in_all_that_it_learns(run):
+@pytest.mark.slow
+def test_a_run_is_scored_in_all_that_it_learns(folder, tmp_path):
+    run, recipe = tmp_path / "run", tmp_path / "recipe.py"
+    recipe.write_text(RECIPE)
+    flags = (f"--config={recipe}", f"--config.data.dir={folder}", f"--workdir={run}")
+    assert commands.run(*flags) == 0
     config = json.loads((run / "config.json").read_text())
     assert config["objectives"]["classification"]["classes"] == ["big", "small"]
     assert config["model"]["modalities"]["points"]["unit"] > 0
@@ -326,9 +322,10 @@ def test_a_run_is_scored_in_all_that_it_learns(run):
     assert losses[-1] < losses[0]
 
 
-def test_shapes_are_indexed_and_served(run, folder, tmp_path):
+def test_shapes_are_indexed_and_served(folder, tmp_path):
     """By the paths of any modality; an upload that would become too large is refused."""
-    model = unified_mm.load(run)
+    config, task = Config(config_of().to_dict()), task_of()
+    model = LoadedModel(task, tiny.params(task), one_device_mesh(), config, 1)
     files = [folder / kind / f"{number}.npy" for kind in ("big", "small") for number in (1, 2)]
     expected = model.embed([str(file) for file in files], of="points")
     np.testing.assert_allclose(
