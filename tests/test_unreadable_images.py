@@ -18,7 +18,7 @@ def data(tmp_path):
 
 
 def train(data, workdir, *more):
-    return commands.run(
+    return commands.run_uncounted(
         RECIPE,
         *(flag for flag in commands.SMALL if not flag.startswith("--config.train.steps")),
         "--config.train.epochs=2",
