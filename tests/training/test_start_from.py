@@ -181,6 +181,7 @@ def test_a_whole_model_goes_on_as_it_is(clip, tmp_path, monkeypatch, capsys):
         f"--config.data.dir={data}",
         f"--config.model.start_from.whole={clip}",
         "--config.model.unroll=1",
+        "--config.logging.tensorboard=False",
         "--config.train.steps=1",
         "--config.train.batch_size=8",
         "--config.train.learning_rate=1e-30",
