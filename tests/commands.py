@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 from unified_mm import main as command
+from unified_mm.training import run as training
+from unified_mm.training import setup
+from unified_mm.training.loop import Stopped
 
 
 def run(*arguments: str) -> int:
@@ -12,6 +15,25 @@ def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as stopped:
         command.main(arguments)
     return int(stopped.value.code or 0)
+
+
+def run_uncounted(*arguments: str) -> int:
+    """The same of a run that nobody asks for what it costs, which is counted by tracing it anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "run_summary", lambda *_: "")
+        patch.setattr(training, "run_flops", lambda _: 0)
+        return run(*arguments)
+
+
+def train(*arguments: str) -> None:
+    """Runs it up to where it would score: for what is asked of its steps alone."""
+
+    def stop(ready, *_):
+        raise Stopped(ready.options.train.steps, 75)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "score_splits", stop)
+        assert run_uncounted(*arguments) == 75
 
 
 # Of any recipe.
@@ -30,6 +52,7 @@ SHRUNK = (
     "--config.checkpoint.every=2",
     "--config.logging.every=2",
     "--config.evaluation.batch_size=8",
+    "--config.logging.tensorboard=False",  # to import it takes seconds
 )
 # Of a recipe whose patches are large: a picture of several.
 SMALL = (*SHRUNK, "--config.model.modalities.image.patch=8")

@@ -1,7 +1,8 @@
 """A run of the main command as the sweep sees it, in milliseconds: `stand_in_run.py FOLDER CONFIG`.
 
-It takes the run's lock, goes on from its last step, writes metrics, and its result last. On SIGTERM
-it saves and ends with 143. A file FOLDER.fails makes it fail half-way; FOLDER.slow makes it slow.
+It imports no jax. It takes the run's lock, goes on from its last step, writes metrics, and its
+result last. On SIGTERM it saves and ends with 143. A file FOLDER.fails makes it fail half-way;
+FOLDER.slow makes it slow.
 """
 
 import json
@@ -11,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-from unified_mm.default_config import defaults
 from unified_mm.files import read_json, write_json
 from unified_mm.runs.folder import RunFolder
 
@@ -19,15 +19,15 @@ STEPS = 10
 
 
 def main() -> None:
-    folder, config = RunFolder(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    folder, given = RunFolder(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     with folder.lock():
-        train(folder, config)
+        train(folder, *given)
 
 
-def train(folder: RunFolder, config: dict) -> None:
+def train(folder: RunFolder, config: dict, defaults: dict) -> None:
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
-    folder.create_or_check(config, defaults())
+    folder.create_or_check(config, defaults)
     saved = folder.path / "saved.json"
     start = read_json(saved) if saved.exists() else 0
     beside = str(folder.path)

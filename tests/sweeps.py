@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from experiments.sweeping import runs as runs_module
+from unified_mm.default_config import defaults
 
 STAND_IN = Path(__file__).with_name("stand_in_run.py")
 ROOT = Path(__file__).parents[1]
@@ -34,7 +35,8 @@ def stand_in_command(run):
     """In place of `runs.python_command`: trains nothing."""
     config = Path(f"{run.folder.path}.config.json")
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(json.dumps(runs_module.asked_config(run)))
+    # With the defaults, which bring jax with them where they are imported.
+    config.write_text(json.dumps([runs_module.asked_config(run), defaults()]))
     return [sys.executable, str(STAND_IN), str(run.folder.path), str(config)]
 
 

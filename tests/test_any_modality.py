@@ -1,16 +1,14 @@
-"""Contrast between any modalities: trained, embedded and scored by their names."""
+"""Contrast between any modalities: its losses, its towers, and what is refused.
 
-import json
-from pathlib import Path
+tests/test_any_modality_used.py trains, embeds and scores by their names.
+"""
 
-import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-import unified_mm
 from unified_mm.config import Config
 from unified_mm.inference.loaded import LoadedModel, one_device_mesh
 from unified_mm.objectives.contrastive import named_modalities
@@ -18,66 +16,7 @@ from unified_mm.task import build_task
 from unified_mm.training.setup import usual_best
 from unified_mm.training.start_from import config_from_run, load_params, weights_to_start_from
 
-RECIPE = Path(__file__).parent / "toy_contrasts_recipe.py"
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of two contrasts; the one that comes first by its name is not that of images."""
-    folder = tmp_path_factory.mktemp("contrasts")
-    (folder / "data").mkdir()
-    flags = (f"--config={RECIPE}", f"--config.data.dir={folder / 'data'}")
-    assert commands.run(*flags, f"--workdir={folder / 'run'}") == 0
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return unified_mm.load(run)
-
-
 PICTURE = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
-TONES = [np.sin(np.arange(8) * pace).tolist() for pace in (0.4, 2.5)]
-
-
-def test_scores_bear_the_names_of_both_sides(run):
-    scores = json.loads((run / "result.json").read_text())["scores"]
-    directions = {name.split("/")[-2] for name in scores if name.endswith("recall_at_1")}
-    assert directions == {
-        "text_to_image",
-        "image_to_text",
-        "text_to_tone",
-        "tone_to_text",
-        "tone_to_image",
-        "image_to_tone",
-    }
-    assert "single_caption/text_to_tone/recall_at_1" in scores
-
-
-def test_images_are_embedded_by_the_contrast_of_images(model):
-    images, texts = model.embed_images([PICTURE]), model.embed_texts(["high tone"])
-    expected = model.embed([PICTURE], of="image", objective="contrastive")
-    np.testing.assert_array_equal(images, expected)
-    np.testing.assert_array_equal(
-        texts, model.embed(["high tone"], of="text", objective="contrastive")
-    )
-    tones = model.embed(TONES, of="tone", objective="audio_contrast")
-    assert tones.shape == (2, 8) and np.allclose(np.linalg.norm(tones, axis=1), 1, rtol=1e-5)
-    assert np.abs(tones[0] - images[0]).max() > 1e-3
-
-
-def test_where_several_embed_one_must_be_named(model):
-    several = r"text is embedded by several objectives, .*audio_contrast \(tone, text\).*: name one"
-    with pytest.raises(ValueError, match=several):
-        model.embed(["high tone"], of="text")
-    with pytest.raises(ValueError, match="objective='matching' embeds no image"):
-        model.embed([PICTURE], of="image", objective="matching")
-    with pytest.raises(
-        ValueError, match="this model reads no video: what it reads is image, tone, text"
-    ):
-        model.embed([PICTURE], of="video")
-    with pytest.raises(ValueError, match="a list of items"):
-        model.embed("x", of="tone", objective="audio_contrast")
 
 
 def config_of(**changes):

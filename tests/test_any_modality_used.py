@@ -1,4 +1,4 @@
-"""A modality from outside the package is indexed, classified and served as images are."""
+"""A modality from outside is trained on, scored, indexed, classified and served as images are."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tones")
     (folder / "data").mkdir()
     flags = (f"--config={RECIPE}", f"--config.data.dir={folder / 'data'}")
-    assert commands.run(*flags, f"--workdir={folder / 'run'}") == 0
+    assert commands.run_uncounted(*flags, f"--workdir={folder / 'run'}") == 0
     for name, tone in TONES.items():
         file = folder / "tones" / name[:-1] / f"{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -43,6 +43,49 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     return unified_mm.load(folder / "run")
+
+
+PICTURE = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
+
+
+def test_scores_bear_the_names_of_both_sides(folder):
+    scores = json.loads((folder / "run" / "result.json").read_text())["scores"]
+    directions = {name.split("/")[-2] for name in scores if name.endswith("recall_at_1")}
+    assert directions == {
+        "text_to_image",
+        "image_to_text",
+        "text_to_tone",
+        "tone_to_text",
+        "tone_to_image",
+        "image_to_tone",
+    }
+    assert "single_caption/text_to_tone/recall_at_1" in scores
+
+
+def test_images_are_embedded_by_the_contrast_of_images(model):
+    images, texts = model.embed_images([PICTURE]), model.embed_texts(["high tone"])
+    expected = model.embed([PICTURE], of="image", objective="contrastive")
+    np.testing.assert_array_equal(images, expected)
+    np.testing.assert_array_equal(
+        texts, model.embed(["high tone"], of="text", objective="contrastive")
+    )
+    tones = model.embed(TONES.values(), of="tone", objective="audio_contrast")
+    assert tones.shape == (6, 8) and np.allclose(np.linalg.norm(tones, axis=1), 1, rtol=1e-5)
+    assert np.abs(tones[0] - images[0]).max() > 1e-3
+
+
+def test_where_several_embed_one_must_be_named(model):
+    several = r"text is embedded by several objectives, .*audio_contrast \(tone, text\).*: name one"
+    with pytest.raises(ValueError, match=several):
+        model.embed(["high tone"], of="text")
+    with pytest.raises(ValueError, match="objective='matching' embeds no image"):
+        model.embed([PICTURE], of="image", objective="matching")
+    with pytest.raises(
+        ValueError, match="this model reads no video: what it reads is image, tone, text"
+    ):
+        model.embed([PICTURE], of="video")
+    with pytest.raises(ValueError, match="a list of items"):
+        model.embed("x", of="tone", objective="audio_contrast")
 
 
 def ask(command, *arguments):

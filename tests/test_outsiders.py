@@ -1,6 +1,7 @@
 """Parts from outside the package, each in a file of its user's, through the command and alone."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +23,11 @@ from unified_mm.objectives import TextObjective
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import param_shardings, rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
+from unified_mm.runs.folder import RunFolder
 from unified_mm.task import build_task
+from unified_mm.training.loop import first_state
 from unified_mm.training.optimizer import make_optimizer
+from unified_mm.training.setup import prepare
 from unified_mm.training.state import initial_state, state_of_phase
 from unified_mm.training.step import gradients, make_train_step
 
@@ -36,15 +40,14 @@ def data(tmp_path_factory):
     return tiny.write_coco(tmp_path_factory.mktemp("outsiders") / "coco")
 
 
-def train(data, workdir, *flags):
-    given = (f"--config={RECIPE}", f"--config.data.dir={data}", f"--workdir={workdir}", *flags)
-    return commands.run(*given)
+def flags_of(data, workdir):
+    return f"--config={RECIPE}", f"--config.data.dir={data}", f"--workdir={workdir}"
 
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "whole"
-    assert train(data, workdir) == 0
+    assert commands.run_uncounted(*flags_of(data, workdir)) == 0
     return workdir
 
 
@@ -108,29 +111,29 @@ def test_an_optimizer_and_a_schedule(run):
 
 
 def test_a_treatment_is_kept_and_resumed_to_the_same_bits(run, data, tmp_path):
-    state = state_of(run, 3)
-    assert int(state["treatment/steps"]) == 3
-    assert "treatment/slow/embedders_text/tokens" in state
-    workdir = tmp_path / "again"
-    assert train(data, workdir, "--config.train.steps=2") == 0
-    assert train(data, workdir) == 0
-    resumed, at_once = state_of(workdir, 3), state_of(run, 3)
+    at_once, workdir = state_of(run, 3), shutil.copytree(run, tmp_path / "again")
+    assert int(at_once["treatment/steps"]) == 3
+    assert "treatment/slow/embedders_text/tokens" in at_once
+    (workdir / "result.json").unlink()
+    shutil.rmtree(workdir / "checkpoints" / "3")
+    commands.train(*flags_of(data, workdir))
+    resumed = state_of(workdir, 3)
     assert resumed.keys() == at_once.keys()
     for name, leaf in at_once.items():
         assert np.asarray(leaf).tobytes() == np.asarray(resumed[name]).tobytes(), name
 
 
-def test_a_checkpoint_from_before_treatments_begins_with_the_first_value(data, tmp_path):
-    flags = ("--config.train.schedule=constant", "--config.train.steps=2")
-    assert train(data, tmp_path / "run", "--config.train.treatment=", *flags) == 0
-    assert not any(name.startswith("treatment") for name in state_of(tmp_path / "run", 2))
-    # As a version wrote it that knew of no treatments.
-    path = tmp_path / "run" / "config.json"
-    config = json.loads(path.read_text())
-    config["train"]["treatment"] = "toy_parts:Counting"
-    path.write_text(json.dumps(config))
-    assert train(data, tmp_path / "run", flags[0]) == 0
-    assert int(state_of(tmp_path / "run", 3)["treatment/steps"]) == 1
+def test_a_checkpoint_from_before_treatments_begins_with_the_first_value(run, tmp_path):
+    folder = RunFolder(run)
+    setup = prepare(Config(json.loads(folder.config.read_text())), folder, lambda _: None)
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        metadata = checkpoints.metadata()
+    with jax.set_mesh(setup.mesh), Checkpoints(tmp_path) as checkpoints:
+        state = setup.phases[0].enter(setup.make_state())
+        checkpoints.save(2, state.replace(treatment=None), metadata)
+        begun, step, _ = first_state(setup, checkpoints, lambda _: None)
+    assert step == 2 and int(begun.treatment["steps"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, begun.treatment["slow"], state.params)
 
 
 def test_a_backend_a_pool_and_a_loss(run):
@@ -227,7 +230,7 @@ def test_a_layer_leaves_the_same_however_it_is_computed(leaving, way):
 
 
 def test_an_auxiliary_loss_adds_up_over_micro_batches():
-    config = tiny.config_dict(**LEAVING)
+    config = tiny.config_dict(**LEAVING, objectives__contrastive__weight=0.0)
     config.objectives.calm = {"type": "toy_parts:Calm", "weight": 3.0, "noise": 0.0}
     task = build_task(Config(config.to_dict()), tiny.tokenizer())
     params, batch = tiny.params(task), tiny.batch(task, 8)
@@ -245,9 +248,9 @@ def test_an_auxiliary_loss_adds_up_over_micro_batches():
 
 
 def test_a_treatment_that_is_not_finite_changes_nothing():
-    task = tiny.task(objectives__matching__weight=0.0)
+    off = {f"objectives__{name}__weight": 0.0 for name in ("captioning", "matching")}
+    task, config = tiny.task(**off), Config(tiny.config_dict(**off).to_dict())
     params, batch = tiny.params(task), tiny.batch(task, 8)
-    config = Config(tiny.config_dict(objectives__matching__weight=0.0).to_dict())
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     placement = param_shardings(task.abstract_params(), mesh)
     treatment = Breaking()

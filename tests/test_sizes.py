@@ -49,9 +49,7 @@ def test_parameters_are_those_of_the_task(fusion):
     ("fusion", "by"),
     [
         ("early", "width"),
-        ("late", "layers"),
-        pytest.param("early", "layers", marks=pytest.mark.slow),
-        pytest.param("late", "width", marks=pytest.mark.slow),
+        pytest.param("late", "layers", marks=pytest.mark.slow),
     ],
 )
 def test_a_budget_is_met_from_below_and_nearly(fusion, by):

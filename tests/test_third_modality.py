@@ -95,6 +95,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_documents_of_tones_are_trained_on(tmp_path):
     """Documents hold what a modality from outside reads, in the order of the file."""
     (tmp_path / "data").mkdir()
@@ -113,9 +114,8 @@ def test_documents_of_tones_are_trained_on(tmp_path):
         f"--config={recipe}",
         f"--config.data.dir={tmp_path / 'data'}",
         f"--config.data.documents.file={pages}",
-        "--config.evaluation.max_images=4",
     )
-    assert commands.run(*flags, f"--workdir={tmp_path / 'run'}") == 0
+    commands.train(*flags, f"--workdir={tmp_path / 'run'}")
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [line["captioning/loss"] for line in lines if "captioning/loss" in line]
     assert losses[-1] < 0.5 * losses[0]

@@ -159,12 +159,9 @@ def write_coco(folder: Path, train: int = 24, val: int = 8) -> Path:
     return folder
 
 
-def write_run(path: Path, config: Any, params: Any, average: Any = None, step: int = 7) -> Path:
-    """A run's folder with one checkpoint."""
-    folder = RunFolder(path)
-    write_json(folder.config, config.to_dict())
-    tokenizer().save(folder.tokenizer)
-    state = TrainState(
+def state(params: Any, step: int, average: Any = None) -> TrainState:
+    """A state of training at a step, its optimizer's no more than a count."""
+    return TrainState(
         step=jnp.array(step, jnp.int32),
         params=params,
         optimizer={"count": jnp.zeros((), jnp.int32)},
@@ -172,8 +169,15 @@ def write_run(path: Path, config: Any, params: Any, average: Any = None, step: i
         key=jax.random.key(0),
         bad_step=jnp.array(-1, jnp.int32),
     )
+
+
+def write_run(path: Path, config: Any, params: Any, average: Any = None, step: int = 7) -> Path:
+    """A run's folder with one checkpoint."""
+    folder = RunFolder(path)
+    write_json(folder.config, config.to_dict())
+    tokenizer().save(folder.tokenizer)
     with Checkpoints(folder.checkpoints) as checkpoints:
-        checkpoints.save(step, state, {"step": step})
+        checkpoints.save(step, state(params, step, average), {"step": step})
     return path
 
 

@@ -46,7 +46,9 @@ def write(way, views, room=11):
         return jax.device_get(run(predictor.params, predictor.to_device(inputs)))
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize(
+    "fusion", ["early", pytest.param("gated_cross_attention", marks=pytest.mark.slow)]
+)
 def test_reading_everything_anew_writes_what_the_cache_does(models, views, fusion):
     cached, anew = (write(Way("", models[fusion], kept), views) for kept in (True, False))
     np.testing.assert_array_equal(cached[0], anew[0])

@@ -119,6 +119,7 @@ def test_one_array_of_what_is_missing(cluster, tmp_path, folder, capfd):
     assert sweeps.starts(folder / "high-0") == [0, 5]
 
 
+@pytest.mark.slow
 def test_a_preempted_job_is_requeued_and_goes_on(cluster, two_runs, folder):
     (folder / "low-0.slow").touch()
     rows, jobs = begun(two_runs, folder, "low-0")
@@ -146,6 +147,7 @@ def test_without_slurm_nothing_is_begun(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_slurm_has_forgotten_is_no_job(cluster, two_runs, folder):
     rows, jobs = begun(two_runs, folder, "low-0")
     wait_until(lambda: {state for state, _ in tasks(cluster).values()} == {"COMPLETED"})
@@ -165,6 +167,7 @@ def test_a_job_that_slurm_has_forgotten_is_no_job(cluster, two_runs, folder):
     assert "Slurm says FORGOTTEN" in rows[-1].said
 
 
+@pytest.mark.slow
 def test_a_sweep_that_starts_again_submits_nothing_twice(
     cluster, tmp_path, two_runs, folder, capfd
 ):

@@ -54,7 +54,9 @@ def one_at_a_time(model, queue=256):
     return engine
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize(
+    "fusion", ["early", pytest.param("gated_cross_attention", marks=pytest.mark.slow)]
+)
 def test_many_at_once_get_what_each_gets_alone(models, fusion):
     """More requests than slots, of different images, prompts, lengths and ways of drawing."""
     model, pictures = models[fusion], views(5)

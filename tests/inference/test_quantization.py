@@ -61,8 +61,12 @@ def all_three(kind):
 
 
 @pytest.fixture(
-    params=["early", "gated", "late"]
-    + [pytest.param(kind, marks=pytest.mark.slow) for kind in ("per modality", "own head")]
+    params=["early", "late"]
+    + [
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in KINDS
+        if kind not in ("early", "late")
+    ]
 )
 def models(request):
     return all_three(request.param)

@@ -102,7 +102,7 @@ def test_tubelets_are_a_convolution_whose_steps_are_its_kernel():
 
 def test_tokens_say_when_and_where_they_are():
     task = task_of()
-    tokens = embedded(task, tiny.params(task), batch_of())
+    tokens = jax.jit(functools.partial(embedded, task))(tiny.params(task), batch_of())
     assert tokens.embeddings.shape == (4, 2 * 4, 16)
     # Three frames begin both tubelets, one begins the first.
     assert np.asarray(tokens.metadata.valid).sum(1).tolist() == [8, 8, 4, 0]
@@ -142,9 +142,8 @@ def test_every_fusion_learns_and_never_sees_padding(fusion):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_eight_devices_give_what_one_gives(fusion):
-    task, batch = task_of(fusion), batch_of()
+def test_eight_devices_give_what_one_gives():
+    task, batch = task_of("gated_cross_attention"), batch_of()
     params = tiny.drawn(task, 0)
 
     def loss(params, batch):
@@ -277,10 +276,11 @@ def test_a_tower_of_pictures_starts_one_of_videos(tmp_path):
     }
 
     def read(task, params, name, arrays):
-        arrays = jax.tree.map(jnp.asarray, arrays)
-        return task.model.apply(
-            {"params": params}, method=lambda model: model.embedders[name](arrays).embeddings
-        )
+        def embed(model, arrays):
+            return model.embedders[name](arrays).embeddings
+
+        run = jax.jit(functools.partial(task.model.apply, method=embed))
+        return run({"params": params}, arrays)
 
     seen = read(task, params, "video", still)
     want = read(donor, weights, "image", {"pixels": picture, "present": present})

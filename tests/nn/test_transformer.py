@@ -32,7 +32,8 @@ def gradients():
         options = TransformerOptions(WIDTH, 6, 4, 4 * WIDTH, remat=remat, unroll=unroll)
         plan = plan_attention(options, MaskTable((View("t", "joint"),)), metadata, metadata)
         stack = Transformer(options)
-        params = params or without_names(stack.init(jax.random.key(0), x, plan))
+        if params is None:
+            params = without_names(jax.jit(stack.init)(jax.random.key(0), x, plan))
 
         def total(params, x, stack=stack, plan=plan):
             return jnp.square(stack.apply(params, x, plan)[0]).sum()
@@ -91,11 +92,15 @@ def test_layers_leave_as_many_groups_for_each_example(changes):
         plan = plan_attention(options, MaskTable((View("t", "joint"),)), metadata, metadata)
         stack = Transformer(options)
         plain = Transformer(options.changed({"feed_forward_options": {"groups": 4}}))
-        params = without_names(plain.init(jax.random.key(0), x, plan)["params"])
-        _, left = stack.apply({"params": params}, x, plan, mutable=["auxiliary"])
-        # A second pass of the same stack may be over other examples.
-        variables = {"params": params, **left}
-        stack.apply(variables, x, plan, mutable=["auxiliary"])
+        init = jax.eval_shape(plain.init, jax.random.key(0), x, plan)
+
+        def twice(params):
+            _, left = stack.apply({"params": params}, x, plan, mutable=["auxiliary"])
+            # A second pass of the same stack may be over other examples.
+            stack.apply({"params": params, **left}, x, plan, mutable=["auxiliary"])
+            return left
+
+        left = jax.eval_shape(twice, without_names(init["params"]))
         return [leaf.shape for leaf in jax.tree.leaves(left)]
 
     assert run(2 * rows) == ([(8, 5)] * 2 if "unstacked" in changes else [(2, 8, 5)])

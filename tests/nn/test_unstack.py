@@ -27,7 +27,9 @@ GATED = {
 
 
 @pytest.mark.parametrize(
-    ("changes", "cache"), [({}, "same"), (GATED, "int8")], ids=["early", "gated, int8"]
+    ("changes", "cache"),
+    [pytest.param({}, "same", marks=pytest.mark.slow), (GATED, "int8")],
+    ids=["early", "gated, int8"],
 )
 def test_the_same_text_and_embeddings(changes, cache):
     task = tiny.replace_model(tiny.task(**changes), cache=cache)

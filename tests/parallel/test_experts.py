@@ -31,13 +31,6 @@ from unified_mm.training.step import make_train_step
 ROWS, WIDTH = 16, 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def layer():
     """A layer with experts in training, boxed parameters, a sum of its outputs, x and its plan."""
@@ -124,6 +117,7 @@ def stepping(sizes, devices=None):
     return on, abstract
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_to_the_same_bits_and_on_another_mesh(tmp_path):
     """Noise is drawn: it too is a function of seed and step."""
     step, abstract = stepping({"data": 2, "expert": 4})

@@ -1,14 +1,17 @@
 """Which state is the best so far."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import jax.numpy as jnp
 import pytest
 import tiny
 
 from unified_mm.config import Config
 from unified_mm.runs.checkpoints import Checkpoints
-from unified_mm.training.loop import is_better
-from unified_mm.training.setup import best_score
+from unified_mm.runs.folder import RunFolder
+from unified_mm.training.loop import is_better, keep_best
+from unified_mm.training.setup import Setup, best_score
 
 NAN = float("nan")
 CAPTIONED = SimpleNamespace(questions=(), captioned=["a record"])
@@ -43,6 +46,17 @@ class Saved(Checkpoints):
 def test_better_is_by_the_direction_of_the_score(saved, value, higher, lower):
     assert is_better(saved, 2, value, higher=True) == higher
     assert is_better(saved, 2, value, higher=False) == lower
+
+
+@pytest.mark.parametrize(("score", "kept"), [("caption/nats", "2"), ("caption/cider_d", "3")])
+def test_the_best_is_the_lowest_where_less_is_better(tmp_path, score, kept):
+    setup = Mock(spec=Setup, best_by=score, folder=RunFolder(tmp_path))
+    state = tiny.state({"scale": jnp.zeros(2)}, 3)
+    for step, value in ((1, 1.5), (2, 1.0), (3, 2.0)):
+        keep_best(setup, state, step, value, {"step": step})
+    with Checkpoints(setup.folder.best, read_only=True) as best:
+        assert best.metadata()["score"] == score
+    assert [path.name for path in setup.folder.best.iterdir()] == [kept]
 
 
 def test_a_score_of_no_known_direction_is_refused_before_the_first_step():

@@ -53,8 +53,6 @@ FUSIONS = {
 }
 MESHES = {
     "data=8": {"data": 8},
-    "fsdp=8": {"fsdp": 8},
-    "data=2 tensor=4": {"data": 2, "tensor": 4},
     "data=2 sequence=4": {"data": 2, "sequence": 4},
     "data=2 stage=4": {"data": 2, "stage": 4},
     "data=2 fsdp=2 tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
@@ -64,7 +62,14 @@ MESHES = {
     "fsdp=8 zero=2": {"fsdp": 8, "zero": 2},
     "fsdp=8 zero=1": {"fsdp": 8, "zero": 1},
 }
-FAST = {("late", "fsdp=2 tensor=2 stage=2")}  # the rest is many minutes of compilation
+FAST = ("late", "fsdp=2 tensor=2 stage=2")  # the rest is minutes of compilation
+# Each axis with each fusion; what is of no fusion with the one that compiles soonest.
+MIXED = ("data=2 fsdp=2 tensor=2", "fsdp=2 sequence=2 tensor=2", "data=2 fsdp=2 stage=2")
+CASES = [
+    FAST,
+    *(("late", name) for name in MESHES if name not in (FAST[1], *MIXED)),
+    *((fusion, name) for fusion in ("early", "gated_cross_attention") for name in MIXED),
+]
 ROWS, WIDTH = 8, 64
 IMAGE, TEXT = 16, 12  # tokens
 
@@ -113,14 +118,6 @@ def first_state(fusion, mesh, zero=3):
     return lambda: enter(make()), abstract, optimizer, placement
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The sharding is the compiler's first work; what it does for speed is only waited for."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def alone(fusion):
     """One device: parameters, loss and gradient."""
@@ -153,17 +150,11 @@ class Stepped:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(
-            (fusion, name),
-            marks=() if (fusion, name) in FAST else pytest.mark.slow,
-            id=f"{fusion}, {name}",
-        )
-        for fusion in FUSIONS
-        for name in MESHES
-        if fusion == "late" or "zero" not in name  # where fsdp has been seen with every fusion
+        pytest.param(case, marks=() if case == FAST else pytest.mark.slow, id=", ".join(case))
+        for case in CASES
     ],
 )
-def stepped(request, quick_compilation):
+def stepped(request):
     fusion, name = request.param
     sizes = dict(MESHES[name])
     zero = sizes.pop("zero", 3)

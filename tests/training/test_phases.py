@@ -52,12 +52,9 @@ def arguments(data, workdir, *more):
         "--config.data.documents.shots=2",
         "--config.data.documents.images=3",
         "--config.data.documents.length=36",
-        "--config.evaluation.shots=(2,)",
-        "--config.evaluation.few_shot_images=8",
         "--config.checkpoint.every=1",
         "--config.checkpoint.keep=20",
         "--config.logging.every=1",
-        "--config.logging.tensorboard=False",
         f"--config.data.dir={data}",
         f"--workdir={workdir}",
         *more,
@@ -67,7 +64,7 @@ def arguments(data, workdir, *more):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data):
     workdir = tmp_path_factory.mktemp("runs") / "flamingo"
-    assert commands.run(*arguments(data, workdir)) == 0
+    commands.train(*arguments(data, workdir))
     return workdir
 
 
@@ -117,12 +114,6 @@ def test_what_a_phase_freezes_keeps_its_bits_and_the_rest_moves(finished, params
         assert rates[before] == 0 < rates[after]
 
 
-def test_few_shot_scores_are_there(finished):
-    scores = json.loads((finished / "result.json").read_text())["scores"]
-    assert 0 <= scores["few_shot/2/caption/cider_d"] <= 10
-    assert scores["caption/image_gain_low"] <= scores["caption/image_gain"]
-
-
 def test_frozen_parameters_have_no_optimizer_state(setup):
     for stretch in setup.phases:
         part = jax.tree.leaves(stretch.optimizer.part(stretch.abstract.params))
@@ -134,18 +125,15 @@ def test_frozen_parameters_have_no_optimizer_state(setup):
         assert kept == 2 * trained + 4  # two moments, and Adam's count of steps
 
 
-SLOW = pytest.mark.slow
-# Within a phase, and where one ends and the next begins.
-STOPS = [7, 8, *(pytest.param(step, marks=SLOW) for step in (1, 2, 5))]
-
-
-@pytest.mark.parametrize("step", STOPS)
+# Where one ends and the next begins, and within a phase.
+@pytest.mark.parametrize(
+    "step", [7, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 5))]
+)
 def test_a_run_that_stopped_anywhere_ends_in_the_same_bits(
     finished, setup, params_at, tmp_path, step
 ):
     workdir = tmp_path / "again"
     shutil.copytree(finished, workdir)
-    (workdir / "result.json").unlink()
     for later in range(step + 1, STEPS + 1):
         shutil.rmtree(workdir / "checkpoints" / str(later))
     again = replace(setup, folder=RunFolder(workdir))

@@ -58,6 +58,7 @@ def command(tmp_path_factory):
         "--config.logging.every=1",
         "--config.model.dropout=0.1",
         "--config.train.ema_decay=0.9",
+        "--config.logging.tensorboard=True",
     )
 
 
