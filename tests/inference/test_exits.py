@@ -139,7 +139,8 @@ def test_exits_are_layers_in_order_before_the_last(exits, more):
         TransformerOptions(WIDTH, LAYERS, 2, 32, exits=exits, **more)
 
 
-WITH_EXITS = {"model__exits": (1,), "objectives__exits__weight": 0.5}
+CHANGES = {"model__layers": 4}
+WITH_EXITS = {**CHANGES, "model__exits": (1, 3), "objectives__exits__weight": 0.5}
 PICTURES = np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3)).astype(np.uint8)
 
 
@@ -172,7 +173,7 @@ def first_steps(model, threshold):
 def test_without_thresholds_a_model_with_exits_computes_the_bits_of_one_without(model):
     fusion = type(model.task.model)
     name = "early" if fusion.__name__ == "EarlyFusion" else "gated_cross_attention"
-    plain = tiny.loaded(model__fusion=name, model__cross__start=0.5)
+    plain = tiny.loaded(model__fusion=name, model__cross__start=0.5, **CHANGES)
     found, expected = first_steps(model, None), first_steps(plain, None)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
