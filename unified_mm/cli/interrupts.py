@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -143,14 +143,38 @@ def leave_at_end(code: int) -> None:
     """
     if hasattr(sys, "ps1"):
         return
-    atexit.register(leave, code)  # what is registered last is called first
+    # What is registered last is called first; then no thread can be started any more.
+    atexit.register(leave, code, _cleaner())
 
 
-def leave(code: int) -> None:
-    """Ends the process at once, with its worker processes and what they share."""
-    clean = multiprocessing.util._exit_function  # type: ignore[attr-defined]
-    ending = threading.Thread(target=clean, daemon=True)
-    ending.start()
-    ending.join(_CLEANUP)
+def leave(code: int, clean: Callable[[], None] | None = None) -> None:
+    """Ends the process at once, with its worker processes and what they share.
+
+    Args:
+      code: its exit code.
+      clean: of `_cleaner`, where the interpreter may have begun to end.
+    """
+    (clean or _cleaner())()
     sys.stdout.flush()
     os._exit(code)
+
+
+def _cleaner() -> Callable[[], None]:
+    """Starts a thread that ends worker processes when what this returns is called.
+
+    That call waits for it, but not for long.
+    """
+    asked = threading.Event()
+
+    def work() -> None:
+        asked.wait()
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined]
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+
+    def clean() -> None:
+        asked.set()
+        thread.join(_CLEANUP)
+
+    return clean
