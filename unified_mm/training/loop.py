@@ -275,10 +275,12 @@ class Run:
                 since.append(measured)
                 in_flight.add(measured)
                 last = step == phase.stop
-                if step % options.logging.every == 0 or last:
-                    # What was asked for an interval ago is done by now: reading it waits for
-                    # nothing that the device still works on.
+                logged = step % options.logging.every == 0 or last
+                if waiting is not None and (logged or step > waiting[0] + AHEAD):
+                    # It was waited for just now, so that the time between records is that of steps.
                     self.record(waiting, phase, progress)
+                    waiting = None
+                if logged:
                     waiting, since = (step, since), []
                     self.unread.say_new(self.say)
                     bad = self.unread.fault(step * phase.batch_size)
