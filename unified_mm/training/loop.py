@@ -36,7 +36,7 @@ from unified_mm.training.state import LATER_SLOTS, TrainState, evaluation_params
 from unified_mm.training.step import StepMetrics
 from unified_mm.training.tracing import Trace
 
-AHEAD = 2  # steps that are dispatched while another is worked on
+AHEAD = 4  # steps that are dispatched while another is worked on
 
 
 class Stopped(Exception):
