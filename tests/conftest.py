@@ -20,11 +20,14 @@ MOST_HELD = 2**31  # bytes of a worker; beyond, it frees what its last modules c
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["UNIFIED_MM_HUGE_PAGES"] = "0"  # commands that tests start do not start again
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # these programs are compiled, hardly run
+DEVICES = 8
 FLAGS = [
-    "--xla_force_host_platform_device_count=8",
+    f"--xla_force_host_platform_device_count={DEVICES}",
     # Eight devices on two busy cores may wait long for each other: no reason to abort.
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 ]
+# With as many threads as devices (XLA's choice) they may wait for ever: `parallel.mesh` says why.
+os.environ["PJRT_NPROC"] = str(4 * DEVICES)
 if version("jaxlib").startswith("0.10."):  # later ones have no other
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # they take three times as long to compile
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])

@@ -225,7 +225,7 @@ def absent_there():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.parity  # its turns are taken with torch
 def test_a_rehearsal_without_what_the_machine_lacks(tmp_path):
     hidden = absent_there()
     assert {"tensorflow_datasets", "tensorboardX", "fastapi"} <= set(hidden)

@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 from unified_mm.config import Config
-from unified_mm.parallel.mesh import AXES, make_mesh
+from unified_mm.parallel.mesh import AXES, make_mesh, too_few_threads
 from unified_mm.training.layout import in_training
 
 
@@ -52,3 +52,11 @@ def test_sequence_stage_and_expert_are_axes():
     assert dict(mesh.shape) == dict.fromkeys(AXES, 1) | {"data": 2, "expert": 4}
     with pytest.raises(ValueError, match="mesh.expert=4: no layer has experts; set mesh.expert=1"):
         in_training(Config(tiny.config_dict().to_dict()), tiny.task(), mesh)
+
+
+def test_devices_of_one_cpu_want_threads(monkeypatch):
+    mesh = make_mesh({"data": -1})
+    assert too_few_threads(mesh) == ""  # see conftest
+    monkeypatch.setenv("PJRT_NPROC", str(mesh.devices.size))
+    assert f"PJRT_NPROC={4 * mesh.devices.size}" in too_few_threads(mesh)
+    assert too_few_threads(make_mesh({"data": 1}, jax.devices()[:1])) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -52,6 +53,23 @@ def shares_threads(mesh: Mesh) -> bool:
     that is queued, or a compilation, it may wait for ever.
     """
     return mesh.devices.size > 1 and mesh.devices.flat[0].platform == "cpu"
+
+
+def too_few_threads(mesh: Mesh) -> str:
+    """Returns what to do where one program alone may wait for ever for threads; '' where not.
+
+    A device may wait for others in several exchanges at once, and each holds a thread. XLA makes
+    as many threads as there are cores or devices, and with eight devices on two cores a quarter of
+    trainings with Muon stood still; none did with four threads for each device.
+    """
+    wanted = 4 * mesh.devices.size
+    given = os.environ.get("PJRT_NPROC") or os.environ.get("NPROC")
+    if not shares_threads(mesh) or int(given or os.cpu_count() or 1) >= wanted:
+        return ""
+    return (
+        f"{mesh.devices.size} devices share one CPU and may wait for its threads for ever: "
+        f"PJRT_NPROC={wanted} in the environment gives them enough"
+    )
 
 
 def platform() -> str:

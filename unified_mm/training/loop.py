@@ -21,7 +21,7 @@ from unified_mm.data.pipeline import Unreadable, training_batches
 from unified_mm.evaluation.directions import higher_is_better
 from unified_mm.evaluation.evaluate import evaluate
 from unified_mm.inference.predictor import Predictor
-from unified_mm.parallel.mesh import shares_threads
+from unified_mm.parallel.mesh import shares_threads, too_few_threads
 from unified_mm.parallel.processes import first_decides, own_rows
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
@@ -164,6 +164,8 @@ def train(
             setup, checkpoints, metrics, stop, output.say, predictor, began, unread, trace, ahead
         )
         run.know_peak(start)
+        if warning := too_few_threads(setup.mesh):
+            output.say(warning)
         if jax.process_count() == 1:
             stop.unsaved = run.unsaved
         with output.progress(start, options.train.steps) as progress:
