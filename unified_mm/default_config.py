@@ -246,7 +246,8 @@ def data_fields() -> dict:
         "crop_scale": (0.5, 1.0),  # share of a picture's area that a training crop keeps
         "crop_ratio": (0.75, 1.3333),  # width / height of a training crop
         # Training views that there are of a picture, drawn by view_seed; 0: ever new ones. With
-        # keep_features, what a frozen tower or stem makes of them is computed once, and kept.
+        # keep_features, what a frozen tower or stem makes of them is computed once, and kept; so is
+        # what late fusion's frozen transformer makes of the texts.
         "views": 0,
         "view_seed": 0,
         "keep_features": False,

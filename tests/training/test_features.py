@@ -16,7 +16,7 @@ from unified_mm.data.pipeline import training_batches
 from unified_mm.data.sources import open_source
 from unified_mm.inference.loaded import one_device_mesh
 from unified_mm.inference.predictor import Predictor
-from unified_mm.training.features import STEM, TOWER, VALUES, Kept, computed, kept_preparers
+from unified_mm.training.features import READ, STEM, TOWER, VALUES, Kept, computed, kept_preparers
 from unified_mm.training.optimizer import adaptive_clip
 from unified_mm.training.phases import Rows, refuse_nothing_kept
 
@@ -68,9 +68,10 @@ def begun(data, cache, frozen, **changes):
 
 def first(rows, preparers):
     batches = training_batches(rows.examples, preparers, seed=3, batch_size=16)
-    batch = next(batches)["image"]
+    batch = next(batches)
     batches.close()
-    return jax.tree.map(jnp.asarray, batch)
+    (name,) = preparers
+    return jax.tree.map(jnp.asarray, batch[name])
 
 
 @pytest.mark.parametrize(
@@ -94,11 +95,32 @@ def test_features_are_what_the_frozen_part_makes_of_the_same_views(
     assert 6 < len(np.unique(np.asarray(kept[key]).reshape(16, -1), axis=0)) <= 12
 
 
+def test_texts_are_read_once_where_their_tower_is_frozen(data, tmp_path):
+    task, params, rows, compute = begun(data, tmp_path, ("embedders_text", "['transformer']"))
+    assert rows.preparers["text"].key == READ
+    kept = first(rows, {"text": compute().preparers["text"]})
+    seen = first(rows, {"text": task.modalities["text"]})
+    image = first(rows, {"image": task.modalities["image"]})
+    (contrast,) = task.objectives
+
+    def encode(arrays, ids):
+        batch = {"image": image, "text": arrays | {"ids": ids}}
+        method = lambda model: model.encode(batch, contrast.views())  # noqa: E731
+        return task.model.apply({"params": params}, method=method)[contrast.name].text
+
+    read = encode(seen, seen["ids"])
+    # The words are there for whoever compares them, and are not read again.
+    np.testing.assert_allclose(encode(kept, seen["ids"] * 0), read, atol=1e-5)
+    assert not np.allclose(encode(seen, seen["ids"] * 0), read, atol=1e-2)
+    for key in ("ids", "valid", "scored", "present"):
+        np.testing.assert_array_equal(kept[key], seen[key])
+
+
 def test_features_are_found_again_and_a_damaged_file_is_made_again(data, tmp_path):
     _, params, _, compute = begun(data, tmp_path, ("['stem']",), **SMALL_STEM)
     said = []
     folder = Path(compute(say=said.append).preparers["image"].folder)
-    assert said == ["features of 6 x 2 views: computed once"]
+    assert said == ["features of 12 views of image: computed once"]
     whole = (folder / VALUES).read_bytes()
     assert compute(say=said.append).preparers["image"].folder == str(folder) and len(said) == 1
     (folder / VALUES).write_bytes(whole[:-1] + b"!")
@@ -116,7 +138,7 @@ def test_what_is_trained_or_has_ever_new_views_is_not_kept(data, tmp_path):
     for _, _, rows, _ in kinds.values():
         assert not any(isinstance(each, Kept) for each in rows.preparers.values())
     config = Config(tiny.config_dict(data__keep_features=True).to_dict())
-    with pytest.raises(ValueError, match="nothing to keep: it needs data.views above 0"):
+    with pytest.raises(ValueError, match="nothing to keep: it needs a phase of pairs"):
         refuse_nothing_kept(config, [])
 
 

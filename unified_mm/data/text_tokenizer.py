@@ -3,6 +3,7 @@
 Sennrich et al. 2016 (arXiv:1508.07909) for BPE, Radford et al. 2019 (GPT-2) for its bytes.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -82,6 +83,10 @@ class TextTokenizer:
         self.image_id = vocabulary[image] if image else None
         # Many tokenizers begin every text as a word, and then need no space.
         self._space = " " * (space_before_target and self.words_need_spaces)
+
+    def __repr__(self) -> str:
+        digest = hashlib.sha256(self.as_json().encode()).hexdigest()
+        return f"TextTokenizer({digest[:32]}, {self.special_tokens})"
 
     def __reduce__(self):
         # Worker processes get a tokenizer that went through __init__ again.

@@ -85,9 +85,17 @@ class ImageModality:
         if self.name not in record.parts:
             return self.absent()
         if rng is not None and self.views:
-            return self.prepare_view(record, int(rng.integers(self.views)))
+            return self.prepare_view(record, self.draw_view(record, rng))
         view = self.view(record.parts[self.name], rng, record.mirrorable)
         return {"pixels": view, "present": np.array(True)}
+
+    def count_views(self, record: Record) -> int:
+        """Returns how many views of an example are known beforehand."""
+        return self.views
+
+    def draw_view(self, record: Record, rng: np.random.Generator) -> int:
+        """Returns the number of one of `views`, drawn."""
+        return int(rng.integers(self.views))
 
     def prepare_view(self, record: Record, number: int) -> dict[str, np.ndarray]:
         """Returns the arrays of one of an example's `views`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from unified_mm.config import build_options, option
-from unified_mm.data.records import Record, Text
+from unified_mm.data.records import Record
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.nn.layers import Norm, partitioned
 from unified_mm.nn.quantized import Quantized
@@ -74,18 +74,26 @@ class TextModality:
         """Returns the arrays of one text of the record: drawn by `rng`, else the first."""
         if not record.texts:
             return self.absent()
-        if rng is None:
-            text = record.texts[0]
-        else:
-            text = self._draw(record.texts, rng)
-        return self.encode(text.prompt, text.target)
+        return self.prepare_view(record, 0 if rng is None else self.draw_view(record, rng))
 
-    def _draw(self, texts: Sequence[Text], rng: np.random.Generator) -> Text:
-        captions = [text for text in texts if not text.prompt]
-        questions = [text for text in texts if text.prompt]
-        if captions and questions:
-            texts = questions if rng.random() < self.question_share else captions
-        return texts[int(rng.integers(len(texts)))]
+    def count_views(self, record: Record) -> int:
+        """Returns how many texts of the record may be drawn."""
+        return len(record.texts)
+
+    def draw_view(self, record: Record, rng: np.random.Generator) -> int:
+        """Returns the number of the text of the record that is drawn."""
+        numbers = range(len(record.texts))
+        captions = [number for number in numbers if not record.texts[number].prompt]
+        questions = [number for number in numbers if record.texts[number].prompt]
+        drawn = captions or questions
+        if captions and questions and rng.random() < self.question_share:
+            drawn = questions
+        return drawn[int(rng.integers(len(drawn)))]
+
+    def prepare_view(self, record: Record, number: int) -> dict[str, np.ndarray]:
+        """Returns the arrays of one text of the record."""
+        text = record.texts[number]
+        return self.encode(text.prompt, text.target)
 
     def encode(self, prompt: str, target: str) -> dict[str, np.ndarray]:
         """Returns `ids` int32 [T], `valid`, `scored` bool [T], `prompted`, `present` bool []."""

@@ -106,17 +106,22 @@ class WithTowers(UnifiedModel):
     ) -> dict[str, Encoded]:
         looked = self.look_at_all(batch, deterministic=deterministic)
         read = [view for view in views if view.with_text]
-        texts: dict[str, Array] = {}
-        if read:
-            memory = self.memory(looked, batch)
-            after = memory.length if memory else 0
-            tokens = concatenate(
-                [self.embed_text(batch["text"], view.name, after) for view in read]
-            )
-            x, _ = self.read(tokens, memory, read, deterministic=deterministic)
-            where = spans(tokens.metadata.groups)
-            texts = {name: x[:, span] for name, span in where.items()}
+        texts = self.read_texts(batch, looked, read, deterministic) if read else {}
         return {view.name: _encoded(texts.get(view.name), looked, batch, view) for view in views}
+
+    def read_texts(
+        self,
+        batch: Batch,
+        looked: Mapping[str, Tokens],
+        views: Sequence[View],
+        deterministic: bool,
+    ) -> dict[str, Float[Array, "B T D"]]:
+        """Returns the text's embeddings in each view, by its name."""
+        memory = self.memory(looked, batch)
+        after = memory.length if memory else 0
+        tokens = concatenate([self.embed_text(batch["text"], view.name, after) for view in views])
+        x, _ = self.read(tokens, memory, views, deterministic=deterministic)
+        return {name: x[:, span] for name, span in spans(tokens.metadata.groups).items()}
 
     def read_context(self, batch: Batch, view: View) -> Encoded:
         return _encoded(None, self.look_at_all(batch), batch, view)
@@ -136,6 +141,19 @@ class LateFusion(WithTowers):
     """Two or more towers (Radford et al. 2021): no token of one modality sees another's."""
 
     abilities: ClassVar[frozenset[str]] = frozenset({"contrastive"})
+
+    def read_texts(
+        self,
+        batch: Batch,
+        looked: Mapping[str, Tokens],
+        views: Sequence[View],
+        deterministic: bool,
+    ) -> dict[str, Float[Array, "B T D"]]:
+        """As the base; or `read` [B, T, D] of the batch, computed before (`training.features`)."""
+        if "read" not in batch["text"]:
+            return super().read_texts(batch, looked, views, deterministic)
+        (view,) = views
+        return {view.name: batch["text"]["read"].astype(self.options.dtype)}
 
     def read_text(self, text: Mapping[str, Array], view: View) -> Float[Array, "B T D"]:
         return self.read(self.embed_text(text, view.name), None, (view,))[0]

@@ -1,8 +1,9 @@
 """What a frozen tower or stem makes of each view of each example: computed once, kept, and mapped.
 
-A modality whose `views` is above 0 draws each training view among so many of an example, all of
-them known beforehand. Where a phase trains nothing of what looks at it, `data.keep_features` keeps
-the outcome in files, and training reads these in place of pixels: to the same scores.
+A modality that counts its views draws each training view among so many of an example, all of them
+known beforehand: `data.views` of a picture, or its texts. Where a phase trains nothing of what
+looks at it, `data.keep_features` keeps the outcome in files, and training reads these in place of
+pixels, and in late fusion in place of running the text's tower: to the same scores.
 
 They lie in `features/` of the data's cache, under a digest of the examples, of how they are
 prepared, and of the weights. A file that is damaged is found by its checksum and made again.
@@ -30,7 +31,8 @@ from unified_mm.data.records import Record, StoredImage
 from unified_mm.data.sources import cache_folder
 from unified_mm.files import new_folder, read_json, write_json
 from unified_mm.inference.predictor import Predictor
-from unified_mm.models.late import WithTowers
+from unified_mm.models.late import LateFusion, WithTowers
+from unified_mm.nn.attention.rules import View
 from unified_mm.parallel.processes import first_before_others, is_first, wait_for_all
 from unified_mm.parallel.sharding import path_of
 from unified_mm.runs.seal import SEAL, broken_files, write_seal
@@ -38,7 +40,8 @@ from unified_mm.task import Task
 
 FORMAT = 1  # raise it when what is kept changes: files of an older format are not found then
 BATCH = 64
-TOWER, STEM = "looked", "features"  # keys of a batch under which a model finds what was kept
+# Keys of a batch under which a model finds what was kept: of a tower, of a stem, of a text's tower.
+TOWER, STEM, READ = "looked", "features", "read"
 VALUES, VALID, ABOUT = "values.f32", "valid.bool", "about.json"
 Prepared = dict[str, np.ndarray]
 
@@ -49,37 +52,41 @@ class Kept:
 
     Attributes:
       modality: the modality.
-      key: `TOWER` or `STEM`.
+      key: `TOWER`, `STEM` or `READ`.
       shape: of the values of one view.
-      number_of: the place of each example, by its id.
+      first_of: the number of the first view of each example, by its id.
+      count: of views of all examples.
       folder: where they are kept; '' until they are computed.
     """
 
     modality: Any
     key: str
     shape: tuple[int, ...]
-    number_of: Mapping[int | str, int]
+    first_of: Mapping[int | str, int]
+    count: int
     folder: str = ""
 
     def prepare(self, record: Record, rng: np.random.Generator | None) -> Prepared:
         if rng is None:
             raise ValueError("features are kept of training views alone")
-        if self.modality.name not in record.parts:
+        if not (record.texts if self.key == READ else self.modality.name in record.parts):
             return self.absent()
-        views = self.modality.views
-        number = self.number_of[record.id] * views + int(rng.integers(views))
-        values, valid = mapped(self.folder, len(self.number_of) * views, self.shape)
+        view = self.modality.draw_view(record, rng)
+        number = self.first_of[record.id] + view
+        values, valid = mapped(self.folder, self.count, self.shape)
         if not valid[number].any():
             raise ValueError(f"{self.modality.name} of {record.id!r} could not be read before")
-        return self.arrays(np.array(values[number]), np.array(valid[number]))
+        found = self.arrays(np.array(values[number]), np.array(valid[number]))
+        return found | (self.modality.prepare_view(record, view) if self.key == READ else {})
 
     def absent(self) -> Prepared:
-        return self.arrays(np.zeros(self.shape, np.float32), np.zeros(self.tokens, bool))
+        found = self.arrays(np.zeros(self.shape, np.float32), np.zeros(self.tokens, bool))
+        return found | (self.modality.absent() if self.key == READ else {})
 
     @property
     def tokens(self) -> int:
         """How many tokens have a word in `valid`: each of a tower's, or one for a whole stem."""
-        return self.shape[0] if self.key == TOWER else 1
+        return 1 if self.key == STEM else self.shape[0]
 
     def arrays(self, values: np.ndarray, valid: np.ndarray) -> Prepared:
         found = {self.key: values, "present": np.asarray(valid.any())}
@@ -118,17 +125,32 @@ class OneView:
 
 @dataclass(frozen=True)
 class Views(Sequence):
-    """Every view of every record, those of a record one after another."""
+    """Every view of every record, those of a record one after another.
+
+    Attributes:
+      records: the examples.
+      ends: of each, the number of the view after its last.
+    """
 
     records: Sequence[Record]
-    views: int
+    ends: np.ndarray
+
+    @classmethod
+    def of(cls, modality: Any, records: Sequence[Record]) -> Views:
+        """Returns the views of a modality of all records."""
+        return cls(records, np.cumsum([modality.count_views(record) for record in records]))
 
     def __len__(self) -> int:
-        return len(self.records) * self.views
+        return int(self.ends[-1])
 
     def __getitem__(self, number: Any) -> Any:
-        place, view = divmod(number, self.views)
-        return self.records[place], view
+        place = int(np.searchsorted(self.ends, number, side="right"))
+        return self.records[place], number - (int(self.ends[place - 1]) if place else 0)
+
+    def first_of(self) -> dict[int | str, int]:
+        """Returns the number of the first view of each record, by its id."""
+        firsts = [0, *self.ends[:-1].tolist()]
+        return {record.id: first for record, first in zip(self.records, firsts, strict=True)}
 
 
 def kept_preparers(
@@ -144,15 +166,16 @@ def kept_preparers(
     """
     leaves = jax.tree_util.tree_leaves_with_path(trained)
     frozen = {path_of(path): not leaf for path, leaf in leaves}
-    number_of = {record.id: number for number, record in enumerate(records)}
     found = {}
-    for name in task.model.context_names:
+    for name in (*task.model.context_names, "text"):
         modality = task.modalities[name]
-        if not getattr(modality, "views", 0) or not (key := frozen_part(task, name, frozen)):
+        if not hasattr(modality, "count_views") or not (key := frozen_part(task, name, frozen)):
+            continue
+        if not (views := Views.of(modality, records)):
             continue
         batch = {name: arrays_of_absent(modality)}
         values, _ = jax.eval_shape(looking(task, name, key), params, batch)
-        found[name] = Kept(modality, key, values.shape[1:], number_of)
+        found[name] = Kept(modality, key, values.shape[1:], views.first_of(), len(views))
     return found
 
 
@@ -168,10 +191,19 @@ def frozen_part(task: Task, name: str, frozen: Mapping[str, bool]) -> str:
         held = [x for path, x in frozen.items() if path.startswith(prefix)]
         return bool(held) and all(held)
 
+    if name == "text":
+        held = whole("embedders_text/") and whole("transformer/") and not task.model.options.dropout
+        return READ if held and isinstance(task.model, LateFusion) and read_once(task) else ""
     towers = isinstance(task.model, WithTowers) and whole(f"towers_{name}/")
     if towers and whole(f"embedders_{name}/") and not task.model.tower_of(name).dropout:
         return TOWER
     return STEM if whole(f"embedders_{name}/stem/") else ""
+
+
+def read_once(task: Task) -> View | None:
+    """Returns the one view in which texts are read; None where there are several, or none."""
+    views = [view for each in task.objectives for view in each.views() if view.with_text]
+    return views[0] if len(views) == 1 else None
 
 
 def looking(task: Task, name: str, key: str) -> Callable[[Any, Any], tuple[Any, Any]]:
@@ -189,7 +221,14 @@ def looking(task: Task, name: str, key: str) -> Callable[[Any, Any], tuple[Any, 
         values = task.modalities[name].before_head(own, arrays, dtype)
         return values.astype(jnp.float32), arrays["present"][:, None]
 
-    return of_tower if key == TOWER else of_stem
+    def of_text(params: Any, batch: Any) -> tuple[Any, Any]:
+        view = read_once(task)
+        x = task.model.apply(
+            {"params": params}, batch, method=lambda model, all: model.read_text(all[name], view)
+        )
+        return x.astype(jnp.float32), batch[name]["valid"]
+
+    return {TOWER: of_tower, STEM: of_stem, READ: of_text}[key]
 
 
 def digest_of(kept: Kept, task: Task, fingerprint: str, records: Sequence[Record], own: Any) -> str:
@@ -203,11 +242,15 @@ def digest_of(kept: Kept, task: Task, fingerprint: str, records: Sequence[Record
       own: the parameters that look at them, by path.
     """
     name = kept.modality.name
-    tower = repr(task.model.tower_of(name)) if kept.key == TOWER else ""
+    tower = {
+        TOWER: lambda: repr(task.model.tower_of(name)),
+        STEM: str,
+        READ: lambda: repr([task.model.options, read_once(task)]),
+    }[kept.key]()
     known = [FORMAT, kept.key, kept.shape, fingerprint, repr(kept.modality), tower]
     digest = hashlib.sha256(json.dumps([*known, str(task.model.options.dtype)]).encode())
     for record in records:
-        part = record.parts.get(name)
+        part = record.texts if kept.key == READ else record.parts.get(name)
         file = os.stat(part) if isinstance(part, str) and os.path.isfile(part) else None
         stored = [str(part), part.size] if isinstance(part, StoredImage) else repr(part)
         digest.update(repr([stored, file and (file.st_size, file.st_mtime_ns)]).encode())
@@ -233,8 +276,11 @@ def computed(
     for name, kept in found.items():
         if not isinstance(kept, Kept):
             continue
-        tower = (f"embedders_{name}/", f"towers_{name}/")
-        before = tower if kept.key == TOWER else f"embedders_{name}/stem/"
+        before = {
+            TOWER: (f"embedders_{name}/", f"towers_{name}/"),
+            STEM: (f"embedders_{name}/stem/",),
+            READ: ("embedders_text/", "transformer/"),
+        }[kept.key]
         leaves = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
         own = {path: leaf for path, leaf in leaves.items() if path.startswith(before)}
         digest = digest_of(kept, phase.task, rows.fingerprint, rows.examples, own)
@@ -243,7 +289,7 @@ def computed(
         with first_before_others("features"):
             there = is_whole(folder, say)
         if not there:
-            say(f"features of {len(rows.examples):,} x {kept.modality.views} views: computed once")
+            say(f"features of {kept.count:,} views of {name}: computed once")
             make(folder)
         found[name] = replace(kept, folder=str(folder))
     return replace(phase, rows=replace(rows, preparers=found))
@@ -271,7 +317,7 @@ def write_features(
 
     All processes compute together; the first one writes.
     """
-    name, views = kept.modality.name, Views(records, kept.modality.views)
+    name, views = kept.modality.name, Views.of(kept.modality, records)
     look = looking(task, name, kept.key)
     read = {name: OneView(kept.modality, tolerant)}
 

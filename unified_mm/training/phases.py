@@ -184,9 +184,9 @@ def refuse_nothing_kept(config: Config, phases: Sequence[Phase]) -> None:
     kept = any(isinstance(each, Kept) for phase in phases for each in phase.rows.preparers.values())
     if config.data.keep_features and not kept:
         raise ValueError(
-            "data.keep_features=True, but there is nothing to keep: it needs data.views above 0, "
-            "and a phase of pairs whose train.freeze_rules hold a whole tower, or a whole stem, "
-            "without dropout"
+            "data.keep_features=True, but there is nothing to keep: it needs a phase of pairs "
+            "whose train.freeze_rules hold a whole tower, or a whole stem, without dropout, of "
+            "pictures with data.views above 0 or of texts in late fusion"
         )
 
 
