@@ -52,7 +52,6 @@ def frozen(run: str) -> ConfigDict:
     config.model.fusion = "late"
     config.model.unroll = 1
     config.model.tower = {"width": 128, "layers": 4, "heads": 4, "feed_forward": 512}
-    config.model.dropout = 0.1
     config.model.start_from.text = run
     config.objectives.captioning.weight = 0.0
     config.data.image_size = 112
