@@ -44,6 +44,7 @@ def main(options: argparse.Namespace) -> int:
       ValueError: there are exits already and --replace is not given, the run has none to calibrate,
         or no threshold keeps the tolerance.
     """
+    from unified_mm.evaluation.splits import asks_questions
     from unified_mm.inference.loaded import load
     from unified_mm.inference.question_only import can_answer_alone
     from unified_mm.quantize import open_scored
@@ -54,13 +55,18 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"{folder.exits} is there: give --replace to calibrate the run anew")
     model = load(options.run, best=options.best)
     exits = model.task.model.options.exits
+    without = (
+        f"{folder.path} has no exits: train a run with --config.model.exits='(4,)', the layers "
+        "after which one may leave, and --config.objectives.exits.weight=1"
+    )
+    alone = can_answer_alone(model.task)
+    # What other data holds is seen when it is opened.
+    if not (exits or (alone and (asks_questions(model.config) or options.data_dir))):
+        raise ValueError(f"{without}; or where it answers questions, give --data_dir with some")
     split, data = open_scored(model, options)
-    alone = bool(split.asked) and can_answer_alone(model.task)
-    if not exits and not alone:
-        raise ValueError(
-            f"{folder.path} has no exits: train a run with --config.model.exits='(4,)', the layers "
-            "after which one may leave, and --config.objectives.exits.weight=1"
-        )
+    alone = alone and bool(split.asked)
+    if not (exits or alone):
+        raise ValueError(without)
     found = calibrated(model, split, options.tolerance, options.error) if exits else {}
     if alone:
         found |= calibrated_alone(model, split, options.tolerance, options.error)
