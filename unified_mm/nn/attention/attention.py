@@ -150,6 +150,8 @@ def plan_attention(
     kernel = None if backend in PLAIN else backend
     if backend == "auto":
         kernel = KERNEL_OF.get(platform)
+    if options.counted and kernel != "blocks":
+        kernel = None
     block_masks: list[BlockMask] = []
     for call in calls:
         scores = (call.queries[1] - call.queries[0]) * sum(k.stop - k.start for k in call.keys)
@@ -158,7 +160,8 @@ def plan_attention(
             seen_by = kernel_mask(options, kernel, call, queries, keys, platform)
         if seen_by is None and backend == "auto" and scores > LONG:
             seen_by = kernel_mask(options, "blocks", call, queries, keys, platform)
-        if seen_by is None and (backend == "chunked" or (backend == "auto" and scores > LONG)):
+        chunks = backend == "chunked" or (backend == "auto" and scores > LONG)
+        if seen_by is None and chunks and not options.counted:
             own, rows, columns = cut(call, queries, keys)
             seen_by = BlockMask(own, "chunked", chunked.attend, queries=rows, keys=columns)
         if seen_by is None:
