@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny
+from hand_counts import text_by_hand
 
 import unified_mm
 from unified_mm import calibrate, generate, main, quantize
@@ -52,6 +53,12 @@ def test_it_writes_the_boldest_threshold_that_it_said_and_never_over_another(run
     assert read_json(run / "exits.json") == result
     assert (result["layers"], result["step"], found["examples"]) == ([1], 7, 8)
     assert 0.5 <= found["depth"] <= 1 and found["risk"] < 0.6
+    flops, (left,) = found["flops"], found["left"]
+    assert found["depth"] == pytest.approx(1 - left / 2)
+    tokens = 1 + (flops["full"] - text_by_hand(1, 1)) / (text_by_hand(1, 2) - text_by_hand(1, 1))
+    assert 1 < tokens <= 11
+    assert flops["expected"] == pytest.approx(text_by_hand(1, tokens, left), rel=1e-3)
+    assert any(line.startswith(f"caption: {flops['expected']:,} FLOPs expected") for line in lines)
     said = f"caption at {found['threshold']}: {found['risk']:.4f} of the tokens would be others"
     assert any(line.startswith(said) for line in lines)
 

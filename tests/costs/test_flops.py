@@ -1,5 +1,7 @@
 """The counter of FLOPs against formulas."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,6 +144,20 @@ def test_a_conditional_counts_its_largest_branch_or_by_measured_shares(program, 
         matmul_flops(program, x, shares={"exit": (0.5, 0.6)})
     with pytest.raises(ValueError, match="'entry': the program has no conditional or loop"):
         matmul_flops(program, x, shares={"entry": (0.5, 0.5)})
+
+
+def test_what_no_result_needs_does_not_count():
+    """As compilers leave it out; in a branch too."""
+    w, one = jnp.ones((4, 4)), 2 * 2 * 4 * 4
+
+    def left_out(x):
+        x @ w @ w
+        return x @ w
+
+    assert matmul_flops(left_out, jnp.ones((2, 4))) == one
+    branches = (lambda x: x @ w, lambda x: (x @ w @ w, x)[1])
+    chosen = partial(jax.lax.cond, True, *branches)
+    assert matmul_flops(chosen, jnp.ones((2, 4))) == one
 
 
 def test_a_ragged_product_counts_each_row_once():
