@@ -127,6 +127,8 @@ def calibrated_alone(
 
     What an answer costs is with those that leave layers early, as `early` says.
     """
+    import numpy as np
+
     from unified_mm.evaluation.exits import texts_of
     from unified_mm.inference.calibration import calibrate
     from unified_mm.inference.predictor import ANSWER
@@ -147,17 +149,18 @@ def calibrated_alone(
     if best is None:
         say(f"{QUESTION_ONLY}: no threshold keeps {tolerance}: all pictures are read")
         return {}
-    reading = [confidence(text) < best.threshold for text in alone]
-    read = sum(reading) / len(reading)
+    reading = np.array([confidence(text) < best.threshold for text in alone])
+    read = float(reading.mean())
     say(f"{QUESTION_ONLY}: stands at {best.threshold}, pictures read {read:.3f}")
-    tokens = [len(text.tokens) for text in beside]
-    full = text_flops(model.predictor, prompts, tokens)
-    expected = text_flops(
-        model.predictor.without_context(), prompts, [len(text.tokens) for text in alone]
-    ) + text_flops(
+    lengths, own = (
+        np.array([len(text.tokens) for text in each], float) for each in (beside, alone)
+    )
+    full = text_flops(model.predictor, prompts, lengths)
+    expected = text_flops(model.predictor.without_context(), prompts, own)
+    expected += text_flops(
         model.predictor,
         list(itertools.compress(prompts, reading)),
-        list(itertools.compress(tokens, reading)),
+        lengths[reading],
         early.get(ANSWER, {}).get("left", ()),
     )
     flops = of_a_text(QUESTION_ONLY, len(prompts), full, expected)

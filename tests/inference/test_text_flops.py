@@ -16,21 +16,21 @@ def predictor():
 
 @pytest.mark.parametrize("left", [None, 0.0, 0.25, 1.0])
 def test_a_caption_costs_what_its_tokens_run(predictor, left):
-    found = text_flops(predictor, ["", ""], [4, 6], () if left is None else (left,))
+    found = text_flops(predictor, ["", ""], np.array([4.0, 6.0]), () if left is None else (left,))
     assert found == pytest.approx(by_hand(1, 4, left) + by_hand(1, 6, left), rel=1e-6)
 
 
 def test_answers_count_with_their_prompts_and_without_their_pictures(predictor):
     """A prompt is filled up to 8 tokens."""
-    questions, tokens = ["a red", "a blue"], np.array([1, 3])
+    questions, tokens = ["a red", "a blue"], np.array([1.0, 3.0])
     found = text_flops(predictor, questions, tokens)
     assert found == pytest.approx(by_hand(8, 1) + by_hand(8, 3), rel=1e-6)
     alone = text_flops(predictor.without_context(), questions, tokens)
     expected = by_hand(8, 1, patches=0) + by_hand(8, 3, patches=0)
     assert alone == pytest.approx(expected, rel=1e-6)
-    assert text_flops(predictor, [], []) == 0
+    assert text_flops(predictor, [], np.zeros(0)) == 0
 
 
 def test_as_many_shares_as_exits_are_wanted(predictor):
-    with pytest.raises(ValueError, match="shorter"):
-        text_flops(predictor, [""], [3], (0.5, 0.5))
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        text_flops(predictor, [""], np.array([3.0]), (0.5, 0.5))

@@ -85,7 +85,10 @@ class _Counter:
 
     def count(self, jaxpr: Jaxpr, around: Sequence[str]) -> Flops:
         """Returns the FLOPs of a program that lies in the scopes `around`, the outermost first."""
-        return sum(self._equation(equation, around) for equation in needed(jaxpr))
+        return self._sum(jaxpr.eqns, around)
+
+    def _sum(self, equations: Sequence[Any], around: Sequence[str]) -> Flops:
+        return sum(self._equation(equation, around) for equation in equations)
 
     def _equation(self, equation: Any, around: Sequence[str]) -> Flops:
         kind, params = equation.primitive.name, equation.params
@@ -97,9 +100,11 @@ class _Counter:
             return kernel
         # A derivative's scopes are written as `transpose(jvp(name))`.
         scopes = [*around, *re.split(r"[/()]", str(equation.source_info.name_stack))]
-        inner = [self.count(each, scopes) for each in _inner_programs(params)]
-        if kind == "cond":
-            return self._branches(inner, self._measured(self.shares, scopes))
+        programs = _inner_programs(params)
+        if kind == "cond":  # branches may do the same and give back less of it
+            costs = [self._sum(needed(each), scopes) for each in programs]
+            return self._branches(costs, self._measured(self.shares, scopes))
+        inner = [self.count(each, scopes) for each in programs]
         if kind == "while" and any(inner):
             times = self._measured(self.steps, scopes)
             if times is None:

@@ -307,7 +307,7 @@ class TextWriter:
             found: Any = self.model.apply({"params": params}, method=extend, mutable=[LEFT])
             (logits, cache), sown = found
             (left,) = jax.tree.leaves(sown)
-            early = replace(early, left=early.left + left)
+            early = replace(early, left=early.left + left.astype(jnp.float32))
         ring = cache.slots - self.cache_room
         length = jnp.where(cache.length < cache.slots, cache.length, ring)
         where = dict(read_state.where)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from unified_mm.costs.flops import matmul_flops
 from unified_mm.inference.decoding import GREEDY
@@ -17,7 +18,7 @@ from unified_mm.nn.transformer import EXIT
 def text_flops(
     predictor: Predictor,
     prompts: Sequence[str],
-    tokens: Sequence[float],
+    tokens: Float[np.ndarray, " texts"],
     left: Sequence[float] = (),
 ) -> int:
     """Counts the FLOPs of texts, of all together, each written by itself after its context.
