@@ -2,10 +2,12 @@
 
     python experiments/time_sparse.py
 
-CPU seconds are those of all threads, taken in turns.
-Attention is of one example, 4 heads of width 32; `bytes` are those that
-a program holds meanwhile. Patches are those of `experiments/recipe.py:tiny`: `flops` are counted of
-a whole example's forward pass, and `picture` is the time of a picture's alone.
+CPU seconds are those of all threads, taken in turns. Attention is of 4 heads of width 32: over a
+text of 4,096 tokens as a share of `chunked`'s time, over one of 16,384 by blocks alone, and over
+the patches of some pictures, each of which sees its neighbours, as a share of the time in which
+each sees all. `bytes` are those that a program holds meanwhile, `apart` by how much an output is
+another than by the whole mask. Dropped patches are those of `experiments/recipe.py:tiny`: `flops`
+are counted of a whole example's forward pass, and `picture` is the time of a picture's alone.
 """
 
 import json
@@ -23,7 +25,7 @@ from unified_mm.config import Config
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import TransformerOptions
-from unified_mm.nn.tokens import Group, single_document
+from unified_mm.nn.tokens import Group, TokenMetadata, grid_coords, single_document
 from unified_mm.training.sizes import forward_flops, shapes_of
 
 TABLE = MaskTable((View("t", "separate", autoregressive=True),))
@@ -31,19 +33,41 @@ PATTERNS: dict[str, dict[str, int]] = {
     "window 256": {"window": 256},
     "window 128, 64 global, 3 random": {"window": 128, "first": 64, "random": 3},
 }
+TOKENS, LONG = 4096, 16_384
+SIDE, NEAR = 16, 2  # patches of a picture's side; rows and columns that a patch sees around it
+GRIDS: dict[str, tuple[str, dict[str, int]]] = {
+    "dense": ("xla", {}),
+    "masked": ("xla", {"grid": NEAR}),
+    "blocks": ("blocks", {"grid": NEAR}),
+    "auto": ("auto", {"grid": NEAR}),
+}
 KEEPS = (1.0, 0.5, 0.35, 0.2)
 PICTURES = 8
 TURNS = 5
 
 
-def attention(backend: str, sparse: dict[str, int], tokens: int, gradient: bool) -> Any:
+def text(tokens: int) -> TokenMetadata:
+    """Returns one text."""
+    return single_document(jnp.ones((1, tokens), bool), Group("t", "text", tokens))
+
+
+def patches(side: int) -> TokenMetadata:
+    """Returns some pictures of so many patches a side."""
+    group = Group("image", "image", side * side, grid=(0, side, side))
+    valid = jnp.ones((PICTURES, side * side), bool)
+    return single_document(valid, group, np.zeros(side * side, np.float32), grid_coords(group))
+
+
+def attention(
+    backend: str, sparse: dict[str, int], metadata: TokenMetadata, gradient: bool
+) -> tuple[Any, int]:
     """Returns one attention, compiled, as a call; and the bytes that it holds meanwhile."""
-    pairs = (("text", tuple(sparse.items())),)
+    pairs = ((metadata.groups[0].modality, tuple(sparse.items())),) if sparse else ()
     options = TransformerOptions(128, 1, 4, 512, attention=backend, sparse=pairs)
-    metadata = single_document(jnp.ones((1, tokens), bool), Group("t", "text", tokens))
     (seen_by,) = plan_attention(options, TABLE, metadata, metadata).masks
     rng = np.random.default_rng(0)
-    arrays = [jnp.asarray(rng.normal(size=(1, tokens, 4, 32)), jnp.float32) for _ in range(3)]
+    shape = (*metadata.valid.shape, 4, 32)
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(3)]
 
     def attend(*arrays: Any) -> Any:
         return seen_by.attend(*arrays, seen_by)
@@ -86,25 +110,47 @@ def ratios(runs: dict[Any, Any]) -> dict[Any, float]:
     return dict(zip(runs, (took / took[0]).round(3).tolist(), strict=True))
 
 
+def apart(one: Any, other: Any) -> float:
+    """Returns the largest difference between the results of two calls."""
+    found = jax.tree.map(lambda x, y: float(jnp.abs(x - y).max()), one(), other())
+    return max(jax.tree.leaves(found))
+
+
 def main() -> None:
-    """Prints the shares of `chunked`'s time and of that of all patches."""
+    """Prints the shares of `chunked`'s time, of dense attention's and of that of all patches."""
     rows = []
     for name, sparse in PATTERNS.items():
         for gradient in (False, True):
-            one, other = (attention(each, sparse, 4096, gradient) for each in ("chunked", "blocks"))
-            share = ratios({"chunked": one[0], "blocks": other[0]})["blocks"]
-            row = {"pattern": name, "gradient": gradient, "tokens": 4096}
-            rows.append({**row, "of_chunked": share, "bytes": other[1]})
+            (whole, _), (run, held) = (
+                attention(each, sparse, text(TOKENS), gradient) for each in ("chunked", "blocks")
+            )
+            share = ratios({"chunked": whole, "blocks": run})["blocks"]
+            row = {"pattern": name, "gradient": gradient, "tokens": TOKENS, "of_chunked": share}
+            rows.append({**row, "bytes": held, "apart": apart(whole, run)})
             print(rows[-1], file=sys.stderr)
-    run, held = attention("blocks", PATTERNS["window 256"], 16_384, True)
-    long = {"tokens": 16_384, "cpu_seconds": round(cpu_seconds(run), 3), "bytes": held}
+    long = []
+    for gradient in (False, True):
+        run, held = attention("blocks", PATTERNS["window 256"], text(LONG), gradient)
+        taken = round(min(cpu_seconds(run) for _ in range(2)), 3)
+        long.append({"gradient": gradient, "tokens": LONG, "cpu_seconds": taken, "bytes": held})
+        print(long[-1], file=sys.stderr)
+    grid = []
+    for gradient in (False, True):
+        runs = {
+            name: attention(backend, sparse, patches(SIDE), gradient)[0]
+            for name, (backend, sparse) in GRIDS.items()
+        }
+        off = apart(runs["masked"], runs["blocks"])
+        grid.append({"gradient": gradient, "of_dense": ratios(runs), "apart": off})
+        print(grid[-1], file=sys.stderr)
     passes = {keep: picture(keep) for keep in KEEPS}
     shares = ratios({keep: run for keep, (run, _) in passes.items()})
     dropped = [
         {"keep": keep, "flops": round(flops / passes[1.0][1], 3), "picture": shares[keep]}
         for keep, (_, flops) in passes.items()
     ]
-    print(json.dumps({"attention": rows, "long": long, "patches": dropped}))
+    found = {"attention": rows, "long": long, "grid": grid, "patches": dropped}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

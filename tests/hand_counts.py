@@ -1,4 +1,4 @@
-"""Small programs with the bytes that each must move, counted by hand."""
+"""Small programs with the bytes that each must move, and a tiny text's FLOPs, counted by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -40,3 +40,28 @@ def traffic(devices, function, *shapes):
     sharding = NamedSharding(Mesh(np.array(devices[:1]), "x"), P())
     args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
     return memory_traffic(Program.parse(jax.jit(function).lower(*args).compile().as_text()))
+
+
+# Of `tiny.loaded`, which has an exit after the first of its two layers.
+NARROW, PATCHES, ROOM, LAYERS = 16, 4, 11, 2
+DENSE = 2 * (4 * NARROW * NARROW + 2 * NARROW * 32)  # a layer's, of a token
+HEAD = 2 * NARROW * 320
+KEYS = 2 * 2 * NARROW * NARROW  # keys and values of a token that has left
+
+
+def scores(queries, keys):
+    """Of a layer, and the sums that they weigh."""
+    return 2 * 2 * NARROW * queries * keys
+
+
+def text_by_hand(prompt, tokens, left=None, patches=PATCHES):
+    """A text of so many tokens after a prompt of so many."""
+    begun = 2 * patches * 8 * 8 * 3 * NARROW + HEAD
+    begun += LAYERS * DENSE * (patches + prompt)
+    begun += LAYERS * (scores(patches, patches) + scores(prompt, patches + prompt))
+    layer = DENSE + scores(1, patches + prompt + ROOM)
+    if left is None:
+        step = 2 * layer + HEAD
+    else:  # the exit is checked by the head, too
+        step = layer + HEAD + (1 - left) * layer + left * KEYS + HEAD
+    return begun + (tokens - 1) * step

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import tiny
+from hand_counts import text_by_hand
 
 import unified_mm
-from unified_mm import calibrate, generate, main
+from unified_mm import calibrate, generate, main, quantize
 from unified_mm.files import read_json, write_json
 
 EXITS = {"model__exits": (1,), "objectives__exits__weight": 1.0}
@@ -30,6 +31,9 @@ def runs(tmp_path_factory):
     tiny.write_coco(folder / "coco")
     write_run(folder, "early", **EXITS)
     write_run(folder, "plain")
+    write_run(folder, "gated", model__fusion="gated_cross_attention", evaluation__questions=True)
+    only_contrast = {"objectives__captioning__weight": 0.0, "evaluation__questions": True}
+    write_run(folder, "contrast", **only_contrast)
     return folder
 
 
@@ -49,6 +53,12 @@ def test_it_writes_the_boldest_threshold_that_it_said_and_never_over_another(run
     assert read_json(run / "exits.json") == result
     assert (result["layers"], result["step"], found["examples"]) == ([1], 7, 8)
     assert 0.5 <= found["depth"] <= 1 and found["risk"] < 0.6
+    flops, (left,) = found["flops"], found["left"]
+    assert found["depth"] == pytest.approx(1 - left / 2)
+    tokens = 1 + (flops["full"] - text_by_hand(1, 1)) / (text_by_hand(1, 2) - text_by_hand(1, 1))
+    assert 1 < tokens <= 11
+    assert flops["expected"] == pytest.approx(text_by_hand(1, tokens, left), rel=1e-3)
+    assert any(line.startswith(f"caption: {flops['expected']:,} FLOPs expected") for line in lines)
     said = f"caption at {found['threshold']}: {found['risk']:.4f} of the tokens would be others"
     assert any(line.startswith(said) for line in lines)
 
@@ -104,18 +114,28 @@ def test_thresholds_of_another_state_or_none_are_refused(runs, found, message):
         unified_mm.load(run, exits=True)
 
 
+@pytest.mark.parametrize("name", ["plain", "gated", "contrast"])
+def test_a_run_with_nothing_to_calibrate_is_refused_before_its_data_are_opened(
+    runs, capsys, monkeypatch, name
+):
+    monkeypatch.setattr(quantize, "open_scored", lambda *_: pytest.fail("the data were opened"))
+    assert ended(calibrate, "--run", runs / name) == 1
+    assert "has no exits: train a run with --config.model.exits" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("plain", (), "has no exits: train a run with --config.model.exits"),
+        ("plain", ("--data_dir", "coco"), "has no exits: train a run with --config.model.exits"),
         ("early", ("--tolerance", "0.01", "--replace"), "no threshold keeps --tolerance=0.01"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused_and_writes_nothing(
-    runs, capsys, name, flags, message
+    runs, capsys, monkeypatch, name, flags, message
 ):
     exits = runs / name / "exits.json"
     exits.unlink(missing_ok=True)
+    monkeypatch.chdir(runs)
     assert ended(calibrate, "--run", runs / name, *flags) == 1
     assert message in capsys.readouterr().err
     assert not exits.exists()

@@ -67,6 +67,19 @@ def test_runs_of_all_fusions_are_compared(folders, tmp_path, capsys):
     assert "exists and is not overwritten" in capsys.readouterr().err
 
 
+def test_what_a_calibrated_run_expects_a_text_to_cost_is_compared(folders, tmp_path, capsys):
+    config = tiny.config_dict(**KINDS["early"]).to_dict()
+    for name, flops in (("one", {"full": 200, "expected": 120}), ("two", {})):
+        write_json(RunFolder(tmp_path / name).config, config)
+        found = {"threshold": 0.5, **({"flops": flops} if flops else {})}
+        write_json(RunFolder(tmp_path / name).exits, {"texts": {"caption": found}})
+    assert run(tmp_path / "one", tmp_path / "two") == 0
+    said = capsys.readouterr().out
+    rows = {line.split("  ")[0]: line.split()[-2:] for line in said.splitlines()}
+    assert rows["FLOPs of a text (caption), full"] == ["200", "–"]
+    assert rows["FLOPs of a text (caption), expected"] == ["120", "–"]
+
+
 def test_one_run_under_two_names_is_refused(folders, tmp_path, capsys):
     (tmp_path / "link").symlink_to(folders[0], target_is_directory=True)
     assert run(folders[0], tmp_path / "link") == 1

@@ -34,6 +34,23 @@ def test_sizes_are_counted_by_hand_for_one_stack():
     assert sizes.token_flops == pytest.approx(a_token, rel=1e-3)
 
 
+def test_of_sparse_attention_the_listed_blocks_count():
+    """A window of 64 in blocks of 64: for a caption they lie across the end of its 4 patches."""
+    width, layers, patches, tokens, block = 16, 2, 4, 512, 64
+    window = {"model__modalities__text__length": tokens, "model__sparse": {"text": {"window": 64}}}
+    dense, listed, auto = (
+        measure_sizes(Config(config(model__attention=each, **window).to_dict()))
+        for each in ("xla", "blocks", "auto")
+    )
+    seen = patches * patches + tokens * tokens + tokens * (patches + tokens)
+    # Neighbours on both sides for the contrast; before a token, and the block of the patches.
+    computed = block * block + tokens * 3 * block + tokens * 4 * block
+    saved = 2 * 2 * layers * width * (seen - computed)
+    assert dense.training_flops - listed.training_flops == 3 * saved
+    assert auto == dense  # at this length 'auto' computes all
+    assert listed.token_flops == dense.token_flops
+
+
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_parameters_are_those_of_the_task(fusion):
     small = config(fusion, model__resampler__latents=4)

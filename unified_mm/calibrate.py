@@ -9,7 +9,9 @@ disagree with at most --tolerance of the tokens of a text, in the mean over exam
 chance of --error that the examples of the split mislead; captions and answers have one each. Where
 the split has questions, and the model can read them alone (early fusion), an answer stands without
 its picture where it is as likely as another threshold, which changes at most --tolerance of them.
-`generate --exits` and `main --mode=evaluate --exits` use them. The last line printed is JSON.
+`generate --exits` and `main --mode=evaluate --exits` use them. Beside each stands what a text by
+itself is then expected to cost, by the shares that were measured: `compare` shows it. The last line
+printed is JSON.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ def main(options: argparse.Namespace) -> int:
       ValueError: there are exits already and --replace is not given, the run has none to calibrate,
         or no threshold keeps the tolerance.
     """
+    from unified_mm.evaluation.splits import asks_questions
     from unified_mm.inference.loaded import load
     from unified_mm.inference.question_only import can_answer_alone
     from unified_mm.quantize import open_scored
@@ -54,16 +57,21 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"{folder.exits} is there: give --replace to calibrate the run anew")
     model = load(options.run, best=options.best)
     exits = model.task.model.options.exits
+    without = (
+        f"{folder.path} has no exits: train a run with --config.model.exits='(4,)', the layers "
+        "after which one may leave, and --config.objectives.exits.weight=1"
+    )
+    alone = can_answer_alone(model.task)
+    # What other data holds is seen when it is opened.
+    if not (exits or (alone and (asks_questions(model.config) or options.data_dir))):
+        raise ValueError(f"{without}; or where it answers questions, give --data_dir with some")
     split, data = open_scored(model, options)
-    alone = bool(split.asked) and can_answer_alone(model.task)
-    if not exits and not alone:
-        raise ValueError(
-            f"{folder.path} has no exits: train a run with --config.model.exits='(4,)', the layers "
-            "after which one may leave, and --config.objectives.exits.weight=1"
-        )
+    alone = alone and bool(split.asked)
+    if not (exits or alone):
+        raise ValueError(without)
     found = calibrated(model, split, options.tolerance, options.error) if exits else {}
     if alone:
-        found |= calibrated_alone(model, split, options.tolerance, options.error)
+        found |= calibrated_alone(model, split, found, options.tolerance, options.error)
     if not found:
         raise ValueError(
             f"no threshold keeps --tolerance={options.tolerance} with --error={options.error} on "
@@ -90,26 +98,42 @@ def calibrated(model: Any, split: Any, tolerance: float, error: float) -> dict[s
     """Returns by kind of text its threshold and what it was found with; kinds without are said."""
     from unified_mm.evaluation.exits import texts_of
     from unified_mm.inference.calibration import calibrate
+    from unified_mm.inference.text_flops import text_flops
 
     found = {}
     for kind, (records, prompts) in texts_of(split).items():
-        depths: dict[float, float] = {}
-        losses_at = partial(losses, model, kind, records, prompts, depths)
+        written: dict[float, Any] = {}
+        losses_at = partial(losses, model, kind, records, prompts, written)
         best = calibrate(losses_at, THRESHOLDS, tolerance, error)
         if best is None:
             say(f"{kind}: no threshold keeps {tolerance} on {len(records):,} examples: all layers")
         else:
-            found[kind] = {**dataclasses.asdict(best), "depth": depths[best.threshold]}
-            say(f"{kind}: leaves at {best.threshold}, depth {depths[best.threshold]:.3f}")
+            texts = written[best.threshold]
+            say(f"{kind}: leaves at {best.threshold}, depth {texts.depth:.3f}")
+            counted = partial(text_flops, model.predictor, prompts, texts.tokens)
+            found[kind] = {
+                **dataclasses.asdict(best),
+                "depth": texts.depth,
+                "left": list(texts.left),
+                "flops": of_a_text(kind, len(prompts), counted(), counted(texts.left)),
+            }
     return found
 
 
-def calibrated_alone(model: Any, split: Any, tolerance: float, error: float) -> dict[str, Any]:
-    """Returns the threshold for answers without a picture, by its kind; none is said."""
+def calibrated_alone(
+    model: Any, split: Any, early: dict[str, Any], tolerance: float, error: float
+) -> dict[str, Any]:
+    """Returns the threshold for answers without a picture, by its kind; none is said.
+
+    What an answer costs is with those that leave layers early, as `early` says.
+    """
+    import numpy as np
+
     from unified_mm.evaluation.exits import texts_of
     from unified_mm.inference.calibration import calibrate
     from unified_mm.inference.predictor import ANSWER
     from unified_mm.inference.question_only import QUESTION_ONLY, confidence, disagreement
+    from unified_mm.inference.text_flops import text_flops
 
     records, prompts = texts_of(split)[ANSWER]
     known = model.predictor.answers_alone(prompts)
@@ -117,7 +141,7 @@ def calibrated_alone(model: Any, split: Any, tolerance: float, error: float) -> 
     beside = answers_beside(model, records, prompts)
 
     def losses_at(threshold: float) -> Any:
-        found = disagreement(alone, beside, threshold)
+        found = disagreement(alone, [text.text for text in beside], threshold)
         say(f"{QUESTION_ONLY} at {threshold}: {found.mean():.4f} of the answers would be others")
         return found
 
@@ -125,31 +149,54 @@ def calibrated_alone(model: Any, split: Any, tolerance: float, error: float) -> 
     if best is None:
         say(f"{QUESTION_ONLY}: no threshold keeps {tolerance}: all pictures are read")
         return {}
-    read = sum(confidence(text) < best.threshold for text in alone) / len(alone)
+    reading = np.array([confidence(text) < best.threshold for text in alone])
+    read = float(reading.mean())
     say(f"{QUESTION_ONLY}: stands at {best.threshold}, pictures read {read:.3f}")
-    return {QUESTION_ONLY: {**dataclasses.asdict(best), "read": read}}
+    lengths, own = (
+        np.array([len(text.tokens) for text in each], float) for each in (beside, alone)
+    )
+    full = text_flops(model.predictor, prompts, lengths)
+    expected = text_flops(model.predictor.without_context(), prompts, own)
+    expected += text_flops(
+        model.predictor,
+        list(itertools.compress(prompts, reading)),
+        lengths[reading],
+        early.get(ANSWER, {}).get("left", ()),
+    )
+    flops = of_a_text(QUESTION_ONLY, len(prompts), full, expected)
+    return {QUESTION_ONLY: {**dataclasses.asdict(best), "read": read, "flops": flops}}
 
 
-def answers_beside(model: Any, records: Any, prompts: Any) -> list[str]:
+def of_a_text(kind: str, texts: int, full: int, expected: int) -> dict[str, int]:
+    """Returns the FLOPs of one of some texts, where nothing is left out and expected; says them."""
+    flops = {"full": round(full / texts), "expected": round(expected / texts)}
+    say(
+        f"{kind}: {flops['expected']:,} FLOPs expected of a text by itself, of {flops['full']:,} "
+        f"where nothing is left out ({expected / full:.3f})"
+    )
+    return flops
+
+
+def answers_beside(model: Any, records: Any, prompts: Any) -> list[Any]:
     """Returns the answer to each question beside its picture, by all layers."""
     whole = model.predictor.leaving({})
     asked = itertools.chain(prompts, itertools.repeat(prompts[0]))
     size = model.config.evaluation.batch_size
-    texts: list[str] = whole.over(
-        records, size, lambda batch: whole.write(batch, list(itertools.islice(asked, size)))
+    texts = whole.over(
+        records, size, lambda batch: whole.generate(batch, list(itertools.islice(asked, size)))
     )
-    return texts
+    return [best for (best,) in texts]
 
 
 def losses(
-    model: Any, kind: str, records: Any, prompts: Any, depths: dict[float, float], threshold: float
+    model: Any, kind: str, records: Any, prompts: Any, written: dict[float, Any], threshold: float
 ) -> Any:
-    """Returns the loss of each text of a kind at a threshold, says it and notes the depth."""
+    """Returns the loss of each text of a kind at a threshold, says it, and notes the texts."""
     from unified_mm.evaluation.exits import early_texts
 
     early = model.predictor.leaving({kind: threshold})
     texts = early_texts(early, records, prompts, model.config.evaluation.batch_size)
-    depths[threshold] = texts.depth
+    written[threshold] = texts
     say(
         f"{kind} at {threshold}: {texts.losses.mean():.4f} of the tokens would be others, depth "
         f"{texts.depth:.3f}"

@@ -15,7 +15,7 @@ from typing import Any
 
 from unified_mm.cli.command import command
 from unified_mm.cli.messages import new_file, say
-from unified_mm.files import naming, write_atomically
+from unified_mm.files import naming, read_json, write_atomically
 from unified_mm.runs.folder import RunFolder
 
 
@@ -37,7 +37,7 @@ def main(options: argparse.Namespace) -> int:
         if places.count(place) > 1:
             raise ValueError(f"{folder.path} is given twice, by this name or another")
     runs = [
-        summarise(folder, name, sizes_of(folder))
+        summarise(folder, name, sizes_of(folder) | expected_costs(folder))
         for folder, name in zip(folders, short_names(folders), strict=True)
     ]
     found = compare(runs)
@@ -79,6 +79,16 @@ def sizes_of(folder: RunFolder) -> dict[str, Any]:
         return dict.fromkeys(names)
     counted = (sizes.total, sizes.training_flops, sizes.token_flops)
     return dict(zip(names, counted, strict=True))
+
+
+def expected_costs(folder: RunFolder) -> dict[str, int]:
+    """Returns what `calibrate` found a text of a run to cost, by name; nothing where it did not."""
+    texts = read_json(folder.exits)["texts"] if folder.exits.exists() else {}
+    return {
+        f"FLOPs of a text ({kind}), {which}": flops
+        for kind, found in texts.items()
+        for which, flops in found.get("flops", {}).items()  # runs were calibrated before it
+    }
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The counter of FLOPs against formulas."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,8 @@ BATCH, TOKENS, WIDTH, LAYERS = 2, 10, 16, 3
 
 def forward(params, x, **changes):
     options = TransformerOptions(WIDTH, LAYERS, 4, 4 * WIDTH, **changes)
-    metadata = single_document(jnp.ones((BATCH, TOKENS), bool), Group("t", "text", TOKENS))
+    tokens = x.shape[1]
+    metadata = single_document(jnp.ones((BATCH, tokens), bool), Group("t", "text", tokens))
     plan = plan_attention(options, MaskTable((View("t", "joint"),)), metadata, metadata)
     stack = Transformer(options)
     if params is None:
@@ -40,6 +43,22 @@ def test_a_plain_stack_forward_and_backward(changes):
     assert matmul_flops(lambda p, x: forward(p, x, **changes), params, x) == FORWARD
     gradient = jax.grad(lambda p, x: forward(p, x, **changes), argnums=(0, 1))
     assert matmul_flops(gradient, params, x) == 3 * FORWARD
+
+
+def test_listed_blocks_count_and_nothing_twice():
+    """Of 256 tokens under a window of 64, each block of 64 sees three blocks."""
+    window = {"attention": "blocks", "sparse": (("text", (("window", 64),)),)}
+    x = jax.ShapeDtypeStruct((BATCH, 256, WIDTH), jnp.float32)
+    params = forward(None, x)
+    blocks = BATCH * LAYERS * (24 * WIDTH**2 * 256 + 4 * 256 * (3 * 64) * WIDTH)
+
+    def total(params, x):
+        return forward(params, x, **window, counted=True)
+
+    assert matmul_flops(total, params, x) == blocks
+    assert matmul_flops(jax.grad(total, argnums=(0, 1)), params, x) == 3 * blocks
+    again = jax.grad(lambda params, x: forward(params, x, **window), argnums=(0, 1))
+    assert matmul_flops(again, params, x) > 3 * blocks
 
 
 def test_a_kernel_counts_at_each_point_of_its_grid():
@@ -125,6 +144,13 @@ def test_a_conditional_counts_its_largest_branch_or_by_measured_shares(program, 
         matmul_flops(program, x, shares={"exit": (0.5, 0.6)})
     with pytest.raises(ValueError, match="'entry': the program has no conditional or loop"):
         matmul_flops(program, x, shares={"entry": (0.5, 0.5)})
+
+
+def test_of_a_branch_what_its_results_need_counts():
+    """Compilers leave the rest out."""
+    w, x, one = jnp.ones((4, 4)), jnp.ones((2, 4)), 2 * 2 * 4 * 4
+    branches = (lambda x: (x @ w @ w, x)[1], lambda x: x @ w)
+    assert matmul_flops(partial(jax.lax.cond, True, *branches), x) == one
 
 
 def test_a_ragged_product_counts_each_row_once():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import time_exits, time_experts, time_neurons
+from experiments import time_exits, time_experts, time_neurons, time_sparse
 
 
 def shrunk(monkeypatch, capsys, script, **constants):
@@ -35,3 +35,14 @@ def test_few_neurons_are_timed_beside_all(monkeypatch, capsys):
     small = {"WIDTH": 16, "PATCHES": 6, "TURNS": 1, "CALLS": 1}
     found = shrunk(monkeypatch, capsys, time_neurons, **small)
     assert all(share > 0 for share in found["share of the time of all neurons"].values())
+
+
+@pytest.mark.slow
+def test_sparse_attention_is_timed_beside_dense(monkeypatch, capsys):
+    small = {"TOKENS": 256, "LONG": 512, "SIDE": 4, "PICTURES": 1, "KEEPS": (1.0, 0.5), "TURNS": 1}
+    found = shrunk(monkeypatch, capsys, time_sparse, **small)
+    (forward, backward) = found["long"]
+    assert forward["tokens"] == 512 and 0 < forward["bytes"] < backward["bytes"]
+    assert all(each["apart"] < 1e-4 for each in (*found["attention"], *found["grid"]))
+    assert all(each["of_dense"].keys() == time_sparse.GRIDS.keys() for each in found["grid"])
+    assert found["patches"][1]["flops"] < 1

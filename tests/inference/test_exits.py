@@ -17,7 +17,7 @@ from unified_mm.nn.attention.cache import Cache
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import GateOptions, TransformerOptions
 from unified_mm.nn.tokens import Group, single_document
-from unified_mm.nn.transformer import DEPTH, Block, Transformer
+from unified_mm.nn.transformer import LEFT, Block, Transformer
 from unified_mm.nn.unstack import unstack_layers
 from unified_mm.parallel.sharding import without_names
 
@@ -72,17 +72,17 @@ def token_by_token(stack, rows=slice(None)):
             return wanted == asked[-1]
 
         (y, layers), left = module.apply(
-            {"params": params}, token, plan, cache.layers, leave=leave, mutable=[DEPTH]
+            {"params": params}, token, plan, cache.layers, leave=leave, mutable=[LEFT]
         )
         cache = cache.replace(layers=layers, metadata=seen, length=cache.length + 1)
-        return y, cache, left[DEPTH]["layers"][0]
+        return y, cache, left[LEFT]["exits"][0]
 
-    found, depths = [], []
+    found, gone = [], []
     for place in range(TOKENS):
-        y, cache, depth = read(cache, x[:, place : place + 1], leaves[:, place], place)
+        y, cache, left = read(cache, x[:, place : place + 1], leaves[:, place], place)
         found.append(y)
-        depths.append(depth)
-    return jnp.concatenate(found, 1), cache.layers["block_0"], jnp.stack(depths, 1)
+        gone.append(left)
+    return jnp.concatenate(found, 1), cache.layers["block_0"], jnp.stack(gone, 1)
 
 
 def in_one_pass(stack):
@@ -102,13 +102,13 @@ def in_one_pass(stack):
 
 
 def test_the_cache_holds_keys_and_values_of_the_state_that_each_token_left_with(stack):
-    outputs, cache, depth = token_by_token(stack)
+    outputs, cache, left = token_by_token(stack)
     expected, kv = in_one_pass(stack)
     np.testing.assert_allclose(outputs, expected, atol=2e-5)
     for found, wanted in zip(jax.tree.leaves(cache), jax.tree.leaves(kv), strict=True):
         np.testing.assert_allclose(found, wanted, atol=2e-5)
-    layers = np.array([LAYERS, *EXITS])[stack[3]]
-    np.testing.assert_array_equal(depth, layers)
+    after = np.array([[False, False], [True, True], [False, True]])  # both exits, by where it left
+    np.testing.assert_array_equal(left, after[stack[3]])
 
 
 @pytest.mark.parametrize("row", range(ROWS))

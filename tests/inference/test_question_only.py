@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import tiny
 
+import unified_mm
 from unified_mm import calibrate
+from unified_mm.inference import text_flops
 from unified_mm.inference.loaded import one_device_mesh
 from unified_mm.inference.predictor import Predictor
 from unified_mm.inference.question_only import (
@@ -94,7 +96,13 @@ def test_what_reads_pictures_through_towers_is_not_asked_alone():
         )  # fmt: skip
 
 
-def test_a_run_that_answers_is_calibrated(tmp_path, capsys):
+def stood_in(predictor, prompts, tokens, left=()):
+    """Ten for each text alone, and a thousand for one with its picture."""
+    assert len(prompts) == len(tokens) and min(tokens) > 0 and left == ()
+    return len(prompts) * (1000 if predictor.task.model.context_names else 10)
+
+
+def test_a_run_that_answers_is_calibrated(tmp_path, capsys, monkeypatch):
     folder = tiny.write_coco(tmp_path / "coco") / "annotations"
     asked = [
         {"image_id": n, "question_id": n, "question": QUESTIONS[n % 2] + "?"} for n in range(8)
@@ -114,11 +122,18 @@ def test_a_run_that_answers_is_calibrated(tmp_path, capsys):
     }
     task = tiny.task(**changes)
     run = tiny.write_run(tmp_path / "run", tiny.config_dict(**changes), tiny.params(task))
+    # One of the two questions is to be answered alone.
+    known = unified_mm.load(run).predictor.answers_alone([each["question"] for each in asked])
+    monkeypatch.setattr(calibrate, "THRESHOLDS", (max(map(confidence, known.values())),))
+    monkeypatch.setattr(text_flops, "text_flops", stood_in)
     with pytest.raises(SystemExit) as ended:
         calibrate.main([f"--run={run}", "--tolerance=0.9", "--error=0.5"])
     said = capsys.readouterr()
     assert ended.value.code == 0, said.err
     result = json.loads(said.out.splitlines()[-1])
     found = result["texts"][QUESTION_ONLY]
-    assert found["examples"] == 8 and 0 <= found["read"] <= 1 and found["risk"] < 0.9
+    assert found["examples"] == 8 and found["read"] == 0.5 and found["risk"] < 0.9
+    # All questions are read alone first, and half of them again with their pictures.
+    assert found["flops"] == {"full": 1000, "expected": 10 + 500}
+    assert f"{QUESTION_ONLY}: 510 FLOPs expected of a text by itself, of 1,000" in said.out
     assert result == json.loads((run / "exits.json").read_text())

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from unified_mm.costs.kernels import cudnn_flops, repeats
 
@@ -61,6 +61,17 @@ def equations(jaxpr: Jaxpr) -> Iterator[Any]:
             yield from equations(inner)
 
 
+def needed(jaxpr: Jaxpr) -> list[Any]:
+    """Returns the equations that the results of a program need; a compiler drops the others."""
+    wanted: set[Any] = {each for each in jaxpr.outvars if not isinstance(each, Literal)}
+    found = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or wanted.intersection(equation.outvars):
+            found.append(equation)
+            wanted.update(each for each in equation.invars if not isinstance(each, Literal))
+    return found
+
+
 class _Counter:
     """Counts programs, by what was measured of their conditionals and loops.
 
@@ -74,7 +85,10 @@ class _Counter:
 
     def count(self, jaxpr: Jaxpr, around: Sequence[str]) -> Flops:
         """Returns the FLOPs of a program that lies in the scopes `around`, the outermost first."""
-        return sum(self._equation(equation, around) for equation in jaxpr.eqns)
+        return self._sum(jaxpr.eqns, around)
+
+    def _sum(self, equations: Sequence[Any], around: Sequence[str]) -> Flops:
+        return sum(self._equation(equation, around) for equation in equations)
 
     def _equation(self, equation: Any, around: Sequence[str]) -> Flops:
         kind, params = equation.primitive.name, equation.params
@@ -86,9 +100,11 @@ class _Counter:
             return kernel
         # A derivative's scopes are written as `transpose(jvp(name))`.
         scopes = [*around, *re.split(r"[/()]", str(equation.source_info.name_stack))]
-        inner = [self.count(each, scopes) for each in _inner_programs(params)]
-        if kind == "cond":
-            return self._branches(inner, self._measured(self.shares, scopes))
+        programs = _inner_programs(params)
+        if kind == "cond":  # branches may do the same and give back less of it
+            costs = [self._sum(needed(each), scopes) for each in programs]
+            return self._branches(costs, self._measured(self.shares, scopes))
+        inner = [self.count(each, scopes) for each in programs]
         if kind == "while" and any(inner):
             times = self._measured(self.steps, scopes)
             if times is None:

@@ -28,11 +28,15 @@ class EarlyTexts:
 
     Attributes:
       losses: share of the tokens that the model with all layers would not have written.
-      depth: mean share of the layers that a token went through, of the tokens that may leave: the
+      tokens: how many each has.
+      left: by exit the share of tokens that had left after it, of the tokens that may leave: the
         first of a text is written after its prompt was read, by all layers.
+      depth: mean share of the layers that these tokens went through.
     """
 
     losses: Float[np.ndarray, " examples"]
+    tokens: Float[np.ndarray, " examples"]
+    left: tuple[float, ...]
     depth: float
 
 
@@ -60,18 +64,20 @@ def early_texts(
         batch_size,
         lambda batch: compared(predictor, batch, list(itertools.islice(asked, batch_size))),
     )
-    tokens, equal, layers = np.array(rows, np.float64).T
+    tokens, equal, *gone = np.array(rows, np.float64).T
     late = max(float((tokens - 1).sum()), 1.0)
-    depth = float(layers.sum()) / late / predictor.task.model.options.layers
-    return EarlyTexts(1 - equal / tokens, depth)
+    left = tuple(float(each.sum()) / late for each in gone)
+    o = predictor.task.model.options
+    skipped = np.dot(left, np.diff((*o.exits, o.layers)))
+    return EarlyTexts(1 - equal / tokens, tokens, left, 1 - float(skipped) / o.layers)
 
 
 def compared(
     predictor: Predictor, batch: Any, prompts: Sequence[str]
 ) -> Float[np.ndarray, "B numbers"]:
-    """Returns of each text its tokens, those that all layers would choose, and layers run in all.
+    """Returns of each text its tokens, those that all layers would choose, and by exit those left.
 
-    The layers are those of all tokens but the first.
+    These had left after it, of all tokens but the first.
     """
     length = predictor.task.modalities["text"].length
     writer = predictor.writer(length - 1)
@@ -84,9 +90,9 @@ def compared(
         state = writer.generate(params, writer.begin(params, inputs))
         early = state.read_state.early
         assert early is not None
-        return state.written, state.count, early.depth
+        return state.written, state.count, early.left
 
-    written, count, depth = map(
+    written, count, left = map(
         np.asarray, predictor.call("write early", write, predictor.to_device(inputs))
     )
     place = np.arange(length)
@@ -107,4 +113,4 @@ def compared(
 
     read = predictor.to_device({**batch, "text": whole})
     equal = np.asarray(predictor.call("agree", score, read))
-    return np.stack([count, equal, depth], axis=1)
+    return np.concatenate([np.stack([count, equal], axis=1), left], axis=1)

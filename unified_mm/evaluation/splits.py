@@ -50,11 +50,10 @@ def open_split(config: Config, source: Source, name: str, modalities: Mapping[st
     """
     options = config.evaluation
     manifest = read_manifest(config, source, name, modalities)
-    answering = config.data.question_share > 0 or config.data.documents.questions
     # A model of texts alone is scored on the captions of images, which it does not see.
     contexts = tuple(name for name in modalities if name != "text") or ("image",)
     captioned = any(is_scored(record, contexts) for record in manifest.records)
-    asked = answering or options.questions or not captioned
+    asked = asks_questions(config) or not captioned
     questions = questions_of(source, name) if asked else ()
     split = Split(
         manifest,
@@ -67,6 +66,12 @@ def open_split(config: Config, source: Source, name: str, modalities: Mapping[st
         negatives(modalities, options.negatives) if options.negatives else (),
     )
     return split.first(options.max_images)
+
+
+def asks_questions(config: Config) -> bool:
+    """Returns whether a config asks for questions to be scored, whatever else there is."""
+    data, options = config.data, config.evaluation
+    return bool(data.question_share > 0 or data.documents.questions or options.questions)
 
 
 def few_shot(config: Config, source: Source, modalities: Mapping[str, Any]) -> FewShot:

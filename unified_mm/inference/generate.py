@@ -21,9 +21,10 @@ from unified_mm.models.unified import UnifiedModel, text_group
 from unified_mm.nn.attention.cache import Cache
 from unified_mm.nn.attention.rules import View
 from unified_mm.nn.tokens import POSITION_KEYS
-from unified_mm.nn.transformer import DEPTH
+from unified_mm.nn.transformer import LEFT
 
 Text = Mapping[str, Array]
+WRITING = "writing"  # the scope of the loop that writes, a token each time but the first
 
 
 @struct.dataclass
@@ -32,11 +33,11 @@ class Early:
 
     Attributes:
       threshold: float32 [B], the confidence at which a token leaves at an exit.
-      depth: float32 [B], layers that were run, of all tokens together; those of a prompt apart.
+      left: float32 [B, exits], tokens that had left after each exit; those of a prompt apart.
     """
 
     threshold: Any
-    depth: Any
+    left: Any
 
 
 @struct.dataclass
@@ -155,7 +156,8 @@ class TextWriter:
             rows = jnp.repeat(jnp.arange(logits.shape[0]), copies)
             logits, read_state = logits[rows], read_state.select(rows)
         if threshold is not None:
-            early = Early(threshold, jnp.zeros_like(threshold))
+            exits = len(self.model.options.exits)
+            early = Early(threshold, jnp.zeros((*threshold.shape, exits)))
             read_state = replace(read_state, early=early)
         return self.first_token(logits, read_state, max_tokens, stop, sampling)
 
@@ -185,9 +187,12 @@ class TextWriter:
 
     def generate(self, params: Any, state: DecodeState) -> DecodeState:
         """Writes tokens until every text has ended or is full, and returns the last state."""
-        return jax.lax.while_loop(
-            lambda state: ~state.done.all(), lambda state: self.decode_step(params, state), state
-        )
+        with jax.named_scope(WRITING):
+            return jax.lax.while_loop(
+                lambda state: ~state.done.all(),
+                lambda state: self.decode_step(params, state),
+                state,
+            )
 
     def decode_step(self, params: Any, state: DecodeState) -> DecodeState:
         """Reads the last token of each text and draws the next; those that are done stay as is."""
@@ -199,9 +204,9 @@ class TextWriter:
         # What is done stays at its place: beyond the last one there is no embedding.
         before = state.read_state
         place = jnp.where(state.done, before.place, read_state.place)
-        early = jax.tree.map(
-            lambda old, new: jnp.where(state.done, old, new), before.early, read_state.early
-        )
+        if early is not None:
+            left = jnp.where(state.done[:, None], before.early.left, read_state.early.left)
+            early = replace(before.early, left=left)
         read_state = replace(read_state, place=place, early=early)
         return self.append(state.replace(read_state=read_state), logits)  # type: ignore[attr-defined]
 
@@ -299,10 +304,10 @@ class TextWriter:
         if early is None:
             logits, cache = self._apply(params, extend)
         else:
-            found: Any = self.model.apply({"params": params}, method=extend, mutable=[DEPTH])
-            (logits, cache), left = found
-            (depth,) = jax.tree.leaves(left)
-            early = replace(early, depth=early.depth + depth)
+            found: Any = self.model.apply({"params": params}, method=extend, mutable=[LEFT])
+            (logits, cache), sown = found
+            (left,) = jax.tree.leaves(sown)
+            early = replace(early, left=early.left + left.astype(jnp.float32))
         ring = cache.slots - self.cache_room
         length = jnp.where(cache.length < cache.slots, cache.length, ring)
         where = dict(read_state.where)

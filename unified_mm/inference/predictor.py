@@ -215,7 +215,7 @@ class Predictor:
         """Returns what the model answers to each question without a picture."""
         known = self._alone.setdefault(decoding, {})
         new = [each for each in dict.fromkeys(questions) if each and each not in known]
-        alone = Predictor(without_context(self.task), self.params, self.mesh) if new else self
+        alone = self.without_context() if new else self
         size = ROWS * self.mesh.size
         for start in range(0, len(new), size):
             asked = new[start : start + size]
@@ -224,6 +224,10 @@ class Predictor:
             texts = alone.generate(batch, filled, decoding)
             known |= {each: text for each, (text,) in zip(asked, texts, strict=False)}
         return {each: known[each] for each in questions if each}
+
+    def without_context(self) -> Predictor:
+        """Returns the predictor of the same parameters that reads texts alone, by all layers."""
+        return Predictor(without_context(self.task), self.params, self.mesh)
 
     def thresholds(
         self, prompts: Sequence[str], decoding: Decoding

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from unified_mm.inference.decoding import Written
+from unified_mm.objectives.captioning import Captioning
 from unified_mm.task import Task
 
 QUESTION_ONLY = "question_only"  # beside the kinds of texts that leave layers early
@@ -20,8 +21,9 @@ ROWS = 16  # questions that are read at once by each device
 
 
 def can_answer_alone(task: Task) -> bool:
-    """Returns whether a model can write without any context, as early fusion can."""
-    return task.model.reads_text_alone and "text" in task.modalities
+    """Returns whether a model writes, and can without any context, as early fusion can."""
+    writes = any(isinstance(each, Captioning) for each in task.objectives)
+    return writes and task.model.reads_text_alone and "text" in task.modalities
 
 
 def without_context(task: Task) -> Task:

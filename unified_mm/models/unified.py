@@ -244,9 +244,12 @@ class UnifiedModel(nn.Module):
         return self.clone(options=replace(self.options, **changes))
 
     def without_recomputation(self) -> UnifiedModel:
-        """Returns the model without recomputation and kernels, for counting FLOPs."""
-        # Products in a kernel cannot be counted.
-        return self.with_options(remat="none", attention="xla", pipeline=None)
+        """Returns the model without recomputation and kernels, for counting FLOPs.
+
+        Of sparse attention the listed blocks count, where blocks compute it; what a kernel leaves
+        out counts as if it were computed.
+        """
+        return self.with_options(remat="none", counted=True, pipeline=None)
 
     def for_inference(self) -> UnifiedModel:
         """Returns the model for inference, where no example depends on another.

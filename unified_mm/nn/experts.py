@@ -23,8 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unified_mm.config import check_options, option
 from unified_mm.nn.attention.attention import AttentionPlan
-from unified_mm.nn.attention.rules import ALL
-from unified_mm.nn.feed_forward import ACTIVATIONS, Mlp
+from unified_mm.nn.feed_forward import ACTIVATIONS, WHERE, Mlp
 from unified_mm.nn.layers import PRODUCT, Dense, partitioned, product
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.quantized import Quantized
@@ -33,7 +32,6 @@ from unified_mm.nn.sow import AUXILIARY, sow_auxiliary
 from unified_mm.parallel.sharding import constrain
 
 BLOCK = 128  # rows of a block at most, where nothing is dropped
-WHERE = "model.feed_forward_options"
 ROUTING = "routing"  # begins the names of what the layers sow
 Weights = Mapping[
     str, tuple[Any, Any]
@@ -177,14 +175,14 @@ class Experts(nn.Module):
         found = []
         for number in numbers:
             modality = plan.groups[number].modality
-            span = span_of(plan, number)
+            span = plan.span_of(number)
             logits = router(x[:, span].astype(jnp.float32))
             if self.noise and not plan.deterministic:
                 drawn = jax.random.normal(self.make_rng("dropout"), logits.shape)
                 logits = logits + self.noise / self.count * drawn
             probabilities = jax.nn.softmax(logits)
             order = "place" if modality == "text" else self.order
-            if order != "place" and read_in_order(plan, number):
+            if order != "place" and plan.reads_in_order(number):
                 raise ValueError(
                     f"{WHERE}.order={order!r}: tokens of {modality} are read in order here "
                     "(documents, or the rule 'causal'), and earlier ones would depend on later "
@@ -255,31 +253,6 @@ class Experts(nn.Module):
             groups = by_group(found, group)
             alike = jnp.broadcast_to(groups.mean(1, keepdims=True), groups.shape)
             sow_auxiliary(self, f"{ROUTING}:{pool}:{name}", alike.reshape(found.shape))
-
-
-def read_in_order(plan: AttentionPlan, number: int) -> bool:
-    """Returns whether tokens of a group depend on those before them in it."""
-    if plan.groups[number].start is None:
-        return True
-    span = span_of(plan, number)
-    return any(
-        overlap(span, call.queries)
-        and overlap(span, (key.start, key.stop))
-        and key.predicate != ALL
-        for call in plan.calls
-        for key in call.keys
-    )
-
-
-def overlap(span: slice, other: tuple[int, int]) -> bool:
-    """Returns whether two parts of a sequence have tokens in common."""
-    return bool(max(span.start, other[0]) < min(span.stop, other[1]))
-
-
-def span_of(plan: AttentionPlan, number: int) -> slice:
-    """Returns where in the sequence the group `number` lies."""
-    start = sum(group.length for group in plan.groups[:number])
-    return slice(start, start + plan.groups[number].length)
 
 
 def by_choices(

@@ -13,6 +13,7 @@ from unified_mm.nn.attention.attention import AttentionPlan
 from unified_mm.nn.layers import Dense, PerModality
 from unified_mm.nn.options import TransformerOptions
 
+WHERE = "model.feed_forward_options"  # where a kind of feed-forward has fields of its own
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=True),  # Hendrycks & Gimpel 2016, the tanh form
     "gelu_exact": partial(jax.nn.gelu, approximate=False),

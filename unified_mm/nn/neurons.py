@@ -21,8 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from unified_mm.config import check_options, option
 from unified_mm.nn.attention.attention import AttentionPlan
 from unified_mm.nn.dropping import kept_of
-from unified_mm.nn.experts import WHERE, read_in_order, span_of
-from unified_mm.nn.feed_forward import ACTIVATIONS, Mlp
+from unified_mm.nn.feed_forward import ACTIVATIONS, WHERE, Mlp
 from unified_mm.nn.layers import Dense
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.quantized import Quantized
@@ -58,7 +57,7 @@ class Neurons(nn.Module):
                 "uses is known at its end alone; leave 'text' out"
             )
         for number, group in enumerate(plan.groups):
-            if group.modality in self.of and read_in_order(plan, number):
+            if group.modality in self.of and plan.reads_in_order(number):
                 raise ValueError(
                     f"{WHERE}.of={self.of}: tokens of {group.modality} are read in order here "
                     "(documents, or the rule 'causal'), and earlier ones would depend on later "
@@ -86,7 +85,7 @@ class ByGroup(nn.Module):
             name = group.modality if o.separate_feed_forward else "shared"
             if name not in mlps:
                 mlps[name] = Mlp(o, name=name)
-            span = span_of(plan, number)
+            span = plan.span_of(number)
             part, valid = x[:, span], plan.valid[:, span]
             if group.modality not in self.of:
                 parts.append(mlps[name](part))

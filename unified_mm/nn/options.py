@@ -220,6 +220,8 @@ class TransformerOptions:
       dropless: whether experts have room for every token that asks for them; for inference.
       gathered: whether the neurons that predictors name are gathered (`nn.neurons`), and not found
         by computing all; for inference.
+      counted: whether its products are to be counted: no kernel hides any, and attention computes
+        none twice.
       exits: layers, counted from 1, after which an example may leave the stack (`nn.transformer`);
         an objective trains them ('exits').
       cross: the gated cross-attention layers between the blocks.
@@ -272,6 +274,7 @@ class TransformerOptions:
     cache: str = option("same", choices=CACHE)
     dropless: bool = False
     gathered: bool = False
+    counted: bool = False
     exits: tuple[int, ...] = ()
     cross: GateOptions = GateOptions()
     dropping: DroppingOptions = DroppingOptions()
@@ -381,7 +384,8 @@ class TransformerOptions:
     @classmethod
     def config_fields(cls) -> tuple[str, ...]:
         """Returns the names of the fields that `config.model` has under the same names."""
-        elsewhere = ("unstacked", "cache", "dropless", "gathered", "cross", "dropping", "pipeline")
+        elsewhere = ("unstacked", "cache", "dropless", "gathered", "counted")
+        elsewhere += ("cross", "dropping", "pipeline")
         return tuple(each.name for each in fields(cls) if each.init and each.name not in elsewhere)
 
     @classmethod

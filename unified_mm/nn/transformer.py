@@ -35,8 +35,10 @@ from unified_mm.parallel.sharding import constrain
 # By name of each layer of a period, its keys and values; in an unstacked stack, a tuple of these.
 PeriodKV = dict[str, Any]
 CROSS = "cross"
-EXIT = "exit"  # begins the names of what periods sow for exits, one for each group of tokens
-DEPTH = "depth"  # the collection of how many layers each example went through
+# Begins the names of what periods sow for exits, one for each group of tokens, and of the scopes
+# of the layers after each exit, `exit_LAYER`, which run where not all have left.
+EXIT = "exit"
+LEFT = "left"  # the collection of which examples have left after each exit
 # Residual stream [B, N, D] after an exit -> bool [B], which examples leave there.
 Leave = Callable[[Array], Array]
 
@@ -255,11 +257,10 @@ class Transformer(nn.Module):
         ]
         exits = [layer // o.blocks_per_period for layer in o.exits]
         left = jnp.zeros(x.shape[0], bool)
-        depth = jnp.zeros(x.shape[0], jnp.float32)
+        gone = jnp.zeros((x.shape[0], len(exits)), bool)
         kv: list[PeriodKV] = []
         for first, last in pairwise((0, *exits, o.periods)):
             own = layers[first:last]
-            depth = depth + jnp.where(left, 0.0, (last - first) * o.blocks_per_period)
 
             def through(x: Any, left: Any, own: Any = own) -> tuple[Any, list[PeriodKV]]:
                 found: list[Any] = []
@@ -276,11 +277,16 @@ class Transformer(nn.Module):
             def skip(x: Array, left: Array, through: Any = through) -> Any:
                 return x, left, through(x, True)[1]
 
-            # All go through the layers before the first exit.
-            done: Any = jax.lax.cond(left.all(), skip, run, x, left) if first else run(x, left)
+            done: Any
+            if first:
+                gone = gone.at[:, exits.index(first)].set(left)
+                with jax.named_scope(f"{EXIT}_{first * o.blocks_per_period}"):
+                    done = jax.lax.cond(left.all(), skip, run, x, left)
+            else:  # all go through the layers before the first exit
+                done = run(x, left)
             x, left = done[:2]
             kv += done[2]
-        self.sow(DEPTH, "layers", depth)
+        self.sow(LEFT, "exits", gone)
         return x, {name: tuple(each[name] for each in kv) for name in kv[0]}
 
     def normed(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:

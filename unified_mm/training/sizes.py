@@ -105,18 +105,18 @@ def token_flops(task: Task, params: Any) -> int | None:
     writing = [each for each in task.objectives if isinstance(each, Captioning)]
     if not writing:
         return None
-    view = writing[0].view
+    view, model = writing[0].view, task.model.for_inference()
     length = task.modalities["text"].length
 
     def prefill(params: Any, batch: Any) -> Any:
-        return task.model.apply({"params": params}, batch, view, length, method="prefill")
+        return model.apply({"params": params}, batch, view, length, method="prefill")
 
     def extend(params: Any, cache: Any, text: Any) -> Any:
         def one(model: Any) -> Any:
             x, extended = model.extend(cache, text, view)
             return model.logits(x), extended
 
-        return task.model.apply({"params": params}, method=one)
+        return model.apply({"params": params}, method=one)
 
     batch: Any = jax.tree.map(jnp.asarray, task.example_batch(1))
     kept = ("ids", "valid", "present", "text_position", *POSITION_KEYS)

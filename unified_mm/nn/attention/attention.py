@@ -26,11 +26,11 @@ from unified_mm.nn.attention.masks import (
 )
 from unified_mm.nn.attention.patterns import refined
 from unified_mm.nn.attention.rotary import rotary_places, rotary_rates, rotate
-from unified_mm.nn.attention.rules import NONE, MaskTable, Window
+from unified_mm.nn.attention.rules import ALL, NONE, MaskTable, Window
 from unified_mm.nn.layers import Dense, Norm, PerModality
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.sow import ATTENTION, sow_attention
-from unified_mm.nn.tokens import Group, TokenMetadata
+from unified_mm.nn.tokens import Group, TokenMetadata, spans
 from unified_mm.parallel.sharding import constrain
 
 
@@ -60,6 +60,28 @@ class AttentionPlan:
     key_groups: tuple[Group, ...] = struct.field(pytree_node=False)
     keep: tuple[int, int] = struct.field(pytree_node=False)
     deterministic: bool = struct.field(pytree_node=False, default=True)
+
+    def span_of(self, number: int) -> slice:
+        """Returns where among the queries the group `number` lies."""
+        return list(spans(self.groups).values())[number]
+
+    def reads_in_order(self, number: int) -> bool:
+        """Returns whether tokens of the group `number` depend on those before them in it."""
+        if self.groups[number].start is None:
+            return True
+        span = self.span_of(number)
+        return any(
+            overlap(span, call.queries)
+            and overlap(span, (key.start, key.stop))
+            and key.predicate != ALL
+            for call in self.calls
+            for key in call.keys
+        )
+
+
+def overlap(span: slice, other: tuple[int, int]) -> bool:
+    """Returns whether two parts of a sequence have tokens in common."""
+    return bool(max(span.start, other[0]) < min(span.stop, other[1]))
 
 
 def plan_attention(
@@ -128,6 +150,8 @@ def plan_attention(
     kernel = None if backend in PLAIN else backend
     if backend == "auto":
         kernel = KERNEL_OF.get(platform)
+    if options.counted and kernel != "blocks":
+        kernel = None
     block_masks: list[BlockMask] = []
     for call in calls:
         scores = (call.queries[1] - call.queries[0]) * sum(k.stop - k.start for k in call.keys)
@@ -136,7 +160,8 @@ def plan_attention(
             seen_by = kernel_mask(options, kernel, call, queries, keys, platform)
         if seen_by is None and backend == "auto" and scores > LONG:
             seen_by = kernel_mask(options, "blocks", call, queries, keys, platform)
-        if seen_by is None and (backend == "chunked" or (backend == "auto" and scores > LONG)):
+        chunks = backend == "chunked" or (backend == "auto" and scores > LONG)
+        if seen_by is None and chunks and not options.counted:
             own, rows, columns = cut(call, queries, keys)
             seen_by = BlockMask(own, "chunked", chunked.attend, queries=rows, keys=columns)
         if seen_by is None:

@@ -71,4 +71,5 @@ def kernel_mask(
         return None
     zeroes = getattr(kernel, "ZEROES_UNSEEN", False)
     sees = None if zeroes else has_keys(call, queries, keys)
-    return BlockMask(call, name, kernel.attend, queries=queries, keys=keys, has_keys=sees)
+    own = {"queries": queries, "keys": keys, "has_keys": sees, "counted": options.counted}
+    return BlockMask(call, name, kernel.attend, **own)

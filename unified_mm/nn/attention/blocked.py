@@ -132,8 +132,10 @@ def attend(
     divided = jax.tree.map(
         lambda x: jnp.moveaxis(divide(x, blocks), 1, 0), (query, fields_of(seen_by.queries))
     )
-    # Under a loop nothing can be merged with the first computation.
-    seen = jax.lax.map(jax.checkpoint(block, prevent_cse=False), (*divided, jnp.asarray(listed)))
+    if not seen_by.counted:
+        # Under a loop nothing can be merged with the first computation.
+        block = jax.checkpoint(block, prevent_cse=False)
+    seen = jax.lax.map(block, (*divided, jnp.asarray(listed)))
     return jnp.moveaxis(seen, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])[
         :, : query.shape[1]
     ]

@@ -58,6 +58,7 @@ class BlockMask:
       queries, keys: metadata [B, Q] and [B, K], or None where the mask is dense.
       has_keys: bool [B, Q], whether a query sees any key: where it sees none, the output becomes
         zero. None where the backend sees to that.
+      counted: as in `TransformerOptions`; static.
     """
 
     call: BlockCall = struct.field(pytree_node=False)
@@ -68,6 +69,7 @@ class BlockMask:
     queries: Any = None
     keys: Any = None
     has_keys: Any = None
+    counted: bool = struct.field(pytree_node=False, default=False)
 
 
 def slice_keys(x: Shaped[Array, "B K *rest"], call: BlockCall) -> Shaped[Array, "B seen *rest"]:
