@@ -614,7 +614,7 @@ def librispeech(folder: Folder) -> Splits:
     for file in files:
         above = file.relative_to(folder.path).parts[:-1]
         top = next((name for name in above if split_named(name)), "")
-        for split in (split_named(top), top) if top else (WHOLE,):
+        for split in dict.fromkeys((split_named(top), top)) if top else (WHOLE,):
             found.setdefault(split, []).append(file)
 
     def rows(file: Path) -> Iterator[Row]:
