@@ -5,7 +5,7 @@
 
 | size | parameters | hardware | time | text-to-image R@1, R@10 |
 | --- | --- | --- | --- | --- |
-| `tiny` | 0.9 M | 2 CPU cores | 12 minutes in all, 1,500 steps | 0.694, 0.963 (1,000 world scenes) |
+| `tiny` | 0.9 M | 2 CPU cores | 12 minutes, 1,500 steps | 0.694, 0.963 (1,000 world scenes) |
 | `base` | 23.8 M | one accelerator | not measured | not measured |
 | `large` | 322 M | several accelerators | not measured | not measured |
 | `10b` | 10.3 B | 256 chips of v6e | compiled, never run | not measured |

@@ -76,3 +76,29 @@ def test_the_holder_is_named_and_a_kill_frees_the_folder(tmp_path):
         holder.kill()
     with hold(folder):
         assert (folder / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_held_folder_in_which_nothing_was_made_is_left_as_it_was(tmp_path):
+    with pytest.raises(KeyError), hold(tmp_path / "made" / "here"):
+        raise KeyError
+    assert names_in(tmp_path) == []
+    with hold(tmp_path):  # it was there
+        assert names_in(tmp_path) == [".lock"]
+    assert names_in(tmp_path) == []
+    with hold(tmp_path / "made"):
+        (tmp_path / "made" / "kept").touch()
+    assert names_in(tmp_path / "made") == [".lock", "kept"]
+
+
+def test_a_lock_that_was_removed_before_it_was_taken_is_opened_anew(tmp_path, monkeypatch):
+    taken, take = [], files._take
+
+    def late(file):
+        if not taken:
+            (tmp_path / ".lock").unlink()  # its holder has just left
+        taken.append(file)
+        return take(file)
+
+    monkeypatch.setattr(files, "_take", late)
+    with hold(tmp_path):
+        assert len(taken) == 2 and (tmp_path / ".lock").read_text() == str(os.getpid())

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 import unified_mm
 from unified_mm import generate, main
 from unified_mm.inference.decoding import Decoding
+from unified_mm.inference.loaded import BATCH, LoadedModel
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +160,35 @@ def test_a_folder_is_read_without_what_is_broken(written, folder, tmp_path, caps
     assert command("--run", run, "--image", folder / "broken.jpg", *of(images[:1]), "--stream") == 0
     said = capsys.readouterr()
     assert said.out.splitlines() == [f"{images[0]}: {expected[0]}"] and "left out" in said.err
+
+
+@pytest.mark.parametrize("ended", ["interrupted", "out of memory"])
+def test_what_was_written_before_the_end_is_kept(written, folder, tmp_path, capsys, ended):
+    run, _, _ = written
+    output = tmp_path / "new.json"
+    generate_rows = LoadedModel.generate_rows
+
+    def once(model, rows, prompts, decoding, first):
+        if first:
+            raise ValueError(ended)
+        texts = generate_rows(model, rows, prompts, decoding, first)
+        if ended == "interrupted":
+            signal.raise_signal(signal.SIGINT)
+        return texts
+
+    before = signal.getsignal(signal.SIGINT)
+    arguments = ["--run", run, "--image", folder / "below", "--output", output]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoadedModel, "generate_rows", once)
+        if ended == "interrupted":
+            options = generate.main.options_of([str(each) for each in arguments])
+            assert generate.main.work(options) == 128 + signal.SIGINT
+        else:
+            assert command(*arguments) == 1
+    said = capsys.readouterr()
+    assert f"{BATCH} texts in {output}" in said.out and ended in said.err
+    assert len(json.loads(output.read_text())) == BATCH < 40
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_answers_bear_their_question_and_pictures_of_a_coco_set_their_ids(

@@ -29,7 +29,13 @@ FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of a threshold, that counts
 @command("clean", __doc__, needs=("out",), takes=("config", "filter"), recipe="coco")
 def main(options: argparse.Namespace) -> int:
     """Looks at all splits, writes manifest and report, and returns the exit code."""
-    from unified_mm.data.cleaning import FILTERS, look_at, read_filter, write_manifest
+    from unified_mm.data.cleaning import (
+        FILTERS,
+        look_at,
+        of_sound_ones,
+        read_filter,
+        write_manifest,
+    )
     from unified_mm.data.sources import open_source
 
     filters = dict(read_filter(each) for each in options.filter or FILTERS)
@@ -41,7 +47,7 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"{', '.join(unread)}: set on the command line, but nothing reads it here")
     manifests = {name: source.manifest(name) for name in source.splits()}
     pictures = look_at(manifests, split)
-    found = {name: (each, list(each(pictures))) for name, each in filters.items()}
+    found = of_sound_ones({name: (each, list(each(pictures))) for name, each in filters.items()})
     with new_folder(out) as half:
         dropped = write_manifest(half / "manifest.json", pictures, found, manifests[split])
         page = report(pictures, found, len(dropped))

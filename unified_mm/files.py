@@ -177,17 +177,48 @@ def hold(folder: Path) -> Iterator[None]:
 
     The lock is a POSIX record lock on the file `.lock` in the folder. It is released however the
     process ends. Forked workers do not hold it, and it does not exclude a second holder within this
-    process.
+    process. Where nothing else came into the folder, the lock goes at the end, and so do the
+    folders that were made for it.
 
     Raises:
       FolderHeld: if another process holds the lock; the message names the process.
       OSError: if the folder cannot be created or written to.
     """
+    made = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+") as file:
+    with _locked(folder):
+        try:
+            yield
+        finally:
+            _remove_unused(folder, made)
+
+
+def _locked(folder: Path) -> TextIO:
+    """Returns the lock of a folder, opened and taken."""
+    while True:
+        file = open(folder / LOCK, "a+")
         if other := _take(file):
+            file.close()
             raise FolderHeld(f"process {other} is at work on {folder}: wait until it ends")
-        yield
+        # Who held it before may have removed what was opened here.
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()
+
+
+def _remove_unused(folder: Path, made: list[Path]) -> None:
+    """Removes the lock of a folder that holds nothing else, and then those of `made`, from it up.
+
+    The lock is still held: else another process could take it before it is gone.
+    """
+    if not folder.is_dir() or os.listdir(folder) != [LOCK]:
+        return
+    (folder / LOCK).unlink()
+    for each in made:
+        try:
+            each.rmdir()
+        except OSError:  # something else has come into it
+            return
 
 
 def _take(file: TextIO) -> str:

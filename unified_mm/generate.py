@@ -10,7 +10,7 @@ python -m unified_mm.generate --run runs/first --image DIR --output new.json
 them, and of a COCO set those of its splits. Pictures that cannot be read are named and left out.
 --output writes COCO's results: a list of {"image_id", "file_name", "caption"}, or after a --prompt
 of {"image_id", "file_name", "question", "answer"}; an image that no COCO set numbers has its name
-as its id.
+as its id. Where Ctrl-C or an error ends the command, it holds what was written so far.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,6 +83,7 @@ def main(options: argparse.Namespace) -> int:
     """
     from unified_mm.inference.decoding import Decoding
     from unified_mm.inference.loaded import load
+    from unified_mm.training.signals import StopRequest, stop_on_signals
 
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Decoding)}
     decoding = Decoding(**{**fields, "stop": tuple(options.stop)})
@@ -101,26 +103,43 @@ def main(options: argparse.Namespace) -> int:
         return 0
     results: list[dict[str, Any]] = []
     empty = 0
-    for picture, texts in written(model, pictures, options.prompt, decoding):
-        for text in texts:
-            results.append(result(picture, options.prompt, text.text))
-            if options.json:
-                said = {"image": picture.path, "text": text.text, "nats": text.log_likelihood}
-                say(json.dumps(said))
-            else:
-                say(shown(f"{picture.path}: {text.text}"))
-            empty += not text.text
+    stop = StopRequest(unsaved=lambda: bool(results))
+    with ExitStack() as stack:
+        if output is not None:
+            stack.enter_context(kept(results, output))
+            stack.enter_context(stop_on_signals(stop))
+        told = written(model, pictures, options.prompt, decoding, lambda: stop.signal is not None)
+        for picture, texts in told:
+            for text in texts:
+                results.append(result(picture, options.prompt, text.text))
+                if options.json:
+                    said = {"image": picture.path, "text": text.text, "nats": text.log_likelihood}
+                    say(json.dumps(said))
+                else:
+                    say(shown(f"{picture.path}: {text.text}"))
+                empty += not text.text
     if empty:
         print(
             f"{empty:,} of {len(results):,} texts are empty: the model ended them at once, as one "
             f"does that has learned little; this one was trained for {model.step:,} steps",
             file=sys.stderr,
         )
-    if output is not None:
-        with naming(f"--output={output}"):
-            write_json(output, results)
-        say(f"{len(results):,} texts in {output}")
-    return 0
+    if stop.signal is None:
+        return 0
+    print(f"interrupted: --output={output} holds what was written so far", file=sys.stderr)
+    return stop.exit_code
+
+
+@contextmanager
+def kept(results: Sequence[dict[str, Any]], output: Path) -> Iterator[None]:
+    """Writes the results that there are when the body ends, however it does."""
+    try:
+        yield
+    finally:
+        if results:
+            with naming(f"--output={output}"):
+                write_json(output, results)
+            say(f"{len(results):,} texts in {output}")
 
 
 def listed(images: Sequence[str]) -> list[Picture]:
@@ -141,9 +160,15 @@ def listed(images: Sequence[str]) -> list[Picture]:
 
 
 def written(
-    model: LoadedModel, pictures: Sequence[Picture], prompt: str, decoding: Decoding
+    model: LoadedModel,
+    pictures: Sequence[Picture],
+    prompt: str,
+    decoding: Decoding,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[Picture, list[Written]]]:
     """Yields each picture that can be read with its texts; a batch is in memory at a time.
+
+    Between two batches it ends where `stopped`.
 
     Raises:
       ValueError: none can be read.
@@ -160,6 +185,8 @@ def written(
     hidden = True if len(parts) == 1 else None
     with tqdm(total=len(pictures), desc="writing", unit="picture", disable=hidden) as bar:
         for part, rows in zip(parts, read, strict=True):
+            if stopped():
+                return
             found = []
             for picture, row in zip(part, rows, strict=True):
                 if isinstance(row, str):

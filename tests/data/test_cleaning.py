@@ -1,6 +1,7 @@
 """Planted faults are found, what is sound stays, and what is found is left out of training."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,13 @@ from unified_mm.config import Config
 from unified_mm.data.cleaning import (
     cleaned,
     differences,
+    look_at,
     near_pairs,
+    of_sound_ones,
     perceptual_hashes,
     read_filter,
 )
+from unified_mm.data.records import Manifest, Record, Text
 from unified_mm.data.sources import open_source
 from unified_mm.evaluation.splits import read_manifest
 from unified_mm.files import write_json
@@ -101,6 +105,64 @@ def test_what_is_planted_is_found_and_left_out_of_training(data, tmp_path, capsy
     assert read_manifest(config, source, "val", {}) == source.manifest("val")
     with pytest.raises(ValueError, match="was made of other data"):
         cleaned(config.data, kept)
+
+
+def test_a_sound_copy_of_what_is_faulty_stays(data):
+    source = open_source(Config(tiny.config_dict(data__dir=str(data[0])).to_dict()).data)
+    pictures = look_at({"train": source.manifest("train")}, "train")
+    filters = dict(read_filter(each) for each in ("copies", "small,threshold=60", "terse"))
+    of = {record.id: place for place, record in enumerate(pictures.records)}
+    # "small" stands for the first, of which "sound1" is then a copy.
+    order = [of["small"], of["sound1"], of["same"], of["sound0"]]
+    some = replace(
+        pictures,
+        splits=("train",) * 4,
+        records=tuple(pictures.records[place] for place in order),
+        trained=pictures.trained[order],
+        digests=tuple(pictures.digests[place] for place in order),
+        sizes=pictures.sizes[order],
+        small=pictures.small[order],
+    )
+    found = of_sound_ones({name: (each, list(each(some))) for name, each in filters.items()})
+    dropped = {
+        some.records[case.place].id
+        for each, cases in found.values()
+        for case in cases
+        if case.measure <= each.threshold
+    }
+    assert dropped == {"small", "sound0"}
+
+
+def test_what_is_no_caption_of_one_word_is_not_terse():
+    texts = {
+        "terse": (Text("", "dog"),),
+        "a character": (Text("", "狗"),),
+        "unspaced": (Text("", "一只狗在跑"),),
+        "answer": (Text("what is it?", "dog"),),
+        "none": (),
+    }
+    records = [Record(name, {}, found, True) for name, found in texts.items()]
+    records.append(Record("class", {}, (Text("", "dog"),), True, ("dog",)))
+    pictures = look_at({"train": Manifest("train", tuple(records), "", "", "")}, "train")
+    cases = [case for case in read_filter("terse")[1](pictures) if case.measure <= 1]
+    assert [records[case.place].id for case in cases] == ["terse", "a character"]
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    record = Record("bad", {"image": str(tmp_path / "bad.jpg")}, (), True)
+    with pytest.raises(ValueError, match="bad.jpg cannot be decoded"):
+        look_at({"train": Manifest("train", (record,), "", "", "")}, "train")
+
+
+def test_a_manifest_of_another_split_than_is_trained_on_is_refused(data, tmp_path):
+    out = tmp_path / "out"
+    where = (f"--config.data.dir={data[0]}", f"--config.data.cache_dir={tmp_path / 'cache'}")
+    assert run("--config=coco:tiny", *where, f"--out={out}", "--filter=blank") == 0
+    changes = {"data__dir": str(data[0]), "data__manifest": str(out / "manifest.json")}
+    config = Config(tiny.config_dict(**changes, data__train_split="val").to_dict())
+    with pytest.raises(ValueError, match="made of 'train', and data.train_split='val' is trained"):
+        read_manifest(config, open_source(config.data), "val", {})
 
 
 def test_all_pairs_of_near_hashes_are_found_once():

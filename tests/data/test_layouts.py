@@ -17,6 +17,7 @@ from pyarrow import parquet
 
 from unified_mm import default_config
 from unified_mm.config import Config
+from unified_mm.data.manifest import summary
 from unified_mm.data.sources import open_source
 from unified_mm.modalities.image import ImageModality
 
@@ -621,3 +622,70 @@ def test_names_from_the_root_are_within_a_folder_however_it_is_given(tmp_path, m
         assert list(texts(source)) == ["img/a.jpg", "img/b.jpg"]
         with pytest.raises(ValueError, match="elsewhere/d.jpg .missing image"):
             source.manifest("val")
+
+
+def test_splits_may_have_pictures_of_one_name(tmp_path):
+    folder = tmp_path / "data"
+    for split in ("train", "val"):
+        pictures(folder, f"{split}/1.jpg", f"{split}/2.jpg")
+        write(folder, f"{split}.csv", f"image,caption\n1.jpg,{split} one\n2.jpg,{split} two\n")
+    source = opened(folder)
+    for split in ("train", "val"):
+        images = [record.image for record in source.manifest(split).records]
+        assert images == [str(folder / split / name) for name in ("1.jpg", "2.jpg")]
+
+
+def test_a_picture_that_is_missing_is_not_one_of_another_folder(tmp_path):
+    folder = tmp_path / "data"
+    pictures(folder, "train/1.jpg", "val/2.jpg", "below/val/3.jpg")
+    rows = "".join(f"train/{n}.jpg,one\n" for n in (1, 2)) + "/theirs/coco/val/3.jpg,three\n"
+    write(folder, "train.csv", f"image,caption\n{rows}")
+    write(folder, "val.csv", "image,caption\n2.jpg,two\n")
+    source = opened(folder, max_bad_share=0.5)
+    assert list(texts(source)) == ["train/1.jpg", "/theirs/coco/val/3.jpg"]
+    assert "missing image (train/2.jpg)" in summary(source.manifest("train"))
+
+
+def test_a_class_may_be_called_as_a_split(tmp_path):
+    folder = tmp_path / "data"
+    pictures(folder, *(f"{name}/{n}.jpg" for name in ("boat", "car", "train") for n in range(9)))
+    source = opened(folder)
+    found = {split: set(map(tuple, texts(source, split).values())) for split in source.splits()}
+    assert found == {"train": {("boat",), ("car",), ("train",)}, "val": found["val"]}
+    split = tmp_path / "split"
+    pictures(split, "train/boat/1.jpg", "train/car/2.jpg", "val/car/3.jpg", "test/4.jpg")
+    assert set(opened(split).splits()) == {"train", "val", "test"}
+
+
+def test_what_tells_no_split_beside_what_does_is_said(tmp_path):
+    folder = tmp_path / "data"
+    pictures(folder, "a.jpg", "b.jpg", "c.jpg")
+    for name, picture in (("train", "a"), ("val", "b"), ("more", "c")):
+        write(folder, f"{name}.csv", f"image,caption\n{picture}.jpg,text\n")
+    assert "what tells no split is 'all', which is not trained on" in opened(folder).described
+    assert "no split" not in opened(folder, train_split="all").described
+
+
+def test_a_text_with_the_delimiter_is_not_cut(tmp_path):
+    folder = tmp_path / "data"
+    pictures(folder, "a.jpg", "b.jpg")
+    write(folder, "train.csv", 'image,caption\na.jpg,"a dog, a cat"\nb.jpg,a dog, a cat\n')
+    write(folder, "val.csv", "image,caption,\na.jpg,a dog,,\n")
+    assert texts(opened(folder), "val") == {"a.jpg": ["a dog"]}
+    with pytest.raises(ValueError, match="train.csv:3 has 3 cells and the first line 2: put"):
+        texts(opened(folder))
+
+
+def test_captions_of_one_picture_are_never_in_two_splits(tmp_path):
+    folder = tmp_path / "data"
+    names = [f"{n}.jpg" for n in range(20)]
+    pictures(folder, *names)
+    rows = [{"id": n, "image": names[n % 20], "caption": f"text {n}"} for n in range(60)]
+    write(folder, "all.json", rows)
+    source = opened(folder, val_share=0.3)
+    images = {
+        split: [record.image for record in source.manifest(split).records]
+        for split in ("train", "val")
+    }
+    assert len(images["train"]) + len(images["val"]) == 60
+    assert not set(images["train"]) & set(images["val"])

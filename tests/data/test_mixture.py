@@ -28,7 +28,7 @@ class Number:
 
 def records():
     return [
-        Record(f"{name}/{i}", {}, (Text("", f"{name}{i % 3}"),), False)
+        Record(f"{name}/{i}", {"n": i}, (Text("", f"{name}{i % 3}"),), False)
         for name, size in SIZES.items()
         for i in range(size)
     ]
@@ -105,6 +105,12 @@ def test_shares_that_cannot_be_are_refused(shares, named):
         mixed(**shares)
 
 
+def test_a_field_that_no_example_has_is_not_balanced():
+    mixed("n", a=0.5, b=0.3, c=0.2)
+    with pytest.raises(ValueError, match="data.mixture.a.balance='lable': none of its examples"):
+        mixed("lable", a=0.5, b=0.3, c=0.2)
+
+
 def test_sources_are_opened_by_name_and_each_is_scored_apart(tmp_path):
     sizes = {"a": 2, "b": 3}
     folders = {name: tiny.write_coco(tmp_path / name, 4, val) for name, val in sizes.items()}
@@ -113,6 +119,9 @@ def test_sources_are_opened_by_name_and_each_is_scored_apart(tmp_path):
     data = Config(config.to_dict()).data
     source = open_source(data)
     assert isinstance(source, MixedSource)
+    assert all(
+        f"data: {folder} is read as MS-COCO" in source.described for folder in folders.values()
+    )
     assert source.splits() == ["train", "val", "val_a", "val_b"]
     found = {split: source.manifest(split) for split in source.splits()}
     assert {split: len(each.records) for split, each in found.items()} == {

@@ -47,6 +47,13 @@ def test_the_archive_has_a_folder_around_its_splits(tmp_path):
     assert set(found) == set(expected)
 
 
+def test_a_folder_that_is_called_train_is_read_once(tmp_path):
+    sounds(tmp_path, "train/1/2/1-2-0000.flac")
+    write(tmp_path, "train/1/2/1-2.trans.txt", "1-2-0000 HE HOPED\n")
+    found = layouts.librispeech(layouts.Folder(tmp_path))
+    assert list(found) == ["train"] and found["train"]().annotations == 1
+
+
 def audiocaps(folder):
     sounds(folder, "audio/abc_30.wav", "audio/-xyz.wav", "audio/9.wav")
     for split, rows in {

@@ -9,6 +9,7 @@ import tiny
 
 import unified_mm
 from unified_mm import calibrate
+from unified_mm.inference import predictor as predictor_module
 from unified_mm.inference import text_flops
 from unified_mm.inference.loaded import one_device_mesh
 from unified_mm.inference.predictor import Predictor
@@ -17,6 +18,7 @@ from unified_mm.inference.question_only import (
     can_answer_alone,
     confidence,
     disagreement,
+    without_context,
 )
 
 QUESTIONS = ["a red", "a blue square", "a red", "a green", "size"]
@@ -71,6 +73,18 @@ def test_other_parameters_have_other_answers(predictor):
     alone = predictor.answers_alone(QUESTIONS)
     other = predictor.at(jax.tree.map(lambda x: -x, predictor.params)).answers_alone(QUESTIONS)
     assert other != alone == predictor.answers_alone(QUESTIONS)
+
+
+def test_what_reads_questions_alone_is_compiled_once(predictor, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        predictor_module, "without_context", lambda task: made.append(task) or without_context(task)
+    )
+    asked = predictor.at(predictor.params)
+    asked._reader = None
+    assert list(asked.answers_alone(["a red"]) | asked.answers_alone(["size"])) == ["a red", "size"]
+    asked.at(predictor.params).answers_alone(["a blue"])
+    assert len(made) == 1
 
 
 def test_captions_are_never_without_their_picture(predictor, batch):

@@ -224,6 +224,7 @@ def test_mean_and_deviation_are_those_of_the_frames(sounds):
     every = np.concatenate(frames)
     assert found["mean"] == pytest.approx(every.mean(), rel=1e-4)
     assert found["std"] == pytest.approx(every.std(), rel=1e-4)
+    assert replace(open_, mean=-4.0).measure(heard) == found  # it takes both
     with pytest.raises(ValueError, match="std=0: the command takes mean and std"):
         open_.embedder(8, jnp.float32)
 

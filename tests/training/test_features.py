@@ -16,6 +16,7 @@ from unified_mm.data.pipeline import training_batches
 from unified_mm.data.sources import open_source
 from unified_mm.inference.loaded import one_device_mesh
 from unified_mm.inference.predictor import Predictor
+from unified_mm.parallel.mesh import make_mesh
 from unified_mm.training.features import READ, STEM, TOWER, VALUES, Kept, computed, kept_preparers
 from unified_mm.training.optimizer import adaptive_clip
 from unified_mm.training.phases import Rows, refuse_nothing_kept
@@ -46,7 +47,7 @@ class Stretch:
     rows: Rows
 
 
-def begun(data, cache, frozen, **changes):
+def begun(data, cache, frozen, mesh=None, **changes):
     """A stretch of training with features that are not computed yet, and what else that takes."""
     changes |= {**CHANGES, "data__dir": str(data), "data__cache_dir": str(cache)}
     config = Config(tiny.config_dict(**changes).to_dict())
@@ -58,7 +59,7 @@ def begun(data, cache, frozen, **changes):
     manifest = open_source(config.data).manifest("train")
     kept = kept_preparers(task, manifest.records, params, trained)
     rows = Rows(manifest.records, {**task.modalities, **kept}, manifest.fingerprint)
-    predictor = Predictor(task, None, one_device_mesh())
+    predictor = Predictor(task, None, mesh or one_device_mesh())
 
     def compute(params=params, say=lambda line: None):
         return computed(Stretch(task, rows), params, predictor, config.data, False, say).rows
@@ -128,6 +129,23 @@ def test_features_are_found_again_and_a_damaged_file_is_made_again(data, tmp_pat
     assert f"{VALUES}): it is made again" in said[1] and (folder / VALUES).read_bytes() == whole
     others = jax.tree.map(lambda leaf: leaf + 1e-3, params)
     assert compute(others).preparers["image"].folder != str(folder)
+
+
+def test_features_are_found_again_however_the_folder_is_given(data, tmp_path, monkeypatch):
+    folders = []
+    monkeypatch.chdir(data.parent)
+    for given in (data, data.name):
+        *_, compute = begun(Path(given), tmp_path, ("['stem']",), **SMALL_STEM)
+        folders.append(compute().preparers["image"].folder)
+    assert folders[0] == folders[1]
+
+
+def test_any_number_of_devices_computes_them(data, tmp_path):
+    found = []
+    for name, mesh in (("one", None), ("three", make_mesh({"data": 3}, jax.devices()[:3]))):
+        *_, compute = begun(data, tmp_path / name, ("['stem']",), mesh, **SMALL_STEM)
+        found.append(np.fromfile(Path(compute().preparers["image"].folder) / VALUES, np.float32))
+    np.testing.assert_allclose(*found, atol=1e-5)
 
 
 def test_what_is_trained_or_has_ever_new_views_is_not_kept(data, tmp_path):

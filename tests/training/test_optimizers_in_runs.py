@@ -18,9 +18,13 @@ pytestmark = pytest.mark.slow
 def test_a_run_is_trained_taken_on_and_loaded(name, tmp_path, monkeypatch):
     monkeypatch.setenv("UNIFIED_MM_CACHE", str(tmp_path / "cache"))
     ready = []  # after each step: on devices that share threads one program alone may wait
-    monkeypatch.setattr(
-        Starved, "until", lambda self, results: ready.append(results.bad_step.is_ready())
-    )
+    until = Starved.until
+
+    def noted(starved, results):
+        ready.append(results.bad_step.is_ready())
+        return until(starved, results)
+
+    monkeypatch.setattr(Starved, "until", noted)
     data, workdir = tiny.write_coco(tmp_path / "coco"), tmp_path / "run"
     arguments = (
         "--config=configs/coco.py:tiny",

@@ -24,8 +24,9 @@ def use(out):
         metrics.write_new(1, {"score": 3.0})
         metrics.write_text(1, "notice", "text")
         with out.progress(0, 4) as progress:
-            progress.pause()
-            progress.update(2, {"loss": 1.0}, 8, 0.0)
+            with progress.paused():
+                pass
+            progress.update(2, {"loss": 1.0}, 8, 0.0, 1.0)
     out.write((out.folder.path / "written").touch)
     out.say("a line")
 

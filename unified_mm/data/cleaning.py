@@ -1,8 +1,9 @@
 """What had better not be trained on: copies, leaks, blank and odd pictures, poor captions.
 
 Filters look at all splits and drop examples of the training split alone, so that what is scored on
-stays. Of copies the one that is scored on stays, else the first. What they drop becomes a file
-(`write_manifest`) that `data.manifest` reads: ids and reasons, no copies of data.
+stays. Of copies the one that is scored on stays, else the first that has no other fault. What they
+drop becomes a file (`write_manifest`) that `data.manifest` reads: ids and reasons, no copies of
+data.
 
 A filter is a dataclass with a `threshold` and a call, `Pictures` -> `Case`s, of `FILTERS` or
 `package.module:CLASS`.
@@ -24,7 +25,7 @@ from PIL import Image
 
 from unified_mm.config import option, read_options
 from unified_mm.data import images
-from unified_mm.data.records import Manifest, Problem, Record, StoredImage
+from unified_mm.data.records import UNSPACED, Manifest, Problem, Record, StoredImage
 from unified_mm.files import read_json, user_path, write_json
 from unified_mm.registry import resolve
 
@@ -85,7 +86,10 @@ def look_at(manifests: Mapping[str, Manifest], train_split: str, threads: int = 
         if image is None:
             return b"", (0, 0), np.zeros((SIDE, SIDE, 3), np.uint8)
         content = image.read() if isinstance(image, StoredImage) else Path(image).read_bytes()
-        pixels = images.decode(content)
+        try:
+            pixels = images.decode(content)
+        except images.ImageError as error:
+            raise images.ImageError(str(image), error.what) from error
         squeezed = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX)
         digest = hashlib.sha256(content).digest()[:16]
         return digest, (pixels.shape[1], pixels.shape[0]), np.asarray(squeezed)
@@ -233,14 +237,20 @@ class Narrow:
 
 @dataclass(frozen=True)
 class Terse:
-    """Examples whose longest caption has at most `threshold` words."""
+    """Examples whose longest caption has at most `threshold` words; names of classes are none.
+
+    Where words are not set apart each character is one.
+    """
 
     threshold: float = 1.0
 
     def __call__(self, pictures: Pictures) -> Iterator[Case]:
         for place, record in enumerate(pictures.records):
-            words = max((len(text.target.split()) for text in record.texts), default=0)
-            if pictures.trained[place] and words <= 2 * self.threshold:
+            captions = [text.target for text in record.texts if not text.prompt]
+            if not pictures.trained[place] or not captions or record.labels:
+                continue
+            words = max(len(UNSPACED.sub(r" \g<0> ", each).split()) for each in captions)
+            if words <= 2 * self.threshold:
                 yield Case(place, float(words), f"{words} word{'s' * (words != 1)} at most")
 
 
@@ -275,15 +285,33 @@ def read_filter(given: str) -> tuple[str, Any]:
     return name, kind(**read_options(kind, values, f"--filter={name}"))
 
 
-def write_manifest(
-    path: Path, pictures: Pictures, found: Mapping[str, tuple[Any, Sequence[Case]]], data: Manifest
-) -> dict[int, str]:
+Found = Mapping[str, tuple[Any, Sequence[Case]]]  # by its name, a filter and its cases
+
+
+def of_sound_ones(found: Found) -> dict[str, tuple[Any, list[Case]]]:
+    """Returns the cases without copies of what is dropped for a fault that is its own.
+
+    Else nothing would be left of a picture of which one copy is sound.
+    """
+    faulty = {
+        case.place
+        for each, cases in found.values()
+        for case in cases
+        if case.other < 0 and case.measure <= each.threshold
+    }
+    return {
+        name: (each, [case for case in cases if case.other not in faulty])
+        for name, (each, cases) in found.items()
+    }
+
+
+def write_manifest(path: Path, pictures: Pictures, found: Found, data: Manifest) -> dict[int, str]:
     """Writes what filters drop, each example once, and returns the filter by its place.
 
     Args:
       path: of the file.
       pictures: that the filters looked at.
-      found: by the filter's name, the filter and its cases.
+      found: what they found.
       data: the split that is trained on.
     """
     dropped: dict[int, str] = {}
@@ -305,7 +333,7 @@ def cleaned(data: Any, manifest: Manifest) -> Manifest:
     """Returns a manifest without what the file `data.manifest` drops of its split.
 
     Raises:
-      ValueError: the file is none of these, or was made of other data.
+      ValueError: the file is none of these, or was made of other data than is trained on.
     """
     if not data.manifest:
         return manifest
@@ -314,6 +342,12 @@ def cleaned(data: Any, manifest: Manifest) -> Manifest:
     if not isinstance(said, dict) or said.get("format") != FORMAT:
         raise ValueError(f"data.manifest={path}: is no manifest that unified_mm.clean wrote")
     of, examples = said["of"], said["examples"]
+    if of["split"] != data.train_split:
+        raise ValueError(
+            f"data.manifest={path} was made of {of['split']!r}, and data.train_split="
+            f"{data.train_split!r} is trained on: make it anew with unified_mm.clean, or set "
+            "data.manifest=''"
+        )
     if of["split"] != manifest.split:
         return manifest
     if of["fingerprint"] != manifest.fingerprint:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -214,13 +214,23 @@ def in_words(name: str) -> str:
     return re.sub(r"[_\s]+", " ", name)
 
 
-def _grouped(files: Iterable[Path], folder: Folder, folders: int = 1) -> dict[str, list[Path]]:
-    """Returns files by the split that their names tell, or the first `folders` they are in."""
+def _grouped(
+    files: Iterable[Path], folder: Folder, folders: int = 1, classes: Collection[str] = ()
+) -> dict[str, list[Path]]:
+    """Returns files by the split that their names tell, or the first `folders` they are in.
+
+    Args:
+      files: in the folder.
+      folder: the data folder.
+      folders: that may tell it.
+      classes: names of folders that tell none.
+    """
     found: dict[str, list[Path]] = {}
     for file in files:
         *above, _ = file.relative_to(folder.path).parts
         # A picture may be called train_station.jpg: its folder alone tells its split.
-        said = (split_named(name) for name in above[:folders] if name.isalpha())
+        names = (name for name in above[:folders] if name.isalpha() and name not in classes)
+        said = (split_named(name) for name in names)
         told = next(filter(None, said), "")
         if not told and not _is_medium(file):
             told = split_named(file.name)
@@ -233,15 +243,16 @@ def _by_split(
     read: Callable[[Path], Iterable[Row]],
     folder: Folder,
     folders: int = 1,
+    classes: Collection[str] = (),
 ) -> Splits:
     """Returns the splits of files; what files of one split list is put together."""
 
-    def listed(these: Sequence[Path]) -> Listing:
+    def listed(split: str, these: Sequence[Path]) -> Listing:
         rows = (row for file in these for row in read(file))
-        return listing_of(these[0], rows, folder.finder)
+        return listing_of(these[0], rows, folder.finder, split)
 
-    grouped = _grouped(files, folder, folders)
-    return {split: partial(listed, these) for split, these in grouped.items()}
+    grouped = _grouped(files, folder, folders, classes)
+    return {split: partial(listed, split, these) for split, these in grouped.items()}
 
 
 def coco_captions(folder: Folder) -> Splits:
@@ -271,7 +282,8 @@ def _karpathy_splits(folder: Folder, file: Path, images: list) -> Splits:
         split = split_named(_string(image, "split", place)) or image["split"]
         rows.setdefault(split, []).append(Row(place, key, "/".join(names), captions))
     return {
-        split: partial(listing_of, file, members, folder.finder) for split, members in rows.items()
+        split: partial(listing_of, file, members, folder.finder, split)
+        for split, members in rows.items()
     }
 
 
@@ -295,7 +307,7 @@ def msrvtt(folder: Folder) -> Splits:
             _, rows = found.setdefault(split_named(split) or split or WHOLE, (file, []))
             rows.append(Row(place, key, None, captions.get(key, []), parts={"video": name}))
     return {
-        split: partial(listing_of, file, rows, folder.finder)
+        split: partial(listing_of, file, rows, folder.finder, split)
         for split, (file, rows) in found.items()
     }
 
@@ -519,12 +531,15 @@ def _table_lines(file: Path, table: Table) -> Iterator[tuple[str, dict[str, str]
             reader = csv.reader(lines, delimiter=delimiter, quoting=quoting)
             for cells in reader:
                 if cells:
+                    place = f"{file.name}:{reader.line_num + 1}"
                     cells = [cell.strip() for cell in cells]
+                    if any(cells[len(names) :]):
+                        raise ValueError(
+                            f"{file}: {place} has {len(cells)} cells and the first line "
+                            f"{len(names)}: put texts that hold {delimiter!r} in quotes"
+                        )
                     cells += [""] * (len(names) - len(cells))
-                    yield (
-                        f"{file.name}:{reader.line_num + 1}",
-                        dict(zip(names, cells, strict=False)),
-                    )
+                    yield place, dict(zip(names, cells, strict=False))
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is no table that can be read: {error}") from error
 
@@ -553,7 +568,10 @@ def _splits_of_rows(
     if not rows:
         return {}
     first = next(iter(files))
-    return {split: partial(listing_of, first, each, folder.finder) for split, each in rows.items()}
+    return {
+        split: partial(listing_of, first, each, folder.finder, split)
+        for split, each in rows.items()
+    }
 
 
 def image_folder(folder: Folder) -> Splits:
@@ -614,7 +632,7 @@ def librispeech(folder: Folder) -> Splits:
     for file in files:
         above = file.relative_to(folder.path).parts[:-1]
         top = next((name for name in above if split_named(name)), "")
-        for split in (split_named(top), top) if top else (WHOLE,):
+        for split in dict.fromkeys((split_named(top), top)) if top else (WHOLE,):
             found.setdefault(split, []).append(file)
 
     def rows(file: Path) -> Iterator[Row]:
@@ -734,7 +752,18 @@ def _classes(folder: Folder, files: Iterable[Path], folders: int = 1) -> Splits:
         else:
             yield Row(relative, None, None, [name], parts={medium: relative}, labels=[name])
 
-    return _by_split(pictures, rows, folder, folders)
+    return _by_split(pictures, rows, folder, folders, _called_as_splits(pictures, folder))
+
+
+def _called_as_splits(files: Iterable[Path], folder: Folder) -> set[str]:
+    """Returns the classes whose folders could be taken for splits: trains beside cars and boats.
+
+    Theirs hold files as those of other classes do, and no folders of classes.
+    """
+    places = [path.relative_to(folder.path).parts for path in files]
+    within = {parts[0] for parts in places if len(parts) > 2}
+    beside = {parts[0] for parts in places} - within
+    return beside if any(not split_named(name) for name in beside) else set()
 
 
 def webdataset(folder: Folder) -> Splits:

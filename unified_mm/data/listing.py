@@ -131,8 +131,9 @@ class Listing:
 class Finder:
     """Finds image files by the names that lists give them.
 
-    A name is looked for below each of `roots`, as it is; then by any file of the folder whose path
-    ends alike, whatever the Unicode form: by the longest ending that just one file has.
+    A name is looked for below each of `roots`, as it is, below those of other splits last; then by
+    any file of the folder whose path ends alike, whatever the Unicode form: by the longest ending
+    that just one file has, unless the name begins with a folder that is there, and not above it.
 
     Args:
       folder: the data folder; nothing outside of it is found.
@@ -142,7 +143,7 @@ class Finder:
     def __init__(self, folder: Path, roots: Sequence[Path] = ()) -> None:
         self.folder = folder
         self._roots = [root for root in dict.fromkeys((*roots, folder)) if root.is_dir()]
-        self._by_ending: dict[str, Path | None] | None = None  # made when it is first needed
+        self._by_split: dict[str, list[Path]] = {}
 
     @property
     def looked(self) -> str:
@@ -150,38 +151,70 @@ class Finder:
         roots = ", ".join(f"{root}/" for root in self._roots)
         return f" (looked for them below {roots} and by the ends of their paths)"
 
-    def find(self, name: str) -> Path:
-        """Returns the file of a name; the first place where it should be if there is none."""
+    def find(self, name: str, split: str = "") -> Path:
+        """Returns the file of a name; the first place where it should be if there is none.
+
+        Args:
+          name: as a list gives it.
+          split: the list's, where it is of one.
+        """
         inside = os.path.normpath(self.folder)
         plain = name.replace("\\", "/")
-        for root in self._roots:
+        for root in self._roots_of(split):
             for form in (name, plain):
                 path = os.path.normpath(os.path.join(root, form))
                 if os.path.isfile(path) and Path(path).is_relative_to(inside):
                     return Path(path)
         parts = [part for part in plain.split("/") if part not in ("", ".", "..")]
         for start in range(len(parts)):
-            if found := self._endings.get(_normal("/".join(parts[start:]))):
+            found = self._endings.get(_normal("/".join(parts[start:])))
+            if found and not self._is_elsewhere(found, parts[:start]):
                 return found
         return self._roots[0] / "/".join(parts)
+
+    def _roots_of(self, split: str) -> list[Path]:
+        """Returns the roots; two splits may have pictures of one name, each in its own folder."""
+        if not (wanted := split_named(split)):
+            return self._roots
+        if split not in self._by_split:
+            self._by_split[split] = sorted(
+                self._roots, key=lambda root: self._split_of(root) not in ("", wanted)
+            )
+        return self._by_split[split]
+
+    def _split_of(self, root: Path) -> str:
+        return "" if root == self.folder else split_named(root.name)
+
+    def _is_elsewhere(self, found: Path, folders: Sequence[str]) -> bool:
+        """Returns whether a name begins with folders that are there, and a file is not in them.
+
+        It is another file of the same name then: of another split or class.
+        """
+        above = {_normal(part) for part in found.relative_to(self.folder).parts[:-1]}
+        named = map(_normal, folders)
+        return any(each in self._folders and each not in above for each in named)
 
     @cached_property
     def media(self) -> list[Path]:
         """The pictures and sounds of the folder."""
         return media_in(self.folder)
 
-    @property
+    @cached_property
     def _endings(self) -> dict[str, Path | None]:
-        """Returns every ending of the path of every file: the file, None where two share it."""
-        if self._by_ending is None:
-            found: dict[str, Path | None] = {}
-            for path in self.media:
-                parts = path.relative_to(self.folder).parts
-                for start in range(len(parts)):
-                    ending = _normal("/".join(parts[start:]))
-                    found[ending] = None if ending in found else path
-            self._by_ending = found
-        return self._by_ending
+        """Every ending of the path of every file: the file, None where two share it."""
+        found: dict[str, Path | None] = {}
+        for path in self.media:
+            parts = path.relative_to(self.folder).parts
+            for start in range(len(parts)):
+                ending = _normal("/".join(parts[start:]))
+                found[ending] = None if ending in found else path
+        return found
+
+    @cached_property
+    def _folders(self) -> frozenset[str]:
+        """The names of all folders in which there are files."""
+        paths = (path.relative_to(self.folder).parts[:-1] for path in self.media)
+        return frozenset(_normal(part) for parts in paths for part in parts)
 
 
 def medium_of(name: str | Path) -> str:
@@ -239,8 +272,14 @@ class Row(NamedTuple):
     labels: Sequence[str] = ()
 
 
-def listing_of(path: Path, rows: Iterable[Row], finder: Finder) -> Listing:
+def listing_of(path: Path, rows: Iterable[Row], finder: Finder, split: str = "") -> Listing:
     """Returns the listing of rows; texts that are none are left out, counted and named.
+
+    Args:
+      path: of the file or folder that lists them.
+      rows: what it lists.
+      finder: finds the files that they name.
+      split: of the rows.
 
     Raises:
       ValueError: there is no row.
@@ -274,9 +313,9 @@ def listing_of(path: Path, rows: Iterable[Row], finder: Finder) -> Listing:
         raise ValueError(f"{path} lists no image")
     entries = []
     for each, image in images.items():
-        found = finder.find(image) if isinstance(image, str) else image
+        found = finder.find(image, split) if isinstance(image, str) else image
         name = image if isinstance(image, str | None) else image.name
-        parts = tuple((modality, finder.find(n)) for modality, n in others[each].items())
+        parts = tuple((modality, finder.find(n, split)) for modality, n in others[each].items())
         name = name or next(iter(others[each].values()), None)
         entries.append(Entry(each, name, found, tuple(texts[each]), parts, tuple(labels[each])))
     return Listing(
@@ -339,6 +378,13 @@ def split_named(name: str) -> str:
         if any(word in known for word in words):
             return split
     return ""
+
+
+def files_of(entry: Entry) -> Any:
+    """Returns what is equal for two entries of the same files, and for no others."""
+    if isinstance(entry.image, Path) or entry.parts:
+        return entry.image, entry.parts
+    return entry.id
 
 
 def held_out(key: Key, share: float) -> bool:

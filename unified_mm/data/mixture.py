@@ -28,6 +28,7 @@ from unified_mm.data.records import Manifest, Record
 from unified_mm.data.sources import Source, open_source
 
 PERIOD = 1000  # samples, of which each source has its share to one
+NONE = ""  # the value of an example that has not what is balanced
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,9 @@ class MixedSource:
         self.folder = ", ".join(each.folder for each in self._sources.values())
         banners = [f"{name}: {each.banner}" for name, each in sources.items() if each.banner]
         self.banner = "\n".join(banners) or None
+        # What each folder is taken for, and what of it is not read.
+        described = [getattr(each, "described", "") for each in self._sources.values()]
+        self.described = "\n".join(filter(None, described))
 
     def splits(self) -> Sequence[str]:
         """Returns the splits of all sources together, then those of each but for 'train'."""
@@ -226,7 +230,8 @@ def mixture_of(data: Any, records: Sequence[Record]) -> Sequence[Record]:
       records: of its sources.
 
     Raises:
-      ValueError: a source without examples, or with a share that is too small.
+      ValueError: a source without examples, with a share that is too small, or in which nothing
+        has the field that is to be balanced.
     """
     if data.source != MixedSource.name:
         return records
@@ -237,6 +242,13 @@ def mixture_of(data: Any, records: Sequence[Record]) -> Sequence[Record]:
         groups[name].setdefault(value_of(record, found[name].balance), []).append(place)
     if empty := [name for name in found if not groups[name]]:
         raise ValueError(f"data.mixture.{empty[0]} has no examples to train on")
+    blind = not any(record.parts for record in records)  # a phase of texts alone
+    for name, each in groups.items():
+        if (field := found[name].balance) and set(each) == {NONE} and not blind:
+            raise ValueError(
+                f"data.mixture.{name}.balance={field!r}: none of its examples has that; give "
+                "'text', the name of a part such as 'image', or ''"
+            )
     sizes = {name: sum(map(len, each.values())) for name, each in groups.items()}
     alpha = float(data.mixture_alpha)
     shares = {name: each.share or sizes[name] ** alpha for name, each in found.items()}
@@ -245,9 +257,9 @@ def mixture_of(data: Any, records: Sequence[Record]) -> Sequence[Record]:
 
 
 def value_of(record: Record, balance: str) -> str:
-    """Returns the value of the field that is balanced, '' for none."""
-    if not balance:
-        return ""
-    if balance == "text":
-        return record.texts[0].target if record.texts else ""
-    return json.dumps(record.parts.get(balance), default=str)
+    """Returns the value of the field that is balanced, `NONE` where there is none."""
+    if balance == "text" and record.texts:
+        return record.texts[0].target
+    if balance in record.parts:
+        return json.dumps(record.parts[balance], default=str)
+    return NONE

@@ -12,7 +12,15 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from unified_mm.data import coco
 from unified_mm.data.layouts import LAYOUTS, NAMED_IN, WHOLE, Folder, Splits, nearest
-from unified_mm.data.listing import Foil, Listing, Question, held_out, what_is_there
+from unified_mm.data.listing import (
+    Foil,
+    Key,
+    Listing,
+    Question,
+    files_of,
+    held_out,
+    what_is_there,
+)
 from unified_mm.data.manifest import Sidecar, build_manifest, with_questions
 from unified_mm.data.records import Manifest
 from unified_mm.files import naming, user_cache, user_path
@@ -203,6 +211,8 @@ class ListedFolder(AnnotatedFolder):
         self._known: dict[str, Listing] = {}
         if set(splits) == {WHOLE} or (name != "coco" and {"train", "val"} - set(splits) == {"val"}):
             self._hold_out("train" if "train" in splits else WHOLE, float(data.val_share))
+        if WHOLE in self._listed and data.train_split != WHOLE:
+            self.described += f"; what tells no split is {WHOLE!r}, which is not trained on"
         self._check_at_most, self._train_split = int(data.check_at_most), data.train_split
         self._media = {
             name.strip(): medium
@@ -212,14 +222,20 @@ class ListedFolder(AnnotatedFolder):
         super().__init__(folder, list(self._listed), data, name=name, banner=banner)
 
     def _hold_out(self, whole: str, share: float) -> None:
-        """Makes 'train' and 'val' of one split, by the examples' ids alone."""
+        """Makes 'train' and 'val' of one split, by the examples' ids alone.
+
+        Examples of the same files go where the first of them does.
+        """
         if not 0 < share < 1:
             raise ValueError(f"data.val_share={share}: must be between 0 and 1")
         listed = self._listed.pop(whole)
 
         def part(val: bool) -> Listing:
             found = self._known.setdefault(whole, listed()) if whole == WHOLE else listed()
-            kept = tuple(e for e in found.entries if held_out(e.id, share) == val)
+            first: dict[Any, Key] = {}
+            for entry in found.entries:
+                first.setdefault(files_of(entry), entry.id)
+            kept = tuple(e for e in found.entries if held_out(first[files_of(e)], share) == val)
             if not kept:
                 raise ValueError(
                     f"{found.path} lists {len(found.entries)} example(s), and none of them falls "

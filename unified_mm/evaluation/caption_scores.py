@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Float
 
+from unified_mm.data.records import UNSPACED
+
 Tokens = Sequence[str]
 Ngram = tuple[str, ...]
 
@@ -270,20 +272,13 @@ def tokenize(text: str) -> list[str]:
     return tokens
 
 
-# Scripts that set no space between words: Thai, Lao, Tibetan, Burmese, Khmer, Kana, Bopomofo, Han.
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3105-\u312f\u31f0-\u31ff"
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
-
-
 def without_spaces(references: Sequence[Sequence[str]]) -> bool:
     """Returns whether most letters are of scripts that set no space between words.
 
     Each sentence of such a script is one word to `tokenize`, and right only as a whole.
     """
     letters = [each for texts in references for text in texts for each in characters(text)]
-    return 2 * sum(bool(_UNSPACED.match(each)) for each in letters) > len(letters)
+    return 2 * sum(bool(UNSPACED.match(each)) for each in letters) > len(letters)
 
 
 def characters(text: str) -> list[str]:

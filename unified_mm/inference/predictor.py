@@ -58,12 +58,14 @@ class Predictor:
         self.mesh = mesh
         self._compiled: dict[str, Any] = {}
         self._alone: dict[Decoding, dict[str, Written]] = {}
+        self._reader: Predictor | None = None  # of texts alone, made when it is first needed
 
     def at(self, params: Any) -> Predictor:
         """Returns the predictor with other parameters, sharing what is compiled."""
         other = copy.copy(self)
         other.params = params
         other._alone = {}
+        other._reader = None if self._reader is None else self._reader.at(params)
         return other
 
     def leaving(self, exits: Mapping[str, float]) -> Predictor:
@@ -215,19 +217,20 @@ class Predictor:
         """Returns what the model answers to each question without a picture."""
         known = self._alone.setdefault(decoding, {})
         new = [each for each in dict.fromkeys(questions) if each and each not in known]
-        alone = self.without_context() if new else self
         size = ROWS * self.mesh.size
         for start in range(0, len(new), size):
             asked = new[start : start + size]
             filled = asked + asked[:1] * (size - len(asked))
             batch = {"text": {"present": np.ones(len(self.rows(size)), bool)}}
-            texts = alone.generate(batch, filled, decoding)
+            texts = self.without_context().generate(batch, filled, decoding)
             known |= {each: text for each, (text,) in zip(asked, texts, strict=False)}
         return {each: known[each] for each in questions if each}
 
     def without_context(self) -> Predictor:
         """Returns the predictor of the same parameters that reads texts alone, by all layers."""
-        return Predictor(without_context(self.task), self.params, self.mesh)
+        if self._reader is None:
+            self._reader = Predictor(without_context(self.task), self.params, self.mesh)
+        return self._reader
 
     def thresholds(
         self, prompts: Sequence[str], decoding: Decoding

@@ -279,7 +279,7 @@ class AudioModality:
             )
         places = np.linspace(0, len(heard) - 1, min(len(heard), MEASURED), dtype=int)
         chosen = [heard[place] for place in places]
-        plain = replace(self, std=1.0, attend_padding=False)
+        plain = replace(self, mean=0.0, std=1.0, attend_padding=False)
         spectrum = jax.jit(lambda batch: spectrogram(plain, batch)[:2])
         sums = np.zeros(3)
         for first in range(0, len(chosen), READ_AT_A_TIME):

@@ -34,12 +34,12 @@ from unified_mm.inference.predictor import Predictor
 from unified_mm.models.late import LateFusion, WithTowers
 from unified_mm.nn.attention.rules import View
 from unified_mm.parallel.processes import first_before_others, is_first, wait_for_all
-from unified_mm.parallel.sharding import path_of
+from unified_mm.parallel.sharding import batch_shards, path_of
 from unified_mm.runs.seal import SEAL, broken_files, write_seal
 from unified_mm.task import Task
 
 FORMAT = 1  # raise it when what is kept changes: files of an older format are not found then
-BATCH = 64
+BATCH = 64  # or the next number that the devices divide
 # Keys of a batch under which a model finds what was kept: of a tower, of a stem, of a text's tower.
 TOWER, STEM, READ = "looked", "features", "read"
 VALUES, VALID, ABOUT = "values.f32", "valid.bool", "about.json"
@@ -252,8 +252,12 @@ def digest_of(kept: Kept, task: Task, fingerprint: str, records: Sequence[Record
     for record in records:
         part = record.texts if kept.key == READ else record.parts.get(name)
         file = os.stat(part) if isinstance(part, str) and os.path.isfile(part) else None
-        stored = [str(part), part.size] if isinstance(part, StoredImage) else repr(part)
-        digest.update(repr([stored, file and (file.st_size, file.st_mtime_ns)]).encode())
+        # A folder is the same however it is given.
+        if isinstance(part, StoredImage):
+            place: Any = [os.path.abspath(str(part)), part.size]
+        else:
+            place = repr(os.path.abspath(str(part)) if file else part)
+        digest.update(repr([place, file and (file.st_size, file.st_mtime_ns)]).encode())
     for path, leaf in sorted(own.items()):
         digest.update(path.encode() + np.ascontiguousarray(jax.device_get(leaf)).tobytes())
     return digest.hexdigest()
@@ -322,8 +326,10 @@ def write_features(
     read = {name: OneView(kept.modality, tolerant)}
 
     def outcomes() -> Any:
-        own = predictor.rows(BATCH)
-        batches = evaluation_batches(views, read, batch_size=BATCH, rows=own, threads=4)
+        shards = batch_shards(predictor.mesh)
+        size = -(-BATCH // shards) * shards
+        own = predictor.rows(size)
+        batches = evaluation_batches(views, read, batch_size=size, rows=own, threads=4)
         with closing(batches):  # type: ignore[type-var]
             for batch in batches:
                 inputs = predictor.to_device(batch)

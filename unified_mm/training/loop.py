@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -105,6 +106,23 @@ class InFlight:
         self._results.append(results)
         if len(self._results) > AHEAD:
             jax.block_until_ready(self._results.popleft())
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The steps between two records of metrics.
+
+    Attributes:
+      step: the last one.
+      measured: what each gave.
+      done: when the last one was done.
+      starved: seconds in which the devices waited for data.
+    """
+
+    step: int
+    measured: list[StepMetrics]
+    done: Future[float]
+    starved: float
 
 
 def unreadable_of(setup: Setup) -> Unreadable | None:
@@ -257,7 +275,7 @@ class Run:
         step_function = self.ahead.step_of(phase)
         phase = computed(phase, state.params, self.predictor, data, tolerant, self.say)
         since: list[StepMetrics] = []
-        waiting: tuple[int, list[StepMetrics]] | None = None
+        waiting: Interval | None = None
         bad = ""  # what is wrong with the data
         self.flops = training_flops(phase) if self.peak else 0
         one_by_one = shares_threads(self.setup.mesh)
@@ -271,19 +289,19 @@ class Run:
                 if one_by_one:
                     jax.block_until_ready(state)
                 self.fresh = True
-                self.starved.until(measured)
+                done = self.starved.until(measured)
                 if self.trace.ends_with(step):
                     self.trace.finish(measured, program_text(phase, step_function))
                 since.append(measured)
                 in_flight.add(measured)
                 last = step == phase.stop
                 logged = step % options.logging.every == 0 or last
-                if waiting is not None and (logged or step > waiting[0] + AHEAD):
-                    # It was waited for just now, so that the time between records is that of steps.
+                if waiting is not None and (logged or step >= waiting.step + AHEAD):
+                    # It was waited for just now: nothing that devices work on is waited for.
                     self.record(waiting, phase, progress)
                     waiting = None
                 if logged:
-                    waiting, since = (step, since), []
+                    waiting, since = Interval(step, since, done, self.starved.take()), []
                     self.unread.say_new(self.say)
                     bad = self.unread.fault(step * phase.batch_size)
                 stopped = self.stopping = self.stop.after(step)
@@ -295,15 +313,15 @@ class Run:
                 if save or score:
                     self.record(waiting, phase, progress)
                     waiting = None
-                    self.save(step, state)
-                    if bad:
-                        raise TooManyUnreadable(f"{bad}; step {step} is saved")
-                    if stopped:
-                        raise Stopped(step, self.stop.exit_code)
-                    if score:
-                        self.score(step, state)
-                    progress.pause()
-                    self.starved.take()
+                    jax.block_until_ready(measured)
+                    with progress.paused():
+                        self.save(step, state)
+                        if bad:
+                            raise TooManyUnreadable(f"{bad}; step {step} is saved")
+                        if stopped:
+                            raise Stopped(step, self.stop.exit_code)
+                        if score:
+                            self.score(step, state)
         return state
 
     def next_rows(self, batches: Iterator[Any], step: int, state: TrainState) -> Any:
@@ -318,12 +336,7 @@ class Run:
                 self.save(step, state)
             raise
 
-    def record(
-        self,
-        waiting: tuple[int, list[StepMetrics]] | None,
-        phase: Phase,
-        progress: Any,
-    ) -> None:
+    def record(self, waiting: Interval | None, phase: Phase, progress: Any) -> None:
         """Writes the mean metrics of an interval.
 
         Raises:
@@ -333,8 +346,7 @@ class Run:
         self.checkpoints.check()
         if waiting is None:
             return
-        step, interval = waiting
-        host = jax.device_get(interval)
+        step, host = waiting.step, jax.device_get(waiting.measured)
         bad = int(host[-1].bad_step)
         if bad >= 0:
             self.not_finite(bad)
@@ -343,7 +355,8 @@ class Run:
         if isinstance(phase.rows.examples, Mixture):
             gone = phase.rows.examples.epochs(step * phase.batch_size)
             values |= {f"epochs/{name}": count for name, count in gone.items()}
-        rates = progress.update(step, values, phase.batch_size, self.starved.take())
+        size, done = phase.batch_size, waiting.done.result()
+        rates = progress.update(step, values, size, waiting.starved, done)
         if self.peak and rates:
             rates["time/mfu"] = rates["time/steps_per_second"] * self.flops / self.peak
         self.metrics.write(step, values | rates)

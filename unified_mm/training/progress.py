@@ -36,9 +36,10 @@ class Starved:
         elif self._done.done():
             self._seconds += max(ended - max(began, self._done.result()), 0.0)
 
-    def until(self, results: Any) -> None:
-        """Notes when the results of a step are there, without waiting for them."""
+    def until(self, results: Any) -> Future[float]:
+        """Notes when the results of a step are there, without waiting for them; returns when."""
         self._done = self._notes.submit(_done_at, results)
+        return self._done
 
     def take(self) -> float:
         """Returns the seconds since the last call."""
@@ -76,12 +77,15 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def pause(self) -> None:
-        """Restarts the clock, so that time without training does not count as steps."""
-        self._time = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the clock for the block, whose time is not that of steps."""
+        began = time.perf_counter()
+        yield
+        self._time += time.perf_counter() - began
 
     def update(
-        self, step: int, metrics: Mapping[str, float], batch_size: int, starved: float
+        self, step: int, metrics: Mapping[str, float], batch_size: int, starved: float, done: float
     ) -> dict[str, float]:
         """Shows the metrics up to `step`.
 
@@ -90,14 +94,14 @@ class Progress:
           metrics: means since the last call.
           batch_size: examples of a step.
           starved: seconds since the last call in which the devices waited for data.
+          done: when the last step was done, which may be a while ago.
 
         Returns:
           The speed since the last call, for the record: `time/steps_per_second`;
           `time/examples_per_second`, and the same as `time/images_per_second`, over all processes;
           and `time/waiting_for_data`, a share of the time.
         """
-        now = time.perf_counter()
-        seconds = max(now - self._time, 1e-9)
+        seconds = max(done - self._time, 1e-9)
         rate = (step - self._step) / seconds
         losses = "  ".join(
             f"{name.removesuffix('/loss')} {value:.3f}"
@@ -114,7 +118,7 @@ class Progress:
                 f"{rate * batch_size:.0f} images/s  ETA {left // 60}:{left % 60:02d}",
                 flush=True,
             )
-        self._step, self._time = step, now
+        self._step, self._time = step, done
         return {
             "time/steps_per_second": rate,
             "time/examples_per_second": rate * batch_size,
