@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from zipfile import BadZipFile, ZipFile
 
@@ -14,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from unified_mm.data import images
+from unified_mm.data.records import Source, Stored
 
 CONTAINERS = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
 ARRAYS = frozenset({".npz", ".npy"})
@@ -72,7 +72,7 @@ class Clip(Protocol):
 
 
 @contextmanager
-def opened(source: str | Path | bytes, *, limited: bool = False) -> Iterator[Clip]:
+def opened(source: Source, *, limited: bool = False) -> Iterator[Clip]:
     """Opens a video by what it holds: a container, an array, or a picture, moving or not.
 
     A container needs PyAV, of the extra 'video'. A `.npz` has `frames`, uint8 [S, height, width,
@@ -87,7 +87,8 @@ def opened(source: str | Path | bytes, *, limited: bool = False) -> Iterator[Cli
     """
     name = "the video" if isinstance(source, bytes) else str(source)
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        held = source.read() if isinstance(source, Stored) else source
+        with io.BytesIO(held) if isinstance(held, bytes) else open(held, "rb") as file:
             head = file.read(8)
             file.seek(0)
             if not head:
@@ -125,7 +126,7 @@ def shown_at(
     return np.maximum(np.searchsorted(shown, times + 1e-6, side="right") - 1, 0)
 
 
-def check(source: str | Path) -> str:
+def check(source: Source) -> str:
     """Decodes a video completely, a frame at a time; returns what was converted, '' for nothing.
 
     Raises:

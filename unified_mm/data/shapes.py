@@ -8,11 +8,12 @@ import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
+
+from unified_mm.data.records import Source, content_of
 
 SUFFIXES = frozenset({".npz", ".npy", ".ply", ".off", ".obj", ".glb"})
 MOST = 2_000_000  # points, and faces, of a file: what an upload may make of little
@@ -77,7 +78,7 @@ def sample(
     return np.einsum("nc,ncv->nv", weights, values[chosen]).astype(np.float32)
 
 
-def check(source: str | Path) -> str:
+def check(source: Source) -> str:
     """Reads a file completely, and returns what was converted; '' for nothing.
 
     Raises:
@@ -86,7 +87,7 @@ def check(source: str | Path) -> str:
     return read(source).conversion
 
 
-def read(source: str | Path | bytes) -> Shape:
+def read(source: Source) -> Shape:
     """Returns the shape of a file, by what it holds and not by its name.
 
     Points that are not finite are left out, with their faces; of a mesh without a surface its
@@ -100,7 +101,7 @@ def read(source: str | Path | bytes) -> Shape:
     """
     name = "" if isinstance(source, bytes) else str(source)
     try:
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        content = source if isinstance(source, bytes) else content_of(source)
         if not content.strip():
             raise ShapeError("empty")
         of_mesh, parts = _parts(content)
