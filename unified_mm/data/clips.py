@@ -14,6 +14,7 @@ from PIL import Image
 
 from unified_mm.data import images
 from unified_mm.data.records import Source, Stored
+from unified_mm.files import NUMPY_FILES
 
 CONTAINERS = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
 ARRAYS = frozenset({".npz", ".npy"})
@@ -158,16 +159,17 @@ class _Array:
     def __init__(self, file: Any, name: str, zipped: bool) -> None:
         fps: Any = FPS
         try:
-            if zipped:
-                with ZipFile(file) as members:
-                    most = max((each.file_size for each in members.infolist()), default=0)
-                if most > MAX_BYTES:
-                    raise ClipError(name, f"an array of {most:,} bytes is over {MAX_BYTES:,}")
-                file.seek(0)
-                with np.load(file, allow_pickle=False) as found:
-                    self._frames, fps = found["frames"], found.get("fps", FPS)
-            else:
-                self._frames = np.load(file, allow_pickle=False)
+            with NUMPY_FILES:
+                if zipped:
+                    with ZipFile(file) as members:
+                        most = max((each.file_size for each in members.infolist()), default=0)
+                    if most > MAX_BYTES:
+                        raise ClipError(name, f"an array of {most:,} bytes is over {MAX_BYTES:,}")
+                    file.seek(0)
+                    with np.load(file, allow_pickle=False) as found:
+                        self._frames, fps = found["frames"], found.get("fps", FPS)
+                else:
+                    self._frames = np.load(file, allow_pickle=False)
             fps = float(fps)
         except KeyError as error:
             raise ClipError(name, "no array 'frames' in it") from error

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int
 
 from unified_mm.data.records import Source, content_of
+from unified_mm.files import NUMPY_FILES
 
 SUFFIXES = frozenset({".npz", ".npy", ".ply", ".off", ".obj", ".glb"})
 MOST = 2_000_000  # points, and faces, of a file: what an upload may make of little
@@ -191,15 +192,18 @@ def _limit(count: int) -> None:
 def _array(file: Any) -> np.ndarray:
     """Returns the array of an npy file, whose header is asked first how large it is."""
     start = np.lib.format
-    version = start.read_magic(file)
-    header = start.read_array_header_1_0 if version == (1, 0) else start.read_array_header_2_0
-    shape, _, dtype = header(file)
-    if dtype.kind not in "fiu" or len(shape) != 2:
-        raise ShapeError(f"an array of {dtype} of the shape {list(shape)}, not numbers [points, 3]")
-    _limit(shape[0] * shape[1] // 3)
-    file.seek(0)
-    found: np.ndarray = start.read_array(file, allow_pickle=False)
-    return found
+    with NUMPY_FILES:
+        version = start.read_magic(file)
+        header = start.read_array_header_1_0 if version == (1, 0) else start.read_array_header_2_0
+        shape, _, dtype = header(file)
+        if dtype.kind not in "fiu" or len(shape) != 2:
+            raise ShapeError(
+                f"an array of {dtype} of the shape {list(shape)}, not numbers [points, 3]"
+            )
+        _limit(shape[0] * shape[1] // 3)
+        file.seek(0)
+        found: np.ndarray = start.read_array(file, allow_pickle=False)
+        return found
 
 
 def _npz(content: bytes) -> Parts:
