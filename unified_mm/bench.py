@@ -5,7 +5,8 @@
 MFU is the share of the device's measured matrix-product peak that the model's own products reach
 (Chowdhery et al. 2022, appendix B): 3 x the forward products of a step; products that are
 recomputed do not count. The CPU seconds of a step are those of all threads, which other work on the
-machine changes little.
+machine changes little. The loader is measured alone too: how many times as fast as training it is,
+and the memory that it holds at first, halfway and at the end of `--steps` batches.
 
     python -m unified_mm.bench --inference --run=runs/first --output=bench.json
 

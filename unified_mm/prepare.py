@@ -1,10 +1,11 @@
-"""Writes a COCO folder, or the embedded world, as a TFDS dataset in `array_record` format.
+"""Writes a folder of data, or what is made, as a TFDS dataset in `array_record` format.
 
     python -m unified_mm.prepare --config=configs/coco.py --config.data.dir=FOLDER --out=DIR
     python -m unified_mm.prepare ... --resize=256
 
 `--config.data.source=tfds --config.data.dir=DIR` trains on it; without `--resize` the batches are
-those of the folder, byte for byte. The same command resumes where it was stopped.
+those of the folder, byte for byte. Pictures, sounds, clips and shapes are held as their files are,
+with captions, transcripts and labels. The same command resumes where it was stopped.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from unified_mm.config import Config
 from unified_mm.files import user_path
 
 # Which fields say what is written; all others are the training's.
-SETTABLE = (*DATA_FIELDS, "data.image_size")  # the last of the world
+SETTABLE = (*DATA_FIELDS, "data.val_share", "data.image_size")  # the last of the world
 
 
 @command(
@@ -43,8 +44,8 @@ def main(flags: argparse.Namespace) -> int:
     source = open_source(config.data)
     if not isinstance(source, AnnotatedFolder):
         raise ValueError(
-            f"data.source={config.data.source!r} is of your own making: what is written is a COCO "
-            "folder, the embedded world, or another TFDS dataset"
+            f"data.source={config.data.source!r} is a mixture or of your own making: what is "
+            "written is a folder, what this package makes, or another TFDS dataset"
         )
     if source.banner:
         say(source.banner)

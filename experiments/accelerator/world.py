@@ -15,7 +15,7 @@ from typing import Any
 from experiments.accelerator.scale import Scale, Setting, config_of
 from experiments.accelerator.schedule import Row, Rows
 from unified_mm.benchmarks.generation import Way, caption_quality, costs, ways
-from unified_mm.benchmarks.training import loader_rate
+from unified_mm.benchmarks.training import loader_alone
 from unified_mm.data.records import Record
 from unified_mm.data.sources import open_source
 from unified_mm.evaluation.splits import open_split
@@ -52,7 +52,7 @@ def loader(setting: Setting) -> Rows:
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as run:
             setup = prepare(config_of("base", changes), RunFolder(run), lambda line: None)
-            rate = loader_rate(setup, LOADED)
+            rate, _ = loader_alone(setup, LOADED)
         return {"images_per_second": round(rate, 1), "cores": cpu_count()}
 
     cores = cpu_count()

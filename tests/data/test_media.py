@@ -1,12 +1,16 @@
 """Which fields and files are taken for sounds, shapes and videos, and which are something else."""
 
+import ast
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from unified_mm.data import clips, shapes
 from unified_mm.data.coco import read_captions
 from unified_mm.data.layouts import LAYOUTS, Folder
 from unified_mm.data.sources import given_folder
@@ -76,3 +80,23 @@ def test_what_is_held_out_is_of_the_training_split_where_there_is_one(tmp_path, 
     source = given_folder(config.data)
     split = [source.manifest(name).records for name in ("train", "val")]
     assert sum(map(len, split)) == 30 and all(split)
+
+
+def test_threads_read_arrays_one_at_a_time(tmp_path, monkeypatch):
+    """CPython 3.11 raises a SystemError where two threads parse literals, as headers are."""
+    np.savez(tmp_path / "clip.npz", frames=np.zeros((2, 8, 8, 3), np.uint8))
+    np.save(tmp_path / "shape.npy", np.eye(3)[[0, 1, 2, 0]])
+    parse, inside, most = ast.literal_eval, [], []
+
+    def watched(header):
+        inside.append(header)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return parse(header)
+
+    monkeypatch.setattr(ast, "literal_eval", watched)
+    readers = [(clips.check, tmp_path / "clip.npz"), (shapes.check, tmp_path / "shape.npy")] * 4
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda each: each[0](each[1]), readers)) == [""] * 8
+    assert len(most) >= 8 and max(most) == 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -48,6 +50,12 @@ def allocated_bytes() -> dict[str, int]:
     """Returns the peak bytes of the device's allocator; empty where it does not report them."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return {"allocator_peak_bytes": stats["peak_bytes_in_use"]} if stats else {}
+
+
+def resident_bytes() -> int:
+    """Returns the memory that this process holds now; 0 where the system does not tell it."""
+    told = Path("/proc/self/statm")
+    return int(told.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if told.exists() else 0
 
 
 def tree_bytes(tree: Any) -> int:

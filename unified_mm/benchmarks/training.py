@@ -20,6 +20,7 @@ from unified_mm.benchmarks.timing import (
     matmul_peak,
     percentiles,
     provenance,
+    resident_bytes,
     times_of,
     tree_bytes,
 )
@@ -37,7 +38,7 @@ def measure(setup: Setup, steps: int) -> dict[str, Any]:
     """Measures training one config on this device; rates are per second, sizes in bytes."""
     batch_size = setup.phases[0].batch_size
     peak = matmul_peak(setup.task.model.options.dtype)
-    loader = loader_rate(setup, steps)
+    loader, resident = loader_alone(setup, steps)
     step = Step(setup)
     began = time.process_time()
     seconds = statistics.median(step.seconds(steps))
@@ -48,6 +49,9 @@ def measure(setup: Setup, steps: int) -> dict[str, Any]:
         "cpu_seconds_per_step": round(cpu_seconds, 4),
         "images_per_second": round(batch_size / seconds, 1),
         "loader_images_per_second": round(loader, 1),
+        "loader_times_training": round(loader * seconds / batch_size, 2),
+        "loader_images": steps * batch_size,
+        "loader_resident_bytes": resident,
         "model_flops_per_step": flops,
         "matmul_peak_flops": round(peak),
         "mfu": round(flops / seconds / peak / len(jax.devices()), 4),
@@ -57,19 +61,26 @@ def measure(setup: Setup, steps: int) -> dict[str, Any]:
     }
 
 
-def loader_rate(setup: Setup, steps: int) -> float:
-    """Measures the images a second that the data pipeline delivers by itself."""
+def loader_alone(setup: Setup, steps: int) -> tuple[float, list[int]]:
+    """Measures the data pipeline by itself.
+
+    Returns:
+      The examples a second; and the memory that this process holds after the first batch, after
+      half of them and after the last.
+    """
     batches = phase_batches(setup, setup.phases[0], 0)
+    resident: list[int] = []
 
     def read() -> None:
         for _ in islice(batches, steps):
-            pass
+            resident.append(resident_bytes())
 
     with closing(batches):  # type: ignore[type-var]
         for _ in islice(batches, 3):
             pass
         (seconds,) = times_of(read, 1)
-    return steps * setup.phases[0].batch_size / seconds
+    rate = steps * setup.phases[0].batch_size / seconds
+    return rate, [resident[place] for place in (0, steps // 2, -1)]
 
 
 class Step:

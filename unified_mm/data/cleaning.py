@@ -25,7 +25,7 @@ from PIL import Image
 
 from unified_mm.config import option, read_options
 from unified_mm.data import images
-from unified_mm.data.records import UNSPACED, Manifest, Problem, Record, StoredImage
+from unified_mm.data.records import UNSPACED, Manifest, Problem, Record, content_of
 from unified_mm.files import read_json, user_path, write_json
 from unified_mm.registry import resolve
 
@@ -85,7 +85,7 @@ def look_at(manifests: Mapping[str, Manifest], train_split: str, threads: int = 
         image = record.image
         if image is None:
             return b"", (0, 0), np.zeros((SIDE, SIDE, 3), np.uint8)
-        content = image.read() if isinstance(image, StoredImage) else Path(image).read_bytes()
+        content = content_of(image)
         try:
             pixels = images.decode(content)
         except images.ImageError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from zipfile import BadZipFile, ZipFile
 
@@ -14,6 +13,8 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from unified_mm.data import images
+from unified_mm.data.records import Source, Stored
+from unified_mm.files import NUMPY_FILES
 
 CONTAINERS = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
 ARRAYS = frozenset({".npz", ".npy"})
@@ -72,7 +73,7 @@ class Clip(Protocol):
 
 
 @contextmanager
-def opened(source: str | Path | bytes, *, limited: bool = False) -> Iterator[Clip]:
+def opened(source: Source, *, limited: bool = False) -> Iterator[Clip]:
     """Opens a video by what it holds: a container, an array, or a picture, moving or not.
 
     A container needs PyAV, of the extra 'video'. A `.npz` has `frames`, uint8 [S, height, width,
@@ -87,7 +88,8 @@ def opened(source: str | Path | bytes, *, limited: bool = False) -> Iterator[Cli
     """
     name = "the video" if isinstance(source, bytes) else str(source)
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        held = source.read() if isinstance(source, Stored) else source
+        with io.BytesIO(held) if isinstance(held, bytes) else open(held, "rb") as file:
             head = file.read(8)
             file.seek(0)
             if not head:
@@ -125,7 +127,7 @@ def shown_at(
     return np.maximum(np.searchsorted(shown, times + 1e-6, side="right") - 1, 0)
 
 
-def check(source: str | Path) -> str:
+def check(source: Source) -> str:
     """Decodes a video completely, a frame at a time; returns what was converted, '' for nothing.
 
     Raises:
@@ -157,16 +159,17 @@ class _Array:
     def __init__(self, file: Any, name: str, zipped: bool) -> None:
         fps: Any = FPS
         try:
-            if zipped:
-                with ZipFile(file) as members:
-                    most = max((each.file_size for each in members.infolist()), default=0)
-                if most > MAX_BYTES:
-                    raise ClipError(name, f"an array of {most:,} bytes is over {MAX_BYTES:,}")
-                file.seek(0)
-                with np.load(file, allow_pickle=False) as found:
-                    self._frames, fps = found["frames"], found.get("fps", FPS)
-            else:
-                self._frames = np.load(file, allow_pickle=False)
+            with NUMPY_FILES:
+                if zipped:
+                    with ZipFile(file) as members:
+                        most = max((each.file_size for each in members.infolist()), default=0)
+                    if most > MAX_BYTES:
+                        raise ClipError(name, f"an array of {most:,} bytes is over {MAX_BYTES:,}")
+                    file.seek(0)
+                    with np.load(file, allow_pickle=False) as found:
+                        self._frames, fps = found["frames"], found.get("fps", FPS)
+                else:
+                    self._frames = np.load(file, allow_pickle=False)
             fps = float(fps)
         except KeyError as error:
             raise ClipError(name, "no array 'frames' in it") from error

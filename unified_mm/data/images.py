@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from unified_mm.data.records import StoredImage
+from unified_mm.data.records import Source, StoredImage
 
 BACKENDS = ("pillow", "opencv")
 RESAMPLINGS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -22,7 +22,6 @@ FITS = ("crop", "crop_resized", "squash")
 SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .ppm .tif .tiff .webp".split()
 )
-Source = str | os.PathLike | bytes | StoredImage
 
 # Larger pictures are refused before they are decoded: a small file can hold a huge picture.
 MAX_PIXELS = 64 * 1024 * 1024

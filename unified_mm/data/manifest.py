@@ -15,7 +15,7 @@ import PIL
 
 from unified_mm.data import clips, images, shapes, sounds
 from unified_mm.data.listing import Entry, Key, Listing, Question, id_hint, medium_of
-from unified_mm.data.records import ByteStore, Image, Manifest, Problem, Record, StoredImage, Text
+from unified_mm.data.records import ByteStore, File, Manifest, Problem, Record, Source, Stored, Text
 from unified_mm.files import naming, write_atomically
 
 FORMAT = 3  # raise it when the checks change: caches of an older format are not found then
@@ -67,12 +67,12 @@ def build_manifest(
     """
     folder = Path(folder).resolve()
     stats = _stat(listing)
-    store = next((e.image.shelf for e in listing.entries if isinstance(e.image, StoredImage)), None)
+    store = next((e.image.shelf for e in listing.entries if isinstance(e.image, Stored)), None)
     manifest = cached(
         cache,
         _cache_key(folder, split, source, listing, stats, check_at_most),
         lambda: _check(folder, split, source, listing, stats, threads, progress, check_at_most),
-        store,
+        {"image": store} if store else {},
     )
     # Faults of images come before those of captions.
     listed_as, remaining = f"images of {split!r} in {folder}", len(manifest.records)
@@ -94,7 +94,7 @@ def cached(
     cache: str | os.PathLike | None,
     key: str,
     make: Callable[[], Manifest],
-    shelf: ByteStore | None = None,
+    shelves: Mapping[str, ByteStore],
 ) -> Manifest:
     """Returns the manifest that `cache/manifests/` holds under a key, or makes and keeps it.
 
@@ -102,7 +102,7 @@ def cached(
       cache: the cache's folder; None makes the manifest without keeping it.
       key: a hash of all that the manifest depends on.
       make: makes the manifest.
-      shelf: where the images lie that are not files of their own.
+      shelves: where the parts lie that are not files of their own, by modality.
 
     Raises:
       ValueError: the cached manifest is damaged, or the cache cannot be written.
@@ -111,7 +111,7 @@ def cached(
         return make()
     path = Path(cache) / "manifests" / f"{key}.json"
     if os.path.isfile(path):
-        return _from_cache(path, shelf)
+        return _from_cache(path, shelves)
     manifest = make()
     with naming(f"data.cache_dir={cache}"):
         write_atomically(path, to_json(manifest).encode())
@@ -253,18 +253,18 @@ def to_json(manifest: Manifest) -> str:
     return json.dumps(manifest, default=_members)  # ASCII: paths need not be UTF-8
 
 
-_STORED = "stored image"  # the key under which JSON keeps what lies on a shelf
+_STORED = "stored image"  # the key under which JSON keeps any part that lies on a shelf
 
 
 def _members(value: Any) -> dict[str, Any]:
-    """Returns the fields of a dataclass that JSON keeps: all but the `shelf` of a stored image."""
+    """Returns the fields of a dataclass that JSON keeps: all but the `shelf` of what is stored."""
     names = [field.name for field in dataclasses.fields(value) if field.name != "shelf"]
     members = {name: getattr(value, name) for name in names}
-    return {_STORED: members} if isinstance(value, StoredImage) else members
+    return {_STORED: members} if isinstance(value, Stored) else members
 
 
-def from_json(text: str, shelf: ByteStore | None = None) -> Manifest:
-    """Returns the manifest that `to_json` wrote, its stored images on `shelf`.
+def from_json(text: str, shelves: Mapping[str, ByteStore]) -> Manifest:
+    """Returns the manifest that `to_json` wrote, its stored parts on the shelves of modalities.
 
     Raises:
       ValueError, KeyError, TypeError: the text is not such a manifest.
@@ -274,10 +274,11 @@ def from_json(text: str, shelf: ByteStore | None = None) -> Manifest:
     def record(
         id: int | str, parts: dict, texts: list, mirrorable: bool, labels: Sequence[str] = ()
     ) -> Record:
-        if isinstance(image := parts.get("image"), dict):
-            if shelf is None:
-                raise ValueError("holds images that are stored in another file")
-            parts["image"] = StoredImage(shelf, **image[_STORED])
+        for name, part in parts.items():
+            if isinstance(part, dict) and _STORED in part:
+                if name not in shelves:
+                    raise ValueError(f"holds {name}s that are stored in another file")
+                parts[name] = Stored(shelves[name], **part[_STORED])
         read = tuple(Text(**text) for text in texts)
         return Record(id, parts, read, mirrorable, tuple(labels))
 
@@ -323,8 +324,8 @@ def _check(
         if fault is None or fault.action == "converted"
     )
     problems = tuple(fault for fault in faults if fault is not None) + listing.problems
-    sizes: dict[Image, int] = {str(path): stat.st_size for path, stat in stats.items()}
-    sizes |= {e.image: e.image.size for e in listing.entries if isinstance(e.image, StoredImage)}
+    sizes: dict[File, int] = {str(path): stat.st_size for path, stat in stats.items()}
+    sizes |= {e.image: e.image.size for e in listing.entries if isinstance(e.image, Stored)}
     sealed = fingerprint(records, sizes)
     return Manifest(split, records, source, str(folder), sealed, problems, len(left_alone))
 
@@ -367,7 +368,11 @@ def _image_fault(
         _file_fault(media.get(modality, modality), file, stats, decoded)
         for modality, file in entry.parts
     ]
-    faults.append(_picture_fault(entry, stats, decoded))
+    return worst([*faults, _picture_fault(entry, stats, decoded)])
+
+
+def worst(faults: Iterable[Problem | None]) -> Problem | None:
+    """Returns the first problem that leaves an example out, else the first one, if any."""
     found = sorted((each for each in faults if each), key=lambda each: each.action == "converted")
     return found[0] if found else None
 
@@ -377,14 +382,17 @@ def _file_fault(medium: str, file: Path, stats: Stats, decoded: bool) -> Problem
     kind = medium if medium in CHECKS else medium_of(file)
     if file not in stats:
         return Problem(str(file), f"missing {kind}", "left out")
-    if not decoded:
-        return None
-    check = CHECKS.get(kind, sounds.check)
+    return part_fault(str(file), kind, file) if decoded else None
+
+
+def part_fault(name: str, medium: str, source: Source) -> Problem | None:
+    """Checks a file that is no picture and returns its problem, or None for a good one."""
+    check = CHECKS.get(medium, sounds.check)
     try:
-        conversion = check(file)
+        conversion = check(source)
     except (sounds.SoundError, clips.ClipError, shapes.ShapeError) as error:
-        return Problem(str(file), error.what, "left out")
-    return Problem(str(file), conversion, "converted") if conversion else None
+        return Problem(name, error.what, "left out")
+    return Problem(name, conversion, "converted") if conversion else None
 
 
 def _picture_fault(entry: Entry, stats: Stats, decoded: bool) -> Problem | None:
@@ -395,12 +403,12 @@ def _picture_fault(entry: Entry, stats: Stats, decoded: bool) -> Problem | None:
         return Problem(name, MISSING, "left out")
     if not decoded:
         return None
-    if isinstance(entry.image, StoredImage):
+    if isinstance(entry.image, Stored):
         return image_fault(f"{entry.image.shelf}: {name}", entry.image, name)
     return image_fault(name, entry.image)
 
 
-def image_fault(name: str, source: images.Source, named: str | None = None) -> Problem | None:
+def image_fault(name: str, source: Source, named: str | None = None) -> Problem | None:
     """Checks an image and returns its problem, or None for a good one.
 
     Args:
@@ -425,7 +433,7 @@ def _record(entry: Entry, directional: bool) -> Record:
     return Record(entry.id, parts, entry.texts, mirrorable, entry.labels)
 
 
-def fingerprint(records: Iterable[Record], sizes: Mapping[Image, int]) -> str:
+def fingerprint(records: Iterable[Record], sizes: Mapping[File, int]) -> str:
     """Returns the SHA-256 over what training sees of records; `sizes` are the files' in bytes."""
     digest = hashlib.sha256()
     for record in records:
@@ -497,9 +505,9 @@ def _members_or_path(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else _members(value)
 
 
-def _from_cache(path: Path, shelf: ByteStore | None) -> Manifest:
+def _from_cache(path: Path, shelves: Mapping[str, ByteStore]) -> Manifest:
     try:
         with naming(f"the cached manifest {path}"):
-            return from_json(path.read_text(encoding="utf-8"), shelf)
+            return from_json(path.read_text(encoding="utf-8"), shelves)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"the cached manifest {path} is damaged ({error}): delete it") from error

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 # Scripts that set no space between words: Thai, Lao, Tibetan, Burmese, Khmer, Kana, Bopomofo, Han.
@@ -29,14 +31,14 @@ class Text:
 
 @runtime_checkable
 class ByteStore(Protocol):
-    """A store of undecoded images in larger files, by number; it pickles, and threads share it."""
+    """A store of files inside of larger ones, by number; it pickles, and threads share it."""
 
     def __getitem__(self, number: int, /) -> bytes: ...
 
 
 @dataclass(frozen=True)
-class StoredImage:
-    """An image that lies in a larger file beside others; its `str` names it in messages.
+class Stored:
+    """A file that lies in a larger one beside others; its `str` names it in messages.
 
     Attributes:
       shelf: the store that holds it.
@@ -51,7 +53,7 @@ class StoredImage:
     size: int
 
     def read(self) -> bytes:
-        """Returns the undecoded bytes.
+        """Returns the bytes of the file.
 
         Raises:
           ValueError: the store cannot be read; the message names the file.
@@ -62,7 +64,15 @@ class StoredImage:
         return f"{self.shelf}[{self.number}] ({self.name})"
 
 
-Image = str | StoredImage  # a file's absolute path, or what lies in a larger file
+StoredImage = Stored  # what it was called while images alone were stored
+File = str | Stored  # a file's absolute path, or what lies in a larger file
+Image = File
+Source = str | os.PathLike | bytes | Stored  # a file, or what it holds
+
+
+def content_of(file: str | os.PathLike | Stored) -> bytes:
+    """Returns the bytes of a file, wherever it lies."""
+    return file.read() if isinstance(file, Stored) else Path(file).read_bytes()
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,8 @@ class Record:
 
     Attributes:
       id: the example's id.
-      parts: what modalities other than text read of the example, by their names: an `Image` as
-        `image`, plain JSON values for others. A modality that the example lacks has no part.
+      parts: what modalities other than text read of the example, by their names: a `File`, or what
+        else they take. A modality that the example lacks has no part.
       texts: may be empty.
       mirrorable: False where flipping left and right would make a text false.
       labels: the classes that it is of.

@@ -8,11 +8,13 @@ import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int
+
+from unified_mm.data.records import Source, content_of
+from unified_mm.files import NUMPY_FILES
 
 SUFFIXES = frozenset({".npz", ".npy", ".ply", ".off", ".obj", ".glb"})
 MOST = 2_000_000  # points, and faces, of a file: what an upload may make of little
@@ -77,7 +79,7 @@ def sample(
     return np.einsum("nc,ncv->nv", weights, values[chosen]).astype(np.float32)
 
 
-def check(source: str | Path) -> str:
+def check(source: Source) -> str:
     """Reads a file completely, and returns what was converted; '' for nothing.
 
     Raises:
@@ -86,7 +88,7 @@ def check(source: str | Path) -> str:
     return read(source).conversion
 
 
-def read(source: str | Path | bytes) -> Shape:
+def read(source: Source) -> Shape:
     """Returns the shape of a file, by what it holds and not by its name.
 
     Points that are not finite are left out, with their faces; of a mesh without a surface its
@@ -100,7 +102,7 @@ def read(source: str | Path | bytes) -> Shape:
     """
     name = "" if isinstance(source, bytes) else str(source)
     try:
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        content = source if isinstance(source, bytes) else content_of(source)
         if not content.strip():
             raise ShapeError("empty")
         of_mesh, parts = _parts(content)
@@ -190,15 +192,18 @@ def _limit(count: int) -> None:
 def _array(file: Any) -> np.ndarray:
     """Returns the array of an npy file, whose header is asked first how large it is."""
     start = np.lib.format
-    version = start.read_magic(file)
-    header = start.read_array_header_1_0 if version == (1, 0) else start.read_array_header_2_0
-    shape, _, dtype = header(file)
-    if dtype.kind not in "fiu" or len(shape) != 2:
-        raise ShapeError(f"an array of {dtype} of the shape {list(shape)}, not numbers [points, 3]")
-    _limit(shape[0] * shape[1] // 3)
-    file.seek(0)
-    found: np.ndarray = start.read_array(file, allow_pickle=False)
-    return found
+    with NUMPY_FILES:
+        version = start.read_magic(file)
+        header = start.read_array_header_1_0 if version == (1, 0) else start.read_array_header_2_0
+        shape, _, dtype = header(file)
+        if dtype.kind not in "fiu" or len(shape) != 2:
+            raise ShapeError(
+                f"an array of {dtype} of the shape {list(shape)}, not numbers [points, 3]"
+            )
+        _limit(shape[0] * shape[1] // 3)
+        file.seek(0)
+        found: np.ndarray = start.read_array(file, allow_pickle=False)
+        return found
 
 
 def _npz(content: bytes) -> Parts:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int16
+
+from unified_mm.data.records import Source, Stored
 
 RATE = 16_000  # samples a second, as all models here hear
 SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff"})
@@ -25,18 +26,18 @@ class SoundError(ValueError):
         self.what = what
 
 
-def seconds_of(source: str | Path) -> float:
+def seconds_of(source: Source) -> float:
     """Returns the length of a file, by its header.
 
     Raises:
       SoundError: it is no sound that can be read.
     """
-    with _opened(source, str(source)) as file:
+    with _opened(source) as file:
         return float(file.frames / file.samplerate)
 
 
 def decode(
-    source: str | Path | bytes, start: float = 0.0, seconds: float | None = None
+    source: Source, start: float = 0.0, seconds: float | None = None
 ) -> Int16[np.ndarray, " S"]:
     """Returns the samples of a file: channels averaged, resampled to `RATE`.
 
@@ -51,8 +52,8 @@ def decode(
       SoundError: it cannot be read, is shorter than its header says, holds no sample, or one that
         is not finite.
     """
-    name = "the sound" if isinstance(source, bytes) else str(source)
-    with _opened(source, name) as file:
+    name = _name(source)
+    with _opened(source) as file:
         rate, first = file.samplerate, round(start * file.samplerate)
         wanted = max(file.frames - first, 0)
         if seconds is not None:
@@ -74,14 +75,14 @@ def decode(
     return np.clip(np.rint(wave * 32768.0), -32768, 32767).astype(np.int16)
 
 
-def check(source: str | Path) -> str:
+def check(source: Source) -> str:
     """Decodes a file completely, and returns what was converted; '' for nothing.
 
     Raises:
       SoundError: as `decode` does.
     """
     decode(source)
-    with _opened(source, str(source)) as file:
+    with _opened(source) as file:
         found = [f"resampled from {file.samplerate:,} Hz"] if file.samplerate != RATE else []
         found += [f"{file.channels} channels averaged"] if file.channels > 1 else []
     return ", ".join(found)
@@ -124,9 +125,15 @@ def library(name: str) -> Any:
         ) from error
 
 
-def _opened(source: str | Path | bytes, name: str) -> Any:
+def _opened(source: Source) -> Any:
     soundfile = library("soundfile")
+    held = source.read() if isinstance(source, Stored) else source
     try:
-        return soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return soundfile.SoundFile(io.BytesIO(held) if isinstance(held, bytes) else held)
     except soundfile.LibsndfileError as error:
-        raise SoundError(name, f"no sound that can be read: {error.error_string}") from error
+        what = f"no sound that can be read: {error.error_string}"
+        raise SoundError(_name(source), what) from error
+
+
+def _name(source: Source) -> str:
+    return "the sound" if isinstance(source, bytes) else str(source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,9 +109,12 @@ def _of(source: Source, what: str, split: str) -> Sequence[Any]:
 
 
 class AnnotatedFolder:
-    """Images with captions, and in `annotations/` files of questions and foils on them.
+    """Examples with captions, and in `annotations/` files of questions and foils on them.
 
     Subclasses read the captions.
+
+    Attributes:
+      media: what the files of modalities are whose names do not tell it, such as 'audio'.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class AnnotatedFolder:
         self._max_bad_share = float(data.max_bad_share)
         self._max_orphans = self._max_bad_share  # share that may be on unlisted images
         self._asking = asking_field(data)
+        self.media: Mapping[str, str] = {}
         self._questions: dict[str, Sequence[Question]] = {}  # those that were read
         # By split, and by whether questions are checked: reading 20,000 examples takes a second.
         self._manifests: dict[tuple[str, bool], Manifest] = {}
@@ -214,12 +218,12 @@ class ListedFolder(AnnotatedFolder):
         if WHOLE in self._listed and data.train_split != WHOLE:
             self.described += f"; what tells no split is {WHOLE!r}, which is not trained on"
         self._check_at_most, self._train_split = int(data.check_at_most), data.train_split
-        self._media = {
+        super().__init__(folder, list(self._listed), data, name=name, banner=banner)
+        self.media = {
             name.strip(): medium
             for medium in ("audio", "points", "video")
             for name in data.fields[medium].split(",")
         }
-        super().__init__(folder, list(self._listed), data, name=name, banner=banner)
 
     def _hold_out(self, whole: str, share: float) -> None:
         """Makes 'train' and 'val' of one split, by the examples' ids alone.
@@ -257,7 +261,7 @@ class ListedFolder(AnnotatedFolder):
                 f"{self.folder} has no split {split!r}: it has {', '.join(self._listed)}"
             )
         if split not in self._known:
-            self._known[split] = replace(self._listed[split](), media=self._media)
+            self._known[split] = replace(self._listed[split](), media=self.media)
         return self._known[split]
 
     def manifest(self, split: str) -> Manifest:

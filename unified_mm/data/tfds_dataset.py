@@ -42,32 +42,32 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """The undecoded images of a split, by number: a `records.ByteStore`.
+    """The undecoded files that a feature of a split holds, by number: a `records.ByteStore`.
 
     Every process opens the files for itself, when it first reads.
 
     Attributes:
       folder: the folder of the dataset.
       split: the name of the split.
-      image: the name of the image feature.
+      feature: the name of the feature.
     """
 
     folder: str
     split: str
-    image: str  # the name of the feature
+    feature: str
 
     def __str__(self) -> str:
         return f"{self.folder} {self.split}"
 
     def __getitem__(self, number: int) -> bytes:
-        data: bytes = self.example(number, self._opened.image)[self.image]
+        data: bytes = self.example(number, self._opened.alone)[self.feature]
         return data
 
     def __reduce__(self) -> tuple:
-        return Split, (self.folder, self.split, self.image)
+        return Split, (self.folder, self.split, self.feature)
 
     def example(self, number: int, features: Any) -> Mapping[str, Any]:
-        """Returns the members of an example that `features` holds, the image undecoded.
+        """Returns the members of an example that `features` holds, its own file undecoded.
 
         Raises:
           ValueError: a shard cannot be read; the message names it.
@@ -91,9 +91,9 @@ class Split:
         builder = open_builder(Path(self.folder), self.folder)
         raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
         raw = builder.as_data_source(self.split, deserialize_method=raw_bytes)
-        image = feature_dict({self.image: builder.info.features[self.image]})
-        skip = {self.image: tfds.decode.SkipDecoding()}
-        return _Opened(raw, image, skip, builder.info.splits[self.split])
+        alone = feature_dict({self.feature: builder.info.features[self.feature]})
+        skip = {self.feature: tfds.decode.SkipDecoding()}
+        return _Opened(raw, alone, skip, builder.info.splits[self.split])
 
 
 class _Opened(NamedTuple):
@@ -101,13 +101,13 @@ class _Opened(NamedTuple):
 
     Attributes:
       raw: the serialized examples.
-      image: the feature dict of the image alone.
-      skip: the decoders that leave images undecoded.
+      alone: the feature dict of the file alone.
+      skip: the decoders that leave it undecoded.
       info: TFDS' description of the split.
     """
 
     raw: Sequence[bytes]
-    image: Any
+    alone: Any
     skip: dict[str, Any]
     info: Any
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from unified_mm.data import images
-from unified_mm.data.records import Manifest, Record, StoredImage
+from unified_mm.data.records import File, Manifest, Record, Stored, content_of
+from unified_mm.data.tfds_features import PART, TOLD
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Options:
     Attributes:
       resize: pixels that the shorter side of an image has at most; 0 keeps every file's bytes.
       quality: of the JPEG that a resized image becomes (Pillow's scale, chroma halved).
-      shard_bytes: bytes of original image files that a shard has at most.
+      shard_bytes: bytes of original files that a shard has at most.
     """
 
     resize: int = 0
@@ -31,29 +32,62 @@ class Options:
     shard_bytes: int = 128 * 2**20
 
 
-def to_example(record: Record, manifest: Manifest, options: Options) -> dict[str, Any]:
-    """Returns a record as a TFDS example; without an image, the image is empty."""
+def other_parts(
+    manifests: Mapping[str, Manifest], media: Mapping[str, str]
+) -> dict[str, str] | None:
+    """Returns what the records hold beside images: modalities, with what their files are.
+
+    None where they hold nothing else than images with captions, not even labels or prompts.
+
+    Args:
+      manifests: of all splits.
+      media: as `AnnotatedFolder` has them.
+    """
+    records = [record for manifest in manifests.values() for record in manifest.records]
+    names = sorted({name for record in records for name in record.parts} - {"image"})
+    if not names and not any(r.labels or any(text.prompt for text in r.texts) for r in records):
+        return None
+    return {name: media.get(name, name) for name in names}
+
+
+def to_example(
+    record: Record, manifest: Manifest, options: Options, parts: Mapping[str, str] | None
+) -> dict[str, Any]:
+    """Returns a record as a TFDS example; a part that it lacks is empty.
+
+    `parts` is what `other_parts` returns.
+    """
     data, name = b"", ""
     if record.image is not None:
-        data, name = _picture(record.image), _name(record.image, manifest.folder)
+        data, name = content_of(record.image), _name(record.image, manifest.folder)
         if smaller := _resized(data, options):
             data, name = smaller, os.path.splitext(name)[0] + ".jpg"
-    return {
+    example = {
         "image": data,
         "image/filename": name,
         "image/id": record.id,
         "captions": [{"text": text.target} for text in record.texts],
         "mirrorable": record.mirrorable,
     }
+    return example if parts is None else example | _others(record, manifest, parts)
 
 
-def _picture(image: str | StoredImage) -> bytes:
-    return image.read() if isinstance(image, StoredImage) else Path(image).read_bytes()
+def _others(record: Record, manifest: Manifest, parts: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the features of what a record holds beside an image with captions."""
+    files = {name: part for name, part in record.parts.items() if name in parts}
+    told = {
+        "files": {name: _name(file, manifest.folder) for name, file in files.items()},
+        "labels": record.labels,
+        "prompts": [text.prompt for text in record.texts],
+    }
+    contents = {PART.format(name): b"" for name in parts}
+    contents |= {PART.format(name): content_of(file) for name, file in files.items()}
+    return contents | {TOLD: json.dumps(told)}
 
 
-def _name(image: str | StoredImage, folder: str) -> str:
-    """Returns an image's name in its folder for messages, bytes that are not UTF-8 escaped."""
-    name = image.name if isinstance(image, StoredImage) else os.path.relpath(image, folder)
+def _name(file: File, folder: str) -> str:
+    """Returns a file's name in its folder for messages, bytes that are not UTF-8 escaped."""
+    name = file.name if isinstance(file, Stored) else os.path.relpath(file, folder)
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
@@ -74,8 +108,10 @@ def _resized(data: bytes, options: Options) -> bytes | None:
     return file.getvalue()
 
 
-def common_features(manifests: Mapping[str, Manifest]) -> Any:
+def common_features(manifests: Mapping[str, Manifest], parts: Mapping[str, str] | None) -> Any:
     """Returns the features that hold all records, named as in TFDS' `coco_captions`.
+
+    `parts` is what `other_parts` returns.
 
     Raises:
       ValueError: no single feature type holds all ids.
@@ -91,15 +127,15 @@ def common_features(manifests: Mapping[str, Manifest]) -> Any:
         raise ValueError(
             "ids of images are numbers and strings, or of more than 64 bits: write them alike"
         )
-    return tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(),
-            "image/filename": tfds.features.Text(),
-            "image/id": key,
-            "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
-            "mirrorable": tfds.features.Scalar(np.bool_),
-        }
-    )
+    features = {
+        "image": tfds.features.Image(),
+        "image/filename": tfds.features.Text(),
+        "image/id": key,
+        "captions": tfds.features.Sequence({"text": tfds.features.Text()}),
+        "mirrorable": tfds.features.Scalar(np.bool_),
+    }
+    others = () if parts is None else (*map(PART.format, parts), TOLD)
+    return tfds.features.FeaturesDict(features | {name: tfds.features.Text() for name in others})
 
 
 def serializer(features: Any) -> Callable[[dict[str, Any]], bytes]:

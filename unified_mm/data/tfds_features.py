@@ -16,6 +16,9 @@ USUAL = {
     "mirrorable": ("mirrorable",),
 }
 TEXTS = ("text", "caption", "raw")  # names of the text in a group of captions
+# What `unified_mm.prepare` calls the files of other modalities, and what it tells beside them, as
+# JSON: the files' names by modality, the labels, and the prompt of each caption.
+PART, TOLD = "parts/{}", "told"
 NEEDED = ("image", "captions")
 
 

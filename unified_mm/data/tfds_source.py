@@ -4,14 +4,14 @@ It reads datasets that `python -m unified_mm.prepare` wrote, or that TFDS prepar
 `file_format='array_record'`, such as TFDS' `coco_captions`: an image feature, and captions as a
 text, a sequence of texts, or a sequence of groups with a text in each. `data.tfds` names the
 features that have unusual names. Files of questions and foils may lie in `annotations/`, as they do
-in a COCO folder.
+in a COCO folder. What `prepare` wrote holds other modalities too: `prepared.json` says which.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ from unified_mm.data.manifest import (
     fingerprint,
     image_fault,
     names_sides,
+    part_fault,
     refuse_bad,
     with_orphans,
+    worst,
 )
 from unified_mm.data.mirror import Mirror, is_remote
-from unified_mm.data.records import Image, Manifest, Problem, Record, StoredImage, Text
+from unified_mm.data.records import File, Manifest, Problem, Record, Stored, Text
 from unified_mm.data.sources import AnnotatedFolder, cache_folder
 from unified_mm.data.tfds_dataset import (
     FEATURES,
@@ -41,7 +43,7 @@ from unified_mm.data.tfds_dataset import (
     feature_dict,
     open_builder,
 )
-from unified_mm.data.tfds_features import choose_roles
+from unified_mm.data.tfds_features import PART, TOLD, choose_roles
 from unified_mm.files import user_path
 
 PREPARED = "prepared.json"  # what `unified_mm.prepare` tells of its work
@@ -82,6 +84,15 @@ class TfdsSource(AnnotatedFolder):
         super().__init__(folder, list(self._builder.info.splits), data, name="tfds", banner=banner)
         if prepared:
             self._max_orphans = 1.0  # some images were left out, and theirs were accepted then
+        held: list[str] = []  # the features of what is more than images with captions
+        if told and told.has("parts"):
+            self.media = told.get("parts")
+            held = [TOLD, *map(PART.format, self.media)]
+            if lost := [name for name in held if name not in features]:
+                fault = f"is of {', '.join(lost)}, which {FEATURES} lacks: copy or prepare it again"
+                raise told.error(fault, "parts")
+        self._tells = bool(held)
+        self._features = feature_dict({n: features[n] for n in (*self._roles.features, *held)})
 
     def _build(self, split: str, sidecars: Sequence[Sidecar]) -> Manifest:
         if split not in self.splits():
@@ -90,9 +101,10 @@ class TfdsSource(AnnotatedFolder):
                 "data.train_split and evaluation.split to two of these"
             )
         shards = self._shards(split)
-        shelf = Split(self.folder, split, self._roles.image)
+        held = {"image": self._roles.image} | {name: PART.format(name) for name in self.media}
+        shelves = {name: Split(self.folder, split, feature) for name, feature in held.items()}
         manifest = cached(
-            self._cache, self._key(split, shards), lambda: self._read(shelf, shards), shelf
+            self._cache, self._key(split, shards), lambda: self._read(shelves, shards), shelves
         )
         where = f"{split!r} in {self.folder}"
         records, problems = manifest.records, manifest.problems
@@ -126,50 +138,64 @@ class TfdsSource(AnnotatedFolder):
         stats = [(shard.path.name, shard.path.stat()) for shard in shards]
         files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         setting = ["tfds", FORMAT, PIL.__version__, self.folder, split, list(self._roles), files]
+        setting += [self.media] if self.media else []
         digest = hashlib.sha256(json.dumps(setting).encode())
         for name in (INFO, FEATURES):
             digest.update((Path(self.folder) / name).read_bytes())
         return digest.hexdigest()
 
-    def _read(self, shelf: Split, shards: Sequence[Shard]) -> Manifest:
-        """Reads every example once and decodes its image completely."""
+    def _read(self, shelves: Mapping[str, Split], shards: Sequence[Shard]) -> Manifest:
+        """Reads every example once and decodes its files completely."""
         from tqdm import tqdm
 
         for shard in shards:
             shard.check()
         count = sum(shard.records for shard in shards)
-        known = self._builder.info.features
-        features = feature_dict({name: known[name] for name in self._roles.features})
+        split = shelves["image"].split
         with ThreadPoolExecutor() as pool:
-            read = pool.map(lambda n: self._checked(shelf, features, n), range(count))
+            read = pool.map(lambda n: self._checked(shelves, n), range(count))
             found = list(tqdm(read, "checking images", count, unit="image", disable=None))
         records: dict[int | str, Record] = {}
         problems: list[Problem] = []
         for record, faults in found:
-            name = f"{shelf.split}: id {record.id!r}"
+            name = f"{split}: id {record.id!r}"
             if record.id in records:
                 faults = [Problem(name, "id of another example too", "left out")]
             if not any(fault.action == "left out" and fault.what != _EMPTY for fault in faults):
                 records[record.id] = record
             problems += faults
         kept = tuple(records.values())
-        stored = (record.image for record in kept)
-        sizes: dict[Image, int] = {i: i.size for i in stored if isinstance(i, StoredImage)}
+        sizes: dict[File, int] = {p: p.size for record in kept for p in record.parts.values()}
         sealed = fingerprint(kept, sizes)
-        return Manifest(shelf.split, kept, self.name, self.folder, sealed, tuple(problems))
+        return Manifest(split, kept, self.name, self.folder, sealed, tuple(problems))
 
-    def _checked(self, shelf: Split, features: Any, number: int) -> tuple[Record, list[Problem]]:
-        """Returns an example as a record, with what is wrong with its image and its captions."""
-        example, roles = shelf.example(number, features), self._roles
+    def _checked(self, shelves: Mapping[str, Split], number: int) -> tuple[Record, list[Problem]]:
+        """Returns an example as a record, with what is wrong with its files and its captions."""
+        shelf, roles = shelves["image"], self._roles
+        example = shelf.example(number, self._features)
         place = f"{shelf.split}[{number}]"
-        data, name = example[roles.image], roles.name_of(example)
+        told = json.loads(example[TOLD]) if self._tells else {}
         captions = [caption.strip() for caption in roles.captions_of(example, f"{shelf}[{number}]")]
-        texts = tuple(Text("", caption) for caption in captions if caption)
+        prompts = told.get("prompts", [""] * len(captions))
+        texts = tuple(Text(*each) for each in zip(prompts, captions, strict=True) if each[1])
         faults = [Problem(place, _EMPTY, "left out") for caption in captions if not caption]
+        data, name = example[roles.image], roles.name_of(example)
         # An empty image is none: TFDS has no other way to leave one out.
-        image = StoredImage(shelf, number, name or place, len(data)) if data else None
-        fault = image_fault(name or place, data, name) if data else None
+        found: dict[str, tuple[str, bytes]] = {"image": (name or place, data)} if data else {}
+        found |= {
+            key: (file, example[PART.format(key)]) for key, file in told.get("files", {}).items()
+        }
+        fault = worst(
+            image_fault(file, content, name)
+            if key == "image"
+            else part_fault(file, self.media[key], content)
+            for key, (file, content) in found.items()
+        )
+        parts = {
+            key: Stored(shelves[key], number, file, len(content))
+            for key, (file, content) in found.items()
+        }
         mirrorable = roles.mirrorable_of(example) and not names_sides(texts)
-        parts = {"image": image} if image else {}
-        record = Record(roles.id_of(example, number), parts, texts, mirrorable)
+        labels = tuple(told.get("labels", ()))
+        record = Record(roles.id_of(example, number), parts, texts, mirrorable, labels)
         return record, ([fault] if fault else []) + faults

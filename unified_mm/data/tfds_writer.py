@@ -1,4 +1,4 @@
-"""Writes images with captions as a TFDS dataset in `array_record` format, without TensorFlow.
+"""Writes examples as a TFDS dataset in `array_record` format, without TensorFlow.
 
 Shards are written one by one into `.NAME.preparing` beside the target folder, each under a
 temporary name until it is complete, and the folder is renamed last. So the target folder is
@@ -21,10 +21,16 @@ import PIL
 
 from unified_mm.data import coco
 from unified_mm.data.manifest import summary
-from unified_mm.data.records import Manifest, Record, StoredImage
+from unified_mm.data.records import File, Manifest, Record, Stored
 from unified_mm.data.sources import AnnotatedFolder
 from unified_mm.data.tfds_dataset import FILE_FORMAT
-from unified_mm.data.tfds_examples import Options, common_features, serializer, to_example
+from unified_mm.data.tfds_examples import (
+    Options,
+    common_features,
+    other_parts,
+    serializer,
+    to_example,
+)
 from unified_mm.data.tfds_source import PREPARED
 from unified_mm.files import LOCK, hold, naming, read_json, sha256, write_atomically, write_json
 
@@ -33,6 +39,8 @@ NOTICE = (
     "THIS DATASET IS THE EMBEDDED WORLD: small rendered scenes of spheres, cubes and cylinders "
     "with generated captions. Its scores say nothing about photographs."
 )
+MADE = "THIS DATASET, {!r}, WAS MADE BY THIS PACKAGE: its scores say nothing about the world."
+LARGEST = 2**31 - 2**20  # bytes of an example's files: a message of protocol buffers ends at 2**31
 
 
 def write_dataset(
@@ -56,6 +64,8 @@ def write_dataset(
     manifests = {split: source.captioned(split) for split in source.splits()}
     for manifest in manifests.values():
         say(summary(manifest))
+    if options.resize and not any(r.image for m in manifests.values() for r in m.records):
+        raise ValueError(f"--resize is of pictures, and {source.folder} has none: leave it out")
     plan = _plan(source, manifests, options)
     if os.path.lexists(out):
         _refuse_other(out, plan, "exists and is not overwritten: name a new folder")
@@ -93,17 +103,23 @@ def _plan(
                 f"the split {split!r} of {source.folder} has a name that TFDS cannot take: rename "
                 "its files to letters, digits and underscores"
             )
-        _refuse_more(manifest)
+        _refuse_unheld(manifest)
+        if source.questions(split) and not coco.has_questions(source.folder, split):
+            raise ValueError(
+                f"the questions of {split!r} are in lists of {source.folder} that such a dataset "
+                "does not hold: train on the folder itself"
+            )
     beside = {
         name: sha256(file)
         for split in manifests
         for name, file in coco.files_beside(source.folder, split).items()
     }
     encoding = {**dataclasses.asdict(options), "pillow": PIL.__version__}
+    parts = other_parts(manifests, source.media)
     return {
         "format": 1,
         "name": source.name,
-        "notice": NOTICE if source.banner else None,
+        "notice": _notice(source),
         "encoding": encoding if options.resize else None,
         "splits": {
             split: {
@@ -113,16 +129,28 @@ def _plan(
             for split, manifest in manifests.items()
         },
         "beside": beside,
+        **({} if parts is None else {"parts": parts}),
     }
 
 
-def _refuse_more(manifest: Manifest) -> None:
-    """Raises ValueError for records with more than an image with captions."""
+def _notice(source: AnnotatedFolder) -> str | None:
+    """Returns what nobody may overlook about the data that is written."""
+    if not source.banner or source.name == "tfds":
+        return source.banner
+    return NOTICE if source.name == "world" else MADE.format(source.name)
+
+
+def _refuse_unheld(manifest: Manifest) -> None:
+    """Raises ValueError for records with a part that is no file, or with files too large."""
     for record in manifest.records:
-        if set(record.parts) - {"image"} or any(text.prompt for text in record.texts):
+        where = f"example {record.id!r} of {manifest.folder}"
+        for name, part in record.parts.items():
+            if not isinstance(part, File):
+                raise ValueError(f"{where}: its {name} is no file, and such a dataset holds files")
+        if (size := _size(record)) > LARGEST:
             raise ValueError(
-                f"example {record.id!r} of {manifest.folder} has more than an image with captions: "
-                "such a dataset cannot hold it"
+                f"{where} has files of {size:,} bytes, and an example of such a dataset holds "
+                f"{LARGEST:,}: train on the folder itself"
             )
 
 
@@ -148,11 +176,10 @@ def _shard_lengths(records: Sequence[Record], shard_bytes: int) -> list[int]:
 
 
 def _size(record: Record) -> int:
-    if record.image is None:
-        return 0
-    if isinstance(record.image, StoredImage):
-        return record.image.size
-    return os.path.getsize(record.image)
+    return sum(
+        part.size if isinstance(part, Stored) else os.path.getsize(part)
+        for part in record.parts.values()
+    )
 
 
 def _write_shards(
@@ -161,10 +188,11 @@ def _write_shards(
     """Writes the shards that are missing, in order."""
     from tqdm import tqdm
 
-    serialized = serializer(common_features(manifests))
+    parts = plan.get("parts")
+    serialized = serializer(common_features(manifests, parts))
     total = sum(len(manifest.records) for manifest in manifests.values())
     with (
-        tqdm(total=total, unit="image", disable=None) as bar,
+        tqdm(total=total, unit="example", disable=None) as bar,
         ThreadPoolExecutor() as pool,
     ):
         for split, manifest in manifests.items():
@@ -176,7 +204,7 @@ def _write_shards(
                     shard_index=number, num_shards=len(lengths)
                 )
                 if not path.exists():
-                    made = pool.map(lambda r, m=manifest: to_example(r, m, options), records)
+                    made = pool.map(lambda r, m=manifest: to_example(r, m, options, parts), records)
                     _write_shard(Path(path), map(serialized, made), length)
                 bar.update(length)
 
@@ -223,6 +251,7 @@ def _write_metadata(work: Path, manifests: Mapping[str, Manifest], plan: Mapping
     """Writes the metadata of the dataset for TFDS, over any that are there."""
     import tensorflow_datasets as tfds
 
+    parts = plan.get("parts")
     infos = []
     for split in manifests:
         template = _template(work, plan["name"], split)
@@ -232,12 +261,12 @@ def _write_metadata(work: Path, manifests: Mapping[str, Manifest], plan: Mapping
         infos.append(tfds.core.SplitInfo(split, lengths, size, template))
     tfds.folder_dataset.write_metadata(
         data_dir=work,
-        features=common_features(manifests),
+        features=common_features(manifests, parts),
         split_infos=infos,
         version=VERSION,
         check_data=False,
-        description="Images with captions, written by unified_mm.prepare."
-        + (f" {plan['notice']}" if plan["notice"] else ""),
+        description=f"{'Examples' if parts else 'Images'} with captions, written by "
+        "unified_mm.prepare." + (f" {plan['notice']}" if plan["notice"] else ""),
     )
 
 

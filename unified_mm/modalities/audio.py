@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from unified_mm.config import build_options, option
 from unified_mm.data import sounds
-from unified_mm.data.records import Record
+from unified_mm.data.records import File, Record
 from unified_mm.modalities.image import START
 from unified_mm.modalities.spectrogram import HOP, PRESETS, log_mel
 from unified_mm.nn.feed_forward import ACTIVATIONS
@@ -202,7 +202,7 @@ class AudioModality:
             return sounds.silence_or_noise(part["made"], length, drawn)
         file, start = place_of(part)
         if fault := self.fault(part):
-            raise sounds.SoundError(file, fault)
+            raise sounds.SoundError(str(file), fault)
         if rng is not None:
             room = sounds.seconds_of(file) - start - self.seconds
             start += rng.uniform(0, room) if room > 0 else 0.0
@@ -249,7 +249,7 @@ class AudioModality:
             return [part]
         count = int(np.ceil(length / self.seconds))
         starts = start + np.linspace(0, length - self.seconds, count)
-        return [{"file": str(file), "start": float(each)} for each in starts]
+        return [{"file": file, "start": float(each)} for each in starts]
 
     def mix(
         self, one: dict[str, np.ndarray], other: dict[str, np.ndarray], rng: np.random.Generator,
@@ -309,7 +309,7 @@ def is_made(part: Any) -> bool:
     return isinstance(part, Mapping) and "made" in part
 
 
-def place_of(part: Any) -> tuple[str, float]:
+def place_of(part: Any) -> tuple[File, float]:
     """Returns the file of a record's part, and the second at which it begins."""
     if isinstance(part, Mapping):
         return part["file"], float(part.get("start", 0.0))
