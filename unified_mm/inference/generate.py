@@ -204,9 +204,9 @@ class TextWriter:
         # What is done stays at its place: beyond the last one there is no embedding.
         before = state.read_state
         place = jnp.where(state.done, before.place, read_state.place)
-        if early is not None:
-            left = jnp.where(state.done[:, None], before.early.left, read_state.early.left)
-            early = replace(before.early, left=left)
+        early, new = before.early, read_state.early
+        if early is not None and new is not None:
+            early = replace(early, left=jnp.where(state.done[:, None], early.left, new.left))
         read_state = replace(read_state, place=place, early=early)
         return self.append(state.replace(read_state=read_state), logits)  # type: ignore[attr-defined]
 

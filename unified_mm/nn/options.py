@@ -384,8 +384,8 @@ class TransformerOptions:
     @classmethod
     def config_fields(cls) -> tuple[str, ...]:
         """Returns the names of the fields that `config.model` has under the same names."""
-        elsewhere = ("unstacked", "cache", "dropless", "gathered", "counted")
-        elsewhere += ("cross", "dropping", "pipeline")
+        inference = ("unstacked", "cache", "dropless", "gathered")
+        elsewhere = (*inference, "counted", "cross", "dropping", "pipeline")
         return tuple(each.name for each in fields(cls) if each.init and each.name not in elsewhere)
 
     @classmethod

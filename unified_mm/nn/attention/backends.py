@@ -71,5 +71,10 @@ def kernel_mask(
         return None
     zeroes = getattr(kernel, "ZEROES_UNSEEN", False)
     sees = None if zeroes else has_keys(call, queries, keys)
-    own = {"queries": queries, "keys": keys, "has_keys": sees, "counted": options.counted}
+    own: dict[str, Any] = {
+        "queries": queries,
+        "keys": keys,
+        "has_keys": sees,
+        "counted": options.counted,
+    }
     return BlockMask(call, name, kernel.attend, **own)
