@@ -6,18 +6,13 @@
         --config.data.dir=FOLDER --workdir=runs/text_weights
     python -m unified_mm.main --config=experiments/text_tower.py:scratch,runs/minilm \
         --config.data.dir=FOLDER --workdir=runs/text_scratch
-    python -m unified_mm.main --config=experiments/text_tower.py:frozen,runs/minilm \
-        --config.data.dir=FOLDER --workdir=runs/text_frozen
 
-The first two have the same shape, tokenizer, steps and learning rates. The text tower's learning
-rate is a tenth of the others' in both: from scratch, a post-norm transformer learns nothing at the
-full rate. The third keeps MiniLM as it is: its texts are read once, and the minutes go to the
-pictures.
+Both have the same shape, tokenizer, steps and learning rates. The text tower's learning rate is a
+tenth of the others' in both: from scratch, a post-norm transformer learns nothing at the full rate.
 """
 
 from ml_collections import ConfigDict
 
-from configs import coco
 from experiments import recipe
 from unified_mm.training.start_from import config_from_run
 
@@ -25,12 +20,10 @@ TEXT = "(embedders_text|transformer)/.*"
 
 
 def get_config(spec: str) -> ConfigDict:
-    """Returns the config for `weights,RUN` and the like, RUN being the imported encoder."""
+    """Returns the config for `weights,RUN` or `scratch,RUN`, RUN being the imported encoder."""
     start, _, run = spec.partition(",")
-    if start not in ("weights", "scratch", "frozen") or not run:
-        raise ValueError(f"{spec!r}: give weights,RUN, scratch,RUN or frozen,RUN")
-    if start == "frozen":
-        return frozen(run)
+    if start not in ("weights", "scratch") or not run:
+        raise ValueError(f"{spec!r}: give weights,RUN or scratch,RUN")
     config = recipe.get_config("tiny")
     config.model.fusion = "late"
     config.model.unroll = 1
@@ -44,20 +37,3 @@ def get_config(spec: str) -> ConfigDict:
     config.train.learning_rate = 1e-3
     config.train.steps = 300
     return config
-
-
-def frozen(run: str) -> ConfigDict:
-    """Returns the config in which the pictures' tower alone is trained."""
-    config = coco.get_config("tiny")
-    config.model.fusion = "late"
-    config.model.unroll = 1
-    config.model.tower = {"width": 128, "layers": 4, "heads": 4, "feed_forward": 512}
-    config.model.start_from.text = run
-    config.objectives.captioning.weight = 0.0
-    config.data.image_size = 112
-    config.data.crop_scale, config.data.crop_ratio = (0.4, 1.0), (0.75, 1.3333)
-    config.data.mirror = True
-    config.data.keep_features = True
-    config.train.freeze_rules = ((TEXT, True), (".*", False))
-    config.train.steps = 3000
-    return config_from_run(config, ())
