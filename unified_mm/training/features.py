@@ -223,7 +223,7 @@ def looking(task: Task, name: str, key: str) -> Callable[[Any, Any], tuple[Any, 
 
     def of_text(params: Any, batch: Any) -> tuple[Any, Any]:
         view = read_once(task)
-        x = task.model.apply(
+        x: Any = task.model.apply(
             {"params": params}, batch, method=lambda model, all: model.read_text(all[name], view)
         )
         return x.astype(jnp.float32), batch[name]["valid"]
@@ -242,11 +242,11 @@ def digest_of(kept: Kept, task: Task, fingerprint: str, records: Sequence[Record
       own: the parameters that look at them, by path.
     """
     name = kept.modality.name
-    tower = {
-        TOWER: lambda: repr(task.model.tower_of(name)),
-        STEM: str,
-        READ: lambda: repr([task.model.options, read_once(task)]),
-    }[kept.key]()
+    tower: Any = ""
+    if kept.key == TOWER:
+        tower = repr(task.model.tower_of(name))
+    if kept.key == READ:
+        tower = repr([task.model.options, read_once(task)])
     known = [FORMAT, kept.key, kept.shape, fingerprint, repr(kept.modality), tower]
     digest = hashlib.sha256(json.dumps([*known, str(task.model.options.dtype)]).encode())
     for record in records:
