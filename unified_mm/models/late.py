@@ -149,7 +149,10 @@ class LateFusion(WithTowers):
         views: Sequence[View],
         deterministic: bool,
     ) -> dict[str, Float[Array, "B T D"]]:
-        """As the base; or `read` [B, T, D] of the batch, computed before (`training.features`)."""
+        """Returns what the base does, or what was computed before (`training.features`).
+
+        A batch may hold that as `read` [B, T, D], of one view.
+        """
         if "read" not in batch["text"]:
             return super().read_texts(batch, looked, views, deterministic)
         (view,) = views
