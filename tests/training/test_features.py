@@ -16,8 +16,19 @@ from unified_mm.data.pipeline import training_batches
 from unified_mm.data.sources import open_source
 from unified_mm.inference.loaded import one_device_mesh
 from unified_mm.inference.predictor import Predictor
+from unified_mm.objectives.classification import LABELS, Classification
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.training.features import READ, STEM, TOWER, VALUES, Kept, computed, kept_preparers
+from unified_mm.training.features import (
+    READ,
+    STEM,
+    TOWER,
+    VALUES,
+    Kept,
+    computed,
+    kept_in,
+    kept_preparers,
+    with_kept,
+)
 from unified_mm.training.optimizer import adaptive_clip
 from unified_mm.training.phases import Rows, refuse_nothing_kept
 
@@ -115,6 +126,21 @@ def test_texts_are_read_once_where_their_tower_is_frozen(data, tmp_path):
     assert not np.allclose(encode(seen, seen["ids"] * 0), read, atol=1e-2)
     for key in ("ids", "valid", "scored", "present"):
         np.testing.assert_array_equal(kept[key], seen[key])
+
+
+def test_labels_are_added_to_features_too(data, tmp_path):
+    task, _, rows, compute = begun(data, tmp_path, ("['stem']",), **SMALL_STEM)
+    classes = Classification(name="classification", classes=("cat", "dog"), of="image")
+    modality, kept = task.modalities["image"], rows.preparers["image"]
+    labelled = with_kept(classes.preparer(modality, rows.examples), modality, kept)
+    assert kept_in(labelled) is kept and kept_in(modality) is None
+    rows.preparers["image"] = labelled
+    found = compute().preparers["image"]
+    record = replace(rows.examples[0], labels=("dog",))
+    arrays = found.prepare(record, np.random.default_rng(0))
+    assert STEM in arrays and arrays[LABELS].tolist() == [0.0, 1.0]
+    with pytest.raises(ValueError, match="prepares image in a way of its own"):
+        with_kept(object(), modality, kept)
 
 
 def test_features_are_found_again_and_a_damaged_file_is_made_again(data, tmp_path):

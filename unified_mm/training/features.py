@@ -153,6 +153,28 @@ class Views(Sequence):
         return {record.id: first for record, first in zip(self.records, firsts, strict=True)}
 
 
+def kept_in(preparer: Any) -> Kept | None:
+    """Returns what a preparer reads features by, itself or where it adds labels; None for none."""
+    inner = preparer if isinstance(preparer, Kept) else getattr(preparer, "modality", None)
+    return inner if isinstance(inner, Kept) else None
+
+
+def with_kept(preparer: Any, before: Any, kept: Kept) -> Any:
+    """Returns a preparer that reads what is kept where it read what was before.
+
+    Raises:
+      ValueError: it is neither that nor adds labels to it.
+    """
+    if preparer is before:
+        return kept
+    if getattr(preparer, "modality", None) is not before:
+        raise ValueError(
+            f"data.keep_features=True, but {type(preparer).__name__} prepares "
+            f"{kept.modality.name} in a way of its own: set it to False"
+        )
+    return replace(preparer, modality=kept)
+
+
 def kept_preparers(
     task: Task, records: Sequence[Record], params: Any, trained: Any
 ) -> dict[str, Kept]:
@@ -277,8 +299,8 @@ def computed(
       say: prints a line.
     """
     rows, found = phase.rows, dict(phase.rows.preparers)
-    for name, kept in found.items():
-        if not isinstance(kept, Kept):
+    for name, preparer in found.items():
+        if (kept := kept_in(preparer)) is None:
             continue
         before = {
             TOWER: (f"embedders_{name}/", f"towers_{name}/"),
@@ -295,7 +317,7 @@ def computed(
         if not there:
             say(f"features of {kept.count:,} views of {name}: computed once")
             make(folder)
-        found[name] = replace(kept, folder=str(folder))
+        found[name] = with_kept(preparer, kept, replace(kept, folder=str(folder)))
     return replace(phase, rows=replace(rows, preparers=found))
 
 

@@ -32,7 +32,7 @@ from unified_mm.objectives.objective import weighted
 from unified_mm.parallel.sharding import BATCH_AXES, ParamShardings, batch_shards, rule_items
 from unified_mm.runs.folder import keeps_average
 from unified_mm.task import Task
-from unified_mm.training.features import Kept, kept_preparers
+from unified_mm.training.features import kept_in, kept_preparers, with_kept
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import TrainState, state_of_phase
 from unified_mm.training.step import gradients, make_train_step
@@ -154,7 +154,11 @@ def build_phases(
         rows = phase_rows(config, task, train, options.data)
         if config.data.keep_features and options.data == "pairs":
             kept = kept_preparers(task, rows.examples, abstract.params, optimizer.trained)
-            rows = replace(rows, preparers={**rows.preparers, **kept})
+            own = {
+                name: with_kept(rows.preparers[name], task.modalities[name], each)
+                for name, each in kept.items()
+            }
+            rows = replace(rows, preparers={**rows.preparers, **own})
         if any(getattr(each, "tells_records", False) for each in objectives):
             rows = replace(rows, numbered=True)
         phases.append(
@@ -181,7 +185,7 @@ def build_phases(
 
 def refuse_nothing_kept(config: Config, phases: Sequence[Phase]) -> None:
     """Raises ValueError if features are to be kept and there are none that could be."""
-    kept = any(isinstance(each, Kept) for phase in phases for each in phase.rows.preparers.values())
+    kept = any(kept_in(each) for phase in phases for each in phase.rows.preparers.values())
     if config.data.keep_features and not kept:
         raise ValueError(
             "data.keep_features=True, but there is nothing to keep: it needs a phase of pairs "
