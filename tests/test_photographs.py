@@ -47,7 +47,7 @@ def test_a_folder_of_photographs_becomes_a_model_that_finds_and_describes(
     small = [each for each in commands.SHRUNK if "image_size" not in each]
     arguments = ("--config=photographs:tiny", f"--config.data.dir={data}", f"--workdir={run}")
     assert commands.run(*arguments, *small, "--config.data.image_size=40") == 0
-    assert "features of 24 x 4 views: computed once" in capsys.readouterr().out
+    assert "features of 96 views of image: computed once" in capsys.readouterr().out
     scores = json.loads((run / "result.json").read_text())["scores"]
     assert {"single_caption/text_to_image/recall_at_10", "caption/cider_d"} <= set(scores)
     model = unified_mm.load(run)
