@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
-from unified_mm.data.records import Source, StoredImage
+from unified_mm.data.records import Source, Stored
 
 BACKENDS = ("pillow", "opencv")
 RESAMPLINGS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -242,7 +242,7 @@ def _resample(
 def _read(source: Source) -> tuple[bytes, str]:
     if isinstance(source, bytes):
         return source, f"an image of {len(source)} bytes"
-    if isinstance(source, StoredImage):
+    if isinstance(source, Stored):
         return source.read(), str(source)
     return Path(source).read_bytes(), str(source)
 

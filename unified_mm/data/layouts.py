@@ -34,7 +34,7 @@ from unified_mm.data.listing import (
     split_named,
     usual,
 )
-from unified_mm.data.records import Problem, StoredImage
+from unified_mm.data.records import Problem, Stored
 from unified_mm.files import naming, read_json
 
 WHOLE = "all"  # the only split of a folder that has none of its own
@@ -818,7 +818,7 @@ def _shard_splits(
         samples = ((shard.file.name, sample) for shard in found for sample in shard.samples)
         for number, (file, each) in enumerate(samples):
             place = f"{file}/{each.key}"
-            image = StoredImage(spans, number, each.name, each.size) if each.name else None
+            image = Stored(spans, number, each.name, each.size) if each.name else None
             rows.append(Row(place, place, image, captions(place, each.texts)))
         stamp = json.dumps([shard.stamp for shard in found])
         return replace(listing_of(these[0], rows, folder.finder), stamp=stamp)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from unified_mm.data import clips, shapes, sounds
 from unified_mm.data.images import SUFFIXES
-from unified_mm.data.records import Problem, StoredImage, Text
+from unified_mm.data.records import Problem, Stored, Text
 
 # The files that layouts look for, by what they are.
 MEDIA = {
@@ -42,7 +42,7 @@ class Entry:
 
     id: Key
     file: str | None
-    image: Path | StoredImage | None
+    image: Path | Stored | None
     texts: tuple[Text, ...]
     parts: tuple[tuple[str, Path], ...] = ()
     labels: tuple[str, ...] = ()
@@ -264,7 +264,7 @@ class Row(NamedTuple):
 
     place: str
     id: Key | None
-    image: str | StoredImage | None
+    image: str | Stored | None
     captions: Sequence[Any] = ()
     pairs: Sequence[tuple[Any, Any]] = ()
     questions: Sequence[Question] = ()
@@ -284,7 +284,7 @@ def listing_of(path: Path, rows: Iterable[Row], finder: Finder, split: str = "")
     Raises:
       ValueError: there is no row.
     """
-    images: dict[Key, str | StoredImage | None] = {}
+    images: dict[Key, str | Stored | None] = {}
     others: dict[Key, Mapping[str, str]] = {}
     labels: dict[Key, list[str]] = {}
     texts: dict[Key, list[Text]] = {}

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from unified_mm.data.records import Image, Record, StoredImage
+from unified_mm.data.records import Image, Record, Stored
 from unified_mm.evaluation.evaluate import Scores
 from unified_mm.files import write_json
 from unified_mm.objectives.transcription import transcript_of
@@ -55,7 +55,7 @@ def file_name(record: Record, folder: str) -> str | None:
     """
     named = (each for each in (record.image, *record.parts.values()) if each is not None)
     image = next((each for each in named if isinstance(each, Image)), None)
-    if isinstance(image, StoredImage):
+    if isinstance(image, Stored):
         return image.name
     if image is None or not Path(image).is_relative_to(folder):
         return image

@@ -18,7 +18,7 @@ from PIL import Image
 from unified_mm.config import Config, MissingField
 from unified_mm.data import images as pictures
 from unified_mm.data.records import Image as ImageFile
-from unified_mm.data.records import Problem, Record, StoredImage
+from unified_mm.data.records import Problem, Record, Stored
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import defaults
 from unified_mm.files import read_json
@@ -346,7 +346,7 @@ class LoadedModel:
         if isinstance(image, (str, os.PathLike)):
             view: np.ndarray = read_file(modality, image)["pixels"]
             return view
-        if isinstance(image, (bytes, StoredImage)):
+        if isinstance(image, (bytes, Stored)):
             pixels = pictures.decode(image, at_least=modality.size, backend=modality.decoder)
         elif isinstance(image, Image.Image):
             pixels = pictures.from_pil(image)

@@ -116,7 +116,14 @@ class WithTowers(UnifiedModel):
         views: Sequence[View],
         deterministic: bool,
     ) -> dict[str, Float[Array, "B T D"]]:
-        """Returns the text's embeddings in each view, by its name."""
+        """Returns the text's embeddings in each view, by its name.
+
+        A batch may hold them as `read` [B, T, D], of one view, where they depend on no context:
+        they were computed before (`training.features`).
+        """
+        if "read" in batch["text"]:
+            (view,) = views
+            return {view.name: batch["text"]["read"].astype(self.options.dtype)}
         memory = self.memory(looked, batch)
         after = memory.length if memory else 0
         tokens = concatenate([self.embed_text(batch["text"], view.name, after) for view in views])
@@ -141,22 +148,6 @@ class LateFusion(WithTowers):
     """Two or more towers (Radford et al. 2021): no token of one modality sees another's."""
 
     abilities: ClassVar[frozenset[str]] = frozenset({"contrastive"})
-
-    def read_texts(
-        self,
-        batch: Batch,
-        looked: Mapping[str, Tokens],
-        views: Sequence[View],
-        deterministic: bool,
-    ) -> dict[str, Float[Array, "B T D"]]:
-        """Returns what the base does, or what was computed before (`training.features`).
-
-        A batch may hold that as `read` [B, T, D], of one view.
-        """
-        if "read" not in batch["text"]:
-            return super().read_texts(batch, looked, views, deterministic)
-        (view,) = views
-        return {view.name: batch["text"]["read"].astype(self.options.dtype)}
 
     def read_text(self, text: Mapping[str, Array], view: View) -> Float[Array, "B T D"]:
         return self.read(self.embed_text(text, view.name), None, (view,))[0]

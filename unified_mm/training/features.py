@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unified_mm.data.pipeline import evaluation_batches
-from unified_mm.data.records import Record, StoredImage
+from unified_mm.data.records import Record, Stored
 from unified_mm.data.sources import cache_folder
 from unified_mm.files import new_folder, read_json, write_json
 from unified_mm.inference.predictor import Predictor
@@ -275,7 +275,7 @@ def digest_of(kept: Kept, task: Task, fingerprint: str, records: Sequence[Record
         part = record.texts if kept.key == READ else record.parts.get(name)
         file = os.stat(part) if isinstance(part, str) and os.path.isfile(part) else None
         # A folder is the same however it is given.
-        if isinstance(part, StoredImage):
+        if isinstance(part, Stored):
             place: Any = [os.path.abspath(str(part)), part.size]
         else:
             place = repr(os.path.abspath(str(part)) if file else part)
