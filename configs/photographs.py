@@ -36,14 +36,22 @@ def get_config(size: str = "auto") -> ConfigDict:
     config.model.start_from.stem = EYES
     config.model.modalities.image.patch = 32
     config.model.modalities.text.length = 32
-    config.model.dropout = 0.1
-    config.data.image_size = 112
+    config.model.dropout = 0.2
+    # Eyes were trained at 224: even pictures of 112 are known better where they are enlarged.
+    config.data.image_size = 160
     config.data.views = 4
     config.data.keep_features = True
     config.data.vocabulary_size = 4096
+    config.objectives.captioning.chunk = 8  # logits of all 32 tokens leave a CPU's cache
     config.train.freeze_rules = ((STEM, True), (".*", False))
     config.train.batch_size = 128
-    config.train.steps = 1500
+    config.train.optimizer = "muon"
+    config.train.learning_rate = 8e-3
+    config.train.warmup_steps = 100
+    config.train.steps = 1000
+    config.checkpoint.every = 200
+    if size in ("auto", "tiny"):
+        config.model.width, config.model.heads, config.model.feed_forward = 96, 3, 384
     if size == "reader":
         config.model.start_from.text = READER
         config.train.learning_rate = 2e-4
