@@ -16,9 +16,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 LOCK = ".lock"
-# Held where threads read NumPy's files: to parse their headers in two threads at once makes CPython
-# 3.11 raise a SystemError (python/cpython, 106905).
-NUMPY_FILES = threading.Lock()
 
 
 class FolderHeld(ValueError):
