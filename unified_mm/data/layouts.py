@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -355,7 +356,8 @@ def llava(folder: Folder) -> Splits:
             place = f"{file.name}[{number}]"
             said = each.get("conversations") or []
             pairs = []
-            for asked, answered in zip(said[::2], said[1::2], strict=False):
+            unanswered = {"from": "gpt", "value": ""}  # the last turn, where it is a person's
+            for asked, answered in zip_longest(said[::2], said[1::2], fillvalue=unanswered):
                 if asked.get("from") != "human" or answered.get("from") != "gpt":
                     raise ValueError(f"{place}: human and gpt must take turns")
                 prompt = str(asked.get("value", "")).replace("<image>", "").strip()
@@ -526,12 +528,14 @@ def _table_lines(file: Path, table: Table) -> Iterator[tuple[str, dict[str, str]
                     yield f"{file.name}:{number}", {"image": image, "caption": caption}
                 return
             next(lines)
+            last = 1  # line that was read
             # Flickr30k's own file has spaces beside its bars and no quotes that mean anything.
             quoting: Any = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
-            reader = csv.reader(lines, delimiter=delimiter, quoting=quoting)
+            reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
             for cells in reader:
+                last = reader.line_num + 1
                 if cells:
-                    place = f"{file.name}:{reader.line_num + 1}"
+                    place = f"{file.name}:{last}"
                     cells = [cell.strip() for cell in cells]
                     if any(cells[len(names) :]):
                         raise ValueError(
@@ -540,8 +544,13 @@ def _table_lines(file: Path, table: Table) -> Iterator[tuple[str, dict[str, str]
                         )
                     cells += [""] * (len(names) - len(cells))
                     yield place, dict(zip(names, cells, strict=False))
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise ValueError(f"{file} is no table that can be read: {error}") from error
+        except csv.Error as error:
+            raise ValueError(
+                f"{file}: {file.name}:{last + 1}: what begins here is no row that can be read "
+                f"({error}): a text that holds quotes stands in quotes, with each of its own twice"
+            ) from error
 
 
 def _captions_of(value: Any) -> list[Any]:
