@@ -44,9 +44,12 @@ class Stopped(Exception):
     """The error that a signal stopped the run; its state is saved."""
 
     def __init__(self, step: int, exit_code: int) -> None:
-        super().__init__(f"stopped at step {step}, which is saved")
+        super().__init__(step, exit_code)  # both as args, so that it survives pickling
         self.step = step
         self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return f"stopped at step {self.step}, which is saved"
 
 
 class NotFinite(RuntimeError):
