@@ -89,6 +89,10 @@ class Phase:
     ema_warmup: bool
     enter: Callable[[TrainState], TrainState]
 
+    def rows_read(self, step: int) -> int:
+        """Returns how many rows of this phase were read up to a step of the run."""
+        return max(0, min(step, self.stop) - self.start) * self.batch_size
+
     def make_step(self, ema_decay: float) -> Any:
         """Returns the compiled step of the phase; see `make_train_step`."""
         return make_train_step(
