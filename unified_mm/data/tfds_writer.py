@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,10 +99,10 @@ def _plan(
 ) -> dict[str, Any]:
     """Returns all that determines the written bytes, as plain JSON values."""
     for split, manifest in manifests.items():
-        if not split.isidentifier():
+        if not re.fullmatch(r"[\w-]+", split):
             raise ValueError(
                 f"the split {split!r} of {source.folder} has a name that TFDS cannot take: rename "
-                "its files to letters, digits and underscores"
+                "its files to letters, digits, underscores and hyphens"
             )
         _refuse_unheld(manifest)
         if source.questions(split) and not coco.has_questions(source.folder, split):
