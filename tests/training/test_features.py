@@ -178,6 +178,9 @@ def test_what_is_trained_or_has_ever_new_views_is_not_kept(data, tmp_path):
     kinds = {
         "trained": begun(data, tmp_path, (), **SMALL_STEM),
         "in part": begun(data, tmp_path, ("towers_image",)),
+        "with experts": begun(
+            data, tmp_path, ("text", "'transformer'"), model__feed_forward_type="experts"
+        ),
     }
     for _, _, rows, _ in kinds.values():
         assert not any(isinstance(each, Kept) for each in rows.preparers.values())

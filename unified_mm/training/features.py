@@ -33,6 +33,7 @@ from unified_mm.files import new_folder, read_json, write_json
 from unified_mm.inference.predictor import Predictor
 from unified_mm.models.late import LateFusion, WithTowers
 from unified_mm.nn.attention.rules import View
+from unified_mm.nn.options import TransformerOptions
 from unified_mm.parallel.processes import first_before_others, is_first, wait_for_all
 from unified_mm.parallel.sharding import batch_shards, path_of
 from unified_mm.runs.seal import SEAL, broken_files, write_seal
@@ -213,11 +214,15 @@ def frozen_part(task: Task, name: str, frozen: Mapping[str, bool]) -> str:
         held = [x for path, x in frozen.items() if path.startswith(prefix)]
         return bool(held) and all(held)
 
+    def known(stack: TransformerOptions) -> bool:
+        # Experts have room for some of the tokens of examples that are read together.
+        return not stack.dropout and stack.feed_forward_type != "experts"
+
     if name == "text":
-        held = whole("embedders_text/") and whole("transformer/") and not task.model.options.dropout
+        held = whole("embedders_text/") and whole("transformer/") and known(task.model.options)
         return READ if held and isinstance(task.model, LateFusion) and read_once(task) else ""
     towers = isinstance(task.model, WithTowers) and whole(f"towers_{name}/")
-    if towers and whole(f"embedders_{name}/") and not task.model.tower_of(name).dropout:
+    if towers and whole(f"embedders_{name}/") and known(task.model.tower_of(name)):
         return TOWER
     return STEM if whole(f"embedders_{name}/stem/") else ""
 
