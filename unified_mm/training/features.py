@@ -190,8 +190,7 @@ def kept_preparers(
     leaves = jax.tree_util.tree_leaves_with_path(trained)
     frozen = {path_of(path): not leaf for path, leaf in leaves}
     found = {}
-    for name in (*task.model.context_names, "text"):
-        modality = task.modalities[name]
+    for name, modality in task.modalities.items():
         if not hasattr(modality, "count_views") or not (key := frozen_part(task, name, frozen)):
             continue
         if not (views := Views.of(modality, records)):
