@@ -529,8 +529,7 @@ def _table_lines(file: Path, table: Table) -> Iterator[tuple[str, dict[str, str]
                 return
             next(lines)
             last = 1  # line that was read
-            # Flickr30k's own file has spaces beside its bars and no quotes that mean anything.
-            quoting: Any = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
+            quoting = _quoting(file, delimiter)
             reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
             for cells in reader:
                 last = reader.line_num + 1
@@ -551,6 +550,23 @@ def _table_lines(file: Path, table: Table) -> Iterator[tuple[str, dict[str, str]
                 f"{file}: {file.name}:{last + 1}: what begins here is no row that can be read "
                 f"({error}): a text that holds quotes stands in quotes, with each of its own twice"
             ) from error
+
+
+def _quoting(file: Path, delimiter: str) -> Any:
+    """Returns csv's constant for whether quotes stand around cells, or are of the texts in them.
+
+    Flickr30k's own file has spaces beside its bars and no quotes that mean anything; nor have those
+    with tabs any in which they do not stand around whole cells, as Common Voice's.
+    """
+    if delimiter != "\t":
+        return csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
+    with naming(file), file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        try:
+            for _ in csv.reader(lines, delimiter=delimiter, strict=True):
+                pass
+        except csv.Error:
+            return csv.QUOTE_NONE
+    return csv.QUOTE_MINIMAL
 
 
 def _captions_of(value: Any) -> list[Any]:
