@@ -292,13 +292,18 @@ def msrvtt(folder: Folder) -> Splits:
     """Reads MSR-VTT's `videos` with `split`, and `sentences` with the `video_id` of each."""
     videos = {path.stem: path for path in media_in(folder.path) if medium_of(path) == "video"}
     found: dict[str, tuple[Path, list[Row]]] = {}
+    lost: list[Problem] = []
     for file, data in folder.json_lists:
         if not (isinstance(data, dict) and {"videos", "sentences"} <= set(data)):
             continue
         captions: dict[Any, list[Any]] = {}
+        listed = {each.get("video_id") for each in data["videos"]}
         for number, each in enumerate(data["sentences"]):
-            key = _string(each, "video_id", f"{file.name}: sentences[{number}]")
+            place = f"{file.name}: sentences[{number}]"
+            key = _string(each, "video_id", place)
             captions.setdefault(key, []).append(each.get("caption"))
+            if key not in listed:
+                lost.append(Problem(place, "caption of an unlisted video", "left out"))
         for number, each in enumerate(data["videos"]):
             place = f"{file.name}: videos[{number}]"
             key = _string(each, "video_id", place)
@@ -307,10 +312,15 @@ def msrvtt(folder: Folder) -> Splits:
             split = str(each.get("split") or "")
             _, rows = found.setdefault(split_named(split) or split or WHOLE, (file, []))
             rows.append(Row(place, key, None, captions.get(key, []), parts={"video": name}))
-    return {
-        split: partial(listing_of, file, rows, folder.finder, split)
-        for split, (file, rows) in found.items()
-    }
+
+    def read(split: str, file: Path, rows: Sequence[Row]) -> Listing:
+        of_split = listing_of(file, rows, folder.finder, split)
+        if split != next(iter(found)):  # they are of no split, and told once
+            return of_split
+        problems, count = (*of_split.caption_problems, *lost), of_split.annotations + len(lost)
+        return replace(of_split, caption_problems=problems, annotations=count)
+
+    return {split: partial(read, split, *each) for split, each in found.items()}
 
 
 def lavis(folder: Folder) -> Splits:
