@@ -158,6 +158,17 @@ def test_splits_are_called_as_librispeech_calls_them(tmp_path):
         assert record.parts["audio"].read() == sound
 
 
+def test_what_tells_no_split_is_refused_by_its_name(tmp_path):
+    """TFDS would read all splits under it."""
+    folder = tmp_path / "data"
+    for place in ("train", "val", "more"):
+        (folder / place).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(folder / place / "a.jpg")
+        (folder / place / "a.txt").write_text(place)
+    with pytest.raises(ValueError, match="tell no split, and TFDS calls all splits together 'all'"):
+        tiny_tfds.prepare(folder, tmp_path / "dataset", tmp_path / "cache")
+
+
 def test_batches_by_seed_and_step_are_those_of_the_folder(made, modalities):
     def trained(source, start, steps):
         records = source.manifest("train").records

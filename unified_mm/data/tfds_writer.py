@@ -21,6 +21,7 @@ from typing import Any
 import PIL
 
 from unified_mm.data import coco
+from unified_mm.data.layouts import WHOLE
 from unified_mm.data.manifest import summary
 from unified_mm.data.records import File, Manifest, Record, Stored
 from unified_mm.data.sources import AnnotatedFolder
@@ -103,6 +104,11 @@ def _plan(
             raise ValueError(
                 f"the split {split!r} of {source.folder} has a name that TFDS cannot take: rename "
                 "its files to letters, digits, underscores and hyphens"
+            )
+        if split == WHOLE:
+            raise ValueError(
+                f"{source.folder} has files that tell no split, and TFDS calls all splits together "
+                f"{WHOLE!r}: move them into a folder of a split, such as train"
             )
         _refuse_unheld(manifest)
         if source.questions(split) and not coco.has_questions(source.folder, split):
