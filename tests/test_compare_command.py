@@ -80,6 +80,12 @@ def test_what_a_calibrated_run_expects_a_text_to_cost_is_compared(folders, tmp_p
     assert rows["FLOPs of a text (caption), expected"] == ["120", "–"]
 
 
+def test_exits_without_texts_cost_nothing_that_is_known(tmp_path):
+    folder = RunFolder(tmp_path)
+    write_json(folder.exits, {"layers": [4]})
+    assert compare.expected_costs(folder) == {}
+
+
 def test_one_run_under_two_names_is_refused(folders, tmp_path, capsys):
     (tmp_path / "link").symlink_to(folders[0], target_is_directory=True)
     assert run(folders[0], tmp_path / "link") == 1

@@ -1,6 +1,7 @@
 """Files and folders: what is written is whole, what is wrong is named, and one holder at a time."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -91,14 +92,14 @@ def test_a_held_folder_in_which_nothing_was_made_is_left_as_it_was(tmp_path):
 
 
 def test_a_lock_that_was_removed_before_it_was_taken_is_opened_anew(tmp_path, monkeypatch):
-    taken, take = [], files._take
+    taken, take, folder = [], files._take, tmp_path / "made"
 
     def late(file):
         if not taken:
-            (tmp_path / ".lock").unlink()  # its holder has just left
+            shutil.rmtree(folder)  # its holder has just left
         taken.append(file)
         return take(file)
 
     monkeypatch.setattr(files, "_take", late)
-    with hold(tmp_path):
-        assert len(taken) == 2 and (tmp_path / ".lock").read_text() == str(os.getpid())
+    with hold(folder):
+        assert len(taken) == 2 and (folder / ".lock").read_text() == str(os.getpid())

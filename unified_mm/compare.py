@@ -83,7 +83,7 @@ def sizes_of(folder: RunFolder) -> dict[str, Any]:
 
 def expected_costs(folder: RunFolder) -> dict[str, int]:
     """Returns what `calibrate` found a text of a run to cost, by name; nothing where it did not."""
-    texts = read_json(folder.exits)["texts"] if folder.exits.exists() else {}
+    texts = read_json(folder.exits).get("texts", {}) if folder.exits.exists() else {}
     return {
         f"FLOPs of a text ({kind}), {which}": flops
         for kind, found in texts.items()

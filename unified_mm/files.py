@@ -16,9 +16,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 LOCK = ".lock"
-# Held where threads read NumPy's files: to parse their headers in two threads at once makes CPython
-# 3.11 raise a SystemError (python/cpython, 106905).
-NUMPY_FILES = threading.Lock()
 
 
 class FolderHeld(ValueError):
@@ -188,7 +185,6 @@ def hold(folder: Path) -> Iterator[None]:
       OSError: if the folder cannot be created or written to.
     """
     made = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
-    folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         try:
             yield
@@ -197,13 +193,14 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def _locked(folder: Path) -> TextIO:
-    """Returns the lock of a folder, opened and taken."""
+    """Returns the lock of a folder, opened and taken; the folder is made where it is missing."""
     while True:
+        folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / LOCK, "a+")
         if other := _take(file):
             file.close()
             raise FolderHeld(f"process {other} is at work on {folder}: wait until it ends")
-        # Who held it before may have removed what was opened here.
+        # Who held it before may have removed what was opened here, and the folder with it.
         if os.fstat(file.fileno()).st_nlink:
             return file
         file.close()

@@ -246,6 +246,14 @@ def test_msrvtt_and_tables_of_videos(tmp_path):
     ]
     assert train[1].parts == (("video", folder / "TrainValVideo" / "video1.mp4"),)
     assert len(found["val"]().entries) == 1
+    sentences.append({"video_id": "video9", "caption": "of none"})
+    (folder / "train_val_videodatainfo.json").write_text(
+        json.dumps({"videos": videos, "sentences": sentences})
+    )
+    found = LAYOUTS["msrvtt"][1](Folder(folder))
+    (problem,) = found["train"]().caption_problems
+    assert problem.what == "caption of an unlisted video" and "sentences[6]" in problem.file
+    assert found["train"]().annotations == 5 and not found["val"]().problems
     # The test set is a file of its own.
     tested = {
         "videos": [{"video_id": "video7", "split": "test"}],

@@ -18,6 +18,7 @@ from pyarrow import parquet
 from unified_mm import default_config
 from unified_mm.config import Config
 from unified_mm.data.manifest import summary
+from unified_mm.data.records import Problem
 from unified_mm.data.sources import open_source
 from unified_mm.modalities.image import ImageModality
 
@@ -433,6 +434,18 @@ def test_fields_of_other_names_are_named(tmp_path):
     assert texts(source) == {"a.jpg": ["ein Bild"]}
 
 
+def test_a_question_that_nobody_answered_is_counted(tmp_path):
+    folder = tmp_path / "data"
+    llava(folder)
+    asked = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    asked += [{"from": "human", "value": "And?"}]
+    write(folder, "chat_train.json", [{"image": "coco/train2017/a.jpg", "conversations": asked}])
+    source = opened(folder, max_bad_share=0.5)
+    assert texts(source) == {"coco/train2017/a.jpg": ["Hi|Ho"]}
+    (problem,) = source.manifest("train").problems
+    assert problem == Problem("chat_train.json[0]", "empty answer", "left out")
+
+
 def test_a_layout_may_be_asked_for(tmp_path):
     folder = tmp_path / "data"
     lavis(folder)
@@ -512,6 +525,14 @@ BROKEN = {
     "a tar of no pictures": (
         lambda f: tar_of(f / "0.tar", {"a.txt": b"x"}),
         "lists no|falls into|are bad|no picture",
+    ),
+    "a quote that is open at the end": (
+        lambda f: write(f, "x.csv", 'image,caption\na.jpg,x\nb.jpg,"y\nc.jpg,z\n'),
+        "x.csv:3: what begins here is no row.*unexpected end of data.*stands in quotes",
+    ),
+    "a quote that closes within a text": (
+        lambda f: write(f, "x.csv", 'image,caption\na.jpg,"x\ny"\nb.jpg,"y\nc.jpg,"z"\n'),
+        "x.csv:4: what begins here is no row.*expected after",
     ),
     "no parquet": (lambda f: write(f, "x.parquet", "PAR1"), "is no parquet file that can be read"),
     "empty captions": (

@@ -1,8 +1,10 @@
 """Which fields and files are taken for sounds, shapes and videos, and which are something else."""
 
 import ast
+import io
 import json
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -82,7 +84,7 @@ def test_what_is_held_out_is_of_the_training_split_where_there_is_one(tmp_path, 
     assert sum(map(len, split)) == 30 and all(split)
 
 
-def test_threads_read_arrays_one_at_a_time(tmp_path, monkeypatch):
+def test_threads_parse_the_headers_of_arrays_one_at_a_time(tmp_path, monkeypatch):
     """CPython 3.11 raises a SystemError where two threads parse literals, as headers are."""
     np.savez(tmp_path / "clip.npz", frames=np.zeros((2, 8, 8, 3), np.uint8))
     np.save(tmp_path / "shape.npy", np.eye(3)[[0, 1, 2, 0]])
@@ -100,3 +102,25 @@ def test_threads_read_arrays_one_at_a_time(tmp_path, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda each: each[0](each[1]), readers)) == [""] * 8
     assert len(most) >= 8 and max(most) == 1
+
+
+def test_threads_read_arrays_side_by_side(tmp_path, monkeypatch):
+    """What follows a header is waited for by nobody else."""
+    content = io.BytesIO()
+    np.save(content, np.arange(300.0).reshape(100, 3))
+    both = threading.Barrier(2, timeout=30)
+
+    class Slow(io.BytesIO):
+        def readinto(self, room):
+            both.wait()
+            return super().readinto(room)
+
+        def read(self, size=-1):
+            if size > 1000:  # no piece of the header
+                both.wait()
+            return super().read(size)
+
+    monkeypatch.setattr(shapes.io, "BytesIO", Slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(shapes.read, [content.getvalue()] * 2))
+    assert [len(each.points) for each in found] == [100, 100]

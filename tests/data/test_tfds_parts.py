@@ -142,6 +142,33 @@ def test_records_and_fingerprints_are_those_of_the_folder(made):
     assert "7 speechs" in told and "resampled from 8,000 Hz" in told and "left out" not in told
 
 
+def test_splits_are_called_as_librispeech_calls_them(tmp_path):
+    folder, cache = tmp_path / "data", tmp_path / "cache"
+    for split, name in (("train-clean-100", "1-2-0000"), ("dev-clean", "3-4-0000")):
+        (folder / split).mkdir(parents=True)
+        write_sound(folder / split / f"{name}.flac", 0.1)
+        (folder / split / "1-2.trans.txt").write_text(f"{name} {split.upper()}\n")
+    out = tiny_tfds.prepare(folder, tmp_path / "dataset", cache)
+    found = open_source(tiny_tfds.options(out, cache, source="tfds"))
+    assert set(found.splits()) == {"train", "train-clean-100", "val", "dev-clean"}
+    for split in ("train", "train-clean-100"):
+        (record,) = found.manifest(split).records
+        assert record.texts[0].target == "TRAIN-CLEAN-100"
+        sound = (folder / "train-clean-100" / "1-2-0000.flac").read_bytes()
+        assert record.parts["audio"].read() == sound
+
+
+def test_what_tells_no_split_is_refused_by_its_name(tmp_path):
+    """TFDS would read all splits under it."""
+    folder = tmp_path / "data"
+    for place in ("train", "val", "more"):
+        (folder / place).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(folder / place / "a.jpg")
+        (folder / place / "a.txt").write_text(place)
+    with pytest.raises(ValueError, match="tell no split, and TFDS calls all splits together 'all'"):
+        tiny_tfds.prepare(folder, tmp_path / "dataset", tmp_path / "cache")
+
+
 def test_batches_by_seed_and_step_are_those_of_the_folder(made, modalities):
     def trained(source, start, steps):
         records = source.manifest("train").records

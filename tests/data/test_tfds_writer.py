@@ -249,8 +249,8 @@ def test_ids_may_be_strings_but_not_both(tmp_path, cache):
 
 
 def test_splits_that_tfds_cannot_name_are_refused(tmp_path, cache):
-    folder = write_captions(tmp_path / "data", {1: "a.jpg"}, name="train-clean")
-    with pytest.raises(ValueError, match="the split 'train-clean' of .* rename its files"):
+    folder = write_captions(tmp_path / "data", {1: "a.jpg"}, name="train clean")
+    with pytest.raises(ValueError, match="the split 'train clean' of .* rename its files"):
         tiny_tfds.prepare(folder, tmp_path / "out", cache)
 
 

@@ -91,9 +91,10 @@ def coco(folder):
 def common_voice(folder):
     sounds(folder, "clips/a.wav", "clips/b.wav")
     head = "client_id\tpath\tsentence\n"
-    write(folder, "train.tsv", f"{head}1\ta.wav\tHello there.\n2\tlost.wav\tGone.\n")
+    lines = '1\ta.wav\t"Hello," he said.\n2\tlost.wav\tGone.\n'
+    write(folder, "train.tsv", head + lines)
     write(folder, "dev.tsv", f"{head}1\tb.wav\tGood day.\n")
-    return {"train": {"a.wav": ["Hello there."]}, "val": {"b.wav": ["Good day."]}}
+    return {"train": {"a.wav": ['"Hello," he said.']}, "val": {"b.wav": ["Good day."]}}
 
 
 def audiofolder_csv(folder):

@@ -87,6 +87,14 @@ def test_what_reads_questions_alone_is_compiled_once(predictor, monkeypatch):
     assert len(made) == 1
 
 
+def test_the_oldest_answers_are_forgotten(predictor, monkeypatch):
+    monkeypatch.setattr(predictor_module, "KNOWN", 2)
+    asked, known = predictor.at(predictor.params), predictor.answers_alone(QUESTIONS)
+    for _ in range(2):  # more at once than are kept, and then again
+        assert asked.answers_alone(QUESTIONS) == known
+        assert len(asked._alone) == 2
+
+
 def test_captions_are_never_without_their_picture(predictor, batch):
     asking = predictor.leaving({QUESTION_ONLY: 0.0})
     prompts = [""] * len(QUESTIONS)

@@ -166,6 +166,15 @@ def test_features_are_found_again_however_the_folder_is_given(data, tmp_path, mo
     assert folders[0] == folders[1]
 
 
+def test_places_make_other_features(data, tmp_path):
+    found = [
+        begun(data, tmp_path, ("embedders_image", "towers_image"), model__places=places)[3]()
+        for places in ("", "sines")
+    ]
+    folders = [each.preparers["image"].folder for each in found]
+    assert all(folders) and folders[0] != folders[1]
+
+
 def test_any_number_of_devices_computes_them(data, tmp_path):
     found = []
     for name, mesh in (("one", None), ("three", make_mesh({"data": 3}, jax.devices()[:3]))):
@@ -178,6 +187,12 @@ def test_what_is_trained_or_has_ever_new_views_is_not_kept(data, tmp_path):
     kinds = {
         "trained": begun(data, tmp_path, (), **SMALL_STEM),
         "in part": begun(data, tmp_path, ("towers_image",)),
+        "beside places that are": begun(
+            data, tmp_path, ("embedders_image", "towers_image"), model__places="fourier"
+        ),
+        "with experts": begun(
+            data, tmp_path, ("text", "'transformer'"), model__feed_forward_type="experts"
+        ),
     }
     for _, _, rows, _ in kinds.values():
         assert not any(isinstance(each, Kept) for each in rows.preparers.values())

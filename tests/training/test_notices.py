@@ -5,6 +5,7 @@ import tiny
 
 from unified_mm.config import Config
 from unified_mm.data.records import Manifest, Record, Text
+from unified_mm.default_config import phase
 from unified_mm.training.notices import cut_share, notices
 
 SHORT, LONG = "a red square", " ".join(["a green square of size 3"] * 6)
@@ -30,6 +31,10 @@ def test_epochs_are_said_and_that_a_batch_holds_an_example_several_times():
         "1,000 steps of 40 examples are 2.5e+03 epochs of 16; a batch holds every"
     )
     assert "2.5 times" in line and "same_item_negatives is False" in line
+    phases = {"a": phase(1, train={"batch_size": 24}), "b": phase(3)}
+    line, *_ = said(train, train__steps=4, train__phases=phases)
+    assert line.startswith("1 steps of 24 and 3 steps of 8 examples are 3 epochs of 16; a batch")
+    assert "1.5 times" in line
 
 
 def test_the_share_of_cut_texts_is_said_with_the_length_that_would_do():

@@ -13,13 +13,14 @@ import tiny
 
 import unified_mm
 from unified_mm.config import Config
+from unified_mm.data.mixture import Mixture
 from unified_mm.default_config import phase
 from unified_mm.inference.predictor import Predictor
 from unified_mm.parallel.sharding import path_of
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder
 from unified_mm.training.layout import in_training
-from unified_mm.training.loop import train
+from unified_mm.training.loop import epochs_of, train
 from unified_mm.training.output import output_of
 from unified_mm.training.phases import build_phases
 from unified_mm.training.setup import prepare
@@ -198,6 +199,15 @@ def test_a_phase_of_no_steps_is_left_out(prepared):
     phases = {"a": phase(0), "b": phase(4), "c": phase(0, data="documents")}
     (only,) = prepared(phases).phases
     assert (only.name, only.start, only.stop) == ("b", 0, 4)
+
+
+def test_what_was_read_is_counted_by_the_batches_of_each_phase(prepared):
+    setup = prepared({"a": phase(1, train={"batch_size": 16}), "b": phase(3)})
+    read = [sum(each.rows_read(step) for each in setup.phases) for step in (0, 1, 2, 4)]
+    assert read == [0, 16, 24, 40]
+    mixture = Mixture(setup.train.records, {"all": (np.arange(20),)}, {"all": 1.0})
+    phases = [replace(each, rows=replace(each.rows, examples=mixture)) for each in setup.phases]
+    assert [epochs_of(phases, step)["epochs/all"] for step in (1, 4)] == [0.8, 2.0]
 
 
 def test_text_alone_is_pairs_without_their_images(prepared):

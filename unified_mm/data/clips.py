@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -13,8 +15,8 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from unified_mm.data import images
+from unified_mm.data.arrays import read_array
 from unified_mm.data.records import Source, Stored
-from unified_mm.files import NUMPY_FILES
 
 CONTAINERS = frozenset(".avi .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
 ARRAYS = frozenset({".npz", ".npy"})
@@ -158,38 +160,44 @@ class _Array:
 
     def __init__(self, file: Any, name: str, zipped: bool) -> None:
         fps: Any = FPS
+
+        def check(shape: tuple[int, ...], dtype: np.dtype) -> None:
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+                fault = f"{dtype} {list(shape)}, not uint8 [frames, height, width, 3]"
+                raise ClipError(name, fault)
+            if zipped and (size := math.prod(shape)) > MAX_BYTES:
+                raise ClipError(name, f"an array of {size:,} bytes is over {MAX_BYTES:,}")
+
         try:
-            with NUMPY_FILES:
-                if zipped:
-                    with ZipFile(file) as members:
-                        most = max((each.file_size for each in members.infolist()), default=0)
-                    if most > MAX_BYTES:
-                        raise ClipError(name, f"an array of {most:,} bytes is over {MAX_BYTES:,}")
-                    file.seek(0)
-                    with np.load(file, allow_pickle=False) as found:
-                        self._frames, fps = found["frames"], found.get("fps", FPS)
-                else:
-                    self._frames = np.load(file, allow_pickle=False)
+            if zipped:
+                with ZipFile(file) as members:
+                    with members.open("frames.npy") as member:
+                        self._frames = read_array(member, check)
+                    if "fps.npy" in members.namelist():
+                        with members.open("fps.npy") as member:
+                            fps = read_array(member, _check_fps)
+            else:
+                self._frames = read_array(file, check)
             fps = float(fps)
+        except ClipError:
+            raise
         except KeyError as error:
             raise ClipError(name, "no array 'frames' in it") from error
-        except (ValueError, EOFError, TypeError, BadZipFile, MemoryError) as error:
-            if isinstance(error, ClipError):
-                raise
+        except (ValueError, EOFError, TypeError, BadZipFile, MemoryError, zlib.error) as error:
             raise ClipError(name, f"no array that can be read: {error}") from error
-        x = self._frames
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or not x.size:
-            raise ClipError(
-                name, f"{x.dtype} {list(x.shape)}, not uint8 [frames, height, width, 3]"
-            )
         if not (np.isfinite(fps) and fps > 0):
             raise ClipError(name, f"{fps} frames a second")
-        self.times = np.arange(len(x)) / fps
-        self.seconds = len(x) / fps
-        self.pixels = x.shape[1] * x.shape[2]
+        count, height, width, _ = self._frames.shape
+        self.times, self.seconds = np.arange(count) / fps, count / fps
+        self.pixels = height * width
 
     def frames(self, numbers: Sequence[int]) -> Iterator[Frame]:
         return (self._frames[number] for number in numbers)
+
+
+def _check_fps(shape: tuple[int, ...], dtype: np.dtype) -> None:
+    if math.prod(shape) != 1:
+        raise ValueError(f"fps of the shape {list(shape)}, not one number")
 
 
 def _picture(file: Any, name: str) -> Any:

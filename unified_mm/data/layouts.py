@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -291,13 +292,18 @@ def msrvtt(folder: Folder) -> Splits:
     """Reads MSR-VTT's `videos` with `split`, and `sentences` with the `video_id` of each."""
     videos = {path.stem: path for path in media_in(folder.path) if medium_of(path) == "video"}
     found: dict[str, tuple[Path, list[Row]]] = {}
+    lost: list[Problem] = []
     for file, data in folder.json_lists:
         if not (isinstance(data, dict) and {"videos", "sentences"} <= set(data)):
             continue
         captions: dict[Any, list[Any]] = {}
+        listed = {each.get("video_id") for each in data["videos"]}
         for number, each in enumerate(data["sentences"]):
-            key = _string(each, "video_id", f"{file.name}: sentences[{number}]")
+            place = f"{file.name}: sentences[{number}]"
+            key = _string(each, "video_id", place)
             captions.setdefault(key, []).append(each.get("caption"))
+            if key not in listed:
+                lost.append(Problem(place, "caption of an unlisted video", "left out"))
         for number, each in enumerate(data["videos"]):
             place = f"{file.name}: videos[{number}]"
             key = _string(each, "video_id", place)
@@ -306,10 +312,15 @@ def msrvtt(folder: Folder) -> Splits:
             split = str(each.get("split") or "")
             _, rows = found.setdefault(split_named(split) or split or WHOLE, (file, []))
             rows.append(Row(place, key, None, captions.get(key, []), parts={"video": name}))
-    return {
-        split: partial(listing_of, file, rows, folder.finder, split)
-        for split, (file, rows) in found.items()
-    }
+
+    def read(split: str, file: Path, rows: Sequence[Row]) -> Listing:
+        of_split = listing_of(file, rows, folder.finder, split)
+        if split != next(iter(found)):  # they are of no split, and told once
+            return of_split
+        problems, count = (*of_split.caption_problems, *lost), of_split.annotations + len(lost)
+        return replace(of_split, caption_problems=problems, annotations=count)
+
+    return {split: partial(read, split, *each) for split, each in found.items()}
 
 
 def lavis(folder: Folder) -> Splits:
@@ -355,7 +366,8 @@ def llava(folder: Folder) -> Splits:
             place = f"{file.name}[{number}]"
             said = each.get("conversations") or []
             pairs = []
-            for asked, answered in zip(said[::2], said[1::2], strict=False):
+            unanswered = {"from": "gpt", "value": ""}  # the last turn, where it is a person's
+            for asked, answered in zip_longest(said[::2], said[1::2], fillvalue=unanswered):
                 if asked.get("from") != "human" or answered.get("from") != "gpt":
                     raise ValueError(f"{place}: human and gpt must take turns")
                 prompt = str(asked.get("value", "")).replace("<image>", "").strip()
@@ -526,12 +538,13 @@ def _table_lines(file: Path, table: Table) -> Iterator[tuple[str, dict[str, str]
                     yield f"{file.name}:{number}", {"image": image, "caption": caption}
                 return
             next(lines)
-            # Flickr30k's own file has spaces beside its bars and no quotes that mean anything.
-            quoting: Any = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
-            reader = csv.reader(lines, delimiter=delimiter, quoting=quoting)
+            last = 1  # line that was read
+            quoting = _quoting(file, delimiter)
+            reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
             for cells in reader:
+                last = reader.line_num + 1
                 if cells:
-                    place = f"{file.name}:{reader.line_num + 1}"
+                    place = f"{file.name}:{last}"
                     cells = [cell.strip() for cell in cells]
                     if any(cells[len(names) :]):
                         raise ValueError(
@@ -540,8 +553,30 @@ def _table_lines(file: Path, table: Table) -> Iterator[tuple[str, dict[str, str]
                         )
                     cells += [""] * (len(names) - len(cells))
                     yield place, dict(zip(names, cells, strict=False))
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
             raise ValueError(f"{file} is no table that can be read: {error}") from error
+        except csv.Error as error:
+            raise ValueError(
+                f"{file}: {file.name}:{last + 1}: what begins here is no row that can be read "
+                f"({error}): a text that holds quotes stands in quotes, with each of its own twice"
+            ) from error
+
+
+def _quoting(file: Path, delimiter: str) -> Any:
+    """Returns csv's constant for whether quotes stand around cells, or are of the texts in them.
+
+    Flickr30k's own file has spaces beside its bars and no quotes that mean anything; nor have those
+    with tabs any in which they do not stand around whole cells, as Common Voice's.
+    """
+    if delimiter != "\t":
+        return csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
+    with naming(file), file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        try:
+            for _ in csv.reader(lines, delimiter=delimiter, strict=True):
+                pass
+        except csv.Error:
+            return csv.QUOTE_NONE
+    return csv.QUOTE_MINIMAL
 
 
 def _captions_of(value: Any) -> list[Any]:

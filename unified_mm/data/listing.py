@@ -303,7 +303,8 @@ def listing_of(path: Path, rows: Iterable[Row], finder: Finder, split: str = "")
         classes += [each for each in row.labels if each not in classes]
         for prompt, target in [("", each) for each in row.captions] + list(row.pairs):
             count += 1
-            fault = no_text(target) or (no_text(prompt, "question") if prompt else "")
+            fault = no_text(prompt, "question") if prompt else ""
+            fault = no_text(target, "answer" if prompt else "caption") or fault
             if fault:
                 text_problems.append(Problem(row.place, fault, "left out"))
             else:

@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
+from unified_mm.data.arrays import read_array
 from unified_mm.data.records import Source, content_of
-from unified_mm.files import NUMPY_FILES
 
 SUFFIXES = frozenset({".npz", ".npy", ".ply", ".off", ".obj", ".glb"})
 MOST = 2_000_000  # points, and faces, of a file: what an upload may make of little
@@ -113,7 +114,7 @@ def read(source: Source) -> Shape:
         raise ShapeError(f"unreadable: {error.strerror}", name) from error
     except MissingExtra:
         raise
-    except (ValueError, IndexError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, IndexError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ShapeError(f"no shape that can be read: {error}", name) from error
 
 
@@ -125,7 +126,7 @@ def _parts(content: bytes) -> tuple[bool, Parts]:
     if content.startswith(b"PK\x03\x04"):
         return False, _npz(content)
     if content.startswith(b"\x93NUMPY"):
-        values = _array(io.BytesIO(content))
+        values = read_array(io.BytesIO(content), _check_array)
         return False, (values[..., :3], None, values[..., 3:6] if values.shape[-1] >= 6 else None)
     if content.startswith(b"ply"):
         return False, _ply(content)
@@ -189,21 +190,10 @@ def _limit(count: int) -> None:
         raise ShapeError(f"{count:,} points or faces, and {MOST:,} are the most: thin it out")
 
 
-def _array(file: Any) -> np.ndarray:
-    """Returns the array of an npy file, whose header is asked first how large it is."""
-    start = np.lib.format
-    with NUMPY_FILES:
-        version = start.read_magic(file)
-        header = start.read_array_header_1_0 if version == (1, 0) else start.read_array_header_2_0
-        shape, _, dtype = header(file)
-        if dtype.kind not in "fiu" or len(shape) != 2:
-            raise ShapeError(
-                f"an array of {dtype} of the shape {list(shape)}, not numbers [points, 3]"
-            )
-        _limit(shape[0] * shape[1] // 3)
-        file.seek(0)
-        found: np.ndarray = start.read_array(file, allow_pickle=False)
-        return found
+def _check_array(shape: tuple[int, ...], dtype: np.dtype) -> None:
+    if dtype.kind not in "fiu" or len(shape) != 2:
+        raise ShapeError(f"an array of {dtype} of the shape {list(shape)}, not numbers [points, 3]")
+    _limit(shape[0] * shape[1] // 3)
 
 
 def _npz(content: bytes) -> Parts:
@@ -215,7 +205,7 @@ def _npz(content: bytes) -> Parts:
             if not name:
                 return None
             with archive.open(name) as file:
-                return _array(file)
+                return read_array(file, _check_array)
 
         points = array(NAMES["points"])
         if points is None:

@@ -22,8 +22,11 @@ class SoundError(ValueError):
     """
 
     def __init__(self, name: str, what: str) -> None:
-        super().__init__(f"{name}: {what}")
-        self.what = what
+        super().__init__(name, what)  # both as args, so that it survives pickling
+        self.name, self.what = name, what
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}"
 
 
 def seconds_of(source: Source) -> float:

@@ -40,32 +40,10 @@ BUILT_IN = {
 # Where a COCO folder is looked for when none is given.
 PLACES = ("data/coco", "data/coco2017", "~/data/coco", "~/datasets/coco")
 
-WORLD_BANNER = (
-    "NO DATA DIRECTORY WAS GIVEN, so this run uses the embedded world: small rendered scenes of "
-    "spheres, cubes and cylinders with generated captions. Its scores say nothing about "
-    "photographs. For your own data: --config.data.dir=FOLDER (README has the layouts)."
-)
-
-TONES_BANNER = (
-    "NO DATA DIRECTORY WAS GIVEN, so this run uses sounds that are made: tones, sweeps, clicks and "
-    "noises. Its scores say nothing about sounds of the world. For your own data: "
-    "--config.data.dir=FOLDER (README has the layouts)."
-)
-STRINGS_BANNER = (
-    "NO DATA DIRECTORY WAS GIVEN, so this run uses strings of digits that are made of telephone "
-    "tones. Its scores say nothing about speech. For your own data: --config.data.dir=FOLDER "
-    "(README has the layouts)."
-)
-SOLIDS_BANNER = (
-    "NO DATA DIRECTORY WAS GIVEN, so this run uses shapes that are made: boxes, balls and other "
-    "solids. Its scores say nothing about things of the world. For your own data: "
-    "--config.data.dir=FOLDER (README has the layouts)."
-)
-
-CLIPS_BANNER = (
-    "NO DATA DIRECTORY WAS GIVEN, so this run uses clips that are drawn: two solids that move, and "
-    "hit or pass. Its scores say nothing about videos of the world. For your own data: "
-    "--config.data.dir=FOLDER (README has the layouts)."
+# Shown wherever data that this package makes is used.
+BANNER = (
+    "NO DATA DIRECTORY WAS GIVEN, so this run uses {}. Its scores say nothing about {}. For your "
+    "own data: --config.data.dir=FOLDER (README has the layouts)."
 )
 
 
@@ -446,32 +424,45 @@ def embedded_world(data: Any) -> Source:
     cache = cache_folder(data)
     with naming(f"data.cache_dir={cache}"):
         folder = ensure_world(spec, cache)
-    return coco_folder(folder, data, name="world", banner=WORLD_BANNER)
+    made = "the embedded world: small rendered scenes of spheres, cubes and cylinders with "
+    banner = BANNER.format(f"{made}generated captions", "photographs")
+    return coco_folder(folder, data, name="world", banner=banner)
 
 
 def find_sounds(data: Any) -> Source:
     """Returns the folder given, else sounds that this package makes, kept in the cache."""
     from unified_mm.world.tones import ensure_tones
 
-    return _given_or_made(data, ensure_tones, "classes", "tones", TONES_BANNER)
+    made = "sounds that are made: tones, sweeps, clicks and noises"
+    return _given_or_made(data, ensure_tones, "classes", "tones", made, "sounds of the world")
 
 
 def find_speech(data: Any) -> Source:
     """Returns the folder given, else strings of digits as tones, kept in the cache."""
     from unified_mm.world.tones import ensure_strings
 
-    return _given_or_made(data, ensure_strings, "table", "strings", STRINGS_BANNER)
+    made = "strings of digits that are made of telephone tones"
+    return _given_or_made(data, ensure_strings, "table", "strings", made, "speech")
 
 
 def find_solids(data: Any) -> Source:
     """Returns the folder given, else shapes that this package makes, kept in the cache."""
     from unified_mm.world.solids import ensure_solids
 
-    return _given_or_made(data, ensure_solids, "shapes", "solids", SOLIDS_BANNER)
+    made = "shapes that are made: boxes, balls and other solids"
+    return _given_or_made(data, ensure_solids, "shapes", "solids", made, "things of the world")
+
+
+def find_clips(data: Any) -> Source:
+    """Returns the folder given, else clips that this package draws, kept in the cache."""
+    from unified_mm.world.drawn import ensure_clips
+
+    made = "clips that are drawn: two solids that move, and hit or pass"
+    return _given_or_made(data, ensure_clips, "coco", "clips", made, "videos of the world")
 
 
 def _given_or_made(
-    data: Any, make: Callable[[Path], Path], layout: str, name: str, banner: str
+    data: Any, make: Callable[[Path], Path], layout: str, name: str, made: str, unlike: str
 ) -> Source:
     if data.dir:
         return given_folder(data.changed({"source": "auto"}))
@@ -479,19 +470,7 @@ def _given_or_made(
     with naming(f"data.cache_dir={cache}"):
         folder = make(cache)
     splits = LAYOUTS[layout][1](Folder(folder))
-    return ListedFolder(folder, splits, data, name=name, banner=banner)
-
-
-def find_clips(data: Any) -> Source:
-    """Returns the folder given, else clips that this package draws, kept in the cache."""
-    from unified_mm.world.drawn import ensure_clips
-
-    if data.dir:
-        return given_folder(data.changed({"source": "auto"}))
-    cache = cache_folder(data)
-    with naming(f"data.cache_dir={cache}"):
-        folder = ensure_clips(cache)
-    return coco_folder(folder, data, name="clips", banner=CLIPS_BANNER)
+    return ListedFolder(folder, splits, data, name=name, banner=BANNER.format(made, unlike))
 
 
 def cache_folder(data: Any) -> Path:

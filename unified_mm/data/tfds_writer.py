@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import PIL
 
 from unified_mm.data import coco
+from unified_mm.data.layouts import WHOLE
 from unified_mm.data.manifest import summary
 from unified_mm.data.records import File, Manifest, Record, Stored
 from unified_mm.data.sources import AnnotatedFolder
@@ -98,10 +100,15 @@ def _plan(
 ) -> dict[str, Any]:
     """Returns all that determines the written bytes, as plain JSON values."""
     for split, manifest in manifests.items():
-        if not split.isidentifier():
+        if not re.fullmatch(r"[\w-]+", split):
             raise ValueError(
                 f"the split {split!r} of {source.folder} has a name that TFDS cannot take: rename "
-                "its files to letters, digits and underscores"
+                "its files to letters, digits, underscores and hyphens"
+            )
+        if split == WHOLE:
+            raise ValueError(
+                f"{source.folder} has files that tell no split, and TFDS calls all splits together "
+                f"{WHOLE!r}: move them into a folder of a split, such as train"
             )
         _refuse_unheld(manifest)
         if source.questions(split) and not coco.has_questions(source.folder, split):

@@ -33,6 +33,7 @@ from unified_mm.task import Task
 
 Batch = Mapping[str, Mapping[str, np.ndarray]]
 CAPTION, ANSWER = "caption", "answer"  # kinds of texts: without and with a prompt
+KNOWN = 100_000  # answers without a picture that are kept; the oldest go first
 
 
 class Predictor:
@@ -57,7 +58,7 @@ class Predictor:
         self.params = params
         self.mesh = mesh
         self._compiled: dict[str, Any] = {}
-        self._alone: dict[Decoding, dict[str, Written]] = {}
+        self._alone: dict[tuple[Decoding, str], Written] = {}
         self._reader: Predictor | None = None  # of texts alone, made when it is first needed
 
     def at(self, params: Any) -> Predictor:
@@ -215,8 +216,9 @@ class Predictor:
         self, questions: Sequence[str], decoding: Decoding = GREEDY
     ) -> dict[str, Written]:
         """Returns what the model answers to each question without a picture."""
-        known = self._alone.setdefault(decoding, {})
-        new = [each for each in dict.fromkeys(questions) if each and each not in known]
+        asked_for = dict.fromkeys(filter(None, questions))
+        known = {q: self._alone[decoding, q] for q in asked_for if (decoding, q) in self._alone}
+        new = [each for each in asked_for if each not in known]
         size = ROWS * self.mesh.size
         for start in range(0, len(new), size):
             asked = new[start : start + size]
@@ -224,7 +226,10 @@ class Predictor:
             batch = {"text": {"present": np.ones(len(self.rows(size)), bool)}}
             texts = self.without_context().generate(batch, filled, decoding)
             known |= {each: text for each, (text,) in zip(asked, texts, strict=False)}
-        return {each: known[each] for each in questions if each}
+        self._alone |= {(decoding, each): text for each, text in known.items()}
+        for oldest in list(self._alone)[:-KNOWN]:
+            del self._alone[oldest]
+        return {each: known[each] for each in asked_for}
 
     def without_context(self) -> Predictor:
         """Returns the predictor of the same parameters that reads texts alone, by all layers."""

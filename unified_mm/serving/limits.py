@@ -58,9 +58,12 @@ class Refusal(Exception):
     def __init__(
         self, status: int, error: str, message: str, headers: dict[str, str] | None = None
     ) -> None:
-        super().__init__(message)
+        super().__init__(status, error, message, headers)  # as args: so it survives pickling
         self.status, self.error, self.message = status, error, message
         self.headers = headers or {}
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def body(self) -> dict[str, Any]:

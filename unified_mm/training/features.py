@@ -33,6 +33,7 @@ from unified_mm.files import new_folder, read_json, write_json
 from unified_mm.inference.predictor import Predictor
 from unified_mm.models.late import LateFusion, WithTowers
 from unified_mm.nn.attention.rules import View
+from unified_mm.nn.options import TransformerOptions
 from unified_mm.parallel.processes import first_before_others, is_first, wait_for_all
 from unified_mm.parallel.sharding import batch_shards, path_of
 from unified_mm.runs.seal import SEAL, broken_files, write_seal
@@ -189,8 +190,7 @@ def kept_preparers(
     leaves = jax.tree_util.tree_leaves_with_path(trained)
     frozen = {path_of(path): not leaf for path, leaf in leaves}
     found = {}
-    for name in (*task.model.context_names, "text"):
-        modality = task.modalities[name]
+    for name, modality in task.modalities.items():
         if not hasattr(modality, "count_views") or not (key := frozen_part(task, name, frozen)):
             continue
         if not (views := Views.of(modality, records)):
@@ -209,17 +209,29 @@ def arrays_of_absent(modality: Any) -> Any:
 def frozen_part(task: Task, name: str, frozen: Mapping[str, bool]) -> str:
     """Returns the key of the largest part that looks at a modality and is frozen whole, or ''."""
 
-    def whole(prefix: str) -> bool:
-        held = [x for path, x in frozen.items() if path.startswith(prefix)]
+    def whole(key: str) -> bool:
+        held = [x for path, x in frozen.items() if path.startswith(read_by(name, key))]
         return bool(held) and all(held)
 
+    def known(stack: TransformerOptions) -> bool:
+        # Experts have room for some of the tokens of examples that are read together.
+        return not stack.dropout and stack.feed_forward_type != "experts"
+
     if name == "text":
-        held = whole("embedders_text/") and whole("transformer/") and not task.model.options.dropout
+        held = whole(READ) and known(task.model.options)
         return READ if held and isinstance(task.model, LateFusion) and read_once(task) else ""
-    towers = isinstance(task.model, WithTowers) and whole(f"towers_{name}/")
-    if towers and whole(f"embedders_{name}/") and not task.model.tower_of(name).dropout:
+    if isinstance(task.model, WithTowers) and whole(TOWER) and known(task.model.tower_of(name)):
         return TOWER
-    return STEM if whole(f"embedders_{name}/stem/") else ""
+    return STEM if whole(STEM) else ""
+
+
+def read_by(name: str, key: str) -> tuple[str, ...]:
+    """Returns how the paths of the parameters begin by which a part looks at a modality."""
+    return {
+        TOWER: (f"embedders_{name}/", f"towers_{name}/", "places/"),
+        STEM: (f"embedders_{name}/stem/",),
+        READ: ("embedders_text/", "transformer/"),
+    }[key]
 
 
 def read_once(task: Task) -> View | None:
@@ -266,7 +278,7 @@ def digest_of(kept: Kept, task: Task, fingerprint: str, records: Sequence[Record
     name = kept.modality.name
     tower: Any = ""
     if kept.key == TOWER:
-        tower = repr(task.model.tower_of(name))
+        tower = repr(task.model.tower_of(name)) + task.model.options.places
     if kept.key == READ:
         tower = repr([task.model.options, read_once(task)])
     known = [FORMAT, kept.key, kept.shape, fingerprint, repr(kept.modality), tower]
@@ -302,13 +314,9 @@ def computed(
     for name, preparer in found.items():
         if (kept := kept_in(preparer)) is None:
             continue
-        before = {
-            TOWER: (f"embedders_{name}/", f"towers_{name}/"),
-            STEM: (f"embedders_{name}/stem/",),
-            READ: ("embedders_text/", "transformer/"),
-        }[kept.key]
         leaves = {path_of(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
-        own = {path: leaf for path, leaf in leaves.items() if path.startswith(before)}
+        parts = read_by(name, kept.key)
+        own = {path: leaf for path, leaf in leaves.items() if path.startswith(parts)}
         digest = digest_of(kept, phase.task, rows.fingerprint, rows.examples, own)
         folder = cache_folder(data) / "features" / digest[:32]
         make = write_features(kept, rows.examples, phase.task, predictor.at(params), tolerant)

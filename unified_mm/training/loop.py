@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -44,9 +44,12 @@ class Stopped(Exception):
     """The error that a signal stopped the run; its state is saved."""
 
     def __init__(self, step: int, exit_code: int) -> None:
-        super().__init__(f"stopped at step {step}, which is saved")
+        super().__init__(step, exit_code)  # both as args, so that it survives pickling
         self.step = step
         self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return f"stopped at step {self.step}, which is saved"
 
 
 class NotFinite(RuntimeError):
@@ -303,7 +306,8 @@ class Run:
                 if logged:
                     waiting, since = Interval(step, since, done, self.starved.take()), []
                     self.unread.say_new(self.say)
-                    bad = self.unread.fault(step * phase.batch_size)
+                    rows_read = sum(each.rows_read(step) for each in self.setup.phases)
+                    bad = self.unread.fault(rows_read)
                 stopped = self.stopping = self.stop.after(step)
                 save = last or step % options.checkpoint.every == 0 or stopped or bad
                 end = step == options.train.steps  # of the run: it is scored when all is done
@@ -352,9 +356,7 @@ class Run:
             self.not_finite(bad)
         values = mean_metrics([measured.metrics for measured in host])
         values["learning_rate"] = float(host[-1].learning_rate)
-        if isinstance(phase.rows.examples, Mixture):
-            gone = phase.rows.examples.epochs(step * phase.batch_size)
-            values |= {f"epochs/{name}": count for name, count in gone.items()}
+        values |= epochs_of(self.setup.phases, step)
         size, done = phase.batch_size, waiting.done.result()
         rates = progress.update(step, values, size, waiting.starved, done)
         if self.peak and rates:
@@ -419,6 +421,16 @@ class Run:
             )
         self.say(f"step {step}: {options.evaluation.split} {setup.best_by} {value:.3f}")
         keep_best(setup, state, step, value, self.metadata(step))
+
+
+def epochs_of(phases: Sequence[Phase], step: int) -> dict[str, float]:
+    """Returns how often each source of a mixture was gone through up to a step, in all phases."""
+    found: dict[str, float] = {}
+    for phase in phases:
+        if isinstance(mixture := phase.rows.examples, Mixture):
+            for name, count in mixture.epochs(phase.rows_read(step)).items():
+                found[f"epochs/{name}"] = found.get(f"epochs/{name}", 0.0) + count
+    return found
 
 
 def phase_batches(setup: Setup, phase: Phase, start: int) -> Iterator[Any]:

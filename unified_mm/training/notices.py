@@ -10,6 +10,7 @@ from unified_mm.config import Config
 from unified_mm.data.records import Manifest
 from unified_mm.objectives.transcription import Transcription
 from unified_mm.task import Task
+from unified_mm.training.phases import phase_options
 
 LOOKED_AT = 20000  # texts of which the lengths are taken
 MEASURED = 1000  # sounds likewise
@@ -25,7 +26,7 @@ def notices(config: Config, task: Task, train: Manifest) -> list[str]:
     return [
         line
         for line in (
-            epochs_line(len(train.records), config.train.steps, config.train.batch_size),
+            epochs_line(len(train.records), config),
             cut_line(task, train),
             mirror_line(config, task),
             *crop_lines(task, train),
@@ -37,13 +38,18 @@ def notices(config: Config, task: Task, train: Manifest) -> list[str]:
     ]
 
 
-def epochs_line(examples: int, steps: int, batch_size: int) -> str:
+def epochs_line(examples: int, config: Config) -> str:
     """Says how many epochs the steps are, and where a batch holds examples more than once."""
-    line = f"{steps:,} steps of {batch_size:,} examples are {steps * batch_size / examples:.3g} "
-    line += f"epochs of {examples:,}"
-    if batch_size > examples:
+    steps: dict[int, int] = {}  # by the size of their batch
+    for options in phase_options(config).values():
+        size = config.train.changed(options.train).batch_size
+        steps[size] = steps.get(size, 0) + options.steps
+    told = " and ".join(f"{count:,} steps of {size:,}" for size, count in steps.items())
+    epochs = sum(size * count for size, count in steps.items()) / examples
+    line = f"{told} examples are {epochs:.3g} epochs of {examples:,}"
+    if (largest := max(steps)) > examples:
         line += (
-            f"; a batch holds every example {batch_size / examples:.3g} times: contrast takes a "
+            f"; a batch holds every example {largest / examples:.3g} times: contrast takes a "
             "copy for a wrong answer unless its same_item_negatives is False"
         )
     return line

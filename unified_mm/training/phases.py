@@ -89,6 +89,10 @@ class Phase:
     ema_warmup: bool
     enter: Callable[[TrainState], TrainState]
 
+    def rows_read(self, step: int) -> int:
+        """Returns how many rows of this phase were read up to a step of the run."""
+        return max(0, min(step, self.stop) - self.start) * self.batch_size
+
     def make_step(self, ema_decay: float) -> Any:
         """Returns the compiled step of the phase; see `make_train_step`."""
         return make_train_step(
@@ -189,8 +193,8 @@ def refuse_nothing_kept(config: Config, phases: Sequence[Phase]) -> None:
     if config.data.keep_features and not kept:
         raise ValueError(
             "data.keep_features=True, but there is nothing to keep: it needs a phase of pairs "
-            "whose train.freeze_rules hold a whole tower, or a whole stem, without dropout, of "
-            "pictures with data.views above 0 or of texts in late fusion"
+            "whose train.freeze_rules hold a whole tower without dropout or experts, or a whole "
+            "stem, of pictures with data.views above 0 or of texts in late fusion"
         )
 
 
