@@ -12,8 +12,8 @@ of four views of each photograph is computed before the first step, and kept.
 | `reader` | 0.6 M | 2 CPU cores | 14 minutes, 1,000 steps | 0.131, 0.462 |
 | `base` | 24 M | one accelerator | not measured | not measured |
 
-Scores are of Flickr8k's 1,000 pictures of `val`, one seed; ridge regression from what the eyes see to
-words has 0.119, 0.433, the caption of the nearest training picture 0.191
+Scores are of the 1,000 pictures of Flickr8k's `val`, one seed; ridge regression from what the eyes
+see to words has 0.119, 0.433, the caption of the nearest training picture 0.191
 (`experiments/photograph_controls.py`).
 
 `reader` finds and does not describe: two towers, of which that of texts is MiniLM, which has read a
