@@ -148,6 +148,7 @@ def judged(
             "recall": recalled[kind] / there[kind],
         }
         for kind in SHARES
+        if there[kind]
     }
     return {"kinds": by_kind, "reasons": by_reason, "not planted": named}
 

@@ -90,7 +90,8 @@ def look_at(manifests: Mapping[str, Manifest], train_split: str, threads: int = 
             pixels = images.decode(content)
         except images.ImageError as error:
             raise images.ImageError(str(image), error.what) from error
-        squeezed = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX)
+        # A box takes whole pixels: where they do not divide, a smaller copy would be seen shifted.
+        squeezed = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.HAMMING)
         digest = hashlib.sha256(content).digest()[:16]
         return digest, (pixels.shape[1], pixels.shape[0]), np.asarray(squeezed)
 
