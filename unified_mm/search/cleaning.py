@@ -33,7 +33,8 @@ class Alike:
     The one that is scored on stays, else the first.
 
     Attributes:
-      threshold: 1 - cosine up to which two pictures are one.
+      threshold: 1 - cosine up to which two pictures are one. The default is for EfficientNet-Lite0:
+        a run's own space wants one that its report page shows.
       run: a run with contrast; or weights of a stem (`package:NAME/FOLDER`), whose last grid of
         features is averaged.
       side: pixels on a side of what such a stem sees.
@@ -41,7 +42,7 @@ class Alike:
         them into clusters of about as many, and pairs of two clusters are not found.
     """
 
-    threshold: float = 0.1
+    threshold: float = 0.12
     run: str = ""
     side: int = option(112, least=32)
     cluster: int = option(50_000, least=2)
