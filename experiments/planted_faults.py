@@ -113,8 +113,8 @@ def planted(train: Any, val: Any, scratch: Path) -> tuple[list[Record], list[Ori
 
 def doubles(pictures: Pictures, one: int, other: int) -> bool:
     """Returns whether two pictures have the same pixels."""
-    files = (pictures.records[one].image, pictures.records[other].image)
-    return np.array_equal(*(images.decode(file) for file in files if file))
+    files: list[Any] = [pictures.records[place].image for place in (one, other)]
+    return np.array_equal(images.decode(files[0]), images.decode(files[1]))
 
 
 def judged(
@@ -139,10 +139,10 @@ def judged(
     counts = Counter((reason, verdict) for reason, verdict, _ in verdicts)
     by_reason = {}
     for reason in REASONS:
-        true, false, double = (counts[reason, each] for each in ("true", "false", "doubles"))
-        precision = true / (true + false) if true + false else None
+        right, wrong, double = (counts[reason, each] for each in ("true", "false", "doubles"))
+        precision = right / (right + wrong) if right + wrong else None
         by_reason[reason] = {
-            "true": true, "false": false, "doubles": double, "precision": precision,
+            "true": right, "false": wrong, "doubles": double, "precision": precision,
         }  # fmt: skip
     recalled = Counter(kind for _, verdict, kind in verdicts if verdict == "true")
     by_kind = {

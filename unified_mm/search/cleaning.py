@@ -52,9 +52,11 @@ class Alike:
 
     def __call__(self, pictures: Pictures) -> Iterator[Case]:
         places = np.flatnonzero((pictures.sizes > 0).all(1))
+        if not places.size:
+            return
         vectors = self.embed([pictures.records[place].image for place in places])
         members = clustered(vectors, self.cluster)
-        for number in range(members.max(initial=-1) + 1):
+        for number in range(members.max() + 1):
             own = np.flatnonzero(members == number)
             for one, other, distance in near_ones(vectors[own], 2 * self.threshold):
                 place, kept = int(places[own[one]]), int(places[own[other]])
@@ -98,8 +100,9 @@ class Mismatched:
         ranks = (cosines.argsort().argsort() + 1) / max(len(places), 1)
         measures = ranks if self.by == "share" else cosines
         for number in np.flatnonzero(measures <= self.threshold + abs(self.threshold)):
-            reason = f"its captions fit it by {cosines[number]:.3f}"
-            yield Case(int(places[number]), float(measures[number]), reason)
+            place = int(places[number])
+            reason = f"a cosine of {cosines[number]:.3f} with {captions[place][0]!r}"
+            yield Case(place, float(measures[number]), reason)
 
 
 def refuse_no_run(run: str, name: str) -> None:
