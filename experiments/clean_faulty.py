@@ -14,11 +14,11 @@ The folders are made first, FOLDER being photographs, or the world as rendered i
         --out=runs/cleaning/world/faulty_10
     python -m experiments.sweep experiments/clean_faulty.py:world --only=clean --only=faulty_10
     python -m unified_mm.clean --config=coco:tiny --config.data.dir=runs/cleaning/world/faulty_10 \
-        --filter=mismatched,run=runs/ablations/clean_faulty/faulty_10-0,threshold=0.1 \
+        --filter=mismatched,run=runs/ablations/clean_faulty_world/faulty_10-0,threshold=0.1 \
         --out=runs/cleaning/world/cleaned_10
     python -m experiments.sweep experiments/clean_faulty.py:world --only=cleaned_10
 
-and so for 30.
+and so for 30. It has not been carried out yet.
 """
 
 from typing import Any
