@@ -2,10 +2,13 @@
 
     python -m unified_mm.clean --config=photographs --config.data.dir=FOLDER --out=DIR
     python -m unified_mm.clean ... --filter=copies,threshold=20 --filter=blank
+    python -m unified_mm.clean ... --filter=copies --filter=alike,run=RUN,threshold=0.05
+    python -m unified_mm.clean ... --filter=mismatched,run=RUN,threshold=0.1
 
 Nothing is deleted or copied: --config.data.manifest=DIR/manifest.json leaves the examples out of
 training. DIR/report.html shows what was found, and how near the thresholds it is. Filters: copies
-(also mirrored ones, and those of what is scored on), blank, small, narrow, terse; or
+(also mirrored ones, and those of what is scored on), blank, small, narrow, terse; those that ask a
+run, alike (by its embeddings) and mismatched (the share of pictures that captions fit worst); or
 package.module:NAME.
 """
 
@@ -53,7 +56,7 @@ def main(options: argparse.Namespace) -> int:
         page = report(pictures, found, len(dropped))
         write_atomically(half / "report.html", page.encode())
     for name in filters:
-        say(f"{name}: {sum(each == name for each in dropped.values()):,} dropped")
+        say(f"{name}: {sum(each == name for each, _ in dropped.values()):,} dropped")
     say(f"{len(dropped):,} of {len(manifests[split].records):,}: {out / 'manifest.json'}")
     return 0
 

@@ -186,7 +186,8 @@ def test_a_filter_has_options_of_its_own():
     name, found = read_filter("copies,threshold=20,bits=4,mirrored=false")
     assert (name, found.threshold, found.bits, found.mirrored) == ("copies", 20.0, 4, False)
     for given, named in (("copys", "Did you mean 'copies'"), ("blank,bits=3", "no such option"),
-                         ("blank,threshold=x", "name=value")):  # fmt: skip
+                         ("blank,threshold=x", "must be a float"), ("blank,3", "name=value"),
+                         ("copies,bits=40", "at most 32")):  # fmt: skip
         with pytest.raises(ValueError, match=named):
             read_filter(given)
 

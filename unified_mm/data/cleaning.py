@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from unified_mm.config import option, read_options
+from unified_mm.config import check_options, option, read_options
 from unified_mm.data import images
 from unified_mm.data.records import UNSPACED, Manifest, Problem, Record, content_of
 from unified_mm.files import read_json, user_path, write_json
@@ -90,7 +90,8 @@ def look_at(manifests: Mapping[str, Manifest], train_split: str, threads: int = 
             pixels = images.decode(content)
         except images.ImageError as error:
             raise images.ImageError(str(image), error.what) from error
-        squeezed = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX)
+        # A box takes whole pixels: where they do not divide, a smaller copy would be seen shifted.
+        squeezed = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.HAMMING)
         digest = hashlib.sha256(content).digest()[:16]
         return digest, (pixels.shape[1], pixels.shape[0]), np.asarray(squeezed)
 
@@ -261,6 +262,11 @@ FILTERS = {
     "narrow": Narrow,
     "terse": Terse,
 }
+# Those that ask a run, and are not applied unless they are named.
+ASKING = {
+    "alike": "unified_mm.search.cleaning:Alike",
+    "mismatched": "unified_mm.search.cleaning:Mismatched",
+}
 
 
 def has_picture(pictures: Pictures) -> np.ndarray:
@@ -273,16 +279,22 @@ def read_filter(given: str) -> tuple[str, Any]:
     """Returns the name and the filter of `NAME`, or of `NAME,threshold=20,bits=10`.
 
     Raises:
-      ValueError: there is no such filter, or it has no such option.
+      ValueError: there is no such filter, or it has no such option or value.
     """
     name, *options = given.split(",")
-    kind = resolve("filter", name, FILTERS)
-    pairs = [each.partition("=") for each in options]
-    try:
-        values = {key: json.loads(value) for key, _, value in pairs}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--filter={given}: an option is given as name=value") from error
-    return name, kind(**read_options(kind, values, f"--filter={name}"))
+    kind = resolve("filter", name, FILTERS | ASKING)
+    values = {}
+    for each in options:
+        key, equals, value = each.partition("=")
+        if not equals:
+            raise ValueError(f"--filter={given}: an option is given as name=value")
+        try:
+            values[key] = json.loads(value)
+        except json.JSONDecodeError:
+            values[key] = value  # a text
+    found = kind(**read_options(kind, values, f"--filter={name}"))
+    check_options(found, f"--filter={name}")
+    return name, found
 
 
 Found = Mapping[str, tuple[Any, Sequence[Case]]]  # by its name, a filter and its cases
@@ -305,8 +317,20 @@ def of_sound_ones(found: Found) -> dict[str, tuple[Any, list[Case]]]:
     }
 
 
-def write_manifest(path: Path, pictures: Pictures, found: Found, data: Manifest) -> dict[int, str]:
-    """Writes what filters drop, each example once, and returns the filter by its place.
+def dropped_cases(found: Found) -> dict[int, tuple[str, Case]]:
+    """Returns, by the place of each example that is dropped, the first filter's name and case."""
+    dropped: dict[int, tuple[str, Case]] = {}
+    for name, (each, cases) in found.items():
+        for case in sorted(cases, key=lambda case: case.measure):
+            if case.measure <= each.threshold:
+                dropped.setdefault(case.place, (name, case))
+    return dropped
+
+
+def write_manifest(
+    path: Path, pictures: Pictures, found: Found, data: Manifest
+) -> dict[int, tuple[str, Case]]:
+    """Writes what filters drop, each example once, and returns it as `dropped_cases` does.
 
     Args:
       path: of the file.
@@ -314,15 +338,11 @@ def write_manifest(path: Path, pictures: Pictures, found: Found, data: Manifest)
       found: what they found.
       data: the split that is trained on.
     """
-    dropped: dict[int, str] = {}
-    rows = []
-    for name, (each, cases) in found.items():
-        for case in sorted(cases, key=lambda case: case.measure):
-            if case.measure > each.threshold or case.place in dropped:
-                continue
-            dropped[case.place] = name
-            identity = pictures.records[case.place].id
-            rows.append({"id": identity, "weight": 0, "filter": name, "reason": case.reason})
+    dropped = dropped_cases(found)
+    rows = [
+        {"id": pictures.records[place].id, "weight": 0, "filter": name, "reason": case.reason}
+        for place, (name, case) in dropped.items()
+    ]
     of = {"split": data.split, "fingerprint": data.fingerprint}
     filters = {name: repr(each) for name, (each, _) in found.items()}
     write_json(path, {"format": FORMAT, "of": of, "filters": filters, "examples": rows})
