@@ -33,18 +33,9 @@ QUICK: dict[str, Any] = {
     "evaluation.max_images": 400,
     "logging.tensorboard": False,
 }
-# The photographs' recipe learns by the optimizer and the shape of the quick start's.
-MUON: dict[str, Any] = {
-    "train.optimizer": "muon",
-    "train.learning_rate": 8e-3,
-    "train.warmup_steps": 100,
-    "model.width": 96,
-    "model.heads": 3,
-    "model.feed_forward": 384,
-}
 SIZES = {
     "world": ("configs/coco.py:tiny", QUICK),
-    "photographs": ("configs/photographs.py:tiny", QUICK | MUON | {"train.steps": 600}),
+    "photographs": ("configs/photographs.py:tiny", QUICK | {"train.steps": 600}),
 }
 
 
