@@ -62,9 +62,11 @@ def get_config(size: str = "auto") -> ConfigDict:
         config.train.update({"steps": 20_000, "batch_size": 64, "learning_rate": 1e-4})
         return config
     config.model.update({"width": 96, "layers": 4, "heads": 4, "feed_forward": 384})
-    audio.update({"seconds": 1.0, "mels": 64, "patch": (8, 16), "gain": 6.0})
+    audio.update({"seconds": 0.75, "mels": 64, "patch": (4, 64), "gain": 6.0, "speed": 1.2})
     audio.update({"mask_frames": 20, "mask_mels": 12})
-    config.train.update({"steps": 900, "batch_size": 48, "learning_rate": 2e-3})
+    config.objectives.classification.smoothing = 0.1
+    config.train.update({"optimizer": "muon", "learning_rate": 8e-3})
+    config.train.update({"steps": 600, "batch_size": 48})
     config.checkpoint.every = 200
     return config
 

@@ -521,7 +521,9 @@ def read_file(modality: Any, path: str | os.PathLike[str]) -> list[dict[str, np.
 def long_line(windows: Sequence[int], of: str) -> str:
     """Says how many items are heard in several windows, of which each has so many; '' for none."""
     long = [count for count in windows if count > 1]
-    return bool(long) * (
+    if not long:
+        return ""
+    return (
         f"{len(long):,} of {len(windows):,} {of}s are longer than the model hears: of these, "
         f"{sum(long):,} windows, evenly spread and at most {max(long)} of each, were heard and "
         "averaged"
