@@ -18,11 +18,13 @@ unified_mm.import_weights` reads them, and hears as they did (in fewer seconds w
 
 | size | parameters | hardware | time | accuracy |
 | --- | --- | --- | --- | --- |
-| `tiny` | 0.47 M | 2 CPU cores | 900 steps, 4 CPU minutes | 0.952 (fsdd takes 5 to 9; chance 0.1) |
+| `tiny` | 0.48 M | 2 CPU cores | 600 steps, 3 CPU minutes | 0.992 (fsdd takes 5 to 9; chance 0.1) |
 | `speech` | 0.51 M | 2 CPU cores | 900 steps, not measured | not measured: see below |
 | `base` | not counted | one accelerator | not measured | not measured |
 
-Kernel ridge on the pooled spectrum, in four parts, reaches 0.924 on the same takes.
+One seed, with compiling and scoring. Kernel ridge on the pooled spectrum, in four parts, reaches
+0.924 on the same takes. With each of five speakers left out in turn and half of the steps the mean
+is 0.663 (0.568 to 0.768), where kernel ridge has 0.71: new speakers are not what it is good at.
 
 `speech` learns transcripts (LibriSpeech, tables and JSON lines of files and texts), by the
 captioner, which writes them, and by CTC on the tokens of the sound, side by side: `caption/wer` and
@@ -62,9 +64,11 @@ def get_config(size: str = "auto") -> ConfigDict:
         config.train.update({"steps": 20_000, "batch_size": 64, "learning_rate": 1e-4})
         return config
     config.model.update({"width": 96, "layers": 4, "heads": 4, "feed_forward": 384})
-    audio.update({"seconds": 1.0, "mels": 64, "patch": (8, 16), "gain": 6.0})
+    audio.update({"seconds": 0.75, "mels": 64, "patch": (4, 64), "gain": 6.0, "speed": 1.2})
     audio.update({"mask_frames": 20, "mask_mels": 12})
-    config.train.update({"steps": 900, "batch_size": 48, "learning_rate": 2e-3})
+    config.objectives.classification.smoothing = 0.1
+    config.train.update({"optimizer": "muon", "learning_rate": 8e-3})
+    config.train.update({"steps": 600, "batch_size": 48})
     config.checkpoint.every = 200
     return config
 

@@ -24,6 +24,8 @@ CURVES = {
     "text-to-image R@10": "single_caption/text_to_image/recall_at_10",
     "caption above its foil": "foil/accuracy",
     "CIDEr-D / 10": "caption/cider_d",
+    "class": "classification/accuracy",
+    "mean of classes": "classification/mean_per_class",
 }
 
 

@@ -193,7 +193,10 @@ def written(
                     left_out += 1
                     print(shown(f"left out: {picture.path}: {row}"), file=sys.stderr)
                 else:
-                    found.append((picture, row))
+                    found.append((picture, row[0]))
+                    if len(row) > 1:
+                        said = f"longer than the model hears, its beginning alone: {picture.path}"
+                        print(shown(said), file=sys.stderr)
             texts = model.generate_rows(
                 [row for _, row in found], [prompt] * len(found), decoding, first=done
             )

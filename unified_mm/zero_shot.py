@@ -47,6 +47,8 @@ def main(options: argparse.Namespace) -> int:
     found = classify_folder(model, folder, templates=templates, max_bad_share=options.max_bad_share)
     for problem in found.problems:
         say(f"left out: {problem.file} ({problem.what})")
+    if found.long:
+        say(found.long)
     if found.texts_cut:
         say(
             f"WARNING: {found.texts_cut} of {found.texts} filled templates are longer than the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,9 @@ def seconds_of(source: Source) -> float:
 
 
 def decode(
-    source: Source, start: float = 0.0, seconds: float | None = None
+    source: Source,
+    start: float | Callable[[float], float] = 0.0,
+    seconds: float | None = None,
 ) -> Int16[np.ndarray, " S"]:
     """Returns the samples of a file: channels averaged, resampled to `RATE`.
 
@@ -48,16 +51,17 @@ def decode(
 
     Args:
       source: a file, or what it holds.
-      start: seconds that are left out.
+      start: seconds that are left out, or what says so of the file's length.
       seconds: the most that are read; None reads to the end.
 
     Raises:
       SoundError: it cannot be read, is shorter than its header says, holds no sample, or one that
         is not finite.
     """
-    name = _name(source)
+    name = name_of(source)
     with _opened(source) as file:
-        rate, first = file.samplerate, round(start * file.samplerate)
+        rate = file.samplerate
+        first = round((start(file.frames / rate) if callable(start) else start) * rate)
         wanted = max(file.frames - first, 0)
         if seconds is not None:
             wanted = min(wanted, round(seconds * rate))
@@ -135,8 +139,9 @@ def _opened(source: Source) -> Any:
         return soundfile.SoundFile(io.BytesIO(held) if isinstance(held, bytes) else held)
     except soundfile.LibsndfileError as error:
         what = f"no sound that can be read: {error.error_string}"
-        raise SoundError(_name(source), what) from error
+        raise SoundError(name_of(source), what) from error
 
 
-def _name(source: Source) -> str:
+def name_of(source: Source) -> str:
+    """Returns what messages call a sound."""
     return "the sound" if isinstance(source, bytes) else str(source)

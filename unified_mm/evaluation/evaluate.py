@@ -19,7 +19,7 @@ from unified_mm.evaluation.caption_scores import CHARACTERS, caption_scores
 from unified_mm.evaluation.classification import many_class_scores, one_class_scores
 from unified_mm.evaluation.few_shot import FewShot, check_few_shot, few_shot_scores
 from unified_mm.evaluation.transcripts import empty_shares, transcript_scores
-from unified_mm.inference.predictor import Predictor
+from unified_mm.inference.predictor import Predictor, mean_directions, window_means
 from unified_mm.objectives.captioning import Captioning
 from unified_mm.objectives.classification import Classification
 from unified_mm.objectives.contrastive import Contrastive
@@ -242,6 +242,7 @@ def score_retrieval(predictor: Predictor, split: Split, found: Scores, batch_siz
                     batch_size,
                     partial(predictor.embed, of=of, objective=contrast.name),
                     found,
+                    mean_directions,
                 )
                 for of, each in ((one, records), (other, rows))
             ]
@@ -348,6 +349,7 @@ def over_windows(
     batch_size: int,
     function: Any,
     found: Scores,
+    mean: Callable[[np.ndarray, Sequence[int]], np.ndarray] = window_means,
 ) -> Any:
     """Returns what a function says of a modality of records, the mean over windows of long ones.
 
@@ -369,11 +371,7 @@ def over_windows(
             f"of these, {int(counts[counts > 1].sum())} windows were heard and averaged"
         )
         found.warnings += [said] if said not in found.warnings else []
-    heard = np.array(predictor.over(rows, batch_size, function))
-    if len(rows) == len(records):
-        return heard
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    return (np.add.reduceat(heard, starts, axis=0) / counts[:, None]).astype(heard.dtype)
+    return mean(np.array(predictor.over(rows, batch_size, function)), counts.tolist())
 
 
 def _as_rows(records: Sequence[Record], of: str) -> list[Record]:

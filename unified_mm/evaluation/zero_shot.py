@@ -21,7 +21,7 @@ from unified_mm.data.images import SUFFIXES
 from unified_mm.data.records import Problem
 from unified_mm.evaluation import retrieval
 from unified_mm.inference.classes import check_finite, class_embeddings, filled, templates_of
-from unified_mm.inference.loaded import BATCH, LoadedModel, problems_of
+from unified_mm.inference.loaded import BATCH, LoadedModel, long_line, problems_of
 from unified_mm.search.items import files_below, is_item, refuse_without_contrast, shown
 
 ACCURACY_AT = (1, 5)
@@ -60,6 +60,7 @@ class ZeroShot:
       problems: the items that were left out, and why.
       texts: number of sentences that stand for the classes.
       texts_cut: number of these sentences that are longer than the model reads.
+      long: a line about items that are longer than the model hears; '' for none.
     """
 
     scores: dict[str, float]
@@ -68,6 +69,7 @@ class ZeroShot:
     problems: tuple[Problem, ...]
     texts: int
     texts_cut: int
+    long: str = ""
 
 
 def read_class_folder(
@@ -174,7 +176,7 @@ def classify_folder(
     classes = class_embeddings(embed_texts, folder.classes, templates)
     starts = range(0, len(folder.files), BATCH)
     files = [folder.files[start : start + BATCH] for start in starts]
-    parts, kept, problems = [], [], []
+    parts, kept, problems, windows = [], [], [], []
     read = model.read_ahead(files, folder.of)
     progress = tqdm(starts, "classifying", unit="batch", disable=None)
     for start, batch, rows in zip(progress, files, read, strict=True):
@@ -184,6 +186,7 @@ def classify_folder(
         good, embedded = model.embed_readable(rows, folder.of, space)
         check_finite(embedded, [shown(batch[i]) for i in good])
         parts.append(embedded)
+        windows += [len(rows[i]) for i in good]
         kept += [start + i for i in good]
     labels = np.array(folder.class_of_file)[kept]
     _refuse_empty(labels, folder)
@@ -195,6 +198,7 @@ def classify_folder(
         tuple(problems),
         len(texts),
         sum(_is_cut(model, text) for text in texts),
+        long_line(windows, folder.of),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,7 +26,7 @@ from unified_mm.files import read_json
 from unified_mm.inference.classes import class_embeddings, templates_of
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.imported import ALONE, PARTS, import_directory
-from unified_mm.inference.predictor import Predictor
+from unified_mm.inference.predictor import Predictor, mean_directions
 from unified_mm.inference.quantized_params import in_dtype, saved_shapes
 from unified_mm.inference.streaming import stream
 from unified_mm.nn.unstack import stack_layers, unstack_layers
@@ -39,6 +40,7 @@ from unified_mm.runs.folder import RunFolder, RunFolderError, keeps_average
 from unified_mm.task import Task, build_task
 
 Row = dict[str, dict[str, np.ndarray]]  # of a batch: by modality its arrays
+Windows = list[Row]  # of an item that is read in several; one row of any other
 Picture = Any  # a path, a stored image, a PIL image, or uint8 [height, width, 3]
 BATCH = 32
 BATCHES = (1, 8, BATCH)  # sizes that are compiled
@@ -84,6 +86,8 @@ class LoadedModel:
     def embed(self, items: Iterable[Any], of: str, objective: str = "") -> Float[np.ndarray, "B Z"]:
         """Returns unit vectors, float32, of items of any modality that was trained by contrast.
 
+        That of a sound longer than the model hears has the mean direction of its windows.
+
         Args:
           items: texts, or what `read` takes.
           of: the modality.
@@ -97,19 +101,19 @@ class LoadedModel:
         if of == "text":
             items = listed_texts(items, "texts")
         items = listed(items, "images" if of == "image" else "items")
-        return self.embed_rows([self.read(each, of) for each in items], of, objective)
+        return self.embed_rows([self.read_windows(each, of) for each in items], of, objective)
 
     def embed_rows(
-        self, rows: Sequence[Row], of: str, objective: str = ""
+        self, rows: Sequence[Windows], of: str, objective: str = ""
     ) -> Float[np.ndarray, "B Z"]:
-        """Returns what `embed` does, of items that `read` has read."""
+        """Returns what `embed` does, of items that `read_windows` has read."""
         if not rows:  # only the model knows the width
             return self.predictor.embed(self.task.example_batch(BATCH), of, objective)[:0]
         parts = (
             self.predictor.embed(batch, of, objective)[:count]
-            for batch, count in self._batches(rows)
+            for batch, count in self._batches([window for each in rows for window in each])
         )
-        return np.concatenate(list(parts))
+        return mean_directions(np.concatenate(list(parts)), [len(each) for each in rows])
 
     def embed_images(self, images: Iterable[Picture]) -> Float[np.ndarray, "B Z"]:
         """Returns unit vectors, float32, in the space that images share with texts.
@@ -142,28 +146,28 @@ class LoadedModel:
 
     def read_ahead(
         self, parts: Sequence[Sequence[ImageFile | Path]], of: str = "image"
-    ) -> Iterator[list[Row | str]]:
-        """Yields what threads read of each part's files; the next part is read meanwhile.
+    ) -> Iterator[list[Windows | str]]:
+        """Yields the windows that threads read of each part's files; the next is read meanwhile.
 
         For a file that cannot be read it is a text that says what is wrong with it.
         """
 
-        def read(file: Any) -> Row | str:
+        def read(file: Any) -> Windows | str:
             try:
-                return self.read(file, of)
+                return self.read_windows(file, of)
             except pictures.ImageError as error:
                 return error.what
             except FileNotFoundError:
                 return "unreadable: no file"
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            coming: Iterable[Row | str] = pool.map(read, parts[0]) if parts else ()
+            coming: Iterable[Windows | str] = pool.map(read, parts[0]) if parts else ()
             for following in (*parts[1:], ()):
                 current, coming = list(coming), pool.map(read, following)
                 yield current
 
     def embed_readable(
-        self, rows: Sequence[Row | str], of: str = "image", objective: str = ""
+        self, rows: Sequence[Windows | str], of: str = "image", objective: str = ""
     ) -> tuple[list[int], Float[np.ndarray, "readable Z"]]:
         """Returns the numbers of the rows that could be read, and their unit vectors."""
         good = {number: row for number, row in enumerate(rows) if not isinstance(row, str)}
@@ -344,7 +348,7 @@ class LoadedModel:
             there = " and ".join(self.task.modalities)
             raise ValueError(f"this model reads no images: it is of {there} alone")
         if isinstance(image, (str, os.PathLike)):
-            view: np.ndarray = read_file(modality, image)["pixels"]
+            view: np.ndarray = read_file(modality, image)[0]["pixels"]
             return view
         if isinstance(image, (bytes, Stored)):
             pixels = pictures.decode(image, at_least=modality.size, backend=modality.decoder)
@@ -364,6 +368,8 @@ class LoadedModel:
     def read(self, item: Any, of: str) -> Row:
         """Returns a row of a batch with one item and nothing else.
 
+        What is longer than the model hears at a time is warned of: its beginning alone is read.
+
         Args:
           item: a text; of another modality the path or the bytes of a file; an image also as `view`
             takes it, and of the others what a `Record` holds under their name.
@@ -373,23 +379,42 @@ class LoadedModel:
           FileNotFoundError: a file that is not there.
           ValueError: a file that cannot be read (`ImageError`, naming it), or no item.
         """
+        windows = self.read_windows(item, of)
+        if len(windows) > 1:
+            name = f"{of} of {len(item):,} bytes" if isinstance(item, bytes) else repr(str(item))
+            warnings.warn(
+                f"{name} is longer than the model hears at a time "
+                f"(model.modalities.{of}.seconds={self.task.modalities[of].seconds:g}): what comes "
+                "after that is left out",
+                stacklevel=2,
+            )
+        return windows[0]
+
+    def read_windows(self, item: Any, of: str) -> Windows:
+        """Returns rows of the windows of a long item that embeddings average; one of any other.
+
+        Args:
+          item: as `read` takes it.
+          of: the modality.
+
+        Raises:
+          FileNotFoundError, ValueError: as `read` does.
+        """
         modality: Any = self.task.modalities.get(of)
         if of == "text":
-            return {"text": modality.encode("", item)}
+            return [{"text": modality.encode("", item)}]
         if of == "image":
-            arrays = {"pixels": self.view(item), "present": np.array(True)}
-        elif isinstance(item, bytes):
-            arrays = modality.read(item)
+            found = [{"pixels": self.view(item), "present": np.array(True)}]
         elif isinstance(item, os.PathLike):
-            arrays = read_file(modality, item)
+            found = read_file(modality, item)
         else:
-            arrays = modality.prepare(Record(0, {of: item}, (), False), None)
-        if not arrays["present"]:
+            found = windows_of(modality, item)
+        if not found[0]["present"]:
             raise ValueError(f"{item!r} holds no {of}")
         absent = {
             each: self.task.modalities[each].absent() for each in self.task.model.context_names
         }
-        return {**absent, of: arrays}
+        return [{**absent, of: arrays} for arrays in found]
 
     def in_files(self, of: str) -> Any:
         """Returns the modality of that name, whose items lie in files.
@@ -459,8 +484,23 @@ def listed_texts(values: Any, what: str) -> list[str]:
     return texts
 
 
-def read_file(modality: Any, path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Returns the arrays of the one item in a file.
+def windows_of(modality: Any, item: Any) -> list[dict[str, np.ndarray]]:
+    """Returns the arrays of the windows of an item; of one where its modality has none.
+
+    Args:
+      modality: of the item.
+      item: what a file holds, or what a `Record` does under the modality's name.
+    """
+    if hasattr(modality, "read_windows"):
+        windows: list[dict[str, np.ndarray]] = modality.read_windows(item)
+        return windows
+    if isinstance(item, bytes):
+        return [modality.read(item)]
+    return [modality.prepare(Record(0, {modality.name: item}, (), False), None)]
+
+
+def read_file(modality: Any, path: str | os.PathLike[str]) -> list[dict[str, np.ndarray]]:
+    """Returns the arrays of the windows of the one item in a file.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -471,15 +511,26 @@ def read_file(modality: Any, path: str | os.PathLike[str]) -> dict[str, np.ndarr
             raise pictures.ImageError(str(path), "is no file but a folder or a device")
         raise FileNotFoundError(f"there is no {modality.name} {str(path)!r}")
     try:
-        arrays: dict[str, np.ndarray] = modality.read(Path(path).read_bytes())
+        return windows_of(modality, Path(path).read_bytes())
     except OSError as error:
         raise pictures.ImageError(str(path), f"unreadable: {error.strerror or error}") from error
     except ValueError as error:
         raise pictures.ImageError(str(path), getattr(error, "what", str(error))) from error
-    return arrays
 
 
-def problems_of(names: Iterable[str], rows: Sequence[Row | str]) -> list[Problem]:
+def long_line(windows: Sequence[int], of: str) -> str:
+    """Says how many items are heard in several windows, of which each has so many; '' for none."""
+    long = [count for count in windows if count > 1]
+    if not long:
+        return ""
+    return (
+        f"{len(long):,} of {len(windows):,} {of}s are longer than the model hears: of these, "
+        f"{sum(long):,} windows, evenly spread and at most {max(long)} of each, were heard and "
+        "averaged"
+    )
+
+
+def problems_of(names: Iterable[str], rows: Sequence[Windows | str]) -> list[Problem]:
     """Returns a problem for each file that `LoadedModel.read_ahead` could not read."""
     return [
         Problem(name, row, "left out")

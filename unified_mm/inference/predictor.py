@@ -454,3 +454,21 @@ def write_texts(
         return written, likelihood
     state = writer.generate(params, writer.begin(params, inputs))
     return state.written, state.likelihood
+
+
+def window_means(values: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """Returns the means of what was said of windows, of which each item has so many."""
+    if len(values) == len(counts):
+        return values
+    sums = np.add.reduceat(values, np.cumsum([0, *counts[:-1]]), axis=0)
+    return (sums / np.array(counts)[:, None]).astype(values.dtype)
+
+
+def mean_directions(
+    vectors: Float[np.ndarray, "windows Z"], counts: Sequence[int]
+) -> Float[np.ndarray, "B Z"]:
+    """Returns the unit vectors of items, whose windows have these and of which each has so many."""
+    if len(vectors) == len(counts):
+        return vectors
+    found = window_means(vectors, counts)
+    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)

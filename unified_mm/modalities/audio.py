@@ -26,6 +26,7 @@ from unified_mm.nn.tokens import Group, Tokens, blank, single_document
 
 MEASURED = 500  # sounds that the mean and the deviation are taken from, spread over the data
 READ_AT_A_TIME = 50
+READ_WINDOWS = 8  # of a file's windows, the most that are held at a time
 STEMS = ("linear", "convolution")
 
 
@@ -58,6 +59,8 @@ class AudioModality:
       mask_frames, mask_mels: the widest stretch of time, and of bands, that training blanks (Park
         et al. 2019, SpecAugment).
       gain: the most decibels by which training makes a sound louder or softer.
+      speed: the most by which training plays a sound faster or slower, and so higher or lower (Ko
+        et al. 2015): 1.1 is 0.91 to 1.1 times, of which it is never made longer than `seconds`.
       roll: whether training turns a sound round in time, so that it begins anywhere.
       longer: 'crop' hears longer sounds as above; 'leave_out' names them and leaves them out, for
         texts that are of whole sounds.
@@ -85,6 +88,7 @@ class AudioModality:
     mask_frames: int = option(0, least=0)
     mask_mels: int = option(0, least=0)
     gain: float = option(0.0, least=0)
+    speed: float = option(1.0, least=1)
     roll: bool = False
     longer: str = option("crop", choices=("crop", "leave_out"))
     attend_padding: bool = False
@@ -183,6 +187,8 @@ class AudioModality:
         wave = self._wave(record.parts[self.name], rng)
         if rng is None:
             return self.arrays(wave)
+        if self.speed > 1:
+            wave = self._played(wave, rng)
         if self.roll:
             wave = np.roll(wave, rng.integers(len(wave)))
         drawn = {
@@ -201,23 +207,37 @@ class AudioModality:
             length = int(drawn.uniform(0.2, 1.0) * self.samples)
             return sounds.silence_or_noise(part["made"], length, drawn)
         file, start = place_of(part)
-        if fault := self.fault(part):
-            raise sounds.SoundError(str(file), fault)
-        if rng is not None:
-            room = sounds.seconds_of(file) - start - self.seconds
-            start += rng.uniform(0, room) if room > 0 else 0.0
-        return sounds.decode(file, start, self.seconds)
+
+        def begin(length: float) -> float:
+            if self.longer == "leave_out" and (fault := self._too_long(length - start)):
+                raise sounds.SoundError(sounds.name_of(file), fault)
+            room = length - start - self.seconds
+            return start + (rng.uniform(0, room) if rng is not None and room > 0 else 0.0)
+
+        return sounds.decode(file, begin, self.seconds)
+
+    def _played(self, wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Returns a sound played at a drawn speed, at which all of it is still heard."""
+        longest = max(self.samples / len(wave), 1 / self.speed)
+        factor = min(self.speed ** rng.uniform(-1, 1), longest)
+        played: np.ndarray = sounds.library("soxr").resample(wave, 1.0, factor)
+        return played
 
     def _there(self, samples: int) -> int:
         preset, samples = PRESETS[self.preset], min(samples, self.samples)
         return -(-samples // HOP) if preset.centred else preset.frames(samples)
 
     def read(self, content: bytes) -> dict[str, np.ndarray]:
-        cut = self.longer == "crop"
-        wave = sounds.decode(content, seconds=self.seconds + (0 if cut else 1))
-        if not cut and (fault := self._too_long(len(wave) / sounds.RATE)):
-            raise sounds.SoundError("the sound", fault)
-        return self.arrays(wave)
+        return self.arrays(self._wave(content, None))
+
+    def read_windows(self, part: Any) -> list[dict[str, np.ndarray]]:
+        """Returns the arrays of the `windows` of a part, or of what a file holds.
+
+        Of very many they are `READ_WINDOWS`, evenly spread.
+        """
+        parts = [part] if self.longer == "leave_out" else self.windows(part)
+        places = np.linspace(0, len(parts) - 1, min(len(parts), READ_WINDOWS)).round().astype(int)
+        return [self.arrays(self._wave(parts[place], None)) for place in places]
 
     def arrays(self, wave: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the arrays of int16 samples, of which more than `seconds` are left out."""
@@ -309,8 +329,8 @@ def is_made(part: Any) -> bool:
     return isinstance(part, Mapping) and "made" in part
 
 
-def place_of(part: Any) -> tuple[File, float]:
-    """Returns the file of a record's part, and the second at which it begins."""
+def place_of(part: Any) -> tuple[File | bytes, float]:
+    """Returns the file of a record's part, or what it holds, and the second at which it begins."""
     if isinstance(part, Mapping):
         return part["file"], float(part.get("start", 0.0))
     return part, 0.0

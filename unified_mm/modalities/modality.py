@@ -34,8 +34,10 @@ class Modality(Protocol):
 
     It may have `from_data`, names of options that are taken from the training data where the first
     of them is empty or 0, with a method `measure(records)` that returns them by name; and
-    `windows(part)`, the parts of a long item that evaluation reads one by one and averages. In
-    place of it there may be `longer(part)`: whether evaluation takes the middle of an item alone.
+    `windows(part)`, the parts of a long item that evaluation reads one by one and averages, beside
+    `read_windows(item)`, what `read` returns of windows of such a part or of what a file holds,
+    over which embeddings are averaged. In place of them there may be `longer(part)`: whether
+    evaluation takes the middle of an item alone.
     With `steps`, its tokens are of so many moments, the same number each and the earliest first.
 
     Where it can be transcribed, it may have `tokens_per_step`, its tokens of each step in time;

@@ -28,7 +28,7 @@ from unified_mm.data.manifest import problem_counts
 from unified_mm.data.records import Problem
 from unified_mm.files import hold, naming, read_json, write_atomically, write_json
 from unified_mm.inference.classes import check_finite
-from unified_mm.inference.loaded import LoadedModel, Row, problems_of
+from unified_mm.inference.loaded import LoadedModel, Windows, long_line, problems_of
 from unified_mm.search.items import ItemSet, refuse_without_contrast, shown
 from unified_mm.search.nearest import EXACT_UP_TO, write_vectors
 from unified_mm.search.search_index import (
@@ -227,17 +227,21 @@ def _embed_missing(
     done = total - sum(map(len, missing.values()))
     files = [[items.folder / items.names[i] for i in part] for part in missing.values()]
     read = model.read_ahead(files, items.of)
+    windows: list[int] = []
     with tqdm(total=total, initial=done, desc="embedding", unit="item", disable=None) as bar:
         for (path, part), rows in zip(missing.items(), read, strict=True):
             write_shard(path, embed_shard(model, items, part, rows, plan["objective"]))
+            windows += [len(row) for row in rows if not isinstance(row, str)]
             bar.update(len(part))
+    if line := long_line(windows, items.of):
+        say(line)
 
 
 def embed_shard(
     model: LoadedModel,
     items: ItemSet,
     numbers: Sequence[int],
-    rows: Sequence[Row | str],
+    rows: Sequence[Windows | str],
     objective: str,
 ) -> Shard:
     """Returns the shard of the items with these numbers.
@@ -246,7 +250,7 @@ def embed_shard(
       model: the loaded model.
       items: of which they are.
       numbers: theirs.
-      rows: for each item, what the model reads of it, or a text that says what is wrong.
+      rows: for each item, the windows that the model reads of it, or what is wrong with it.
       objective: the contrastive objective in whose space they lie.
     """
     rows = [

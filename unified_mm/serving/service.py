@@ -19,7 +19,7 @@ from unified_mm.data.images import ImageError
 from unified_mm.inference.classes import class_embeddings, filled, templates_of
 from unified_mm.inference.decoding import Decoding
 from unified_mm.inference.engine import Counts
-from unified_mm.inference.loaded import LoadedModel, Row
+from unified_mm.inference.loaded import LoadedModel, Windows
 from unified_mm.inference.writing import QueueFull
 from unified_mm.objectives.captioning import Captioning
 from unified_mm.search.items import noun
@@ -185,7 +185,7 @@ class Service:
         rows = await self._decode(self._read, of, items)
         return np.asarray(await self._work(self._embedder(of, space), rows))
 
-    def _read(self, of: str, items: Mapping[str, str | bytes]) -> list[Row]:
+    def _read(self, of: str, items: Mapping[str, str | bytes]) -> list[Windows]:
         """Returns what the model reads of texts or of uploaded files."""
         rows = []
         for place, data in items.items():
@@ -195,7 +195,7 @@ class Service:
                     self.model.in_files(of)
                     if of == "image":
                         item = view_of(self.model, data, self.limits, place)
-                rows.append(self.model.read(item, of))
+                rows.append(self.model.read_windows(item, of))
             except ValueError as error:
                 raise Refusal(422, "broken_item", f"{place}: {error}") from error
         return rows

@@ -45,7 +45,7 @@ FREE_OF_MODEL = ("dropout", "remat", "attention", "unroll", "dtype", "exits")
 FREE_OF_OBJECTIVE = ("weight", "weight_schedule", "chunk")
 # What imported weights say nothing of: how sounds and clips are cut, and changed in training.
 FREE_OF_IMPORTED = {
-    "audio": ("mask_frames", "mask_mels", "gain", "roll", "longer"),
+    "audio": ("mask_frames", "mask_mels", "gain", "speed", "roll", "longer"),
     "video": ("seconds",),
 }
 SEEN = ("image_size", "resampling", "fit")  # fields of `config.data`: the pictures that it knows
