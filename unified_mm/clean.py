@@ -39,9 +39,13 @@ def main(options: argparse.Namespace) -> int:
         read_filter,
         write_manifest,
     )
+    from unified_mm.data.manifest import summary
     from unified_mm.data.sources import open_source
 
-    filters = dict(read_filter(each) for each in options.filter or FILTERS)
+    named = [read_filter(each) for each in options.filter or FILTERS]
+    filters = dict(named)
+    if len(filters) < len(named):
+        raise ValueError(f"--filter: each once, not {', '.join(name for name, _ in named)}")
     out = Path(options.out)
     refuse_existing(out)
     config = Config(resolve(options.recipe, say).to_dict())
@@ -49,6 +53,8 @@ def main(options: argparse.Namespace) -> int:
     if unread := config.unread(list(options.recipe.overrides)):
         raise ValueError(f"{', '.join(unread)}: set on the command line, but nothing reads it here")
     manifests = {name: source.manifest(name) for name in source.splits()}
+    for each in manifests.values():
+        say(summary(each))  # what cannot be read is left out already, and named
     pictures = look_at(manifests, split)
     found = of_sound_ones({name: (each, list(each(pictures))) for name, each in filters.items()})
     with new_folder(out) as half:

@@ -80,6 +80,7 @@ def test_what_is_planted_is_found_and_left_out_of_training(data, tmp_path, capsy
     assert run("--config=coco:tiny", where, cache, f"--out={out}") == 0
     said = capsys.readouterr().out
     assert f"9 of {SOUND + 9}" in said and "copies: 5 dropped" in said
+    assert f"coco train: {SOUND + 9} images" in said  # and what cannot be read of them
     manifest = json.loads((out / "manifest.json").read_text())
     found = {each["id"]: each for each in manifest["examples"]}
     assert set(found) == set(planted)
@@ -105,6 +106,13 @@ def test_what_is_planted_is_found_and_left_out_of_training(data, tmp_path, capsy
     assert read_manifest(config, source, "val", {}) == source.manifest("val")
     with pytest.raises(ValueError, match="was made of other data"):
         cleaned(config.data, kept)
+
+
+def test_a_filter_is_named_once(data, tmp_path, capsys):
+    twice = ("--filter=small,threshold=20", "--filter=small,threshold=40")
+    where = f"--config.data.dir={data[0]}"
+    assert run("--config=coco:tiny", where, *twice, f"--out={tmp_path / 'out'}") == 1
+    assert "--filter: each once, not small, small" in capsys.readouterr().err
 
 
 def test_a_sound_copy_of_what_is_faulty_stays(data):
