@@ -190,7 +190,7 @@ def refuse_nothing_kept(config: Config, phases: Sequence[Phase]) -> None:
         raise ValueError(
             "data.keep_features=True, but there is nothing to keep: it needs a phase of pairs "
             "whose train.freeze_rules hold a whole tower, or a whole stem, without dropout, of "
-            "pictures with data.views above 0 or of texts in late fusion"
+            "pictures with data.views above 0 or of texts, without foils, in late fusion"
         )
 
 
