@@ -56,7 +56,7 @@ def test_a_foil_is_one_more_wrong_column_of_its_own_row(loss, chunk):
     def compared(rows, columns, foils, there):
         return compare_all(
             rows, columns, scale, bias, jnp.asarray(paired),
-            loss=LOSSES[loss], chunk=chunk, foils=(foils, there),
+            loss=LOSSES[loss], chunk=chunk, foils=(foils, jnp.asarray(there)),
         )  # fmt: skip
 
     arrays = [jnp.asarray(each) for each in (rows, columns, foils)]
