@@ -172,7 +172,7 @@ def test_texts_stay_as_they_are_drawn_and_their_foils_are_of_them():
     rows = [record(0, FALSE), record(1), dataclasses.replace(record(2, FALSE), texts=())]
 
     def batches(preparer, **changes):
-        found = training_batches(rows, {"text": preparer}, seed=3, batch_size=16, **changes)
+        found = training_batches(rows, {"text": preparer}, seed=3, batch_size=48, **changes)
         with_each = [next(found)["text"] for _ in range(2)]
         found.close()
         return with_each
@@ -190,7 +190,7 @@ def test_texts_stay_as_they_are_drawn_and_their_foils_are_of_them():
     false = [text.encode("", each)["ids"].tolist() for each in FALSE]
     caption = text.encode("", CAPTIONS[0])["ids"]
     (first, _), seen = told, set()
-    for row in range(16):
+    for row in range(48):
         drawn = (first["ids"][row] == caption).all() and first["present"][row]
         if first[FOIL["present"]][row]:
             assert drawn
@@ -252,13 +252,9 @@ def test_the_foil_is_counted_as_one_more_text():
         fields = tiny.config_dict(model__fusion="late", **off, **changes).to_dict()
         return measure_sizes(Config(fields)).training_flops
 
-    plain, foiled, longer = (
-        flops(),
-        flops(objectives__contrastive__foils=True),
-        flops(objectives__contrastive__between="text"),
-    )
-    # Text alone is read twice, and no image is.
-    assert plain < foiled < plain + longer
+    # The tower of texts is run once more, that of images is not.
+    plain = flops()
+    assert plain < flops(objectives__contrastive__foils=True) < 2 * plain
 
 
 @pytest.fixture(scope="module")
@@ -281,10 +277,9 @@ def arguments(data, workdir, *more):
 
 
 def test_a_run_says_what_has_no_foil_and_goes_on_in_the_same_bits(data, tmp_path, capsys):
-    assert commands.run(*arguments(data, tmp_path / "none")) == 2
+    assert commands.run(*arguments(data, tmp_path / "none")) == 1
     said = "".join(capsys.readouterr())
     assert "foils=True, but no caption of 'train' in" in said and "foils_train.json" in said
-    assert not (tmp_path / "none").exists()
 
     listed = json.loads((data / "annotations" / "captions_train.json").read_text())["annotations"]
     foils = [
