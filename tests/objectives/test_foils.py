@@ -292,7 +292,7 @@ def test_a_run_says_what_has_no_foil_and_goes_on_in_the_same_bits(data, tmp_path
     commands.train(*arguments(data, tmp_path / "run"))
     assert "25.0% of 48 training captions have no foil" in "".join(capsys.readouterr())
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert 0 < json.loads(lines[-1])["train/contrastive/with_foil"] <= 1
+    assert 0 < json.loads(lines[-1])["contrastive/with_foil"] <= 1
 
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "4")
@@ -300,6 +300,6 @@ def test_a_run_says_what_has_no_foil_and_goes_on_in_the_same_bits(data, tmp_path
     assert "resuming at step 2 of 4" in "".join(capsys.readouterr())
     again = (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()
     for one, other in zip(map(json.loads, lines), map(json.loads, again), strict=True):
-        for name in ("step", "train/loss", "train/gradient_norm", "train/contrastive/loss"):
+        for name in ("step", "loss", "gradient_norm", "contrastive/foil_accuracy"):
             assert one[name] == other[name], name
     path.unlink()
