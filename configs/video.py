@@ -13,7 +13,8 @@ COCO's JSON with `video` in place of `file_name`. Containers need `pip install u
 | `base` | not counted | one accelerator | not measured | not measured |
 
 Direction and event are `foil/video/accuracy/...`: how often a clip is nearer to its caption than to
-the same with one word made false.
+the same with one word made false. `tiny` learns from such foils too, of the training captions: for
+clips of your own without them, set `--config.objectives.contrastive.foils=False`.
 """
 
 from ml_collections import ConfigDict
@@ -48,6 +49,7 @@ def get_config(size: str = "auto") -> ConfigDict:
         config.model.modalities.text.length = 64
         config.train.update({"steps": 20_000, "batch_size": 128, "learning_rate": 1e-4})
         return config
+    config.objectives.contrastive.foils = True
     config.data.update({"image_size": 48, "crop_scale": (0.9, 1.0), "crop_ratio": (0.95, 1.05)})
     config.model.update({"width": 96, "layers": 4, "heads": 4, "feed_forward": 384})
     video.patch = 12

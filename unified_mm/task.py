@@ -17,7 +17,7 @@ from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.modalities.modality import build_modalities
 from unified_mm.models.unified import ABLE, UnifiedModel, fusion
 from unified_mm.nn.sow import AUXILIARY, auxiliary_by_path
-from unified_mm.objectives.contrastive import Contrastive
+from unified_mm.objectives.contrastive import Contrastive, Foiled
 from unified_mm.objectives.exits import Exits
 from unified_mm.objectives.objective import (
     Embedded,
@@ -73,21 +73,30 @@ class Task:
           ValueError: two objectives ask for one modality.
         """
         found = dict(self.modalities)
+        if self.foiled:
+            found["text"] = Foiled(found["text"])
+        plain = dict(found)
         for each in self.objectives:
             if hasattr(each, "preparer"):
-                if found[each.of] is not self.modalities[each.of]:
+                if found[each.of] is not plain[each.of]:
                     raise ValueError(
                         f"objectives.{each.name} and another one both classify or transcribe "
                         f"{each.of}: one may"
                     )
-                found[each.of] = each.preparer(self.modalities[each.of], records)
+                found[each.of] = each.preparer(plain[each.of], records)
         return found
 
-    def example_batch(self, size: int) -> dict[str, dict[str, np.ndarray]]:
-        """Returns a batch [size, ...] of absent examples, with the right keys, shapes and types."""
+    def example_batch(self, size: int, training: bool = True) -> dict[str, dict[str, np.ndarray]]:
+        """Returns a batch [size, ...] of absent examples, with the right keys, shapes and types.
+
+        Args:
+          size: of the batch.
+          training: whether it has what objectives ask for beside.
+        """
+        preparers = self.preparers() if training else self.modalities
         return {
             name: {key: np.stack([value] * size) for key, value in preparer.absent().items()}
-            for name, preparer in self.preparers().items()
+            for name, preparer in preparers.items()
         }
 
     def init(self, key: jax.Array) -> Any:
@@ -173,6 +182,11 @@ class Task:
         """Returns the contrastive objectives that compare all these modalities."""
         found = [each for each in self.objectives if isinstance(each, Contrastive)]
         return [each for each in found if set(between) <= set(each.between)]
+
+    @property
+    def foiled(self) -> list[Contrastive]:
+        """The contrastive objectives that hold each context against a foil too."""
+        return [each for each in self.contrasts() if each.foils]
 
     def embed(self, params: Any, batch: Any, of: str, objective: str = "") -> jax.Array:
         """Returns unit vectors [B, Z] of one modality of a batch, alone or beside other context.

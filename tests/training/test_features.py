@@ -128,6 +128,12 @@ def test_texts_are_read_once_where_their_tower_is_frozen(data, tmp_path):
         np.testing.assert_array_equal(kept[key], seen[key])
 
 
+def test_texts_with_foils_are_read_in_every_step(data, tmp_path):
+    more = {"objectives__contrastive__foils": True}
+    task, _, rows, _ = begun(data, tmp_path, ("embedders_text", "['transformer']"), **more)
+    assert rows.preparers["text"] is task.modalities["text"]
+
+
 def test_labels_are_added_to_features_too(data, tmp_path):
     task, _, rows, compute = begun(data, tmp_path, ("['stem']",), **SMALL_STEM)
     classes = Classification(name="classification", classes=("cat", "dog"), of="image")

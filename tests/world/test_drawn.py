@@ -59,7 +59,9 @@ def test_they_are_what_is_read_without_a_folder(tmp_path, monkeypatch):
     assert {name: len(each.records) for name, each in found.items()} == {"train": 4, "val": 3}
     record = found["val"].records[0]
     assert list(record.parts) == ["video"] and not record.mirrorable
-    foils = foils_of(source, "val")
-    assert sorted({foil.kind for foil in foils}) == ["direction", "event"] and len(foils) == 6
-    assert all(foil.caption == drawn.scene_of("val", foil.image_id).caption() for foil in foils)
+    for split, count in drawn.CLIPS.items():
+        foils = foils_of(source, split)
+        kinds = sorted({foil.kind for foil in foils})
+        assert kinds == ["direction", "event"] and len(foils) == 2 * count
+        assert all(foil.caption == drawn.scene_of(split, foil.image_id).caption() for foil in foils)
     assert find_clips(data).manifest("val").fingerprint == found["val"].fingerprint

@@ -14,7 +14,16 @@ from typing import Any
 import PIL
 
 from unified_mm.data import clips, images, shapes, sounds
-from unified_mm.data.listing import Entry, Key, Listing, Question, id_hint, medium_of
+from unified_mm.data.listing import (
+    Entry,
+    Foil,
+    Key,
+    Listing,
+    Question,
+    id_hint,
+    medium_of,
+    no_text,
+)
 from unified_mm.data.records import ByteStore, File, Manifest, Problem, Record, Source, Stored, Text
 from unified_mm.files import naming, write_atomically
 
@@ -216,6 +225,41 @@ def with_questions(manifest: Manifest, questions: Iterable[Question]) -> Manifes
     return dataclasses.replace(manifest, records=records, fingerprint=fingerprint)
 
 
+def with_foils(manifest: Manifest, foils: Sequence[Foil]) -> Manifest:
+    """Returns the manifest with the foils of its captions in their records.
+
+    Foils of other captions, and those that are captions of the same example, are among its
+    problems. The fingerprint changes.
+    """
+    captions = {r.id: {t.target for t in r.texts if not t.prompt} for r in manifest.records}
+    own: dict[int | str, list[tuple[str, str]]] = {}
+    problems: list[Problem] = []
+    for number, each in enumerate(foils):
+        if each.image_id not in captions:
+            continue
+        caption, false = each.caption.strip(), each.foil.strip()
+        fault = no_text(each.foil, "foil")
+        if caption not in captions[each.image_id]:
+            fault = "foil of a caption that its example has not"
+        elif false in captions[each.image_id]:
+            fault = "foil that is a caption of its example"
+        if fault:
+            problems.append(Problem(f"foil {number}", fault, "left out"))
+        else:
+            own.setdefault(each.image_id, []).append((caption, false))
+    records = tuple(
+        dataclasses.replace(record, foils=tuple(own.get(record.id, ())))
+        for record in manifest.records
+    )
+    added = json.dumps([[record.id, record.foils] for record in records])
+    return dataclasses.replace(
+        manifest,
+        records=records,
+        fingerprint=hashlib.sha256((manifest.fingerprint + added).encode()).hexdigest(),
+        problems=(*manifest.problems, *problems),
+    )
+
+
 def summary(manifest: Manifest) -> str:
     """Returns one paragraph for people: counts, and every kind of problem with its files."""
     records = manifest.records
@@ -257,8 +301,12 @@ _STORED = "stored image"  # the key under which JSON keeps any part that lies on
 
 
 def _members(value: Any) -> dict[str, Any]:
-    """Returns the fields of a dataclass that JSON keeps: all but the `shelf` of what is stored."""
-    names = [field.name for field in dataclasses.fields(value) if field.name != "shelf"]
+    """Returns the fields of a dataclass that JSON keeps.
+
+    The `shelf` of what is stored is none of them, nor are a record's foils, which are added later.
+    """
+    left = ("shelf", "foils")
+    names = [field.name for field in dataclasses.fields(value) if field.name not in left]
     members = {name: getattr(value, name) for name in names}
     return {_STORED: members} if isinstance(value, Stored) else members
 

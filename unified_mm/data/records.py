@@ -86,6 +86,7 @@ class Record:
       texts: may be empty.
       mirrorable: False where flipping left and right would make a text false.
       labels: the classes that it is of.
+      foils: captions of it, each with the same made false, where training asks for them.
     """
 
     id: int | str
@@ -93,6 +94,7 @@ class Record:
     texts: tuple[Text, ...]
     mirrorable: bool
     labels: tuple[str, ...] = ()
+    foils: tuple[tuple[str, str], ...] = ()
 
     @property
     def image(self) -> Image | None:

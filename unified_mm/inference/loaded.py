@@ -108,7 +108,8 @@ class LoadedModel:
     ) -> Float[np.ndarray, "B Z"]:
         """Returns what `embed` does, of items that `read_windows` has read."""
         if not rows:  # only the model knows the width
-            return self.predictor.embed(self.task.example_batch(BATCH), of, objective)[:0]
+            nothing = self.task.example_batch(BATCH, training=False)
+            return self.predictor.embed(nothing, of, objective)[:0]
         parts = (
             self.predictor.embed(batch, of, objective)[:count]
             for batch, count in self._batches([window for each in rows for window in each])

@@ -194,9 +194,12 @@ class EarlyFusion(UnifiedModel):
     def read_context(self, batch: Batch, view: View) -> Encoded:
         return self.encode_together(self.embed_context(batch), (), (view,))[view.name]
 
-    def read_text(self, text: Mapping[str, Array], view: View) -> Float[Array, "B T D"]:
+    def read_text(
+        self, text: Mapping[str, Array], view: View, *, deterministic: bool = True
+    ) -> Float[Array, "B T D"]:
         tokens = self.embed_text(text, view.name)
-        return self.encode_together((), (tokens,), (view,))[view.name].text
+        read = self.encode_together((), (tokens,), (view,), deterministic=deterministic)
+        return read[view.name].text
 
     def prefix(self, batch: Batch, view: View) -> Cache:
         cache = self.read_context(batch, view).cache

@@ -80,12 +80,14 @@ class GatedCrossAttention(WithTowers):
         """The options of the cross layers: a window is of the text's own tokens."""
         return replace(self.options, window=0)
 
-    def read_text(self, text: Mapping[str, Array], view: View) -> Float[Array, "B T D"]:
+    def read_text(
+        self, text: Mapping[str, Array], view: View, *, deterministic: bool = True
+    ) -> Float[Array, "B T D"]:
         tokens = self.embed_text(text, view.name)
         rows = tokens.embeddings.shape[0]
         features = jnp.zeros((rows, 0, self.tower.width), self.options.dtype)
         nothing = Memory(features, None, take(tokens.metadata, ()))
-        return self.read(tokens, nothing, (view,))[0]
+        return self.read(tokens, nothing, (view,), deterministic=deterministic)[0]
 
     def prefix(self, batch: Batch, view: View) -> Cache:
         memory = self.memory(self.look_at_all(batch), batch)

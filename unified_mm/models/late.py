@@ -149,8 +149,11 @@ class LateFusion(WithTowers):
 
     abilities: ClassVar[frozenset[str]] = frozenset({"contrastive"})
 
-    def read_text(self, text: Mapping[str, Array], view: View) -> Float[Array, "B T D"]:
-        return self.read(self.embed_text(text, view.name), None, (view,))[0]
+    def read_text(
+        self, text: Mapping[str, Array], view: View, *, deterministic: bool = True
+    ) -> Float[Array, "B T D"]:
+        tokens = self.embed_text(text, view.name)
+        return self.read(tokens, None, (view,), deterministic=deterministic)[0]
 
     def read(
         self, tokens: Tokens, memory: Memory | None, views: Sequence[View], **more: Any

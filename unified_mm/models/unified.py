@@ -160,7 +160,9 @@ class UnifiedModel(nn.Module):
         """Encodes the context alone, under the rule of `view`."""
         raise NotImplementedError
 
-    def read_text(self, text: Mapping[str, Array], view: View) -> Float[Array, "B T D"]:
+    def read_text(
+        self, text: Mapping[str, Array], view: View, *, deterministic: bool = True
+    ) -> Float[Array, "B T D"]:
         """Returns contextual embeddings of text alone, under the rule of `view`."""
         raise NotImplementedError
 

@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from unified_mm.config import option
-from unified_mm.data.pipeline import RECORD
+from unified_mm.data.pipeline import RECORD, Arrays
+from unified_mm.data.records import Record
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.nn.attention.rules import NONE, View
 from unified_mm.nn.layers import Dense
@@ -35,6 +37,8 @@ from unified_mm.registry import resolve
 
 MAX_LOG_SCALE = 4.6052  # ln 100: CLIP's bound, without which training can run away.
 PROJECTIONS = ("linear", "affine", "none")
+# The keys under which a training batch's text holds what its foil has under `ids`, ...
+FOIL = {"ids": "foil_ids", "valid": "foil_valid", "present": "foil_present"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,10 @@ class Contrastive(TextObjective):
       chunk: the most columns that all rows are compared with at a time; 0 takes all at once.
       same_item_negatives: whether another example of the same record, or with an equal text, counts
         as a wrong answer as any other does. False leaves such pairs out.
+      foils: whether a context is held against a false caption of its own too, beside the texts of
+        the batch (Yuksekgonul et al. 2023, NegCLIP, section 4, in its simplest form). It is drawn
+        among the foils of its caption, and read by itself under the same rule; texts with foils are
+        read in every step, whatever `data.keep_features` says. `accuracy` leaves it out.
     """
 
     weight: float = 1.0
@@ -78,12 +86,18 @@ class Contrastive(TextObjective):
     bound_scale: bool = True
     chunk: int = option(1024, least=0)
     same_item_negatives: bool = True
+    foils: bool = False
 
     kind: ClassVar[str] = "contrastive"
 
     def __post_init__(self) -> None:
         field = f"objectives.{self.name}"
         object.__setattr__(self, "between", named_modalities(self.between, f"{field}.between"))
+        if self.foils and (self.between[-1] != "text" or self.between == ("text",)):
+            raise ValueError(
+                f"{field}.foils=True, but {field}.between={','.join(self.between)!r} holds nothing "
+                "against a text: name text beside another modality, or set foils to False"
+            )
         rule = self.view.resolved
         seen = [rule.to_context(each) for each in rule.modalities()]
         seen += [rule.from_context(each) for each in rule.modalities()]
@@ -123,7 +137,13 @@ class Contrastive(TextObjective):
     def head(self) -> nn.Module | None:
         names = {each: self.text_pool if each == "text" else self.pool for each in self.between}
         pools = {each: pool_of(name) for each, name in names.items()}
-        return ContrastiveHead(self, resolve("contrastive loss", self.loss, LOSSES), pools)
+        loss = resolve("contrastive loss", self.loss, LOSSES)
+        if self.foils and loss.foil is None:
+            raise ValueError(
+                f"objectives.{self.name}.foils=True, but its loss {self.loss!r} has no `foil`: set "
+                "foils to False, or the loss to one of " + ", ".join(LOSSES)
+            )
+        return ContrastiveHead(self, loss, pools)
 
     def __call__(
         self,
@@ -143,6 +163,11 @@ class Contrastive(TextObjective):
                 valid["text"] = text_valid(batch["text"])
             outputs = encoded[view.name].outputs
             vectors += [head(name, outputs[name], valid[name]) for name in self.between]
+        if self.foils and FOIL["ids"] in batch["text"]:  # else a batch for evaluation
+            foil = {key: batch["text"][name] for key, name in FOIL.items()}
+            x = model.read_text(foil, self.view, deterministic=deterministic)
+            vectors.append(head("text", x, text_valid(foil)))
+            counts = jnp.concatenate([counts, foil["present"][:, None]], axis=1)
         return self.compare(model, Embedded(tuple(vectors), counts, self.items(batch)))
 
     def items(self, batch: Batch) -> dict[str, Int[Array, "B ..."]]:
@@ -168,27 +193,39 @@ class Contrastive(TextObjective):
 
     @same_rank
     def compare(self, model: UnifiedModel, embedded: Embedded) -> ObjectiveOutput:
-        """Returns the loss between all examples that are embedded."""
+        """Returns the loss between all examples that are embedded.
+
+        Vectors and counts of foils, if any, come after those of the modalities.
+        """
         head = model.head[self.name]
         scale, bias = head.scale_and_bias()
         items = embedded.items or {}
         columns = {name: embedded.counts[:, place] for place, name in enumerate(self.between)}
         each = [
             (name, vectors, columns[name])
-            for name, vectors in zip(self.compared, embedded.vectors, strict=True)
+            for name, vectors in zip(self.compared, embedded.vectors, strict=False)
         ]
+        foils = embedded.vectors[len(each) :]
         metrics: dict[str, Metric] = {}
         losses, wheres = [], []
         for (a, one, has_one), (b, other, has_other) in itertools.combinations(each, 2):
             paired = has_one & has_other
             # An equal text makes no difference between, say, an image and a sound.
             told = [each for name, each in items.items() if name in (RECORD, a, b)]
+            pair = f"_{a}_{b}" if len(each) > 2 else ""
+            false = None
+            if foils and b == "text":
+                there = paired & embedded.counts[:, -1]
+                false = foils[0], there
+                nearer = ((one * other).sum(-1) > (one * foils[0]).sum(-1)).astype(jnp.float32)
+                metrics[f"foil_accuracy{pair}"] = masked_metric(nearer, there)
+                metrics[f"with_foil{pair}"] = masked_metric(there.astype(jnp.float32), paired)
             found, right = compare_all(
-                one, other, scale, bias, paired, loss=head.loss, chunk=self.chunk, items=told
-            )
+                one, other, scale, bias, paired,
+                loss=head.loss, chunk=self.chunk, items=told, foils=false,
+            )  # fmt: skip
             losses.append(found)
             wheres.append(paired)
-            pair = f"_{a}_{b}" if len(each) > 2 else ""
             metrics[f"accuracy{pair}"] = masked_metric(right.astype(jnp.float32), paired)
             if pair:
                 metrics[f"loss{pair}"] = masked_metric(found, paired)
@@ -201,6 +238,42 @@ class Contrastive(TextObjective):
         metrics["scale"] = (scale, jnp.ones((), jnp.float32))
         loss = masked_metric(jnp.concatenate(losses), jnp.concatenate(wheres))
         return ObjectiveOutput(loss, metrics, extras, embedded)
+
+
+@dataclass(frozen=True)
+class Foiled:
+    """The preparer of texts that adds a foil of the caption that is drawn, under the keys `FOIL`.
+
+    The text and what is drawn of it stay as they are without foils.
+
+    Attributes:
+      modality: of the texts.
+    """
+
+    modality: Any
+
+    def prepare(self, record: Record, rng: np.random.Generator | None) -> Arrays:
+        if not record.texts:
+            return self.absent()
+        number = 0 if rng is None else self.modality.draw_view(record, rng)
+        text, arrays = record.texts[number], self.modality.prepare_view(record, number)
+        foils = [] if text.prompt else [foil for of, foil in record.foils if of == text.target]
+        if not foils:
+            return arrays | self.none()
+        foil = foils[0 if rng is None else int(rng.integers(len(foils)))]
+        false = self.modality.encode("", foil)
+        # Both are cut before the word that makes it false: it is none.
+        if np.array_equal(false["ids"], arrays["ids"]):
+            return arrays | self.none()
+        return arrays | {name: false[key] for key, name in FOIL.items()}
+
+    def none(self) -> Arrays:
+        """Returns the arrays of a text without foil."""
+        absent = self.modality.absent()
+        return {name: absent[key] for key, name in FOIL.items()}
+
+    def absent(self) -> Arrays:
+        return self.modality.absent() | self.none()
 
 
 def named_modalities(between: Any, field: str) -> tuple[str, ...]:

@@ -67,6 +67,7 @@ def compare_all(
     loss: PairLoss,
     chunk: int = 0,
     items: Sequence[Int[Array, "B ..."]] = (),
+    foils: tuple[Float[Array, "B Z"], Bool[Array, " B"]] | None = None,
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     """Compares each row with every column; the column of the row's own number is the right one.
 
@@ -78,9 +79,10 @@ def compare_all(
       chunk: the most columns at a time (lowered to a divisor of B); 0 takes all at once.
       items: numbers of what each example is of; a row and a column that are equal in one of these
         arrays are no negatives of each other.
+      foils: a negative of each row alone, and whether there is one; None without any.
 
     Returns:
-      The loss of each number, and whether its row is nearest to its own column.
+      The loss of each number, and whether its row is nearest to its own of all columns.
     """
     count = rows.shape[0]
     size = largest_divisor(count, chunk or count)
@@ -88,8 +90,13 @@ def compare_all(
     columns = constrain(columns, None, None)
     items = tuple(items)
     own = scale * (rows * columns).sum(-1) + bias
+    first = jnp.full(count, loss.start, jnp.float32)
+    if foils is not None:
+        false, there = foils
+        of_foils = loss.foil(scale * (rows * false).sum(-1) + bias)  # type: ignore[misc]
+        first = jnp.where(paired & there, of_foils, first)
     start = Rows(
-        loss=jnp.full(count, loss.start, jnp.float32),
+        loss=first,
         best=jnp.full(count, -jnp.inf),
         best_column=jnp.full(count, -1, jnp.int32),
     )
@@ -164,6 +171,8 @@ class PairLoss:
       finish: (running values, each row's own logit, values of columns), each [B] -> the loss [B].
       log_scale: initial log of the logits' scale.
       bias: initial bias of the logits; None for a loss without a bias.
+      foil: logits [B] of negatives of one row each -> the initial running values of these rows;
+        None for a loss that takes no foils.
     """
 
     start: float
@@ -171,6 +180,7 @@ class PairLoss:
     finish: Callable[[Array, Array, Array], Array]
     log_scale: float
     bias: float | None = None
+    foil: Callable[[Array], Array] | None = None
 
 
 LOSSES = {
@@ -180,9 +190,16 @@ LOSSES = {
         softmax_part,
         lambda rows, own, columns: 0.5 * (rows - own + columns),
         SOFTMAX_START,
+        foil=lambda logits: logits,
     ),
     # Zhai et al. 2023, equation 1, summed over a row.
-    "sigmoid": PairLoss(0.0, sigmoid_part, lambda rows, own, columns: rows, *SIGMOID_START),
+    "sigmoid": PairLoss(
+        0.0,
+        sigmoid_part,
+        lambda rows, own, columns: rows,
+        *SIGMOID_START,
+        foil=lambda logits: -jax.nn.log_sigmoid(-logits),
+    ),
 }
 
 

@@ -52,7 +52,8 @@ def warm_up(service: Service) -> float:
         if "/embed" not in without:
             for contrast in model.predictor.task.contrasts():
                 for of in contrast.between:
-                    model.predictor.embed(model.task.example_batch(size), of, contrast.name)
+                    asked = model.task.example_batch(size, training=False)
+                    model.predictor.embed(asked, of, contrast.name)
     if "/caption" not in without:
         for prompt in prompts_of_each_width(model):
             for together in ENTERING:

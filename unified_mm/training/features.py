@@ -3,7 +3,8 @@
 A modality that counts its views draws each training view among so many of an example, all of them
 known beforehand: `data.views` of a picture, or its texts. Where a phase trains nothing of what
 looks at it, `data.keep_features` keeps the outcome in files, and training reads these in place of
-pixels, and in late fusion in place of running the text's tower: to the same scores.
+pixels, and in late fusion, but where there are foils of them, in place of running the text's tower:
+to the same scores.
 
 They lie in `features/` of the data's cache, under a digest of the examples, of how they are
 prepared, and of the weights. A file that is damaged is found by its checksum and made again.
@@ -235,7 +236,12 @@ def read_by(name: str, key: str) -> tuple[str, ...]:
 
 
 def read_once(task: Task) -> View | None:
-    """Returns the one view in which texts are read; None where there are several, or none."""
+    """Returns the one view in which texts are read; None where there are several, or none.
+
+    Foils are read beside the texts, and drawn anew in every step.
+    """
+    if task.foiled:
+        return None
     views = [view for each in task.objectives for view in each.views() if view.with_text]
     return views[0] if len(views) == 1 else None
 

@@ -31,6 +31,7 @@ def notices(config: Config, task: Task, train: Manifest) -> list[str]:
             mirror_line(config, task),
             *crop_lines(task, train),
             *short_lines(task, train),
+            foils_line(task, train),
             moments_line(config.train),
             average_line(config.train),
         )
@@ -145,6 +146,19 @@ def short_lines(task: Task, train: Manifest) -> list[str]:
                     f"objectives.{each.name}.slots or shorter patches give them room"
                 )
     return lines
+
+
+def foils_line(task: Task, train: Manifest) -> str:
+    """Says what share of the captions has no foil, where contrast takes foils for negatives."""
+    if not task.foiled:
+        return ""
+    texts = [(text, record.foils) for record in train.records for text in record.texts]
+    captions = [(text.target, {of for of, _ in foils}) for text, foils in texts if not text.prompt]
+    without = sum(caption not in foiled for caption, foiled in captions)
+    return (
+        f"{without / len(captions):.1%} of {len(captions):,} training captions have no foil for "
+        f"objectives.{task.foiled[0].name}.foils: they are held against the batch's texts alone"
+    )
 
 
 def mirror_line(config: Config, task: Task) -> str:

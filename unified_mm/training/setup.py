@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from unified_mm.config import Config, build_options, get_field, option, set_field
 from unified_mm.data.cleaning import cleaned
-from unified_mm.data.manifest import summary
+from unified_mm.data.manifest import summary, with_foils
 from unified_mm.data.records import Manifest
-from unified_mm.data.sources import Source, open_source
+from unified_mm.data.sources import Source, foils_of, open_source
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import (
     CheckpointOptions,
@@ -179,6 +179,7 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
         tokenizer = run_tokenizer(config, folder, whole)
         task = build_task(config, tokenizer)
         train = read_manifest(config, source, config.data.train_split, task.modalities)
+        train = with_asked_foils(task, source, train)
         say(summary(train))
         for line in notices(config, task, train):
             say(line)
@@ -318,6 +319,25 @@ def settle_from_data(config: ConfigDict, folder: RunFolder) -> None:
         )
         for field, value in measuring.measure(train.records).items():
             set_field(config, f"{group}.{name}.{field}", value)
+
+
+def with_asked_foils(task: Task, source: Source, train: Manifest) -> Manifest:
+    """Returns the training examples, with their foils where an objective asks for these.
+
+    Raises:
+      ValueError: one asks, and no caption has any.
+    """
+    if not task.foiled:
+        return train
+    found = with_foils(train, foils_of(source, train.split))
+    if not any(record.foils for record in found.records):
+        raise ValueError(
+            f"objectives.{task.foiled[0].name}.foils=True, but no caption of {train.split!r} in "
+            f"{source.folder} has a foil: write annotations/foils_{train.split}.json there, a list "
+            'of {"image_id", "caption", "foil", "kind"}, or set '
+            f"--config.objectives.{task.foiled[0].name}.foils=False"
+        )
+    return found
 
 
 def check_epochs(config: Config, examples: int) -> None:
