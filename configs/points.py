@@ -9,8 +9,11 @@ are npz, npy, ply, off, obj and glb (`pip install unified_mm[points]` for obj, g
 
 | size | parameters | hardware | time | accuracy |
 | --- | --- | --- | --- | --- |
-| `tiny` | 0.40 M | 2 CPU cores | not measured | not measured |
+| `tiny` | 0.37 M | 2 CPU cores | 800 steps, 6 CPU minutes | 0.667 (LDraw; chance 0.09) |
 | `base` | not counted | one accelerator | not measured | not measured |
+
+One seed, 32 classes, by `experiments/clouds.py:classes`, which is the same but for mirroring; the
+nearest part by three sizes alone has 0.513 on the same fifth of the titles.
 """
 
 from ml_collections import ConfigDict
@@ -42,7 +45,8 @@ def get_config(size: str = "auto") -> ConfigDict:
         config.train.update({"steps": 20_000, "batch_size": 64, "learning_rate": 5e-4})
         return config
     config.model.update({"width": 96, "layers": 3, "heads": 4, "feed_forward": 384})
-    points.update({"points": 512, "groups": 32, "group": 24, "hidden": 48, "stretch": 1.1})
-    config.train.update({"steps": 450, "batch_size": 48, "learning_rate": 2e-3})
+    points.update({"points": 512, "groups": 32, "group": 16, "hidden": 32, "stretch": 1.1})
+    config.train.update({"steps": 800, "batch_size": 48})
+    config.train.update({"optimizer": "muon", "learning_rate": 8e-3})
     config.checkpoint.every = 150
     return config

@@ -38,9 +38,10 @@ def get_config(what: str = "classes") -> ConfigDict:
     config.data.fields.update({"points": "points", "caption": "title", "label": "category"})
     config.model.update({"width": 96, "layers": 3, "heads": 4, "feed_forward": 384})
     points = {"type": "points", **defaults_of(PointsModality)}
-    points |= {"points": 512, "groups": 32, "group": 24, "hidden": 48, "stretch": 1.05}
+    points |= {"points": 512, "groups": 32, "group": 16, "hidden": 32, "stretch": 1.05}
     text = config.model.modalities.text.to_dict() | {"length": 32}
-    config.train.update({"steps": 600, "batch_size": 48, "learning_rate": 2e-3})
+    config.train.update({"steps": 800, "batch_size": 48})
+    config.train.update({"optimizer": "muon", "learning_rate": 8e-3})
     for objective in config.objectives.values():
         objective.weight = 0.0
     if what == "classes":
