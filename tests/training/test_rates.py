@@ -90,10 +90,12 @@ def rates_of(monkeypatch, capsys):
             evaluation=SimpleNamespace(every=0),
             train=SimpleNamespace(steps=STEPS),
         )
+        phase = made(Phase, start=0, stop=STEPS, batch_size=8, rows=SimpleNamespace(examples=()))
         run = made(
             loop.Run,
             setup=SimpleNamespace(
                 options=options,
+                phases=[phase],
                 config=SimpleNamespace(data=None),
                 train=SimpleNamespace(unchecked=0),
                 mesh=None,
@@ -110,8 +112,7 @@ def rates_of(monkeypatch, capsys):
             ahead=SimpleNamespace(step_of=lambda phase: step),
             starved=Starved(),
         )
-        rows = SimpleNamespace(examples=())
-        run.steps(made(Phase, stop=STEPS, batch_size=8, rows=rows), state, 0, Progress(0, STEPS))
+        run.steps(phase, state, 0, Progress(0, STEPS))
         capsys.readouterr()
         assert list(written) == [5, 10, 15, 20, STEPS]
         return [values["time/steps_per_second"] for values in written.values()]
