@@ -92,16 +92,20 @@ def test_a_run_of_it_writes_what_theirs_writes(tmp_path):
     imported = import_directory(tmp_path / "llava")
     run = write_run(imported, tmp_path / "run")
     loaded = load(run.path)
-    image, prompt = hf.pixels(1, 16, seed=4)[0], "a red <image> square"
-    ids = np.array(loaded.task.tokenizer.encode_prompt(prompt))
-    spread = np.concatenate([np.repeat(i, 16 if i == PICTURE else 1) for i in ids])
-    for _ in range(6):
-        with torch.no_grad():
-            scores = model(
-                input_ids=torch.tensor(spread[None]),
-                pixel_values=torch.tensor(hf.normalised(image[None], imported)),
-            ).logits[0, -1]
-        spread = np.append(spread, int(scores.argmax()))
-    ((written,),) = loaded.generate([image], [prompt], Decoding(tokens=6))
-    assert list(written.tokens) == spread[-6:].tolist()[: len(written.tokens)]
-    assert len(set(written.tokens)) > 1
+    images, prompts = hf.pixels(3, 16, seed=4), ("a red <image> square", "of size", "red <image>")
+    expected = []
+    for image, prompt in zip(images, prompts, strict=True):
+        ids = np.array(loaded.task.tokenizer.encode_prompt(prompt))
+        spread = np.concatenate([np.repeat(i, 16 if i == PICTURE else 1) for i in ids])
+        for _ in range(6):
+            with torch.no_grad():
+                scores = model(
+                    input_ids=torch.tensor(spread[None]),
+                    pixel_values=torch.tensor(hf.normalised(image[None], imported)),
+                ).logits[0, -1]
+            spread = np.append(spread, int(scores.argmax()))
+        expected.append(spread[-6:].tolist())
+    written = loaded.generate(images, prompts, Decoding(tokens=6))
+    for (mine,), theirs_of_it in zip(written, expected, strict=True):
+        assert list(mine.tokens) == theirs_of_it[: len(mine.tokens)]
+    assert len({token for each in expected for token in each}) > 1
