@@ -58,6 +58,7 @@ def get_config(size: str = "auto") -> ConfigDict:
     config.checkpoint.every = 200
     if size in ("auto", "tiny"):
         config.model.width, config.model.heads, config.model.feed_forward = 96, 3, 384
+        config.model.unroll = 4
     if size == "reader":
         config.model.start_from.text = READER
         config.model.fusion = "late"
