@@ -42,35 +42,36 @@ def get_config(size: str = "auto") -> ConfigDict:
     config.model.start_from.stem = EYES
     config.model.modalities.image.patch = 32
     config.model.modalities.text.length = 32
-    config.model.dropout = 0.2
-    # Eyes were trained at 224: even pictures of 112 are known better where they are enlarged.
-    config.data.image_size = 160
     config.data.views = 4
     config.data.keep_features = True
     config.data.vocabulary_size = 4096
-    config.objectives.captioning.chunk = 8  # logits of all 32 tokens leave a CPU's cache
     config.train.freeze_rules = ((STEM, True), (".*", False))
     config.train.batch_size = 128
+    if size == "base":
+        model = config.model
+        model.dropout = 0.1
+        model.width, model.layers, model.heads, model.feed_forward = 512, 6, 8, 2048
+        model.modalities.text.length = 64
+        config.data.image_size = 224
+        config.data.vocabulary_size = 8192
+        config.train.steps = 10_000
+        return config
+    # Eyes were trained at 224: even pictures of 112 are known better where they are enlarged.
+    config.data.image_size = 160
     config.train.optimizer = "muon"
     config.train.learning_rate = 8e-3
     config.train.warmup_steps = 100
     config.train.steps = 1000
     config.checkpoint.every = 200
-    if size in ("auto", "tiny"):
-        config.model.width, config.model.heads, config.model.feed_forward = 96, 3, 384
-        config.model.unroll = 4
     if size == "reader":
         config.model.start_from.text = READER
         config.model.fusion = "late"
         config.model.tower.update({"width": 128, "layers": 2, "heads": 4, "feed_forward": 512})
-        config.model.dropout = 0.0  # or what it reads could not be kept
         config.objectives.captioning.weight = 0.0  # which two towers cannot learn
         config.train.freeze_rules = ((STEM, True), (TEXT, True), (".*", False))
-    if size == "base":
-        model = config.model
-        model.width, model.layers, model.heads, model.feed_forward = 512, 6, 8, 2048
-        config.data.image_size = 224
-        config.data.vocabulary_size = 8192
-        config.model.modalities.text.length = 64
-        config.train.steps = 10_000
+        return config
+    config.model.dropout = 0.2
+    config.model.width, config.model.heads, config.model.feed_forward = 96, 3, 384
+    config.model.unroll = 4
+    config.objectives.captioning.chunk = 8  # logits of all 32 tokens leave a CPU's cache
     return config

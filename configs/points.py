@@ -12,8 +12,8 @@ are npz, npy, ply, off, obj and glb (`pip install unified_mm[points]` for obj, g
 | `tiny` | 0.37 M | 2 CPU cores | 800 steps, 6 CPU minutes | 0.667 (LDraw; chance 0.09) |
 | `base` | not counted | one accelerator | not measured | not measured |
 
-One seed, 32 classes, by `experiments/clouds.py:classes`, which is the same but for mirroring; the
-nearest part by three sizes alone has 0.513 on the same fifth of the titles.
+One seed, 32 classes, by `experiments/clouds.py:classes`, which stretches less, mirrors and smooths
+its targets; the nearest part by three sizes alone has 0.513 on the same fifth of the titles.
 """
 
 from ml_collections import ConfigDict

@@ -16,6 +16,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,8 +28,8 @@ from unified_mm.data.sources import open_source
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.evaluation.caption_scores import caption_scores, tokenize
 from unified_mm.inference.loaded import LoadedModel, load
+from unified_mm.search.cleaning import over_pictures
 
-BATCH = 64
 PICTURES = 4000  # that the regression learns from
 TUNED = 500  # further ones, by which its strength and the mixture of the trigrams are chosen
 RIDGES = (1e3, 3e3, 1e4, 3e4, 1e5)
@@ -52,12 +53,8 @@ def seen(model: LoadedModel, records: Sequence[Record]) -> Matrix:
         grid = modality.before_head(params, arrays, jnp.float32)
         return stem.apply({"params": params}, grid, method="head").mean((1, 2))
 
-    parts = []
-    for start in range(0, len(records), BATCH):
-        part = [modality.view(each.image, None, False) for each in records[start : start + BATCH]]
-        filled = np.resize(np.stack(part), (BATCH, *part[0].shape))  # one shape is compiled
-        parts.append(np.asarray(look(params, filled))[: len(part)])
-    return np.concatenate(parts)
+    files = [record.image for record in records]
+    return over_pictures(modality, files, partial(look, params))
 
 
 def shares(texts: Sequence[Sequence[Sequence[Any]]], places: dict[Any, int]) -> Matrix:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -154,19 +155,21 @@ def stem_of(given: str, side: int) -> Callable[[Sequence[Any]], Vectors]:
         features = modality.before_head(params, arrays, jnp.float32)
         return features.mean((1, 2))
 
-    def averaged(files: Sequence[Any]) -> Vectors:
-        parts = []
-        with ThreadPoolExecutor() as pool:
-            for start in range(0, len(files), BATCH):
-                part = files[start : start + BATCH]
-                pixels = np.stack(
-                    list(pool.map(lambda file: modality.view(file, None, False), part))
-                )
-                filled = np.resize(pixels, (BATCH, *pixels.shape[1:]))  # one shape is compiled
-                parts.append(np.asarray(look(params, filled))[: len(pixels)])
-        return normalised(np.concatenate(parts))
+    return lambda files: normalised(over_pictures(modality, files, partial(look, params)))
 
-    return averaged
+
+def over_pictures(
+    modality: Any, files: Sequence[Any], look: Callable[[Any], Any]
+) -> Float[np.ndarray, "files values"]:
+    """Returns what a function says of the pixels [BATCH, height, width, 3] of pictures."""
+    parts = []
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(files), BATCH):
+            part = files[start : start + BATCH]
+            pixels = np.stack(list(pool.map(lambda file: modality.view(file, None, False), part)))
+            filled = np.resize(pixels, (BATCH, *pixels.shape[1:]))  # one shape is compiled
+            parts.append(np.asarray(look(filled))[: len(pixels)])
+    return np.concatenate(parts)
 
 
 def normalised(vectors: Vectors) -> Vectors:
