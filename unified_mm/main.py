@@ -171,8 +171,6 @@ def train(options: argparse.Namespace) -> int:
     output = output_of(folder, say)
     saved = folder.read_config(defaults()) if folder.exists else None
     chosen = resolve(options.recipe, output.say, saved=saved)
-    if chosen.data.dir:  # the run may be scored from another directory
-        chosen.data.dir = str(user_path(chosen.data.dir, "data.dir").absolute())
     refuse_unequal("the config", shared_fields(chosen))
     settle_epochs(chosen, asked_fields(options))
     settle_from_data(chosen, folder)

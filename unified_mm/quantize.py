@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -139,7 +138,7 @@ def write_run(model: Any, source: RunFolder, out: Any, result: Mapping[str, Any]
     with new_folder(out) as half:
         run = RunFolder(half)
         write_json(run.config, model.config.as_dict())
-        shutil.copyfile(source.tokenizer, run.tokenizer)
+        model.task.tokenizer.save(run.tokenizer)
         name = "average" if keeps_average(model.config.train) else "params"
         told = {"step": model.step, "tokenizer": run.tokenizer_digest()}
         with Checkpoints(run.checkpoints, asynchronous=False) as checkpoints:

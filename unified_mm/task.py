@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,8 @@ import numpy as np
 from unified_mm.config import Config
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.modalities.modality import build_modalities
+from unified_mm.modalities.text import TextModality
+from unified_mm.models.reader import Reader
 from unified_mm.models.unified import ABLE, UnifiedModel, fusion
 from unified_mm.nn.sow import AUXILIARY, auxiliary_by_path
 from unified_mm.objectives.contrastive import Contrastive, Foiled
@@ -39,10 +42,12 @@ class Resources:
     Attributes:
       data: `config.data`.
       tokenizer: of the run.
+      reader: the text modality of `model.reader`; None without one.
     """
 
     data: Config
     tokenizer: TextTokenizer
+    reader: TextModality | None = None
 
 
 @dataclass(frozen=True)
@@ -271,7 +276,8 @@ def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
     """
     m = config.model
     kind = fusion(m.fusion)
-    modalities = build_modalities(m.modalities, Resources(config.data, tokenizer))
+    reader = reading_modality(config, tokenizer)
+    modalities = build_modalities(m.modalities, Resources(config.data, tokenizer, reader))
     objectives = build_objectives(config.objectives)
     check_abilities(m.fusion, kind, objectives)
     if tokenizer.image_id is not None and not kind.places_pictures:
@@ -289,12 +295,52 @@ def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
         check_dropping(objectives)
     check_modalities(modalities, objectives)
     check_exits(m.exits, objectives)
+    check_reader(reader, objectives)
     heads = {objective.name: objective.head() for objective in objectives}
+    heads["reader"] = None if reader is None else Reader.from_config(m.reader, reader)
     model = kind.from_config(
         m, modalities, {name: head for name, head in heads.items() if head is not None}
     )
     schedules = weight_schedules(config.objectives, objectives, config.train.steps)
     return Task(modalities, model, objectives, tokenizer, schedules)
+
+
+def load_tokenizer(path: Path, config: Config) -> TextTokenizer:
+    """Reads the tokenizer of a run, with that of its reader, if it has one.
+
+    Raises:
+      FileNotFoundError, ValueError: as `TextTokenizer.load` does.
+    """
+    beside = config.model.reader["special_tokens"] if config.model.reader else None
+    return TextTokenizer.load(path, beside, **config.data.special_tokens)
+
+
+def reading_modality(config: Config, tokenizer: TextTokenizer) -> TextModality | None:
+    """Returns what prepares texts for `model.reader`; None where there is none."""
+    if not config.model.reader:
+        return None
+    assert tokenizer.reader is not None
+    resources = Resources(config.data, tokenizer.reader)
+    return TextModality.from_config("text", config.model.reader["text"], resources)
+
+
+def check_reader(reader: Any, objectives: Sequence[Any]) -> None:
+    """Checks that a contrast reads its texts by a reader where there is one, and else none does.
+
+    Raises:
+      ValueError: this is not so.
+    """
+    reading = [each.name for each in objectives if getattr(each, "reader", False)]
+    if reading and reader is None:
+        raise ValueError(
+            f"objectives.{reading[0]}.reader=True, but there is none: name the run of a text model "
+            "in model.start_from.reader, or set it to False"
+        )
+    if reader is not None and not reading:
+        raise ValueError(
+            "model.start_from.reader names a run, but no objective reads by it: set "
+            "objectives.contrastive.reader=True and its weight above 0, or name none"
+        )
 
 
 def check_abilities(name: str, kind: type[UnifiedModel], objectives: Sequence[Any]) -> None:

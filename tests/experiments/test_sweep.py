@@ -118,6 +118,16 @@ def test_a_run_on_other_data_is_another_run(ablation, tmp_path, capfd):
     assert "holds another run: data.dir" in capfd.readouterr().out
 
 
+def test_data_may_be_named_from_where_one_stands(ablation, tmp_path, monkeypatch):
+    """The run's config has the whole path."""
+    monkeypatch.chdir(tmp_path)
+    more = ("--only=low", "--seeds=0", "--config.data.source=coco", "--config.data.dir=a")
+    for _ in range(2):
+        assert carry_out(ablation, tmp_path, *more) == 0
+    saved = json.loads(next(tmp_path.rglob("low-0/config.json")).read_text())
+    assert saved["data"]["dir"] == str(tmp_path / "a")
+
+
 def test_no_run_is_left_alone_whatever_goes_wrong(ablation, tmp_path, folder, capfd, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "low-0.slow").touch()

@@ -172,6 +172,21 @@ def test_features_are_found_again_however_the_folder_is_given(data, tmp_path, mo
     assert folders[0] == folders[1]
 
 
+def test_a_picture_has_the_same_features_under_another_caption(data, tmp_path):
+    """But not where the caption decides whether it may be mirrored."""
+    other = tmp_path / "other"
+    (other / "annotations").mkdir(parents=True)
+    (other / "images").symlink_to(data / "images")
+    captions = Path("annotations") / "captions_train.json"
+    folders = []
+    for word in ("square", "box", "thing on the left"):
+        (other / captions).write_text((data / captions).read_text().replace("square", word))
+        (other / "annotations" / "captions_val.json").write_text("{}")
+        *_, compute = begun(other, tmp_path / "cache", ("['stem']",), **SMALL_STEM)
+        folders.append(compute().preparers["image"].folder)
+    assert folders[0] == folders[1] != folders[2]
+
+
 def test_places_make_other_features(data, tmp_path):
     found = [
         begun(data, tmp_path, ("embedders_image", "towers_image"), model__places=places)[3]()

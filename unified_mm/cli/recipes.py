@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from unified_mm.config import get_field, set_field
 from unified_mm.data.images import resolve_backend
 from unified_mm.default_config import defaults
-from unified_mm.files import naming
+from unified_mm.files import naming, user_path
 from unified_mm.models.unified import fusion
 from unified_mm.nn.options import dtype_on
 from unified_mm.objectives.objective import objective_kind
@@ -208,6 +208,8 @@ def resolve(
     )
     chosen.model.dtype = dtype_on(platform, began)
     check_seed(chosen.seed)
+    if chosen.data.dir:  # a run may go on, or be scored, from another directory
+        chosen.data.dir = str(user_path(chosen.data.dir, "data.dir").absolute())
     try:
         chosen.data.decoder = resolve_backend(chosen.data.decoder)
     except ImportError as error:

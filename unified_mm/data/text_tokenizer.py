@@ -40,6 +40,10 @@ class TextTokenizer:
       image: name of the added token that stands for the picture in a prompt; each text has it
         once, at its beginning where the prompt does not say where. '' for none.
 
+    Attributes:
+      reader: that of the model by which texts are read for contrast (`models.reader`), if any; it
+        is saved beside this one.
+
     Raises:
       ValueError: the tokenizer lacks a special token.
     """
@@ -83,6 +87,7 @@ class TextTokenizer:
         self.image_id = vocabulary[image] if image else None
         # Many tokenizers begin every text as a word, and then need no space.
         self._space = " " * (space_before_target and self.words_need_spaces)
+        self.reader: TextTokenizer | None = None
 
     def __repr__(self) -> str:
         digest = hashlib.sha256(self.as_json().encode()).hexdigest()
@@ -90,7 +95,7 @@ class TextTokenizer:
 
     def __reduce__(self):
         # Worker processes get a tokenizer that went through __init__ again.
-        return _from_text, (self._tokenizer.to_str(), self.special_tokens)
+        return _from_text, (self._tokenizer.to_str(), self.special_tokens, self.reader)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary_size: int) -> "TextTokenizer":
@@ -123,8 +128,16 @@ class TextTokenizer:
         return cls(tokenizer)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, **special_tokens: Any) -> "TextTokenizer":
+    def load(
+        cls, path: str | os.PathLike, reader: Mapping[str, Any] | None = None, **special_tokens: Any
+    ) -> "TextTokenizer":
         """Reads a tokenizer.json whose special tokens are named as the constructor's arguments.
+
+        Args:
+          path: of the file.
+          reader: names of the special tokens of the reader's, which lies beside it; None if there
+            is none.
+          **special_tokens: of this one.
 
         Raises:
           FileNotFoundError: there is no such file.
@@ -134,12 +147,18 @@ class TextTokenizer:
         if not path.is_file():
             raise FileNotFoundError(f"no tokenizer at {path}")
         try:
-            return _from_text(path.read_text(encoding="utf-8"), special_tokens)
+            text = path.read_text(encoding="utf-8")
+            beside = None if reader is None else cls.load(reader_file(path), **reader)
+            return _from_text(text, special_tokens, beside)
+        except FileNotFoundError:
+            raise
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is no usable tokenizer.json: {error}") from error
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes tokenizer.json in one step: a reader sees the old file or the new one."""
+        """Writes tokenizer.json in one step: who reads it sees the old file or the new one."""
+        if self.reader is not None:
+            self.reader.save(reader_file(path))
         write_atomically(path, self.as_json().encode())
 
     def as_json(self) -> str:
@@ -239,6 +258,11 @@ class TextTokenizer:
         return self._tokenizer.decode(row[:end], skip_special_tokens=True).strip()
 
 
+def reader_file(path: str | os.PathLike) -> Path:
+    """Returns where the tokenizer of the reader lies, beside that at a path."""
+    return Path(path).with_name(f"reader_{Path(path).name}")
+
+
 def _read_in_texts(tokenizer: tokenizers.Tokenizer, token: str) -> tokenizers.Tokenizer:
     """Returns the tokenizer with one of its added tokens known where a text has it.
 
@@ -256,5 +280,9 @@ def _read_in_texts(tokenizer: tokenizers.Tokenizer, token: str) -> tokenizers.To
     return tokenizers.Tokenizer.from_str(json.dumps(said))
 
 
-def _from_text(text: str, special_tokens: Mapping[str, Any]) -> TextTokenizer:
-    return TextTokenizer(tokenizers.Tokenizer.from_str(text), **special_tokens)
+def _from_text(
+    text: str, special_tokens: Mapping[str, Any], reader: TextTokenizer | None
+) -> TextTokenizer:
+    found = TextTokenizer(tokenizers.Tokenizer.from_str(text), **special_tokens)
+    found.reader = reader
+    return found

@@ -37,7 +37,7 @@ from unified_mm.pretrained.family import Part
 from unified_mm.pretrained.hub import directory_of, is_name
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, RunFolderError, keeps_average
-from unified_mm.task import Task, build_task
+from unified_mm.task import Task, build_task, load_tokenizer
 
 Row = dict[str, dict[str, np.ndarray]]  # of a batch: by modality its arrays
 Windows = list[Row]  # of an item that is read in several; one row of any other
@@ -583,7 +583,7 @@ def load(
         if tower_alone(config):
             tokenizer = TextTokenizer.train([], 260)  # it has none, and reads no text
         else:
-            tokenizer = TextTokenizer.load(folder.tokenizer, **config.data.special_tokens)
+            tokenizer = load_tokenizer(folder.tokenizer, config)
         task = build_task(config, tokenizer)
     except MissingField as error:
         raise RunFolderError(

@@ -106,6 +106,11 @@ class _Portable:
         found: dict[str, Program] = {}
         if IMAGE in objective.between:
             found["embed_images"] = Program(embed_images, self._pixels())
+        if objective.reader:
+            raise ValueError(
+                "this model reads the texts of its contrast by a reader, whose tokens an exported "
+                "program does not know: index and serve take the run as it is"
+            )
         if "text" in objective.between:
             length = self.task.modalities["text"].length
             found["embed_texts"] = Program(embed_texts, _text_shapes(length))

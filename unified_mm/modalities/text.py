@@ -21,6 +21,8 @@ from unified_mm.nn.quantized import Quantized
 from unified_mm.nn.tokens import Group, Tokens, single_document
 
 VOCABULARY_MULTIPLE = 64
+# Arrays of a text -> the same of its tokens as the reader of a contrast knows them.
+READER_KEYS = {"ids": "reader_ids", "valid": "reader_valid"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class TextModality:
       question_share: probability of drawing a question with its answer rather than a caption, where
         a record has both.
       tokenizer: of the run.
+      reader: prepares the texts for `model.reader` too; None if there is none.
       embedding: options of the embedder.
       length: T.
       attend_padding: whether padding counts as text: it is attended to and pooled, but not scored.
@@ -41,6 +44,7 @@ class TextModality:
     question_share: float
     tokenizer: TextTokenizer
     embedding: TextEmbedding
+    reader: TextModality | None = None
     length: int = option(32, least=3)  # begin, word and end
     attend_padding: bool = False
 
@@ -59,6 +63,7 @@ class TextModality:
             name=name,
             question_share=float(resources.data.question_share),
             tokenizer=resources.tokenizer,
+            reader=resources.reader,
             embedding=build_options(
                 TextEmbedding, options, where, used=used, max_positions=positions
             ),
@@ -100,19 +105,26 @@ class TextModality:
         arrays = self.tokenizer.encode(prompt, target, self.length)
         if self.attend_padding:
             arrays["valid"] = np.ones(self.length, bool)
-        return {**arrays, "prompted": np.array(bool(prompt)), "present": np.array(True)}
+        arrays |= {"prompted": np.array(bool(prompt)), "present": np.array(True)}
+        return arrays | ({} if self.reader is None else for_reader(self.reader.encode("", target)))
 
     def absent(self) -> dict[str, np.ndarray]:
-        return {
+        arrays = {
             "ids": np.zeros(self.length, np.int32),
             "valid": np.zeros(self.length, bool),
             "scored": np.zeros(self.length, bool),
             "prompted": np.array(False),
             "present": np.array(False),
         }
+        return arrays | ({} if self.reader is None else for_reader(self.reader.absent()))
 
     def embedder(self, width: int, dtype: Any) -> nn.Module:
         return TextEmbedder(self.name, self.embedding, width, dtype)
+
+
+def for_reader(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the arrays of a text that a reader reads, under its keys."""
+    return {name: arrays[key] for key, name in READER_KEYS.items()}
 
 
 @dataclass(frozen=True)

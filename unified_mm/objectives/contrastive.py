@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from unified_mm.config import option
 from unified_mm.data.pipeline import RECORD, Arrays
 from unified_mm.data.records import Record
+from unified_mm.modalities.text import READER_KEYS
 from unified_mm.models.unified import Batch, Encoded, UnifiedModel
 from unified_mm.nn.attention.rules import NONE, View
 from unified_mm.nn.layers import Dense
@@ -38,7 +39,12 @@ from unified_mm.registry import resolve
 MAX_LOG_SCALE = 4.6052  # ln 100: CLIP's bound, without which training can run away.
 PROJECTIONS = ("linear", "affine", "none")
 # The keys under which a training batch's text holds what its foil has under `ids`, ...
-FOIL = {"ids": "foil_ids", "valid": "foil_valid", "present": "foil_present"}
+FOIL = {
+    "ids": "foil_ids",
+    "valid": "foil_valid",
+    "present": "foil_present",
+    **{name: f"foil_{name}" for name in READER_KEYS.values()},
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class Contrastive(TextObjective):
         the batch (Yuksekgonul et al. 2023, NegCLIP, section 4, in its simplest form). It is drawn
         among the foils of its caption, and read by itself under the same rule; texts with foils are
         read in every step, whatever `data.keep_features` says. `accuracy` leaves it out.
+      reader: whether texts are read by `model.reader`, the text model of another run (which
+        `model.start_from.reader` names), and not by the main transformer.
     """
 
     weight: float = 1.0
@@ -87,6 +95,7 @@ class Contrastive(TextObjective):
     chunk: int = option(1024, least=0)
     same_item_negatives: bool = True
     foils: bool = False
+    reader: bool = False
 
     kind: ClassVar[str] = "contrastive"
 
@@ -97,6 +106,11 @@ class Contrastive(TextObjective):
             raise ValueError(
                 f"{field}.foils=True, but {field}.between={','.join(self.between)!r} holds nothing "
                 "against a text: name text beside another modality, or set foils to False"
+            )
+        if self.reader and (self.between[-1] != "text" or self.between == ("text",)):
+            raise ValueError(
+                f"{field}.reader=True, but {field}.between={','.join(self.between)!r} holds "
+                "nothing against a text: name text beside another modality, or set reader to False"
             )
         rule = self.view.resolved
         seen = [rule.to_context(each) for each in rule.modalities()]
@@ -124,7 +138,7 @@ class Contrastive(TextObjective):
 
     @cached_property
     def view(self) -> View:
-        return View(self.name, self.rule, with_text="text" in self.between)
+        return View(self.name, self.rule, with_text="text" in self.between and not self.reader)
 
     def views(self) -> tuple[View, ...]:
         if len(self.between) > 1:
@@ -158,17 +172,27 @@ class Contrastive(TextObjective):
         head = model.head[self.name]
         vectors = []
         for view in reversed(self.views()):
-            valid = dict(encoded[view.name].valid)
-            if "text" in self.between:
+            outputs, valid = dict(encoded[view.name].outputs), dict(encoded[view.name].valid)
+            if self.reader:
+                outputs["text"], valid["text"] = model.head["reader"](batch["text"])
+            elif "text" in self.between:
                 valid["text"] = text_valid(batch["text"])
-            outputs = encoded[view.name].outputs
             vectors += [head(name, outputs[name], valid[name]) for name in self.between]
         if self.foils and FOIL["ids"] in batch["text"]:  # else a batch for evaluation
-            foil = {key: batch["text"][name] for key, name in FOIL.items()}
-            x = model.read_text(foil, self.view, deterministic=deterministic)
-            vectors.append(head("text", x, text_valid(foil)))
+            texts = batch["text"]
+            foil = {key: texts[name] for key, name in FOIL.items() if name in texts}
+            vectors.append(head("text", *self.read(model, foil, deterministic=deterministic)))
             counts = jnp.concatenate([counts, foil["present"][:, None]], axis=1)
         return self.compare(model, Embedded(tuple(vectors), counts, self.items(batch)))
+
+    def read(
+        self, model: UnifiedModel, text: Mapping[str, Array], *, deterministic: bool = True
+    ) -> tuple[Float[Array, "B T D"], Bool[Array, "B T"]]:
+        """Returns what texts alone are to this objective, and which of it is valid."""
+        if self.reader:
+            read: Any = model.head["reader"](text)
+            return read
+        return model.read_text(text, self.view, deterministic=deterministic), text_valid(text)
 
     def items(self, batch: Batch) -> dict[str, Int[Array, "B ..."]]:
         """Returns what tells examples of one item, by name: `RECORD` and the ids of `text`.
@@ -184,7 +208,7 @@ class Contrastive(TextObjective):
     def embed(self, model: UnifiedModel, batch: Batch, of: str) -> Float[Array, "B Z"]:
         """Returns the unit vectors of one modality, encoded without text or without context."""
         if of == "text":
-            x, valid = model.read_text(batch["text"], self.view), text_valid(batch["text"])
+            x, valid = self.read(model, batch["text"])
         else:
             seen = model.read_context(batch, self.view)
             x, valid = seen.outputs[of], seen.valid[of]
@@ -263,14 +287,15 @@ class Foiled:
         foil = foils[0 if rng is None else int(rng.integers(len(foils)))]
         false = self.modality.encode("", foil)
         # Both are cut before the word that makes it false: it is none.
-        if np.array_equal(false["ids"], arrays["ids"]):
+        ids = READER_KEYS["ids"] if READER_KEYS["ids"] in false else "ids"
+        if np.array_equal(false[ids], arrays[ids]):
             return arrays | self.none()
-        return arrays | {name: false[key] for key, name in FOIL.items()}
+        return arrays | {name: false[key] for key, name in FOIL.items() if key in false}
 
     def none(self) -> Arrays:
         """Returns the arrays of a text without foil."""
         absent = self.modality.absent()
-        return {name: absent[key] for key, name in FOIL.items()}
+        return {name: absent[key] for key, name in FOIL.items() if key in absent}
 
     def absent(self) -> Arrays:
         return self.modality.absent() | self.none()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unified_mm.data.text_tokenizer import reader_file
 from unified_mm.files import (
     LOCK,
     FolderHeld,
@@ -199,10 +201,16 @@ class RunFolder:
                 os.replace(file, self.path / f"{name}_{steps}.json")
 
     def tokenizer_digest(self) -> str | None:
-        """Returns the SHA-256 of the tokenizer's file, None where there is none."""
+        """Returns the SHA-256 of the tokenizer's file, None where there is none.
+
+        With a reader's beside it, it is that of both.
+        """
         if not self.tokenizer.is_file():
             return None
-        return sha256(self.tokenizer)
+        own, beside = sha256(self.tokenizer), reader_file(self.tokenizer)
+        if not beside.is_file():
+            return own
+        return hashlib.sha256(f"{own} {sha256(beside)}".encode()).hexdigest()
 
     def check_tokenizer(self, metadata: Mapping[str, Any]) -> None:
         """Checks that the tokenizer is the one that a checkpoint's metadata names.

@@ -23,7 +23,7 @@ from unified_mm.parallel.sharding import BATCH, rule_items
 from unified_mm.task import build_task
 from unified_mm.training.phases import Phase, batch_shapes
 from unified_mm.training.setup import plan
-from unified_mm.training.sizes import stand_in_tokenizer
+from unified_mm.training.sizes import stand_in_for
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def abstract_phases(config: Config, devices: Sequence[Any]) -> tuple[Phase, ...]
     Raises:
       ValueError: a config that cannot be trained, or a mesh that does not divide it.
     """
-    task = build_task(config, stand_in_tokenizer(config.data.vocabulary_size))
+    task = build_task(config, stand_in_for(config))
     mesh = make_mesh(config.mesh, devices)
     return plan(config, task, mesh, stand_in_data(config))[1]
 

@@ -3,8 +3,8 @@
 A modality that counts its views draws each training view among so many of an example, all of them
 known beforehand: `data.views` of a picture, or its texts. Where a phase trains nothing of what
 looks at it, `data.keep_features` keeps the outcome in files, and training reads these in place of
-pixels, and in late fusion, but where there are foils of them, in place of running the text's tower:
-to the same scores.
+pixels, and in place of running the reader of texts, or in late fusion the text's tower, but where
+there are foils of them: to the same scores.
 
 They lie in `features/` of the data's cache, under a digest of the examples, of how they are
 prepared, and of the weights. A file that is damaged is found by its checksum and made again.
@@ -32,7 +32,9 @@ from unified_mm.data.records import Record, Stored
 from unified_mm.data.sources import cache_folder
 from unified_mm.files import new_folder, read_json, write_json
 from unified_mm.inference.predictor import Predictor
+from unified_mm.modalities.text import READER_KEYS
 from unified_mm.models.late import LateFusion, WithTowers
+from unified_mm.models.reader import SENTENCE
 from unified_mm.nn.attention.rules import View
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.parallel.processes import first_before_others, is_first, wait_for_all
@@ -41,9 +43,12 @@ from unified_mm.runs.seal import SEAL, broken_files, write_seal
 from unified_mm.task import Task
 
 FORMAT = 1  # raise it when what is kept changes: files of an older format are not found then
+ROUNDED = 8
 BATCH = 64  # or the next number that the devices divide
-# Keys of a batch under which a model finds what was kept: of a tower, of a stem, of a text's tower.
-TOWER, STEM, READ = "looked", "features", "read"
+# Keys of a batch under which a model finds what was kept: of a tower, of a stem, of a text's tower,
+# of a reader of texts.
+TOWER, STEM, READ, READER = "looked", "features", "read", SENTENCE
+OF_TEXT = (READ, READER)
 VALUES, VALID, ABOUT = "values.f32", "valid.bool", "about.json"
 Prepared = dict[str, np.ndarray]
 
@@ -54,7 +59,7 @@ class Kept:
 
     Attributes:
       modality: the modality.
-      key: `TOWER`, `STEM` or `READ`.
+      key: `TOWER`, `STEM`, `READ` or `READER`.
       shape: of the values of one view.
       first_of: the number of the first view of each example, by its id.
       count: of views of all examples.
@@ -71,7 +76,7 @@ class Kept:
     def prepare(self, record: Record, rng: np.random.Generator | None) -> Prepared:
         if rng is None:
             raise ValueError("features are kept of training views alone")
-        if not (record.texts if self.key == READ else self.modality.name in record.parts):
+        if not (record.texts if self.key in OF_TEXT else self.modality.name in record.parts):
             return self.absent()
         view = self.modality.draw_view(record, rng)
         number = self.first_of[record.id] + view
@@ -79,11 +84,11 @@ class Kept:
         if not valid[number].any():
             raise ValueError(f"{self.modality.name} of {record.id!r} could not be read before")
         found = self.arrays(np.array(values[number]), np.array(valid[number]))
-        return found | (self.modality.prepare_view(record, view) if self.key == READ else {})
+        return found | (self.modality.prepare_view(record, view) if self.key in OF_TEXT else {})
 
     def absent(self) -> Prepared:
         found = self.arrays(np.zeros(self.shape, np.float32), np.zeros(self.tokens, bool))
-        return found | (self.modality.absent() if self.key == READ else {})
+        return found | (self.modality.absent() if self.key in OF_TEXT else {})
 
     @property
     def tokens(self) -> int:
@@ -155,6 +160,42 @@ class Views(Sequence):
         return {record.id: first for record, first in zip(self.records, firsts, strict=True)}
 
 
+@dataclass(frozen=True)
+class Ordered(Sequence):
+    """A sequence in another order."""
+
+    items: Sequence
+    order: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.items[int(self.order[place])]
+
+
+def words_read(kept: Kept, views: Views) -> np.ndarray:
+    """Returns how many tokens of each view a reader reads; 0 where nothing depends on that."""
+    if kept.key != READER:
+        return np.zeros(len(views), int)
+    read = kept.modality.reader
+    texts = (record.texts[number] for record, number in views)
+    return np.array([read.encode("", text.target)["valid"].sum() for text in texts])
+
+
+def without_padding(batch: Any, length: int) -> Any:
+    """Returns a batch whose texts have for their reader as many tokens as the longest needs.
+
+    Texts that are read in the order of their lengths have little padding; numbers of tokens are
+    rounded up, so that few programs are compiled.
+    """
+    if not length:
+        return batch
+    end = -(-length // ROUNDED) * ROUNDED
+    text = batch["text"] | {name: batch["text"][name][:, :end] for name in READER_KEYS.values()}
+    return {**batch, "text": text}
+
+
 def kept_in(preparer: Any) -> Kept | None:
     """Returns what a preparer reads features by, itself or where it adds labels; None for none."""
     inner = preparer if isinstance(preparer, Kept) else getattr(preparer, "modality", None)
@@ -218,6 +259,8 @@ def frozen_part(task: Task, name: str, frozen: Mapping[str, bool]) -> str:
         # Experts have room for some of the tokens of examples that are read together.
         return not stack.dropout and stack.feed_forward_type != "experts"
 
+    if name == "text" and any(each.reader for each in task.contrasts()):
+        return READER if whole(READER) and not task.foiled else ""
     if name == "text":
         held = whole(READ) and known(task.model.options)
         return READ if held and isinstance(task.model, LateFusion) and read_once(task) else ""
@@ -232,6 +275,7 @@ def read_by(name: str, key: str) -> tuple[str, ...]:
         TOWER: (f"embedders_{name}/", f"towers_{name}/", "places/"),
         STEM: (f"embedders_{name}/stem/",),
         READ: ("embedders_text/", "transformer/"),
+        READER: ("heads_reader/",),
     }[key]
 
 
@@ -268,7 +312,13 @@ def looking(task: Task, name: str, key: str) -> Callable[[Any, Any], tuple[Any, 
         )
         return x.astype(jnp.float32), batch[name]["valid"]
 
-    return {TOWER: of_tower, STEM: of_stem, READ: of_text}[key]
+    def of_reader(params: Any, batch: Any) -> tuple[Any, Any]:
+        found: Any = task.model.apply(
+            {"params": params}, batch, method=lambda model, all: model.head["reader"](all[name])
+        )
+        return found
+
+    return {TOWER: of_tower, STEM: of_stem, READ: of_text, READER: of_reader}[key]
 
 
 def digest_of(kept: Kept, task: Task, fingerprint: str, records: Sequence[Record], own: Any) -> str:
@@ -277,8 +327,9 @@ def digest_of(kept: Kept, task: Task, fingerprint: str, records: Sequence[Record
     Args:
       kept: what is computed.
       task: of the phase.
-      fingerprint: of the data.
-      records: the examples, of whose files size and time of change are taken.
+      fingerprint: of the data, for parts that are no files of their own.
+      records: the examples, of whose files size and time of change are taken. Of texts that are not
+        read there is nothing: a picture is the same under another caption.
       own: the parameters that look at them, by path.
     """
     name = kept.modality.name
@@ -287,17 +338,26 @@ def digest_of(kept: Kept, task: Task, fingerprint: str, records: Sequence[Record
         tower = repr(task.model.tower_of(name)) + task.model.options.places
     if kept.key == READ:
         tower = repr([task.model.options, read_once(task)])
-    known = [FORMAT, kept.key, kept.shape, fingerprint, repr(kept.modality), tower]
+    if kept.key == READER:
+        reader: Any = task.model.heads["reader"]
+        tower = repr([reader.options, reader.text, reader.rule, reader.pool])
+    prepared = kept.modality.reader if kept.key == READER else kept.modality
+    known = [FORMAT, kept.key, kept.shape, repr(prepared), tower]
     digest = hashlib.sha256(json.dumps([*known, str(task.model.options.dtype)]).encode())
+    alone = True
     for record in records:
-        part = record.texts if kept.key == READ else record.parts.get(name)
+        part = record.texts if kept.key in OF_TEXT else record.parts.get(name)
         file = os.stat(part) if isinstance(part, str) and os.path.isfile(part) else None
         # A folder is the same however it is given.
         if isinstance(part, Stored):
             place: Any = [os.path.abspath(str(part)), part.size]
         else:
             place = repr(os.path.abspath(str(part)) if file else part)
-        digest.update(repr([place, file and (file.st_size, file.st_mtime_ns)]).encode())
+        alone = alone and (part is None or kept.key in OF_TEXT or file is not None)
+        changed = file and (file.st_size, file.st_mtime_ns)
+        digest.update(repr([record.id, record.mirrorable, place, changed]).encode())
+    if not alone:
+        digest.update(fingerprint.encode())
     for path, leaf in sorted(own.items()):
         digest.update(path.encode() + np.ascontiguousarray(jax.device_get(leaf)).tobytes())
     return digest.hexdigest()
@@ -365,11 +425,17 @@ def write_features(
         shards = batch_shards(predictor.mesh)
         size = -(-BATCH // shards) * shards
         own = predictor.rows(size)
-        batches = evaluation_batches(views, read, batch_size=size, rows=own, threads=4)
+        lengths = words_read(kept, views)
+        order = np.argsort(lengths, kind="stable")
+        batches = evaluation_batches(
+            Ordered(views, order), read, batch_size=size, rows=own, threads=4
+        )
         with closing(batches):  # type: ignore[type-var]
-            for batch in batches:
-                inputs = predictor.to_device(batch)
-                yield jax.device_get(predictor.call(f"{kept.key} {name}", look, inputs))
+            for start, batch in zip(range(0, len(views), size), batches, strict=True):
+                numbers = order[start : start + size]
+                inputs = predictor.to_device(without_padding(batch, int(lengths[numbers].max())))
+                found = jax.device_get(predictor.call(f"{kept.key} {name}", look, inputs))
+                yield (numbers, *found)
 
     def write(folder: Path) -> None:
         if not is_first():
@@ -381,11 +447,11 @@ def write_features(
         try:
             with new_folder(folder) as half:
                 with open(half / VALUES, "wb") as values, open(half / VALID, "wb") as valid:
-                    left = len(views)
-                    for numbers, good in outcomes():
-                        values.write(np.ascontiguousarray(numbers[:left]).tobytes())
-                        valid.write(np.ascontiguousarray(good[:left]).tobytes())
-                        left -= min(left, len(numbers))
+                    for numbers, *outcome in outcomes():
+                        for file, rows in zip((values, valid), outcome, strict=True):
+                            for number, row in zip(numbers, rows, strict=False):  # then filling
+                                file.seek(int(number) * row.nbytes)
+                                file.write(row.tobytes())
                 write_json(half / ABOUT, {"views": len(views), "shape": list(kept.shape)})
                 write_seal(half)
         except (OSError, ValueError):

@@ -40,13 +40,19 @@ from unified_mm.parallel.sharding import BATCH_AXES, batch_shards, param_shardin
 from unified_mm.registry import resolve
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, keeps_average
-from unified_mm.task import Resources, Task, build_task
+from unified_mm.task import Resources, Task, build_task, load_tokenizer
 from unified_mm.training.layout import in_training, run_summary
 from unified_mm.training.notices import notices
 from unified_mm.training.output import framed
 from unified_mm.training.phases import Phase, build_phases
 from unified_mm.training.sizes import stand_in_tokenizer
-from unified_mm.training.start_from import load_params, news_of_start, weights_to_start_from
+from unified_mm.training.start_from import (
+    READER,
+    begun_parts,
+    load_params,
+    news_of_start,
+    weights_to_start_from,
+)
 from unified_mm.training.state import TrainState, initial_state
 from unified_mm.training.treatment import treatment_of
 
@@ -355,14 +361,18 @@ def check_epochs(config: Config, examples: int) -> None:
 
 def run_tokenizer(config: Config, folder: RunFolder, train: Manifest) -> TextTokenizer:
     """Returns the run's tokenizer: the saved one, else the one given, else one trained now."""
-    given = config.data.tokenizer
-    size = config.data.vocabulary_size
-    named = config.data.special_tokens
     if folder.tokenizer.is_file():
-        return TextTokenizer.load(folder.tokenizer, **named)
-    if given:
-        return TextTokenizer.load(user_path(given, "data.tokenizer"), **named)
-    return TextTokenizer.train(training_texts(train), size)
+        return load_tokenizer(folder.tokenizer, config)
+    reader = begun_parts(config).get(READER)
+    if given := config.data.tokenizer:
+        path, named = user_path(given, "data.tokenizer"), config.data.special_tokens
+        tokenizer = TextTokenizer.load(path, **named) if reader else load_tokenizer(path, config)
+    else:
+        tokenizer = TextTokenizer.train(training_texts(train), config.data.vocabulary_size)
+    if reader:
+        names = config.model.reader["special_tokens"]
+        tokenizer.reader = TextTokenizer.load(RunFolder(reader).tokenizer, **names)
+    return tokenizer
 
 
 def training_texts(train: Manifest) -> list[str]:

@@ -64,7 +64,7 @@ def measure_sizes(config: Config) -> Sizes:
 
 def shapes_of(config: Config) -> tuple[Task, Any]:
     """Returns a config's task, and its parameters' shapes."""
-    task = build_task(config, stand_in_tokenizer(config.data.vocabulary_size))
+    task = build_task(config, stand_in_for(config))
     task = replace(task, model=task.model.without_recomputation())
     return task, without_names(jax.eval_shape(task.init, jax.random.key(0)))
 
@@ -124,6 +124,14 @@ def token_flops(task: Task, params: Any) -> int | None:
     start = {key: value[:, :1] if value.ndim > 1 else value for key, value in first.items()}
     cache = jax.eval_shape(prefill, params, {**batch, "text": start})[1]
     return matmul_flops(extend, params, cache, start)
+
+
+def stand_in_for(config: Config) -> TextTokenizer:
+    """Returns a placeholder of a config's tokenizer, with that of its reader, if it has one."""
+    found = stand_in_tokenizer(config.data.vocabulary_size)
+    if config.model.reader:
+        found.reader = stand_in_tokenizer(config.model.reader["text"]["vocabulary"])
+    return found
 
 
 def stand_in_tokenizer(size: int) -> TextTokenizer:

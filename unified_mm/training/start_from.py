@@ -29,12 +29,14 @@ from unified_mm.nn.options import TransformerOptions
 from unified_mm.parallel.sharding import path_of, without_names
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, keeps_average
-from unified_mm.task import build_task
+from unified_mm.task import build_task, load_tokenizer
 
 # How a stack is computed and regularised is the new run's own affair.
 STACK = tuple(name for name in STACK_FIELDS if name not in (*MAIN_ALONE, "attention"))
 WHOLE = "whole"
 STEM = "stem"  # of images: it stands in any fusion
+READER = "reader"  # a text model beside the main one, in any fusion
+READS = f"heads_{READER}/"  # how the paths of its parameters begin
 # Towers that may begin with a run of another modality, where the run has none of their own.
 DONORS = {"video": "image", "audio": "image"}
 # What such a tower has of its own, and begins afresh.
@@ -62,6 +64,8 @@ def prefixes(part: str) -> tuple[str, ...]:
         return ("",)
     if part == STEM:
         return ("embedders_image/stem/",)
+    if part == READER:
+        return (READS,)
     return f"embedders_{part}/", "transformer/" if part == "text" else f"towers_{part}/"
 
 
@@ -94,11 +98,13 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
             continue
         if part == STEM:
             taken = stem_of(saved, begun)
+        elif part == READER:
+            taken = reader_of(saved, run, config)
         else:
             taken = text_of(saved, run) if part == "text" else tower_of(saved, part)
         leave_begin_token(taken, asked)
         leave_shorter_sounds(taken, config, asked)
-        modality = "image" if part == STEM else part
+        modality = {STEM: "image", READER: "text"}.get(part, part)
         if modality not in config.model.modalities or part in config.model.towers:
             raise ValueError(
                 f"model.start_from.{part}: model.modalities must declare {modality}, and "
@@ -219,22 +225,24 @@ def saved_config(run: str, part: str, fusion: str) -> dict[str, Any]:
     if not folder.exists:
         raise FileNotFoundError(f"model.start_from.{part}={run!r} is no run: it has no config.json")
     saved = folder.read_config(defaults())
-    if part not in ("text", STEM, WHOLE) and fusion == "early":
+    if part not in ("text", READER, STEM, WHOLE) and fusion == "early":
         raise ValueError(
             f"model.start_from.{part}: early fusion has no {part} tower; use fusion 'late' or "
             "'gated_cross_attention'"
         )
-    if part not in ("text", STEM, WHOLE) and saved["model"]["fusion"] == "early":
+    if part not in ("text", READER, STEM, WHOLE) and saved["model"]["fusion"] == "early":
         raise ValueError(f"model.start_from.{part}={run!r} is early fusion and has no {part} tower")
     modalities = saved["model"]["modalities"]
     if part == STEM and modalities.get("image", {}).get("stem", PATCHES[0]) in PATCHES:
         raise ValueError(f"model.start_from.{part}={run!r} sees patches of images: it has no stem")
-    if part not in (WHOLE, STEM, *modalities) and DONORS.get(part) not in modalities:
+    if part == READER and "text" not in modalities:
+        raise ValueError(f"model.start_from.{part}={run!r} reads no text")
+    if part not in (WHOLE, STEM, READER, *modalities) and DONORS.get(part) not in modalities:
         raise ValueError(f"model.start_from.{part}={run!r} reads no {part}")
     held = saved.get("imported", {}).get("part", "both")
     part = donor_of(part, modalities)
     # Imported text is a whole model of texts; an image tower is no model yet.
-    if held != "both" and part != held and not (part == WHOLE and held == "text"):
+    if held != "both" and part != held and not (part in (WHOLE, READER) and held == "text"):
         raise ValueError(
             f"model.start_from.{part}={run!r} holds weights of {held} alone: give it as "
             f"model.start_from.{held}"
@@ -264,6 +272,40 @@ def text_of(saved: Mapping[str, Any], run: str) -> dict[str, Any]:
         **tokens_of(saved, run),
         "data.special_tokens.image": "",  # a text model alone sees no picture
         "objectives.contrastive.text_pool": contrastive["text_pool"],
+    }
+
+
+def reader_of(saved: Mapping[str, Any], run: str, config: ConfigDict) -> dict[str, Any]:
+    """Returns the fields that the weights of a reader decide, by dotted name.
+
+    It reads texts as long as the model's own, as far as it knows positions.
+
+    Raises:
+      ValueError: the run's text model has what no reader may have.
+    """
+    model, contrastive = saved["model"], saved["objectives"]["contrastive"]
+    where = f"model.start_from.{READER}={run!r}"
+    if model["feed_forward_type"] != "dense":
+        raise ValueError(f"{where} has {model['feed_forward_type']}: a reader's layers are dense")
+    if contrastive["text_pool"] == "attention":
+        raise ValueError(f"{where} pools its texts by attention: a reader's pool has no parameters")
+    text = dict(model["modalities"]["text"])
+    known = text["max_positions"] or text["length"]
+    size = TextTokenizer.load(RunFolder(run).tokenizer, **saved["data"]["special_tokens"])
+    text |= {
+        "max_positions": known,
+        "length": min(config.model.modalities.text.length, known),
+        "vocabulary": text["vocabulary"] or size.vocabulary_size,
+    }
+    return {
+        "model.reader": {
+            **{name: model[name] for name in STACK},
+            "text": text,
+            "rule": contrastive["rule"],
+            "pool": contrastive["text_pool"],
+            "special_tokens": saved["data"]["special_tokens"],
+        },
+        "objectives.contrastive.reader": True,
     }
 
 
@@ -343,6 +385,9 @@ def weights_to_start_from(config: Config) -> dict[str, Any]:
     """Reads the parameters of the runs in `model.start_from`, by path, each block by its layer."""
     found: dict[str, Any] = {}
     for part, run in begun_parts(config).items():
+        if part == READER:
+            found |= {f"{READS}{path}": x for path, x in part_of_run(run, "text").items()}
+            continue
         modalities = RunFolder(run).read_config(defaults())["model"]["modalities"]
         donor = donor_of(part, modalities)
         given = part_of_run(run, donor)
@@ -478,12 +523,11 @@ def leaves_of_run(run: str, part: str) -> dict[str, Any]:
     """Reads a part of a run's newest checkpoint: NumPy arrays by path, as they are there."""
     folder = RunFolder(run)
     saved = folder.read_config(defaults())
-    named = saved["data"]["special_tokens"]
+    config = Config(saved)
     if folder.tokenizer.is_file():
-        tokenizer = TextTokenizer.load(folder.tokenizer, **named)
+        tokenizer = load_tokenizer(folder.tokenizer, config)
     else:  # an image tower has none, and its shapes depend on none
         tokenizer = TextTokenizer.train([], 260)
-    config = Config(saved)
     shapes = without_names(saved_shapes(build_task(config, tokenizer), config))
     paths, own = flatten_dict(shapes, sep="/"), prefixes(part)
     wanted = unflatten_dict({path: x for path, x in paths.items() if path.startswith(own)}, sep="/")
