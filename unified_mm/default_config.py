@@ -247,7 +247,7 @@ def data_fields() -> dict:
         "crop_ratio": (0.75, 1.3333),  # width / height of a training crop
         # Training views that there are of a picture, drawn by view_seed; 0: ever new ones. With
         # keep_features, what a frozen tower or stem makes of them is computed once, and kept; so is
-        # what late fusion's frozen transformer makes of the texts.
+        # what a frozen reader, or late fusion's frozen transformer, makes of the texts.
         "views": 0,
         "view_seed": 0,
         "keep_features": False,
@@ -316,8 +316,9 @@ def model_fields() -> dict:
         "dtype": "float32",
         # Runs whose image tower, text model or stem of images training starts from, by whose text
         # model contrast reads (`reader`), or that it goes on with as a whole, heads and all; ''
-        # starts afresh. package:NAME/FOLDER is weights in an installed package. A recipe may name
-        # further modalities here, for their towers.
+        # starts afresh. package:NAME/FOLDER is weights in an installed package, with a ? at its
+        # end where it is installed and else ''. A recipe may name further modalities here, for
+        # their towers. What need not be trained, such as a reader, train.freeze_rules hold.
         "start_from": {"image": "", "reader": "", "stem": "", "text": "", "whole": ""},
         # The text model by which contrast reads its texts, as the run of start_from.reader has it.
         "reader": {},

@@ -316,10 +316,15 @@ def load_tokenizer(path: Path, config: Config) -> TextTokenizer:
 
 
 def reading_modality(config: Config, tokenizer: TextTokenizer) -> TextModality | None:
-    """Returns what prepares texts for `model.reader`; None where there is none."""
+    """Returns what prepares texts for `model.reader`; None where there is none.
+
+    Raises:
+      ValueError: the tokenizer comes without the reader's.
+    """
     if not config.model.reader:
         return None
-    assert tokenizer.reader is not None
+    if tokenizer.reader is None:
+        raise ValueError("model.reader reads other tokens: the tokenizer has no `reader` for them")
     resources = Resources(config.data, tokenizer.reader)
     return TextModality.from_config("text", config.model.reader["text"], resources)
 

@@ -17,7 +17,7 @@ from unified_mm.inference.loaded import LoadedModel, one_device_mesh
 from unified_mm.inference.quantization import quantized
 from unified_mm.parallel.sharding import without_names
 from unified_mm.task import build_task
-from unified_mm.training.sizes import stand_in_tokenizer
+from unified_mm.training.sizes import stand_in_for
 
 
 def decoding(setting: Setting) -> Rows:
@@ -52,6 +52,6 @@ def decoding(setting: Setting) -> Rows:
 def drawn_model(setting: Setting) -> LoadedModel:
     """Returns `large` with random weights, as a run of it would be loaded."""
     config = config_of("large", setting.scale.large)
-    task = build_task(config, stand_in_tokenizer(config.data.vocabulary_size))
+    task = build_task(config, stand_in_for(config))
     params = without_names(jax.jit(task.init)(jax.random.key(0)))
     return LoadedModel(task, params, one_device_mesh(), config, 0)

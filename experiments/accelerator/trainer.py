@@ -22,7 +22,7 @@ from unified_mm.task import Task, build_task
 from unified_mm.training.ahead import compile_step, stand_in_data
 from unified_mm.training.phases import training_flops
 from unified_mm.training.setup import plan
-from unified_mm.training.sizes import stand_in_tokenizer
+from unified_mm.training.sizes import stand_in_for
 
 FUSED_CALL = re.compile(r'custom_call_target="(__cudnn\$fmha\w*|tpu_custom_call)"')
 
@@ -42,7 +42,7 @@ class Trainer:
 
     def __init__(self, config: Config, batches: int = 2) -> None:
         self._mesh = make_mesh(config.mesh)
-        task = build_task(config, stand_in_tokenizer(config.data.vocabulary_size))
+        task = build_task(config, stand_in_for(config))
         self._make_state, (phase, *_) = plan(config, task, self._mesh, stand_in_data(config))
         self._phase, self._ema_decay = phase, config.train.ema_decay
         self.batch_size = phase.batch_size

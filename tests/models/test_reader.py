@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from dataclasses import replace
 
 import commands
 import jax
@@ -12,12 +13,18 @@ import pytest
 import tiny
 
 import unified_mm
+from unified_mm.analysis.layer_features import text_features
 from unified_mm.config import Config
+from unified_mm.data.records import Manifest, Record, Text
 from unified_mm.data.text_tokenizer import TextTokenizer, reader_file
+from unified_mm.inference.loaded import one_device_mesh
+from unified_mm.inference.predictor import Predictor
 from unified_mm.models.reader import SENTENCE
 from unified_mm.parallel.sharding import path_of
 from unified_mm.runs.folder import RunFolder
 from unified_mm.task import build_task
+from unified_mm.training.features import kept_preparers, write_features
+from unified_mm.training.notices import cut_line
 from unified_mm.training.start_from import config_from_run, load_params, weights_to_start_from
 
 # A text model of another width and depth, which looks both ways and knows other tokens.
@@ -89,10 +96,14 @@ def test_contrast_reads_by_it_and_captions_do_not(source):
     text = rows(task.modalities["text"], ("a red square", "a green one", "a blue one", "green"))
     batch["text"] = text
 
+    @jax.jit
+    def of_batch(text):
+        key = jax.random.key(0)
+        found = task.metrics(params, {**batch, "text": text}, key, deterministic=True)
+        return {name: found[f"{name}/loss"][0] for name in ("contrastive", "captioning")}
+
     def losses(changed):
-        found = task.metrics(params, {**batch, "text": text | changed}, jax.random.key(0),
-                             deterministic=True)  # fmt: skip
-        return {name: float(found[f"{name}/loss"][0]) for name in ("contrastive", "captioning")}
+        return {name: float(loss) for name, loss in of_batch(text | changed).items()}
 
     plain = losses({})
     others = losses({"reader_ids": jnp.flip(text["reader_ids"], 0)})
@@ -101,13 +112,30 @@ def test_contrast_reads_by_it_and_captions_do_not(source):
     assert abs(others["contrastive"] - plain["contrastive"]) > 1e-3
     assert written["contrastive"] == plain["contrastive"]
     assert abs(written["captioning"] - plain["captioning"]) > 1e-3
-    # What was read before stands for the words.
-    sentences, _ = task.model.apply(
-        {"params": params}, method=lambda model: model.head["reader"](text)
-    )
-    zeros = jnp.zeros_like(text["reader_ids"])
-    kept = losses({SENTENCE: sentences, "reader_ids": zeros})
-    assert kept["contrastive"] == pytest.approx(plain["contrastive"], abs=1e-5)
+
+
+def test_texts_that_were_read_before_are_the_same(source, tmp_path):
+    """They are read in the order of their lengths, without padding, and kept in that of views."""
+    _, task, params = reading(source)
+    texts = ("red", "a blue square of size 1", "a green one", "a square", "blue and red")
+    records = [
+        Record(n, {}, (Text("", text), Text("", "red")), True) for n, text in enumerate(texts)
+    ]
+    shapes = jax.tree_util.tree_map_with_path(lambda path, _: "reader" not in path_of(path), params)
+    (kept,) = kept_preparers(task, records, params, shapes).values()
+    predictor = Predictor(task, params, one_device_mesh())
+    write_features(kept, records, task, predictor, False)(tmp_path / "features")
+    kept = replace(kept, folder=str(tmp_path / "features"))
+    for record in records:
+        found = kept.prepare(record, np.random.default_rng(record.id))
+        seen = task.modalities["text"].prepare(record, np.random.default_rng(record.id))
+        assert set(seen) - set(found) == {"reader_ids", "reader_valid"}
+        assert set(found) - set(seen) == {SENTENCE}
+        np.testing.assert_array_equal(found["ids"], seen["ids"])
+        one = {key: jnp.asarray(value)[None] for key, value in seen.items()}
+        method = lambda model, one=one: model.head["reader"](one)  # noqa: E731
+        again, _ = task.model.apply({"params": params}, method=method)
+        np.testing.assert_allclose(found[SENTENCE], again[0], atol=1e-5)
 
 
 def test_the_tokenizers_are_kept_together(tmp_path):
@@ -148,14 +176,55 @@ def test_a_reader_that_is_not_there_is_refused(source, tmp_path):
     config = tiny.config_dict(model__start_from__reader=str(tmp_path))
     with pytest.raises(FileNotFoundError, match="model.start_from.reader=.* is no run"):
         config_from_run(config, ())
-    few = tmp_path / "experts"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    (
+        ("model.feed_forward_type", "experts", "has experts"),
+        ("model.fusion", "gated_cross_attention", "has gated layers"),
+        ("objectives.contrastive.text_pool", "attention", "pools its texts by attention"),
+        ("objectives.contrastive.weight", 0.0, "learned no contrast with texts"),
+        ("objectives.contrastive.between", "image,audio", "learned no contrast with texts"),
+        ("objectives.contrastive.reader", True, "has a reader itself"),
+    ),
+)
+def test_a_run_that_reads_in_another_way_is_no_reader(source, tmp_path, field, value, said):
     saved = json.loads((source / "config.json").read_text())
-    saved["model"]["feed_forward_type"] = "experts"
-    few.mkdir()
-    (few / "config.json").write_text(json.dumps(saved))
-    config = tiny.config_dict(model__start_from__reader=str(few))
-    with pytest.raises(ValueError, match="has experts: a reader's layers are dense"):
+    *groups, last = field.split(".")
+    node = saved
+    for name in groups:
+        node = node[name]
+    node[last] = value
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    config = tiny.config_dict(model__start_from__reader=str(tmp_path))
+    with pytest.raises(ValueError, match=f"{said}.*: a reader is a text model"):
         config_from_run(config, ())
+
+
+def test_padding_that_was_read_is_read(source, tmp_path):
+    """And a model of experts may have a dense reader; a model without texts has none."""
+    saved = json.loads((source / "config.json").read_text())
+    saved["model"]["modalities"]["text"] |= {"attend_padding": True, "length": 20}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    lengths = []
+    for run in (source, tmp_path):
+        config = tiny.config_dict(
+            model__start_from__reader=str(run), model__feed_forward_type="experts"
+        )
+        lengths.append(config_from_run(config, ()).model.reader.text.length)
+    assert lengths == [12, 20]
+    del config.model.modalities["text"]
+    with pytest.raises(ValueError, match="model.modalities must declare text"):
+        config_from_run(config, ())
+
+
+def test_what_is_cut_for_the_reader_is_said(source):
+    _, task, _ = reading(source)
+    text = Record(0, {}, (Text("", "a red square of size 1 " * 3),), True)
+    train = Manifest("train", (text,), "tests", "", "0")
+    assert cut_line(task, train).endswith("; 100.0% of texts are cut for the reader of a contrast")
 
 
 FROZEN = "--config.train.freeze_rules=(('heads_reader/.*', True), ('.*', False))"
@@ -184,6 +253,7 @@ def test_a_run_with_a_frozen_reader_finds_writes_and_goes_on(source, tmp_path, c
     assert leaf["heads_reader/embedders_text/tokens"].shape[1] == 24
     pictures = sorted((data / "images" / "val").iterdir())[:2]
     assert len(model.caption(pictures)) == 2
+    assert text_features(model, ["a red square"])
     apart = model.embed_texts(["a red square", "a blue square"])
     assert np.abs(apart[0] - apart[1]).max() > 1e-3
     with pytest.raises(ValueError, match="an exported program does not know"):

@@ -79,6 +79,7 @@ def test_a_field_of_a_later_version_is_named():
         if path[-1].endswith("_options") or path[-1] in (
             "towers",
             "start_from",
+            "reader",
             "mixture",
             "sparse",
         ):

@@ -71,7 +71,7 @@ def text_features(model: LoadedModel, texts: Sequence[str]) -> Features:
     of period p is 'cross_p'.
     """
     task = model.predictor.task
-    view = reading_stream(model)
+    view = reading_stream(model, of_text=True)
     options = task.model.options
 
     def read(params: Any, batch: Any) -> dict[str, Array]:
@@ -86,15 +86,20 @@ def text_features(model: LoadedModel, texts: Sequence[str]) -> Features:
     return _gather(model, f"text features of {view}", read, rows, layer_names(options))
 
 
-def reading_stream(model: LoadedModel) -> View:
+def reading_stream(model: LoadedModel, of_text: bool = False) -> View:
     """Returns the view by which a modality is read alone.
 
-    It is that of the contrastive objective, else that of the first objective that reads text.
+    It is that of the contrastive objective, else that of the first objective that reads text. Of
+    text it is one in which the main transformer reads it, and no reader of a contrast does.
 
     Raises:
       ValueError: no objective reads text.
     """
-    objectives = [each for each in model.task.objectives if isinstance(each, TextObjective)]
+    objectives = [
+        each
+        for each in model.task.objectives
+        if isinstance(each, TextObjective) and (each.view.with_text or not of_text)
+    ]
     if not objectives:
         raise ValueError("this model was trained on no objective that reads text")
     return next((each for each in objectives if isinstance(each, Contrastive)), objectives[0]).view

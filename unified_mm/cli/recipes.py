@@ -18,11 +18,13 @@ from ml_collections import ConfigDict, config_flags
 
 from unified_mm.config import get_field, set_field
 from unified_mm.data.images import resolve_backend
+from unified_mm.data.mirror import is_remote
 from unified_mm.default_config import defaults
 from unified_mm.files import naming, user_path
 from unified_mm.models.unified import fusion
 from unified_mm.nn.options import dtype_on
 from unified_mm.objectives.objective import objective_kind
+from unified_mm.pretrained.hub import where_installed
 from unified_mm.runs.saved import (
     UnknownField,
     field_paths,
@@ -189,8 +191,8 @@ def resolve(
       recipe: the recipe as the command line names it.
       tell: a function that takes a line about each decision.
       platform: that is computed on; '' is this process's.
-      saved: the config of a run that goes on: it computes in the type of numbers that it began with
-        where the recipe leaves that open.
+      saved: the config of a run that goes on: it computes in the type of numbers, and has the
+        weights, that it began with where the recipe leaves that open.
 
     Raises:
       ValueError: if a field is unknown, or a value cannot be used.
@@ -208,7 +210,15 @@ def resolve(
     )
     chosen.model.dtype = dtype_on(platform, began)
     check_seed(chosen.seed)
-    if chosen.data.dir:  # a run may go on, or be scored, from another directory
+    for part, run in chosen.model.start_from.items():
+        if run.endswith("?"):
+            began = saved["model"]["start_from"].get(part, "") if saved else where_installed(run)
+            chosen.model.start_from[part] = began
+            if not began:
+                tell(f"model.start_from.{part}='': {run.removesuffix('?')} is not installed")
+    if chosen.data.dir and not is_remote(
+        chosen.data.dir
+    ):  # a run may go on, or be scored, from another directory
         chosen.data.dir = str(user_path(chosen.data.dir, "data.dir").absolute())
     try:
         chosen.data.decoder = resolve_backend(chosen.data.decoder)

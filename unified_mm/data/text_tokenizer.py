@@ -259,7 +259,7 @@ class TextTokenizer:
 
 
 def reader_file(path: str | os.PathLike) -> Path:
-    """Returns where the tokenizer of the reader lies, beside that at a path."""
+    """Returns where the tokenizer of the reader lies, beside that at a path (`RunFolder`)."""
     return Path(path).with_name(f"reader_{Path(path).name}")
 
 

@@ -256,8 +256,9 @@ def _named(
 
 
 def _is_cut(model: LoadedModel, text: str) -> bool:
-    """Returns whether a text with its end token is longer than the model reads."""
-    return len(model.task.tokenizer.encode_prompt(text)) >= model.task.modalities["text"].length
+    """Returns whether a text with its end token is longer than the model, or its reader, reads."""
+    reads = model.task.modalities["text"].reader or model.task.modalities["text"]
+    return len(reads.tokenizer.encode_prompt(text)) >= reads.length
 
 
 def _refuse_bad(problems: list[Problem], folder: ClassFolder, max_bad_share: float) -> None:

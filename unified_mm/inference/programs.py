@@ -70,6 +70,11 @@ def programs(model: LoadedModel, prompt: int, cache_room: int) -> dict[str, Prog
         )
     portable = _Portable(task, task.model.with_options(attention="xla"), model.predictor.params)
     found: dict[str, Program] = {}
+    if any(each.reader for each in task.contrasts()):
+        raise ValueError(
+            "this model reads the texts of its contrast by a reader, whose tokens an exported "
+            "program does not know: index and serve take the run as it is"
+        )
     both = task.shared_space(IMAGE, "text")
     if not both and len(task.contrasts()) > 1:
         raise ValueError(
@@ -106,11 +111,6 @@ class _Portable:
         found: dict[str, Program] = {}
         if IMAGE in objective.between:
             found["embed_images"] = Program(embed_images, self._pixels())
-        if objective.reader:
-            raise ValueError(
-                "this model reads the texts of its contrast by a reader, whose tokens an exported "
-                "program does not know: index and serve take the run as it is"
-            )
         if "text" in objective.between:
             length = self.task.modalities["text"].length
             found["embed_texts"] = Program(embed_texts, _text_shapes(length))

@@ -29,6 +29,8 @@ SENTENCE = "sentence"
 class Reader(nn.Module):
     """A text transformer with a pool; the names of its parameters are those of the run it is from.
 
+    It computes in float32, and has no dropout.
+
     Attributes:
       options: the shape of the transformer.
       text: of the embedder.

@@ -77,7 +77,8 @@ class Contrastive(TextObjective):
         among the foils of its caption, and read by itself under the same rule; texts with foils are
         read in every step, whatever `data.keep_features` says. `accuracy` leaves it out.
       reader: whether texts are read by `model.reader`, the text model of another run (which
-        `model.start_from.reader` names), and not by the main transformer.
+        `model.start_from.reader` names), and not by the main transformer. It is trained, too, but
+        where `train.freeze_rules` hold it.
     """
 
     weight: float = 1.0
@@ -102,16 +103,13 @@ class Contrastive(TextObjective):
     def __post_init__(self) -> None:
         field = f"objectives.{self.name}"
         object.__setattr__(self, "between", named_modalities(self.between, f"{field}.between"))
-        if self.foils and (self.between[-1] != "text" or self.between == ("text",)):
-            raise ValueError(
-                f"{field}.foils=True, but {field}.between={','.join(self.between)!r} holds nothing "
-                "against a text: name text beside another modality, or set foils to False"
-            )
-        if self.reader and (self.between[-1] != "text" or self.between == ("text",)):
-            raise ValueError(
-                f"{field}.reader=True, but {field}.between={','.join(self.between)!r} holds "
-                "nothing against a text: name text beside another modality, or set reader to False"
-            )
+        for asked in ("foils", "reader"):
+            if getattr(self, asked) and (self.between[-1] != "text" or len(self.between) == 1):
+                raise ValueError(
+                    f"{field}.{asked}=True, but {field}.between={','.join(self.between)!r} holds "
+                    "nothing against a text: name text beside another modality, or set "
+                    f"{asked} to False"
+                )
         rule = self.view.resolved
         seen = [rule.to_context(each) for each in rule.modalities()]
         seen += [rule.from_context(each) for each in rule.modalities()]

@@ -65,6 +65,13 @@ def folder_of_package(given: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / folder
 
 
+def where_installed(given: str) -> str:
+    """Returns `package:NAME/FOLDER` of `package:NAME/FOLDER?`, or '' if it is not installed."""
+    wanted = given.removesuffix("?")
+    name = wanted.removeprefix(PACKAGE).partition("/")[0]
+    return wanted if importlib.util.find_spec(name) is not None else ""
+
+
 def cache_folder() -> Path:
     """Returns the Hub's cache on this machine, as its own library finds it."""
     if named := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):

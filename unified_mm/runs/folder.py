@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unified_mm.data.text_tokenizer import reader_file
 from unified_mm.files import (
     LOCK,
     FolderHeld,
@@ -103,6 +102,7 @@ class RunFolder:
             )
         self.config = self.path / "config.json"
         self.tokenizer = self.path / "tokenizer.json"
+        self.reader_tokenizer = self.path / "reader_tokenizer.json"
         self.checkpoints = self.path / "checkpoints"
         self.best = self.path / "best"
         self.metrics = self.path / "metrics.jsonl"
@@ -207,10 +207,10 @@ class RunFolder:
         """
         if not self.tokenizer.is_file():
             return None
-        own, beside = sha256(self.tokenizer), reader_file(self.tokenizer)
-        if not beside.is_file():
+        own = sha256(self.tokenizer)
+        if not self.reader_tokenizer.is_file():
             return own
-        return hashlib.sha256(f"{own} {sha256(beside)}".encode()).hexdigest()
+        return hashlib.sha256(f"{own} {sha256(self.reader_tokenizer)}".encode()).hexdigest()
 
     def check_tokenizer(self, metadata: Mapping[str, Any]) -> None:
         """Checks that the tokenizer is the one that a checkpoint's metadata names.
@@ -223,6 +223,8 @@ class RunFolder:
         known = metadata.get("tokenizer")
         if known is not None and known != self.tokenizer_digest():
             fault = "is not" if self.tokenizer.exists() else "is missing:"
+            if self.reader_tokenizer.exists():
+                fault = f"with {self.reader_tokenizer.name} {fault}"
             raise RunFolderError(
                 f"{self.tokenizer} {fault} the tokenizer that this run was trained with (SHA-256 "
                 f"{known[:12]}...): put that one back, for token ids mean nothing without it"

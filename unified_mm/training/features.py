@@ -43,7 +43,7 @@ from unified_mm.runs.seal import SEAL, broken_files, write_seal
 from unified_mm.task import Task
 
 FORMAT = 1  # raise it when what is kept changes: files of an older format are not found then
-ROUNDED = 8
+ROUNDED = 8  # tokens of a text that a reader reads, up to a multiple of these
 BATCH = 64  # or the next number that the devices divide
 # Keys of a batch under which a model finds what was kept: of a tower, of a stem, of a text's tower,
 # of a reader of texts.
@@ -84,11 +84,18 @@ class Kept:
         if not valid[number].any():
             raise ValueError(f"{self.modality.name} of {record.id!r} could not be read before")
         found = self.arrays(np.array(values[number]), np.array(valid[number]))
-        return found | (self.modality.prepare_view(record, view) if self.key in OF_TEXT else {})
+        return found | (self.words.prepare_view(record, view) if self.words else {})
 
     def absent(self) -> Prepared:
         found = self.arrays(np.zeros(self.shape, np.float32), np.zeros(self.tokens, bool))
-        return found | (self.modality.absent() if self.key in OF_TEXT else {})
+        return found | (self.words.absent() if self.words else {})
+
+    @property
+    def words(self) -> Any:
+        """What prepares the words of a text, which are written too; None of other modalities."""
+        if self.key == READER:  # which has read them
+            return replace(self.modality, reader=None)
+        return self.modality if self.key == READ else None
 
     @property
     def tokens(self) -> int:
@@ -161,7 +168,7 @@ class Views(Sequence):
 
 
 @dataclass(frozen=True)
-class Ordered(Sequence):
+class Reordered(Sequence):
     """A sequence in another order."""
 
     items: Sequence
@@ -355,7 +362,8 @@ def digest_of(kept: Kept, task: Task, fingerprint: str, records: Sequence[Record
             place = repr(os.path.abspath(str(part)) if file else part)
         alone = alone and (part is None or kept.key in OF_TEXT or file is not None)
         changed = file and (file.st_size, file.st_mtime_ns)
-        digest.update(repr([record.id, record.mirrorable, place, changed]).encode())
+        mirrorable = record.mirrorable and getattr(kept.modality, "mirror", True)
+        digest.update(repr([record.id, mirrorable, place, changed]).encode())
     if not alone:
         digest.update(fingerprint.encode())
     for path, leaf in sorted(own.items()):
@@ -428,7 +436,7 @@ def write_features(
         lengths = words_read(kept, views)
         order = np.argsort(lengths, kind="stable")
         batches = evaluation_batches(
-            Ordered(views, order), read, batch_size=size, rows=own, threads=4
+            Reordered(views, order), read, batch_size=size, rows=own, threads=4
         )
         with closing(batches):  # type: ignore[type-var]
             for start, batch in zip(range(0, len(views), size), batches, strict=True):

@@ -56,12 +56,18 @@ def epochs_line(examples: int, config: Config) -> str:
     return line
 
 
-def cut_share(task: Task, train: Manifest) -> tuple[float, int]:
+def cut_share(task: Task, train: Manifest, of_reader: bool = False) -> tuple[float, int]:
     """Returns the share of training texts that are cut, and the length that would cut 1%.
 
     Of more than 20,000 texts, as many are looked at, evenly spread.
+
+    Args:
+      task: of the run.
+      train: the examples.
+      of_reader: whether they are cut for the reader, and not for the model.
     """
     text = task.modalities.get("text")
+    text = text.reader if text and of_reader else text
     texts = [each for record in train.records for each in record.texts]
     if text is None or not texts:
         return 0.0, 0
@@ -80,11 +86,17 @@ def cut_share(task: Task, train: Manifest) -> tuple[float, int]:
 def cut_line(task: Task, train: Manifest) -> str:
     """Says what share of the texts loses its end, and the length at which 1% would."""
     share, enough = cut_share(task, train)
-    if not share:
-        return ""
+    of_reader, _ = cut_share(task, train, of_reader=True)
     field = "model.modalities.text.length"
-    length = task.modalities["text"].length
-    return f"{share:.1%} of texts are cut at {field}={length}: {enough} would cut at most 1%"
+    said = []
+    if share:
+        length = task.modalities["text"].length
+        said.append(
+            f"{share:.1%} of texts are cut at {field}={length}: {enough} would cut at most 1%"
+        )
+    if of_reader:
+        said.append(f"{of_reader:.1%} of texts are cut for the reader of a contrast")
+    return "; ".join(said)
 
 
 def moments_line(train: Any) -> str:

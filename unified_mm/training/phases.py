@@ -194,7 +194,8 @@ def refuse_nothing_kept(config: Config, phases: Sequence[Phase]) -> None:
         raise ValueError(
             "data.keep_features=True, but there is nothing to keep: it needs a phase of pairs "
             "whose train.freeze_rules hold a whole tower without dropout or experts, or a whole "
-            "stem, of pictures with data.views above 0 or of texts without foils in late fusion"
+            "stem, of pictures with data.views above 0, or of texts without foils a reader, or the "
+            "transformer of late fusion"
         )
 
 

@@ -228,7 +228,8 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     )
     scored = [split.manifest.fingerprint for split in splits.values()]
     refuse_unequal("the data", " ".join([setup.fingerprint, *scored]))
-    refuse_unequal("the tokenizer", task.tokenizer.as_json())
+    reader = task.tokenizer.reader
+    refuse_unequal("the tokenizer", task.tokenizer.as_json() + (reader.as_json() if reader else ""))
     return setup
 
 
@@ -361,14 +362,15 @@ def check_epochs(config: Config, examples: int) -> None:
 
 def run_tokenizer(config: Config, folder: RunFolder, train: Manifest) -> TextTokenizer:
     """Returns the run's tokenizer: the saved one, else the one given, else one trained now."""
+    given, size = config.data.tokenizer, config.data.vocabulary_size
     if folder.tokenizer.is_file():
         return load_tokenizer(folder.tokenizer, config)
     reader = begun_parts(config).get(READER)
-    if given := config.data.tokenizer:
+    if given:
         path, named = user_path(given, "data.tokenizer"), config.data.special_tokens
         tokenizer = TextTokenizer.load(path, **named) if reader else load_tokenizer(path, config)
     else:
-        tokenizer = TextTokenizer.train(training_texts(train), config.data.vocabulary_size)
+        tokenizer = TextTokenizer.train(training_texts(train), size)
     if reader:
         names = config.model.reader["special_tokens"]
         tokenizer.reader = TextTokenizer.load(RunFolder(reader).tokenizer, **names)

@@ -26,6 +26,7 @@ from unified_mm.modalities.audio import AudioModality
 from unified_mm.modalities.image import PATCHES, resize_positions
 from unified_mm.modalities.video import VideoModality, inflated
 from unified_mm.nn.options import TransformerOptions
+from unified_mm.objectives.contrastive import named_modalities
 from unified_mm.parallel.sharding import path_of, without_names
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, keeps_average
@@ -90,12 +91,18 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
         )
     for part, run in begun.items():
         saved = saved_config(run, part, config.model.fusion)
-        if upcycles(config.model, saved["model"]):
+        if part != READER and upcycles(config.model, saved["model"]):
             for name in KIND:
                 saved["model"][name] = config.model.to_dict()[name]
         if part == WHOLE:
             take_whole(chosen, saved, run, asked)
             continue
+        modality = {STEM: "image", READER: "text"}.get(part, part)
+        if modality not in config.model.modalities or part in config.model.towers:
+            raise ValueError(
+                f"model.start_from.{part}: model.modalities must declare {modality}, and "
+                "model.towers must not, for the weights decide its tower"
+            )
         if part == STEM:
             taken = stem_of(saved, begun)
         elif part == READER:
@@ -104,12 +111,6 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
             taken = text_of(saved, run) if part == "text" else tower_of(saved, part)
         leave_begin_token(taken, asked)
         leave_shorter_sounds(taken, config, asked)
-        modality = {STEM: "image", READER: "text"}.get(part, part)
-        if modality not in config.model.modalities or part in config.model.towers:
-            raise ValueError(
-                f"model.start_from.{part}: model.modalities must declare {modality}, and "
-                "model.towers must not, for the weights decide its tower"
-            )
         for field, value in taken.items():
             refuse_contradiction(config, field, value, asked, f"{part}={run!r}")
             set_field(chosen, field, value)
@@ -284,17 +285,28 @@ def reader_of(saved: Mapping[str, Any], run: str, config: ConfigDict) -> dict[st
       ValueError: the run's text model has what no reader may have.
     """
     model, contrastive = saved["model"], saved["objectives"]["contrastive"]
-    where = f"model.start_from.{READER}={run!r}"
-    if model["feed_forward_type"] != "dense":
-        raise ValueError(f"{where} has {model['feed_forward_type']}: a reader's layers are dense")
-    if contrastive["text_pool"] == "attention":
-        raise ValueError(f"{where} pools its texts by attention: a reader's pool has no parameters")
+    embeds = contrastive["weight"] > 0 and "text" in named_modalities(contrastive["between"], "")
+    faults = {
+        f"has {model['feed_forward_type']}": model["feed_forward_type"] != "dense",
+        "has gated layers": model["fusion"] == "gated_cross_attention",
+        "pools its texts by attention": contrastive["text_pool"] == "attention",
+        "learned no contrast with texts": not embeds,
+        "has a reader itself, which read its texts": contrastive["reader"],
+    }
+    if found := [fault for fault, there in faults.items() if there]:
+        raise ValueError(
+            f"model.start_from.{READER}={run!r} {found[0]}: a reader is a text model of dense "
+            "layers that embeds texts by a pool without parameters"
+        )
     text = dict(model["modalities"]["text"])
     known = text["max_positions"] or text["length"]
     size = TextTokenizer.load(RunFolder(run).tokenizer, **saved["data"]["special_tokens"])
     text |= {
         "max_positions": known,
-        "length": min(config.model.modalities.text.length, known),
+        # Padding that is read is a part of what was learned.
+        "length": text["length"]
+        if text["attend_padding"]
+        else min(config.model.modalities.text.length, known),
         "vocabulary": text["vocabulary"] or size.vocabulary_size,
     }
     return {
