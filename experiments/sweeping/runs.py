@@ -15,6 +15,7 @@ from typing import Any
 from experiments.sweeping.ablation import OWN, Ablation
 from unified_mm.cli.recipes import Recipe, check_seed, read_recipe, resolve
 from unified_mm.default_config import defaults
+from unified_mm.files import user_path
 from unified_mm.runs.folder import FREE_FIELDS, RunFolder, differences
 
 ROOT = Path(__file__).parents[2]
@@ -158,9 +159,12 @@ def resolved(path: str, fields: tuple[str, ...]) -> str:
 
 
 def asked_config(run: Run) -> dict[str, Any]:
-    """Returns the config that the run would start with."""
+    """Returns the config that the run would start with, in this folder."""
     asked: dict[str, Any] = json.loads(resolved(run.config, run.fields))
-    return {**asked, "seed": run.seed}
+    data = asked["data"]
+    if data["dir"]:
+        data = {**data, "dir": str(user_path(data["dir"], "data.dir").absolute())}
+    return {**asked, "data": data, "seed": run.seed}
 
 
 def finished(run: Run) -> bool:
