@@ -23,8 +23,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "model.budget": 1.42e9,
         "model.heads": 4,  # for widths in steps of 8
-        "train.steps": 130,
-        "train.warmup_steps": 30,
+        "train.steps": 200,
+        "train.batch_size": 64,
+        "train.warmup_steps": 50,
         "evaluation.also": (),
         "logging.tensorboard": False,
     },

@@ -47,7 +47,8 @@ def get_ablation(size: str) -> Ablation:
         f"experiments/mixtures.py:{size}",
         seeds=(0,),
         common={
-            "train.steps": 200,
+            "train.steps": 250,
+            "train.batch_size": 64,
             "train.warmup_steps": 50,
             "checkpoint.every": 100,
             "checkpoint.keep": 1,

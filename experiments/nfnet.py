@@ -38,6 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
 COMMON: dict[str, Any] = {
     "model.heads": 4,
     "train.steps": 200,
+    "train.batch_size": 64,
     "train.warmup_steps": 50,
     "checkpoint.every": 100,
     "checkpoint.keep": 1,
