@@ -18,7 +18,7 @@ The folders are made first, FOLDER being photographs, or the world as rendered i
         --out=runs/cleaning/world/cleaned_10
     python -m experiments.sweep experiments/clean_faulty.py:world --only=cleaned_10
 
-and so for 30. It has not been carried out yet.
+and so for 30. On photographs it has not been carried out yet.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 from experiments.sweeping.ablation import Ablation
 
 QUICK: dict[str, Any] = {
-    "train.steps": 400,
+    "train.steps": 300,
     "checkpoint.every": 100,
     "checkpoint.keep": 1,
     "evaluation.also": (),

@@ -5,7 +5,8 @@
     python -m unified_mm.clean ... --filter=copies --filter=alike,run=RUN,threshold=0.05
     python -m unified_mm.clean ... --filter=mismatched,run=RUN,threshold=0.1
 
-Nothing is deleted or copied: --config.data.manifest=DIR/manifest.json leaves the examples out of
+Stopped, the same command goes on: what was looked at is kept in the data's cache. Nothing is
+deleted or copied: --config.data.manifest=DIR/manifest.json leaves the examples out of
 training. DIR/report.html shows what was found, and how near the thresholds it is. Filters: copies
 (also mirrored ones, and those of what is scored on), blank, small, narrow, terse; those that ask a
 run, alike (by its embeddings) and mismatched (the share of pictures that captions fit worst); or
@@ -40,7 +41,7 @@ def main(options: argparse.Namespace) -> int:
         write_manifest,
     )
     from unified_mm.data.manifest import summary
-    from unified_mm.data.sources import open_source
+    from unified_mm.data.sources import cache_folder, open_source
 
     named = [read_filter(each) for each in options.filter or FILTERS]
     filters = dict(named)
@@ -55,7 +56,7 @@ def main(options: argparse.Namespace) -> int:
     manifests = {name: source.manifest(name) for name in source.splits()}
     for each in manifests.values():
         say(summary(each))  # what cannot be read is left out already, and named
-    pictures = look_at(manifests, split)
+    pictures = look_at(manifests, split, cache_folder(config.data))
     found = of_sound_ones({name: (each, list(each(pictures))) for name, each in filters.items()})
     with new_folder(out) as half:
         dropped = write_manifest(half / "manifest.json", pictures, found, manifests[split])

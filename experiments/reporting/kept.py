@@ -18,6 +18,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 POINTS = 40  # of a learning curve
 FORMER = "configs/coco.py"  # what the recipe of the ablations was called
 PLACES = ("data.dir=", "data.cache_dir=")  # where data lies is nobody's business
+DATA = ("data.dir", "data.manifest")  # by which variants may be of different data
 # What is kept of result.json as it is.
 SAME = ("device", "versions", "revision", "steps", "seconds", "flops")
 
@@ -94,14 +95,15 @@ def read_kept(folder: Path, ablation: Ablation) -> list[Result]:
     Raises:
       FileNotFoundError: if there is none.
       ValueError: if a result lacks a field, belongs to no variant of the ablation, was trained with
-        another config than the ablation has now, or was scored on other data than the others; the
-        message names the file.
+        another config than the ablation has now, or is of other data than those whose variants
+        name the same data, or none; the message names the file.
     """
     paths = sorted(folder.glob("*-*.json"))
     if not paths:
         raise FileNotFoundError(f"{folder} holds no VARIANT-SEED.json")
     results = [read_result(path) for path in paths]
     variants = ablation.all_variants()
+    firsts: dict[tuple[Any, ...], Result] = {}  # by the data that their variants name
     for result in results:
         if result.path.stem != f"{result.variant}-{result.seed}":
             raise ValueError(f"{result.path} holds {result.variant}-{result.seed}; {MEND}")
@@ -112,7 +114,8 @@ def read_kept(folder: Path, ablation: Ablation) -> list[Result]:
             )
         fields = variants[result.variant]
         asked = make_run(result.variant, result.seed, fields, ablation.config, folder)
-        check_same(result, asked, results[0])
+        named = tuple(fields.get(name) for name in DATA)
+        check_same(result, asked, firsts.setdefault(named, result))
     return results
 
 

@@ -162,3 +162,31 @@ def test_a_ragged_product_counts_each_row_once():
     assert matmul_flops(product, x, kernels) == 2 * 6 * 4 * 5
     gradient = jax.grad(lambda x, kernels: product(x, kernels).sum(), argnums=(0, 1))
     assert matmul_flops(gradient, x, kernels) == 3 * 2 * 6 * 4 * 5
+
+
+@pytest.mark.parametrize(("stride", "places"), [(1, 6 * 3 - 2), (2, 3 * 3 - 1)])
+def test_a_convolution_counts_what_lies_on_its_input(stride, places):
+    """On a line of 6 a kernel of 3 meets 3 parts at each place, but for what is padded."""
+
+    def loss(x, kernel):
+        sides = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, "SAME", dimension_numbers=sides)
+        return jnp.square(y).sum()
+
+    x = jax.ShapeDtypeStruct((BATCH, 6, 6, 5), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, 5, 7), jnp.float32)
+    forward = 2 * BATCH * 5 * 7 * places**2
+    assert matmul_flops(loss, x, kernel) == forward
+    assert matmul_flops(jax.grad(loss, argnums=(0, 1)), x, kernel) == 3 * forward
+
+
+def test_a_grouped_convolution_counts_each_group_by_itself():
+    def loss(x, kernel):
+        grouped = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 4}
+        return jnp.square(jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", **grouped)).sum()
+
+    x = jax.ShapeDtypeStruct((BATCH, 6, 6, 4), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, 1, 8), jnp.float32)
+    forward = 2 * BATCH * 8 * 16 * 9
+    assert matmul_flops(loss, x, kernel) == forward
+    assert matmul_flops(jax.grad(loss, argnums=(0, 1)), x, kernel) == 3 * forward

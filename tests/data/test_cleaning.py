@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 
 from unified_mm import clean
 from unified_mm.config import Config
+from unified_mm.data import cleaning
 from unified_mm.data.cleaning import (
     cleaned,
     differences,
@@ -161,6 +162,37 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
     record = Record("bad", {"image": str(tmp_path / "bad.jpg")}, (), True)
     with pytest.raises(ValueError, match="bad.jpg cannot be decoded"):
         look_at({"train": Manifest("train", (record,), "", "", "")}, "train")
+
+
+def test_a_look_that_was_stopped_goes_on_and_is_the_same(data, tmp_path, monkeypatch):
+    manifest = open_source(Config(tiny.config_dict(data__dir=str(data[0])).to_dict()).data)
+    manifests = {split: manifest.manifest(split) for split in ("train", "val")}
+    whole, opened, read = look_at(manifests, "train"), [], cleaning.content_of
+    monkeypatch.setattr(cleaning, "PART", 5)
+
+    def reading(file, until):
+        if len(opened) == until:
+            raise KeyboardInterrupt
+        opened.append(file)
+        return read(file)
+
+    monkeypatch.setattr(cleaning, "content_of", lambda file: reading(file, 13))
+    with pytest.raises(KeyboardInterrupt):
+        look_at(manifests, "train", tmp_path, threads=1)
+    opened.clear()
+    monkeypatch.setattr(cleaning, "content_of", lambda file: reading(file, None))
+    found = look_at(manifests, "train", tmp_path, threads=1)
+    assert len(opened) == SOUND + 9 + 2 - 10  # two parts were kept
+    for name in ("sizes", "small", "trained"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+    assert found.digests == whole.digests and found.records == whole.records
+    opened.clear()
+    look_at(manifests, "train", tmp_path, threads=1)
+    assert not opened
+    first, *_ = sorted((tmp_path / "looked").iterdir())
+    first.write_bytes(first.read_bytes()[:-99])
+    with pytest.raises(ValueError, match="is damaged: delete it, and it is made again"):
+        look_at(manifests, "train", tmp_path)
 
 
 def test_a_manifest_of_another_split_than_is_trained_on_is_refused(data, tmp_path):

@@ -180,6 +180,18 @@ def test_what_answers_another_question_is_refused(kept, changes, message):
         read_kept(kept, ABLATION)
 
 
+def test_variants_that_name_data_of_their_own_are_of_other_data(kept):
+    for path in kept.glob("late-*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data": {"fingerprint": "g"}}))
+    variants = dict(ABLATION.variants)
+    other = replace(ABLATION, variants=variants | {"late": {**LATE, "data.dir": "runs/other"}})
+    assert len(read_kept(kept, other)) == 10
+    with pytest.raises(ValueError, match="late-1.json is of other data than .*late-0.json"):
+        path = kept / "late-1.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data": {"fingerprint": "h"}}))
+        read_kept(kept, other)
+
+
 def test_results_of_a_variant_that_there_was_are_refused(kept):
     (kept / "late-1.json").rename(kept / "later-1.json")
     content = json.loads((kept / "later-1.json").read_text()) | {"variant": "later"}

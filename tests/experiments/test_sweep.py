@@ -15,8 +15,9 @@ import sweeps
 
 from experiments import sweep as command
 from experiments.sweeping import local, loop
+from experiments.sweeping.ablation import load_ablation
 from experiments.sweeping.progress import Progress, duration, newest_records
-from experiments.sweeping.runs import asked_config
+from experiments.sweeping.runs import asked_config, runs_of
 from experiments.sweeping.table import Row, Table
 from unified_mm.runs.folder import RunFolder
 
@@ -118,14 +119,12 @@ def test_a_run_on_other_data_is_another_run(ablation, tmp_path, capfd):
     assert "holds another run: data.dir" in capfd.readouterr().out
 
 
-def test_data_may_be_named_from_where_one_stands(ablation, tmp_path, monkeypatch):
-    """The run's config has the whole path."""
+def test_a_run_on_data_in_this_folder_says_where_that_is(ablation, tmp_path, monkeypatch):
+    """As the run itself does, so that it is the same one when the sweep is begun again."""
     monkeypatch.chdir(tmp_path)
-    more = ("--only=low", "--seeds=0", "--config.data.source=coco", "--config.data.dir=a")
-    for _ in range(2):
-        assert carry_out(ablation, tmp_path, *more) == 0
-    saved = json.loads(next(tmp_path.rglob("low-0/config.json")).read_text())
-    assert saved["data"]["dir"] == str(tmp_path / "a")
+    _, asked = load_ablation(str(ablation))
+    (run, *_) = runs_of(asked, tmp_path, more=("--config.data.dir=mine",))
+    assert asked_config(run)["data"]["dir"] == str(tmp_path / "mine")
 
 
 def test_no_run_is_left_alone_whatever_goes_wrong(ablation, tmp_path, folder, capfd, monkeypatch):

@@ -1,4 +1,4 @@
-"""Model FLOPs, counted on the traced program: every matrix product, including those in loops.
+"""Model FLOPs, counted on the traced program: matrix products and convolutions, also in loops.
 
 What a program computes may depend on its data. A conditional counts as its most expensive branch,
 and a `while` is refused, unless what was measured is given, by the name of a `jax.named_scope`
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from unified_mm.costs.kernels import cudnn_flops, repeats
@@ -29,6 +30,8 @@ def matmul_flops(
     steps: Mapping[str, Flops] | None = None,
 ) -> int:
     """Returns the operations (2 per multiply-add) of all matrix products in `function(*args)`.
+
+    Convolutions are products too; what would be multiplied by padding is not counted.
 
     The body of a scan counts as often as it runs; the compiler's own count takes it once. For
     attention's kernels see `costs.kernels`.
@@ -96,6 +99,8 @@ class _Counter:
             return _dot_flops(equation)
         if kind == "ragged_dot_general":
             return _ragged_flops(equation)
+        if kind == "conv_general_dilated":
+            return _convolution_flops(equation)
         if kernel := cudnn_flops(equation):
             return kernel
         # A derivative's scopes are written as `transpose(jvp(name))`.
@@ -148,6 +153,28 @@ def _ragged_flops(equation: Any) -> int:
     shared = {*contracted, *batch, *numbers.rhs_group_dimensions}
     left, right = (each.aval.shape for each in equation.invars[:2])
     return 2 * math.prod(left) * math.prod(n for i, n in enumerate(right) if i not in shared)
+
+
+def _convolution_flops(equation: Any) -> int:
+    """Returns the FLOPs of a convolution: of each place the kernel's parts that lie on its input.
+
+    Padding, and the zeros between what a gradient spreads out, need no product.
+    """
+    params, numbers = equation.params, equation.params["dimension_numbers"]
+    image, kernel, out = (each.aval.shape for each in (*equation.invars, *equation.outvars))
+    pairs = 1
+    for axis, (low, _) in enumerate(params["padding"]):
+        places, parts = (
+            np.arange(shape[spec[2 + axis]])
+            for shape, spec in ((out, numbers.out_spec), (kernel, numbers.rhs_spec))
+        )
+        steps = params["window_strides"][axis], params["rhs_dilation"][axis]
+        met = places[:, None] * steps[0] + parts * steps[1] - low
+        spread = params["lhs_dilation"][axis]
+        last = (image[numbers.lhs_spec[2 + axis]] - 1) * spread
+        pairs *= int(((met >= 0) & (met <= last) & (met % spread == 0)).sum())
+    rows, features = (out[axis] for axis in numbers.out_spec[:2])
+    return 2 * rows * features * kernel[numbers.rhs_spec[1]] * pairs
 
 
 def _inner_programs(params: dict[str, Any]) -> list[Jaxpr]:

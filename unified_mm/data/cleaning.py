@@ -12,8 +12,11 @@ A filter is a dataclass with a `threshold` and a call, `Pictures` -> `Case`s, of
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,10 +29,11 @@ from PIL import Image
 from unified_mm.config import check_options, option, read_options
 from unified_mm.data import images
 from unified_mm.data.records import UNSPACED, Manifest, Problem, Record, content_of
-from unified_mm.files import read_json, user_path, write_json
+from unified_mm.files import naming, read_json, user_path, write_atomically, write_json
 from unified_mm.registry import resolve
 
 FORMAT = 1
+PART = 4096  # pictures that are looked at, and kept, at a time
 SIDE = 32  # of the small pictures that hashes are made of, and that copies are confirmed on
 WHITE = 240  # from here on a brighter copy may have lost what was there
 HASHED = 8  # lowest frequencies down and across that a hash has the signs of
@@ -76,15 +80,85 @@ class Pictures:
         return f"{self.splits[place]}/{self.records[place].id}"
 
 
-def look_at(manifests: Mapping[str, Manifest], train_split: str, threads: int = 4) -> Pictures:
-    """Reads every picture once, and keeps a small one of each."""
+def look_at(
+    manifests: Mapping[str, Manifest],
+    train_split: str,
+    cache: Path | None = None,
+    threads: int = 4,
+) -> Pictures:
+    """Reads every picture once, and keeps a small one of each.
+
+    Args:
+      manifests: by split.
+      train_split: the split that is trained on.
+      cache: what was looked at is kept in its `looked/`, part by part, so that what was stopped
+        goes on, and other filters need not look again; None keeps nothing.
+      threads: that decode.
+
+    Raises:
+      ValueError: a picture cannot be read, or what was kept is damaged.
+    """
     order = sorted(manifests, key=lambda split: split == train_split)
     pairs = [(split, record) for split in order for record in manifests[split].records]
+    records = tuple(record for _, record in pairs)
+    with ThreadPoolExecutor(threads) as pool:
+        parts = [
+            looked_at(records[start : start + PART], cache, pool)
+            for start in range(0, len(records), PART)
+        ]
+    digests, sizes, small = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return Pictures(
+        tuple(split for split, _ in pairs),
+        records,
+        np.array([split == train_split for split, _ in pairs]),
+        tuple(
+            digest.tobytes() * bool(size[0]) for digest, size in zip(digests, sizes, strict=True)
+        ),
+        sizes,
+        small,
+    )
 
-    def one(record: Record) -> tuple[bytes, tuple[int, int], np.ndarray]:
+
+Looked = tuple[np.ndarray, np.ndarray, np.ndarray]  # digests [16 bytes], sizes and small pictures
+
+
+def looked_at(records: Sequence[Record], cache: Path | None, pool: ThreadPoolExecutor) -> Looked:
+    """Returns what is kept of pictures, or looks at them now, and keeps it."""
+    if cache is None:
+        return look_now(records, pool)
+    path = cache / "looked" / f"{digest_of(records)}.npz"
+    if path.is_file():
+        try:
+            with np.load(io.BytesIO(path.read_bytes())) as kept:
+                return kept["digests"], kept["sizes"], kept["small"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged: delete it, and it is made again") from error
+    digests, sizes, small = look_now(records, pool)
+    content = io.BytesIO()
+    np.savez(content, digests=digests, sizes=sizes, small=small)
+    with naming(f"data.cache_dir={cache}"):
+        write_atomically(path, content.getvalue())
+    return digests, sizes, small
+
+
+def digest_of(records: Sequence[Record]) -> str:
+    """Returns a digest of where pictures lie, of their sizes and times of change."""
+    digest = hashlib.sha256(repr([FORMAT, SIDE]).encode())
+    for record in records:
+        image = record.image
+        file = os.stat(image) if isinstance(image, str) else None
+        known = (file.st_size, file.st_mtime_ns) if file else getattr(image, "size", 0)
+        digest.update(repr([str(image), known]).encode())
+    return digest.hexdigest()[:32]
+
+
+def look_now(records: Sequence[Record], pool: ThreadPoolExecutor) -> Looked:
+    """Looks at pictures."""
+
+    def one(record: Record) -> Looked:
         image = record.image
         if image is None:
-            return b"", (0, 0), np.zeros((SIDE, SIDE, 3), np.uint8)
+            return np.zeros(16, np.uint8), np.zeros(2, int), np.zeros((SIDE, SIDE, 3), np.uint8)
         content = content_of(image)
         try:
             pixels = images.decode(content)
@@ -92,32 +166,35 @@ def look_at(manifests: Mapping[str, Manifest], train_split: str, threads: int = 
             raise images.ImageError(str(image), error.what) from error
         # A box takes whole pixels: where they do not divide, a smaller copy would be seen shifted.
         squeezed = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.HAMMING)
-        digest = hashlib.sha256(content).digest()[:16]
-        return digest, (pixels.shape[1], pixels.shape[0]), np.asarray(squeezed)
+        digest = np.frombuffer(hashlib.sha256(content).digest()[:16], np.uint8)
+        return digest, np.array([pixels.shape[1], pixels.shape[0]]), np.asarray(squeezed)
 
-    with ThreadPoolExecutor(threads) as pool:
-        seen = list(pool.map(one, [record for _, record in pairs]))
-    digests, sizes, small = zip(*seen, strict=True)
-    return Pictures(
-        tuple(split for split, _ in pairs),
-        tuple(record for _, record in pairs),
-        np.array([split == train_split for split, _ in pairs]),
-        digests,
-        np.array(sizes),
-        np.stack(small),
+    digests, sizes, small = zip(*pool.map(one, records), strict=True)
+    return np.stack(digests), np.stack(sizes), np.stack(small)
+
+
+def in_parts(function: Callable[[np.ndarray], np.ndarray], small: np.ndarray) -> Any:
+    """Returns a function of pictures that is computed for some at a time, for the memory's sake."""
+    return np.concatenate(
+        [function(small[start : start + PART]) for start in range(0, len(small), PART)]
     )
 
 
 def perceptual_hashes(small: UInt8[np.ndarray, "images side side 3"]) -> Any:
     """Returns 64 bits a picture: which of its lowest frequencies are above their median."""
-    grey = small.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     steps = np.arange(SIDE)
     cosines = np.cos(np.pi * (2 * steps + 1) * steps[:HASHED, None] / (2 * SIDE))
-    waves = cosines.astype(np.float32) @ grey @ cosines.T.astype(np.float32)
-    flat = waves.reshape(len(small), -1)
-    # The mean brightness says nothing of what is seen.
-    bits = flat > np.median(flat[:, 1:], axis=1, keepdims=True)
-    return np.packbits(bits, axis=1).view(np.uint64)[:, 0]
+    cosines = cosines.astype(np.float32)
+
+    def hashes(part: np.ndarray) -> np.ndarray:
+        grey = part.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+        flat = (cosines @ grey @ cosines.T).reshape(len(part), -1)
+        # The mean brightness says nothing of what is seen.
+        bits = flat > np.median(flat[:, 1:], axis=1, keepdims=True)
+        found: np.ndarray = np.packbits(bits, axis=1).view(np.uint64)[:, 0]
+        return found
+
+    return in_parts(hashes, small)
 
 
 def near_pairs(
@@ -127,7 +204,8 @@ def near_pairs(
     for start in range(0, len(hashes), block):
         rows = hashes[start : start + block, None]
         near = np.bitwise_count(rows ^ others[None, start:]) <= bits
-        i, j = np.nonzero(np.triu(near, 1))
+        near[:, : len(rows)] = np.triu(near[:, : len(rows)], 1)
+        i, j = np.nonzero(near)
         yield start + i, start + j
 
 
@@ -206,7 +284,9 @@ class Blank:
     threshold: float = 3.0
 
     def __call__(self, pictures: Pictures) -> Iterator[Case]:
-        deviations = pictures.small.astype(np.float32).std((1, 2)).max(-1)
+        deviations = in_parts(
+            lambda part: part.astype(np.float32).std((1, 2)).max(-1), pictures.small
+        )
         for place in np.flatnonzero(has_picture(pictures) & (deviations <= 2 * self.threshold)):
             yield Case(int(place), float(deviations[place]), "of one colour")
 
