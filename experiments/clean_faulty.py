@@ -35,7 +35,10 @@ QUICK: dict[str, Any] = {
 }
 SIZES = {
     "world": ("configs/coco.py:tiny", QUICK),
-    "photographs": ("configs/photographs.py:tiny", QUICK | {"train.steps": 600}),
+    "photographs": (
+        "configs/photographs.py:tiny",
+        QUICK | {"train.steps": 600, "model.start_from.reader": ""},
+    ),
 }
 
 

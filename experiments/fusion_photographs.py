@@ -21,6 +21,7 @@ from experiments.sweeping.ablation import Ablation
 # are the eyes', which are counted as if they were trained, in all fusions alike.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
+        "model.start_from.reader": "",  # texts are read by what is compared
         "model.budget": 1.42e9,
         "model.heads": 4,  # for widths in steps of 8
         "train.steps": 200,

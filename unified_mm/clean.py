@@ -8,9 +8,9 @@
 Stopped, the same command goes on: what was looked at is kept in the data's cache. Nothing is
 deleted or copied: --config.data.manifest=DIR/manifest.json leaves the examples out of
 training. DIR/report.html shows what was found, and how near the thresholds it is. Filters: copies
-(also mirrored ones, and those of what is scored on), blank, small, narrow, terse; those that ask a
-run, alike (by its embeddings) and mismatched (the share of pictures that captions fit worst); or
-package.module:NAME.
+(also mirrored ones, and those of what is scored on; sounds, clips and shapes by their bytes),
+blank, small, narrow, terse; those that ask a run, alike (by its embeddings; of=audio, say, for
+sounds) and mismatched (the share of pictures that captions fit worst); or package.module:NAME.
 """
 
 from __future__ import annotations

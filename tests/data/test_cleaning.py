@@ -21,7 +21,7 @@ from unified_mm.data.cleaning import (
     perceptual_hashes,
     read_filter,
 )
-from unified_mm.data.records import Manifest, Record, Text
+from unified_mm.data.records import Manifest, Record, Text, content_of
 from unified_mm.data.sources import open_source
 from unified_mm.evaluation.splits import read_manifest
 from unified_mm.files import write_json
@@ -140,6 +140,26 @@ def test_a_sound_copy_of_what_is_faulty_stays(data):
         if case.measure <= each.threshold
     }
     assert dropped == {"small", "sound0"}
+
+
+def test_examples_without_a_picture_are_copies_where_all_their_files_are(tmp_path, monkeypatch):
+    """Files of which none is as large are not read."""
+    for name, content in {"a": b"one", "b": b"two", "c": b"one", "d": b"another"}.items():
+        (tmp_path / name).write_bytes(content)
+    named = {"a": "a", "other": "b", "copy": "c", "large": "d", "both": "ab", "both again": "cb"}
+    records = [
+        Record(name, {kind: str(tmp_path / file) for kind, file in zip(("audio", "video"), files)},
+               (), True)
+        for name, files in named.items()
+    ]  # fmt: skip
+    records.append(Record("made", {"audio": {"made": "noise", "seed": 1}}, (), True))
+    read = []
+    monkeypatch.setattr(cleaning, "content_of", lambda part: read.append(part) or content_of(part))
+    pictures = look_at({"train": Manifest("train", tuple(records), "", "", "")}, "train")
+    cases = list(read_filter("copies")[1](pictures))
+    said = {records[case.place].id: records[case.other].id for case in cases}
+    assert said == {"copy": "a", "both again": "both"}
+    assert str(tmp_path / "d") not in read
 
 
 def test_what_is_no_caption_of_one_word_is_not_terse():

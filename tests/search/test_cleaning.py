@@ -1,6 +1,6 @@
 """Filters that ask a model: what looks alike to it goes, and what captions fit worst."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -83,7 +83,7 @@ class Knowing(LoadedModel):
     def __init__(self):
         pass
 
-    def embed_files(self, files):
+    def embed_files(self, files, of="image"):
         return (
             files,
             np.eye(8, dtype=np.float32)[[int(file.removesuffix(".jpg")) for file in files]],
@@ -113,7 +113,7 @@ def test_the_share_that_fits_worst_is_mismatched(monkeypatch):
 
 def test_a_picture_that_the_run_cannot_read_is_named(monkeypatch):
     class Refusing(Knowing):
-        def embed_files(self, files):
+        def embed_files(self, files, of="image"):
             return (
                 [],
                 np.zeros((0, 8), np.float32),
@@ -123,6 +123,17 @@ def test_a_picture_that_the_run_cannot_read_is_named(monkeypatch):
     monkeypatch.setattr(cleaning, "load", lambda run: Refusing())
     with pytest.raises(ValueError, match=r"2.jpg: too small"):
         list(Alike(run="runs/1")(pictures_of(3)))
+
+
+def test_sounds_are_alike_where_a_run_hears_them_so(monkeypatch):
+    monkeypatch.setattr(cleaning, "load", lambda run: Knowing())
+    parts = ({"audio": "3.jpg"}, {"image": "3.jpg"}, {"audio": "4.jpg"}, {"audio": "3.jpg"})
+    records = tuple(Record(place, each, (), True) for place, each in enumerate(parts))
+    pictures = replace(pictures_of(4, scored=1), records=records)
+    (case,) = Alike(run="runs/1", of="audio")(pictures)
+    assert (case.place, case.other) == (3, 0) and "which is scored on" in case.reason
+    with pytest.raises(ValueError, match="of=audio: package:eyes/x sees pictures; give a run"):
+        Alike(run="package:eyes/x", of="audio")
 
 
 def test_a_filter_that_asks_a_run_wants_one():

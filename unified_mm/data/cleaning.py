@@ -28,7 +28,7 @@ from PIL import Image
 
 from unified_mm.config import check_options, option, read_options
 from unified_mm.data import images
-from unified_mm.data.records import UNSPACED, Manifest, Problem, Record, content_of
+from unified_mm.data.records import UNSPACED, Manifest, Problem, Record, Stored, content_of
 from unified_mm.files import naming, read_json, user_path, write_atomically, write_json
 from unified_mm.registry import resolve
 
@@ -234,7 +234,8 @@ def differences(ones: Any, others: Any) -> Float[np.ndarray, " pairs"]:
 class Copies:
     """Copies by bytes, and by hashes of the picture and of its mirror image.
 
-    What hashes find is confirmed on the pixels.
+    What hashes find is confirmed on the pixels. Examples without a picture, such as sounds and
+    clips, are copies where all their files are.
 
     Attributes:
       threshold: the difference of pixels up to which two pictures are one.
@@ -251,16 +252,19 @@ class Copies:
         for place, digest in enumerate(pictures.digests):
             if digest and first.setdefault(digest, place) != place:
                 yield from self.case(pictures, first[digest], place, 0.0, "the same file as")
+        for kept, place in same_files(pictures.records):
+            yield from self.case(pictures, kept, place, 0.0, "the same file as")
         small = pictures.small
         turned = small[:, :, ::-1]
         hashes = perceptual_hashes(small)
         kinds = [(hashes, small, "a copy of")]
         if self.mirrored:
             kinds.append((perceptual_hashes(turned), turned, "a mirror image of"))
+        there = np.flatnonzero((pictures.sizes > 0).all(1))
         for others, seen, reason in kinds:
-            for i, j in near_pairs(hashes, others, self.bits):
-                blank = (pictures.sizes[j] == 0).any(1) | (pictures.sizes[i] == 0).any(1)
-                i, j = i[~blank & pictures.trained[j]], j[~blank & pictures.trained[j]]
+            for i, j in near_pairs(hashes[there], others[there], self.bits):
+                trained = pictures.trained[there[j]]
+                i, j = there[i[trained]], there[j[trained]]
                 for start in range(0, len(i), 1024):
                     one, other = i[start : start + 1024], j[start : start + 1024]
                     unlike = differences(small[one], seen[other])
@@ -275,6 +279,29 @@ class Copies:
         if pictures.trained[place]:
             leak = ", which is scored on" * (not pictures.trained[kept])
             yield Case(place, measure, f"{reason} {pictures.named(kept)}{leak}", kept)
+
+
+def same_files(records: Sequence[Record]) -> Iterator[tuple[int, int]]:
+    """Yields the places of each example without a picture and of the first with the same files.
+
+    Only files of which there are others as large are read.
+    """
+    alike: dict[Any, list[int]] = {}
+    for place, record in enumerate(records):
+        parts = [] if record.image is not None else sorted(record.parts.items())
+        if parts and all(isinstance(part, (str, Stored)) for _, part in parts):
+            sizes = [
+                (name, os.path.getsize(part) if isinstance(part, str) else part.size)
+                for name, part in parts
+            ]
+            alike.setdefault(tuple(sizes), []).append(place)
+    for places in alike.values():
+        first: dict[Any, int] = {}
+        for place in places if len(places) > 1 else ():
+            parts = sorted(records[place].parts.items())
+            digests = tuple(hashlib.sha256(content_of(part)).digest() for _, part in parts)
+            if (kept := first.setdefault(digests, place)) != place:
+                yield kept, place
 
 
 @dataclass(frozen=True)

@@ -128,18 +128,18 @@ class LoadedModel:
         return self.embed(images, "image", self.task.shared_space("image", "text"))
 
     def embed_files(
-        self, paths: Iterable[ImageFile]
+        self, paths: Iterable[ImageFile], of: str = "image"
     ) -> tuple[list[ImageFile], Float[np.ndarray, "B Z"], list[Problem]]:
-        """Embeds the image files that can be read.
+        """Embeds the files of a modality that can be read, in the space that it shares with texts.
 
         Returns:
           The files that can be read, their embeddings, and what is wrong with the others.
         """
-        files, space = listed(paths, "paths"), self.task.shared_space("image", "text")
-        kept, problems, parts = [], [], [self.embed_images([])]
+        files, space = listed(paths, "paths"), self.task.shared_space(of, "text")
+        kept, problems, parts = [], [], [self.embed([], of, space)]
         parts_of_files = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
-        for part, rows in zip(parts_of_files, self.read_ahead(parts_of_files), strict=True):
-            good, vectors = self.embed_readable(rows, "image", space)
+        for part, rows in zip(parts_of_files, self.read_ahead(parts_of_files, of), strict=True):
+            good, vectors = self.embed_readable(rows, of, space)
             kept += [part[number] for number in good]
             parts.append(vectors)
             problems += problems_of(map(str, part), rows)

@@ -29,33 +29,37 @@ Vectors = Float[np.ndarray, "vectors Z"]
 
 @dataclass(frozen=True)
 class Alike:
-    """Pictures whose embeddings are nearly those of another one (SemDeDup, Abbas et al. 2023).
+    """Items whose embeddings are nearly those of another one (SemDeDup, Abbas et al. 2023).
 
     The one that is scored on stays, else the first.
 
     Attributes:
-      threshold: 1 - cosine up to which two pictures are one. The default is for EfficientNet-Lite0:
+      threshold: 1 - cosine up to which two items are one. The default is for EfficientNet-Lite0:
         a run's own space wants one that its report page shows.
       run: a run with contrast; or weights of a stem (`package:NAME/FOLDER`), whose last grid of
         features is averaged.
       side: pixels on a side of what such a stem sees.
-      cluster: pictures that are compared with each other. Where there are more, k-means divides
+      of: the modality of the items: pictures, or sounds, clips or shapes that a run embeds.
+      cluster: items that are compared with each other. Where there are more, k-means divides
         them into clusters of about as many, and pairs of two clusters are not found.
     """
 
     threshold: float = 0.12
     run: str = ""
     side: int = option(112, least=32)
+    of: str = "image"
     cluster: int = option(50_000, least=2)
 
     def __post_init__(self) -> None:
         refuse_no_run(self.run, "alike")
+        if self.of != "image" and self.run.startswith(PACKAGE):
+            raise ValueError(f"--filter=alike,of={self.of}: {self.run} sees pictures; give a run")
 
     def __call__(self, pictures: Pictures) -> Iterator[Case]:
-        places = np.flatnonzero((pictures.sizes > 0).all(1))
+        places = np.flatnonzero([self.of in record.parts for record in pictures.records])
         if not places.size:
             return
-        vectors = self.embed([pictures.records[place].image for place in places])
+        vectors = self.embed([pictures.records[place].parts[self.of] for place in places])
         members = clustered(vectors, self.cluster)
         for number in range(members.max() + 1):
             own = np.flatnonzero(members == number)
@@ -66,10 +70,10 @@ class Alike:
                     yield Case(place, distance, f"alike {pictures.named(kept)}{leak}", kept)
 
     def embed(self, files: Sequence[Any]) -> Vectors:
-        """Returns unit vectors of pictures."""
+        """Returns unit vectors of items."""
         if self.run.startswith(PACKAGE):
             return stem_of(self.run, self.side)(files)
-        return seen_by(load(self.run), files)
+        return seen_by(load(self.run), files, self.of)
 
 
 @dataclass(frozen=True)
@@ -112,13 +116,13 @@ def refuse_no_run(run: str, name: str) -> None:
         raise ValueError(f"--filter={name} asks a run: give it, as in --filter={name},run=runs/1")
 
 
-def seen_by(model: LoadedModel, files: Sequence[Any]) -> Vectors:
-    """Returns unit vectors of pictures.
+def seen_by(model: LoadedModel, files: Sequence[Any], of: str = "image") -> Vectors:
+    """Returns unit vectors of the items of a modality.
 
     Raises:
       ValueError: one of them cannot be read.
     """
-    _, vectors, problems = model.embed_files(files)
+    _, vectors, problems = model.embed_files(files, of)
     if problems:
         raise ValueError(f"{problems[0].file}: {problems[0].what}")
     return vectors
