@@ -13,7 +13,8 @@ hold one file of weights alone, such as efficientnet-lite0-57934424.pth.
 zero-shot classification, LLaVA and language models to write; the towers of AST, Whisper and
 VideoMAE embed sounds and clips (`model.embed(files, of="audio")`). Tokenizer and preprocessing come
 along.
---config.model.start_from.text=RUN (or .image, .audio, .video, .stem, .whole) trains on from a run.
+--config.model.start_from.text=RUN (or .image, .audio, .video, .stem, .whole) trains on from a run;
+by that of .reader contrast reads its texts.
 """
 
 from __future__ import annotations
