@@ -33,7 +33,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "data.vocabulary_size": 374,  # as many as its captions fill: logits cost no more
         "evaluation.max_images": 400,
     },
-    "photographs": {"model.budget": 3.15e8},
+    "photographs": {"model.budget": 3.15e8, "train.steps": 150, "evaluation.max_images": 500},
 }
 COMMON: dict[str, Any] = {
     "model.heads": 4,
