@@ -58,5 +58,5 @@ def get_ablation(size: str) -> Ablation:
         seeds=range(3),
         common=common,
         variants=variants,
-        scores=("single_caption/text_to_image/recall_at_1", "caption/cider_d"),
+        scores=("single_caption/text_to_image/recall_at_1", "caption/nats", "caption/cider_d"),
     )

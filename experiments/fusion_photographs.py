@@ -24,10 +24,11 @@ SIZES: dict[str, dict[str, Any]] = {
         "model.start_from.reader": "",  # texts are read by what is compared
         "model.budget": 1.42e9,
         "model.heads": 4,  # for widths in steps of 8
-        "train.steps": 200,
+        "train.steps": 150,
         "train.batch_size": 64,
         "train.warmup_steps": 50,
         "evaluation.also": (),
+        "evaluation.max_images": 500,
         "logging.tensorboard": False,
     },
     "base": {"model.budget": 4.1e10, "train.steps": 10_000},

@@ -47,7 +47,7 @@ def get_ablation(size: str) -> Ablation:
         f"experiments/mixtures.py:{size}",
         seeds=(0,),
         common={
-            "train.steps": 250,
+            "train.steps": 150,
             "train.batch_size": 64,
             "train.warmup_steps": 50,
             "checkpoint.every": 100,

@@ -10,7 +10,7 @@ that allows?
 Expected: on photographs the network finds more, for edges and textures need neighbours; on the
 world, whose shapes are few and whose steps are many for it, patches are no worse.
 
-The network has three stages to a grid as coarse as the patches are, and a tenth to a sixth of the
+The network has three stages to a grid as coarse as the patches are, and a sixth to a fifth of the
 FLOPs. All have the recipe's learning rate, which was found with patches; the network's gradients
 are clipped unit by unit, as its authors do. Four heads in place of three, for widths in steps of 8
 can be matched more closely.
@@ -33,7 +33,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "data.vocabulary_size": 374,  # as many as its captions fill: logits cost no more
         "evaluation.max_images": 400,
     },
-    "photographs": {"model.budget": 3.15e8},
+    "photographs": {"model.budget": 3.15e8, "train.steps": 150, "evaluation.max_images": 500},
 }
 COMMON: dict[str, Any] = {
     "model.heads": 4,
