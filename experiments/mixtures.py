@@ -18,8 +18,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.coco import get_config as of_one
 from experiments.sweeping.ablation import Ablation
+from experiments.sweeping.runs import ROOT
+from unified_mm.cli.recipes import load_recipe
+
+COCO = ROOT / "configs" / "coco.py"
 
 SOURCES: dict[str, dict[str, Any]] = {
     "world": {"source": "world", "share": 0.0},
@@ -31,7 +34,7 @@ GIVEN = {"world": 0.25, "photographs": 0.65, "stamps": 0.1}  # mostly what is ha
 
 def get_config(size: str) -> ConfigDict:
     """Returns the recipe on the three sources, at size `tiny`."""
-    config = of_one(size)
+    config: ConfigDict = load_recipe(COCO).get_config(size)
     config.data.source = "mixture"
     config.data.mixture = SOURCES
     config.data.world.train = 6000

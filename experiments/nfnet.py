@@ -20,8 +20,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.coco import get_config as of_patches
 from experiments.sweeping.ablation import Ablation
+from experiments.sweeping.runs import ROOT
+from unified_mm.cli.recipes import load_recipe
+
+COCO = ROOT / "configs" / "coco.py"
 
 # FLOPs of an example (`python -m unified_mm.sizes`): what patches cost at the recipe's width, and
 # the next width of the network's transformer fits into.
@@ -49,7 +52,7 @@ COMMON: dict[str, Any] = {
 
 def get_config(size: str) -> ConfigDict:
     """Returns the recipe with an NFNet, at size `tiny`."""
-    config = of_patches(size)
+    config: ConfigDict = load_recipe(COCO).get_config(size)
     image = config.model.modalities.image
     image.stem = "nfnet"
     image.stem_options = {"channels": (32, 64, 128), "blocks": (1, 2, 3)}
