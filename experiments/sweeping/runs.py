@@ -20,7 +20,8 @@ from unified_mm.runs.folder import FREE_FIELDS, RunFolder, differences
 ROOT = Path(__file__).parents[2]
 # A run taken on to more steps is another one, for its schedule spans them; so is one on other data,
 # which a finished run does not look at again.
-FREE = tuple(name for name in FREE_FIELDS if name not in ("train.steps", "data.dir"))
+OTHER = ("train.steps", "data.dir", "data.mixture.*.dir")
+FREE = tuple(name for name in FREE_FIELDS if name not in OTHER)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
+from unified_mm.cli.recipes import read_recipe, resolve
 from unified_mm.config import Config
 from unified_mm.data.mixture import PERIOD, MixedSource, Mixture, mixture_of
 from unified_mm.data.pipeline import training_batches
@@ -131,3 +132,17 @@ def test_sources_are_opened_by_name_and_each_is_scored_apart(tmp_path):
     assert isinstance(mixture_of(data, found["train"].records), Mixture)
     with pytest.raises(ValueError, match="no source of data.mixture has a split 'test'"):
         source.manifest("test")
+
+
+def test_the_folders_of_sources_are_named_whole(tmp_path, monkeypatch):
+    """A run may be scored from another directory; what lies in a bucket has a name of its own."""
+    monkeypatch.chdir(tmp_path)
+    recipe = read_recipe("coco:tiny", ())
+    recipe.config.data.mixture = {
+        "near": {"dir": "here", "share": 0.5},
+        "far": {"dir": "gs://there/it", "share": 0.5},
+        "drawn": {"source": "world", "share": 0.5},
+    }
+    found = resolve(recipe, lambda line: None).data.mixture
+    assert found.near.dir == str(tmp_path / "here") and found.far.dir == "gs://there/it"
+    assert "dir" not in found.drawn

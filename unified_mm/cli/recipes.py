@@ -210,22 +210,35 @@ def resolve(
     )
     chosen.model.dtype = dtype_on(platform, began)
     check_seed(chosen.seed)
-    for part, run in chosen.model.start_from.items():
-        if run.endswith("?"):
-            began = saved["model"]["start_from"].get(part, "") if saved else where_installed(run)
-            chosen.model.start_from[part] = began
-            if not began:
-                tell(f"model.start_from.{part}='': {not_installed(run.removesuffix('?'))}")
-    if chosen.data.dir and not is_remote(
-        chosen.data.dir
-    ):  # a run may go on, or be scored, from another directory
-        chosen.data.dir = str(user_path(chosen.data.dir, "data.dir").absolute())
+    settle_installed(chosen, saved, tell)
+    settle_folders(chosen)
     try:
         chosen.data.decoder = resolve_backend(chosen.data.decoder)
     except ImportError as error:
         raise ValueError(f"data.decoder={chosen.data.decoder!r}: {error}") from error
     chosen = config_from_run(chosen, recipe.overrides)  # with its fusion
     return fit_to_budget(serve_what_can_be(chosen, recipe.overrides, tell))
+
+
+def settle_installed(
+    config: ConfigDict, saved: Mapping[str, Any] | None, tell: Callable[[str], None]
+) -> None:
+    """Sets the weights that are taken where they are installed; a run keeps those it began with."""
+    start = config.model.start_from
+    for part, run in start.items():
+        if not run.endswith("?"):
+            continue
+        start[part] = saved["model"]["start_from"].get(part, "") if saved else where_installed(run)
+        if not start[part]:
+            tell(f"model.start_from.{part}='': {not_installed(run.removesuffix('?'))}")
+
+
+def settle_folders(config: ConfigDict) -> None:
+    """Names the folders of the data whole: a run goes on, or is scored, from any directory."""
+    sources = {f"data.mixture.{name}": source for name, source in config.data.mixture.items()}
+    for field, group in ({"data": config.data} | sources).items():
+        if group.get("dir") and not is_remote(group["dir"]):
+            group["dir"] = str(user_path(group["dir"], f"{field}.dir").absolute())
 
 
 def settled_fields(config: ConfigDict) -> list[str]:

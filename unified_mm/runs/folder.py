@@ -40,6 +40,7 @@ FREE_FIELDS = (
     "logging.*",
     "checkpoint.*",
     "data.dir",
+    "data.mixture.*.dir",
     "data.cache_dir",
     "data.workers",
     "data.threads",
