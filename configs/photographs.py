@@ -5,9 +5,9 @@
 
 One model finds the photograph of a text and describes it. What the eyes (EfficientNet-Lite0) make
 of four views of each photograph is computed before the first step, and kept; so is what the reader
-(MiniLM, where it is installed) makes of each caption. Contrast reads by it, captions are written
-without it. (Of its package the weights alone are read; what it depends on, the extra `reader`, is
-torch and a gigabyte more.)
+(MiniLM, where it is installed; of `tiny` alone) makes of each caption. Contrast reads by it, and
+captions are written without it. Of MiniLM's package the weights alone are read: what it depends on,
+and the extra `reader` brings, is torch.
 
 | size | trained parameters | hardware | CPU time | text-to-image R@1, R@10; CIDEr-D |
 | --- | --- | --- | --- | --- |

@@ -78,6 +78,7 @@ def clean(scratch: Path, stop: float = math.inf) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Makes the pictures, cleans them twice, and writes what that took."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pictures", type=Path)
     parser.add_argument("--scratch", type=Path, required=True)
@@ -86,7 +87,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     make(options.pictures, options.scratch / "data", options.count)
-    stopped, ended = clean(options.scratch, options.stop), clean(options.scratch)
+    stopped = clean(options.scratch, options.stop)
+    if stopped["code"] == 0:
+        raise SystemExit(f"--stop={options.stop}: it ended before; give fewer parts")
+    ended = clean(options.scratch)
     dropped = json.loads((options.scratch / "out" / "manifest.json").read_text())["examples"]
     found = {"pictures": options.count, "dropped": len(dropped), "stopped": stopped, "ended": ended}
     write_json(options.out, {**found, **provenance()})

@@ -31,12 +31,11 @@ SIZES: dict[str, dict[str, Any]] = {
         "evaluation.max_images": 500,
         "logging.tensorboard": False,
     },
-    "base": {"model.budget": 4.1e10, "train.steps": 10_000},
 }
 
 
 def get_ablation(size: str) -> Ablation:
-    """Returns the ablation at a size, `tiny` or `base`.
+    """Returns the ablation at size `tiny`.
 
     Raises:
       ValueError: if there is no such size.

@@ -5,7 +5,7 @@
     ln -s TUXPAINT runs/mixtures/stamps
     python -m experiments.sweep experiments/mixtures.py
 
-Question: of 6,000 scenes of the world, 6,000 photographs and some 480 drawn stamps, trained on
+Question: of 6,000 scenes of the world, 6,000 photographs and 472 drawn stamps, trained on
 together by size, by its square root, alike, or by shares given by hand, how does each source fare?
 
 Expected: each source does better the larger its share, but for the stamps, which are seen again and

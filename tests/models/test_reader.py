@@ -117,7 +117,7 @@ def test_contrast_reads_by_it_and_captions_do_not(source):
 def test_texts_that_were_read_before_are_the_same(source, tmp_path):
     """They are read in the order of their lengths, without padding, and kept in that of views."""
     _, task, params = reading(source)
-    texts = ("red", "a blue square of size 1", "a green one", "a square", "blue and red")
+    texts = ("red", "a blue square of size 1", "a green one", "a square", "blue and red") * 4
     records = [
         Record(n, {}, (Text("", text), Text("", "red")), True) for n, text in enumerate(texts)
     ]

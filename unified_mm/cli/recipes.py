@@ -33,7 +33,7 @@ from unified_mm.runs.saved import (
     todays_config,
 )
 from unified_mm.training.sizes import fit_to_budget
-from unified_mm.training.start_from import config_from_run
+from unified_mm.training.start_from import READER, config_from_run
 
 # Where data lies and how it is checked; groups with all that they hold.
 DATA_FIELDS = (
@@ -228,13 +228,18 @@ def settle_installed(
     for part, run in start.items():
         if not run.endswith("?"):
             continue
-        start[part] = saved["model"]["start_from"].get(part, "") if saved else where_installed(run)
-        if not start[part]:
-            tell(f"model.start_from.{part}='': {not_installed(run.removesuffix('?'))}")
+        if saved:
+            start[part] = saved["model"]["start_from"].get(part, "")
+        elif part == READER and config.objectives.contrastive.weight <= 0:
+            start[part] = ""  # nothing would read by it
+        else:
+            start[part] = where_installed(run)
+            if not start[part]:
+                tell(f"model.start_from.{part}='': {not_installed(run.removesuffix('?'))}")
 
 
 def settle_folders(config: ConfigDict) -> None:
-    """Names the folders of the data whole: a run goes on, or is scored, from any directory."""
+    """Makes the folders of the data absolute: a run goes on, or is scored, from any directory."""
     sources = {f"data.mixture.{name}": source for name, source in config.data.mixture.items()}
     for field, group in ({"data": config.data} | sources).items():
         if group.get("dir") and not is_remote(group["dir"]):

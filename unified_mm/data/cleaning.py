@@ -142,7 +142,7 @@ def looked_at(records: Sequence[Record], cache: Path | None, pool: ThreadPoolExe
 
 
 def digest_of(records: Sequence[Record]) -> str:
-    """Returns a digest of where pictures lie, of their sizes and times of change."""
+    """Returns a digest of where pictures lie, of their sizes, and of files' times of change."""
     digest = hashlib.sha256(repr([FORMAT, SIDE]).encode())
     for record in records:
         image = record.image
@@ -174,7 +174,7 @@ def look_now(records: Sequence[Record], pool: ThreadPoolExecutor) -> Looked:
 
 
 def in_parts(function: Callable[[np.ndarray], np.ndarray], small: np.ndarray) -> Any:
-    """Returns a function of pictures that is computed for some at a time, for the memory's sake."""
+    """Returns what a function makes of pictures, some at a time, for the memory's sake."""
     return np.concatenate(
         [function(small[start : start + PART]) for start in range(0, len(small), PART)]
     )

@@ -146,12 +146,9 @@ class TextTokenizer:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no tokenizer at {path}")
+        beside = None if reader is None else cls.load(reader_file(path), **reader)
         try:
-            text = path.read_text(encoding="utf-8")
-            beside = None if reader is None else cls.load(reader_file(path), **reader)
-            return _from_text(text, special_tokens, beside)
-        except FileNotFoundError:
-            raise
+            return _from_text(path.read_text(encoding="utf-8"), special_tokens, beside)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is no usable tokenizer.json: {error}") from error
 

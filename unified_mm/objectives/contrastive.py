@@ -285,8 +285,8 @@ class Foiled:
         foil = foils[0 if rng is None else int(rng.integers(len(foils)))]
         false = self.modality.encode("", foil)
         # Both are cut before the word that makes it false: it is none.
-        ids = READER_KEYS["ids"] if READER_KEYS["ids"] in false else "ids"
-        if np.array_equal(false[ids], arrays[ids]):
+        ids = [key for key in ("ids", READER_KEYS["ids"]) if key in false]
+        if any(np.array_equal(false[key], arrays[key]) for key in ids):
             return arrays | self.none()
         return arrays | {name: false[key] for key, name in FOIL.items() if key in false}
 

@@ -57,11 +57,18 @@ def folder_of_package(given: str) -> Path:
     Raises:
       FileNotFoundError: if the package is not installed; the message says what brings it.
     """
-    name, _, folder = given.removeprefix(PACKAGE).partition("/")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
+    place, folder = place_of_package(given), given.removeprefix(PACKAGE).partition("/")[2]
+    if place is None:
         raise FileNotFoundError(not_installed(given))
-    return Path(spec.submodule_search_locations[0]) / folder
+    return place / folder
+
+
+def place_of_package(given: str) -> Path | None:
+    """Returns where the package of `package:NAME/FOLDER` is installed; None if it is not."""
+    name = given.removeprefix(PACKAGE).partition("/")[0]
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    places = spec.submodule_search_locations if spec else None
+    return Path(places[0]) if places else None
 
 
 def not_installed(given: str) -> str:
@@ -73,10 +80,17 @@ def not_installed(given: str) -> str:
 
 
 def where_installed(given: str) -> str:
-    """Returns `package:NAME/FOLDER` of `package:NAME/FOLDER?`, or '' if it is not installed."""
+    """Returns `package:NAME/FOLDER` of `package:NAME/FOLDER?`, or '' if it is not installed.
+
+    Raises:
+      ValueError: it names no package.
+    """
     wanted = given.removesuffix("?")
-    name = wanted.removeprefix(PACKAGE).partition("/")[0]
-    return wanted if importlib.util.find_spec(name) is not None else ""
+    if not wanted.startswith(PACKAGE):
+        raise ValueError(
+            f"{given}: only what is in a package ({PACKAGE}NAME/FOLDER?) may be absent"
+        )
+    return "" if place_of_package(wanted) is None else wanted
 
 
 def cache_folder() -> Path:

@@ -1,9 +1,9 @@
 """The run folder: its files, its config, and the lock that keeps a run to one process.
 
-Its files: config.json, tokenizer.json, checkpoints/, best/, metrics.jsonl, tensorboard/,
-captions.json and answers.json (what the model wrote), report.html and result.json (written last:
-the run is finished). A run that is taken on to more steps keeps its old result as
-result_STEPS.json, and what it wrote likewise.
+Its files: config.json, tokenizer.json (and reader_tokenizer.json), checkpoints/, best/,
+metrics.jsonl, tensorboard/, captions.json and answers.json (what the model wrote), report.html and
+result.json (written last: the run is finished). A run that is taken on to more steps keeps its old
+result as result_STEPS.json, and what it wrote likewise.
 """
 
 from __future__ import annotations

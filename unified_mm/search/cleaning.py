@@ -58,7 +58,7 @@ class Alike:
     def __call__(self, pictures: Pictures) -> Iterator[Case]:
         places = np.flatnonzero([self.of in record.parts for record in pictures.records])
         if not places.size:
-            return
+            raise ValueError(f"--filter=alike,of={self.of}: no example has a part of that name")
         vectors = self.embed([pictures.records[place].parts[self.of] for place in places])
         members = clustered(vectors, self.cluster)
         for number in range(members.max() + 1):

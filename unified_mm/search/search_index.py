@@ -324,7 +324,7 @@ def model_identity(model: LoadedModel) -> dict[str, Any]:
         "tokenizer": model.task.tokenizer.as_json(),
     }
     if (reader := model.task.tokenizer.reader) is not None:
-        reads["reader"] = reader.as_json()
+        reads["reader"] = [config["model"]["reader"], reader.as_json()]
     reading = hashlib.sha256(json.dumps(reads, sort_keys=True).encode())
     return {
         "step": model.step,

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ class Kept:
         found = self.arrays(np.zeros(self.shape, np.float32), np.zeros(self.tokens, bool))
         return found | (self.words.absent() if self.words else {})
 
-    @property
+    @cached_property
     def words(self) -> Any:
         """What prepares the words of a text, which are written too; None of other modalities."""
         if self.key == READER:  # which has read them
@@ -167,20 +167,6 @@ class Views(Sequence):
         """Returns the number of the first view of each record, by its id."""
         firsts = [0, *self.ends[:-1].tolist()]
         return {record.id: first for record, first in zip(self.records, firsts, strict=True)}
-
-
-@dataclass(frozen=True)
-class Reordered(Sequence):
-    """A sequence in another order."""
-
-    items: Sequence
-    order: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, place: Any) -> Any:
-        return self.items[int(self.order[place])]
 
 
 def words_read(kept: Kept, views: Views) -> np.ndarray:
@@ -438,7 +424,7 @@ def write_features(
         lengths = words_read(kept, views)
         order = np.argsort(lengths, kind="stable")
         batches = evaluation_batches(
-            Reordered(views, order), read, batch_size=size, rows=own, threads=4
+            [views[number] for number in order.tolist()], read, batch_size=size, rows=own, threads=4
         )
         with closing(batches):  # type: ignore[type-var]
             for start, batch in zip(range(0, len(views), size), batches, strict=True):

@@ -27,7 +27,7 @@ BY = ("width", "layers")
 
 @dataclass(frozen=True)
 class Sizes:
-    """The cost of one model; FLOPs are those of matrix products, a multiply-add being two.
+    """The cost of one model; FLOPs are of products and convolutions, a multiply-add being two.
 
     Attributes:
       parameters: number of parameters by part.
