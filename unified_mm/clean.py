@@ -9,7 +9,8 @@ Stopped, the same command goes on: what was looked at is kept in the data's cach
 deleted or copied: --config.data.manifest=DIR/manifest.json leaves the examples out of
 training. DIR/report.html shows what was found, and how near the thresholds it is. Filters: copies
 (also mirrored ones, and those of what is scored on; sounds, clips and shapes by their bytes),
-blank, small, narrow, terse; those that ask a run, alike (by its embeddings; of=audio, say, for
+blank, small, narrow, terse. On request: repeated (captions that many have), script (letters of
+another script than most), those that ask a run, alike (by its embeddings; of=audio, say, for
 sounds) and mismatched (the share of pictures that captions fit worst); or package.module:NAME.
 """
 

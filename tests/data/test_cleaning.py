@@ -177,6 +177,46 @@ def test_what_is_no_caption_of_one_word_is_not_terse():
     assert [records[case.place].id for case in cases] == ["terse", "a character"]
 
 
+def of_captions(*captions):
+    """Pictures' records with captions, the first of them scored on."""
+    records = tuple(
+        Record(place, {}, tuple(Text("", each) for each in texts), True)
+        for place, texts in enumerate(captions)
+    )
+    split = {"val": records[:1], "train": records[1:]}
+    manifests = {name: Manifest(name, own, "", "", "") for name, own in split.items()}
+    return look_at(manifests, "train")
+
+
+def test_captions_that_many_have_are_repeated():
+    """An example with a caption of its own stays; what is scored on is not counted."""
+    pictures = of_captions(
+        ("IMG",), *[("IMG", "IMG ")] * 4, ("IMG", "a dog"), ("a cat",), ("a cat",)
+    )
+    found = {
+        case.place: case.measure for case in read_filter("repeated,threshold=0.2")[1](pictures)
+    }
+    assert found == dict.fromkeys((1, 2, 3, 4), 0.2)
+    assert not list(read_filter("repeated")[1](of_captions(("a dog",), ("a dog",), ())))
+
+
+def test_a_script_that_is_not_expected_is_found():
+    pictures = of_captions(
+        ("собака",), ("a dog, 12!",), ("собака бежит",), ("a собака",), ("犬が走る",), ("42",),
+        ("some cats on a wall",),
+    )  # fmt: skip
+    dropped = {}
+    for given in ("script", "script,script=CJK", "script,script=CYRILLIC,threshold=0.1"):
+        each = read_filter(given)[1]
+        cases = [case for case in each(pictures) if case.measure <= each.threshold]
+        dropped[given] = {case.place for case in cases}
+    assert dropped == {
+        "script": {2, 3, 4},
+        "script,script=CJK": {1, 2, 3, 6},
+        "script,script=CYRILLIC,threshold=0.1": {1, 4, 6},
+    }
+
+
 def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
     (tmp_path / "bad.jpg").write_bytes(b"no picture")
     record = Record("bad", {"image": str(tmp_path / "bad.jpg")}, (), True)

@@ -15,10 +15,13 @@ import hashlib
 import io
 import json
 import os
+import unicodedata
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +365,76 @@ class Terse:
                 yield Case(place, float(words), f"{words} word{'s' * (words != 1)} at most")
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """Examples all of whose captions many others have too, such as the name of a camera.
+
+    `threshold` is 1 / examples: one whose rarest caption ten examples have has a measure of 0.1.
+    Names of classes are no captions.
+    """
+
+    threshold: float = 0.1
+
+    def __call__(self, pictures: Pictures) -> Iterator[Case]:
+        told = captions_of(pictures)
+        counts = Counter(caption for captions in told.values() for caption in set(captions))
+        for place, captions in told.items():
+            rarest = min(captions, key=counts.__getitem__)
+            if 1 / counts[rarest] <= 2 * self.threshold:
+                reason = f"{counts[rarest]:,} examples have {rarest!r}"
+                yield Case(place, 1 / counts[rarest], reason)
+
+
+@dataclass(frozen=True)
+class Script:
+    """Examples of whose captions' letters at most `threshold` are of the expected script.
+
+    Attributes:
+      threshold: the share.
+      script: as Unicode's names of letters begin, such as LATIN, CYRILLIC or CJK (which is here
+        also of kana); '' is the one that most letters are of.
+    """
+
+    threshold: float = 0.5
+    script: str = ""
+
+    def __call__(self, pictures: Pictures) -> Iterator[Case]:
+        letters = {
+            place: Counter(script_of(letter) for text in captions for letter in text.lower())
+            for place, captions in captions_of(pictures).items()
+        }
+        for counts in letters.values():
+            del counts[""]
+        every = sum(letters.values(), Counter())
+        expected = self.script or (every.most_common(1)[0][0] if every else "")
+        for place, counts in letters.items():
+            if not counts:
+                continue
+            share = counts[expected] / counts.total()
+            if share <= 2 * self.threshold:
+                most = counts.most_common(1)[0][0]
+                yield Case(place, share, f"{share:.0%} of its letters are {expected}; most: {most}")
+
+
+def captions_of(pictures: Pictures) -> dict[int, list[str]]:
+    """Returns the captions of each example that is trained on and has any, by its place."""
+    found = {
+        place: [text.target.strip() for text in record.texts if not text.prompt]
+        for place, record in enumerate(pictures.records)
+        if pictures.trained[place] and not record.labels
+    }
+    return {place: captions for place, captions in found.items() if captions}
+
+
+@lru_cache(maxsize=65_536)
+def script_of(letter: str) -> str:
+    """Returns the script of a letter; '' of what is none."""
+    if not letter.isalpha():
+        return ""
+    script = unicodedata.name(letter, "UNKNOWN").split()[0]
+    return "CJK" if script in ("HIRAGANA", "KATAKANA") else script
+
+
 FILTERS = {
     "copies": Copies,
     "blank": Blank,
@@ -369,8 +442,10 @@ FILTERS = {
     "narrow": Narrow,
     "terse": Terse,
 }
-# Those that ask a run, and are not applied unless they are named.
-ASKING = {
+# Those that are not applied unless they are named; some ask a run.
+ON_REQUEST = {
+    "repeated": Repeated,
+    "script": Script,
     "alike": "unified_mm.search.cleaning:Alike",
     "mismatched": "unified_mm.search.cleaning:Mismatched",
 }
@@ -389,7 +464,7 @@ def read_filter(given: str) -> tuple[str, Any]:
       ValueError: there is no such filter, or it has no such option or value.
     """
     name, *options = given.split(",")
-    kind = resolve("filter", name, FILTERS | ASKING)
+    kind = resolve("filter", name, FILTERS | ON_REQUEST)
     values = {}
     for each in options:
         key, equals, value = each.partition("=")
