@@ -9,6 +9,7 @@ ways, know words of its own, and have read a billion sentences.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -24,6 +25,8 @@ from unified_mm.nn.transformer import Transformer
 
 # What it made of a text, where that was computed before (`training.features`).
 SENTENCE = "sentence"
+# Options of how a transformer is computed that are those of the main one: see `nn.options`.
+SHARED = ("unstacked", "attention", "counted")
 
 
 class Reader(nn.Module):
@@ -52,6 +55,11 @@ class Reader(nn.Module):
         known |= frozen({name: known[name] for name in OWN_OPTIONS if name in known})
         options = TransformerOptions(**read_options(TransformerOptions, known, "model.reader"))
         return cls(options, modality.embedding, reader["rule"], reader["pool"])
+
+    def with_options(self, **changes: Any) -> Reader:
+        """Returns the reader with those of the main transformer's options that are for it, too."""
+        own = {name: value for name, value in changes.items() if name in SHARED}
+        return self.clone(options=replace(self.options, **own))
 
     def setup(self) -> None:
         self.embedders_text = TextEmbedder("text", self.text, self.options.width)

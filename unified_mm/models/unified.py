@@ -242,8 +242,15 @@ class UnifiedModel(nn.Module):
         return math.lcm(*(each.own("group", 1) for each in self.stacks.values()))
 
     def with_options(self, **changes: Any) -> UnifiedModel:
-        """Returns the model with other options of all its transformers, for the same parameters."""
-        return self.clone(options=replace(self.options, **changes))
+        """Returns the model with other options of all its transformers, for the same parameters.
+
+        A head that has a transformer has a method `with_options`, too, and takes what is for it.
+        """
+        heads = {
+            name: head.with_options(**changes) if hasattr(head, "with_options") else head
+            for name, head in self.heads.items()
+        }
+        return self.clone(options=replace(self.options, **changes), heads=heads)
 
     def without_recomputation(self) -> UnifiedModel:
         """Returns the model without recomputation and kernels, for counting FLOPs.
