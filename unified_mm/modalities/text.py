@@ -63,7 +63,7 @@ class TextModality:
             name=name,
             question_share=float(resources.data.question_share),
             tokenizer=resources.tokenizer,
-            reader=resources.reader,
+            reader=getattr(resources, "reader", None),
             embedding=build_options(
                 TextEmbedding, options, where, used=used, max_positions=positions
             ),

@@ -39,12 +39,9 @@ from unified_mm.registry import resolve
 MAX_LOG_SCALE = 4.6052  # ln 100: CLIP's bound, without which training can run away.
 PROJECTIONS = ("linear", "affine", "none")
 # The keys under which a training batch's text holds what its foil has under `ids`, ...
-FOIL = {
-    "ids": "foil_ids",
-    "valid": "foil_valid",
-    "present": "foil_present",
-    **{name: f"foil_{name}" for name in READER_KEYS.values()},
-}
+FOIL = {"ids": "foil_ids", "valid": "foil_valid", "present": "foil_present"}
+# ... and where there is a reader, its tokens of both.
+READ_FOIL = {name: f"foil_{name}" for name in READER_KEYS.values()}
 
 
 @dataclass(frozen=True)
@@ -178,7 +175,7 @@ class Contrastive(TextObjective):
             vectors += [head(name, outputs[name], valid[name]) for name in self.between]
         if self.foils and FOIL["ids"] in batch["text"]:  # else a batch for evaluation
             texts = batch["text"]
-            foil = {key: texts[name] for key, name in FOIL.items() if name in texts}
+            foil = {key: texts[name] for key, name in (FOIL | READ_FOIL).items() if name in texts}
             vectors.append(head("text", *self.read(model, foil, deterministic=deterministic)))
             counts = jnp.concatenate([counts, foil["present"][:, None]], axis=1)
         return self.compare(model, Embedded(tuple(vectors), counts, self.items(batch)))
@@ -288,12 +285,14 @@ class Foiled:
         ids = [key for key in ("ids", READER_KEYS["ids"]) if key in false]
         if any(np.array_equal(false[key], arrays[key]) for key in ids):
             return arrays | self.none()
-        return arrays | {name: false[key] for key, name in FOIL.items() if key in false}
+        return arrays | {
+            name: false[key] for key, name in (FOIL | READ_FOIL).items() if key in false
+        }
 
     def none(self) -> Arrays:
         """Returns the arrays of a text without foil."""
         absent = self.modality.absent()
-        return {name: absent[key] for key, name in FOIL.items() if key in absent}
+        return {name: absent[key] for key, name in (FOIL | READ_FOIL).items() if key in absent}
 
     def absent(self) -> Arrays:
         return self.modality.absent() | self.none()
