@@ -53,7 +53,7 @@ def test_a_folder_is_written_told_of_and_left_alone(typed, tmp_path):
         (("--out=gs://bucket/x",), "write to this machine"),
         (("--out=x", "--quality=80"), "--quality is read with --resize alone"),
         (("--out=x", "--config.train.steps=3"), "train.steps cannot be set here"),
-        (("--out=x", "--config.data.dir=nowhere"), "the data folder nowhere does not exist"),
+        (("--out=x", "--config.data.dir=nowhere"), "nowhere does not exist: set data.dir"),
         (("--out=x", "--resize=-1"), "resize"),
     ],
 )
