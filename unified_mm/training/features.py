@@ -42,6 +42,7 @@ from unified_mm.parallel.processes import first_before_others, is_first, wait_fo
 from unified_mm.parallel.sharding import batch_shards, path_of
 from unified_mm.runs.seal import SEAL, broken_files, write_seal
 from unified_mm.task import Task
+from unified_mm.training.start_from import READS
 
 FORMAT = 1  # raise it when what is kept changes: files of an older format are not found then
 ROUNDED = 8  # tokens of a text that a reader reads, up to a multiple of these
@@ -270,7 +271,7 @@ def read_by(name: str, key: str) -> tuple[str, ...]:
         TOWER: (f"embedders_{name}/", f"towers_{name}/", "places/"),
         STEM: (f"embedders_{name}/stem/",),
         READ: ("embedders_text/", "transformer/"),
-        READER: ("heads_reader/",),
+        READER: (READS,),
     }[key]
 
 
