@@ -25,8 +25,10 @@ FLAGS = [
     f"--xla_force_host_platform_device_count={DEVICES}",
     # Eight devices on two busy cores may wait long for each other: no reason to abort.
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
 ]
-# With as many threads as devices (XLA's choice) they may wait for ever: `parallel.mesh` says why.
+# With as many threads as devices (XLA's choice), or in the order that the last flag turns off, they
+# may wait for ever: `parallel.mesh` says why.
 os.environ["PJRT_NPROC"] = str(4 * DEVICES)
 if version("jaxlib").startswith("0.10."):  # later ones have no other
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # they take three times as long to compile

@@ -1,11 +1,13 @@
 """Meshes by config alone."""
 
+import os
+
 import jax
 import pytest
 import tiny
 
 from unified_mm.config import Config
-from unified_mm.parallel.mesh import AXES, make_mesh, too_few_threads
+from unified_mm.parallel.mesh import AXES, LESS_AT_ONCE, make_mesh, may_stand_still
 from unified_mm.training.layout import in_training
 
 
@@ -56,7 +58,14 @@ def test_sequence_stage_and_expert_are_axes():
 
 def test_devices_of_one_cpu_want_threads(monkeypatch):
     mesh = make_mesh({"data": -1})
-    assert too_few_threads(mesh) == ""  # see conftest
-    monkeypatch.setenv("PJRT_NPROC", str(mesh.devices.size))
-    assert f"PJRT_NPROC={4 * mesh.devices.size}" in too_few_threads(mesh)
-    assert too_few_threads(make_mesh({"data": 1}, jax.devices()[:1])) == ""
+    assert may_stand_still(mesh) == ""  # see conftest
+    flags = os.environ["XLA_FLAGS"]
+    for name, value in (
+        ("PJRT_NPROC", str(mesh.devices.size)),
+        ("XLA_FLAGS", flags.replace(LESS_AT_ONCE, "")),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            said = may_stand_still(mesh)
+            assert f"PJRT_NPROC={4 * mesh.devices.size}" in said and LESS_AT_ONCE in said
+            assert may_stand_still(make_mesh({"data": 1}, jax.devices()[:1])) == ""

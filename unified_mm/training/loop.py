@@ -22,7 +22,7 @@ from unified_mm.data.pipeline import Unreadable, training_batches
 from unified_mm.evaluation.directions import higher_is_better
 from unified_mm.evaluation.evaluate import evaluate
 from unified_mm.inference.predictor import Predictor
-from unified_mm.parallel.mesh import shares_threads, too_few_threads
+from unified_mm.parallel.mesh import may_stand_still, shares_threads
 from unified_mm.parallel.processes import first_decides, own_rows
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
@@ -185,7 +185,7 @@ def train(
             setup, checkpoints, metrics, stop, output.say, predictor, began, unread, trace, ahead
         )
         run.know_peak(start)
-        if warning := too_few_threads(setup.mesh):
+        if warning := may_stand_still(setup.mesh):
             output.say(warning)
         if jax.process_count() == 1:
             stop.unsaved = run.unsaved
