@@ -11,7 +11,7 @@ and the extra `reader` brings, is torch.
 
 | size | trained parameters | hardware | CPU time | text-to-image R@1, R@10; CIDEr-D |
 | --- | --- | --- | --- | --- |
-| `tiny` | 1.0 M | 2 CPU cores | 25 minutes, 800 steps | 0.130, 0.488; 0.380 |
+| `tiny` | 1.0 M | 2 CPU cores | 26 minutes, 800 steps | 0.130, 0.488; 0.380 |
 | without the reader | 1.0 M | 2 CPU cores | 39 minutes, 1,000 steps | 0.101, 0.426; 0.353 |
 | `base` | 24 M | one accelerator | not measured | not measured |
 
