@@ -41,13 +41,12 @@ def get_config(what: str = "classes") -> ConfigDict:
         raise ValueError(f"{what!r}: give classes or tags")
     config: ConfigDict = load_recipe(RECIPE).get_config("tiny")
     audio = config.model.modalities.audio
-    audio.update({"seconds": SECONDS, "patch": (16, 16), "roll": True})
-    audio.update({"mask_frames": 80, "mask_mels": 16})
+    audio.update({"seconds": SECONDS, "patch": (8, 64), "roll": True})
+    audio.update({"mask_frames": 80, "mask_mels": 12})
     config.model.dropout = 0.1
-    config.train.update({"steps": 500, "batch_size": 32})
+    config.train.update({"steps": 700, "batch_size": 32})
     if what == "tags":
-        config.objectives.classification.many = True
-        config.objectives.classification.smoothing = 0.0
+        config.objectives.classification.update({"many": True, "smoothing": 0.0, "mix": 0.5})
     return config
 
 
