@@ -54,7 +54,9 @@ def main(options: argparse.Namespace) -> int:
     source, split = open_source(config.data), config.data.train_split
     if unread := config.unread(list(options.recipe.overrides)):
         raise ValueError(f"{', '.join(unread)}: set on the command line, but nothing reads it here")
-    manifests = {name: source.manifest(name) for name in source.splits()}
+    if split not in (splits := source.splits()):
+        raise ValueError(f"data.train_split={split!r}: there are {', '.join(splits)}")
+    manifests = {name: source.manifest(name) for name in splits}
     for each in manifests.values():
         say(summary(each))  # what cannot be read is left out already, and named
     pictures = look_at(manifests, split, cache_folder(config.data))
@@ -85,7 +87,7 @@ def report(pictures: Any, found: Any, dropped: int) -> str:
         rows = [
             {
                 "name": pictures.named(case.place),
-                "reason": case.reason,
+                "reason": pictures.told(case),
                 "measure": case.measure,
                 "gone": case.measure <= each.threshold,
                 "pictures": [

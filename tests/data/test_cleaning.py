@@ -14,6 +14,7 @@ from unified_mm.config import Config
 from unified_mm.data import cleaning
 from unified_mm.data.cleaning import (
     cleaned,
+    dropped_cases,
     differences,
     look_at,
     near_pairs,
@@ -160,6 +161,32 @@ def test_examples_without_a_picture_are_copies_where_all_their_files_are(tmp_pat
     said = {records[case.place].id: records[case.other].id for case in cases}
     assert said == {"copy": "a", "both again": "both"}
     assert str(tmp_path / "d") not in read
+
+
+def test_of_copies_of_what_is_faulty_the_first_sound_one_stays(tmp_path):
+    for name in "abcd":
+        (tmp_path / name).write_bytes(b"one")
+    captions = {"a": "dog", "b": "a dog barks", "c": "the dog barks", "d": "a dog"}
+    records = tuple(
+        Record(name, {"audio": str(tmp_path / name)}, (Text("", caption),), True)
+        for name, caption in captions.items()
+    )
+    pictures = look_at({"train": Manifest("train", records, "", "", "")}, "train")
+    filters = dict(read_filter(each) for each in ("copies", "terse"))
+    found = of_sound_ones({name: (each, list(each(pictures))) for name, each in filters.items()})
+    dropped = {place: pictures.told(case) for place, (_, case) in dropped_cases(found).items()}
+    assert dropped.keys() == {0, 2, 3}
+    assert dropped[2] == dropped[3] == "the same file as train/b"
+
+
+def test_each_copy_of_many_is_told_once(tmp_path):
+    """A placeholder that stands for thousands is not compared with itself."""
+    for number in range(40):
+        Image.new("RGB", (32, 32), (9, 90, 200)).save(tmp_path / f"{number}.png")
+    records = tuple(Record(n, {"image": str(tmp_path / f"{n}.png")}, (), True) for n in range(40))
+    pictures = look_at({"train": Manifest("train", records, "", "", "")}, "train")
+    cases = list(read_filter("copies")[1](pictures))
+    assert [(case.place, case.other) for case in cases] == [(place, 0) for place in range(1, 40)]
 
 
 def test_what_is_no_caption_of_one_word_is_not_terse():

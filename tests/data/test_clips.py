@@ -95,6 +95,25 @@ def test_containers_are_sampled_by_time(tmp_path, name, codec):
     assert clips.check(path) == ""
 
 
+@pytest.mark.parametrize("name", ["a.mpg", "a.ts"])
+def test_streams_that_are_found_too_late_are_sampled_by_time(tmp_path, name):
+    """They are found at the key frame after the one that is asked for."""
+    av = pytest.importorskip("av")
+    path = tmp_path / name
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg2video", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.gop_size, stream.bit_rate = 4, 2_000_000
+        for pixels in shades():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    every = [(number + 0.5) / 25 for number in range(20)]
+    assert seen(path, every)[0] == list(range(20))
+    for number, time in enumerate(every):
+        assert seen(path.read_bytes(), [time])[0] == [number]
+    assert clips.check(path) == ""
+
+
 def test_a_variable_rate_is_kept(tmp_path):
     """Half of the frames within a second, the others a second each."""
     times = [10 * n for n in range(10)] + [100 * n for n in range(1, 11)]

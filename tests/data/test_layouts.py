@@ -423,6 +423,18 @@ def test_a_folder_without_splits_is_divided_by_names_alone(tmp_path, layout, nam
         opened(folder, val_share=1e-9).manifest("val")
 
 
+def test_a_column_without_a_name_is_left_alone(tmp_path):
+    """It numbers the rows, as pandas writes them unless told not to."""
+    folder = tmp_path / "data"
+    pictures(folder, "a.jpg", "b.jpg")
+    write(folder, "train.csv", ",image,caption\n0,a.jpg,one\n")
+    write(folder, "val.csv", ",image,caption\n0,b.jpg,two\n")
+    source = opened(folder)
+    assert texts(source) == {"a.jpg": ["one"]}
+    (record,) = source.manifest("train").records
+    assert set(record.parts) == {"image"} and not record.labels
+
+
 def test_fields_of_other_names_are_named(tmp_path):
     folder = tmp_path / "data"
     pictures(folder, "a.jpg", "b.jpg")

@@ -87,6 +87,7 @@ def test_clouds_are_read_with_their_colours():
         npy(np.concatenate([points, bytes_], axis=1)),
         npz(xyz=points, rgb=bytes_.astype(np.uint8)),
         npz(points=np.concatenate([points, bytes_], axis=1)),
+        npz(xyz=points, rgb=(bytes_ * 257).astype(np.uint16)),
         ply(points, [], bytes_),
     ):
         shape = shapes.read(content)
@@ -101,6 +102,9 @@ def test_clouds_are_read_with_their_colours():
         mixed = shapes.Shape(shape.points[order], shape.faces, shape.colours[order])
         np.testing.assert_array_equal(part, shapes.sample(mixed, 5, np.random.default_rng(1)))
     assert len(shapes.read(npy(points.astype(np.float16))).points) == 9
+    unknown = np.concatenate([points, bytes_], axis=1)
+    unknown[0, 3] = np.nan
+    np.testing.assert_allclose(shapes.read(npy(unknown)).colours, bytes_[1:] / 255, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["obj", "glb", "ply"])
@@ -173,6 +177,8 @@ BAD = {
     "large.glb": (bomb([{"count": 10**9}], []), "are the most"),
     "loop.glb": (bomb([], [{"children": [1, 1]}, {}]), "a node with two parents"),
     "broken.npz": (npz(points=BOX)[:100], "no shape that can be read"),
+    "cut.glb": (b"glTF\x02\0\0\0", "no shape that can be read"),
+    "list.glb": (b"glTF" + struct.pack("<III4s", 2, 22, 2, b"JSON") + b"[]", "that can be read"),
 }
 
 

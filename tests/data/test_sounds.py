@@ -69,6 +69,39 @@ def test_bad_files_are_refused(tmp_path):
             sounds.check(tmp_path / name)
 
 
+def of_length(content, total):
+    """A FLAC whose header tells of so many samples, in its 36 bits."""
+    at = 4 + 4 + 13  # the mark, the block's own header, what comes before in STREAMINFO
+    first = bytes([content[at] & 0xF0 | total >> 32])
+    return content[:at] + first + (total & 0xFFFFFFFF).to_bytes(4, "big") + content[at + 5 :]
+
+
+def test_a_header_that_tells_of_no_length_or_of_years_is_refused(tmp_path):
+    soundfile.write(tmp_path / "a.flac", tone(), 16_000)
+    whole = (tmp_path / "a.flac").read_bytes()
+    assert len(sounds.decode(of_length(whole, 4_000))) == 4_000
+    for total in (0, 2**36 - 1):
+        rate = whole if total == 0 else of_rate(whole, 10)
+        (tmp_path / "b.flac").write_bytes(of_length(rate, total))
+        for look in (sounds.check, sounds.seconds_of, sounds.decode):
+            with pytest.raises(sounds.SoundError, match="b.flac: its header tells of no length"):
+                look(tmp_path / "b.flac")
+
+
+def of_rate(content, hertz):
+    at = 4 + 4 + 10
+    return content[:at] + (hertz << 4).to_bytes(3, "big")[:2] + bytes(
+        [(hertz << 4) & 0xF0 | content[at + 2] & 0x0F]
+    ) + content[at + 3 :]  # fmt: skip
+
+
+def test_what_is_not_one_sample_long_is_refused(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.ones(2, "f4") / 2, 96_000)
+    for look in (sounds.check, sounds.decode):
+        with pytest.raises(sounds.SoundError, match="not one sample at 16,000 Hz"):
+            look(tmp_path / "a.wav")
+
+
 def write_classes(folder, count=6):
     for kind, hertz in (("high_tone", 2000.0), ("low_tone", 200.0)):
         (folder / kind).mkdir(parents=True)

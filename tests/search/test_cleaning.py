@@ -63,15 +63,17 @@ def test_up_to_a_size_all_are_compared_and_beyond_it_neighbours_stay_together():
 def test_what_is_scored_on_stays_and_what_is_like_it_goes():
     first, other = np.eye(8, dtype=np.float32)[:2]
     vectors = (first, first, other, normalised((other + 0.1 * first)[None])[0], other)
-    found = list(Given(0.01, "given", vectors=vectors)(pictures_of(5, scored=2)))
-    said = {(case.place, case.other, case.measure <= 0.01): case.reason for case in found}
+    pictures = pictures_of(5, scored=2)
+    found = list(Given(0.01, "given", vectors=vectors)(pictures))
+    said = {(case.place, case.other, case.measure <= 0.01): pictures.told(case) for case in found}
     assert said == {
         (3, 2, True): "alike train/2",
         (4, 2, True): "alike train/2",
         (4, 3, True): "alike train/3",
     }
-    found = list(Given(0.01, "given", vectors=vectors)(pictures_of(5, scored=4)))
-    assert {case.reason for case in found} == {
+    pictures = pictures_of(5, scored=4)
+    found = list(Given(0.01, "given", vectors=vectors)(pictures))
+    assert {pictures.told(case) for case in found} == {
         "alike val/2, which is scored on",
         "alike val/3, which is scored on",
     }
@@ -131,7 +133,7 @@ def test_sounds_are_alike_where_a_run_hears_them_so(monkeypatch):
     records = tuple(Record(place, each, (), True) for place, each in enumerate(parts))
     pictures = replace(pictures_of(4, scored=1), records=records)
     (case,) = Alike(run="runs/1", of="audio")(pictures)
-    assert (case.place, case.other) == (3, 0) and "which is scored on" in case.reason
+    assert (case.place, case.other) == (3, 0) and "which is scored on" in pictures.told(case)
     with pytest.raises(ValueError, match="of=audio: package:eyes/x sees pictures; give a run"):
         Alike(run="package:eyes/x", of="audio")
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 EXIT_CODE = 128 + signal.SIGINT
-SAVING = "interrupted: what was done so far is saved first; Ctrl-C again ends it without"
+SAVING = "interrupted: it is saved or cleared away first; Ctrl-C again ends it without"
 _PATIENCE = 1.0  # seconds for the main thread to end by itself
 _POLL = 0.05
 _CLEANUP = 0.3  # seconds for worker processes to end

@@ -239,11 +239,13 @@ def settle_installed(
 
 
 def settle_folders(config: ConfigDict) -> None:
-    """Makes the folders of the data absolute: a run goes on, or is scored, from any directory."""
+    """Makes the places of the data absolute: a run goes on, or is scored, from any directory."""
     sources = {f"data.mixture.{name}": source for name, source in config.data.mixture.items()}
     for field, group in ({"data": config.data} | sources).items():
         if group.get("dir") and not is_remote(group["dir"]):
             group["dir"] = str(user_path(group["dir"], f"{field}.dir").absolute())
+    if config.data.manifest:
+        config.data.manifest = str(user_path(config.data.manifest, "data.manifest").absolute())
 
 
 def settled_fields(config: ConfigDict) -> list[str]:

@@ -49,7 +49,7 @@ class Case:
     Attributes:
       place: among the pictures that the filters looked at.
       measure: it is dropped where this is at most the filter's threshold.
-      reason: in words.
+      reason: in words, after which the name of `other` is put.
       other: the place of the example that it is a copy of; -1 for none.
     """
 
@@ -81,6 +81,13 @@ class Pictures:
     def named(self, place: int) -> str:
         """Returns an example's split and id."""
         return f"{self.splits[place]}/{self.records[place].id}"
+
+    def told(self, case: Case) -> str:
+        """Returns why an example is dropped."""
+        if case.other < 0:
+            return case.reason
+        leak = ", which is scored on" * (not self.trained[case.other])
+        return f"{case.reason} {self.named(case.other)}{leak}"
 
 
 def look_at(
@@ -257,13 +264,15 @@ class Copies:
                 yield from self.case(pictures, first[digest], place, 0.0, "the same file as")
         for kept, place in same_files(pictures.records):
             yield from self.case(pictures, kept, place, 0.0, "the same file as")
+        # What has the same bytes as an earlier one is told already: each file is compared once.
+        there = np.sort(np.fromiter(first.values(), int, len(first)))
+        there = there[(pictures.sizes[there] > 0).all(1)]
         small = pictures.small
         turned = small[:, :, ::-1]
         hashes = perceptual_hashes(small)
         kinds = [(hashes, small, "a copy of")]
         if self.mirrored:
             kinds.append((perceptual_hashes(turned), turned, "a mirror image of"))
-        there = np.flatnonzero((pictures.sizes > 0).all(1))
         for others, seen, reason in kinds:
             for i, j in near_pairs(hashes[there], others[there], self.bits):
                 trained = pictures.trained[there[j]]
@@ -280,8 +289,7 @@ class Copies:
     ) -> Iterator[Case]:
         """Yields the case of a pair, unless both are scored on."""
         if pictures.trained[place]:
-            leak = ", which is scored on" * (not pictures.trained[kept])
-            yield Case(place, measure, f"{reason} {pictures.named(kept)}{leak}", kept)
+            yield Case(place, measure, reason, kept)
 
 
 def same_files(records: Sequence[Record]) -> Iterator[tuple[int, int]]:
@@ -485,7 +493,8 @@ Found = Mapping[str, tuple[Any, Sequence[Case]]]  # by its name, a filter and it
 def of_sound_ones(found: Found) -> dict[str, tuple[Any, list[Case]]]:
     """Returns the cases without copies of what is dropped for a fault that is its own.
 
-    Else nothing would be left of a picture of which one copy is sound.
+    Else nothing would be left of a picture of which one copy is sound. That one, the first of those
+    which are the same, is what others are copies of.
     """
     faulty = {
         case.place
@@ -493,10 +502,22 @@ def of_sound_ones(found: Found) -> dict[str, tuple[Any, list[Case]]]:
         for case in cases
         if case.other < 0 and case.measure <= each.threshold
     }
-    return {
-        name: (each, [case for case in cases if case.other not in faulty])
-        for name, (each, cases) in found.items()
-    }
+    heirs: dict[int, int] = {}  # by the faulty example
+    for _, cases in found.values():
+        for case in cases:
+            if case.measure == 0 and case.other in faulty and case.place not in faulty:
+                heirs[case.other] = min(case.place, heirs.get(case.other, case.place))
+
+    def of_heirs(cases: Sequence[Case]) -> Iterator[Case]:
+        for case in cases:
+            heir = heirs.get(case.other, case.place)
+            if case.other not in faulty:
+                yield case
+            elif heir != case.place:
+                kept, place = sorted((heir, case.place))
+                yield replace(case, place=place, other=kept)
+
+    return {name: (each, list(of_heirs(cases))) for name, (each, cases) in found.items()}
 
 
 def dropped_cases(found: Found) -> dict[int, tuple[str, Case]]:
@@ -522,7 +543,12 @@ def write_manifest(
     """
     dropped = dropped_cases(found)
     rows = [
-        {"id": pictures.records[place].id, "weight": 0, "filter": name, "reason": case.reason}
+        {
+            "id": pictures.records[place].id,
+            "weight": 0,
+            "filter": name,
+            "reason": pictures.told(case),
+        }
         for place, (name, case) in dropped.items()
     ]
     of = {"split": data.split, "fingerprint": data.fingerprint}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -183,7 +182,7 @@ class _Array:
             raise
         except KeyError as error:
             raise ClipError(name, "no array 'frames' in it") from error
-        except (ValueError, EOFError, TypeError, BadZipFile, MemoryError, zlib.error) as error:
+        except Exception as error:  # whatever their parsers meet
             raise ClipError(name, f"no array that can be read: {error}") from error
         if not (np.isfinite(fps) and fps > 0):
             raise ClipError(name, f"{fps} frames a second")
@@ -315,28 +314,44 @@ class _Container:
         decoded: Iterator[Any] = iter(())
         frame, given = None, None  # the frame that was decoded last, and what was made of it
         for number in numbers:
-            target = self._pts[number]
-            place = np.searchsorted(self._keys, target, side="right") - 1
-            start = self._keys[max(place, 0)] if len(self._keys) else self._pts[0]
-            if frame is None or frame.pts < start:
-                try:
-                    container.seek(int(start), stream=stream)
-                except self._av.FFmpegError as error:
-                    raise ClipError(self._name, f"damaged: {error.strerror}") from error
-                decoded, frame = container.decode(stream), None
-            while frame is None or frame.pts < target:
-                try:
-                    following = next(decoded, None)
-                except self._av.FFmpegError as error:
-                    raise ClipError(self._name, f"damaged: {error.strerror}") from error
-                if following is None or following.pts is None or following.is_corrupt:
-                    raise self._lost(number)
-                frame, given = following, None
+            target = int(self._pts[number])
+            starts = self._starts(target)
+            if frame is None or frame.pts < starts[0]:
+                for start in starts:
+                    with self._naming_faults():
+                        container.seek(start, stream=stream)
+                        decoded = container.decode(stream)
+                        frame, given = next(decoded, None), None
+                    if _is_whole(frame) and frame.pts <= target:
+                        break
+            while _is_whole(frame) and frame.pts < target:
+                with self._naming_faults():
+                    frame, given = next(decoded, None), None
+            if not _is_whole(frame):
+                raise self._lost(number)
             # Of a packet without a picture of its own, as old encoders write, it is the next one's.
             if frame.pts > self._pts[min(number + 1, len(self._pts) - 1)]:
                 raise self._lost(number)
             given = self._upright(frame) if given is None else given
             yield given
+
+    def _starts(self, target: int) -> list[int]:
+        """Returns where a frame may be sought: from its key frame, or the beginning.
+
+        Within MPEG's streams not each frame has a time, and what is found is later than was asked.
+        """
+        first = min(0, int(self._pts[0]))
+        if self._container.format.name in ("mpeg", "mpegts"):
+            return [first]
+        place = max(int(np.searchsorted(self._keys, target, side="right")) - 1, 0)
+        return [int(self._keys[place] if len(self._keys) else self._pts[0]), first]
+
+    @contextmanager
+    def _naming_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except self._av.FFmpegError as error:
+            raise ClipError(self._name, f"damaged: {error.strerror}") from error
 
     def _lost(self, number: int) -> ClipError:
         return ClipError(self._name, f"damaged: no frame at {self.times[number]:.2f} s")
@@ -348,6 +363,10 @@ class _Container:
         if turns:
             self.converted = f"turned by {frame.rotation % 360} degrees"
         return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
+
+
+def _is_whole(frame: Any) -> bool:
+    return frame is not None and frame.pts is not None and not frame.is_corrupt
 
 
 def _too_large(width: int, height: int) -> str:

@@ -510,7 +510,7 @@ def _table(folder: Folder, file: Path) -> Table | None:
         return "\t", []
     for delimiter in (",", "\t", "|", ";"):
         names = _columns(first, delimiter)
-        fields = dict.fromkeys(names)
+        fields = dict.fromkeys(filter(None, names))
         if len(names) > 1 and folder.names_media(fields) and folder.is_meant(fields):
             table = delimiter, names
             if folder.caption_name(fields) or _labels_parts(folder, file, table):
@@ -552,7 +552,9 @@ def _table_lines(file: Path, table: Table) -> Iterator[tuple[str, dict[str, str]
                             f"{len(names)}: put texts that hold {delimiter!r} in quotes"
                         )
                     cells += [""] * (len(names) - len(cells))
-                    yield place, dict(zip(names, cells, strict=False))
+                    fields = dict(zip(names, cells, strict=False))
+                    fields.pop("", None)  # a column without a name: numbers of rows, as pandas' are
+                    yield place, fields
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is no table that can be read: {error}") from error
         except csv.Error as error:

@@ -133,8 +133,8 @@ class MixedSource:
 
     name = "mixture"
 
-    def __init__(self, sources: Mapping[str, Source]) -> None:
-        self._sources = dict(sources)
+    def __init__(self, sources: Mapping[str, Source], train_split: str = "train") -> None:
+        self._sources, self._train_split = dict(sources), train_split
         self.folder = ", ".join(each.folder for each in self._sources.values())
         banners = [f"{name}: {each.banner}" for name, each in sources.items() if each.banner]
         self.banner = "\n".join(banners) or None
@@ -143,14 +143,14 @@ class MixedSource:
         self.described = "\n".join(filter(None, described))
 
     def splits(self) -> Sequence[str]:
-        """Returns the splits of all sources together, then those of each but for 'train'."""
+        """Returns the splits of all sources together, then those of each that are scored on."""
         of_each = {name: list(each.splits()) for name, each in self._sources.items()}
         together = list(dict.fromkeys(split for splits in of_each.values() for split in splits))
         apart = [
             f"{split}_{name}"
             for name, splits in of_each.items()
             for split in splits
-            if split != "train"
+            if split != self._train_split
         ]
         return [*together, *apart]
 
@@ -218,7 +218,8 @@ def open_mixture(data: Any) -> MixedSource:
         {
             name: open_source(data.changed({**apart, "source": each.source, "dir": each.dir}))
             for name, each in members(data).items()
-        }
+        },
+        data.train_split,
     )
 
 

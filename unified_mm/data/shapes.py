@@ -6,7 +6,6 @@ import io
 import json
 import struct
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +113,7 @@ def read(source: Source) -> Shape:
         raise ShapeError(f"unreadable: {error.strerror}", name) from error
     except MissingExtra:
         raise
-    except (ValueError, IndexError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # whatever their parsers meet
         raise ShapeError(f"no shape that can be read: {error}", name) from error
 
 
@@ -161,8 +160,10 @@ def _whole(of_mesh: bool, points: Any, faces: Any, colours: Any) -> Shape:
     elif np.shape(colours) != points.shape:
         raise ShapeError(f"{len(points)} points, but colours of {list(np.shape(colours))}")
     else:
-        whole = np.issubdtype(np.asarray(colours).dtype, np.integer) or np.max(colours) > 1
-        colours = np.asarray(colours, np.float64) / (255.0 if whole else 1.0)
+        colours = np.asarray(colours)
+        whole = np.issubdtype(colours.dtype, np.integer) or np.nanmax(colours, initial=0) > 1
+        largest = 65535.0 if colours.dtype == np.uint16 else 255.0
+        colours = colours.astype(np.float64) / (largest if whole else 1.0)
     said = []
     good = np.isfinite(np.concatenate([points, colours], axis=1)).all(1)
     good &= (np.abs(points) < 1e18).all(1)  # squares of more are not finite in float32

@@ -12,6 +12,8 @@ from jaxtyping import Int16
 from unified_mm.data.records import Source, Stored
 
 RATE = 16_000  # samples a second, as all models here hear
+MOST_SECONDS = 10_000_000  # that a header may tell of: four months
+BLOCK = 65_536  # samples that are checked at a time
 SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff"})
 
 
@@ -68,31 +70,50 @@ def decode(
         try:
             file.seek(min(first, file.frames))
             samples = file.read(wanted, dtype="float32", always_2d=True)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             raise SoundError(name, f"damaged: {error}") from error
-    if len(samples) < wanted:
-        raise SoundError(name, f"cut short: {len(samples)} of {wanted} samples are there")
-    if not len(samples):
-        raise SoundError(name, "no samples")
+    _check_count(name, len(samples), wanted)
+    _check_finite(name, samples)
     wave = samples.mean(1) if samples.shape[1] > 1 else samples[:, 0]
-    if not np.isfinite(wave).all():
-        raise SoundError(name, "samples that are not finite")
     if rate != RATE:
         wave = library("soxr").resample(wave, rate, RATE)
+    if not len(wave):
+        raise SoundError(name, f"not one sample at {RATE:,} Hz")
     return np.clip(np.rint(wave * 32768.0), -32768, 32767).astype(np.int16)
 
 
 def check(source: Source) -> str:
-    """Decodes a file completely, and returns what was converted; '' for nothing.
+    """Decodes a file completely, a block at a time, and returns what is converted; '' for nothing.
 
     Raises:
       SoundError: as `decode` does.
     """
-    decode(source)
+    name, read = name_of(source), 0
     with _opened(source) as file:
+        try:
+            for block in file.blocks(BLOCK, dtype="float32", always_2d=True):
+                _check_finite(name, block)
+                read += len(block)
+        except RuntimeError as error:
+            raise SoundError(name, f"damaged: {error}") from error
+        _check_count(name, read, file.frames)
+        if read * RATE < file.samplerate:
+            raise SoundError(name, f"not one sample at {RATE:,} Hz")
         found = [f"resampled from {file.samplerate:,} Hz"] if file.samplerate != RATE else []
         found += [f"{file.channels} channels averaged"] if file.channels > 1 else []
     return ", ".join(found)
+
+
+def _check_count(name: str, read: int, wanted: int) -> None:
+    if read < wanted:
+        raise SoundError(name, f"cut short: {read} of {wanted} samples are there")
+    if not read:
+        raise SoundError(name, "no samples")
+
+
+def _check_finite(name: str, samples: np.ndarray) -> None:
+    if not np.isfinite(samples).all():
+        raise SoundError(name, "samples that are not finite")
 
 
 def silence_or_noise(kind: str, samples: int, rng: np.random.Generator) -> Int16[np.ndarray, " S"]:
@@ -136,10 +157,16 @@ def _opened(source: Source) -> Any:
     soundfile = library("soundfile")
     held = source.read() if isinstance(source, Stored) else source
     try:
-        return soundfile.SoundFile(io.BytesIO(held) if isinstance(held, bytes) else held)
+        file = soundfile.SoundFile(io.BytesIO(held) if isinstance(held, bytes) else held)
     except soundfile.LibsndfileError as error:
         what = f"no sound that can be read: {error.error_string}"
         raise SoundError(name_of(source), what) from error
+    # Encoders that write to a pipe leave out how long the sound is, which reads as ever so long.
+    if file.frames > MOST_SECONDS * file.samplerate:
+        file.close()
+        what = f"its header tells of no length, or of over {MOST_SECONDS:,} s: encode it again"
+        raise SoundError(name_of(source), what)
+    return file
 
 
 def name_of(source: Source) -> str:

@@ -117,8 +117,12 @@ def run_of(given: str, cache: Path) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, known]).encode()).hexdigest()
     folder = RunFolder(cache / "imported" / digest[:16])
     with first_before_others("the weights of a package"):
-        if not folder.exists:
-            write_run(import_directory(directory), folder.path)
+        try:
+            if not folder.exists:
+                write_run(import_directory(directory), folder.path)
+        except (OSError, ValueError):
+            if not folder.exists:  # else another command was faster
+                raise
     return str(folder.path)
 
 

@@ -235,9 +235,8 @@ class AudioModality:
 
         Of very many they are `READ_WINDOWS`, evenly spread.
         """
-        parts = [part] if self.longer == "leave_out" else self.windows(part)
-        places = np.linspace(0, len(parts) - 1, min(len(parts), READ_WINDOWS)).round().astype(int)
-        return [self.arrays(self._wave(parts[place], None)) for place in places]
+        parts = [part] if self.longer == "leave_out" else self.windows(part, READ_WINDOWS)
+        return [self.arrays(self._wave(each, None)) for each in parts]
 
     def arrays(self, wave: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the arrays of int16 samples, of which more than `seconds` are left out."""
@@ -259,8 +258,11 @@ class AudioModality:
             "present": np.array(False),
         }
 
-    def windows(self, part: Any) -> list[Any]:
-        """Returns the parts of `seconds` that evaluation hears of a sound, evenly spread."""
+    def windows(self, part: Any, most: int | None = None) -> list[Any]:
+        """Returns the parts of `seconds` that are heard of a sound, evenly spread.
+
+        They cover all of it, but where these would be more than `most`.
+        """
         if is_made(part):
             return [part]
         file, start = place_of(part)
@@ -268,7 +270,8 @@ class AudioModality:
         if length <= self.seconds + 0.5 / sounds.RATE:
             return [part]
         count = int(np.ceil(length / self.seconds))
-        starts = start + np.linspace(0, length - self.seconds, count)
+        places = np.linspace(0, count - 1, min(count, most or count)).round()
+        starts = start + places * (length - self.seconds) / (count - 1)
         return [{"file": file, "start": float(each)} for each in starts]
 
     def mix(

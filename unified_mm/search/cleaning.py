@@ -66,8 +66,7 @@ class Alike:
             for one, other, distance in near_ones(vectors[own], 2 * self.threshold):
                 place, kept = int(places[own[one]]), int(places[own[other]])
                 if pictures.trained[place]:
-                    leak = ", which is scored on" * (not pictures.trained[kept])
-                    yield Case(place, distance, f"alike {pictures.named(kept)}{leak}", kept)
+                    yield Case(place, distance, "alike", kept)
 
     def embed(self, files: Sequence[Any]) -> Vectors:
         """Returns unit vectors of items."""

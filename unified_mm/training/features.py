@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -361,7 +362,13 @@ def digest_of(kept: Kept, task: Task, fingerprint: str, records: Sequence[Record
 
 
 def computed(
-    phase: Any, params: Any, predictor: Predictor, data: Any, tolerant: bool, say: Any
+    phase: Any,
+    params: Any,
+    predictor: Predictor,
+    data: Any,
+    tolerant: bool,
+    say: Callable[[str], None],
+    leave: Callable[[], None] = lambda: None,
 ) -> Any:
     """Returns the phase with the features of what it freezes, computed now or found.
 
@@ -372,6 +379,7 @@ def computed(
       data: `config.data`.
       tolerant: whether examples that cannot be read count as absent.
       say: prints a line.
+      leave: is called after each batch, and raises where the run is to end; nothing is left then.
     """
     rows, found = phase.rows, dict(phase.rows.preparers)
     for name, preparer in found.items():
@@ -382,11 +390,13 @@ def computed(
         own = {path: leaf for path, leaf in leaves.items() if path.startswith(parts)}
         digest = digest_of(kept, phase.task, rows.fingerprint, rows.examples, own)
         folder = cache_folder(data) / "features" / digest[:32]
-        make = write_features(kept, rows.examples, phase.task, predictor.at(params), tolerant)
+        own_predictor = predictor.at(params)
+        make = write_features(kept, rows.examples, phase.task, own_predictor, tolerant, leave)
         with first_before_others("features"):
             there = is_whole(folder, say)
         if not there:
-            say(f"features of {kept.count:,} views of {name}: computed once")
+            size = kept.count * math.prod(kept.shape) * 4 / 1e6
+            say(f"features of {kept.count:,} views of {name}: computed once ({size:,.0f} MB)")
             make(folder)
         found[name] = with_kept(preparer, kept, replace(kept, folder=str(folder)))
     return replace(phase, rows=replace(rows, preparers=found))
@@ -408,7 +418,12 @@ def is_whole(folder: Path, say: Callable[[str], None]) -> bool:
 
 
 def write_features(
-    kept: Kept, records: Sequence[Record], task: Task, predictor: Predictor, tolerant: bool
+    kept: Kept,
+    records: Sequence[Record],
+    task: Task,
+    predictor: Predictor,
+    tolerant: bool,
+    leave: Callable[[], None] = lambda: None,
 ) -> Callable[[Path], None]:
     """Returns the function that computes features batch by batch into a folder.
 
@@ -433,6 +448,7 @@ def write_features(
                 inputs = predictor.to_device(without_padding(batch, int(lengths[numbers].max())))
                 found = jax.device_get(predictor.call(f"{kept.key} {name}", look, inputs))
                 yield (numbers, *found)
+                leave()
 
     def write(folder: Path) -> None:
         if not is_first():

@@ -251,10 +251,16 @@ class Run:
     starved: Starved = field(default_factory=Starved)
     fresh: bool = False  # whether a step was done since the last save
     stopping: bool = False  # after a signal, with its last save
+    computing: bool = False  # what comes before the steps
 
     def unsaved(self) -> bool:
         """Returns whether something learned is not on disk, or the run ends by itself."""
-        return self.fresh or self.stopping or self.checkpoints.saving
+        return self.fresh or self.stopping or self.computing or self.checkpoints.saving
+
+    def leave(self) -> None:
+        """Ends a run that was asked to stop before its first step: there is nothing to save."""
+        if self.stop.signal is not None:
+            raise SystemExit(self.stop.exit_code)
 
     def know_peak(self, start: int) -> None:
         """Says which peak MFU is of, or that it is left out for want of one."""
@@ -276,7 +282,10 @@ class Run:
         options = self.setup.options
         data, tolerant = self.setup.config.data, bool(self.setup.train.unchecked)
         step_function = self.ahead.step_of(phase)
-        phase = computed(phase, state.params, self.predictor, data, tolerant, self.say)
+        self.computing = True
+        given = (phase, state.params, self.predictor, data, tolerant, self.say)
+        phase = computed(*given, leave=self.leave)
+        self.computing = False
         since: list[StepMetrics] = []
         waiting: Interval | None = None
         bad = ""  # what is wrong with the data

@@ -111,8 +111,11 @@ def config_from_run(config: ConfigDict, asked: Collection[str]) -> ConfigDict:
             taken = text_of(saved, run) if part == "text" else tower_of(saved, part)
         leave_begin_token(taken, asked)
         leave_shorter_sounds(taken, config, asked)
-        for field, value in taken.items():
+        for field, value in flatten_dict(taken, sep=".").items():
             refuse_contradiction(config, field, value, asked, f"{part}={run!r}")
+        for field, value in taken.items():
+            if field == "model.tower":  # what weights do not decide of it stays, such as attention
+                value = config.model.tower.to_dict() | value
             set_field(chosen, field, value)
     return chosen
 
@@ -552,7 +555,9 @@ def leaves_of_run(run: str, part: str) -> dict[str, Any]:
 
 def _by_layer(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Splits stacked blocks: `.../layers/block_1/x` [periods, ...] to `.../layers/<layer>/x`."""
-    blocks = {int(m[2]) for m in map(BLOCK.fullmatch, leaves) if m}
+    blocks: dict[str, set[str]] = {}  # of each stack, whose periods may be of other lengths
+    for match in filter(None, map(BLOCK.fullmatch, leaves)):
+        blocks.setdefault(match[1], set()).add(match[2])
     found: dict[str, Any] = {}
     for path, leaf in leaves.items():
         match = BLOCK.fullmatch(path)
@@ -561,7 +566,7 @@ def _by_layer(leaves: Mapping[str, Any]) -> dict[str, Any]:
             continue
         before, block, after = match[1], int(match[2]), match[3]
         for period in range(leaf.shape[0]):
-            found[f"{before}/{period * len(blocks) + block}/{after}"] = leaf[period]
+            found[f"{before}/{period * len(blocks[before]) + block}/{after}"] = leaf[period]
     return found
 
 
