@@ -14,8 +14,8 @@ from unified_mm.config import Config
 from unified_mm.data import cleaning
 from unified_mm.data.cleaning import (
     cleaned,
-    dropped_cases,
     differences,
+    dropped_cases,
     look_at,
     near_pairs,
     of_sound_ones,

@@ -132,6 +132,10 @@ def test_sources_are_opened_by_name_and_each_is_scored_apart(tmp_path):
     assert isinstance(mixture_of(data, found["train"].records), Mixture)
     with pytest.raises(ValueError, match="no source of data.mixture has a split 'test'"):
         source.manifest("test")
+    # What is trained on is no split to score on, whatever it is called.
+    config.data.train_split = "val"
+    other = open_source(Config(config.to_dict()).data)
+    assert other.splits() == ["train", "val", "train_a", "train_b"]
 
 
 def test_the_folders_of_sources_are_named_whole(tmp_path, monkeypatch):
@@ -143,6 +147,9 @@ def test_the_folders_of_sources_are_named_whole(tmp_path, monkeypatch):
         "far": {"dir": "gs://there/it", "share": 0.5},
         "drawn": {"source": "world", "share": 0.5},
     }
-    found = resolve(recipe, lambda line: None).data.mixture
+    recipe.config.data.manifest = "cleaned/manifest.json"
+    resolved = resolve(recipe, lambda line: None).data
+    assert resolved.manifest == str(tmp_path / "cleaned" / "manifest.json")
+    found = resolved.mixture
     assert found.near.dir == str(tmp_path / "here") and found.far.dir == "gs://there/it"
     assert "dir" not in found.drawn

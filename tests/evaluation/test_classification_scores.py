@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import tiny
 
+from unified_mm.data.records import Manifest, Record
 from unified_mm.evaluation.classification import (
     area_under_curve,
     average_precision,
@@ -10,6 +12,14 @@ from unified_mm.evaluation.classification import (
     one_class_scores,
 )
 from unified_mm.evaluation.directions import higher_is_better
+from unified_mm.evaluation.evaluate import Split, check_split
+
+OTHERS = ("captioning", "contrastive", "matching")
+MANY = {
+    "objectives__classification__weight": 1.0,
+    "objectives__classification__many": True,
+    "objectives__classification__classes": ("a", "b"),
+}
 
 
 def drawn(seed, ties):
@@ -52,6 +62,28 @@ def test_classes_that_all_or_none_have_are_left_out():
     assert many_class_scores(scores, labels) == many_class_scores(scores[:, kept], labels[:, kept])
     with pytest.raises(ValueError, match="no class is there in some"):
         many_class_scores(scores[:, [2]], labels[:, [2]])
+
+
+def test_classes_that_are_not_known_leave_numbers():
+    found, chance = one_class_scores(np.eye(3), np.zeros((3, 3), bool), ["a", "b", "c"])
+    assert found == {"accuracy": 0.0} and chance == {"accuracy": 0.0}
+
+
+def test_a_part_of_a_folder_of_classes_has_them_all():
+    """Folders list them class by class."""
+    records = tuple(
+        Record(f"{name}{number}", {}, (), False, (name,)) for name in "abc" for number in range(4)
+    )
+    cut = Split(Manifest("val", records, "", "", "")).first(6)
+    assert [record.labels[0] for record in cut.manifest.records] == list("aabbcc")
+
+
+def test_tags_that_tell_nothing_apart_are_refused_before_training():
+    task = tiny.task(**{f"objectives__{name}__weight": 0.0 for name in OTHERS}, **MANY)
+    for labels in ((), ("a",)):
+        records = tuple(Record(n, {"image": "x"}, (), False, labels) for n in range(3))
+        with pytest.raises(ValueError, match="no class of objectives.classification is there in"):
+            check_split(Split(Manifest("val", records, "", "", "")), task)
 
 
 def test_one_class_each():

@@ -18,6 +18,7 @@ from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.evaluation.evaluate import Split, check_split
 from unified_mm.parallel.sharding import path_of
 from unified_mm.task import build_task
+from unified_mm.training import start_from
 from unified_mm.training.start_from import (
     config_from_run,
     load_params,
@@ -141,6 +142,33 @@ def test_a_field_that_contradicts_the_weights_is_refused(late):
     assert (
         config_from_run(config, ()).data.special_tokens.to_dict() == saved["data"]["special_tokens"]
     )
+
+
+def test_a_field_of_a_tower_that_contradicts_the_weights_is_refused(clip):
+    config = tiny.config_dict(
+        model__fusion="late",
+        model__start_from__image=str(clip),
+        model__tower__layers=3,
+        model__tower__attention="chunked",
+    )
+    with pytest.raises(ValueError, match=r"model.tower.layers=3, but the weights .* have 1"):
+        config_from_run(config, ("model.tower.layers",))
+    found = config_from_run(config, ("model.tower.attention",)).model.tower
+    assert found.layers == 1 and found.attention == "chunked"
+
+
+def test_layers_are_counted_by_stack():
+    """The periods of one may be of two blocks, and those of another of one."""
+    leaves = {
+        "transformer/layers/block_0/x": np.arange(0, 6, 2),
+        "transformer/layers/block_1/x": np.arange(1, 6, 2),
+        "towers_image/layers/block_0/x": np.arange(10, 13),
+    }
+    found = start_from._by_layer(leaves)
+    assert {path: int(leaf) for path, leaf in found.items()} == {
+        **{f"transformer/layers/{layer}/x": layer for layer in range(6)},
+        **{f"towers_image/layers/{layer}/x": 10 + layer for layer in range(3)},
+    }
 
 
 CLIP = {

@@ -312,7 +312,8 @@ class _Container:
         """Decodes from the key frame before each number, or on from the last frame."""
         container, stream = self._container, self._stream
         decoded: Iterator[Any] = iter(())
-        frame, given = None, None  # the frame that was decoded last, and what was made of it
+        frame: Any = None  # that was decoded last
+        given = None  # what was made of it
         for number in numbers:
             target = int(self._pts[number])
             starts = self._starts(target)

@@ -27,10 +27,16 @@ def one_class_scores(
         for i, name in enumerate(names)
         if labels[:, i].any()
     }
-    mean = float(np.mean(list(by_class.values())))
-    scores = {"accuracy": float(right.mean()), "mean_per_class": mean, **by_class}
-    alike = dict.fromkeys(("mean_per_class", *by_class), 1 / len(names))
-    return scores, {"accuracy": float(labels.mean(0).max()), **alike}
+    scores = {"accuracy": float(right.mean())}
+    if by_class:  # else all examples are of classes that are not known
+        scores |= {"mean_per_class": float(np.mean(list(by_class.values()))), **by_class}
+    alike = dict.fromkeys(scores, 1 / len(names))
+    return scores, alike | {"accuracy": float(labels.mean(0).max())}
+
+
+def some_of(labels: Bool[np.ndarray, "B C"]) -> list[int]:
+    """Returns the classes that some examples have and others have not: they alone can be scored."""
+    return [i for i in range(labels.shape[1]) if 0 < labels[:, i].sum() < len(labels)]
 
 
 def many_class_scores(
@@ -43,7 +49,7 @@ def many_class_scores(
     """
     from statistics import NormalDist
 
-    scored = [i for i in range(labels.shape[1]) if 0 < labels[:, i].sum() < len(labels)]
+    scored = some_of(labels)
     if not scored:
         raise ValueError("no class is there in some of the examples and not in others")
     precisions = [average_precision(probabilities[:, i], labels[:, i]) for i in scored]

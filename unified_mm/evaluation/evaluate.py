@@ -16,7 +16,7 @@ from unified_mm.data.records import Manifest, Record, Text
 from unified_mm.data.sounds import library
 from unified_mm.evaluation import answers, retrieval
 from unified_mm.evaluation.caption_scores import CHARACTERS, caption_scores
-from unified_mm.evaluation.classification import many_class_scores, one_class_scores
+from unified_mm.evaluation.classification import many_class_scores, one_class_scores, some_of
 from unified_mm.evaluation.few_shot import FewShot, check_few_shot, few_shot_scores
 from unified_mm.evaluation.transcripts import empty_shares, transcript_scores
 from unified_mm.inference.predictor import Predictor, mean_directions, window_means
@@ -70,8 +70,15 @@ class Split:
         return self.captioned or list({record.id: record for record, _ in self.asked}.values())
 
     def first(self, count: int) -> Split:
-        """Returns the split cut to its first `count` images and what belongs to them."""
-        records = self.manifest.records[:count]
+        """Returns the split cut to its first `count` images and what belongs to them.
+
+        Of examples with classes, which folders list class by class, it is so many evenly spread.
+        """
+        records = self.manifest.records
+        if len(records) > count and any(record.labels for record in records):
+            places = np.linspace(0, len(records) - 1, count).round().astype(int)
+            records = tuple(records[place] for place in places)
+        records = records[:count]
         kept = {record.id for record in records}
         return replace(
             self,
@@ -153,7 +160,14 @@ def check_split(split: Split, task: Task) -> None:
             "name one that the tokenizer knows with data.special_tokens.bos, such as the "
             "<|endoftext|> of Qwen"
         )
-    classified = any(classified_records(split, each) for each in classifications(task))
+    classified = [each for each in classifications(task) if classified_records(split, each)]
+    for each in classified:
+        if each.many and not some_of(classes_of(classified_records(split, each), each.classes)):
+            raise ValueError(
+                f"{where}: no class of objectives.{each.name} is there in some of the examples and "
+                "not in others, so that nothing can be told apart: give them classes in the field "
+                "data.fields.label, or score another split"
+            )
     transcribed = [each for each in transcriptions(task) if transcribed_records(split, each)]
     if transcribed or (writes and split.transcripts):
         library("jiwer")  # an extra that is missing is said before training, not after it
@@ -264,6 +278,11 @@ def classified_records(split: Split, objective: Classification) -> list[Record]:
     return [record for record in records if record.labels or objective.many]
 
 
+def classes_of(records: Sequence[Record], names: Sequence[str]) -> Bool[np.ndarray, "B C"]:
+    """Returns which classes records have."""
+    return np.array([[name in record.labels for name in names] for record in records])
+
+
 def score_classes(predictor: Predictor, split: Split, found: Scores, batch_size: int) -> None:
     """Adds the scores of every classification; examples of unknown classes count as wrong."""
     for objective in classifications(predictor.task):
@@ -277,7 +296,7 @@ def score_classes(predictor: Predictor, split: Split, found: Scores, batch_size:
                 f"{len(strange)} of {len(records)} examples are of classes that the model does not "
                 f"know, first {strange[0].labels}: objectives.{objective.name} is wrong about them"
             )
-        labels = np.array([[name in record.labels for name in names] for record in records])
+        labels = classes_of(records, names)
         rated = over_windows(
             predictor,
             records,
@@ -536,7 +555,7 @@ def score_compared_foils(
 
         def vectors(rows: Sequence[Record], of: str, space: str = contrasts[0].name) -> Any:
             embed = partial(predictor.embed, of=of, objective=space)
-            return np.array(predictor.over(rows, batch_size, embed))
+            return over_windows(predictor, rows, of, batch_size, embed, found, mean_directions)
 
         records = list({foil.image_id: by_id[foil.image_id] for foil in foils}.values())
         place = {record.id: number for number, record in enumerate(records)}

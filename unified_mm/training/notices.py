@@ -8,6 +8,7 @@ import numpy as np
 
 from unified_mm.config import Config
 from unified_mm.data.records import Manifest
+from unified_mm.objectives.captioning import Captioning
 from unified_mm.objectives.transcription import Transcription
 from unified_mm.task import Task
 from unified_mm.training.phases import phase_options
@@ -125,6 +126,7 @@ def average_line(train: Any) -> str:
 def crop_lines(task: Task, train: Manifest) -> list[str]:
     """Says of each modality how many of its items are longer than the model takes in at a time."""
     lines = []
+    writes = any(isinstance(each, (Captioning, Transcription)) for each in task.objectives)
     for name, modality in task.modalities.items():
         parts = [record.parts[name] for record in train.records if name in record.parts]
         if not parts or not (hasattr(modality, "windows") or hasattr(modality, "longer")):
@@ -133,11 +135,12 @@ def crop_lines(task: Task, train: Manifest) -> list[str]:
         longer = modality.longer if middle else (lambda part, m=modality: len(m.windows(part)) > 1)
         places = np.linspace(0, len(parts) - 1, min(len(parts), MEASURED), dtype=int)
         long = sum(longer(parts[place]) for place in places)
+        texts = ", and texts are written about the beginning" * (writes and not middle)
         if long:
             lines.append(
                 f"{long:,} of {len(places):,} {name}s that were looked at are longer than "
                 f"model.modalities.{name}.seconds={modality.seconds:g}: training takes a random "
-                f"part of each, evaluation the {'middle' if middle else 'mean of several'}"
+                f"part of each, evaluation the {'middle' if middle else 'mean of several'}{texts}"
             )
     return lines
 

@@ -556,8 +556,8 @@ def leaves_of_run(run: str, part: str) -> dict[str, Any]:
 def _by_layer(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Splits stacked blocks: `.../layers/block_1/x` [periods, ...] to `.../layers/<layer>/x`."""
     blocks: dict[str, set[str]] = {}  # of each stack, whose periods may be of other lengths
-    for match in filter(None, map(BLOCK.fullmatch, leaves)):
-        blocks.setdefault(match[1], set()).add(match[2])
+    for each in filter(None, map(BLOCK.fullmatch, leaves)):
+        blocks.setdefault(each[1], set()).add(each[2])
     found: dict[str, Any] = {}
     for path, leaf in leaves.items():
         match = BLOCK.fullmatch(path)
