@@ -28,6 +28,7 @@ from unified_mm.training.features import (
     kept_in,
     kept_preparers,
     with_kept,
+    write_features,
 )
 from unified_mm.training.optimizer import adaptive_clip
 from unified_mm.training.phases import Rows, refuse_nothing_kept
@@ -149,11 +150,27 @@ def test_labels_are_added_to_features_too(data, tmp_path):
         with_kept(object(), modality, kept)
 
 
+def test_a_run_that_is_to_end_while_features_are_computed_leaves_nothing(data, tmp_path):
+    task, params, rows, _ = begun(data, tmp_path, ("['stem']",), **SMALL_STEM)
+    batches = []
+
+    def leave():
+        batches.append(1)
+        raise SystemExit(143)
+
+    kept, predictor = rows.preparers["image"], Predictor(task, params, one_device_mesh())
+    with pytest.raises(SystemExit):
+        write_features(kept, rows.examples, task, predictor, False, leave)(tmp_path / "made")
+    assert len(batches) == 1 and not list(tmp_path.glob("*made*"))
+
+
 def test_features_are_found_again_and_a_damaged_file_is_made_again(data, tmp_path):
     _, params, _, compute = begun(data, tmp_path, ("['stem']",), **SMALL_STEM)
     said = []
     folder = Path(compute(say=said.append).preparers["image"].folder)
-    assert said == ["features of 12 views of image: computed once"]
+    assert len(said) == 1 and said[0].startswith(
+        "features of 12 views of image: computed once (0 MB"
+    )
     whole = (folder / VALUES).read_bytes()
     assert compute(say=said.append).preparers["image"].folder == str(folder) and len(said) == 1
     (folder / VALUES).write_bytes(whole[:-1] + b"!")

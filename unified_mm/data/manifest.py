@@ -538,7 +538,7 @@ def _cache_key(
     folder: Path, split: str, source: str, listing: Listing, stats: Stats, check_at_most: int
 ) -> str:
     setting = [FORMAT, PIL.__version__, str(folder), split, source, check_at_most]
-    setting += [listing.directional, listing.stamp]
+    setting += [listing.directional, listing.stamp, *sorted(listing.media.items())]
     digest = hashlib.sha256(json.dumps([setting, listing.problems], default=_members).encode())
     for entry in listing.entries:
         stat = stats.get(entry.image) if isinstance(entry.image, Path) else None

@@ -91,7 +91,7 @@ class ImageModality:
 
     def count_views(self, record: Record) -> int:
         """Returns how many views of an example are known beforehand."""
-        return self.views
+        return self.views if self.name in record.parts else 0
 
     def draw_view(self, record: Record, rng: np.random.Generator) -> int:
         """Returns the number of one of `views`, drawn."""

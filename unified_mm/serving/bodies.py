@@ -51,13 +51,15 @@ def body_of(asked: type[Asked]) -> Callable[[Request], Awaitable[Asked]]:
 
 def check_limits(fields: Fields, limits: Limits) -> None:
     """Raises Refusal for texts that are too long, and for too many of anything."""
+    sent = 0  # files, of all fields
     for name in type(fields).model_fields:
         value = getattr(fields, name)
         each = value if isinstance(value, list) else [value]
-        pictures = sum(isinstance(item, bytes) for item in each)
-        most = limits.pictures if pictures else limits.texts
-        if len(each) > most:
-            raise Refusal(422, "too_many", f"{name}: {len(each)} given, at most {most} are taken")
+        files = any(isinstance(item, bytes) for item in each)
+        sent += len(each) * files
+        count, most = (sent, limits.pictures) if files else (len(each), limits.texts)
+        if count > most:
+            raise Refusal(422, "too_many", f"{name}: {count} given, at most {most} are taken")
         longest = max((len(item) for item in each if isinstance(item, str)), default=0)
         if longest > limits.characters:
             message = f"{name}: {longest} characters, at most {limits.characters} are read"

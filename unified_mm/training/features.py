@@ -45,7 +45,7 @@ from unified_mm.runs.seal import SEAL, broken_files, write_seal
 from unified_mm.task import Task
 from unified_mm.training.start_from import READS
 
-FORMAT = 1  # raise it when what is kept changes: files of an older format are not found then
+FORMAT = 2  # raise it when what is kept changes: files of an older format are not found then
 ROUNDED = 8  # tokens of a text that a reader reads, up to a multiple of these
 BATCH = 64  # or the next number that the devices divide
 ON_CPU = 16  # what 16 pictures become stays in a CPU's cache: a quarter faster than 64
