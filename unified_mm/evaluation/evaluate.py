@@ -160,19 +160,16 @@ def check_split(split: Split, task: Task) -> None:
             "name one that the tokenizer knows with data.special_tokens.bos, such as the "
             "<|endoftext|> of Qwen"
         )
-    classified = [each for each in classifications(task) if classified_records(split, each)]
-    for each in classified:
-        if each.many and not some_of(classes_of(classified_records(split, each), each.classes)):
-            raise ValueError(
-                f"{where}: no class of objectives.{each.name} is there in some of the examples and "
-                "not in others, so that nothing can be told apart: give them classes in the field "
-                "data.fields.label, or score another split"
-            )
+    found = [each for each in classifications(task) if classified_records(split, each)]
+    alike = [alike_line(each, classified_records(split, each)) for each in found]
+    classified = not all(alike)
     transcribed = [each for each in transcriptions(task) if transcribed_records(split, each)]
     if transcribed or (writes and split.transcripts):
         library("jiwer")  # an extra that is missing is said before training, not after it
     scored = images or compared or classified or transcribed
     if not scored and not (writes and split.asked):
+        if alike:
+            raise ValueError(f"{where}: {alike[0]}")
         unanswered = f"; its {len(split.asked)} questions need objectives.captioning"
         raise ValueError(
             f"{where} has no image with a caption: there is nothing to score"
@@ -278,6 +275,16 @@ def classified_records(split: Split, objective: Classification) -> list[Record]:
     return [record for record in records if record.labels or objective.many]
 
 
+def alike_line(objective: Classification, records: Sequence[Record]) -> str:
+    """Says that examples cannot be told apart by their tags; '' where they can."""
+    if not objective.many or some_of(classes_of(records, objective.classes)):
+        return ""
+    return (
+        f"no class of objectives.{objective.name} is there in some of the {len(records)} examples "
+        "and not in others, so that it cannot be scored: data.fields.label names their field"
+    )
+
+
 def classes_of(records: Sequence[Record], names: Sequence[str]) -> Bool[np.ndarray, "B C"]:
     """Returns which classes records have."""
     return np.array([[name in record.labels for name in names] for record in records])
@@ -288,6 +295,9 @@ def score_classes(predictor: Predictor, split: Split, found: Scores, batch_size:
     for objective in classifications(predictor.task):
         records = classified_records(split, objective)
         if not records:
+            continue
+        if alike := alike_line(objective, records):
+            found.warnings.append(alike)
             continue
         names = objective.classes
         strange = [record for record in records if set(record.labels) - set(names)]
