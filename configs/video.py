@@ -9,9 +9,10 @@ COCO's JSON with `video` in place of `file_name`. Containers need `pip install u
 
 | size | parameters | hardware | time | caption to clip R@1, R@10; direction, event |
 | --- | --- | --- | --- | --- |
-| `tiny` | 0.68 M | 2 CPU cores | 900 steps, not measured | not measured |
+| `tiny` | 0.68 M | 2 CPU cores | 800 steps, 11 CPU minutes | 0.598, 1.000; 1.000, 0.932 |
 | `base` | not counted | one accelerator | not measured | not measured |
 
+Scores are of 400 clips that it draws, one seed; of 400 a caption's words alone allow R@1 0.955.
 Direction and event are `foil/video/accuracy/...`: how often a clip is nearer to its caption than to
 the same with one word made false. `tiny` learns from such foils too, of the training captions: for
 clips of your own without them, set `--config.objectives.contrastive.foils=False`.
@@ -54,6 +55,7 @@ def get_config(size: str = "auto") -> ConfigDict:
     config.model.update({"width": 96, "layers": 4, "heads": 4, "feed_forward": 384})
     video.patch = 12
     config.model.modalities.text.length = 20
-    config.train.update({"steps": 900, "batch_size": 64, "learning_rate": 2e-3})
+    config.train.update({"optimizer": "muon", "learning_rate": 8e-3})
+    config.train.update({"steps": 800, "batch_size": 64})
     config.checkpoint.every = 200
     return config
