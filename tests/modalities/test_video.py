@@ -12,12 +12,13 @@ import tiny
 from PIL import Image
 
 from unified_mm.config import Config
+from unified_mm.data.clips import ClipError
 from unified_mm.data.listing import Foil
 from unified_mm.data.pipeline import training_batches
 from unified_mm.data.records import Manifest, Record
 from unified_mm.evaluation.evaluate import Scores, Split, score_compared_foils
 from unified_mm.files import write_json
-from unified_mm.inference.loaded import one_device_mesh
+from unified_mm.inference.loaded import one_device_mesh, read_file
 from unified_mm.inference.predictor import Predictor
 from unified_mm.modalities.video import inflated, tubelets
 from unified_mm.objectives.classification import LABELS
@@ -75,6 +76,16 @@ def batch_of(size=4, seed=0):
         LABELS: np.eye(2, dtype=np.float32)[np.arange(size) % 2],
     }
     return {"video": jax.tree.map(jnp.asarray, clip), "text": text}
+
+
+def test_a_clip_of_ones_own_may_be_longer_than_an_upload(tmp_path):
+    video = task_of().modalities["video"]
+    path = tmp_path / "long.npz"
+    np.savez(path, frames=np.zeros((3, 16, 16, 3), np.uint8), fps=0.001)
+    (shown,) = read_file(video, path)
+    assert shown["present"]
+    with pytest.raises(ClipError, match="3000 seconds are over 600"):
+        video.read_windows(path.read_bytes())
 
 
 def embedded(task, params, batch):

@@ -79,7 +79,7 @@ def rates_of(monkeypatch, capsys):
                 yield None
 
         monkeypatch.setattr("time.perf_counter", lambda: clock.now)
-        monkeypatch.setattr(loop, "computed", lambda phase, *_: phase)
+        monkeypatch.setattr(loop, "computed", lambda phase, *_, **__: phase)
         monkeypatch.setattr(loop, "phase_batches", batches)
         monkeypatch.setattr(loop, "to_global", lambda rows, mesh: rows)
         monkeypatch.setattr(loop, "shares_threads", lambda mesh: one_by_one)

@@ -512,7 +512,9 @@ def read_file(modality: Any, path: str | os.PathLike[str]) -> list[dict[str, np.
             raise pictures.ImageError(str(path), "is no file but a folder or a device")
         raise FileNotFoundError(f"there is no {modality.name} {str(path)!r}")
     try:
-        return windows_of(modality, os.fspath(path))
+        # What reads windows finds its own way in a file, of which it need not read all.
+        named = hasattr(modality, "read_windows")
+        return windows_of(modality, os.fspath(path) if named else Path(path).read_bytes())
     except OSError as error:
         raise pictures.ImageError(str(path), f"unreadable: {error.strerror or error}") from error
     except ValueError as error:

@@ -104,6 +104,12 @@ class VideoModality:
         with clips.opened(content, limited=True) as clip:
             return self._arrays(clip, None, False)
 
+    def read_windows(self, part: Any) -> list[dict[str, np.ndarray]]:
+        """Returns the arrays of a part, or of what an uploaded file holds, which has limits."""
+        if isinstance(part, bytes):
+            return [self.read(part)]
+        return [self.prepare(Record(0, {self.name: part}, (), False), None)]
+
     def longer(self, part: Any) -> bool:
         """Returns whether a clip is longer than what is taken of it."""
         if not self.seconds:
