@@ -281,17 +281,21 @@ def refuse_existing(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, what: str = "--out") -> Iterator[Path]:
     """Yields a temporary folder next to `path`, and renames it to `path` when the body succeeds.
 
     If the body fails, nothing is left. A killed process leaves a folder whose name begins with a
     dot.
 
+    Args:
+      path: of the folder.
+      what: the flag or field that named it, for messages.
+
     Raises:
-      ValueError: if `path`, which `--out` named, exists or cannot be created.
+      ValueError: if `path` exists or cannot be created.
     """
     refuse_existing(path)
-    with naming(f"--out={path}"):
+    with naming(f"{what}={path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         half = Path(tempfile.mkdtemp(prefix=f".{path.name}.unfinished-", dir=path.parent))
     try:

@@ -31,7 +31,7 @@ import numpy as np
 from unified_mm.data.pipeline import evaluation_batches
 from unified_mm.data.records import Record, Stored
 from unified_mm.data.sources import cache_folder
-from unified_mm.files import new_folder, read_json, write_json
+from unified_mm.files import new_folder
 from unified_mm.inference.predictor import Predictor
 from unified_mm.modalities.text import READER_KEYS
 from unified_mm.models.late import LateFusion, WithTowers
@@ -53,7 +53,7 @@ ON_CPU = 16  # what 16 pictures become stays in a CPU's cache: a quarter faster 
 # of a reader of texts.
 TOWER, STEM, READ, READER = "looked", "features", "read", SENTENCE
 OF_TEXT = (READ, READER)
-VALUES, VALID, ABOUT = "values.f32", "valid.bool", "about.json"
+VALUES, VALID = "values.f32", "valid.bool"
 Prepared = dict[str, np.ndarray]
 
 
@@ -408,7 +408,6 @@ def is_whole(folder: Path, say: Callable[[str], None]) -> bool:
         return False
     bad = broken_files(folder) if (folder / SEAL).is_file() else (SEAL,)
     if not bad:
-        read_json(folder / ABOUT)
         return True
     say(f"{folder} is damaged ({', '.join(bad)}): it is made again")
     mapped.cache_clear()
@@ -456,16 +455,14 @@ def write_features(
                 pass
             wait_for_all("features are written")
             return
-        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with new_folder(folder) as half:
+            with new_folder(folder, "data.cache_dir") as half:
                 with open(half / VALUES, "wb") as values, open(half / VALID, "wb") as valid:
                     for numbers, *outcome in outcomes():
                         for file, rows in zip((values, valid), outcome, strict=True):
                             for number, row in zip(numbers, rows, strict=False):  # then filling
                                 file.seek(int(number) * row.nbytes)
                                 file.write(row.tobytes())
-                write_json(half / ABOUT, {"views": len(views), "shape": list(kept.shape)})
                 write_seal(half)
         except (OSError, ValueError):
             if not (folder / SEAL).is_file():  # else another run was faster
