@@ -49,7 +49,7 @@ def get_config(kind: str) -> ConfigDict:
     config.objectives.transcription.update({"units": "words", "slots": 1})
     config.model.modalities.audio.update({"seconds": SECONDS, "patch": (8, 16)})
     config.model.modalities.audio.update({"mask_frames": 20, "mask_mels": 8})
-    config.train.update({"steps": 600, "learning_rate": 2e-3})
+    config.train.update({"steps": 450, "optimizer": "muon", "learning_rate": 8e-3})
     config.evaluation.update({"negatives": 100, "best_by": ""})
     return config
 

@@ -33,6 +33,6 @@ def get_config() -> ConfigDict:
         objective.weight = 0.0
     config.objectives.contrastive.update({"weight": 1.0, "between": "image,audio,text"})
     config.train.update({"optimizer": "muon", "learning_rate": 8e-3})
-    config.train.update({"steps": 300, "batch_size": 64})
+    config.train.update({"steps": 200, "batch_size": 64})
     config.checkpoint.every = 100
     return config
