@@ -134,7 +134,9 @@ def judged(
             names = [
                 Path(str(pictures.records[i].image)).name for i in (place, case.other) if i >= 0
             ]
-            named.append([verdict, kinds[place], case.reason, round(case.measure, 4), *names])
+            named.append(
+                [verdict, kinds[place], pictures.told(case), round(case.measure, 4), *names]
+            )
         verdicts.append((reason, verdict, kinds[place]))
     counts = Counter((reason, verdict) for reason, verdict, _ in verdicts)
     by_reason = {}
