@@ -42,10 +42,12 @@ def test_pairs_of_one_origin_are_true_and_equal_pixels_are_doubles(tmp_path):
     assert counts["the same file as"] == (3, 0, 0) and counts["a copy of"] == (0, 0, 1)
     assert counts["a mirror image of"] == (1, 0, 0) and counts["of one colour"] == (1, 0, 0)
 
-    wrong = {"copies": (filters["copies"], [Case(4, 1.0, "a copy of train/x", 2)])}
+    wrong = {"copies": (filters["copies"], [Case(4, 1.0, "a copy of", 2)])}
     told = judged(pictures, origins, wrong)
     assert told["reasons"]["a copy of"]["precision"] == 0
-    assert told["not planted"] == [["false", "sound", "a copy of train/x", 1.0, "3.png", "1.png"]]
+    ((*verdict, reason, measure, one, other),) = told["not planted"]
+    assert verdict == ["false", "sound"] and (measure, one, other) == (1.0, "3.png", "1.png")
+    assert reason == "a copy of train/sound 1.png"
 
 
 def test_a_share_of_the_pictures_have_the_captions_of_another(tmp_path):
