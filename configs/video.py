@@ -12,7 +12,7 @@ COCO's JSON with `video` in place of `file_name`. Containers need `pip install u
 | `tiny` | 0.68 M | 2 CPU cores | 800 steps, 11 CPU minutes | 0.598, 1.000; 1.000, 0.932 |
 | `base` | not counted | one accelerator | not measured | not measured |
 
-Scores are of 400 clips that it draws, one seed; of 400 a caption's words alone allow R@1 0.955.
+Scores are of 400 clips that it draws, one seed; captions that are equal bound R@1 at 0.955.
 Direction and event are `foil/video/accuracy/...`: how often a clip is nearer to its caption than to
 the same with one word made false. `tiny` learns from such foils too, of the training captions: for
 clips of your own without them, set `--config.objectives.contrastive.foils=False`.

@@ -10,8 +10,7 @@ ESC10 is a folder of `esc10.csv` (filename, fold, category) and `audio/`. The se
 to three clips to each other, of different classes, each begun anywhere and up to 6 dB louder or
 softer than the first: 1,200 mixtures of the other folds and 200 of the one that is held out.
 
-The control of the classes, kernel ridge on the pooled spectrum, has 0.81; a mixture's tags are
-found by chance with a mean average precision of about 0.18.
+A mixture's tags are found by chance with a mean average precision of about 0.18.
 """
 
 from __future__ import annotations

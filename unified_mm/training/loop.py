@@ -258,7 +258,7 @@ class Run:
         return self.fresh or self.stopping or self.computing or self.checkpoints.saving
 
     def leave(self) -> None:
-        """Ends a run that was asked to stop before its first step: there is nothing to save."""
+        """Ends a run that was asked to stop before a phase's first step: all before is saved."""
         if self.stop.signal is not None:
             raise SystemExit(self.stop.exit_code)
 
