@@ -3,8 +3,8 @@
     python -m experiments.digit_strings --digits=FSDD --out=data/takes
     python -m experiments.digit_strings --digits=FSDD --out=data/george --leave_out=george
     python -m unified_mm.main --config=experiments/digit_strings.py:both \
-        --config.data.dir=data/takes --workdir=runs/takes
-    python -m experiments.digit_strings --run=runs/takes --sounds=ESC10/audio
+        --config.data.dir=data/takes --config.data.negatives_of=ESC10/audio/[123]-* \
+        --config.evaluation.negatives_of=ESC10/audio/4-* --workdir=runs/takes
 
 FSDD is a folder of `fsdd.csv` (filename, digit, speaker, take) and `audio/`. A string is two to
 five digits of one speaker. Held out are the takes 5 to 9 of all, or all of a speaker; what is
@@ -21,8 +21,6 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +31,9 @@ from unified_mm.data import sounds
 from unified_mm.world.tones import DIGITS, write_wave
 
 RECIPE = str(Path(__file__).parents[1] / "configs" / "audio.py")
-COUNTS = {"train": 4000, "val": 300}
+COUNTS = {"train": 8000, "val": 300}
 HELD_OUT = range(5, 10)  # takes
 SECONDS = 4.0
-SPEEDS = (0.8, 1.25)  # of what is learned from
 WEIGHTS = {"captioner": (1.0, 0.0), "ctc": (0.0, 1.0), "both": (1.0, 1.0)}
 
 
@@ -47,7 +44,7 @@ def get_config(kind: str) -> ConfigDict:
     config: ConfigDict = load_recipe(RECIPE).get_config("speech")
     config.objectives.captioning.weight, config.objectives.transcription.weight = WEIGHTS[kind]
     config.objectives.transcription.update({"units": "words", "slots": 1})
-    config.model.modalities.audio.update({"seconds": SECONDS, "patch": (8, 16)})
+    config.model.modalities.audio.update({"seconds": SECONDS, "patch": (8, 16), "speed": 1.3})
     config.model.modalities.audio.update({"mask_frames": 20, "mask_mels": 8})
     config.train.update({"steps": 450, "optimizer": "muon", "learning_rate": 8e-3})
     config.evaluation.update({"negatives": 100, "best_by": ""})
@@ -80,8 +77,6 @@ def write_strings(digits: Path, out: Path, leave_out: str) -> None:
             own = [row for row in kept if row["speaker"] == speakers[rng.integers(len(speakers))]]
             chosen = [own[rng.integers(len(own))] for _ in range(rng.integers(2, 6))]
             wave = joined([waves[row["filename"]] for row in chosen], rng)
-            if split == "train":
-                wave = faster(wave, rng.uniform(*SPEEDS))
             write_wave(out / split / f"{number}.wav", wave)
             text = " ".join(DIGITS[int(row["digit"])] for row in chosen)
             lines.append(f"{number}.wav,{text}")
@@ -98,51 +93,13 @@ def joined(waves: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
     return found + rng.normal(size=len(found)) * 10 ** rng.uniform(-4, -2.5)
 
 
-def faster(wave: np.ndarray, speed: float) -> np.ndarray:
-    """Returns a sound that is so many times as fast, and as high."""
-    return np.interp(np.arange(0, len(wave) - 1, speed), np.arange(len(wave)), wave)
-
-
-def say_empty(run: str, folder: Path) -> None:
-    """Says of how many sounds of a folder each way of writing says nothing, as it should."""
-    from unified_mm import load
-    from unified_mm.data.records import Record
-    from unified_mm.evaluation.evaluate import transcriptions
-    from unified_mm.inference.predictor import Predictor
-    from unified_mm.objectives.captioning import Captioning
-
-    model = load(run)
-    predictor: Predictor = model.predictor
-    files = sorted(p for p in folder.glob("*") if p.suffix in sounds.SUFFIXES)
-    records = [Record(file.name, {"audio": str(file)}, (), False) for file in files]
-    cut = {"audio": replace(model.task.modalities["audio"], longer="crop")}
-    over = partial(predictor.over, preparers={**model.task.modalities, **cut})
-    written = {
-        each.name: over(records, 50, partial(predictor.transcribe, objective=each))
-        for each in transcriptions(model.task)
-    }
-    if predictor.can(Captioning):
-        empty = [""] * 50
-        written["caption"] = over(records, 50, lambda batch: predictor.write(batch, empty))
-    for name, texts in written.items():
-        share = sum(not text for text in texts) / len(texts)
-        print(f"{name}/empty_on_sounds {share:.3f} of {len(texts)} (first {SECONDS:g} seconds)")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--digits", type=Path, help="the folder of fsdd.csv")
-    parser.add_argument("--out", type=Path, help="where the strings are written")
+    parser.add_argument("--digits", type=Path, required=True, help="the folder of fsdd.csv")
+    parser.add_argument("--out", type=Path, required=True, help="where the strings are written")
     parser.add_argument("--leave_out", default="", help="a speaker to hold out")
-    parser.add_argument("--run", default="", help="a run that hears --sounds")
-    parser.add_argument("--sounds", type=Path, help="a folder of sounds in which nobody speaks")
     options = parser.parse_args()
-    if options.digits and options.out:
-        write_strings(options.digits, options.out, options.leave_out)
-    elif options.run and options.sounds:
-        say_empty(options.run, options.sounds)
-    else:
-        parser.error("give --digits and --out, or --run and --sounds")
+    write_strings(options.digits, options.out, options.leave_out)
 
 
 if __name__ == "__main__":

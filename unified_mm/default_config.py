@@ -170,6 +170,7 @@ class EvaluationOptions(ScoringOptions):
     # punctuation) or 'exact'; '' scores none.
     transcripts: str = option("", choices=("", "plain", "exact"))
     negatives: int = option(0, least=0)  # sounds of silence and noise, of which nothing be written
+    negatives_of: str = ""  # and of stretches of the files of this pattern, such as 'rain/*.wav'
     questions: bool = False  # score answers also where no question is trained on
     shots: tuple = ()  # examples in context, e.g. (0, 4, 8), for few-shot scores
     few_shot_images: int = 200  # that these are taken on, the first ones
@@ -263,6 +264,7 @@ def data_fields() -> dict:
         "max_bad_share": 0.05,  # of images that cannot be read, before the run is refused
         # Share of training examples that are made of silence and noise, with an empty text.
         "negatives": 0.0,
+        "negatives_of": "",  # and of stretches of the files of this pattern, such as 'rain/*.wav'
         "question_share": 0.0,  # how often a question with its answer is drawn, not a caption
         "tokenizer": "",  # a tokenizer.json; '' trains one on the training captions
         "vocabulary_size": 8192,  # of the one that is trained

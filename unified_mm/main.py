@@ -76,6 +76,7 @@ SETTABLE = {
         "evaluation.questions",
         "evaluation.transcripts",
         "evaluation.negatives",
+        "evaluation.negatives_of",
         "evaluation.shots",
         "evaluation.few_shot_images",
         "evaluation.few_shot_questions",

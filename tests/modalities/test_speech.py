@@ -143,6 +143,31 @@ def test_silence_and_noise_are_drawn_by_seed_and_sample():
     assert loud.min() < 20 and loud.max() > 300
 
 
+def test_negatives_of_files_are_stretches_of_them(tmp_path):
+    task = task_of()
+    wave = np.linspace(-0.9, 0.9, 3 * SAMPLES)  # each sample tells its place
+    for name in ("a.wav", "b.WAV"):
+        soundfile.write(tmp_path / name, wave, 16_000)
+    (tmp_path / "notes.txt").write_text("no sound")
+    made = negatives(task.modalities, 12, f"{tmp_path}/*")
+    kinds = [record.id.partition(" ")[0] for record in made]
+    assert kinds == ["silence", "noise", "sounds"] * 4
+    parts = [record.parts["audio"] for record in made if "file" in record.parts["audio"]]
+    assert [part["file"][-5] for part in parts] == ["a", "b"] * 2
+    audio, rng = task.modalities["audio"], np.random.default_rng(0)
+    heard = [audio.prepare(made[2], each) for each in (None, None, rng, rng)]
+    np.testing.assert_array_equal(heard[0]["samples"], heard[1]["samples"])
+    assert len({int(each["samples"][0]) for each in heard}) == 3  # anywhere, by the generator
+    for each in heard:
+        there = each["samples"][: each["length"]].astype(int)
+        assert 0.2 * SAMPLES - 1 <= len(there) <= SAMPLES and (np.diff(there) >= 0).all()
+    with pytest.raises(ValueError, match=r"negatives_of='.*/c\*': names no file of .*\.wav"):
+        negatives(task.modalities, 3, f"{tmp_path}/c*")
+    (tmp_path / "c.wav").write_bytes(b"RIFF")
+    with pytest.raises(ValueError, match=r"c\.wav"):
+        negatives(task.modalities, 3, f"{tmp_path}/*")
+
+
 RECIPE = """
 import tiny
 from unified_mm.config import defaults_of
@@ -158,7 +183,7 @@ def get_config():
     config.objectives.contrastive.weight = config.objectives.matching.weight = 0.0
     config.objectives.transcription.weight = 1.0
     config.data.update({"negatives": 0.25, "max_bad_share": 0.3})
-    config.evaluation.negatives = 4
+    config.evaluation.negatives = 6
     return config
 """
 WORDS = ("one", "two", "two one", "one, two")
@@ -182,9 +207,10 @@ def run(tmp_path_factory):
     (folder / "recipe.py").write_text(RECIPE)
     given = (f"--config={folder}/recipe.py", f"--config.data.dir={folder}/data")
     cache = f"--config.data.cache_dir={folder}/cache"
+    sounds = f"--config.evaluation.negatives_of={folder}/data/val/[01].wav"
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
-        assert commands.run_uncounted(*given, cache, f"--workdir={folder}/run") == 0
+        assert commands.run_uncounted(*given, cache, sounds, f"--workdir={folder}/run") == 0
     (folder / "told.txt").write_text(told.getvalue())
     return folder
 
@@ -205,7 +231,8 @@ def test_a_run_is_scored_by_its_errors_and_says_how(run):
     assert result["data"]["counts"] == {"train": 11, "val": 5}
     for name in ("caption", "transcription"):
         assert result["scores"][f"{name}/wer"] > 0 and result["chance"][f"{name}/wer"] > 0
-        assert 0 <= result["scores"][f"{name}/empty_on_silence"] <= 1
+        for kind in ("silence", "noise", "sounds"):
+            assert 0 <= result["scores"][f"{name}/empty_on_{kind}"] <= 1
     assert "caption/audio_gain" in result["scores"]
     written = json.loads((run / "run/transcripts.json").read_text())
     assert len(written) == 2 * 5
@@ -237,3 +264,11 @@ def test_it_goes_on_with_the_same_share_of_silence_alone(run, capsys):
     more = ("--config.train.steps=6", "--config.data.negatives=0.5")
     assert commands.run(*given, cache, *more) != 0
     assert "negatives" in capsys.readouterr().err
+    other = (
+        *given,
+        cache,
+        "--config.train.steps=6",
+        f"--config.data.negatives_of={run}/data/val/0*",
+    )
+    assert commands.run(*other) != 0
+    assert "is not what this run began with" in capsys.readouterr().err

@@ -246,6 +246,10 @@ def settle_folders(config: ConfigDict) -> None:
             group["dir"] = str(user_path(group["dir"], f"{field}.dir").absolute())
     if config.data.manifest:
         config.data.manifest = str(user_path(config.data.manifest, "data.manifest").absolute())
+    for field, group in {"data": config.data, "evaluation": config.evaluation}.items():
+        if group.negatives_of:
+            given = user_path(group.negatives_of, f"{field}.negatives_of")
+            group.negatives_of = str(given.absolute())
 
 
 def settled_fields(config: ConfigDict) -> list[str]:

@@ -1,26 +1,31 @@
-"""Negative examples for recognisers: what is made of silence and noise, with an empty text."""
+"""Negative examples for recognisers: silence, noise and other sounds, with an empty text."""
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from typing import Any
 
 from unified_mm.data.records import Record, Text
+from unified_mm.data.sounds import seconds_of
+
+FROM_FILES = "sounds"  # the kind of what files hold
 
 
-def negatives(modalities: Mapping[str, Any], count: int, first: int = 0) -> tuple[Record, ...]:
-    """Returns so many examples, the kinds that the modality can make (`made`) in turn.
+def negatives(modalities: Mapping[str, Any], count: int, pattern: str = "") -> tuple[Record, ...]:
+    """Returns so many examples, of each kind in turn.
 
     Training draws what they hold by its seed and the number of the sample, evaluation by the
     example's own number.
 
     Args:
-      modalities: of the model, by name.
+      modalities: of the model, by name. One of them says which kinds it can make (`made`).
       count: of examples.
-      first: number of the first one.
+      pattern: of the names of files (`glob`, with ** for any folders) of which parts are one more
+        kind, the files in turn by name.
 
     Raises:
-      ValueError: no modality can make any.
+      ValueError: no modality can make any, or the pattern names no file, or one that is no sound.
     """
     able = next((name for name, each in modalities.items() if hasattr(each, "made")), None)
     if able is None:
@@ -28,16 +33,40 @@ def negatives(modalities: Mapping[str, Any], count: int, first: int = 0) -> tupl
             f"negatives are made of sounds, and the model reads {', '.join(modalities)}: set "
             "data.negatives and evaluation.negatives to 0"
         )
-    kinds = modalities[able].made
+    files = files_of(pattern, modalities[able]) if pattern else []
+    kinds = (*modalities[able].made, *([FROM_FILES] if files else []))
+
+    def part(number: int) -> dict[str, Any]:
+        made = {"made": kinds[number % len(kinds)], "seed": number}
+        of_file = {"file": files[number // len(kinds) % len(files)]} if files else {}
+        return made | of_file if made["made"] == FROM_FILES else made
+
     return tuple(
         Record(
-            f"{kinds[number % len(kinds)]} {number}",
-            {able: {"made": kinds[number % len(kinds)], "seed": number}},
-            (Text("", ""),),
-            False,
+            f"{kinds[number % len(kinds)]} {number}", {able: part(number)}, (Text("", ""),), False
         )
-        for number in range(first, first + count)
+        for number in range(count)
     )
+
+
+def files_of(pattern: str, modality: Any) -> list[str]:
+    """Returns the files of a pattern that a modality reads by their suffix, in order.
+
+    Raises:
+      ValueError: there is none, or the header of one cannot be read.
+    """
+    found = sorted(
+        file
+        for file in glob.glob(pattern, recursive=True)
+        if file.lower().endswith(tuple(modality.suffixes))
+    )
+    if not found:
+        raise ValueError(
+            f"negatives_of={pattern!r}: names no file of {', '.join(sorted(modality.suffixes))}"
+        )
+    for file in found:
+        seconds_of(file)
+    return found
 
 
 def kind_of(record: Record) -> str:

@@ -41,7 +41,7 @@ class Split:
       few_shot: the settings of few-shot scoring.
       contexts: the modalities that the model reads beside texts.
       transcripts: what normalises captions that are transcripts (`evaluation.transcripts`).
-      negatives: examples of silence and noise.
+      negatives: examples of silence, noise and sounds of which nothing is to be written.
     """
 
     manifest: Manifest

@@ -55,6 +55,8 @@ def open_split(config: Config, source: Source, name: str, modalities: Mapping[st
     captioned = any(is_scored(record, contexts) for record in manifest.records)
     asked = asks_questions(config) or not captioned
     questions = questions_of(source, name) if asked else ()
+    if options.negatives_of and not options.negatives:
+        raise ValueError("evaluation.negatives_of needs evaluation.negatives above 0: how many")
     split = Split(
         manifest,
         foils_of(source, name),
@@ -63,7 +65,7 @@ def open_split(config: Config, source: Source, name: str, modalities: Mapping[st
         few_shot(config, source, modalities) if options.shots else FewShot(),
         contexts,
         options.transcripts,
-        negatives(modalities, options.negatives) if options.negatives else (),
+        negatives(modalities, options.negatives, options.negatives_of) if options.negatives else (),
     )
     return split.first(options.max_images)
 

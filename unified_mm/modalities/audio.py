@@ -36,7 +36,7 @@ class AudioModality:
 
     Of a longer one training hears a random part, and evaluation `windows` of it. A part of a record
     is a file, or `{"file": FILE, "start": SECONDS}` of one, or `{"made": KIND, "seed": NUMBER}`,
-    silence or noise that training draws anew each time.
+    silence, noise or, with a `file` too, any stretch of it, that training draws anew each time.
 
     Attributes:
       name: its key under `config.model.modalities`.
@@ -205,6 +205,8 @@ class AudioModality:
         if is_made(part):
             drawn = np.random.default_rng(part["seed"]) if rng is None else rng
             length = int(drawn.uniform(0.2, 1.0) * self.samples)
+            if "file" in part:
+                return _stretch_of(part["file"], length / sounds.RATE, drawn)
             return sounds.silence_or_noise(part["made"], length, drawn)
         file, start = place_of(part)
 
@@ -337,6 +339,11 @@ def place_of(part: Any) -> tuple[File | bytes, float]:
     if isinstance(part, Mapping):
         return part["file"], float(part.get("start", 0.0))
     return part, 0.0
+
+
+def _stretch_of(file: File, seconds: float, rng: np.random.Generator) -> np.ndarray:
+    """Returns at most so many seconds of a file, from anywhere in it."""
+    return sounds.decode(file, lambda whole: rng.uniform(0, max(whole - seconds, 0)), seconds)
 
 
 def _stretch(rng: np.random.Generator, widest: int, room: int) -> tuple[int, int]:

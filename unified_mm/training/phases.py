@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -271,21 +272,30 @@ def phase_rows(config: Config, task: Task, train: Manifest, kind: str) -> Rows:
 
 
 def with_negatives(data: Any, task: Task, train: Manifest) -> tuple[Sequence[Record], str]:
-    """Returns the examples with those made of silence and noise, and their fingerprint.
+    """Returns the examples with those of which nothing is to be said, and their fingerprint.
+
+    Files among these count by their names.
 
     Raises:
       ValueError: `data.negatives` of a mixture, or as `negatives` does.
     """
     share = float(data.negatives)
     if not share:
+        if data.negatives_of:
+            raise ValueError(
+                "data.negatives_of needs data.negatives above 0: the share of examples"
+            )
         return train.records, train.fingerprint
     if not 0 < share < 1 or data.source == "mixture":
         raise ValueError(
             f"data.negatives={share:g}: a share of training examples, below 1, and not of a mixture"
         )
     count = round(len(train.records) * share / (1 - share))
-    sealed = hashlib.sha256(f"{train.fingerprint} {count}".encode()).hexdigest()
-    return (*train.records, *negatives(task.modalities, count)), sealed
+    made = negatives(task.modalities, count, data.negatives_of)
+    files = [part["file"] for each in made for part in each.parts.values() if "file" in part]
+    names = " ".join(["", *(Path(file).name for file in files)])
+    sealed = hashlib.sha256(f"{train.fingerprint} {count}{names}".encode()).hexdigest()
+    return (*train.records, *made), sealed
 
 
 def check_places(task: Task, length: int) -> None:
