@@ -1,7 +1,8 @@
 """Log-mel spectrograms on the device: two products with a square between.
 
 The window, and what comes before it (the mean taken off, the pre-emphasis), is linear, so that it
-is part of the matrix of the Fourier transform.
+is part of the matrix of the Fourier transform. A CPU, whose products are dear, takes the fast
+transform instead of the first one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.lax import Precision
+from jax.lax import Precision, platform_dependent
 from jaxtyping import Array, Bool, Float, Int
 
 from unified_mm.data.sounds import RATE
@@ -63,14 +64,28 @@ class Preset:
     @cached_property
     def transform(self) -> Float[np.ndarray, "window twice"]:
         """The matrix of a frame's real and imaginary parts, one after the other."""
-        x = np.eye(WINDOW)
-        if self.mean_off:
-            x = x - x.mean(1, keepdims=True)
-        before = np.concatenate([x[:, :1], x[:, :-1]], axis=1)
-        x = x - self.emphasis * before
-        window = np.hanning(WINDOW + 1)[:-1] if self.periodic else np.hanning(WINDOW)
-        spectrum = np.fft.rfft(x * window, self.fft, axis=1)
+        spectrum = np.fft.rfft(self.windowed(np.eye(WINDOW), np), self.fft, axis=1)
         return np.concatenate([spectrum.real, spectrum.imag], axis=1).astype(np.float32)
+
+    def windowed(self, x: Any, on: Any) -> Any:
+        """Returns frames [..., window] as they are transformed, computed by numpy or jax.numpy."""
+        if self.mean_off:
+            x = x - x.mean(-1, keepdims=True)
+        if self.emphasis:
+            x = x - self.emphasis * on.concatenate([x[..., :1], x[..., :-1]], axis=-1)
+        window = np.hanning(WINDOW + 1)[:-1] if self.periodic else np.hanning(WINDOW)
+        return x * window.astype(x.dtype)
+
+    def multiplied(self, frames: Float[Array, "B N window"]) -> Float[Array, "B N bins"]:
+        """Returns the power of each frequency, by one product."""
+        spectrum = jnp.matmul(frames, self.transform, precision=Precision.HIGHEST)
+        real, imaginary = jnp.split(spectrum, 2, axis=-1)
+        return jnp.square(real) + jnp.square(imaginary)
+
+    def transformed(self, frames: Float[Array, "B N window"]) -> Float[Array, "B N bins"]:
+        """Returns the same by the fast Fourier transform."""
+        spectrum = jnp.fft.rfft(self.windowed(frames, jnp), self.fft)
+        return jnp.square(spectrum.real) + jnp.square(spectrum.imag)
 
     def filters(self, mels: int) -> Float[np.ndarray, "bins mels"]:
         """Returns the triangular filters of the mel bands."""
@@ -127,10 +142,8 @@ def mel_power(preset: Preset, wave: Float[Array, "B S"], mels: int) -> Float[Arr
         wave = jnp.pad(wave, ((0, 0), (WINDOW // 2, WINDOW // 2)), mode="reflect")
     elif wave.shape[1] < WINDOW:
         wave = jnp.pad(wave, ((0, 0), (0, WINDOW - wave.shape[1])))
-    where = np.arange(count)[:, None] * HOP + np.arange(WINDOW)
-    spectrum = jnp.matmul(wave[:, where], preset.transform, precision=Precision.HIGHEST)
-    real, imaginary = jnp.split(spectrum, 2, axis=-1)
-    power = jnp.square(real) + jnp.square(imaginary)
+    frames = wave[:, np.arange(count)[:, None] * HOP + np.arange(WINDOW)]
+    power = platform_dependent(frames, cpu=preset.transformed, default=preset.multiplied)
     return jnp.matmul(power, preset.filters(mels), precision=Precision.HIGHEST)
 
 
