@@ -3,6 +3,7 @@
     python -m unified_mm.main --config=configs/audio.py --workdir=runs/tones
     python -m unified_mm.main --config=configs/audio.py --config.data.dir=DIR --workdir=runs/sounds
     python -m unified_mm.main --config=configs/audio.py:speech --workdir=runs/strings
+    python -m unified_mm.main --config=configs/audio.py:pictures --config.data.dir=DIR --workdir=...
 
 Without data it learns a small set that it makes itself, of tones, sweeps, clicks and noises. A
 folder has a folder a class, or a csv or JSON lines that name files and classes (ESC-50's is one);
@@ -30,7 +31,12 @@ is good at.
 `speech` learns transcripts (LibriSpeech, tables and JSON lines of files and texts), by the
 captioner, which writes them, and by CTC on the tokens of the sound, side by side: `caption/wer` and
 `transcription/wer`. A weight of 0 leaves either out. Without data it learns strings of digits that
-it makes of tones. A tenth of what it hears is made of silence and noise, with an empty text.
+it makes of tones. A tenth of what it hears is made of silence and noise, with an empty text; of
+yours too, where `--config.data.negatives_of='noises/*.wav'` names them.
+
+`pictures` contrasts each two of picture, sound and text, of rows that need not have all: a table or
+JSON lines that name them (`data.fields.image`, `.audio` and `.caption` say by which columns). Then
+`python -m unified_mm.index` and `serve` find the picture for a sound (`experiments/stamps.py`).
 """
 
 from ml_collections import ConfigDict
@@ -39,7 +45,7 @@ from unified_mm.config import defaults_of
 from unified_mm.default_config import default_config
 from unified_mm.modalities.audio import AudioModality
 
-SIZES = ("tiny", "base", "speech")
+SIZES = ("tiny", "base", "speech", "pictures")
 
 
 def get_config(size: str = "auto") -> ConfigDict:
@@ -50,14 +56,16 @@ def get_config(size: str = "auto") -> ConfigDict:
     config.size = size
     config.model.dtype = "auto"
     config.data.source = "sounds"
-    text = config.model.modalities.text
+    seen = config.model.modalities
     config.model.modalities = {"audio": {"type": "audio", **defaults_of(AudioModality)}}
     for objective in config.objectives.values():
         objective.weight = 0.0
     config.model.start_from.audio = ""  # or a run with a tower, for fusions that have towers
     audio = config.model.modalities.audio
     if size == "speech":
-        return speech(config, text)
+        return speech(config, seen.text)
+    if size == "pictures":
+        return pictures(config, seen)
     config.objectives.classification.update({"weight": 1.0, "of": "audio"})
     if size == "base":
         config.model.update({"width": 768, "layers": 12, "heads": 12, "feed_forward": 3072})
@@ -88,4 +96,21 @@ def speech(config: ConfigDict, text: ConfigDict) -> ConfigDict:
     config.evaluation.update({"transcripts": "plain", "negatives": 40})
     config.train.update({"steps": 900, "batch_size": 48, "learning_rate": 2e-3})
     config.checkpoint.every = 200
+    return config
+
+
+def pictures(config: ConfigDict, seen: ConfigDict) -> ConfigDict:
+    """Makes the recipe one contrast of pictures, sounds and texts, for two CPU cores."""
+    config.model.modalities.update({"image": seen.image, "text": seen.text})
+    config.model.update({"width": 96, "layers": 4, "heads": 4, "feed_forward": 384})
+    config.model.modalities.image.patch = 16
+    config.model.modalities.text.length = 24
+    audio = config.model.modalities.audio
+    audio.update({"seconds": 2.0, "mels": 64, "patch": (8, 64), "roll": True, "gain": 6.0})
+    audio.update({"mask_frames": 20, "mask_mels": 12})
+    config.objectives.contrastive.update({"weight": 1.0, "between": "image,audio,text"})
+    config.data.update({"source": "auto", "image_size": 64, "vocabulary_size": 800})
+    config.train.update({"optimizer": "muon", "learning_rate": 8e-3})
+    config.train.update({"steps": 200, "batch_size": 64})
+    config.checkpoint.every = 100
     return config

@@ -3,14 +3,13 @@
     python -m experiments.digit_strings --digits=FSDD --out=data/takes
     python -m experiments.digit_strings --digits=FSDD --out=data/george --leave_out=george
     python -m unified_mm.main --config=experiments/digit_strings.py:both \
-        --config.data.dir=data/takes --config.data.negatives_of=ESC10/audio/[123]-* \
-        --config.evaluation.negatives_of=ESC10/audio/4-* --workdir=runs/takes
+        --config.data.dir=data/takes '--config.data.negatives_of=ESC10/audio/[123]-*' \
+        '--config.evaluation.negatives_of=ESC10/audio/4-*' --workdir=runs/takes
 
 FSDD is a folder of `fsdd.csv` (filename, digit, speaker, take) and `audio/`. A string is two to
-five digits of one speaker. Held out are the takes 5 to 9 of all, or all of a speaker; what is
-learned from is also heard faster and slower. `captioner` and `ctc` learn one of the objectives,
-`both` both on one encoder. Beside the strings, each must write nothing about silence, noise and
-`--sounds`.
+five digits of one speaker. Held out are the takes 5 to 9 of all, or all of a speaker. `captioner`
+and `ctc` learn one of the objectives, `both` both on one encoder. Each must write nothing about
+silence, noise and sounds in which nobody speaks, of which it has heard others.
 
 Expected: CTC, which must put digits in their order, needs fewer steps; the captioner, which learns
 what follows what, loses more on a speaker it has not heard.
@@ -44,10 +43,11 @@ def get_config(kind: str) -> ConfigDict:
     config: ConfigDict = load_recipe(RECIPE).get_config("speech")
     config.objectives.captioning.weight, config.objectives.transcription.weight = WEIGHTS[kind]
     config.objectives.transcription.update({"units": "words", "slots": 1})
-    config.model.modalities.audio.update({"seconds": SECONDS, "patch": (8, 16), "speed": 1.3})
+    config.model.modalities.audio.update({"seconds": SECONDS, "patch": (8, 64), "speed": 1.3})
     config.model.modalities.audio.update({"mask_frames": 20, "mask_mels": 8})
-    config.train.update({"steps": 450, "optimizer": "muon", "learning_rate": 8e-3})
-    config.evaluation.update({"negatives": 100, "best_by": ""})
+    config.data.negatives = 0.15
+    config.train.update({"steps": 1200, "optimizer": "muon", "learning_rate": 8e-3})
+    config.evaluation.update({"negatives": 240, "best_by": ""})
     return config
 
 

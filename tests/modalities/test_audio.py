@@ -16,6 +16,7 @@ from unified_mm.config import Config
 from unified_mm.data.pipeline import training_batches
 from unified_mm.data.records import Record
 from unified_mm.default_config import defaults
+from unified_mm.modalities.audio import spectrogram
 from unified_mm.modalities.spectrogram import PRESETS, log_mel, mel_power
 from unified_mm.objectives.classification import LABELS
 from unified_mm.task import build_task
@@ -83,6 +84,19 @@ def test_a_spectrum_is_that_of_its_definition(name):
         np.testing.assert_allclose(row, power @ preset.filters(20), rtol=1e-4, atol=1e-9)
         for each in ways:
             np.testing.assert_allclose(each[number], power, rtol=1e-4, atol=1e-5 * power.max())
+
+
+def test_what_does_not_change_within_a_sound_may_tell_nothing():
+    """What a microphone does to each frequency is a constant in the logarithm."""
+    centred, batch = audio(centre=True), batch_of(3)["audio"]
+    x, there, _ = spectrogram(centred, batch)
+    louder = {**batch, "gain": jnp.full(3, 0.25)}
+    np.testing.assert_allclose(spectrogram(centred, louder)[0][there], x[there], atol=1e-3)
+    plain = spectrogram(audio(), batch)[0][there]
+    assert np.abs(spectrogram(audio(), louder)[0][there] - plain).max() > 0.1
+    for row, heard in zip(np.asarray(x), np.asarray(there), strict=True):
+        expected = np.full(row.shape[1], -centred.mean / centred.std)
+        np.testing.assert_allclose(row[heard].mean(0), expected, atol=1e-5)
 
 
 def test_whisper_hears_eighty_decibels():

@@ -12,7 +12,7 @@ from unified_mm.data.records import Record, Stored
 from unified_mm.evaluation.evaluate import Scores, over_windows
 from unified_mm.inference.loaded import LoadedModel, one_device_mesh
 from unified_mm.inference.predictor import mean_directions
-from unified_mm.modalities.audio import READ_WINDOWS
+from unified_mm.modalities.audio import READ_WINDOWS, _equalised
 from unified_mm.search.index_writer import write_index
 from unified_mm.search.items import read_items
 from unified_mm.search.search_index import SearchIndex
@@ -133,3 +133,21 @@ def test_speed_makes_a_sound_longer_or_shorter_and_loses_none_of_it(model, folde
             peak = np.abs(np.fft.rfft(each)).argmax() * 16_000 / len(each)
             assert peak == pytest.approx(1000 * samples / len(each), abs=16)
     assert len(audio._played(np.resize(tone, 1600).astype(np.int16), rng)) != 1600
+
+
+@pytest.mark.parametrize("decibels", [3.0, 12.0])
+def test_equalising_makes_each_frequency_louder_or_softer_as_far_as_asked(decibels):
+    rng = np.random.default_rng(0)
+    wave = np.rint(rng.normal(size=16_000) * 500).astype(np.int16)
+    curves = []
+    for _ in range(5):
+        found = _equalised(wave, decibels, rng)
+        assert found.dtype == np.int16 and found.shape == wave.shape
+        powers = (np.abs(np.fft.rfft(each)) ** 2 for each in (wave, found))
+        before, after = (each[1:].reshape(-1, 80).sum(1) for each in powers)
+        curves.append(10 * np.log10(after / before))  # of 80 Hz each
+    assert decibels / 2 < np.abs(curves).max() < decibels + 0.1
+    assert np.abs(np.diff(curves)[:, 10:]).max() < decibels / 4  # a line, no noise
+    assert np.ptp(curves, axis=0).max() > decibels / 2  # another each time
+    full = (np.sign(rng.normal(size=800)) * 32767).astype(np.int16)
+    assert np.abs(_equalised(full, 12.0, rng).astype(int)).max() <= 32767

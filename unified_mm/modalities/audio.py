@@ -27,6 +27,7 @@ from unified_mm.nn.tokens import Group, Tokens, blank, single_document
 MEASURED = 500  # sounds that the mean and the deviation are taken from, spread over the data
 READ_AT_A_TIME = 50
 READ_WINDOWS = 8  # of a file's windows, the most that are held at a time
+OCTAVES = 125.0 * 2 ** np.arange(7)  # Hz, between which `equalise` draws lines
 STEMS = ("linear", "convolution")
 
 
@@ -61,6 +62,10 @@ class AudioModality:
       gain: the most decibels by which training makes a sound louder or softer.
       speed: the most by which training plays a sound faster or slower, and so higher or lower (Ko
         et al. 2015): 1.1 is 0.91 to 1.1 times, of which it is never made longer than `seconds`.
+      equalise: the most decibels by which training makes a frequency louder or softer, as another
+        microphone or room would (Nam et al. 2022, FilterAugment, with linear steps).
+      centre: whether each sound's mean in each band is taken off (Atal 1974), so that what does not
+        change within a sound, such as the microphone, tells nothing.
       roll: whether training turns a sound round in time, so that it begins anywhere.
       longer: 'crop' hears longer sounds as above; 'leave_out' names them and leaves them out, for
         texts that are of whole sounds.
@@ -89,6 +94,8 @@ class AudioModality:
     mask_mels: int = option(0, least=0)
     gain: float = option(0.0, least=0)
     speed: float = option(1.0, least=1)
+    equalise: float = option(0.0, least=0)
+    centre: bool = False
     roll: bool = False
     longer: str = option("crop", choices=("crop", "leave_out"))
     attend_padding: bool = False
@@ -189,6 +196,8 @@ class AudioModality:
             return self.arrays(wave)
         if self.speed > 1:
             wave = self._played(wave, rng)
+        if self.equalise:
+            wave = _equalised(wave, self.equalise, rng)
         if self.roll:
             wave = np.roll(wave, rng.integers(len(wave)))
         drawn = {
@@ -346,6 +355,18 @@ def _stretch_of(file: File, seconds: float, rng: np.random.Generator) -> np.ndar
     return sounds.decode(file, lambda whole: rng.uniform(0, max(whole - seconds, 0)), seconds)
 
 
+def _equalised(wave: np.ndarray, decibels: float, rng: np.random.Generator) -> np.ndarray:
+    """Returns a sound with a gain drawn for each octave or so, straight lines between them."""
+    spectrum = np.fft.rfft(wave)
+    hertz = np.linspace(0, sounds.RATE / 2, len(spectrum))
+    gains = rng.uniform(-decibels, decibels, len(OCTAVES))
+    spectrum *= 10 ** (np.interp(np.log2(hertz + 1), np.log2(OCTAVES), gains) / 20)
+    found = np.fft.irfft(spectrum, len(wave))
+    # What int16 cannot hold is made softer as a whole.
+    found *= min(1.0, 32767 / max(float(np.abs(found).max()), 1.0))
+    return np.rint(found).astype(np.int16)
+
+
 def _stretch(rng: np.random.Generator, widest: int, room: int) -> tuple[int, int]:
     """Returns the start and the width of a stretch that is blanked."""
     width = int(rng.integers(min(widest, room) + 1)) if widest else 0
@@ -370,6 +391,9 @@ def spectrogram(
     frames = preset.frames(wave.shape[1])
     there = jnp.arange(frames)[None] < preset.frames_of(length)[:, None]
     x = log_mel(audio.preset, wave, audio.mels, there)
+    if audio.centre:
+        count = jnp.maximum(there.sum(1), 1).astype(x.dtype)[:, None, None]
+        x = x - blank(x, there).sum(1, keepdims=True) / count
     if audio.attend_padding:
         x = x if preset.centred else blank(x, there)
         there = jnp.broadcast_to(batch["present"][:, None], there.shape)
