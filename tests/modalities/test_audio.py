@@ -6,11 +6,13 @@ import shutil
 from dataclasses import replace
 
 import commands
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import NamedSharding, PartitionSpec
 
 from unified_mm.config import Config
 from unified_mm.data.pipeline import training_batches
@@ -19,6 +21,8 @@ from unified_mm.default_config import defaults
 from unified_mm.modalities.audio import spectrogram
 from unified_mm.modalities.spectrogram import PRESETS, log_mel, mel_power
 from unified_mm.objectives.classification import LABELS
+from unified_mm.parallel.mesh import make_mesh
+from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.task import build_task
 
 soundfile = pytest.importorskip("soundfile")
@@ -123,6 +127,27 @@ def test_tokens_say_when_and_how_high_they_are():
         tokens.metadata.time[0], np.repeat([0.02, 0.07, 0.12, 0.17], 2), rtol=1e-5
     )
     np.testing.assert_allclose(tokens.metadata.coords[1, :, 1], [0.25, 0.75] * 4)
+
+
+def test_eight_devices_hear_each_their_own_sounds():
+    """The tokens of one device, which hears by another transform, and nothing is sent."""
+    task, batch = task_of(), jax.tree.map(np.array, batch_of())["audio"]
+    batch = {key: np.concatenate([each, each]) for key, each in batch.items()}
+    drawn = tiny.drawn(task, 0)
+
+    def on(mesh):
+        with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+            params = jax.device_put(drawn, NamedSharding(mesh, PartitionSpec()))
+            heard = to_global(batch, mesh)
+            read = jax.jit(lambda params, heard: embedded(task, params, {"audio": heard}))
+            run = read.lower(params, heard).compile()
+            return jax.device_get(run(params, heard).embeddings), run.as_text()
+
+    one, fast = on(make_mesh({}, jax.devices()[:1]))
+    eight, text = on(make_mesh({"data": 8}))
+    np.testing.assert_allclose(eight, one, atol=1e-4)
+    assert "fft(" in fast and "fft(" not in text
+    assert not any(each in text for each in ("all-gather", "all-reduce", "all-to-all", "permute("))
 
 
 def test_padding_is_never_heard():

@@ -1,7 +1,7 @@
 """Log-mel spectrograms on the device: two products with a square between.
 
 The window, and what comes before it (the mean taken off, the pre-emphasis), is linear, so that it
-is part of the matrix of the Fourier transform. A CPU, whose products are dear, takes the fast
+is part of the matrix of the Fourier transform. One CPU, whose products are dear, takes the fast
 transform instead of the first one.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import Precision, platform_dependent
@@ -143,7 +144,10 @@ def mel_power(preset: Preset, wave: Float[Array, "B S"], mels: int) -> Float[Arr
     elif wave.shape[1] < WINDOW:
         wave = jnp.pad(wave, ((0, 0), (0, WINDOW - wave.shape[1])))
     frames = wave[:, np.arange(count)[:, None] * HOP + np.arange(WINDOW)]
-    power = platform_dependent(frames, cpu=preset.transformed, default=preset.multiplied)
+    # XLA does not divide a fast transform among devices: each would gather all frames.
+    alone = jax.sharding.get_abstract_mesh().size <= 1  # 0 where none is set
+    on_cpu = preset.transformed if alone else preset.multiplied
+    power = platform_dependent(frames, cpu=on_cpu, default=preset.multiplied)
     return jnp.matmul(power, preset.filters(mels), precision=Precision.HIGHEST)
 
 
