@@ -52,6 +52,7 @@ def test_it_writes_the_boldest_threshold_that_it_said_and_never_over_another(run
     found = result["texts"]["caption"]
     assert read_json(run / "exits.json") == result
     assert (result["layers"], result["step"], found["examples"]) == ([1], 7, 8)
+    assert result["dtype"] == "float32"
     assert 0.5 <= found["depth"] <= 1 and found["risk"] < 0.6
     flops, (left,) = found["flops"], found["left"]
     assert found["depth"] == pytest.approx(1 - left / 2)
@@ -103,6 +104,7 @@ def test_evaluate_takes_what_was_found(runs, capsys):
         (None, "no calibrated exits: python -m unified_mm.calibrate finds them"),
         ({"step": 6, "state": "last"}, "of the last state at step 6, and this is the last one"),
         ({"step": 7, "state": "best"}, "of the best state at step 7, and this is the last one"),
+        ({"step": 7, "state": "last", "dtype": "bfloat16"}, "bfloat16, and here it computes in"),
     ],
 )
 def test_thresholds_of_another_state_or_none_are_refused(runs, found, message):

@@ -2,11 +2,13 @@
 
 import json
 
+import jax.numpy as jnp
 import pytest
 import tiny
 
 from unified_mm import compare
 from unified_mm.files import write_json
+from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder
 from unified_mm.training import sizes
 
@@ -78,6 +80,18 @@ def test_what_a_calibrated_run_expects_a_text_to_cost_is_compared(folders, tmp_p
     rows = {line.split("  ")[0]: line.split()[-2:] for line in said.splitlines()}
     assert rows["FLOPs of a text (caption), full"] == ["200", "–"]
     assert rows["FLOPs of a text (caption), expected"] == ["120", "–"]
+
+
+def test_what_a_text_cost_at_another_step_is_left_out(tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    found = {"threshold": 0.5, "flops": {"full": 200}}
+    write_json(folder.exits, {"step": 7, "state": "last", "texts": {"caption": found}})
+    for step in (7, 8):
+        with Checkpoints(folder.checkpoints) as checkpoints:
+            checkpoints.save(step, tiny.state({"x": jnp.zeros(1)}, step), {})
+        costs = compare.expected_costs(folder)
+        assert costs == ({"FLOPs of a text (caption), full": 200} if step == 7 else {})
+    assert "exits.json is of step 7, and the run is at 8" in capsys.readouterr().out
 
 
 def test_exits_without_texts_cost_nothing_that_is_known(tmp_path):

@@ -82,6 +82,25 @@ def test_a_budget_is_met_from_below_and_nearly(fusion, by):
     assert fitted.model.heads == 2
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__exits": (2,), "objectives__exits__weight": 1.0},
+        {"model__dropping": {"keep": 0.5, "after": 2}},
+    ],
+)
+def test_a_budget_of_layers_leaves_room_after_exits_and_the_drop(changes):
+    deep = {"model__layers": 3, "model__budget_by": "layers"}
+    least = measure_sizes(Config(config(**changes, **deep).to_dict())).training_flops
+    for budget in (1.01 * least, 0.99 * least):
+        asked = config(**changes, **deep, model__budget=budget)
+        if budget > least:
+            assert fit_to_budget(asked).model.layers == 3
+        else:
+            with pytest.raises(ValueError, match="smallest model by layers costs"):
+                fit_to_budget(asked)
+
+
 def test_wrong_budgets_are_refused():
     with pytest.raises(ValueError, match="smallest model by width costs"):
         fit_to_budget(config(model__budget=10.0))

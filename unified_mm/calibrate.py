@@ -81,6 +81,7 @@ def main(options: argparse.Namespace) -> int:
         "layers": list(exits),
         "step": model.step,
         "state": model.state,
+        "dtype": str(model.task.model.options.dtype),
         "texts": found,
         "split": split.manifest.split,
         "data": data,

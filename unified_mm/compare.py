@@ -82,8 +82,24 @@ def sizes_of(folder: RunFolder) -> dict[str, Any]:
 
 
 def expected_costs(folder: RunFolder) -> dict[str, int]:
-    """Returns what `calibrate` found a text of a run to cost, by name; nothing where it did not."""
-    texts = read_json(folder.exits).get("texts", {}) if folder.exits.exists() else {}
+    """Returns what `calibrate` found a text of a run to cost, by name; nothing where it did not.
+
+    What it found at another step than that of the run's weights is left out, and said.
+    """
+    from unified_mm.runs.checkpoints import Checkpoints
+
+    found = read_json(folder.exits) if folder.exits.exists() else {}
+    place = folder.best if found.get("state") == "best" else folder.checkpoints
+    if found and place.is_dir():
+        with Checkpoints(place, read_only=True) as checkpoints:
+            steps = checkpoints.steps()
+        if steps and found.get("step") != steps[-1]:
+            say(
+                f"{folder.exits} is of step {found.get('step')}, and the run is at {steps[-1]}: "
+                "what a text costs is left out until it is calibrated anew"
+            )
+            return {}
+    texts = found.get("texts", {})
     return {
         f"FLOPs of a text ({kind}), {which}": flops
         for kind, found in texts.items()

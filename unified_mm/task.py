@@ -20,8 +20,10 @@ from unified_mm.modalities.text import TextModality
 from unified_mm.models.reader import Reader
 from unified_mm.models.unified import ABLE, UnifiedModel, fusion
 from unified_mm.nn.sow import AUXILIARY, auxiliary_by_path
+from unified_mm.objectives.captioning import Captioning
 from unified_mm.objectives.contrastive import Contrastive, Foiled
 from unified_mm.objectives.exits import Exits
+from unified_mm.objectives.neurons import Neurons
 from unified_mm.objectives.objective import (
     Embedded,
     Metric,
@@ -31,6 +33,7 @@ from unified_mm.objectives.objective import (
     compare_embedded,
     weight_schedules,
 )
+from unified_mm.objectives.routing import Routing
 from unified_mm.objectives.transcription import Transcription
 from unified_mm.parallel.sharding import path_of
 
@@ -302,6 +305,8 @@ def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
     model = kind.from_config(
         m, modalities, {name: head for name, head in heads.items() if head is not None}
     )
+    check_neurons(model, objectives)
+    check_bias(model, objectives)
     schedules = weight_schedules(config.objectives, objectives, config.train.steps)
     return Task(modalities, model, objectives, tokenizer, schedules)
 
@@ -407,11 +412,18 @@ def check_dropping(objectives: Sequence[Any]) -> None:
 
 
 def check_exits(exits: Sequence[int], objectives: Sequence[Any]) -> None:
-    """Checks that exits have an objective that trains them, and it exits.
+    """Checks that exits have an objective that trains them, and it exits and texts to write.
 
     Raises:
       ValueError: one is there without the other.
     """
+    written = [each.name for each in objectives if isinstance(each, Captioning)]
+    for each in objectives:
+        if isinstance(each, Exits) and each.of not in written:
+            raise ValueError(
+                f"objectives.{each.name}.of={each.of!r}: no objective of this name learns to "
+                f"write; there are {', '.join(written) or 'none'} that do"
+            )
     names = [each.name for each in objectives if isinstance(each, Exits)]
     if names and not exits:
         raise ValueError(
@@ -421,6 +433,40 @@ def check_exits(exits: Sequence[int], objectives: Sequence[Any]) -> None:
     if exits and not names:
         raise ValueError(
             f"model.exits={tuple(exits)}: no objective trains them; set objectives.exits.weight=1"
+        )
+
+
+def check_neurons(model: UnifiedModel, objectives: Sequence[Any]) -> None:
+    """Checks that what names neurons has an objective that trains it, and it such layers.
+
+    Raises:
+      ValueError: one is there without the other.
+    """
+    few = any(each.feed_forward_type == "neurons" for each in model.stacks.values())
+    names = [each.name for each in objectives if isinstance(each, Neurons)]
+    if names and not few:
+        raise ValueError(
+            f"objectives.{names[0]}: no layer uses few neurons; set "
+            "model.feed_forward_type='neurons', or the weight to 0"
+        )
+    if few and not names:
+        raise ValueError(
+            "model.feed_forward_type='neurons': no objective trains what names the neurons; set "
+            "objectives.neurons.weight=1"
+        )
+
+
+def check_bias(model: UnifiedModel, objectives: Sequence[Any]) -> None:
+    """Checks that a bias that balances experts' loads has an objective that trains it.
+
+    Raises:
+      ValueError: it has none.
+    """
+    biased = any(each.own("bias_balance", False) for each in model.stacks.values())
+    if biased and not any(isinstance(each, Routing) for each in objectives):
+        raise ValueError(
+            "model.feed_forward_options.bias_balance=True: no objective moves the bias; set "
+            "objectives.routing.weight=1, or it to False"
         )
 
 

@@ -54,6 +54,12 @@ def test_there_may_be_no_threshold():
     assert calibrate(lambda _: np.zeros(10), (1.0, 0.5), tolerance=0.05, error=0.05) is None
 
 
+@pytest.mark.parametrize("error", [0.0, 1.0])
+def test_an_error_that_says_nothing_is_refused(error):
+    with pytest.raises(ValueError, match=f"error={error}: must be above 0 and below 1"):
+        calibrate(lambda _: np.ones(10), (1.0,), tolerance=0.5, error=error)
+
+
 @pytest.mark.parametrize("losses", [[], [0.5, 1.5], [np.nan]])
 def test_what_is_no_loss_is_refused(losses):
     with pytest.raises(ValueError, match=r"losses in \[0, 1\] of one example at least"):

@@ -18,6 +18,7 @@ from unified_mm.inference.quantization import quantized
 from unified_mm.inference.quantized_params import (
     dequantized,
     saved_shapes,
+    trace,
     weight_bytes,
 )
 from unified_mm.models.gated import GatedCrossAttention
@@ -217,6 +218,20 @@ def test_bytes_are_counted(early):
     assert int8["int8"] == sum(leaf.values.size for leaf in rounded)
     scales = 4 * sum(leaf.scale.size for leaf in rounded)
     assert int8["all"] == floats["all"] - 3 * int8["int8"] + scales < 0.5 * floats["all"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "chooses"),
+    [
+        ({"model__dropping__keep": 0.5}, "scorer/"),
+        ({"model__feed_forward_type": "neurons", "objectives__neurons__weight": 1.0}, "/of_image/"),
+        ({"model__feed_forward_type": "experts", "objectives__matching__weight": 0.0}, "/router_"),
+    ],
+)
+def test_kernels_that_choose_stay_floats(changes, chooses):
+    task = tiny.task(**changes)
+    assert any(chooses in path for path in trace(task, floats=())[1])
+    assert not any(chooses in path for path in trace(task)[1])
 
 
 def test_what_a_checkpoint_holds_is_known_without_it(models):

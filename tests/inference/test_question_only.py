@@ -1,16 +1,21 @@
 """Answers without their picture: as without any, where they are likely enough, and counted."""
 
 import json
+from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from tokenizers import Tokenizer
 
 import unified_mm
 from unified_mm import calibrate
+from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.inference import predictor as predictor_module
 from unified_mm.inference import text_flops
+from unified_mm.inference.decoding import Decoding
 from unified_mm.inference.loaded import one_device_mesh
 from unified_mm.inference.predictor import Predictor
 from unified_mm.inference.question_only import (
@@ -20,6 +25,7 @@ from unified_mm.inference.question_only import (
     disagreement,
     without_context,
 )
+from unified_mm.nn.attention.rules import View
 
 QUESTIONS = ["a red", "a blue square", "a red", "a green", "size"]
 
@@ -95,6 +101,35 @@ def test_the_oldest_answers_are_forgotten(predictor, monkeypatch):
         assert len(asked._alone) == 2
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__feed_forward_type": "neurons", "objectives__neurons__weight": 1.0},
+        {"model__sparse": {"image": {"grid": 1}, "text": {"window": 1, "random": 1, "block": 3}}},
+    ],
+)
+def test_options_of_pictures_are_left_out_of_what_reads_texts(changes):
+    """Which reads them as beside a picture that is absent."""
+    task = tiny.task(**changes, model__rotary_base=100.0)
+    batch, view = tiny.batch(task, 2), View("captioning", "prefix", autoregressive=True)
+    batch = jax.tree.map(jnp.asarray, missing(batch)) | {"text": batch["text"]}
+    params = tiny.params(task)
+    alone = without_context(task).model.apply(
+        {"params": params}, batch["text"], view, method="read_text"
+    )
+    beside = task.model.apply({"params": params}, batch, (view,), method="encode")
+    there = batch["text"]["valid"]
+    np.testing.assert_allclose(alone[there], beside["captioning"].text[there], atol=2e-5)
+
+
+def test_an_answer_cut_short_is_refused(predictor, batch):
+    asking = predictor.leaving({QUESTION_ONLY: 0.0})
+    for decoding in (Decoding(tokens=1), Decoding(stop=("a",))):
+        with pytest.raises(ValueError, match="calibrated whole, .*: give neither tokens nor stop"):
+            asking.generate(batch, QUESTIONS, decoding)
+    assert asking.generate(batch, [""] * len(QUESTIONS), Decoding(tokens=1))
+
+
 def test_captions_are_never_without_their_picture(predictor, batch):
     asking = predictor.leaving({QUESTION_ONLY: 0.0})
     prompts = [""] * len(QUESTIONS)
@@ -116,6 +151,11 @@ def test_what_reads_pictures_through_towers_is_not_asked_alone():
             tiny.task(model__fusion=fusion, objectives__matching__weight=0.0,
                       objectives__captioning__weight=float(fusion != "late"))
         )  # fmt: skip
+    features = tiny.task(model__fusion="early_features", objectives__matching__weight=0.0)
+    assert can_answer_alone(features)
+    plain = Tokenizer.from_str(tiny.tokenizer().as_json())
+    placed = TextTokenizer(plain, image="<unk>")
+    assert not can_answer_alone(replace(features, tokenizer=placed))
 
 
 def stood_in(predictor, prompts, tokens, left=()):

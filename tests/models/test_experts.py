@@ -10,7 +10,7 @@ import tiny
 
 from unified_mm.config import Config
 from unified_mm.inference.programs import programs
-from unified_mm.inference.quantized_params import dequantized, quantize_params
+from unified_mm.inference.quantized_params import dequantized, quantize_params, saved_shapes
 from unified_mm.models.unified import UnifiedModel
 from unified_mm.nn.attention.rules import View
 from unified_mm.nn.pipeline import Pipeline
@@ -21,7 +21,12 @@ from unified_mm.task import build_task
 from unified_mm.training.muon import matrix_axes
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.sizes import measure_sizes
-from unified_mm.training.start_from import config_from_run, load_params, weights_to_start_from
+from unified_mm.training.start_from import (
+    config_from_run,
+    load_params,
+    news_of_start,
+    weights_to_start_from,
+)
 from unified_mm.training.step import gradients
 
 OWN = {"count": 4, "top_k": 2, "group": 2, "noise": 0.0, "capacity": 0.8, "bias_balance": True}
@@ -100,6 +105,11 @@ def test_routing_without_experts_is_refused():
         )
 
 
+def test_a_bias_that_nothing_moves_is_refused():
+    with pytest.raises(ValueError, match="bias_balance=True: no objective moves the bias; set"):
+        tiny.task(**CHANGES | {"objectives__routing__weight": 0.0})
+
+
 @pytest.mark.parametrize("order", ["place", "priority", "choice"])
 def test_no_bit_of_a_caption_tells_of_words_to_come(order):
     """The pass holds the text of contrast too, which knows them; and other examples."""
@@ -163,6 +173,10 @@ def test_experts_become_int8(built):
         leaf, before = (flat(tree)[KERNEL.format(name)] for tree in (small, params))
         scale = np.abs(before).max(-2, keepdims=True) / 127.5  # of each layer, expert and channel
         np.testing.assert_allclose(leaf.scale, scale, rtol=1e-6)
+    router = "transformer/layers/block_0/feed_forward/router_all/kernel"
+    assert flat(small)[router] is flat(params)[router]  # what chooses stays as it is
+    config = Config({"quantized": {"activations": ""}})  # as runs had it when it did not
+    assert isinstance(flat(saved_shapes(task, config))[router], Quantized)
     model = replace(task, model=task.model.for_inference())
     score = jax.jit(lambda p: model.metrics(p, batch, jax.random.key(0), deterministic=True))
     ours, theirs = score(small), score(dequantized(small))
@@ -215,7 +229,8 @@ def test_a_dense_run_becomes_each_expert(tmp_path, by):
     dense = tiny.task(**before)
     weights = tiny.params(dense)
     run = tiny.write_run(tmp_path / "dense", tiny.config_dict(**before), weights)
-    own = {"by": by, "gate": "normalised", "every": 2, "count": 3, "top_k": 2}
+    own = {"by": by, "gate": "normalised", "every": 2, "count": 3, "top_k": 2, "noise": 0.0}
+    own |= {"capacity": 3.0, "shared": True}  # room for all
     if by == "modality":
         own["every"] = 1
     config = config_from_run(
@@ -227,13 +242,30 @@ def test_a_dense_run_becomes_each_expert(tmp_path, by):
     assert config.model.feed_forward_type == "experts"
     config = Config(config.to_dict())
     task = build_task(config, tiny.tokenizer())
-    params = load_params(tiny.params(task, 5), config, weights_to_start_from(config))
+    found = weights_to_start_from(config)
+    params = load_params(tiny.params(task, 5), config, found)
+    pools = ("all",) if by == "all" else ("image", "text")
+    fresh = [f"transformer/layers/router_{pool}" for pool in pools]
+    news = news_of_start(params, config, found)
+    assert news.endswith(f"afresh: {', '.join([*fresh, 'transformer/layers/shared_expert'])}")
+    assert "normalised" in news_of_start(params, with_gate(config, "scaled"), found)
     batch = tiny.batch(dense, 4)
-    ours, theirs = (
-        jax.jit(lambda p, task=task: task.metrics(p, batch, jax.random.key(0), deterministic=True))(
-            params
-        )
-        for task, params in ((task, params), (dense, weights))
-    )
+
+    def loss(params, task):
+        found = task.metrics(params, batch, jax.random.key(0), deterministic=False)
+        return found["captioning/loss"][0] + found["contrastive/loss"][0], found
+
+    (_, ours), slopes = jax.jit(jax.value_and_grad(lambda p: loss(p, task), has_aux=True))(params)
+    theirs = jax.jit(lambda p: loss(p, dense)[1])(weights)
     for name in ("captioning/loss", "contrastive/loss"):
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5)
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6)
+    assert not any(value[0] for name, value in ours.items() if "dropped" in name)
+    for path, slope in flat(slopes).items():
+        if "router" in path or "shared_expert/down/kernel" in path:
+            assert np.abs(slope).max() > 1e-6, path
+
+
+def with_gate(config, gate):
+    fields = config.as_dict()
+    fields["model"]["feed_forward_options"]["gate"] = gate
+    return Config(fields)

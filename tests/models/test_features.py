@@ -109,7 +109,13 @@ def test_a_text_without_a_picture_is_as_if_no_token_stood_for_one(model, outputs
     assert np.abs(np.delete(first, 1, 0) - np.delete(later, 3, 0)).max() < 1e-5
 
 
-def test_writing_goes_on_as_reading_does(model):
+NEAR = (("text", (("window", 1), ("first", 3), ("random", 1), ("block", 2))),)
+
+
+@pytest.mark.parametrize("sparse", [(), NEAR])
+def test_writing_goes_on_as_reading_does(model, sparse):
+    task = tiny.replace_model(model.task, sparse=sparse)
+    model = LoadedModel(task, model.params, one_device_mesh(), model.config, 1)
     prompts = ["", f"a red {PICTURE} square", "red"]
     images = [picture(seed) for seed in range(3)]
     written = model.generate(images, prompts, Decoding(tokens=5))

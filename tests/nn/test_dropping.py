@@ -6,10 +6,16 @@ import numpy as np
 import pytest
 import tiny
 
+from unified_mm.analysis.attention_maps import attention_over_patches
+from unified_mm.analysis.layer_features import image_features
 from unified_mm.nn.attention.rules import View
 from unified_mm.nn.dropping import kept_of, most_important
 from unified_mm.nn.options import DroppingOptions
 from unified_mm.nn.tokens import Group, join_metadata, offset_positions, single_document
+from unified_mm.serving.limits import Limits
+from unified_mm.serving.service import Service, missing
+from unified_mm.serving.starting import warm_up
+from unified_mm.serving.worker import Worker
 from unified_mm.training.sizes import forward_flops
 
 VIEW = View("captioning", "prefix", autoregressive=True)
@@ -17,11 +23,11 @@ PATCHES = 16  # of a picture of 32 pixels
 ALMOST = 0.99  # all go on, on the way of those that are dropped
 
 
+DEEP = {"data__image_size": 32, "model__rotary_base": 100.0, "model__layers": 3}
+
+
 def task(keep, **changes):
-    return tiny.task(
-        data__image_size=32, model__rotary_base=100.0, model__layers=3, model__dropping__keep=keep,
-        **changes,
-    )  # fmt: skip
+    return tiny.task(**DEEP, model__dropping__keep=keep, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +206,31 @@ def test_counted_flops_fall_with_the_share():
     maps, own, read = 2 * 12 * 4096, 2 * 64 * (16**2 - 4**2), 3 * 64 * 12 * 12
     assert dense - some == 8 * (maps + own + read - scorer)
     assert almost - dense == 8 * scorer
+
+
+def test_a_loaded_model_says_that_its_layers_cannot_be_shown(monkeypatch):
+    """And is warmed up for serving without them."""
+    model = tiny.loaded(**DEEP, model__dropping__keep=0.5)
+    picture = np.zeros((32, 32, 3), np.uint8)
+    for show in (
+        lambda: image_features(model, [picture]),
+        lambda: attention_over_patches(model, picture, "", "a red square"),
+    ):
+        with pytest.raises(ValueError, match=r"of a stack that drops tokens .* cannot be shown"):
+            show()
+    without = missing(model, None)
+    assert "/caption" not in without and "drops patches" in without["/attention"]
+    monkeypatch.setattr(Service, "begin", lambda *_: ["red"])
+    with Worker(1) as worker:
+        service = Service(model, worker, Limits(), attend=attention_over_patches)
+        service.missing["/embed"] = "left out here, to compile less"
+        assert warm_up(service) > 0
+        service.close()
+
+
+def test_the_share_is_rounded_up_but_for_a_products_rounding():
+    asked = ((100, 0.07), (100, 0.071), (10, 0.5), (3, 0.1))
+    assert [kept_of(*each) for each in asked] == [7, 8, 5, 1]
 
 
 def test_what_cannot_be_is_refused():

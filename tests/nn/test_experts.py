@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 from functools import partial
 
 import flax.linen as nn
@@ -222,6 +223,32 @@ def test_no_bit_tells_of_what_a_token_must_not_know(way, what):
         np.testing.assert_array_equal(after[0, : STARTS["caption"] + 2], before)
         changed += np.any(np.asarray(after) != np.asarray(run(params, x, plan.valid)))
     assert changed == 5
+
+
+def test_where_nothing_is_drawn_a_context_alone_has_the_room_of_evaluation():
+    """Of each example by itself, so that no other one changes a bit."""
+    own = {"capacity": 0.1, "evaluation_capacity": 0.7, "top_k": 2, "group": 2}
+    module, params, _ = built(own)
+    x, plan = inputs()
+    whole = options(**own | {"evaluation_capacity": 0.0})
+    every = whole.make_feed_forward(options=whole).apply({"params": params}, x, plan)
+    found = module.apply({"params": params}, x, plan)
+    taken, chosen = by_loop(replace(module, group=1, capacity=0.7), params, x, plan.valid)
+    picture = slice(0, SIZES["image"])
+    assert taken[:, picture].sum() < (chosen & plan.valid[..., None])[:, picture].sum()
+    expected = by_einsum(module, params, x, taken, chosen)
+    np.testing.assert_allclose(found[:, picture], expected[:, picture], atol=1e-6, rtol=1e-6)
+    np.testing.assert_array_equal(found[:, SIZES["image"] :], every[:, SIZES["image"] :])
+    other = module.apply({"params": params}, x.at[1:].mul(-1), plan)
+    np.testing.assert_array_equal(found[0], other[0])
+
+
+def test_a_gradient_without_drops_keeps_no_kernels_for_each_block():
+    _, params, run = built({"dropless": True, "count": 2})
+    x, plan = inputs()
+    kept = jax.eval_shape(lambda p: jax.vjp(lambda p: run(p, x, plan.valid), p)[1], params)
+    largest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(kept))
+    assert largest == 2 * WIDTH * HIDDEN  # of the kernels themselves
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,7 @@ def test_the_first_of_equals_is_chosen():
         ({"model__feed_forward_options": {"of": ("sound",)}}, "no modality 'sound', only image"),
         ({"model__feed_forward_options": {"share": 0.0}}, "feed_forward_options.share=0.0"),
         (DENSE | {"objectives__neurons__weight": 1.0}, "objectives.neurons: no layer uses few"),
+        ({"objectives__neurons__weight": 0.0}, "no objective trains what names the neurons"),
     ],
 )
 def test_what_cannot_be_is_refused(changes, why):

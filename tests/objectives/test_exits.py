@@ -1,5 +1,7 @@
 """Losses at exits against those of the residual stream, which another channel hands out."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,3 +75,15 @@ def test_an_objective_without_exits_and_exits_without_an_objective_are_refused()
         tiny.task(**CHANGES, **alone)
     with pytest.raises(ValueError, match=r"model.exits=\(1, 3\): no objective trains them"):
         tiny.task(**CHANGES, model__exits=(1, 3))
+    with pytest.raises(ValueError, match="of='contrastive': no objective of this name learns to w"):
+        tiny.task(**CHANGES, **EXITS, objectives__exits__of="contrastive")
+
+
+def test_the_states_are_found_where_another_objective_reads_the_text_first(parts):
+    task, params, batch = parts
+    captioning = next(each for each in task.objectives if each.name == "captioning")
+    other = replace(task, objectives=(replace(captioning, name="answering"), *task.objectives))
+    given = (params, batch, jax.random.key(0))
+    expected = task.metrics(*given, deterministic=True)
+    found = other.metrics(*given, deterministic=True)
+    np.testing.assert_array_equal(found["exits/loss"], expected["exits/loss"])

@@ -54,6 +54,10 @@ def test_sequence_stage_and_expert_are_axes():
     assert dict(mesh.shape) == dict.fromkeys(AXES, 1) | {"data": 2, "expert": 4}
     with pytest.raises(ValueError, match="mesh.expert=4: no layer has experts; set mesh.expert=1"):
         in_training(Config(tiny.config_dict().to_dict()), tiny.task(), mesh)
+    experts = {"model__feed_forward_type": "experts", "objectives__matching__weight": 0.0}
+    whole = experts | {"model__feed_forward_options": {"dropless": True}}
+    with pytest.raises(ValueError, match=r"mesh.expert=4: experts that drop nothing .*dropless=T"):
+        in_training(Config(tiny.config_dict(**whole).to_dict()), tiny.task(**whole), mesh)
 
 
 def test_devices_of_one_cpu_want_threads(monkeypatch):

@@ -50,8 +50,12 @@ def calibrate(
       error: the probability with which it may be exceeded.
 
     Raises:
-      ValueError: there are no examples, or a loss is not in [0, 1].
+      ValueError: there are no examples, a loss is not in [0, 1], or the error not in (0, 1).
     """
+    if not 0 < error < 1:
+        raise ValueError(
+            f"error={error}: must be above 0 and below 1, for with 1 any threshold would do"
+        )
     found = None
     for threshold in thresholds:
         losses = np.asarray(losses_at(threshold), np.float64)

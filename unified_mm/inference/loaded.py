@@ -602,17 +602,18 @@ def load(
         wanted = {name: abstract_params(task, mesh, config)}
         restored = checkpoints.restore(wanted, step=step, partial=True)
     params, saved = restored.state[name], folder.saved_config()
-    early = read_exits(folder, restored.step, state) if exits else None
+    dtype = str(task.model.options.dtype)
+    early = read_exits(folder, restored.step, state, dtype) if exits else None
     whole = held(task, config)
     return LoadedModel(whole, params, mesh, config, restored.step, saved, state, early)
 
 
-def read_exits(folder: RunFolder, step: int, state: str) -> dict[str, float]:
+def read_exits(folder: RunFolder, step: int, state: str, dtype: str) -> dict[str, float]:
     """Returns by kind of text the confidence at which its tokens leave layers early.
 
     Raises:
       FileNotFoundError: the run was not calibrated.
-      ValueError: it was, at another step or state.
+      ValueError: it was, at another step or state, or in another type of numbers.
     """
     if not folder.exits.exists():
         raise FileNotFoundError(
@@ -623,6 +624,11 @@ def read_exits(folder: RunFolder, step: int, state: str) -> dict[str, float]:
         raise ValueError(
             f"{folder.exits} is of the {found['state']} state at step {found['step']}, and this is "
             f"the {state} one at {step}: calibrate the run anew (--replace)"
+        )
+    if found.get("dtype", dtype) != dtype:  # which files had not at first
+        raise ValueError(
+            f"{folder.exits} is of a model in {found['dtype']}, and here it computes in {dtype}: "
+            "calibrate the run anew here (--replace), or use it where it was calibrated"
         )
     return {kind: each["threshold"] for kind, each in found["texts"].items()}
 

@@ -204,12 +204,17 @@ class Predictor:
         """Returns the answers that stand without a picture, by their questions.
 
         Raises:
-          ValueError: as `thresholds` does.
+          ValueError: as `thresholds` does, or answers are cut short.
         """
         threshold = self.exits.get(QUESTION_ONLY)
         if threshold is None:
             return {}
         self.thresholds(prompts, decoding)
+        if any(prompts) and (decoding.tokens is not None or decoding.stop):
+            raise ValueError(
+                "answers without a picture were calibrated whole, and one that is cut short looks "
+                "surer: give neither tokens nor stop with exits that have them"
+            )
         return sure(self.answers_alone(prompts, decoding), threshold)
 
     def answers_alone(

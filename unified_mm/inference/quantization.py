@@ -45,6 +45,7 @@ def quantized(
     fields["quantized"] = {
         "weights": weights,
         "activations": activations,
+        "choosing": "",  # floats stay by which something is chosen
         "from": source,
         "step": model.step,
     }

@@ -5,7 +5,9 @@ Symmetric, with a scale for every output channel of a product (Krishnamoorthi 20
 stack has scales of its own, so a scan over layers slices them with the weights.
 
 Dense kernels and the text's embedding tables become int8. Norms, biases, positions and gates stay
-float32: they are few, and are added or multiplied by, not summed over.
+float32: they are few, and are added or multiplied by, not summed over. So do the kernels by which
+something is chosen (`Choosing`: experts, neurons, tokens that are dropped): rounded, they would
+choose otherwise.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy as np
 from unified_mm.config import Config
 from unified_mm.modalities.text import TextEmbedder
 from unified_mm.nn.experts import ExpertDense
-from unified_mm.nn.layers import Dense
+from unified_mm.nn.layers import Choosing, Dense
 from unified_mm.nn.quantized import Quantized
 from unified_mm.parallel.sharding import path_of
 from unified_mm.task import Task
@@ -42,10 +44,16 @@ def need_qwix() -> None:
         )
 
 
-def trace(task: Task) -> tuple[Any, dict[str, Axes]]:
+def trace(
+    task: Task, floats: tuple[type[nn.Module], ...] = (Choosing,)
+) -> tuple[Any, dict[str, Axes]]:
     """Traces a task's model to find the shapes of its float parameters and which become int8.
 
     Nothing is computed: every dense layer and embedding table that the model calls is noted.
+
+    Args:
+      task: the task.
+      floats: kinds of layers whose kernels stay floats.
 
     Returns:
       The shapes, boxed with axis names, and by path of each parameter that becomes int8 the axes
@@ -54,7 +62,7 @@ def trace(task: Task) -> tuple[Any, dict[str, Axes]]:
     found: dict[str, Axes] = {}
 
     def note(call: Any, arguments: Any, options: Any, context: Any) -> Any:
-        if context.method_name == "__call__":
+        if context.method_name == "__call__" and not isinstance(context.module, floats):
             axes = _axes_within(context.module)
             found.update({"/".join((*context.module.path, name)): axes[name] for name in axes})
         return call(*arguments, **options)
@@ -132,7 +140,8 @@ def saved_shapes(task: Task, config: Config) -> Any:
     activations = str(config.quantized.activations)
     if activations:
         need_qwix()
-    boxed, axes = trace(task)
+    # At first those that choose became int8, too.
+    boxed, axes = trace(task, (Choosing,) if "choosing" in config.quantized else ())
 
     def one(path: Any, box: Any) -> Any:
         contracted = axes.get(path_of(path))

@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from unified_mm.inference.decoding import Written
+from unified_mm.nn.options import TransformerOptions
 from unified_mm.objectives.captioning import Captioning
 from unified_mm.task import Task
 
@@ -21,16 +22,32 @@ ROWS = 16  # questions that are read at once by each device
 
 
 def can_answer_alone(task: Task) -> bool:
-    """Returns whether a model writes, and can without any context, as early fusion can."""
+    """Returns whether a model writes, and can without any context, as early fusion can.
+
+    Where a token of the text stands for the picture, the text has no place without it.
+    """
     writes = any(isinstance(each, Captioning) for each in task.objectives)
-    return writes and task.model.reads_text_alone and "text" in task.modalities
+    alone = task.model.reads_text_alone and task.tokenizer.image_id is None
+    return writes and alone and "text" in task.modalities
 
 
 def without_context(task: Task) -> Task:
     """Returns the task of the same parameters that reads texts alone."""
     text = {"text": task.modalities["text"]}
-    model = task.model.clone(modalities={"text": task.model.modalities["text"]})
-    return replace(task, modalities=text, model=model)
+    model = task.model
+    alone = model.clone(
+        modalities={"text": model.modalities["text"]}, options=of_text(model.options)
+    )
+    return replace(task, modalities=text, model=alone)
+
+
+def of_text(options: TransformerOptions) -> TransformerOptions:
+    """Returns the options of a stack without what they say of other modalities."""
+    found = replace(options, sparse=tuple(each for each in options.sparse if each[0] == "text"))
+    if options.feed_forward_type != "neurons":
+        return found
+    own = {**dict(options.feed_forward_options), "of": ()}  # texts use all neurons
+    return replace(found, feed_forward_options=tuple(own.items()))
 
 
 def confidence(answer: Written) -> float:

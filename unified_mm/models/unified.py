@@ -264,11 +264,11 @@ class UnifiedModel(nn.Module):
         """Returns the model for inference, where no example depends on another.
 
         Attention is by 'auto' instead of a kernel by name: it may run on another device than in
-        training, and attends to a cache. Experts drop no token, and few neurons are gathered.
+        training, and attends to a cache. Few neurons are gathered.
         """
         kernel = any(is_kernel(each.attention) for each in self.stacks.values())
         attention = {"attention": "auto"} if kernel else {}
-        return self.with_options(dropless=True, gathered=True, **attention)
+        return self.with_options(gathered=True, **attention)
 
     def pipelined(self, pipeline: Pipeline) -> UnifiedModel:
         """Returns the model with its transformers divided into pipeline stages."""

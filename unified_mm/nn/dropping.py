@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from unified_mm.nn.layers import Dense, Norm
+from unified_mm.nn.layers import Choosing, Norm
 from unified_mm.nn.options import TransformerOptions
-from unified_mm.nn.routing import choose
+from unified_mm.nn.routing import choose, rounded_up
 from unified_mm.nn.tokens import TokenMetadata, spans
 
 
@@ -31,7 +31,7 @@ class Scorer(nn.Module):
         x = Norm(self.options.norm, self.options.norm_epsilon, jnp.float32, name="norm")(
             x.astype(jnp.float32)
         )
-        return Dense((1,), ("embed",), (None,), use_bias=False, name="score")(x)[..., 0]
+        return Choosing((1,), ("embed",), (None,), use_bias=False, name="score")(x)[..., 0]
 
 
 def most_important(
@@ -66,7 +66,7 @@ def most_important(
 
 def kept_of(length: int, keep: float) -> int:
     """Returns how many tokens of a group go on."""
-    return max(1, -int(-length * keep // 1))
+    return max(1, rounded_up(length * keep))
 
 
 def rows_at(x: Array, slots: Int[Array, "B kept"], axis: int) -> Array:

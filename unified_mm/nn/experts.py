@@ -4,7 +4,8 @@ A router chooses for each token K of E experts, each of which has room for `capa
 share; a token that finds none keeps its residual stream alone. Room is counted for each token group
 apart (a picture, each text), by groups of a fixed number of examples: two texts of one pass would
 otherwise tell of each other by who is dropped. Text is served in order of place, so that no token
-depends on a later one. At inference nothing is dropped and no example depends on another.
+depends on a later one. Where nothing is drawn, as at inference, no example depends on another, and
+nothing is dropped unless `evaluation_capacity` says so.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from jaxtyping import Array, Bool, Float, Int
 from unified_mm.config import check_options, option
 from unified_mm.nn.attention.attention import AttentionPlan
 from unified_mm.nn.feed_forward import ACTIVATIONS, WHERE, Mlp
-from unified_mm.nn.layers import PRODUCT, Dense, partitioned, product
+from unified_mm.nn.layers import PRODUCT, Choosing, partitioned, product
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.quantized import Quantized
-from unified_mm.nn.routing import choose, gather, into_blocks, scatter_add
+from unified_mm.nn.routing import choose, gather, into_blocks, rounded_up, scatter_add
 from unified_mm.nn.sow import AUXILIARY, sow_auxiliary
 from unified_mm.parallel.sharding import constrain
 
@@ -51,6 +52,7 @@ class Routed:
       modality: of the tokens; static.
       order: as in `Experts`; static.
       group: how many examples share the room; static.
+      capacity: room of an expert as a multiple of its even share, 0 for all that ask; static.
     """
 
     x: Any
@@ -62,6 +64,7 @@ class Routed:
     modality: str = struct.field(pytree_node=False)
     order: str = struct.field(pytree_node=False)
     group: int = struct.field(pytree_node=False)
+    capacity: float = struct.field(pytree_node=False)
 
 
 class Experts(nn.Module):
@@ -74,8 +77,9 @@ class Experts(nn.Module):
       every: the experts stand in the last of every so many blocks; the others are dense.
       by: 'all', one pool for all tokens, or 'modality', a pool of its own for each.
       capacity: room of an expert in training, as a multiple of its even share of all choices.
-      evaluation_capacity: the same where nothing is drawn; 0 drops nothing. At inference nothing is
-        dropped in any case.
+      evaluation_capacity: the same where nothing is drawn, in losses that are evaluated and at
+        inference, for the tokens of a context in each example by itself; 0 drops nothing. Of text
+        nothing is dropped there: it is written token by token.
       dropless: whether nothing is dropped in training either.
       group: how many neighbouring examples of a batch share the room.
       order: who comes first among the tokens of a context: 'place'; 'priority', the surest choice
@@ -108,9 +112,9 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"], plan: AttentionPlan) -> Float[Array, "B N D"]:
-        capacity = self._capacity(plan)
         leaving = self.is_mutable_collection(AUXILIARY) and not self.is_initializing()
-        group = self.group if leaving or (capacity and not self.is_initializing()) else 1
+        sharing = not (plan.deterministic or self.dropless or self.is_initializing())
+        group = self.group if leaving or (sharing and plan.write_at is None) else 1
         self._check(x.shape[0], group)
         x = constrain(x, "batch", None, "activation")
         pools: dict[str, list[int]] = {}
@@ -121,7 +125,7 @@ class Experts(nn.Module):
         for name, numbers in pools.items():
             routed = self._route(name, x, plan, numbers, group)
             weights = ExpertMlp(self.options, self.count, name=f"experts_{name}")()
-            outputs, taken = self._computed(weights, routed, capacity, group)
+            outputs, taken = self._computed(weights, routed, group)
             parts |= zip(numbers, outputs, strict=True)
             if leaving:
                 self._sow(name, routed, taken, group)
@@ -130,13 +134,13 @@ class Experts(nn.Module):
             y = y + Mlp(self.options, name="shared_expert")(x)
         return y
 
-    def _capacity(self, plan: AttentionPlan) -> float:
+    def _capacity(self, plan: AttentionPlan, modality: str) -> float:
         """Returns the room of an expert as a multiple of its even share; 0 drops nothing."""
         # With a cache, tokens come a few at a time: their group is never seen as a whole.
-        if self.options.dropless or plan.write_at is not None:
+        if plan.write_at is not None:
             return 0.0
         if plan.deterministic:
-            return self.evaluation_capacity
+            return 0.0 if modality == "text" else self.evaluation_capacity
         return 0.0 if self.dropless else self.capacity
 
     def _check(self, rows: int, group: int) -> None:
@@ -165,7 +169,7 @@ class Experts(nn.Module):
         group: int,
     ) -> list[Routed]:
         """Returns the token groups `numbers` with what the router of a pool says of each."""
-        router = Dense(
+        router = Choosing(
             (self.count,), ("embed",), (None,), scale=0.2, use_bias=False, name=f"router_{name}"
         )
         bias: Any = 0.0
@@ -201,7 +205,8 @@ class Experts(nn.Module):
                     chosen,
                     modality,
                     order,
-                    group if order == "place" else 1,
+                    group if order == "place" and not plan.deterministic else 1,
+                    self._capacity(plan, modality),
                 )
             )
         return found
@@ -215,14 +220,14 @@ class Experts(nn.Module):
         return p / jax.lax.stop_gradient(jnp.where(total > 0, total, 1))
 
     def _computed(
-        self, weights: Weights, routed: Sequence[Routed], capacity: float, group: int
+        self, weights: Weights, routed: Sequence[Routed], group: int
     ) -> tuple[list[Array], list[Array]]:
         """Returns the output of each token group, and which experts took each of its tokens."""
         outputs: dict[int, Array] = {}
         taken: dict[int, Array] = {}
         limited: dict[int, Dispatched] = {}
         for number, r in enumerate(routed):
-            if not capacity and r.order != "choice":
+            if not r.capacity and r.order != "choice":
                 taken[number] = r.chosen & r.valid[..., None]
                 gates = self._gates(r, r.chosen)
                 flat: Any = [x.reshape(-1, x.shape[-1]) for x in (r.x, taken[number], gates)]
@@ -231,7 +236,7 @@ class Experts(nn.Module):
                 continue
             # Experts that choose have a room at inference too: it is within one picture.
             even = r.group * r.x.shape[1] * self.top_k / self.count
-            slots = slots_of(r, math.ceil(even * (capacity or self.capacity)))
+            slots = slots_of(r, rounded_up(even * (r.capacity or self.capacity)))
             taken[number] = taken_of(slots, r)
             gates = self._gates(r, taken[number] if r.order == "choice" else r.chosen)
             slots = joined(slots, r.x.shape[1] * r.group, group // r.group)
@@ -377,6 +382,8 @@ def without_drops(
         own = jax.tree.map(lambda leaf: leaf[pool], weights)
         return expert(options, own, gather(x, slots)) * gather(gates[:, pool, None], slots)
 
+    # The gradient would keep a copy of an expert's kernels for every block.
+    one = jax.checkpoint(one, prevent_cse=False)
     return scatter_add(jax.lax.map(one, (slots, pools)).astype(x.dtype), slots, rows)
 
 

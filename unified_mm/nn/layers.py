@@ -70,6 +70,10 @@ class Dense(nn.Module):
         return y
 
 
+class Choosing(Dense):
+    """A dense map by whose outputs something is chosen: what is rounded may choose otherwise."""
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: Float[Array, "..."], kernel: Any, contracted: int) -> Float[Array, "..."]:
     """Contracts the last axes of x with the first ones of a kernel; `contracted` is their number.

@@ -22,7 +22,7 @@ from unified_mm.config import check_options, option
 from unified_mm.nn.attention.attention import AttentionPlan
 from unified_mm.nn.dropping import kept_of
 from unified_mm.nn.feed_forward import ACTIVATIONS, WHERE, Mlp
-from unified_mm.nn.layers import Dense
+from unified_mm.nn.layers import Choosing
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.quantized import Quantized
 from unified_mm.nn.routing import choose
@@ -136,9 +136,9 @@ class Predictor(nn.Module):
         """Returns a logit for each neuron."""
         x = jnp.where(valid[..., None], jax.lax.stop_gradient(x), 0).astype(jnp.float32)
         mean = x.sum(1) / jnp.maximum(valid.sum(1, keepdims=True), 1).astype(jnp.float32)
-        hidden = jax.nn.gelu(Dense((self.rank,), ("embed",), (None,), name="narrow")(mean))
+        hidden = jax.nn.gelu(Choosing((self.rank,), ("embed",), (None,), name="narrow")(mean))
         wide = (self.options.feed_forward,)
-        return Dense(wide, (None,), ("feed_forward",), name="wide")(hidden)
+        return Choosing(wide, (None,), ("feed_forward",), name="wide")(hidden)
 
 
 def highest(scores: Float[Array, "B F"], room: int) -> Int[Array, "B room"]:

@@ -217,7 +217,6 @@ class TransformerOptions:
         stacked or scanned (`nn.unstack`); for inference.
       dtype: of the computation; parameters are float32.
       cache: type of cached keys and values in generation: 'same', which is `dtype`, or 'int8'.
-      dropless: whether experts have room for every token that asks for them; for inference.
       gathered: whether the neurons that predictors name are gathered (`nn.neurons`), and not found
         by computing all; for inference.
       counted: whether its products are to be counted: no kernel hides any, and attention computes
@@ -272,7 +271,6 @@ class TransformerOptions:
     unstacked: bool = False
     dtype: Any = jnp.float32
     cache: str = option("same", choices=CACHE)
-    dropless: bool = False
     gathered: bool = False
     counted: bool = False
     exits: tuple[int, ...] = ()
@@ -384,7 +382,7 @@ class TransformerOptions:
     @classmethod
     def config_fields(cls) -> tuple[str, ...]:
         """Returns the names of the fields that `config.model` has under the same names."""
-        inference = ("unstacked", "cache", "dropless", "gathered")
+        inference = ("unstacked", "cache", "gathered")
         elsewhere = (*inference, "counted", "cross", "dropping", "pipeline")
         return tuple(each.name for each in fields(cls) if each.init and each.name not in elsewhere)
 

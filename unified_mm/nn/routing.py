@@ -6,6 +6,7 @@ those that a single pool has no room for. Shapes are static, so that a compiler 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -51,6 +52,11 @@ def scatter_add(
 ) -> Float[Array, "N D"]:
     """Returns for each of N = `rows` rows the sum of what its slots hold, zeros if it has none."""
     return jnp.zeros((rows, y.shape[-1]), y.dtype).at[slots].add(y, mode="drop")
+
+
+def rounded_up(room: float) -> int:
+    """Returns a room in whole rows; a product's rounding, such as 100 * 0.07, adds none."""
+    return math.ceil(round(room, 9))
 
 
 class Blocks(NamedTuple):

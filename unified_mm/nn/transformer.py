@@ -193,6 +193,8 @@ class Transformer(nn.Module):
         if leave is not None and not (o.unstacked and deterministic):
             # With stacked parameters each conditional would copy its layers: four times the time.
             raise ValueError("layers are left early where they are unstacked and nothing is drawn")
+        if span is not None and not self.is_initializing():
+            self._refuse_to_be_shown()
         if leave is not None:
             x, kv = self._leaving(leave, x, plan, cross, cached)
         elif o.unstacked:
@@ -328,12 +330,6 @@ class Transformer(nn.Module):
         deterministic: bool,
     ) -> tuple[Array, PeriodKV]:
         """Runs some of the periods, on the same parameters as the scan of all."""
-        for collection in (ATTENTION, RESIDUAL):
-            if self.is_mutable_collection(collection):
-                raise ValueError(
-                    f"the {collection} of a stack that drops tokens (model.dropping) cannot be "
-                    "shown: its layers have sequences of different lengths"
-                )
         period, layers = self._period_function(deterministic)
         part = jax.tree.map(lambda each: each[slice(*span)], layers)
 
@@ -343,6 +339,15 @@ class Transformer(nn.Module):
             return x, kv
 
         return jax.lax.scan(step, x, (part, cached))
+
+    def _refuse_to_be_shown(self) -> None:
+        """Raises ValueError if what layers attend to or hold is asked of some of the periods."""
+        for collection in (ATTENTION, RESIDUAL):
+            if self.is_mutable_collection(collection):
+                raise ValueError(
+                    f"the {collection} of a stack that drops tokens (model.dropping) cannot be "
+                    "shown: its layers have sequences of different lengths"
+                )
 
     def _period_function(self, deterministic: bool) -> tuple[Any, Any]:
         """Returns a period as a function of its parameters, and those of all periods, stacked.

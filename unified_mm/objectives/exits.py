@@ -46,7 +46,7 @@ class Exits(Auxiliary):
         exits = model.options.exits
         if model.is_initializing():
             return ObjectiveOutput((jnp.zeros(()), jnp.zeros(())), {}, {})
-        sown = f"{EXIT}:{self.of}"
+        sown = f"{EXIT}:{context.read_as[self.of]}"
         (states,) = (x for path, x in context.auxiliary.items() if path.endswith(f"/{sown}"))
         total, metrics = jnp.zeros(()), {}
         for layer in exits:

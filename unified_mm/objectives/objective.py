@@ -94,11 +94,14 @@ class StepContext:
       auxiliary: values that layers sowed in the shared pass, by path, of a stack each
         [periods, groups, ...] (see `nn.sow_auxiliary`); empty where no objective reads them.
       earlier: outputs of the objectives before this one, by name.
+      read_as: by view name, that of the first view that is read alike, after which the tokens of
+        the shared pass are named.
     """
 
     step: Any
     auxiliary: dict[str, Any]
     earlier: dict[str, Any]
+    read_as: dict[str, str] = struct.field(pytree_node=False, default_factory=dict)
 
 
 @runtime_checkable
@@ -341,10 +344,11 @@ def all_losses(
     read = list(dict.fromkeys(read_as.values()))
     once = model.encode(batch, read, deterministic=deterministic) if read else {}
     encoded = {name: once[view.name] for name, view in read_as.items()}
+    names = {name: view.name for name, view in read_as.items()}
     left = auxiliary_by_path(model.variables[AUXILIARY]) if AUXILIARY in model.variables else {}
     outcomes: dict[str, ObjectiveOutput] = {}
     for objective in objectives:
-        context = StepContext(step, left, dict(outcomes))
+        context = StepContext(step, left, dict(outcomes), names)
         outcomes[objective.name] = objective(
             model, encoded, batch, context, deterministic=deterministic
         )

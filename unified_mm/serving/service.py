@@ -317,6 +317,8 @@ def missing(model: LoadedModel, index: SearchIndex | None) -> dict[str, str]:
     if "image" not in task.modalities:
         why = f"this run reads no images: it is of {' and '.join(task.modalities)} alone"
         without |= dict.fromkeys(("/caption", "/answer", "/attention"), why)
+    if task.model.options.dropping.keep < 1:
+        without["/attention"] = "this run drops patches (model.dropping): not all layers have them"
     if not model.predictor.can(Captioning):
         why = f"this run cannot write: it was trained on {trained}"
         without |= dict.fromkeys(("/caption", "/answer", "/attention"), why)

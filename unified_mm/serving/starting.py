@@ -61,7 +61,7 @@ def warm_up(service: Service) -> float:
                 views = [_noise(model) for _ in range(together + 1)]
                 writing = [service.begin(view, prompt, GREEDY) for view in views]
                 texts = ["".join(each) for each in writing]
-        if service.attend is not None:
+        if service.attend is not None and "/attention" not in without:
             service.attend(model, views[0], "", texts[0] or "a")
     return time.perf_counter() - began
 

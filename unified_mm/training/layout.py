@@ -28,12 +28,20 @@ def in_training(config: Config, task: Task, mesh: Mesh) -> Task:
 
     Raises:
       ValueError: `mesh.stage_micro_batches` is negative, or experts are to be divided where there
-        are none.
+        are none, or where they drop nothing.
     """
     if mesh.shape["expert"] > 1 and not has_experts(task):
         raise ValueError(
             f"mesh.expert={mesh.shape['expert']}: no layer has experts; set mesh.expert=1, or "
             "model.feed_forward_type='experts'"
+        )
+    if mesh.shape["expert"] > 1 and any(
+        each.own("dropless", False) for each in task.model.stacks.values()
+    ):
+        raise ValueError(
+            f"mesh.expert={mesh.shape['expert']}: experts that drop nothing "
+            "(model.feed_forward_options.dropless=True) are computed whole on every device; set "
+            "mesh.expert=1, or dropless=False and a capacity"
         )
     stages = mesh.shape["stage"]
     asked = build_options(MeshOptions, config.mesh, "mesh").stage_micro_batches

@@ -164,9 +164,13 @@ def fit_to_budget(config: ConfigDict) -> ConfigDict:
     model = config.model
     if by == "width":
         step = math.lcm(4, 2 * model.heads)  # whole, even heads; sines of two coordinates in fours
+        first = 1
     else:
         gated = model.fusion == "gated_cross_attention"
         step = model.cross.every if gated else model.feed_forward_options.get("every", 1)
+        # Layers come after each exit, and after the drop.
+        after = model.dropping.after if model.dropping.keep < 1 else 0
+        first = max(after, *model.exits, 0) // step + 1
 
     def resized(count: int) -> ConfigDict:
         other = ConfigDict(config.to_dict())
@@ -183,15 +187,15 @@ def fit_to_budget(config: ConfigDict) -> ConfigDict:
     def cost(count: int) -> int:
         return 3 * forward_flops(*shapes_of(Config(resized(count).to_dict()))) // ROWS
 
-    if cost(1) > budget:
+    if cost(first) > budget:
         raise ValueError(
             f"model.budget={budget:.3g} FLOPs a training example: the smallest model by {by} costs "
-            f"{cost(1):.3g}"
+            f"{cost(first):.3g}"
         )
     # FLOPs grow with the square of the width, or with depth, and by less where some do not grow:
     # a step by that law all but never goes too far.
     power = 1 / 2 if by == "width" else 1
-    count = 1
+    count = first
     while True:
         guess = int(count * (budget / cost(count)) ** power)
         if guess > count + 1 and cost(guess) <= budget:

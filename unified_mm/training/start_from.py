@@ -48,7 +48,7 @@ FREE_OF_MODEL = ("dropout", "remat", "attention", "unroll", "dtype", "exits")
 FREE_OF_OBJECTIVE = ("weight", "weight_schedule", "chunk")
 # What imported weights say nothing of: how sounds and clips are cut, and changed in training.
 FREE_OF_IMPORTED = {
-    "audio": ("mask_frames", "mask_mels", "gain", "speed", "roll", "longer"),
+    "audio": ("mask_frames", "mask_mels", "gain", "speed", "equalise", "roll", "longer"),
     "video": ("seconds",),
 }
 SEEN = ("image_size", "resampling", "fit")  # fields of `config.data`: the pictures that it knows
@@ -460,21 +460,35 @@ def news_of_start(params: Any, config: Config, found: Mapping[str, Any]) -> str:
     fresh = {part_of(path) for path in paths if source_of(path, begun, found) is None}
     left = {part_of(path) for path in found} - {part_of(path) for path in paths}
     said = ", ".join(f"{part} from {run}" for part, run in begun.items())
+    copies = any(is_upcycled(path, found) for path in paths)
+    scaled = copies and config.model.feed_forward_options.get("gate", "scaled") == "scaled"
     return (
         f"starts with {said}; afresh: {', '.join(sorted(fresh)) or 'nothing'}"
         + f"; left out: {', '.join(sorted(left))}" * bool(left)
+        + "; experts that begin as copies add up to what they are copied from with "
+        "model.feed_forward_options.gate='normalised', which is 'scaled'" * scaled
     )
 
 
 def part_of(path: str) -> str:
     """Returns the part of a model that a parameter belongs to, as a summary names it."""
     top = path.split("/")[0]
+    if experts := OF_EXPERTS.fullmatch(path):
+        return f"{top}/layers/{experts[1]}"
     return "transformer/layers/cross" if "/cross/" in path else top
+
+
+def is_upcycled(path: str, found: Mapping[str, Any]) -> bool:
+    """Returns whether a parameter stands beside experts that begin as copies of a dense layer."""
+    stack = f"{path.split('/')[0]}/"
+    own = [name for name in found if name.startswith(stack) and "/feed_forward/" in name]
+    dense = bool(own) and all("/feed_forward/mlp/" in name for name in own)
+    return dense and OF_EXPERTS.fullmatch(path) is not None
 
 
 def source_of(path: str, begun: Mapping[str, str], found: Mapping[str, Any]) -> str | None:
     """Returns the part in `begun` whose run has a parameter; None where it starts afresh."""
-    if OF_EXPERTS.fullmatch(path) and not any(OF_EXPERTS.fullmatch(name) for name in found):
+    if is_upcycled(path, found):
         return None
     if WHOLE in begun:  # a head that the run does not have is a new one
         top = path.split("/")[0]
@@ -500,6 +514,8 @@ def load_params(params: Any, config: Config, found: Mapping[str, Any]) -> Any:
 
     def one(key_path: Any, leaf: Any) -> Any:
         path = path_of(key_path)
+        if is_upcycled(path, found) and "/shared_expert/down/" in path:
+            return leaf * 0  # so that the first step is that of the dense model
         part = source_of(path, begun, found)
         if part is None:
             return leaf

@@ -141,6 +141,15 @@ def test_random_blocks_are_drawn_once_and_for_all():
     np.testing.assert_array_equal(RandomBlocks(2, 4, seed=1)(*fields)[0], seen[:30, :30])
 
 
+def test_random_blocks_of_a_text_are_the_same_after_a_picture():
+    table = MaskTable((View("t", "prefix"),))
+    beside = whole_mask(SPARSE["random"], table, both := sequence())
+    text = jax.tree.map(lambda x: x[:, 25:], both).replace(groups=(Group("t", TEXT, 37, start=0),))
+    text = text.replace(position=text.position - 25, time=None, coords=None)
+    alone = whole_mask(SPARSE["random"], table, text)
+    np.testing.assert_array_equal(alone, beside[:, 25:, 25:])
+
+
 @pytest.mark.parametrize(
     ("name", "what"),
     [("none", "whole"), ("random", "whole"), ("both", "whole"), ("window", "documents"),

@@ -102,14 +102,16 @@ class RandomBlocks(Pattern):
       count: blocks that each draws; the same may be drawn twice.
       size: positions of a block.
       seed: of the draw.
+      start: position of the first block's first token in its document.
     """
 
     count: int
     size: int
     seed: int = 0
+    start: int = 0
 
     def keeps(self, query: Mapping[str, Any], key: Mapping[str, Any]) -> Any:
-        blocks = query["position"] // self.size, key["position"] // self.size
+        blocks = [(each["position"] - self.start) // self.size for each in (query, key)]
         return self._drawn(*blocks) | self._drawn(*blocks[::-1])
 
     def _drawn(self, block: Any, other: Any) -> Any:
@@ -178,5 +180,5 @@ def refined(of: Predicate, sparse: SparseOptions, group: Group) -> Predicate:
     if sparse.first:
         found.append(First(sparse.first, group.first))
     if sparse.random:
-        found.append(RandomBlocks(sparse.random, sparse.block, sparse.seed))
+        found.append(RandomBlocks(sparse.random, sparse.block, sparse.seed, group.first))
     return Sparse(of, tuple(found))
