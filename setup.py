@@ -42,7 +42,6 @@ setup(
         "array_record>=0.8",
         "einops>=0.8",
         "etils[epath]>=1.9",
-        "filelock>=3",
         "flax>=0.12",
         "grain>=0.2.15",
         "jax>=0.10,<0.12",

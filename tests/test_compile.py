@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[1]
 SMALL = [flag for flag in commands.SMALL if "vocabulary" not in flag]
 
 
-def run(*arguments):
+def run(*arguments, **more):
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     return subprocess.run(
         [sys.executable, "-m", "unified_mm.compile", *arguments],
         cwd=ROOT,
-        env={**environment, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env={**environment, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **more},
         capture_output=True,
         text=True,
         timeout=600,
@@ -26,9 +26,12 @@ def run(*arguments):
 
 
 @pytest.mark.slow
-def test_a_small_step_on_eight_devices():
+def test_a_small_step_on_eight_devices(tmp_path):
+    """It is compiled, not read from what was compiled before, and not kept."""
     done = run(
-        "--config=configs/coco.py:tiny", "--topology=cpu:8", *SMALL, "--config.mesh.tensor=2"
+        *("--config=configs/coco.py:tiny", "--topology=cpu:8", *SMALL, "--config.mesh.tensor=2"),
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
@@ -38,6 +41,7 @@ def test_a_small_step_on_eight_devices():
     assert told["collectives"]["all-reduce"]["count"] > 0
     assert done.stdout.startswith("cpu:8: 8 chips, mesh data 4 x tensor 2, batch 8\n")
     assert not done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_users_error_is_one_line():

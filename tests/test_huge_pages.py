@@ -78,11 +78,21 @@ def test_a_debugger_is_left_alone(started, monkeypatch):
     assert not started
 
 
-@pytest.mark.parametrize("glibc, pages", [("2.34", "[madvise]"), ("2.36", "madvise [never]")])
-def test_machines_without_huge_pages(started, monkeypatch, glibc, pages):
+@pytest.mark.parametrize(
+    "glibc, pages",
+    [("2.34", "[madvise]"), ("2.36", "madvise [never]"), ("2.36", "[always] madvise never")],
+)
+def test_machines_without_huge_pages_or_with_them_unasked(started, monkeypatch, glibc, pages):
     monkeypatch.setattr(os, "confstr", lambda name: f"glibc {glibc}")
     huge_pages.PAGES.write_text(pages)
     huge_pages.start_again("unified_mm.main")
+    assert not started
+
+
+def test_machines_that_do_not_tell(started, monkeypatch):
+    for unreadable in (huge_pages.PAGES.parent, huge_pages.PAGES / "absent"):
+        monkeypatch.setattr(huge_pages, "PAGES", unreadable)
+        huge_pages.start_again("unified_mm.main")
     assert not started
 
 

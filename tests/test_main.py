@@ -292,16 +292,19 @@ def test_nothing_that_is_only_nice_to_know_ends_a_run(stopped, data, tmp_path, m
     monkeypatch.setattr("unified_mm.runs.environment._GIT_SECONDS", 0.1)
     monkeypatch.setattr("unified_mm.analysis.run_report.picture", fails)
     monkeypatch.setattr("unified_mm.training.run.training_flops", fails)
+    monkeypatch.setattr("unified_mm.training.loop.training_flops", fails)
+    monkeypatch.setattr("unified_mm.training.loop.peak_of", lambda devices: (1e12, "a peak"))
     shutil.rmtree(stopped / "tensorboard", ignore_errors=True)
     (stopped / "tensorboard").write_text("no folder")
     (stopped / "report.html").unlink(missing_ok=True)
     with pytest.warns(UserWarning) as told:
         assert train(data, stopped, *ALIKE) == 0
     missing = " ".join(str(each.message) for each in told)
-    for what in ("the git revision", "its FLOPs", "report.html", "TensorBoard's files"):
+    for what in ("the git revision", "its FLOPs", "MFU", "report.html", "TensorBoard's files"):
         assert f"the run goes on without {what}" in missing.replace(f"{stopped}/", "")
     result = json.loads((stopped / "result.json").read_text())
     assert (result["revision"], result["flops"]) == ("", None) and result["scores"]
+    assert 'time/mfu"' not in (stopped / "metrics.jsonl").read_text()
     assert "report:" not in capsys.readouterr().out
     assert train(data, stopped, *ALIKE) == 0
     said = capsys.readouterr().out

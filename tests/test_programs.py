@@ -6,6 +6,7 @@ import sys
 
 import jax
 import pytest
+from jax._src.compilation_cache import compress_executable
 
 from unified_mm.cli import programs
 from unified_mm.cli.programs import VARIABLE, keep_programs
@@ -45,6 +46,17 @@ def test_a_second_process_compiles_nothing_and_no_line_speaks_of_errors(tmp_path
     assert compiled(tmp_path) == (misses, 0, "")
 
 
+def test_what_a_killed_process_left_is_compiled_once_more(tmp_path):
+    """It may end within a program, or before anything was written."""
+    _, misses, _ = compiled(tmp_path)
+    torn, empty, *_, last = sorted((tmp_path / "programs").glob("*-cache"))
+    torn.write_bytes(torn.read_bytes()[:-9])
+    empty.write_bytes(b"")
+    last.with_name("jit_other-1-cache").write_bytes(last.read_bytes())
+    assert compiled(tmp_path) == (misses - 2, 2, "")
+    assert compiled(tmp_path) == (misses, 0, "")
+
+
 @pytest.fixture
 def settings(monkeypatch):
     """What jax is told, without telling it; nobody has decided."""
@@ -64,11 +76,26 @@ def test_who_decided_is_left_alone(settings, tmp_path, monkeypatch):
     assert not settings and not list(tmp_path.iterdir())
 
 
-def test_the_size_is_bounded(settings, tmp_path, monkeypatch):
+def test_the_last_used_are_kept(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("UNIFIED_MM_CACHE", str(tmp_path))
-    keep_programs()
-    assert settings["jax_compilation_cache_dir"] == str(tmp_path / "programs")
-    assert settings["jax_compilation_cache_max_size"] == programs.MOST_BYTES
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    content = compress_executable(b"program")
+
+    def left(*used):
+        for when, name in enumerate(used):
+            os.utime(folder / f"{name}-cache", (when, 0))
+        keep_programs()
+        return sorted(file.name[0] for file in folder.iterdir())
+
+    for name in "abcdef":
+        (folder / f"{name}-cache").write_bytes(content)
+    monkeypatch.setattr(programs, "MOST", 4)
+    assert left(*"abcdef") == ["c", "d", "e", "f"]
+    assert settings["jax_compilation_cache_dir"] == str(folder)
+    monkeypatch.setattr(programs, "MOST_BYTES", 2 * len(content))
+    monkeypatch.setattr(programs, "decompress_executable", None)  # whole ones are not read again
+    assert left(*"defc") == ["c", "f"]
 
 
 def test_says_why_nothing_is_kept(settings, tmp_path, monkeypatch, capsys):

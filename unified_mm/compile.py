@@ -6,7 +6,7 @@
 Needs no data, no TPU and no GPU, but the compiler of one (the extras 'tpu' and 'cuda12'). All
 arrays are abstract, so a model of any size can be compiled. The times are lower bounds from the
 chip's peaks (see `costs.roofline`), not measurements. Of a GPU's memory jax takes 0.75, or what
-XLA_PYTHON_CLIENT_MEM_FRACTION says, and a step fits that. The last line printed is JSON; for its
+XLA_CLIENT_MEM_FRACTION says, and a step fits that. The last line printed is JSON; for its
 fields see `training.estimate.estimate`. The exit code is 1 if the step does not fit into memory.
 """
 
@@ -15,17 +15,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from importlib import metadata
+
+import jax
 
 from unified_mm.cli.command import command
 from unified_mm.cli.messages import say
 from unified_mm.cli.recipes import resolve
 from unified_mm.config import Config
 from unified_mm.costs.chips import Chip, Gpu, Tpu
-from unified_mm.costs.topologies import memory_share, target
+from unified_mm.costs.memory_share import memory_share
+from unified_mm.costs.topologies import target
 from unified_mm.runs.environment import revision, versions
 from unified_mm.training.ahead import abstract_phases
 from unified_mm.training.estimate import estimate, lines
@@ -35,6 +39,9 @@ from unified_mm.training.phases import Phase
 @command("compile", __doc__, takes=("config", "topology", "phase"), recipe="coco")
 def main(options: argparse.Namespace) -> int:
     """Compiles the step, prints the estimate and returns the exit code, 1 if it does not fit."""
+    # No process can read what was compiled for devices that are not there; and what compiling
+    # takes is said.
+    jax.config.update("jax_enable_compilation_cache", False)
     devices, chip = target(options.topology)
     asked = resolve(options.recipe, say, platform=devices[0].platform)
     config = Config(asked.to_dict())
@@ -46,7 +53,7 @@ def main(options: argparse.Namespace) -> int:
         "date": time.strftime("%Y-%m-%d"),
     }
     if isinstance(chip, Gpu):
-        about["memory_share"] = memory_share()
+        about["memory_share"] = memory_share(os.environ)
     facts = estimate(phase, chip, config.train.ema_decay)
     say(f"{options.topology}: " + "\n".join(lines(facts)))
     if facts["problem"]:

@@ -18,5 +18,6 @@ Each part is a process of its own with a share of the minutes, in this order:
     world      a training of `base` on the world, scored; and what options of inference cost
 
 What is found is in one file, `accelerator.json`, written row by row: what ends a part takes no row
-of it. A second call goes on with the rows that are missing or failed.
+of it. A second call goes on with the rows that are missing or failed. It reads what the first one
+compiled from the folder of work, so that `compile_seconds` of such a row may be of reading.
 """

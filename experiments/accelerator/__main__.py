@@ -12,6 +12,7 @@ from pathlib import Path
 
 import experiments.accelerator as package
 from experiments.accelerator.schedule import Part, Results, measure_rows, run_parts
+from unified_mm.costs.memory_share import said, with_share
 from unified_mm.registry import resolve
 
 HOME = "experiments.accelerator"
@@ -25,8 +26,7 @@ PARTS = (
     Part("loader", 5, f"{HOME}.world:loader"),
     Part("world", 24, f"{HOME}.world:world"),
 )
-# jax takes three quarters of a card unless told otherwise; here it has it alone.
-ALONE = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+ALONE = 0.92  # of a card's memory, which jax has alone here
 
 say = functools.partial(print, flush=True)
 
@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=8, help="for all parts together")
     parser.add_argument("--out", type=Path, help="folder of accelerator.json")
-    parser.add_argument("--work", type=Path, help="folder of runs and scenes; OUT/work by default")
+    parser.add_argument("--work", type=Path, help="folder of runs, scenes, programs; OUT-work")
     parser.add_argument("--shrunk", action="store_true", help="tiny shapes, to rehearse on a CPU")
     parser.add_argument("--pack", type=Path, help="fill this folder with what must be carried")
     parser.add_argument("--part", choices=[part.name for part in PARTS], help=argparse.SUPPRESS)
@@ -48,6 +48,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if (options.out is None) == (options.pack is None):
         parser.error("give --out=FOLDER to measure, or --pack=FOLDER to gather what is carried")
+    if options.out:
+        options.work = (options.work or Path(f"{options.out.resolve()}-work")).resolve()
     return options
 
 
@@ -62,7 +64,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.part:
         return one_part(options, results)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # parts end first
-    os.environ.update({name: os.environ.get(name, value) for name, value in ALONE.items()})
+    if not said(os.environ):
+        os.environ.update(with_share({}, ALONE))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{options.work / 'programs'}")
 
     def command(part: Part, seconds: float) -> list[str]:
         more = [f"--part={part.name}", f"--seconds={seconds:.0f}"]
@@ -79,8 +83,7 @@ def one_part(options: argparse.Namespace, results: Results) -> int:
 
     (part,) = (part for part in PARTS if part.name == options.part)
     rows = resolve("part", part.rows, {})
-    work = options.work or options.out / "work"
-    setting = Setting(SHRUNK if options.shrunk else FULL, results, work.resolve())
+    setting = Setting(SHRUNK if options.shrunk else FULL, results, options.work)
     return measure_rows(part.name, rows(setting), results, options.seconds, say)
 
 

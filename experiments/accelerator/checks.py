@@ -58,7 +58,7 @@ def parity(rule: str, lengths: tuple[int, int]) -> Row:
         plain, kernel = (distance(other, reference) for other in others)
         found[f"{heads}/{key_heads} heads of {width}"] = {"plain": plain, "fused": kernel}
         further = [k / max(p, LEAST) for k, p in zip(kernel, plain, strict=True)]
-        worst = max(worst, *further)
+        worst = float(np.max([worst, *further]))  # NaN, where any is
     if not worst < FURTHER:
         raise ValueError(f"rule {rule}: {fused} is {worst} times as far as plain: {found}")
     return {**found, "further": round(worst, 3)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -171,6 +172,7 @@ def measure_rows(
         began = time.monotonic()
         try:
             row = measure()
+            json.dumps(row, allow_nan=False)  # what cannot be written was not measured
         except Exception:
             row = {FAILED: traceback.format_exc()}
             say(row[FAILED])

@@ -25,6 +25,7 @@ from experiments.accelerator.scale import (
 )
 from experiments.accelerator.schedule import Row, Rows
 from experiments.train_beside_peers import Shape, ask, early_fusion, read, serve
+from unified_mm.costs.memory_share import with_share
 from unified_mm.files import read_json, write_json
 
 # Of the card's memory: the rest is PyTorch's, which takes what it needs.
@@ -74,7 +75,7 @@ def start(kind: str, folder: Path, batch: int, scale: Scale) -> subprocess.Popen
     shrunk = [] if scale == FULL else ["--shrunk"]
     return subprocess.Popen(
         [sys.executable, "-m", __name__, kind, str(folder), str(batch), *shrunk],
-        env=os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{OURS}"},
+        env=with_share(os.environ, OURS),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -93,19 +94,7 @@ def ours(folder: Path, batch: int, scale: Scale) -> Callable[[], float]:
         text = arrays["text"]
         pixels = arrays["image"]["pixels"]
         np.savez(folder / f"{number}.npz", pixels=pixels, ids=text["ids"], valid=text["valid"])
-    image, text = config.model.modalities.image, config.model.modalities.text
-    shape = {
-        "width": config.model.width,
-        "heads": config.model.heads,
-        "hidden": config.model.feed_forward,
-        "layers": config.model.layers,
-        "patches": (config.data.image_size // image.patch) ** 2,
-        "patch": image.patch,
-        "hierarchical": image.stem == "hierarchical",
-        "length": text.length,
-        "space": config.objectives.contrastive.width,
-    }
-    write_json(folder / "shape.json", {"vocabulary": trainer.vocabulary, "shape": shape})
+    Shape.of(config, trainer.vocabulary).write(folder)
     print(json.dumps("wrote batches"), flush=True)  # theirs compiles beside ours
     trainer.begin()
     return trainer.loss
@@ -152,9 +141,7 @@ def torch_step(folder: Path, flash: bool) -> Callable[[], float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # A rehearsal traces and differentiates as a GPU's compiler does, and stops before C++.
     backend = "inductor" if device == "cuda" else "aot_eager"
-    said = read_json(folder / "shape.json")
-    shape = Shape(**said["shape"])
-    model = early_fusion(said["vocabulary"], shape, half=True, flash=flash).to(device)
+    model = early_fusion(Shape.read(folder), half=True, flash=flash).to(device)
     run = torch.compile(model, backend=backend)
     decayed = [each for each in model.parameters() if each.ndim > 1]
     others = [each for each in model.parameters() if each.ndim < 2]

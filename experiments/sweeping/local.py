@@ -14,9 +14,9 @@ from typing import Any
 
 from experiments.sweeping.jobs import ElsewhereJob, End, Job, held, last_lines
 from experiments.sweeping.runs import Run, environment, python_command
+from unified_mm.costs.memory_share import UNSAID, said, with_share
 
 GPUS = "CUDA_VISIBLE_DEVICES"
-MEMORY = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 @dataclass
@@ -116,8 +116,8 @@ def share_of_gpus(
     if not gpus or places == 1:
         return {}
     chosen = {GPUS: ",".join(share_of(gpus, place, places))}
-    if places > len(gpus) and MEMORY not in variables:
-        chosen[MEMORY] = f"{0.75 / -(-places // len(gpus)):.3f}"  # jax takes .75 in all
+    if places > len(gpus) and not said(variables):  # all together take what one would
+        chosen = with_share(chosen, UNSAID / -(-places // len(gpus)))
     return chosen
 
 

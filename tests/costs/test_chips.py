@@ -6,6 +6,7 @@ from hand_counts import ROWS, TIMES, WIDTH, W, X, loop, norm, product, traffic
 
 from unified_mm.costs import topologies
 from unified_mm.costs.chips import CHIPS, GPUS, TPUS
+from unified_mm.costs.memory_share import NAMES, memory_share, with_share
 from unified_mm.costs.topologies import target
 
 
@@ -51,6 +52,19 @@ def test_a_missing_compiler_is_named(monkeypatch):
     with pytest.raises(
         ValueError, match=r"needs the GPU's compiler.*no GPU: .*pip install.*cuda12"
     ):
+        target("h100:8")
+
+
+def test_the_share_of_memory_is_read_and_said_by_either_name(monkeypatch):
+    new, old = NAMES
+    assert memory_share({}) == memory_share({new: ""}) == 0.75
+    assert memory_share({old: "0.5"}) == 0.5 == memory_share({new: ".5", old: ""})
+    assert with_share({old: "0.5", "HOME": "/"}, 0.35) == {new: "0.35", "HOME": "/"}
+    for value in ("0", "1.5", "nan", "half"):
+        with pytest.raises(ValueError, match=rf"^{old}={value}: must be a share of a GPU's memory"):
+            memory_share({old: value})
+    monkeypatch.setenv(new, "2")
+    with pytest.raises(ValueError, match=f"^{new}=2: must"):
         target("h100:8")
 
 

@@ -12,6 +12,7 @@ from unified_mm.costs.flops import matmul_flops
 from unified_mm.nn.attention import splash
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.rules import MaskTable, View
+from unified_mm.nn.layers import product
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import Group, single_document
 from unified_mm.nn.transformer import Transformer
@@ -137,7 +138,7 @@ def test_a_conditional_counts_its_largest_branch_or_by_measured_shares(program, 
     assert matmul_flops(program, x) == 2 * times * one
     shares = {"exit": (0.75, 0.25)}  # false, true
     assert matmul_flops(program, x, shares=shares) == 1.25 * times * one
-    gradient = jax.grad(lambda x: program(x).sum())
+    gradient = jax.value_and_grad(lambda x: program(x).sum())
     # Backward the weights are constants: as many products again.
     assert matmul_flops(gradient, x, shares=shares) == 2 * 1.25 * times * one
     with pytest.raises(ValueError, match="of a conditional with 2 branches"):
@@ -146,11 +147,31 @@ def test_a_conditional_counts_its_largest_branch_or_by_measured_shares(program, 
         matmul_flops(program, x, shares={"entry": (0.5, 0.5)})
 
 
-def test_of_a_branch_what_its_results_need_counts():
-    """Compilers leave the rest out."""
+def test_what_no_result_needs_counts_nothing():
+    """Of a branch, of a step of a scan, and of a gradient where something learns nothing."""
     w, x, one = jnp.ones((4, 4)), jnp.ones((2, 4)), 2 * 2 * 4 * 4
     branches = (lambda x: (x @ w @ w, x)[1], lambda x: x @ w)
     assert matmul_flops(partial(jax.lax.cond, True, *branches), x) == one
+
+    def looped(x):
+        with jax.named_scope("loop"):
+            return jax.lax.while_loop(
+                lambda x: x.sum() < 0, partial(jax.lax.cond, True, *branches), x
+            )
+
+    assert matmul_flops(looped, x, steps={"loop": 5}) == 5 * one
+
+    def stack(learned, frozen, x):
+        @jax.checkpoint
+        def layer(x, _):
+            return product(product(x, frozen, 1), learned, 1), x @ w  # nobody reads the second
+
+        return jax.lax.scan(layer, x, None, length=3)[0].sum()
+
+    # A layer: both products, the first again, and backward two of what learns and one of the other.
+    assert matmul_flops(jax.value_and_grad(stack), w, w, x) == 3 * (2 + 1 + 3) * one
+    first = jax.value_and_grad(lambda w, x: product(x, w, 1).sum())  # none of its data
+    assert matmul_flops(first, w, x) == 2 * one
 
 
 def test_a_ragged_product_counts_each_row_once():
@@ -160,7 +181,7 @@ def test_a_ragged_product_counts_each_row_once():
         return jax.lax.ragged_dot(x, kernels, sizes)
 
     assert matmul_flops(product, x, kernels) == 2 * 6 * 4 * 5
-    gradient = jax.grad(lambda x, kernels: product(x, kernels).sum(), argnums=(0, 1))
+    gradient = jax.value_and_grad(lambda x, kernels: product(x, kernels).sum(), argnums=(0, 1))
     assert matmul_flops(gradient, x, kernels) == 3 * 2 * 6 * 4 * 5
 
 

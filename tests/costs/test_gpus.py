@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from unified_mm.costs.chips import GPUS
+from unified_mm.costs.memory_share import NAMES
 from unified_mm.costs.topologies import PLUGINS, target
 from unified_mm.nn.attention.cudnn import widest_head
 
@@ -34,7 +35,7 @@ pytestmark = [
 @pytest.mark.parametrize("name", GPUS)
 def test_gpus_of_several_hosts(name, monkeypatch):
     """The widest head is that of the card compiled for, with jax too: this machine has none."""
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
     devices, gpu = target(f"{name}:2x4")
     assert [device.process_index for device in devices] == [0] * 4 + [1] * 4
     assert {device.platform for device in devices} == {"gpu"}
@@ -70,7 +71,7 @@ def test_the_counter_agrees_with_counts_by_hand():
 
 def compiled(folder, *arguments):
     """What the command prints as a user types it, and the text of the program."""
-    hidden = ("JAX_PLATFORMS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    hidden = ("JAX_PLATFORMS", "JAX_DISABLE_MOST_OPTIMIZATIONS", *NAMES)
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_hlo_module_re=jit_step"
     done = subprocess.run(
@@ -86,7 +87,7 @@ def compiled(folder, *arguments):
 
 
 def test_tiny_for_one_h100(tmp_path):
-    """In each block cuDNN's attention, and no product in float32 but of the smallest heads."""
+    """In each block cuDNN's attention, forward and backward, and nothing else twice."""
     (*lines, last), program = compiled(tmp_path, "--config=configs/coco.py:tiny")
     assert " of 989 TFLOP/s (dense bfloat16)" in lines[-1]
     facts = json.loads(last)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 from packaging.requirements import Requirement
 
+from experiments.accelerator import __main__ as command
 from experiments.accelerator import carried, checks, world
 from experiments.accelerator.scale import FULL, largest_batch
 from experiments.accelerator.schedule import SKIPPED, Part, Results, measure_rows, run_parts
@@ -109,17 +110,32 @@ def test_rows_are_kept_as_they_come_and_a_second_call_measures_the_others(tmp_pa
         return measure
 
     rows = {"one": row("one"), "two": row("two", wrong=True), "three": row("three")}
+    rows["nan"] = lambda: {"speed": float("nan")}
     assert measure_rows("part", rows, results, 60, said.append) == 0
     kept = json.loads((tmp_path / "found.json").read_text())["parts"]["part"]["rows"]
     assert kept["three"]["before"] == ["one"]
     assert "ArithmeticError: not today" in kept["two"]["failed"]
+    assert "not JSON compliant" in kept["nan"]["failed"]
     assert list(results.rows("part")) == ["one", "three"]
-    assert measure_rows("part", {**rows, "two": row("two")}, results, 60, said.append) == 0
+    rows |= {"two": row("two"), "nan": lambda: {"speed": 1.0}}
+    assert measure_rows("part", rows, results, 60, said.append) == 0
     assert measured == ["one", "two", "three", "two"]
     more = {**rows, "four": row("four"), "five": row("five")}
     assert measure_rows("part", more, results, -1, said.append) == SKIPPED
     assert said[-1] == "part: its share is spent; skipped: four, five"
     assert measured == ["one", "two", "three", "two"]
+
+
+def test_parts_share_memory_and_programs_and_only_what_is_found_is_in_out(tmp_path, monkeypatch):
+    given = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
+    for variables, share in (({}, {"XLA_CLIENT_MEM_FRACTION": "0.92"}), (given, given)):
+        environment = dict(variables)
+        monkeypatch.setattr(os, "environ", environment)
+        monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+        monkeypatch.setattr(command, "run_parts", lambda *_: True)
+        assert command.main([f"--out={tmp_path / 'out'}"]) == 0
+        programs = f"{tmp_path / 'out-work' / 'programs'}"
+        assert environment == {**share, "JAX_COMPILATION_CACHE_DIR": programs}
 
 
 def test_the_largest_batch_is_what_memory_leaves_beside_the_state():
@@ -147,6 +163,9 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch):
     plain = chunked.attend
     monkeypatch.setattr(chunked, "attend", lambda *given: plain(*given) * jnp.bfloat16(1.1))
     with pytest.raises(ValueError, match="rule prefix: chunked is"):
+        checks.parity("prefix", (6, 4))
+    monkeypatch.setattr(chunked, "attend", lambda *given: plain(*given) * jnp.nan)
+    with pytest.raises(ValueError, match="rule prefix: chunked is nan times as far"):
         checks.parity("prefix", (6, 4))
 
 

@@ -19,6 +19,7 @@ from experiments.sweeping.ablation import load_ablation
 from experiments.sweeping.progress import Progress, duration, newest_records
 from experiments.sweeping.runs import asked_config, runs_of
 from experiments.sweeping.table import Row, Table
+from unified_mm.costs.memory_share import NAMES
 from unified_mm.runs.folder import RunFolder
 
 
@@ -195,8 +196,9 @@ def test_jobs_divide_cores_and_gpus():
     assert local.share_of_gpus({}, ["2", "5"], 1, 2) == {"CUDA_VISIBLE_DEVICES": "5"}
     assert local.share_of_gpus({}, [], 1, 2) == {} == local.share_of_gpus({}, ["2", "5"], 0, 1)
     three = local.share_of_gpus({}, ["2", "5"], 2, 3)
-    assert three == {"CUDA_VISIBLE_DEVICES": "2", local.MEMORY: "0.375"}
-    assert local.share_of_gpus({local.MEMORY: "0.2"}, ["2"], 1, 2) == {"CUDA_VISIBLE_DEVICES": "2"}
+    assert three == {"CUDA_VISIBLE_DEVICES": "2", "XLA_CLIENT_MEM_FRACTION": "0.375"}
+    for name in NAMES:
+        assert local.share_of_gpus({name: "0.2"}, ["2"], 1, 2) == {"CUDA_VISIBLE_DEVICES": "2"}
 
 
 def test_gpus_are_those_that_are_listed(monkeypatch):

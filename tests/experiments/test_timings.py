@@ -5,6 +5,33 @@ import json
 import pytest
 
 from experiments import time_exits, time_experts, time_neurons, time_sparse
+from experiments.train_beside_peers import RECIPE, Shape, rates
+from unified_mm.cli.recipes import recipe_config
+from unified_mm.config import Config
+
+
+def test_pytorch_has_the_shape_of_the_recipe_or_refuses_it(tmp_path):
+    asked = recipe_config(RECIPE)
+    shape = Shape.of(Config(asked.to_dict()), 500)
+    assert shape == Shape(500, 128, 4, 512, 4, 64, 8, True, 32, 128)
+    shape.write(tmp_path)
+    assert Shape.read(tmp_path) == shape
+    asked.objectives.captioning.weight = 4.0
+    with pytest.raises(ValueError, match=r"captioning.weight=4.0: PyTorch's side .* with 1.0"):
+        Shape.of(Config(asked.to_dict()), 500)
+    with pytest.raises(ValueError, match="train.optimizer='muon': PyTorch's side .* 'adamw'"):
+        Shape.of(Config(recipe_config("configs/coco.py:tiny").to_dict()), 500)
+
+
+def test_training_is_compared_with_pytorch_without_and_with_huge_pages():
+    turns = {"ours, huge pages": [2.0, 2.0], "torch": [8.0, 6.0], "torch, huge pages": [4.0, 3.0]}
+    assert rates(turns, "ours, huge pages") == {
+        "steps_per_second": 0.5,
+        "times_torch": 3.5,
+        "times_torch_least_most": [3.0, 4.0],
+        "times_torch_with_huge_pages": 1.75,
+        "times_torch_with_huge_pages_least_most": [1.5, 2.0],
+    }
 
 
 def shrunk(monkeypatch, capsys, script, **constants):

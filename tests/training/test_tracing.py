@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from unified_mm.costs.chips import CHIPS
 from unified_mm.costs.peaks import chip_of, peak_of
 from unified_mm.training.progress import Progress, Starved
 from unified_mm.training.tracing import SKIPPED, Trace, own_times, place_of, places_in
@@ -37,11 +38,16 @@ def test_traces_the_steps_that_were_asked_for(tmp_path):
     def step(x):
         return jax.lax.fori_loop(0, 3, lambda _, y: jnp.sin(y @ y), x)
 
-    x = jnp.full((64, 64), 0.01)
-    trace = Trace.of(tmp_path / "profile", 2, 0, 9)
+    @jax.jit
+    def evaluation(x):
+        return jnp.cos(x)
+
+    x = evaluation(jnp.full((64, 64), 0.01))
+    trace = Trace.of(tmp_path / "profile", 2, [(0, 9)])
     for number in range(1, 10):
         with trace.before(number, x):
             x = step(x)
+            evaluation(x).block_until_ready()
         assert trace.running == (SKIPPED < number <= SKIPPED + 2)
         if trace.ends_with(number):
             trace.finish(x, step.lower(x).compile().as_text())
@@ -49,14 +55,18 @@ def test_traces_the_steps_that_were_asked_for(tmp_path):
     assert (told["first"], told["last"]) == (SKIPPED + 1, SKIPPED + 2)
     names = [each["name"] for each in told["operations"]]
     assert any("dot_general" in name for name in names)
+    assert not any("cos" in name for name in names)  # of another program
     assert 0 < sum(each["share"] for each in told["operations"]) <= 1.001
 
 
 def test_a_trace_of_more_steps_than_are_left_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="from step 90 to 100.*ask for at most 7"):
-        Trace.of(tmp_path, 8, 90, 100)
-    assert Trace.of(tmp_path, 7, 90, 100).last == 100
-    assert Trace.of(tmp_path, 0, 99, 100).last < Trace.of(tmp_path, 0, 99, 100).first
+    with pytest.raises(ValueError, match="from step 90 to 100, 100 to 105: ask for at most 7"):
+        Trace.of(tmp_path, 8, [(90, 100), (100, 105)])
+    assert Trace.of(tmp_path, 7, [(90, 100)]).last == 100
+    # None lies in two phases, whose programs differ.
+    late = Trace.of(tmp_path, 2, [(95, 99), (99, 104)])
+    assert (late.first, late.last) == (103, 104)
+    assert Trace.of(tmp_path, 0, [(99, 100)]).last < Trace.of(tmp_path, 0, [(99, 100)]).first
 
 
 def test_waiting_counts_from_when_the_device_was_done(monkeypatch):
@@ -90,7 +100,10 @@ def test_rates_hold_the_share_of_waiting(capsys):
 
 def test_peaks_by_the_names_of_jax():
     assert chip_of("TPU v5 lite")[0] == "v5e" and chip_of("TPU v6 lite")[0] == "v6e"
-    for kind in ("cpu", "NVIDIA X1", "NVIDIA H100 PCIe", "NVIDIA GeForce RTX 4090"):
+    assert chip_of("NVIDIA A100-SXM4-80GB")[1] == CHIPS["a100"]
+    assert chip_of("NVIDIA A100-SXM4-40GB")[1].memory_bandwidth == 1555e9
+    slower = ("NVIDIA H100 PCIe", "NVIDIA A100-PCIE-40GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb")
+    for kind in ("cpu", "NVIDIA X1", "NVIDIA A100", "NVIDIA GeForce RTX 4090", *slower):
         assert chip_of(kind) is None
     peak, said = peak_of([SimpleNamespace(device_kind="TPU v4")] * 4)
     assert peak == 4 * 275e12 and "275 TFLOP/s" in said and "v4" in said

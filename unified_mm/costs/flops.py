@@ -3,7 +3,7 @@
 What a program computes may depend on its data. A conditional counts as its most expensive branch,
 and a `while` is refused, unless what was measured is given, by the name of a `jax.named_scope`
 around it: shares of the branches, or how often the body runs. So a counted cost (the most that can
-be) stands beside an expected one.
+be) stands beside an expected one. What no result needs counts nothing: compilers leave it out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from unified_mm.costs.kernels import cudnn_flops, repeats
 
@@ -64,17 +65,6 @@ def equations(jaxpr: Jaxpr) -> Iterator[Any]:
             yield from equations(inner)
 
 
-def needed(jaxpr: Jaxpr) -> list[Any]:
-    """Returns the equations that the results of a program need; a compiler drops the others."""
-    wanted: set[Any] = {each for each in jaxpr.outvars if not isinstance(each, Literal)}
-    found = []
-    for equation in reversed(jaxpr.eqns):
-        if equation.effects or wanted.intersection(equation.outvars):
-            found.append(equation)
-            wanted.update(each for each in equation.invars if not isinstance(each, Literal))
-    return found
-
-
 class _Counter:
     """Counts programs, by what was measured of their conditionals and loops.
 
@@ -88,10 +78,8 @@ class _Counter:
 
     def count(self, jaxpr: Jaxpr, around: Sequence[str]) -> Flops:
         """Returns the FLOPs of a program that lies in the scopes `around`, the outermost first."""
-        return self._sum(jaxpr.eqns, around)
-
-    def _sum(self, equations: Sequence[Any], around: Sequence[str]) -> Flops:
-        return sum(self._equation(equation, around) for equation in equations)
+        live, _ = dce_jaxpr(jaxpr, True)  # again in each, as it does not look into all of them
+        return sum(self._equation(equation, around) for equation in live.eqns)
 
     def _equation(self, equation: Any, around: Sequence[str]) -> Flops:
         kind, params = equation.primitive.name, equation.params
@@ -105,11 +93,9 @@ class _Counter:
             return kernel
         # A derivative's scopes are written as `transpose(jvp(name))`.
         scopes = [*around, *re.split(r"[/()]", str(equation.source_info.name_stack))]
-        programs = _inner_programs(params)
-        if kind == "cond":  # branches may do the same and give back less of it
-            costs = [self._sum(needed(each), scopes) for each in programs]
-            return self._branches(costs, self._measured(self.shares, scopes))
-        inner = [self.count(each, scopes) for each in programs]
+        inner = [self.count(each, scopes) for each in _inner_programs(params)]
+        if kind == "cond":
+            return self._branches(inner, self._measured(self.shares, scopes))
         if kind == "while" and any(inner):
             times = self._measured(self.steps, scopes)
             if times is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from unified_mm.costs.chips import CHIPS, Chip
@@ -18,15 +19,18 @@ TPUS = {
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
 }
-SLOWER = ("PCIe", "NVL")  # boards with the chip's name, but not with its peak
+SLOWER = ("PCIE", "NVL", "MIG")  # boards, and parts, with the chip's name but not with its peak
+SMALLER = replace(CHIPS["a100"], memory=40 * 2**30, memory_bandwidth=1555e9)  # of 40 GB
 
 
 def chip_of(kind: str) -> tuple[str, Chip] | None:
     """Returns name and peaks of a kind of device, None where they are not known."""
     card = re.match(r"NVIDIA ([A-Z]\d+)\b", kind)
     name = TPUS.get(kind) or (card[1].lower() if card else "")
-    if name not in CHIPS or any(word in kind for word in SLOWER):
+    if name not in CHIPS or any(word in kind.upper() for word in SLOWER):
         return None
+    if name == "a100" and "80GB" not in kind:
+        return (name, SMALLER) if "40GB" in kind else None
     return name, CHIPS[name]
 
 

@@ -19,6 +19,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 
 from unified_mm.costs.chips import GPUS, TPUS, Chip, Gpu, Tpu
+from unified_mm.costs.memory_share import memory_share
 
 FORM = (
     "NAME:SIZES such as v5e:4x4 or v5p:8x8x16 (there are {tpus}), NAME:GPUS or NAME:HOSTSxGPUS "
@@ -38,7 +39,6 @@ PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 # Without a GPU nothing can be tried out, and for some products XLA then finds no tiles of its own
 # kernels ("Couldn't find output tile sizes"): cuBLAS computes them all.
 FLAGS = "--xla_gpu_enable_triton_gemm=false"
-SHARE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 def target(topology: str) -> tuple[list[Any], Chip | None]:
@@ -52,7 +52,8 @@ def target(topology: str) -> tuple[list[Any], Chip | None]:
         GPUs of each), or 'cpu:8' for 8 devices of this machine's CPU.
 
     Raises:
-      ValueError: if there is no such topology, or its compiler is not installed.
+      ValueError: if there is no such topology, its compiler is not installed, or the environment
+        says no share of a GPU's memory.
     """
     name, _, sizes = topology.partition(":")
     if name == "cpu" and sizes.isdecimal():
@@ -62,12 +63,14 @@ def target(topology: str) -> tuple[list[Any], Chip | None]:
         raise ValueError(f"--topology={topology}: must be {form}")
     shape = [int(size) for size in sizes.split("x")]
     make = tpu_devices if name in TPUS else gpu_devices
+    share = memory_share(os.environ) if name in GPUS else 1
     try:
-        return make(name, shape)
+        devices, chip = make(name, shape)
     except ValueError as error:
         raise ValueError(f"--topology={topology}{error}") from error
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
+    return devices, replace(chip, memory=int(chip.memory * share))
 
 
 def tpu_devices(name: str, shape: list[int]) -> tuple[list[Any], Tpu]:
@@ -118,12 +121,7 @@ def gpu_devices(name: str, shape: list[int]) -> tuple[list[Any], Gpu]:
     devices = topologies.get_topology_desc(
         platform="cuda", target_config=gpu.description, topology=f"1x{hosts}x{count}"
     ).devices
-    return list(devices), replace(gpu, memory=int(gpu.memory * memory_share()), host=count)
-
-
-def memory_share() -> float:
-    """Returns the share of a GPU's memory that jax takes."""
-    return float(os.environ.get(SHARE, 0.75))
+    return list(devices), replace(gpu, host=count)
 
 
 def cpu_devices(count: int) -> list[Any]:

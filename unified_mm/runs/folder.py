@@ -32,8 +32,8 @@ from unified_mm.files import (
 from unified_mm.runs.saved import UnknownField, todays_config
 
 # What may change between two commands on one run: none of it changes what the run computes at a
-# step. The data behind another `data.dir`, `data.manifest` or `data.negatives_of` is compared by its
-# fingerprint, not by its place.
+# step. The data behind another `data.dir`, `data.manifest` or `data.negatives_of` is compared by
+# its fingerprint, not by its place.
 FREE_FIELDS = (
     "train.steps",
     "train.epochs",

@@ -26,6 +26,7 @@ from unified_mm.parallel.mesh import may_stand_still, shares_threads
 from unified_mm.parallel.processes import first_decides, own_rows
 from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
+from unified_mm.runs.environment import or_warn
 from unified_mm.training.ahead import StepAhead, program_text
 from unified_mm.training.features import computed
 from unified_mm.training.output import Output
@@ -175,7 +176,8 @@ def train(
         state, start, earlier = first_state(setup, checkpoints, output.say)
         metrics = stack.enter_context(output.metrics(options.logging.tensorboard, start or None))
         traced = traced if output.writes else 0
-        trace = Trace.of(setup.folder.profile, traced, start, options.train.steps)
+        left = [(max(start, each.start), each.stop) for each in setup.phases if start < each.stop]
+        trace = Trace.of(setup.folder.profile, traced, left)
         stack.callback(trace.close)
         if setup.source.banner and not start:
             metrics.write_text(0, "data/notice", setup.source.banner)
@@ -247,7 +249,7 @@ class Run:
     trace: Trace
     ahead: StepAhead
     peak: float = 0.0  # FLOP/s of all devices; 0: not known
-    flops: int = 0  # of a step, where the peak is known
+    flops: int = 0  # of a step, where the peak is known; 0: not known
     starved: Starved = field(default_factory=Starved)
     fresh: bool = False  # whether a step was done since the last save
     stopping: bool = False  # after a signal, with its last save
@@ -289,7 +291,8 @@ class Run:
         since: list[StepMetrics] = []
         waiting: Interval | None = None
         bad = ""  # what is wrong with the data
-        self.flops = training_flops(phase) if self.peak else 0
+        counted = or_warn("MFU", lambda: training_flops(phase)) if self.peak else None
+        self.flops = counted or 0
         one_by_one = shares_threads(self.setup.mesh)
         in_flight = InFlight()
         with closing(phase_batches(self.setup, phase, start)) as batches:  # type: ignore[type-var]
@@ -368,7 +371,7 @@ class Run:
         values |= epochs_of(self.setup.phases, step)
         size, done = phase.batch_size, waiting.done.result()
         rates = progress.update(step, values, size, waiting.starved, done)
-        if self.peak and rates:
+        if self.flops and rates:
             rates["time/mfu"] = rates["time/steps_per_second"] * self.flops / self.peak
         self.metrics.write(step, values | rates)
 

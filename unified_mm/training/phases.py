@@ -342,7 +342,7 @@ def computed_flops(phase: Phase) -> int:
 
 def _gradient_flops(phase: Phase, task: Task, micro_batches: int) -> int:
     def gradient(params: Any, batch: Any, key: jax.Array) -> Any:
-        return gradients(task, phase.optimizer, params, batch, key, micro_batches)[1]
+        return gradients(task, phase.optimizer, params, batch, key, micro_batches)[:2]
 
     with jax.set_mesh(phase.placement.mesh), nn.logical_axis_rules(rule_items()):
         return matmul_flops(

@@ -10,7 +10,7 @@ import re
 import shutil
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ AROUND = re.compile(
 
 @dataclass
 class Trace:
-    """The trace of a run's steps `first` to `last`, both counted from 1.
+    """The trace of a run's steps `first` to `last`, both counted from 1; all of one phase.
 
     Attributes:
       folder: where it is written.
@@ -43,19 +43,28 @@ class Trace:
     running: bool = False
 
     @classmethod
-    def of(cls, folder: Path, steps: int, start: int, stop: int) -> Trace:
-        """Returns the trace of so many steps of a run that goes on from step `start`.
+    def of(cls, folder: Path, steps: int, left: Sequence[tuple[int, int]]) -> Trace:
+        """Returns the trace of so many steps of the first phase that has them.
+
+        Args:
+          folder: where it is written.
+          steps: number of steps; 0 traces none.
+          left: of each phase that is not done, the step it goes on from and its last.
 
         Raises:
-          ValueError: the run has not so many steps left.
+          ValueError: no phase has so many steps left.
         """
-        first = start + SKIPPED + 1
-        if steps and first + steps - 1 > stop:
-            raise ValueError(
-                f"--profile={steps}: the run goes from step {start} to {stop}, and the first "
-                f"{SKIPPED} are not traced: ask for at most {max(stop - start - SKIPPED, 0)}"
-            )
-        return cls(folder, first, first + steps - 1)
+        if not steps:
+            return cls(folder, 1, 0)
+        for start, stop in left:
+            if start + SKIPPED + steps <= stop:
+                return cls(folder, start + SKIPPED + 1, start + SKIPPED + steps)
+        most = max((stop - start - SKIPPED for start, stop in left), default=0)
+        spans = ", ".join(f"{start} to {stop}" for start, stop in left)
+        raise ValueError(
+            f"--profile={steps}: a trace is of one phase, without its first {SKIPPED} steps, and "
+            f"they go from step {spans}: ask for at most {max(most, 0)}"
+        )
 
     def before(self, step: int, state: Any) -> Any:
         """Starts the profiler if the step is the first; returns the name for it in the trace."""
@@ -82,7 +91,7 @@ class Trace:
         jax.block_until_ready(results)
         self.close()
         steps = self.last - self.first + 1
-        found = operations(self.folder, places_in(program), steps)
+        found = operations(self.folder, program, steps)
         write_json(
             self.folder / "operations.json",
             {"first": self.first, "last": self.last, "operations": found},
@@ -95,8 +104,8 @@ class Trace:
             jax.profiler.stop_trace()
 
 
-def operations(folder: Path, places: Mapping[str, str], steps: int) -> list[dict[str, Any]]:
-    """Returns the operations of a trace that took longest.
+def operations(folder: Path, program: str, steps: int) -> list[dict[str, Any]]:
+    """Returns the operations of a program that took longest in a trace.
 
     Instructions of one place in the model (those of all layers, say) are one operation. Each has
     its `name`, the `milliseconds` it took in a step on all devices (on a CPU: threads) together,
@@ -104,14 +113,15 @@ def operations(folder: Path, places: Mapping[str, str], steps: int) -> list[dict
 
     Args:
       folder: where the profiler wrote.
-      places: places by instructions' names.
+      program: its text; events that name another are left out.
       steps: number of steps that were traced.
     """
+    places, module = places_in(program), module_of(program)
     took: defaultdict[str, float] = defaultdict(float)
     for file in sorted(folder.glob("plugins/profile/*/*.xplane.pb")):
         for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
             for line in plane.lines:
-                for name, nanoseconds in own_times(operation_events(line)):
+                for name, nanoseconds in own_times(operation_events(line, module)):
                     took[places.get(name, name)] += nanoseconds
     whole = sum(took.values())
     longest = sorted(took.items(), key=lambda item: -item[1])[:SHOWN]
@@ -125,11 +135,11 @@ def operations(folder: Path, places: Mapping[str, str], steps: int) -> list[dict
     ]
 
 
-def operation_events(line: Any) -> list[tuple[str, float, float]]:
-    """Returns (name, start, duration) of a trace's line's events that are operations of programs.
+def operation_events(line: Any, module: str) -> list[tuple[str, float, float]]:
+    """Returns (name, start, duration) of a trace's line's events that are operations of a program.
 
-    A TPU has them on a line of their own, named by their whole text; other devices name the
-    instruction in a field.
+    A TPU has those of all programs on a line of their own, named by their whole text; other devices
+    name the instruction and its module in fields.
     """
     if line.name == "XLA Ops":
         return [
@@ -140,8 +150,9 @@ def operation_events(line: Any) -> list[tuple[str, float, float]]:
     with warnings.catch_warnings():  # jaxlib's own type of fields warns when it is first met
         warnings.simplefilter("ignore", DeprecationWarning)
         for event in line.events:
-            if name := dict(event.stats).get("hlo_op"):
-                found.append((str(name), event.start_ns, event.duration_ns))
+            fields = dict(event.stats)
+            if "hlo_op" in fields and fields.get("hlo_module", module) == module:
+                found.append((str(fields["hlo_op"]), event.start_ns, event.duration_ns))
     return found
 
 
@@ -157,6 +168,11 @@ def own_times(events: Iterable[tuple[str, float, float]]) -> list[tuple[str, flo
             own[around[-1]] -= duration
         around.append(number)
     return [(name, max(mine, 0.0)) for (name, _, _), mine in zip(order, own, strict=True)]
+
+
+def module_of(program: str) -> str:
+    """Returns the name of a compiled program's module."""
+    return re.match(r"HloModule ([^\s,]*)", program)[1]  # type: ignore[index]
 
 
 def places_in(program: str) -> dict[str, str]:
