@@ -4,6 +4,7 @@ import os
 import shutil
 
 import live_server
+import numpy as np
 import pytest
 
 from unified_mm.analysis.attention_maps import attention_over_patches
@@ -184,6 +185,29 @@ def test_a_picture_is_asked_about_classified_and_compared(page, folder):
     one(page, "#like").click()
     live_server.eventually(lambda: len(all_of(page, "#found .number")) == 3, 30)
     assert all_of(page, "#found .number")[0].text == "1.00"
+
+
+def test_a_sound_finds_pictures(browser, pictures, tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    sound = {"type": "audio", "seconds": 0.2, "mels": 8, "patch": (5, 4), "mean": 0.0, "std": 1.0}
+    hearing = live_server.model(
+        model__modalities__audio=sound, objectives__contrastive__between="image,audio,text"
+    )
+    index = live_server.indexed(hearing, pictures, tmp_path)
+    soundfile.write(tmp_path / "a bark.WAV", 0.1 * np.sin(np.arange(2000)), 16_000)
+    with live_server.Running(hearing, index=index) as running:
+        browser.get(running.url)
+        assert shown(browser, "#item-part").text == "Search by audio"
+        assert ".flac" in one(browser, "#item").get_attribute("accept").split(",")
+        one(browser, "#item").send_keys(str(tmp_path / "a bark.WAV"))
+        live_server.eventually(lambda: len(all_of(browser, "#found .number")) == 3, 60)
+        assert "3 pictures nearest to a bark.WAV" in one(browser, "#found-says").text
+        heard = "return document.getElementById('heard').duration"
+        live_server.eventually(lambda: browser.execute_script(heard) == pytest.approx(0.125), 30)
+        vector = index.embed(hearing, [tmp_path / "a bark.WAV"], "audio")[0]
+        scores = [f"{each.score:.2f}" for each in index.search(vector, 3)]
+        assert [each.text for each in all_of(browser, "#found .number")] == scores
+        assert [each for each in browser.get_log("browser") if each["level"] == "SEVERE"] == []
 
 
 def test_what_goes_wrong_is_said_and_the_page_goes_on(page, folder):

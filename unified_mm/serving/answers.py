@@ -80,6 +80,9 @@ class Health(BaseModel):
     routes: list[str]
     missing: dict[str, str] = Field(description="By route, why it cannot be had here.")
     pictures: int = Field(description="In the index.")
+    files: dict[str, list[str]] = Field(
+        description="By modality, the suffixes of files that can be searched by."
+    )
     limits: dict[str, float]
 
 

@@ -160,6 +160,7 @@ async def health(request: Request, service: Asked) -> Response:
         "routes": [path for path in paths if path not in service.missing],
         "missing": service.missing,
         "pictures": 0 if service.index is None else len(service.index.rows.names),
+        "files": service.searched_by(),
         "limits": vars(service.limits),
     }
     return Json(content, 200 if status == "ok" else 503)

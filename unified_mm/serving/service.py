@@ -222,6 +222,17 @@ class Service:
         )
         return item[0] @ class_embeddings(lambda _: embedded, classes, sentences).T
 
+    def searched_by(self) -> dict[str, list[str]]:
+        """Returns the suffixes of files that a search can start from, by modality."""
+        if self.index is None:
+            return {}
+        space, task = self.index.space(self.model), self.model.task
+        return {
+            name: sorted(modality.suffixes)
+            for name, modality in task.modalities.items()
+            if hasattr(modality, "read") and space in [each.name for each in task.contrasts(name)]
+        }
+
     async def search(
         self, given: Sequence[tuple[str, str | bytes]], count: int, kind: str
     ) -> list[Hit]:

@@ -95,13 +95,17 @@ async function during(button, work) {
 const can = (route) => server.routes.includes(route);
 const canShow = () => can("/search") && can("/pictures/{number}"); // what is found
 
+function tooLarge(blob, what) {
+  const most = server.limits.upload_bytes || Infinity;
+  if (blob.size > most) complain(new Problem(`${what} has ${blob.size} bytes; ${most} are taken at most.`));
+  return blob.size > most;
+}
+
 // ---- the picture and what is said about it
 
 function look(blob) {
   if (blob.type && !blob.type.startsWith("image/")) return complain(new Problem("That is no picture."));
-  if (blob.size > (server.limits.upload_bytes || Infinity)) {
-    return complain(new Problem(`The picture has ${blob.size} bytes; ${server.limits.upload_bytes} are taken at most.`));
-  }
+  if (tooLarge(blob, "The picture")) return;
   chosen = blob;
   turn += 1;
   for (const button of $("found").querySelectorAll("[aria-pressed=true]")) button.ariaPressed = "false";
@@ -251,6 +255,24 @@ async function find(fields, what) {
   $("found-says").textContent = `${results.length} pictures nearest to ${what}; press one to look at it.`;
 }
 
+// The modality, other than pictures, that a file may be searched by: '' for none.
+function modalityOf(file) {
+  const named = (suffix) => file.name.toLowerCase().endsWith(suffix);
+  const others = Object.entries(server.files || {}).filter(([name]) => name !== "image");
+  return others.find(([, suffixes]) => suffixes.some(named))?.[0] ?? "";
+}
+
+// A file that was chosen or dropped: a picture is looked at, by anything else pictures are found.
+function take(file) {
+  const of = file.type.startsWith("image/") ? "" : modalityOf(file);
+  if (!of || !canShow()) return look(file);
+  if (tooLarge(file, file.name)) return;
+  URL.revokeObjectURL($("heard").src);
+  $("heard").hidden = of !== "audio";
+  if (of === "audio") $("heard").src = URL.createObjectURL(file);
+  during(null, () => find({ item: file, of }, file.name));
+}
+
 // Pictures of the index from all over it, so that one can be asked about before anything is at hand.
 function browse(count) {
   const most = Math.min(count, 24);
@@ -330,15 +352,17 @@ function ranked({ name, similarity }) {
 
 // ---- pictures come by choosing, dropping and pasting
 
-$("file").addEventListener("change", () => {
-  if ($("file").files.length) look($("file").files[0]);
-  $("file").value = "";
-});
+for (const id of ["file", "item"]) {
+  $(id).addEventListener("change", () => {
+    if ($(id).files.length) take($(id).files[0]);
+    $(id).value = "";
+  });
+}
 for (const name of ["dragenter", "dragover", "dragleave", "drop"]) {
   document.addEventListener(name, (event) => {
     event.preventDefault();
     document.body.classList.toggle("over", name === "dragenter" || name === "dragover");
-    if (name === "drop" && event.dataTransfer.files.length) look(event.dataTransfer.files[0]);
+    if (name === "drop" && event.dataTransfer.files.length) take(event.dataTransfer.files[0]);
   });
 }
 document.addEventListener("paste", (event) => {
@@ -355,5 +379,9 @@ during(null, async () => {
   $("classify").hidden = !can("/classify");
   $("like").hidden = $("search-part").hidden = !canShow();
   document.querySelector("main").classList.toggle("alone", !canShow());
+  const others = Object.entries(server.files).filter(([name]) => name !== "image");
+  $("item-part").hidden = !canShow() || !others.length;
+  $("item").accept = others.flatMap(([, suffixes]) => suffixes).join(",");
+  $("item").nextElementSibling.textContent = `Search by ${others.map(([name]) => name).join(" or ")}`;
   if (canShow() && server.pictures) browse(server.pictures);
 });
