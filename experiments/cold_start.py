@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -105,7 +106,7 @@ def first_answer(checkout: Path, recipe: str, place: Path) -> float:
     picture = next(place.rglob("*.png"), None) or next(place.rglob("*.jpg"))
     began = time.perf_counter()
     with command(checkout, place, "unified_mm.serve", [f"--run={place / 'run'}"]) as process:
-        address = wait_for(process, "http").split()[0].rstrip("/,.")
+        address = wait_for(process, "http://127").split()[0].rstrip("/,.")
         form = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
         asked = urllib.request.Request(
             f"{address}/caption",
@@ -123,7 +124,8 @@ def command(
 ) -> Iterator[subprocess.Popen[str]]:
     """Runs a checkout's command with caches of its own, and ends it with all that it began."""
     environment = dict(os.environ, XDG_CACHE_HOME=str(place), PYTHONUNBUFFERED="1")
-    environment.pop("UNIFIED_MM_CACHE", None)
+    for elsewhere in ("UNIFIED_MM_CACHE", "JAX_COMPILATION_CACHE_DIR"):
+        environment.pop(elsewhere, None)
     place.mkdir(parents=True, exist_ok=True)
     with subprocess.Popen(
         [sys.executable, "-m", module, *words],
@@ -134,9 +136,12 @@ def command(
         text=True,
         start_new_session=True,
     ) as process:
+        limit = threading.Timer(LIMIT, os.killpg, (process.pid, signal.SIGKILL))
+        limit.start()
         try:
             yield process
         finally:
+            limit.cancel()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 

@@ -389,9 +389,8 @@ def searched_images(model: Any, options: argparse.Namespace) -> list[Any]:
 
         config = run_config(model.config, options)
         source = open_source(config.data)
-        split = open_split(
-            config, source, evaluated_splits(config, source)[0], model.task.modalities
-        )
+        name = evaluated_splits(config, source)[0]
+        split = open_split(config, source, name, model.task.modalities, with_negatives=False)
         refuse_unread(config, asked_fields(options))
         return [record.image for record in split.manifest.records if record.image]
     from unified_mm.search.items import read_items

@@ -111,7 +111,8 @@ def open_scored(model: Any, options: argparse.Namespace) -> tuple[Any, dict[str,
     source = open_source(asked.data)
     if source.banner:
         say(framed(source.banner))
-    split = open_split(asked, source, evaluated_splits(asked, source)[0], model.task.modalities)
+    name = evaluated_splits(asked, source)[0]
+    split = open_split(asked, source, name, model.task.modalities, with_negatives=False)
     return split, {"source": source.name, "folder": source.folder, "notice": source.banner}
 
 

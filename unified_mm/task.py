@@ -306,7 +306,6 @@ def build_task(config: Config, tokenizer: TextTokenizer) -> Task:
         m, modalities, {name: head for name, head in heads.items() if head is not None}
     )
     check_neurons(model, objectives)
-    check_bias(model, objectives)
     schedules = weight_schedules(config.objectives, objectives, config.train.steps)
     return Task(modalities, model, objectives, tokenizer, schedules)
 

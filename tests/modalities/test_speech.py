@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import glob
 import io
 import json
+import os
 
 import commands
 import jax
@@ -13,6 +15,7 @@ import pytest
 import tiny
 
 from unified_mm import generate
+from unified_mm.cli.recipes import settle_folders
 from unified_mm.config import Config
 from unified_mm.data.negatives import negatives
 from unified_mm.data.pipeline import training_batches
@@ -163,6 +166,10 @@ def test_negatives_of_files_are_stretches_of_them(tmp_path):
         assert 0.2 * SAMPLES - 1 <= len(there) <= SAMPLES and (np.diff(there) >= 0).all()
     with pytest.raises(ValueError, match=r"negatives_of='.*/c\*': names no file of .*\.wav"):
         negatives(task.modalities, 3, f"{tmp_path}/c*")
+    held = config_of()
+    held.evaluation.negatives_of = "x/*.wav"
+    settle_folders(held)
+    assert held.evaluation.negatives_of == f"{glob.escape(os.getcwd())}/x/*.wav"
     (tmp_path / "c.wav").write_bytes(b"RIFF")
     with pytest.raises(ValueError, match=r"c\.wav"):
         negatives(task.modalities, 3, f"{tmp_path}/*")

@@ -16,8 +16,10 @@ from unified_mm.nn.attention.rules import View
 from unified_mm.nn.pipeline import Pipeline
 from unified_mm.nn.quantized import Quantized
 from unified_mm.objectives.routing import balance, sown
+from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import axis_names, path_of
 from unified_mm.task import build_task
+from unified_mm.training.layout import in_training
 from unified_mm.training.muon import matrix_axes
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.sizes import measure_sizes
@@ -106,8 +108,10 @@ def test_routing_without_experts_is_refused():
 
 
 def test_a_bias_that_nothing_moves_is_refused():
+    fields = CHANGES | {"objectives__routing__weight": 0.0}
+    task, config = tiny.task(**fields), Config(tiny.config_dict(**fields).to_dict())
     with pytest.raises(ValueError, match="bias_balance=True: no objective moves the bias; set"):
-        tiny.task(**CHANGES | {"objectives__routing__weight": 0.0})
+        in_training(config, task, make_mesh({"data": -1}))
 
 
 @pytest.mark.parametrize("order", ["place", "priority", "choice"])

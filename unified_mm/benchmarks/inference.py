@@ -49,7 +49,8 @@ def measure_inference(
     source = open_source(config.data)
     if source.banner:
         say(source.banner)
-    scored = open_split(config, source, config.evaluation.split, model.task.modalities)
+    name = config.evaluation.split
+    scored = open_split(config, source, name, model.task.modalities, with_negatives=False)
     split = scored.first(images)
     records = [record for record in split.manifest.records if record.image]
     say(f"writing {tokens} tokens, captions of {len(records)} images of {split.manifest.split}:")

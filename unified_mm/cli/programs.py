@@ -12,13 +12,13 @@ keep one more, and where a process was killed as it wrote one, no later process 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import stat
 import sys
 from pathlib import Path
 
 import jax
-from jax._src.compilation_cache import decompress_executable
 
 from unified_mm.files import system_says, user_cache
 
@@ -26,6 +26,7 @@ VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 # Beyond either, the programs that were not used for longest are forgotten.
 MOST = 2_000
 MOST_BYTES = 2**30
+ZSTD = b"\x28\xb5\x2f\xfd"  # begins what zstandard, where it is installed, compresses for jax
 
 
 def keep_programs() -> None:
@@ -56,26 +57,39 @@ def tidy(folder: Path) -> None:
     What another process is writing now may be among these: it is compiled once more.
     """
     for file in (*folder.glob("*-atime"), folder / ".lockfile"):  # of jax's own bound
-        file.unlink(missing_ok=True)
+        _remove(file)
     found = []
     for file in folder.glob("*-cache"):
         with contextlib.suppress(FileNotFoundError):  # another process removed it
             found.append((file.stat(), file))
-    # Many file systems note no more of a use than its day.
+    # Many file systems note no more of a use than its day, and some nothing.
     found.sort(key=lambda each: max(each[0].st_atime, each[0].st_mtime), reverse=True)
     room = MOST_BYTES
     for number, (about, file) in enumerate(found):
         room -= about.st_size
         if number >= MOST or room < 0 or not _whole(file, about):
-            file.unlink(missing_ok=True)
+            _remove(file)
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(OSError):  # it is gone, or another user's
+        file.unlink()
 
 
 def _whole(file: Path, about: os.stat_result) -> bool:
     """Returns whether a program can be read; one that can is read-only, and not read again."""
     if not about.st_mode & stat.S_IWUSR:
         return True
+    from jax._src.compilation_cache import decompress_executable
+
     try:
-        decompress_executable(file.read_bytes())
+        content = file.read_bytes()
+    except OSError:
+        return True  # another user's
+    if content.startswith(ZSTD) and importlib.util.find_spec("zstandard") is None:
+        return True  # an environment's that compresses otherwise
+    try:
+        decompress_executable(content)
     except Exception:  # the error of whichever library jax compresses with
         return False
     with contextlib.suppress(OSError):  # another user's

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import glob
 import importlib.util
 import inspect
 import os
@@ -248,8 +249,8 @@ def settle_folders(config: ConfigDict) -> None:
         config.data.manifest = str(user_path(config.data.manifest, "data.manifest").absolute())
     for field, group in {"data": config.data, "evaluation": config.evaluation}.items():
         if group.negatives_of:
-            given = user_path(group.negatives_of, f"{field}.negatives_of")
-            group.negatives_of = str(given.absolute())
+            given = str(user_path(group.negatives_of, f"{field}.negatives_of"))
+            group.negatives_of = os.path.join(glob.escape(os.getcwd()), given)
 
 
 def settled_fields(config: ConfigDict) -> list[str]:

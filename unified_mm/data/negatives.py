@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,7 +58,7 @@ def files_of(pattern: str, modality: Any) -> list[str]:
     """
     found = sorted(
         file
-        for file in glob.glob(pattern, recursive=True)
+        for file in glob.glob(os.path.expanduser(pattern), recursive=True)
         if file.lower().endswith(tuple(modality.suffixes))
     )
     if not found:

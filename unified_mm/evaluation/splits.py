@@ -43,7 +43,14 @@ def read_manifest(
     return without_bad_parts(manifest, modalities, config.data.max_bad_share)
 
 
-def open_split(config: Config, source: Source, name: str, modalities: Mapping[str, Any]) -> Split:
+def open_split(
+    config: Config,
+    source: Source,
+    name: str,
+    modalities: Mapping[str, Any],
+    *,
+    with_negatives: bool = True,
+) -> Split:
     """Returns what is scored of a split, up to `evaluation.max_images` images.
 
     Questions are scored where the config asks for them, and where there is nothing else.
@@ -57,6 +64,7 @@ def open_split(config: Config, source: Source, name: str, modalities: Mapping[st
     questions = questions_of(source, name) if asked else ()
     if options.negatives_of and not options.negatives:
         raise ValueError("evaluation.negatives_of needs evaluation.negatives above 0: how many")
+    made = options.negatives if with_negatives else 0
     split = Split(
         manifest,
         foils_of(source, name),
@@ -65,7 +73,7 @@ def open_split(config: Config, source: Source, name: str, modalities: Mapping[st
         few_shot(config, source, modalities) if options.shots else FewShot(),
         contexts,
         options.transcripts,
-        negatives(modalities, options.negatives, options.negatives_of) if options.negatives else (),
+        negatives(modalities, made, options.negatives_of) if made else (),
     )
     return split.first(options.max_images)
 

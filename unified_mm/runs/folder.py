@@ -33,7 +33,7 @@ from unified_mm.runs.saved import UnknownField, todays_config
 
 # What may change between two commands on one run: none of it changes what the run computes at a
 # step. The data behind another `data.dir`, `data.manifest` or `data.negatives_of` is compared by
-# its fingerprint, not by its place.
+# its fingerprint, not by its place; what sounds are scored, by nothing.
 FREE_FIELDS = (
     "train.steps",
     "train.epochs",

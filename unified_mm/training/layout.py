@@ -19,7 +19,7 @@ from unified_mm.nn.attention.rules import View, plan_passes, share_readings
 from unified_mm.nn.pipeline import Pipeline
 from unified_mm.parallel.sharding import axis_names, rule_items, shard_bytes
 from unified_mm.runs.environment import device_name
-from unified_mm.task import Task, parameter_counts
+from unified_mm.task import Task, check_bias, parameter_counts
 from unified_mm.training.phases import Phase, batch_shapes
 
 
@@ -30,6 +30,7 @@ def in_training(config: Config, task: Task, mesh: Mesh) -> Task:
       ValueError: `mesh.stage_micro_batches` is negative, or experts are to be divided where there
         are none, or where they drop nothing.
     """
+    check_bias(task.model, task.objectives)
     if mesh.shape["expert"] > 1 and not has_experts(task):
         raise ValueError(
             f"mesh.expert={mesh.shape['expert']}: no layer has experts; set mesh.expert=1, or "

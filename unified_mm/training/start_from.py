@@ -466,7 +466,7 @@ def news_of_start(params: Any, config: Config, found: Mapping[str, Any]) -> str:
         f"starts with {said}; afresh: {', '.join(sorted(fresh)) or 'nothing'}"
         + f"; left out: {', '.join(sorted(left))}" * bool(left)
         + "; experts that begin as copies add up to what they are copied from with "
-        "model.feed_forward_options.gate='normalised', which is 'scaled'" * scaled
+        "model.feed_forward_options.gate='normalised', and it is 'scaled'" * scaled
     )
 
 
