@@ -14,7 +14,6 @@ from unified_mm.cli.programs import VARIABLE, keep_programs
 
 COMPILES = """
 import sys
-from pathlib import Path
 import jax, jax.numpy as jnp
 from jax._src import monitoring
 from unified_mm.cli.programs import keep_programs
