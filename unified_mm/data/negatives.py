@@ -39,8 +39,9 @@ def negatives(modalities: Mapping[str, Any], count: int, pattern: str = "") -> t
 
     def part(number: int) -> dict[str, Any]:
         made = {"made": kinds[number % len(kinds)], "seed": number}
-        of_file = {"file": files[number // len(kinds) % len(files)]} if files else {}
-        return made | of_file if made["made"] == FROM_FILES else made
+        if made["made"] == FROM_FILES:
+            made["file"] = files[number // len(kinds) % len(files)]
+        return made
 
     return tuple(
         Record(

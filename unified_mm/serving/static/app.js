@@ -255,11 +255,13 @@ async function find(fields, what) {
   $("found-says").textContent = `${results.length} pictures nearest to ${what}; press one to look at it.`;
 }
 
+// What may be searched by but pictures: each modality with the suffixes of its files.
+const others = () => Object.entries(server.files || {}).filter(([name]) => name !== "image");
+
 // The modality, other than pictures, that a file may be searched by: '' for none.
 function modalityOf(file) {
   const named = (suffix) => file.name.toLowerCase().endsWith(suffix);
-  const others = Object.entries(server.files || {}).filter(([name]) => name !== "image");
-  return others.find(([, suffixes]) => suffixes.some(named))?.[0] ?? "";
+  return others().find(([, suffixes]) => suffixes.some(named))?.[0] ?? "";
 }
 
 // A file that was chosen or dropped: a picture is looked at, by anything else pictures are found.
@@ -379,9 +381,8 @@ during(null, async () => {
   $("classify").hidden = !can("/classify");
   $("like").hidden = $("search-part").hidden = !canShow();
   document.querySelector("main").classList.toggle("alone", !canShow());
-  const others = Object.entries(server.files).filter(([name]) => name !== "image");
-  $("item-part").hidden = !canShow() || !others.length;
-  $("item").accept = others.flatMap(([, suffixes]) => suffixes).join(",");
-  $("item").nextElementSibling.textContent = `Search by ${others.map(([name]) => name).join(" or ")}`;
+  $("item-part").hidden = !canShow() || !others().length;
+  $("item").accept = others().flatMap(([, suffixes]) => suffixes).join(",");
+  $("item").nextElementSibling.textContent = `Search by ${others().map(([name]) => name).join(" or ")}`;
   if (canShow() && server.pictures) browse(server.pictures);
 });
