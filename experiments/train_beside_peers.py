@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle
@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--batches", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        serve(WORKERS[args.work](args.batches))
+        with redirect_stdout(sys.stderr):  # what is said on the way is no answer
+            step = WORKERS[args.work](args.batches)
+        serve(step)
         return
     from experiments.keep import new_result
     from unified_mm.benchmarks.timing import provenance

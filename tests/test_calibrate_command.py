@@ -83,6 +83,34 @@ def test_generate_takes_what_was_found(runs, capsys):
     assert json.loads(capsys.readouterr().out)["text"] == expected
 
 
+def test_pictures_that_captions_do_not_need_are_found_and_taken_by_generate(
+    runs, capsys, monkeypatch
+):
+    run, picture = runs / "plain", next((runs / "coco" / "images" / "val").iterdir())
+    asked = ("--run", run, "--pictures", "--tolerance", "0.6")
+    # Half of the examples fit, and half calibrate; no caption of these loses anything.
+    monkeypatch.setattr(calibrate, "NEEDED", 1e9)
+    assert ended(calibrate, *asked) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["texts"]["picture"]
+    assert (found["examples"], found["risk"]) == (4, 0.0)
+    assert found["flops"]["expected"] < found["flops"]["full"] or found["read"] == 1
+    text = read_json(run / "exits.json")
+    text["texts"]["picture"]["threshold"] = 1e9  # whatever was found, it is sent away
+    write_json(run / "exits.json", text)
+    (expected,) = unified_mm.load(run, exits=True).caption([picture])
+    assert expected != unified_mm.load(run).caption([picture])[0]
+    assert ended(generate, "--run", run, "--image", picture, "--exits", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["text"] == expected
+
+    monkeypatch.setattr(calibrate, "NEEDED", -1e9)  # each that is sent away was needed
+    assert ended(calibrate, *asked, "--replace") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["texts"]["picture"]["read"] == 1
+    (run / "exits.json").unlink()
+
+    assert ended(calibrate, "--run", runs / "gated", "--pictures") == 1
+    assert "writes nothing without a picture" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_evaluate_takes_what_was_found(runs, capsys):
     run = runs / "early"

@@ -9,6 +9,9 @@ disagree with at most --tolerance of the tokens of a text, in the mean over exam
 chance of --error that the examples of the split mislead; captions and answers have one each. Where
 the split has questions, and the model can read them alone (early fusion), an answer stands without
 its picture where it is as likely as another threshold, which changes at most --tolerance of them.
+With --pictures, what a picture is worth to its caption is foreseen from its stem, by half of the
+examples, and a threshold found on the others: pictures below it are not read, and at most
+--tolerance of all captions lose more than 0.05 nats a token by that.
 `generate --exits` and `main --mode=evaluate --exits` use them. Beside each stands what a text by
 itself is then expected to cost, by the shares that were measured: `compare` shows it. The last line
 printed is JSON.
@@ -31,13 +34,15 @@ from unified_mm.runs.folder import RunFolder
 
 # From safe to bold; chosen before any example is seen.
 THRESHOLDS = (0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02, 0.0)
+LEVELS = 41  # of what pictures are worth, from the least to the most
+NEEDED = 0.05  # nats a token: a caption that loses more needed its picture
 
 
 @command(
     "calibrate",
     __doc__,
     needs=("run",),
-    takes=("best", "split", "max_images", "data_dir", "tolerance", "error", "replace"),
+    takes=("best", "split", "max_images", "data_dir", "tolerance", "error", "pictures", "replace"),
 )
 def main(options: argparse.Namespace) -> int:
     """Calibrates the exits of a run, writes them into it and returns the exit code.
@@ -62,16 +67,22 @@ def main(options: argparse.Namespace) -> int:
         "after which one may leave, and --config.objectives.exits.weight=1"
     )
     alone = can_answer_alone(model.task)
+    if options.pictures and not alone:
+        raise ValueError(f"--pictures: the model of {folder.path} writes nothing without a picture")
     # What other data holds is seen when it is opened.
-    if not (exits or (alone and (asks_questions(model.config) or options.data_dir))):
+    asks = alone and (asks_questions(model.config) or bool(options.data_dir))
+    if not (exits or options.pictures or asks):
         raise ValueError(f"{without}; or where it answers questions, give --data_dir with some")
     split, data = open_scored(model, options)
-    alone = alone and bool(split.asked)
-    if not (exits or alone):
+    asks = alone and bool(split.asked)
+    if not (exits or options.pictures or asks):
         raise ValueError(without)
-    found = calibrated(model, split, options.tolerance, options.error) if exits else {}
-    if alone:
-        found |= calibrated_alone(model, split, found, options.tolerance, options.error)
+    risk = options.tolerance, options.error
+    found = calibrated(model, split, *risk) if exits else {}
+    if asks:
+        found |= calibrated_alone(model, split, found, *risk)
+    if options.pictures:
+        found |= calibrated_pictures(model, split, *risk)
     if not found:
         raise ValueError(
             f"no threshold keeps --tolerance={options.tolerance} with --error={options.error} on "
@@ -166,6 +177,79 @@ def calibrated_alone(
     )
     flops = of_a_text(QUESTION_ONLY, len(prompts), full, expected)
     return {QUESTION_ONLY: {**dataclasses.asdict(best), "read": read, "flops": flops}}
+
+
+def calibrated_pictures(
+    model: Any, split: Any, tolerance: float, error: float
+) -> dict[str, Any]:
+    """Returns the nats a token that a picture must be worth, by its kind; none is said.
+
+    What pictures are worth is fitted to every other example, and the threshold found on the rest.
+
+    Raises:
+      ValueError: fewer than two pictures have captions.
+    """
+    import numpy as np
+
+    from unified_mm.inference.calibration import calibrate
+    from unified_mm.inference.text_flops import summary_flops, text_flops
+    from unified_mm.inference.worth import PICTURE, Worth
+
+    gains, tokens, summaries = worth_measured(model, split)
+    worth = Worth.fit(summaries[::2], gains[::2])
+    foreseen, gains, tokens = worth(summaries[1::2]), gains[1::2], tokens[1::2]
+
+    def losses_at(threshold: float) -> Any:
+        lost = (foreseen < threshold) & (gains > NEEDED)
+        say(
+            f"{PICTURE} below {threshold:.3f}: {(foreseen < threshold).mean():.3f} are not read, "
+            f"{lost.mean():.4f} of the captions lose more than {NEEDED} nats a token"
+        )
+        return lost.astype(float)
+
+    levels = np.quantile(worth(summaries[::2]), np.linspace(0, 1, LEVELS)).tolist()
+    best = calibrate(losses_at, levels, tolerance, error)
+    if best is None:
+        say(f"{PICTURE}: no threshold keeps {tolerance}: all pictures are read")
+        return {}
+    read = foreseen >= best.threshold
+    beside, alone = model.predictor, model.predictor.without_context()
+    full = text_flops(beside, [""] * len(read), tokens)
+    expected = len(read) * summary_flops(beside)
+    expected += text_flops(beside, [""] * int(read.sum()), tokens[read])
+    expected += text_flops(alone, [""] * int((~read).sum()), tokens[~read])
+    flops = of_a_text(PICTURE, len(read), full, expected)
+    told = {"read": float(read.mean()), "flops": flops, "worth": dataclasses.asdict(worth)}
+    return {PICTURE: {**dataclasses.asdict(best), **told}}
+
+
+def worth_measured(model: Any, split: Any) -> tuple[Any, Any, Any]:
+    """Returns of each picture its gain in nats a token, its caption's tokens and its summary.
+
+    The gain is of its first caption, over the same read without the picture.
+    """
+    import numpy as np
+
+    from unified_mm.data.records import Text
+    from unified_mm.evaluation.evaluate import captions_of
+
+    records = [
+        dataclasses.replace(record, texts=(Text("", captions_of(record)[0]),))
+        for record in split.captioned
+    ]
+    if len(records) < 2:
+        raise ValueError(f"--pictures: {len(records)} pictures have captions; two are the least")
+    alone = model.predictor.without_context()
+
+    def measured(batch: Any) -> Any:
+        beside = model.predictor.log_likelihood(batch)
+        without = alone.log_likelihood({"text": batch["text"]})
+        gain = (beside - without)[:, :1] / beside[:, 1:]
+        return np.concatenate([gain, beside[:, 1:], model.predictor.summaries(batch)], axis=1)
+
+    rows = model.predictor.over(records, model.config.evaluation.batch_size, measured)
+    gains, tokens, *summaries = np.array(rows, np.float64).T
+    return gains, tokens, np.stack(summaries, axis=1)
 
 
 def of_a_text(kind: str, texts: int, full: int, expected: int) -> dict[str, int]:

@@ -119,6 +119,7 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
         at_least(float, 0, 0.999),
     ),
     "error": _number("SHARE", "the chance that more are (0.05)", 0.05, at_least(float, 1e-9, 1)),
+    "pictures": _switch("find the pictures that captions do not need, too"),
     "replace": _switch("replace what the run has of this"),
     "template": _many("TEXT", "a sentence with {} for the class, averaged; without: our own"),
     "topology": _text("NAME", "what is compiled for: v5e:4x4, h100:8, h100:4x8, cpu:8", "v5e:4x4"),

@@ -29,6 +29,7 @@ from unified_mm.inference.imported import ALONE, PARTS, import_directory
 from unified_mm.inference.predictor import Predictor, mean_directions
 from unified_mm.inference.quantized_params import in_dtype, saved_shapes
 from unified_mm.inference.streaming import stream
+from unified_mm.inference.worth import PICTURE, Worth
 from unified_mm.nn.unstack import stack_layers, unstack_layers
 from unified_mm.objectives.transcription import Transcription
 from unified_mm.parallel.mesh import make_mesh
@@ -68,6 +69,7 @@ class LoadedModel:
         saved: Mapping[str, Any] | None = None,
         state: str = "last",
         exits: Mapping[str, float] | None = None,
+        worth: Worth | None = None,
     ) -> None:
         self.task = task
         self.config = config
@@ -76,7 +78,7 @@ class LoadedModel:
         self.saved = config.as_dict() if saved is None else saved
         # A layer at a time: see `nn.unstack`.
         unstacked = replace(task, model=task.model.with_options(unstacked=True))
-        self.predictor = Predictor(unstacked, unstack_layers(params), mesh, exits)
+        self.predictor = Predictor(unstacked, unstack_layers(params), mesh, exits, worth)
 
     @property
     def params(self) -> Any:
@@ -331,8 +333,9 @@ class LoadedModel:
         params = self.params
         if "dtype" in changes:
             params = in_dtype(params, changes["dtype"])
-        told = (self.config, self.step, self.saved, self.state, self.predictor.exits)
-        return LoadedModel(task, params, self.predictor.mesh, *told)
+        told = (self.config, self.step, self.saved, self.state)
+        own = self.predictor
+        return LoadedModel(task, params, own.mesh, *told, own.exits, own.worth)
 
     def view(self, image: Picture) -> UInt8[np.ndarray, "size size 3"]:
         """Returns what the model sees of an image: its pixels at the model's size.
@@ -603,13 +606,15 @@ def load(
         restored = checkpoints.restore(wanted, step=step, partial=True)
     params, saved = restored.state[name], folder.saved_config()
     dtype = str(task.model.options.dtype)
-    early = read_exits(folder, restored.step, state, dtype) if exits else None
+    early = read_exits(folder, restored.step, state, dtype) if exits else ({}, None)
     whole = held(task, config)
-    return LoadedModel(whole, params, mesh, config, restored.step, saved, state, early)
+    return LoadedModel(whole, params, mesh, config, restored.step, saved, state, *early)
 
 
-def read_exits(folder: RunFolder, step: int, state: str, dtype: str) -> dict[str, float]:
-    """Returns by kind of text the confidence at which its tokens leave layers early.
+def read_exits(
+    folder: RunFolder, step: int, state: str, dtype: str
+) -> tuple[dict[str, float], Worth | None]:
+    """Returns `exits` and `worth` of a `Predictor`, as `python -m unified_mm.calibrate` found.
 
     Raises:
       FileNotFoundError: the run was not calibrated.
@@ -630,7 +635,9 @@ def read_exits(folder: RunFolder, step: int, state: str, dtype: str) -> dict[str
             f"{folder.exits} is of a model in {found['dtype']}, and here it computes in {dtype}: "
             "calibrate the run anew here (--replace), or use it where it was calibrated"
         )
-    return {kind: each["threshold"] for kind, each in found["texts"].items()}
+    texts = found["texts"]
+    worth = Worth(**texts[PICTURE]["worth"]) if PICTURE in texts else None
+    return {kind: each["threshold"] for kind, each in texts.items()}, worth
 
 
 def refuse_without_best(folder: RunFolder) -> None:

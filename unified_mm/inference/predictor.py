@@ -22,6 +22,7 @@ from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.generate import TextWriter
 from unified_mm.inference.question_only import QUESTION_ONLY, ROWS, sure, without_context
 from unified_mm.inference.sampling import sampling_arrays
+from unified_mm.inference.worth import PICTURE, Worth, summary
 from unified_mm.models.unified import UnifiedModel
 from unified_mm.nn.attention.rules import View
 from unified_mm.objectives.captioning import Captioning, score_text
@@ -47,13 +48,21 @@ class Predictor:
     Attributes:
       exits: by kind of text, `CAPTION` or `ANSWER`, the confidence at which its tokens leave the
         layers early; kinds that are not there run all layers. `QUESTION_ONLY` has the probability
-        at which an answer stands without its picture.
+        at which an answer stands without its picture, `PICTURE` the nats a token that a picture
+        must be worth for its caption.
+      worth: foresees that.
     """
 
     def __init__(
-        self, task: Task, params: Any, mesh: Mesh, exits: Mapping[str, float] | None = None
+        self,
+        task: Task,
+        params: Any,
+        mesh: Mesh,
+        exits: Mapping[str, float] | None = None,
+        worth: Worth | None = None,
     ) -> None:
         self.exits = dict(exits or {})
+        self.worth = worth
         self.task = replace(task, model=task.model.for_inference())
         self.params = params
         self.mesh = mesh
@@ -178,27 +187,65 @@ class Predictor:
           ValueError: a prompt that leaves no room for an answer.
         """
         self._objective(Captioning, "write")  # there may be no text at all
-        known = self.sure(prompts, decoding)
-        if all(prompt in known for prompt in prompts):
-            return [[known[prompt]] for prompt in prompts]
+        alone = self.without_pictures(batch, prompts, decoding)
+        left = [row for row, text in enumerate(alone) if text is None]
+        if len(left) == len(alone) or (left and jax.process_count() > 1):
+            read: Any = dict(enumerate(self._beside(batch, prompts, decoding, first)))
+        elif left:
+            # Of few sizes, for each is compiled; a row that stands twice is written twice.
+            size = self.mesh.size
+            while size < len(left):
+                size *= 2
+            rows = (left * size)[: min(size, len(alone))]
+            few = jax.tree.map(lambda array: array[rows], dict(batch))
+            texts = self._beside(few, [prompts[row] for row in rows], decoding, first)
+            read = dict(zip(rows, texts, strict=True))
+        return [read[row] if text is None else [text] for row, text in enumerate(alone)]
+
+    def _beside(
+        self, batch: Batch, prompts: Sequence[str], decoding: Decoding, first: int
+    ) -> list[list[Written]]:
+        """Writes texts as `generate` does, each beside its context."""
         length = self.task.modalities["text"].length
         text, used = self.prompts(prompts)
         own = self.rows(len(prompts))
         text, used = {name: array[own] for name, array in text.items()}, used[own]
-        first += int(own[0])
         threshold = self.thresholds(prompts, decoding)
-        written = self.continue_text(
+        return self.continue_text(
             {**batch, "text": text},
             length - used,
             length - 1,
             decoding,
-            first,
+            first + int(own[0]),
             None if threshold is None else threshold[own],
         )
-        return [
-            [known[prompt]] if prompt in known else texts
-            for prompt, texts in zip(prompts, written, strict=True)
-        ]
+
+    def without_pictures(
+        self, batch: Batch, prompts: Sequence[str], decoding: Decoding = GREEDY
+    ) -> list[Written | None]:
+        """Returns of each example the text that stands without its picture, None where none does.
+
+        Raises:
+          ValueError: as `sure` does.
+        """
+        known = self.sure(prompts, decoding)
+        found = [known.get(prompt) for prompt in prompts]
+        if PICTURE in self.exits and not all(prompts):
+            self.thresholds(prompts, decoding)
+            (caption,) = self._texts_alone([""], decoding).values()
+            for row in np.flatnonzero(self.worths(batch) < self.exits[PICTURE]):
+                found[row] = found[row] if prompts[row] else caption
+        return found
+
+    def worths(self, batch: Batch) -> Float[np.ndarray, " B"]:
+        """Returns the nats a token that each picture is foreseen to be worth to its caption."""
+        assert self.worth is not None, f"{PICTURE!r} is among exits, and nothing foresees worth"
+        return self.worth(self.summaries(batch))
+
+    def summaries(self, batch: Batch) -> Float[np.ndarray, "B F"]:
+        """Returns what the stem says of each example's context."""
+        inputs = {name: batch[name] for name in self.task.model.context_names}
+        return self._run("summary", summary, inputs)
 
     def sure(self, prompts: Sequence[str], decoding: Decoding = GREEDY) -> dict[str, Written]:
         """Returns the answers that stand without a picture, by their questions.
@@ -221,7 +268,9 @@ class Predictor:
         self, questions: Sequence[str], decoding: Decoding = GREEDY
     ) -> dict[str, Written]:
         """Returns what the model answers to each question without a picture."""
-        asked_for = dict.fromkeys(filter(None, questions))
+        return self._texts_alone(dict.fromkeys(filter(None, questions)), decoding)
+
+    def _texts_alone(self, asked_for: Iterable[str], decoding: Decoding) -> dict[str, Written]:
         known = {q: self._alone[decoding, q] for q in asked_for if (decoding, q) in self._alone}
         new = [each for each in asked_for if each not in known]
         size = ROWS * self.mesh.size

@@ -12,6 +12,7 @@ from unified_mm.costs.flops import matmul_flops
 from unified_mm.inference.decoding import GREEDY
 from unified_mm.inference.generate import WRITING
 from unified_mm.inference.predictor import Predictor, inputs_of
+from unified_mm.inference.worth import summary
 from unified_mm.nn.transformer import EXIT
 
 
@@ -64,3 +65,14 @@ def one_text_flops(
     shares = {f"{EXIT}_{layer}": (1 - share, share) for layer, share in gone}
     steps = {WRITING: max(tokens - 1, 0)}
     return matmul_flops(write, predictor.params, inputs, shares=shares, steps=steps)
+
+
+def summary_flops(predictor: Predictor) -> int:
+    """Counts the FLOPs of foreseeing what the context of one example is worth."""
+    model = predictor.task.model
+    batch = {name: predictor.task.example_batch(1)[name] for name in model.context_names}
+
+    def summarise(params: Any, batch: Any) -> Any:
+        return model.apply({"params": params}, batch, method=summary)
+
+    return matmul_flops(summarise, predictor.params, batch)
