@@ -4,10 +4,10 @@
     python -m unified_mm.calibrate --run=runs/noise --pictures --tolerance=0.02
     python -m experiments.planted_noise --run=runs/noise --output=noise.json
 
-The embedded world, in which every other picture is noise and a fifth of the training's have none at
-all, so that captions are learned without one. The threshold is found on `val`; what is printed is
-of `test_composition`, which nothing was fitted to: shares of the noise sent away and of the pictures kept, what
-captions lose, and the seconds of writing them with and without it.
+The embedded world, in which every other picture is noise and a fifth of the training's have none
+at all, so that captions are learned without one. The threshold is found on `val`; what is printed
+is of `test_composition`, which nothing was fitted to: shares of the noise sent away and of the
+pictures kept, what captions lose, and the seconds of writing them with and without it.
 """
 
 from __future__ import annotations

@@ -30,6 +30,25 @@ def test_a_recipe_that_is_not_there_is_refused_with_those_that_are():
         read_recipe("cocoa", [])
 
 
+def test_a_recipe_may_hold_a_dataclass_and_its_name_stands_for_no_module(tmp_path):
+    (tmp_path / "fractions.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from unified_mm.default_config import default_config\n"
+        "@dataclass\n"
+        "class Steps:\n"
+        "    count: int = 7\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.train.steps = Steps().count\n"
+        "    return config\n"
+    )
+    assert read_recipe(str(tmp_path / "fractions.py"), []).config.train.steps == 7
+    import fractions
+
+    assert fractions.Fraction(1, 2) == 0.5
+
+
 @pytest.mark.slow
 def test_an_installed_package_has_its_recipes_without_the_checkout(tmp_path):
     target = tmp_path / "site"

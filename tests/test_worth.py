@@ -1,4 +1,4 @@
-"""What a picture is foreseen to be worth, and captions written without those that are worth little."""
+"""What a picture is foreseen to be worth, and captions written without what is worth little."""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,8 @@ def test_what_cannot_be_fitted_is_refused(y):
 def test_a_summary_is_of_valid_tokens_alone():
     x = np.random.default_rng(1).normal(size=(2, 6, 3)).astype(np.float32)
     valid = np.array([[True] * 4 + [False] * 2, [False] * 6])
-    mean, deviation = spread(Tokens(x, single_document(jnp.asarray(valid), Group("image", "image", 6))))
+    metadata = single_document(jnp.asarray(valid), Group("image", "image", 6))
+    mean, deviation = spread(Tokens(x, metadata))
     np.testing.assert_allclose(mean, [x[0, :4].mean(0), np.zeros(3)], rtol=1e-6)
     np.testing.assert_allclose(deviation, [x[0, :4].std(0), np.zeros(3)], rtol=1e-5)
 

@@ -179,9 +179,7 @@ def calibrated_alone(
     return {QUESTION_ONLY: {**dataclasses.asdict(best), "read": read, "flops": flops}}
 
 
-def calibrated_pictures(
-    model: Any, split: Any, tolerance: float, error: float
-) -> dict[str, Any]:
+def calibrated_pictures(model: Any, split: Any, tolerance: float, error: float) -> dict[str, Any]:
     """Returns the nats a token that a picture must be worth, by its kind; none is said.
 
     What pictures are worth is fitted to every other example, and the threshold found on the rest.

@@ -8,6 +8,7 @@ import glob
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -315,8 +316,10 @@ def outside(fields: Sequence[str], groups: Sequence[str]) -> list[str]:
 
 def load_recipe(path: str | Path) -> Any:
     """Returns the module of a recipe's file."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # No name that can be imported: a recipe `numpy.py` must not stand for another module.
+    spec = importlib.util.spec_from_file_location(f"recipe {Path(path).stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up what is named in annotations
     spec.loader.exec_module(module)
     return module
