@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unified_mm.benchmarks.timing import provenance
 from unified_mm.config import Config
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import default_config
@@ -86,7 +87,7 @@ def main():
         ratios[rows] = {name: round(each / whole, 3) for name, each in found.items()}
         ratios[rows]["tokens a CPU second, all layers"] = round(rows * (TOKENS - 1) / whole, 1)
     shape = {"layers": LAYERS, "exit": EXIT, "width": WIDTH, "vocabulary": VOCABULARY}
-    print(json.dumps({"ratios by batch": ratios, **shape}))
+    print(json.dumps({"ratios by batch": ratios, **shape, **provenance()}))
 
 
 if __name__ == "__main__":

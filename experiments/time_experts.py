@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unified_mm.benchmarks.timing import provenance
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import TransformerOptions
@@ -68,7 +69,8 @@ def main():
     found = dict(zip(runs, took.tolist(), strict=True))
     ratios = {name: round(each / found["dense"], 3) for name, each in found.items()}
     shape = {"tokens": ROWS * TOKENS, "width": WIDTH, "hidden": HIDDEN, **OWN}
-    print(json.dumps({"dense_cpu_seconds": round(found["dense"], 4), "ratios": ratios, **shape}))
+    found = {"dense_cpu_seconds": round(found["dense"], 4), "ratios": ratios}
+    print(json.dumps({**found, **shape, **provenance()}))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unified_mm.benchmarks.timing import provenance
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.neurons import Neurons
@@ -59,7 +60,8 @@ def main() -> None:
         found[f"width {width}, {pictures} of {PATCHES} patches"] = round(
             float(np.median(took[:, 1] / took[:, 0])), 3
         )
-    print(json.dumps({"share of the time of all neurons": found, "share of neurons": SHARE}))
+    shares = {"share of the time of all neurons": found, "share of neurons": SHARE}
+    print(json.dumps({**shares, **provenance()}))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.recipe import get_config
+from unified_mm.benchmarks.timing import provenance
 from unified_mm.config import Config
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.rules import MaskTable, View
@@ -150,7 +151,7 @@ def main() -> None:
         for keep, (_, flops) in passes.items()
     ]
     found = {"attention": rows, "long": long, "grid": grid, "patches": dropped}
-    print(json.dumps(found))
+    print(json.dumps({**found, **provenance()}))
 
 
 if __name__ == "__main__":

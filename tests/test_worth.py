@@ -88,6 +88,16 @@ def test_pictures_worth_little_are_not_read_and_change_no_other_caption(model, m
     assert predictor.write(batch, asked) == mixed
 
 
+@pytest.mark.parametrize("away", [(1,), (2, 3)])
+def test_a_batch_that_is_as_large_as_its_filled_rows_keeps_its_order(model, away):
+    batch = pictures(model, 5)
+    plain = model.predictor.write(batch, [""] * 5)
+    found = sending_away(model, batch, away).write(batch, [""] * 5)
+    assert [found[row] for row in range(5) if row not in away] == [
+        plain[row] for row in range(5) if row not in away
+    ]
+
+
 def test_all_are_sent_away_or_none_and_nothing_is_drawn(model, monkeypatch):
     batch = pictures(model, 5)
     plain = model.predictor.write(batch, [""] * 5)

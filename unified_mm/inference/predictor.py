@@ -188,19 +188,27 @@ class Predictor:
         """
         self._objective(Captioning, "write")  # there may be no text at all
         alone = self.without_pictures(batch, prompts, decoding)
-        left = [row for row, text in enumerate(alone) if text is None]
-        if len(left) == len(alone) or (left and jax.process_count() > 1):
-            read: Any = dict(enumerate(self._beside(batch, prompts, decoding, first)))
-        elif left:
-            # Of few sizes, for each is compiled; a row that stands twice is written twice.
-            size = self.mesh.size
-            while size < len(left):
-                size *= 2
-            rows = (left * size)[: min(size, len(alone))]
-            few = jax.tree.map(lambda array: array[rows], dict(batch))
-            texts = self._beside(few, [prompts[row] for row in rows], decoding, first)
-            read = dict(zip(rows, texts, strict=True))
+        rows = self._rows_to_read([text is None for text in alone])
+        if len(rows) < len(prompts):
+            batch = jax.tree.map(lambda array: array[rows], dict(batch))
+        asked = [prompts[row] for row in rows]
+        texts = self._beside(batch, asked, decoding, first) if rows else []
+        read = dict(zip(rows, texts, strict=True))
         return [read[row] if text is None else [text] for row, text in enumerate(alone)]
+
+    def _rows_to_read(self, wanted: Sequence[bool]) -> list[int]:
+        """Returns the rows that are computed so that all those wanted are.
+
+        A wanted row may stand there more than once: each number of rows is compiled, so that there
+        are few. Several processes hold rows apart, and compute all or none.
+        """
+        rows = [row for row, is_wanted in enumerate(wanted) if is_wanted]
+        size = self.mesh.size
+        while size < len(rows):
+            size *= 2
+        if size >= len(wanted) or jax.process_count() > 1:
+            return list(range(len(wanted))) if rows else []
+        return (rows * size)[: size if rows else 0]
 
     def _beside(
         self, batch: Batch, prompts: Sequence[str], decoding: Decoding, first: int
