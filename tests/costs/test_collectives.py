@@ -153,15 +153,41 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert [c.count for c in collectives_of(loop("body", others=unknown))] == [1]
 
 
-def test_both_sides_of_a_condition_and_asynchronous_calls_count_once():
+@pytest.mark.parametrize(
+    "branches",
+    [
+        "branch_computations={%none, %one, %two, %one}",
+        "true_computation=%two, false_computation=%one",
+        "true_computation=%one, false_computation=%two",
+    ],
+)
+def test_of_a_condition_the_branch_counts_that_sends_the_most(branches):
+    inner = """
+    %none (v: f32[4,16]) -> f32[4,16] {
+      ROOT %v = f32[4,16] parameter(0)
+    }
+
+    %one (v: f32[4,16]) -> f32[4,16] {
+      %v = f32[4,16] parameter(0)
+      ROOT %r = f32[4,16] all-to-all(%v), replica_groups=[2,4]<=[8], dimensions={0}
+    }
+
+    %two (v: f32[4,16]) -> f32[4,16] {
+      %v = f32[4,16] parameter(0)
+      ROOT %r = f32[4,16] all-reduce(%v), replica_groups=[2,4]<=[8], to_apply=%add
+    }
+    """
+    both = module(f"%c = f32[4,16] conditional(%x, %x, %x), {branches}", inner)
+    assert collectives_of(both) == [Collective("all-reduce", 256, 1, 4)]
+
+
+def test_asynchronous_calls_count_once():
     inner = """
     %one (v: f32[4,16]) -> f32[4,16] {
       %v = f32[4,16] parameter(0)
       ROOT %r = f32[4,16] all-to-all(%v), replica_groups=[2,4]<=[8], dimensions={0}
     }
     """
-    both = module("%c = f32[4,16] conditional(%x, %x, %x), branch_computations={%one, %one}", inner)
-    assert [c.count for c in collectives_of(both)] == [1, 1]
     later = module(
         "%s = ((f32[4,16]), f32[4,16], u32[]) async-start(%x), calls=%one\n"
         "%d = f32[4,16] async-done(%s), calls=%one",

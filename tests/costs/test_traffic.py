@@ -29,6 +29,38 @@ def test_without_loops_the_compiler_counts_the_same(function):
     assert memory_traffic(Program.parse(compiled.as_text())) == pytest.approx(told, rel=1e-3)
 
 
+def sorts(count):
+    """A function that sorts so many times; each sort reads and writes all."""
+
+    def function(x):
+        for number in range(count):
+            x = jnp.sort(x, number % 2)
+        return x
+
+    return function
+
+
+@pytest.mark.parametrize("counts", [(2, 4), (4, 2), (2, 4, 0)])
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_conditional_counts_as_its_larger_branch(counts, times):
+    """Of four sorts and no six, by itself or in each round of a loop, whose state may be copied."""
+    branches = [sorts(count) for count in counts]
+
+    def chosen(x, _):
+        place = (x[0, 0] * 4).astype(jnp.int32)
+        if len(branches) == 2:
+            return jax.lax.cond(place > 1, branches[1], branches[0], x), None
+        return jax.lax.switch(place, branches, x), None
+
+    def loop(x):
+        return jax.lax.scan(chosen, x, None, length=times)[0]
+
+    compiled = jax.jit(loop).lower(jax.ShapeDtypeStruct((100, 64), jnp.float32)).compile()
+    moved = memory_traffic(Program.parse(compiled.as_text()))
+    once = 2 * 100 * 64 * 4
+    assert 4 * times * once <= moved < 6 * times * once
+
+
 def test_a_loop_counts_as_often_as_it_runs():
     def loop(x):
         return jax.lax.scan(lambda c, _: (jnp.sort(c), None), x, None, length=50)[0]

@@ -38,6 +38,7 @@ CHANGES = {
     "objectives__matching__weight": 0.0,
     "objectives__routing__weight": 1.0,
     "objectives__routing__global_entropy": 0.1,
+    "objectives__routing__least_share": 1.0,
     "objectives__routing__local_entropy": 0.1,
     "objectives__routing__importance": 0.1,
 }
@@ -71,7 +72,8 @@ def test_micro_batches_and_stages_keep_groups_together(way):
     )
     assert float(metrics["routing/dropped_text"][0]) > 0
     np.testing.assert_allclose(other, loss, rtol=1e-5)
-    for name in ("routing/loss", "routing/balance", "routing/dropped_image"):
+    for name in ("loss", "balance", "dropped_image", "experts_text"):
+        name = f"routing/{name}"
         np.testing.assert_allclose(found[name], metrics[name], rtol=1e-5, err_msg=name)
     for path, expected in flat(whole).items():
         np.testing.assert_allclose(

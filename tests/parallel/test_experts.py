@@ -1,5 +1,7 @@
 """Experts on eight devices: the loss and gradient of one device, and what is sent."""
 
+from dataclasses import replace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from unified_mm.costs.collectives import collectives_of
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.options import TransformerOptions
+from unified_mm.nn.pipeline import Pipeline
 from unified_mm.nn.tokens import Group, join_metadata, single_document
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import (
@@ -26,15 +29,14 @@ from unified_mm.parallel.sharding import (
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.training.optimizer import make_optimizer
 from unified_mm.training.state import initial_state, state_of_phase
-from unified_mm.training.step import make_train_step
+from unified_mm.training.step import gradients, make_train_step
 
 ROWS, WIDTH = 16, 8
 
 
-@pytest.fixture(scope="module")
-def layer():
-    """A layer with experts in training, boxed parameters, a sum of its outputs, x and its plan."""
-    own = {"count": 4, "top_k": 2, "group": 2, "order": "priority", "noise": 0.0, "capacity": 1.0}
+def layer(**own):
+    """Boxed parameters of experts, a sum of their outputs in training, x and which is valid."""
+    own = {"count": 4, "top_k": 2, "group": 2, "noise": 0.0, **own}
     options = TransformerOptions(
         WIDTH, 1, 2, 16, feed_forward_type="experts", feed_forward_options=tuple(own.items())
     )
@@ -58,14 +60,13 @@ def layer():
     return boxed, loss, x, plan.valid
 
 
-def test_two_exchanges_forward_four_with_gradient_and_the_same_numbers(layer):
-    boxed, loss, x, valid = layer
+def compiled_on(sizes, boxed, loss, x, valid):
+    """Programs on a mesh, without and with gradient, whose numbers are those of one device."""
     params = without_names(boxed)
     expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x, valid)
-    mesh = make_mesh({"data": 2, "expert": 4})
+    mesh = make_mesh(sizes)
     shardings = param_shardings(boxed, mesh).params
     rows = NamedSharding(mesh, BATCH)
-    assert shardings["experts_all"]["up"]["kernel"].spec[0] == "expert"
     with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
         placed = jax.device_put(params, shardings), *jax.device_put((x, valid), rows)
         sides = (shardings, rows, rows)
@@ -79,7 +80,15 @@ def test_two_exchanges_forward_four_with_gradient_and_the_same_numbers(layer):
         found = compiled(*placed)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    for program, exchanges in ((forward, 2), (compiled, 4)):
+    return forward, compiled
+
+
+def test_two_exchanges_forward_four_with_gradient_and_the_same_numbers():
+    built = layer(order="priority", capacity=1.0)
+    params, mesh = without_names(built[0]), {"data": 2, "expert": 4}
+    placed = param_shardings(built[0], make_mesh(mesh)).params
+    assert placed["experts_all"]["up"]["kernel"].spec[0] == "expert"
+    for program, exchanges in zip(compiled_on(mesh, *built), (2, 4), strict=True):
         sent = collectives_of(program.as_text())
         kinds = [each.kind for each in sent]
         assert kinds.count("all-to-all") == exchanges, kinds
@@ -89,14 +98,65 @@ def test_two_exchanges_forward_four_with_gradient_and_the_same_numbers(layer):
         assert all(each.bytes <= 2 * largest for each in sent if each.kind == "all-reduce")
 
 
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 4}])
+def test_without_drops_devices_compute_their_own_examples(sizes):
+    """No token is sent: only sums of the loss and of gradients, and kernels that are divided."""
+    built = layer(dropless=True)
+    most = sum(leaf.nbytes for leaf in jax.tree.leaves(without_names(built[0])))
+    forward, both = (collectives_of(p.as_text()) for p in compiled_on(sizes, *built))
+    assert [each.bytes for each in forward if each.kind == "all-reduce"] == [4]
+    sums, gathered = (
+        sum(each.bytes for each in both if each.kind == kind)
+        for kind in ("all-reduce", "all-gather")
+    )
+    assert sums <= 1.1 * most and gathered <= most * ("fsdp" in sizes)
+    assert {each.kind for each in (*forward, *both)} <= {"all-reduce", "all-gather"}
+
+
 CHANGES = {
     "model__feed_forward_type": "experts",
     "model__feed_forward_options": {"count": 4, "order": "priority", "capacity": 0.8},
     "model__layers": 1,
     "objectives__matching__weight": 0.0,
     "objectives__routing__weight": 1.0,
+    "objectives__routing__global_entropy": 1.0,
+    "objectives__routing__local_entropy": 1.0,
+    "objectives__routing__least_share": 1.0,
     "train__warmup_steps": 0,
 }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts", "own"),
+    [
+        ({"data": 2, "expert": 4}, 2, {"group": 2, "order": "priority", "capacity": 0.8}),
+        pytest.param(
+            {"stage": 2, "data": 2, "fsdp": 2}, 1, {"dropless": True}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_one_loss_on_one_device_on_a_mesh_and_in_parts(sizes, parts, own):
+    """With all losses of routers; stages are a pipeline."""
+    given = {"count": 4, "noise": 0.0, **own}
+    task = tiny.task(**{**CHANGES, "model__feed_forward_options": given, "model__layers": 2})
+    params, batch = tiny.params(task), jax.device_get(tiny.batch(task, 32))
+    config = Config(tiny.config_dict(**CHANGES).to_dict())
+
+    def on(mesh, task, parts):
+        optimizer = make_optimizer(config.train, 4, params)
+        with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+            placed = jax.device_put(params, param_shardings(task.abstract_params(), mesh).params)
+            run = jax.jit(lambda p, b: gradients(task, optimizer, p, b, jax.random.key(1), parts))
+            return jax.device_get(run(placed, to_global(batch, mesh)))
+
+    loss, slopes, metrics = on(make_mesh({}, jax.devices()[:1]), task, 1)
+    if "stage" in sizes:
+        task = replace(task, model=task.model.pipelined(Pipeline(2, 2)))
+    other, found, told = on(make_mesh(sizes), task, parts)
+    np.testing.assert_allclose(other, loss, rtol=1e-5)
+    np.testing.assert_allclose(told["routing/loss"], metrics["routing/loss"], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(slopes), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def stepping(sizes, devices=None):

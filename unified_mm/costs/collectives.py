@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,7 +74,8 @@ class Collective:
 def collectives_of(compiled_text: str) -> list[Collective]:
     """Returns the collectives of a compiled program, each instruction once, in program order.
 
-    `costs.hlo.Program.runs` says how often those in loops are counted.
+    Of a conditional they are those of the branch that sends the most. `costs.hlo.Program.runs` says
+    how often those in loops are counted.
 
     Args:
       compiled_text: text of `compiled.as_text()`, after the optimisation passes.
@@ -87,20 +88,23 @@ def collectives_of(compiled_text: str) -> list[Collective]:
 
 def collectives_in(program: Program) -> list[Collective]:
     """Returns the collectives of a parsed program, as `collectives_of` does."""
-    return [_collective(run, program) for run in collective_runs(program)]
+
+    def sent(run: Run) -> int:
+        return _collective(run, program).sent if kind_of(run.line) else 0
+
+    begun = collectives_once(program.runs(sent))
+    return [_collective(run, program) for run in begun if kind_of(run.line)]
 
 
-def collective_runs(program: Program) -> Iterator[Run]:
-    """Yields the instructions that begin a collective.
+def collectives_once(runs: Iterable[Run]) -> Iterator[Run]:
+    """Yields what is run, of each collective only the instruction that begins it.
 
     A TPU's compiler spreads one collective over several fusions with the same channel, and runs
     other instructions and loops between them. The first of these fusions begins the collective.
     """
     begun = set()
-    for run in program.runs():
-        if kind_of(run.line) is None:
-            continue
-        if "async_collective_fusion" in run.line.attributes:
+    for run in runs:
+        if kind_of(run.line) and "async_collective_fusion" in run.line.attributes:
             channel = run.line.attribute(r"channel_id=(\d+)")
             if channel in begun:
                 continue

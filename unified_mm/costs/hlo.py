@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 NAME = r"%([\w.\-]+)"
@@ -110,20 +111,25 @@ class Program:
         counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)
         return cls(computations, entry, math.prod(map(int, counts)))
 
-    def runs(self) -> Iterator[Run]:
+    def runs(self, cost: Callable[[Run], int] | None = None) -> Iterator[Run]:
         """Yields every instruction that a step runs, with how often.
 
         An instruction in the body of a loop runs as often as the loop does, where that is known:
-        the compiler says it, or the loop counts from 0 up to a constant. Otherwise it counts once,
-        and so do both branches of a conditional.
+        the compiler says it, or the loop counts from 0 up to a constant. Otherwise it counts once.
+
+        Args:
+          cost: what is counted of an instruction, all its times together: of a conditional only the
+            branch with the largest sum is run. Without it all branches are listed.
         """
 
         def walk(name: str, times: int, fused: bool) -> Iterator[Run]:
             for line in self.computations[name].values():
                 yield Run(line, name, times, fused)
                 inner = times * (self._trips(line) if line.opcode == "while" else 1)
-                for called in line.calls:
-                    yield from walk(called, inner, line.opcode == "fusion")
+                parts = [list(walk(each, inner, line.opcode == "fusion")) for each in line.calls]
+                if line.opcode == "conditional" and cost is not None:
+                    parts = [max(parts, key=lambda part: sum(map(cost, part)))]
+                yield from itertools.chain(*parts)
 
         yield from walk(self.entry, 1, False)
 

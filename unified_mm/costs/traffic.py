@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from unified_mm.costs.collectives import collective_runs, kind_of
+from unified_mm.costs.collectives import collectives_once, kind_of
 from unified_mm.costs.hlo import Instruction, Program, Run, array_bytes
 
 # What moves nothing by itself.
@@ -24,14 +24,16 @@ def memory_traffic(program: Program) -> int:
     Every kernel counts as reading its operands and writing its results once; where it reads or
     changes only a slice of an array, only the slice counts. Arrays that the compiler keeps in
     another memory space (on a TPU, the one beside the compute units) cost nothing. Loops count as
-    often as they run: see `costs.hlo.Program.runs`.
+    often as they run, and conditionals as the branch that moves the most: see
+    `costs.hlo.Program.runs`.
     """
-    plain = sum(
-        run.times * _traffic(run, program)
-        for run in program.runs()
-        if not run.fused and kind_of(run.line) is None
-    )
-    return plain + sum(run.times * _own_traffic(run, program) for run in collective_runs(program))
+
+    def moved(run: Run) -> int:
+        if kind_of(run.line):
+            return run.times * _own_traffic(run, program)
+        return 0 if run.fused else run.times * _traffic(run, program)
+
+    return sum(moved(run) for run in collectives_once(program.runs(moved)))
 
 
 def _traffic(run: Run, program: Program) -> int:

@@ -11,7 +11,7 @@ nothing is dropped unless `evaluation_capacity` says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from unified_mm.config import check_options, option
@@ -226,13 +227,11 @@ class Experts(nn.Module):
         outputs: dict[int, Array] = {}
         taken: dict[int, Array] = {}
         limited: dict[int, Dispatched] = {}
+        whole: dict[int, tuple[Array, Array, Array]] = {}
         for number, r in enumerate(routed):
             if not r.capacity and r.order != "choice":
                 taken[number] = r.chosen & r.valid[..., None]
-                gates = self._gates(r, r.chosen)
-                flat: Any = [x.reshape(-1, x.shape[-1]) for x in (r.x, taken[number], gates)]
-                y = without_drops(self.options, weights, self.top_k, *flat)
-                outputs[number] = y.reshape(r.x.shape)
+                whole[number] = r.x, taken[number], self._gates(r, r.chosen)
                 continue
             # Experts that choose have a room at inference too: it is within one picture.
             even = r.group * r.x.shape[1] * self.top_k / self.count
@@ -241,6 +240,9 @@ class Experts(nn.Module):
             gates = self._gates(r, taken[number] if r.order == "choice" else r.chosen)
             slots = joined(slots, r.x.shape[1] * r.group, group // r.group)
             limited[number] = Dispatched(by_group(r.x, group), by_group(gates, group), slots)
+        if whole:
+            run = by_share(partial(without_drops, self.options, self.top_k))
+            outputs |= zip(whole, run(weights, list(whole.values())), strict=True)
         if limited:
             found = with_room(self.options, weights, list(limited.values()))
             for number, y in zip(limited, found, strict=True):
@@ -364,15 +366,38 @@ def with_room(
     return found
 
 
+def by_share(function: Callable[..., Array]) -> Callable[..., list[Array]]:
+    """Returns a function of weights and parts of examples, each device's share of them by itself.
+
+    Left alone, the compiler gathers all tokens on each device, as blocks hold any of them.
+    """
+
+    def each(weights: Weights, parts: Sequence[tuple[Array, ...]]) -> list[Array]:
+        return [function(weights, *part) for part in parts]
+
+    stage, axes = nn.logical_to_mesh_axes(("stages", "expert_groups")) or (None, None)
+    mesh = jax.sharding.get_abstract_mesh()
+    if axes is None or mesh.size <= 1:
+        return each
+    # A pipeline maps this along its stages, and only an axis that is named can be mapped.
+    named = {stage, *axes} if mesh.shape[stage] > 1 else {*axes}
+    rows = P(axes)
+    return jax.shard_map(
+        each, in_specs=(P(), rows), out_specs=rows, axis_names=named, check_vma=False
+    )
+
+
 def without_drops(
     options: TransformerOptions,
-    weights: Weights,
     most: int,
-    x: Float[Array, "N D"],
-    chosen: Bool[Array, "N E"],
-    gates: Float[Array, "N E"],
-) -> Float[Array, "N D"]:
+    weights: Weights,
+    x: Float[Array, "B N D"],
+    chosen: Bool[Array, "B N E"],
+    gates: Float[Array, "B N E"],
+) -> Float[Array, "B N D"]:
     """Returns what experts make of all tokens that chose them, block by block."""
+    shape = x.shape
+    x, chosen, gates = (each.reshape(-1, each.shape[-1]) for each in (x, chosen, gates))
     rows, experts = chosen.shape
     size = min(BLOCK, max(1, rows * most // experts))
     slots, pools = into_blocks(chosen, most, size)
@@ -384,7 +409,8 @@ def without_drops(
 
     # The gradient would keep a copy of an expert's kernels for every block.
     one = jax.checkpoint(one, prevent_cse=False)
-    return scatter_add(jax.lax.map(one, (slots, pools)).astype(x.dtype), slots, rows)
+    y = scatter_add(jax.lax.map(one, (slots, pools)).astype(x.dtype), slots, rows)
+    return y.reshape(shape)
 
 
 def expert(
