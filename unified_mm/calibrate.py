@@ -182,7 +182,7 @@ def calibrated_alone(
 def calibrated_pictures(model: Any, split: Any, tolerance: float, error: float) -> dict[str, Any]:
     """Returns the nats a token that a picture must be worth, by its kind; none is said.
 
-    What pictures are worth is fitted to every other example, and the threshold found on the rest.
+    What pictures are worth is fitted to half of the examples, and the threshold found on the rest.
 
     Raises:
       ValueError: fewer than two pictures have captions.
@@ -194,8 +194,10 @@ def calibrated_pictures(model: Any, split: Any, tolerance: float, error: float) 
     from unified_mm.inference.worth import PICTURE, Worth
 
     gains, tokens, summaries = worth_measured(model, split)
-    worth = Worth.fit(summaries[::2], gains[::2])
-    foreseen, gains, tokens = worth(summaries[1::2]), gains[1::2], tokens[1::2]
+    # Drawn, for the order of a split may mean something.
+    fitted, others = np.array_split(np.random.default_rng(0).permutation(len(gains)), 2)
+    worth = Worth.fit(summaries[fitted], gains[fitted])
+    foreseen, gains, tokens = worth(summaries[others]), gains[others], tokens[others]
 
     def losses_at(threshold: float) -> Any:
         lost = (foreseen < threshold) & (gains > NEEDED)
@@ -205,7 +207,7 @@ def calibrated_pictures(model: Any, split: Any, tolerance: float, error: float) 
         )
         return lost.astype(float)
 
-    levels = np.quantile(worth(summaries[::2]), np.linspace(0, 1, LEVELS)).tolist()
+    levels = np.quantile(worth(summaries[fitted]), np.linspace(0, 1, LEVELS)).tolist()
     best = calibrate(losses_at, levels, tolerance, error)
     if best is None:
         say(f"{PICTURE}: no threshold keeps {tolerance}: all pictures are read")
