@@ -282,6 +282,14 @@ def test_damaged_cache_is_an_error_that_names_it(good, tmp_path):
         build(good, cache=tmp_path)
 
 
+def test_a_cache_of_other_examples_is_damaged(good, tmp_path):
+    build(good, cache=tmp_path)
+    (kept,) = (tmp_path / "manifests").iterdir()
+    kept.write_text(kept.read_text().replace('"id": 4', '"id": 5'))
+    with pytest.raises(ValueError, match=f"{kept.name} is damaged.*delete it"):
+        build(good, cache=tmp_path)
+
+
 def test_fingerprint_follows_what_training_sees(good, tmp_path):
     first = build(good).fingerprint
     touch(good)

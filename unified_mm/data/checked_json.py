@@ -1,17 +1,15 @@
 """JSON from users' files, with errors that give the file and the place in it."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from unified_mm.files import read_json
 
 _NAMES: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """A value in a JSON file, with methods whose ValueErrors give the file and the JSON path."""
 
     file: Path
@@ -42,9 +40,11 @@ class Node:
 
     def id(self, key: str) -> int | str:
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | str):
+        if type(value) is int:
+            return value
+        if not isinstance(value, str):
             raise self.error(f"must be a whole number or a string, is {_shown(value)}", key)
-        return self._text(value, key) if isinstance(value, str) else value
+        return self._text(value, key)
 
     def items(self, key: str = "") -> list["Node"]:
         """Returns the members of the list under `key`, or of this list itself."""
@@ -60,7 +60,7 @@ class Node:
         return value
 
     def _object(self) -> dict:
-        return self._checked(self.value, dict)
+        return self.value if isinstance(self.value, dict) else self._checked(self.value, dict)
 
     def _checked(self, value: Any, kind: type, key: str = "") -> Any:
         if not isinstance(value, kind):

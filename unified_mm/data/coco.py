@@ -34,6 +34,7 @@ from unified_mm.data.listing import (
     listing_of,
     names_file,
     no_text,
+    stays_below,
     what_is_there,
 )
 from unified_mm.data.records import Problem, Text
@@ -256,10 +257,10 @@ def _image_files(
     owners: dict[str, Key] = {}
     problems = []
     for node in images:
-        found = _file_names(node, folder)
-        if any(owners.setdefault(name, node.id("id")) != node.id("id") for name in found.values()):
+        found, key = _file_names(node, folder), node.id("id")
+        if any(owners.setdefault(name, key) != key for name in found.values()):
             problems.append(Problem(node.place, "file of another image id too", "converted"))
-        names = files.setdefault(node.id("id"), [])
+        names = files.setdefault(key, [])
         if found in names:
             problems.append(Problem(node.place, "image listed twice", "converted"))
             continue
@@ -284,11 +285,17 @@ def _file_names(node: Node, folder: Path) -> dict[str, str]:
         if "image" in found and not names_file(node.get(key)):
             continue
         found[modality] = name = node.string(key)
-        # Below one folder at least, the images' own.
-        inside = os.path.relpath(os.path.join(folder, "images", name), folder)
-        if inside == ".." or inside.startswith("../"):
+        if _leads_out(name, folder):
             raise node.error(f"leads out of the data folder: {name!r}", key)
     return found
+
+
+def _leads_out(name: str, folder: Path) -> bool:
+    if stays_below(name):
+        return False
+    # Below one folder at least, the images' own.
+    inside = os.path.relpath(os.path.join(folder, "images", name), folder)
+    return inside == ".." or inside.startswith("../")
 
 
 def _captions(
@@ -307,8 +314,9 @@ def _captions(
         caption = given.strip()
         earlier = None
         if node.has("id"):
-            earlier = by_id.get(node.id("id"))
-            by_id[node.id("id")] = (image, caption)
+            own = node.id("id")
+            earlier = by_id.get(own)
+            by_id[own] = (image, caption)
         fault = _caption_fault(image, caption, earlier, images)
         if fault:
             problems.append(Problem(node.place, *fault))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -163,7 +165,8 @@ class Finder:
         for root in self._roots_of(split):
             for form in (name, plain):
                 path = os.path.normpath(os.path.join(root, form))
-                if os.path.isfile(path) and Path(path).is_relative_to(inside):
+                below = stays_below(form) or Path(path).is_relative_to(inside)
+                if below and os.path.isfile(path):
                     return Path(path)
         parts = [part for part in plain.split("/") if part not in ("", ".", "..")]
         for start in range(len(parts)):
@@ -174,11 +177,11 @@ class Finder:
 
     def _roots_of(self, split: str) -> list[Path]:
         """Returns the roots; two splits may have pictures of one name, each in its own folder."""
-        if not (wanted := split_named(split)):
-            return self._roots
         if split not in self._by_split:
+            wanted = split_named(split)
             self._by_split[split] = sorted(
-                self._roots, key=lambda root: self._split_of(root) not in ("", wanted)
+                self._roots,
+                key=lambda root: bool(wanted) and self._split_of(root) not in ("", wanted),
             )
         return self._by_split[split]
 
@@ -244,8 +247,28 @@ def pictures_in(folder: Path, suffixes: Collection[str] = SUFFIXES) -> list[Path
     return found
 
 
+def stays_below(name: str) -> bool:
+    """Returns whether a name can be told at a glance to lead nowhere but below where it begins."""
+    return ".." not in name and not os.path.isabs(name)
+
+
 def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Makes Python look for no garbage in the body, which makes many objects and drops few.
+
+    To look at them again and again would take as long as to make them.
+    """
+    looked = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looked:
+            gc.enable()
 
 
 class Row(NamedTuple):

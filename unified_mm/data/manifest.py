@@ -8,7 +8,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import PIL
@@ -23,11 +25,12 @@ from unified_mm.data.listing import (
     id_hint,
     medium_of,
     no_text,
+    uncollected,
 )
 from unified_mm.data.records import ByteStore, File, Manifest, Problem, Record, Source, Stored, Text
 from unified_mm.files import naming, write_atomically
 
-FORMAT = 3  # raise it when the checks change: caches of an older format are not found then
+FORMAT = 4  # raise it when the checks or the caches change: older caches are not found then
 # Sides in English, alone or in a word that is made of one: lefthand, left_side, rightmost.
 _SIDES = re.compile(
     r"(?<![^\W\d_])(left|right)(most|wards?|hand(ed(ness)?|ers?)?|sides?|y|ies)?(?![^\W\d_])",
@@ -76,12 +79,12 @@ def build_manifest(
     """
     folder = Path(folder).resolve()
     stats = _stat(listing)
-    store = next((e.image.shelf for e in listing.entries if isinstance(e.image, Stored)), None)
     manifest = cached(
         cache,
         _cache_key(folder, split, source, listing, stats, check_at_most),
         lambda: _check(folder, split, source, listing, stats, threads, progress, check_at_most),
-        {"image": store} if store else {},
+        partial(_with_entries, {entry.id: entry for entry in listing.entries}),
+        _without_entries,
     )
     # Faults of images come before those of captions.
     listed_as, remaining = f"images of {split!r} in {folder}", len(manifest.records)
@@ -103,7 +106,8 @@ def cached(
     cache: str | os.PathLike | None,
     key: str,
     make: Callable[[], Manifest],
-    shelves: Mapping[str, ByteStore],
+    read: Callable[[str], Manifest],
+    write: Callable[[Manifest], str],
 ) -> Manifest:
     """Returns the manifest that `cache/manifests/` holds under a key, or makes and keeps it.
 
@@ -111,7 +115,9 @@ def cached(
       cache: the cache's folder; None makes the manifest without keeping it.
       key: a hash of all that the manifest depends on.
       make: makes the manifest.
-      shelves: where the parts lie that are not files of their own, by modality.
+      read: gives the manifest back from the text that `write` made of it; raises ValueError,
+        KeyError or TypeError where the text is damaged.
+      write: gives the text to keep.
 
     Raises:
       ValueError: the cached manifest is damaged, or the cache cannot be written.
@@ -120,10 +126,10 @@ def cached(
         return make()
     path = Path(cache) / "manifests" / f"{key}.json"
     if os.path.isfile(path):
-        return _from_cache(path, shelves)
+        return _from_cache(path, read)
     manifest = make()
     with naming(f"data.cache_dir={cache}"):
-        write_atomically(path, to_json(manifest).encode())
+        write_atomically(path, write(manifest).encode())
     return manifest
 
 
@@ -311,6 +317,7 @@ def _members(value: Any) -> dict[str, Any]:
     return {_STORED: members} if isinstance(value, Stored) else members
 
 
+@uncollected()
 def from_json(text: str, shelves: Mapping[str, ByteStore]) -> Manifest:
     """Returns the manifest that `to_json` wrote, its stored parts on the shelves of modalities.
 
@@ -335,6 +342,19 @@ def from_json(text: str, shelves: Mapping[str, ByteStore]) -> Manifest:
     return Manifest(**{**data, "records": tuple(records), "problems": tuple(problems)})
 
 
+def _without_entries(manifest: Manifest) -> str:
+    """Returns a manifest as JSON text without what its listing tells, for `_with_entries`."""
+    records = tuple(Record(each.id, {}, (), each.mirrorable) for each in manifest.records)
+    return to_json(dataclasses.replace(manifest, records=records))
+
+
+@uncollected()
+def _with_entries(entries: Mapping[Key, Entry], text: str) -> Manifest:
+    bare = from_json(text, {})
+    records = tuple(_record(entries[each.id], each.mirrorable) for each in bare.records)
+    return dataclasses.replace(bare, records=records)
+
+
 def _with_texts(record: Record, texts: list[Text]) -> Record:
     mirrorable = record.mirrorable and not names_sides(texts)
     return dataclasses.replace(record, texts=(*record.texts, *texts), mirrorable=mirrorable)
@@ -352,11 +372,22 @@ def _any_match(pattern: re.Pattern, texts: Iterable[Text]) -> bool:
 Stats = dict[Path, os.stat_result]
 
 
+@uncollected()
 def _stat(listing: Listing) -> Stats:
     """Returns the status of each part that is a file of its own; a missing one has no entry."""
     files = {entry.image for entry in listing.entries if isinstance(entry.image, Path)}
     files |= {file for entry in listing.entries for _, file in entry.parts}
-    return {file: file.stat() for file in files if os.path.isfile(file)}
+    found = ((file, _status(file)) for file in files)
+    return {file: status for file, status in found if status}
+
+
+def _status(file: Path) -> os.stat_result | None:
+    """Returns the status of what `os.path.isfile` calls a file, else None."""
+    try:
+        found = os.stat(file)
+    except (OSError, ValueError):  # it is not there, or its name can be none
+        return None
+    return found if S_ISREG(found.st_mode) else None
 
 
 def _check(
@@ -367,7 +398,7 @@ def _check(
     entries, media = listing.entries, listing.media
     faults = image_faults(entries, stats, threads, progress, left_alone, media)
     records = tuple(
-        _record(entry, listing.directional)
+        _record(entry, not listing.directional and not names_sides(entry.texts))
         for entry, fault in zip(listing.entries, faults, strict=True)
         if fault is None or fault.action == "converted"
     )
@@ -473,11 +504,10 @@ def image_fault(name: str, source: Source, named: str | None = None) -> Problem 
     return Problem(name, conversion, "converted") if conversion else None
 
 
-def _record(entry: Entry, directional: bool) -> Record:
+def _record(entry: Entry, mirrorable: bool) -> Record:
     found = str(entry.image) if isinstance(entry.image, Path) else entry.image
     parts = {} if found is None else {"image": found}
     parts |= {name: str(file) for name, file in entry.parts}
-    mirrorable = not directional and not names_sides(entry.texts)
     return Record(entry.id, parts, entry.texts, mirrorable, entry.labels)
 
 
@@ -487,8 +517,7 @@ def fingerprint(records: Iterable[Record], sizes: Mapping[File, int]) -> str:
     for record in records:
         texts = [[text.prompt, text.target] for text in record.texts]
         size = sizes[record.image] if record.image else None
-        learned_since = names_sides(record.texts) and not _any_match(_SIDES_ONCE, record.texts)
-        mirrorable = record.mirrorable or learned_since
+        mirrorable = record.mirrorable or _sides_learned_since(record.texts)
         seen: list[Any] = [record.id, size, texts, mirrorable]
         if others := sorted(
             (name, sizes[p]) for name, p in record.parts.items() if name != "image"
@@ -499,6 +528,10 @@ def fingerprint(records: Iterable[Record], sizes: Mapping[File, int]) -> str:
             seen.append(record.labels)
         digest.update(json.dumps(seen).encode())
     return digest.hexdigest()
+
+
+def _sides_learned_since(texts: Iterable[Text]) -> bool:
+    return names_sides(texts) and not _any_match(_SIDES_ONCE, texts)
 
 
 def refuse_bad(
@@ -534,6 +567,7 @@ def refuse_bad(
     )
 
 
+@uncollected()
 def _cache_key(
     folder: Path, split: str, source: str, listing: Listing, stats: Stats, check_at_most: int
 ) -> str:
@@ -541,21 +575,25 @@ def _cache_key(
     setting += [listing.directional, listing.stamp, *sorted(listing.media.items())]
     digest = hashlib.sha256(json.dumps([setting, listing.problems], default=_members).encode())
     for entry in listing.entries:
-        stat = stats.get(entry.image) if isinstance(entry.image, Path) else None
-        known: list[Any] = [entry, stat and [stat.st_size, stat.st_mtime_ns]]
-        there = [stats[file] for _, file in entry.parts if file in stats]
-        known += [[stat.st_size, stat.st_mtime_ns] for stat in there]
-        digest.update(json.dumps(known, default=_members_or_path).encode())
+        texts = [(text.prompt, text.target) for text in entry.texts]
+        image = entry.image and _state(entry.image, stats)
+        parts = [(name, _state(file, stats)) for name, file in entry.parts]
+        known = (entry.id, entry.file, image, texts, parts, entry.labels)
+        digest.update(repr(known).encode())  # half the time of JSON
     return digest.hexdigest()
 
 
-def _members_or_path(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else _members(value)
+def _state(file: Path | Stored, stats: Stats) -> tuple[Any, ...]:
+    """Returns what tells whether a file has changed."""
+    if isinstance(file, Stored):
+        return file.number, file.name, file.size
+    stat = stats.get(file)
+    return str(file), stat and (stat.st_size, stat.st_mtime_ns)
 
 
-def _from_cache(path: Path, shelves: Mapping[str, ByteStore]) -> Manifest:
+def _from_cache(path: Path, read: Callable[[str], Manifest]) -> Manifest:
     try:
         with naming(f"the cached manifest {path}"):
-            return from_json(path.read_text(encoding="utf-8"), shelves)
+            return read(path.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"the cached manifest {path} is damaged ({error}): delete it") from error

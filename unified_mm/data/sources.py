@@ -19,6 +19,7 @@ from unified_mm.data.listing import (
     Question,
     files_of,
     held_out,
+    uncollected,
     what_is_there,
 )
 from unified_mm.data.manifest import Sidecar, build_manifest, with_questions
@@ -148,7 +149,8 @@ class AnnotatedFolder:
         if split not in self._splits or not coco.has_questions(self.folder, split):
             return ()
         if split not in self._questions:
-            self._questions[split] = coco.read_questions(self.folder, split)
+            with uncollected():
+                self._questions[split] = coco.read_questions(self.folder, split)
         return self._questions[split]
 
     def no_questions(self, split: str) -> str:
@@ -239,7 +241,8 @@ class ListedFolder(AnnotatedFolder):
                 f"{self.folder} has no split {split!r}: it has {', '.join(self._listed)}"
             )
         if split not in self._known:
-            self._known[split] = replace(self._listed[split](), media=self.media)
+            with uncollected():
+                self._known[split] = replace(self._listed[split](), media=self.media)
         return self._known[split]
 
     def manifest(self, split: str) -> Manifest:

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from unified_mm.data.manifest import (
     Sidecar,
     cached,
     fingerprint,
+    from_json,
     image_fault,
     names_sides,
     part_fault,
     refuse_bad,
+    to_json,
     with_orphans,
     worst,
 )
@@ -104,7 +107,11 @@ class TfdsSource(AnnotatedFolder):
         held = {"image": self._roles.image} | {name: PART.format(name) for name in self.media}
         shelves = {name: Split(self.folder, split, feature) for name, feature in held.items()}
         manifest = cached(
-            self._cache, self._key(split, shards), lambda: self._read(shelves, shards), shelves
+            self._cache,
+            self._key(split, shards),
+            lambda: self._read(shelves, shards),
+            partial(from_json, shelves=shelves),
+            to_json,
         )
         where = f"{split!r} in {self.folder}"
         records, problems = manifest.records, manifest.problems

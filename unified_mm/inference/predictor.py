@@ -241,8 +241,9 @@ class Predictor:
         if PICTURE in self.exits and not all(prompts):
             self.thresholds(prompts, decoding)
             (caption,) = self._texts_alone([""], decoding).values()
-            for row in np.flatnonzero(self.worths(batch) < self.exits[PICTURE]):
-                found[row] = found[row] if prompts[row] else caption
+            for row, nats in enumerate(self.worths(batch).tolist()):
+                if not prompts[row] and nats < self.exits[PICTURE]:
+                    found[row] = caption
         return found
 
     def worths(self, batch: Batch) -> Float[np.ndarray, " B"]:
