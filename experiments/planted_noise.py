@@ -134,6 +134,8 @@ def main() -> None:
     from unified_mm.inference.worth import PICTURE
 
     model = unified_mm.load(given.run, exits=True)
+    if PICTURE not in model.predictor.exits:
+        raise SystemExit(f"{given.run} was calibrated without --pictures")
     records = open_source(model.config.data).manifest(SPLIT).records[: given.images]
     size = model.config.evaluation.batch_size
     predictor = model.predictor

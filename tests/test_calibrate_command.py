@@ -1,7 +1,10 @@
 """`python -m unified_mm.calibrate` as a user types it, and the commands that take what it found."""
 
 import json
+from argparse import Namespace
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 from hand_counts import text_by_hand
@@ -92,6 +95,7 @@ def test_pictures_that_captions_do_not_need_are_found_and_taken_by_generate(
     monkeypatch.setattr(calibrate, "NEEDED", 1e9)
     assert ended(calibrate, *asked) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["texts"]["picture"]
+    assert "worth" not in found and "worth" in read_json(run / "exits.json")["texts"]["picture"]
     assert (found["examples"], found["risk"]) == (4, 0.0)
     assert found["flops"]["expected"] < found["flops"]["full"] or found["read"] == 1
     text = read_json(run / "exits.json")
@@ -107,8 +111,25 @@ def test_pictures_that_captions_do_not_need_are_found_and_taken_by_generate(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["texts"]["picture"]["read"] == 1
     (run / "exits.json").unlink()
 
-    assert ended(calibrate, "--run", runs / "gated", "--pictures") == 1
-    assert "writes nothing without a picture" in capsys.readouterr().err
+    for name in ("gated", "contrast"):
+        assert ended(calibrate, "--run", runs / name, "--pictures") == 1
+        assert "does not write both beside a picture and without" in capsys.readouterr().err
+
+
+def test_the_gain_of_a_picture_is_over_the_same_caption_with_none(runs):
+    model = unified_mm.load(runs / "plain")
+    asked = Namespace(split="", max_images=None, data_dir="")
+    split, _ = quantize.open_scored(model, asked)
+    gains, tokens, summaries = calibrate.worth_measured(model, split)
+    first = [replace(record, texts=record.texts[:1]) for record in split.captioned]
+    nothing = [replace(record, parts={}) for record in first]
+    beside, without = (
+        np.array(model.predictor.over(each, 4, model.predictor.log_likelihood))
+        for each in (first, nothing)
+    )
+    np.testing.assert_array_equal(tokens, beside[:, 1])
+    np.testing.assert_allclose(gains, (beside - without)[:, 0] / tokens, atol=1e-5)
+    assert np.abs(gains).min() > 1e-4 and np.isfinite(summaries).all() and len(gains) == 8
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from unified_mm.inference.decoding import Decoding
+from unified_mm.inference.streaming import stream
 from unified_mm.inference.worth import PICTURE, RIDGE, Worth, spread
 from unified_mm.nn.tokens import Group, Tokens, single_document
 
@@ -60,8 +61,8 @@ def test_a_summary_is_of_valid_tokens_alone():
     valid = np.array([[True] * 4 + [False] * 2, [False] * 6])
     metadata = single_document(jnp.asarray(valid), Group("image", "image", 6))
     mean, deviation = spread(Tokens(x, metadata))
-    np.testing.assert_allclose(mean, [x[0, :4].mean(0), np.zeros(3)], rtol=1e-6)
-    np.testing.assert_allclose(deviation, [x[0, :4].std(0), np.zeros(3)], rtol=1e-5)
+    np.testing.assert_allclose(mean, [x[0, :4].mean(0), np.full(3, np.nan)], rtol=1e-6)
+    np.testing.assert_allclose(deviation, [x[0, :4].std(0), np.full(3, np.nan)], rtol=1e-5)
 
 
 def test_pictures_worth_little_are_not_read_and_change_no_other_caption(model, monkeypatch):
@@ -79,6 +80,9 @@ def test_pictures_worth_little_are_not_read_and_change_no_other_caption(model, m
     found = predictor.write(batch, [""] * size)
     assert found == [alone[0] if row in FEW else plain[row] for row in range(size)]
     assert read == [2]
+    for row in range(size):  # in pieces it is the same
+        one = {"image": {name: array[row : row + 1] for name, array in batch["image"].items()}}
+        assert "".join(stream(predictor, one, "")) == found[row]
     # A row's caption is its own whatever stands beside it; an answer is always beside its picture.
     shuffled = {name: array[::-1] for name, array in batch["image"].items()}
     assert predictor.write({"image": shuffled}, [""] * size) == found[::-1]
@@ -93,9 +97,8 @@ def test_a_batch_that_is_as_large_as_its_filled_rows_keeps_its_order(model, away
     batch = pictures(model, 5)
     plain = model.predictor.write(batch, [""] * 5)
     found = sending_away(model, batch, away).write(batch, [""] * 5)
-    assert [found[row] for row in range(5) if row not in away] == [
-        plain[row] for row in range(5) if row not in away
-    ]
+    for row in range(5):
+        assert (found[row] == plain[row]) == (row not in away)
 
 
 def test_all_are_sent_away_or_none_and_nothing_is_drawn(model, monkeypatch):
@@ -107,3 +110,13 @@ def test_all_are_sent_away_or_none_and_nothing_is_drawn(model, monkeypatch):
     assert len(set(predictor.write(batch, [""] * 5))) == 1
     with pytest.raises(ValueError, match="give neither a temperature"):
         predictor.write(batch, [""] * 5, Decoding(temperature=1.0))
+    predictor = sending_away(model, batch, ())  # what is for captions refuses no answer
+    predictor.write(batch, ["w"] * 5, Decoding(temperature=1.0))
+
+
+def test_what_lacks_a_picture_is_worth_no_number_and_is_read(model):
+    batch = pictures(model, 5)
+    predictor = sending_away(model, batch, range(5))
+    batch["image"]["present"] = np.array([True, False, True, True, True])
+    left_out = [each is not None for each in predictor.without_pictures(batch, [""] * 5)]
+    assert left_out == [True, False, True, True, True]

@@ -3,7 +3,8 @@
     python -m unified_mm.calibrate --run runs/first
     python -m unified_mm.calibrate --run runs/first --tolerance 0.03 --error 0.1 --replace
 
-The run must have exits (model.exits, objectives.exits), or answer questions. A token leaves where
+The run must have exits (model.exits, objectives.exits), answer questions, or write captions, for
+--pictures. A token leaves where
 its likeliest word is ahead of the next one by a threshold. The one that is found lets all layers
 disagree with at most --tolerance of the tokens of a text, in the mean over examples, but for a
 chance of --error that the examples of the split mislead; captions and answers have one each. Where
@@ -64,17 +65,27 @@ def main(options: argparse.Namespace) -> int:
     exits = model.task.model.options.exits
     without = (
         f"{folder.path} has no exits: train a run with --config.model.exits='(4,)', the layers "
-        "after which one may leave, and --config.objectives.exits.weight=1"
+        "after which one may leave, and --config.objectives.exits.weight=1; or give --pictures to "
+        "find those that captions do not need"
     )
     alone = can_answer_alone(model.task)
-    if options.pictures and not alone:
-        raise ValueError(f"--pictures: the model of {folder.path} writes nothing without a picture")
+    if options.pictures and not (alone and model.task.model.context_names):
+        raise ValueError(
+            f"--pictures: the model of {folder.path} does not write both beside a picture and "
+            "without one, as early fusion with objectives.captioning does: leave it out"
+        )
     # What other data holds is seen when it is opened.
     asks = alone and (asks_questions(model.config) or bool(options.data_dir))
     if not (exits or options.pictures or asks):
         raise ValueError(f"{without}; or where it answers questions, give --data_dir with some")
     split, data = open_scored(model, options)
     asks = alone and bool(split.asked)
+    if options.pictures and len(split.captioned) < 2:
+        raise ValueError(
+            f"--pictures: the split {split.manifest.split!r} of {data['folder']} has "
+            f"{len(split.captioned)} pictures with captions, and it takes two at least: give "
+            "another --split, or leave it out"
+        )
     if not (exits or options.pictures or asks):
         raise ValueError(without)
     risk = options.tolerance, options.error
@@ -82,7 +93,7 @@ def main(options: argparse.Namespace) -> int:
     if asks:
         found |= calibrated_alone(model, split, found, *risk)
     if options.pictures:
-        found |= calibrated_pictures(model, split, *risk)
+        found |= calibrated_pictures(model, split, found, *risk)
     if not found:
         raise ValueError(
             f"no threshold keeps --tolerance={options.tolerance} with --error={options.error} on "
@@ -102,6 +113,8 @@ def main(options: argparse.Namespace) -> int:
     }
     write_json(folder.exits, result)
     say(f"exits: {folder.exits}")
+    for each in found.values():
+        each.pop("worth", None)  # thousands of numbers, which the file has
     say(json.dumps(result))
     return 0
 
@@ -179,23 +192,27 @@ def calibrated_alone(
     return {QUESTION_ONLY: {**dataclasses.asdict(best), "read": read, "flops": flops}}
 
 
-def calibrated_pictures(model: Any, split: Any, tolerance: float, error: float) -> dict[str, Any]:
+def calibrated_pictures(
+    model: Any, split: Any, early: dict[str, Any], tolerance: float, error: float
+) -> dict[str, Any]:
     """Returns the nats a token that a picture must be worth, by its kind; none is said.
 
     What pictures are worth is fitted to half of the examples, and the threshold found on the rest.
-
-    Raises:
-      ValueError: fewer than two pictures have captions.
+    An example that lacks one of several modalities is always read. Sounds in which nobody speaks
+    (`evaluation.negatives_of`) are no part of the risk. What a caption costs is of those as long as
+    the references, with layers left early as `early` says.
     """
     import numpy as np
 
     from unified_mm.inference.calibration import calibrate
+    from unified_mm.inference.predictor import CAPTION
     from unified_mm.inference.text_flops import summary_flops, text_flops
     from unified_mm.inference.worth import PICTURE, Worth
 
     gains, tokens, summaries = worth_measured(model, split)
     # Drawn, for the order of a split may mean something.
     fitted, others = np.array_split(np.random.default_rng(0).permutation(len(gains)), 2)
+    fitted = fitted[np.isfinite(summaries[fitted]).all(1)]
     worth = Worth.fit(summaries[fitted], gains[fitted])
     foreseen, gains, tokens = worth(summaries[others]), gains[others], tokens[others]
 
@@ -212,11 +229,12 @@ def calibrated_pictures(model: Any, split: Any, tolerance: float, error: float) 
     if best is None:
         say(f"{PICTURE}: no threshold keeps {tolerance}: all pictures are read")
         return {}
-    read = foreseen >= best.threshold
+    read = ~(foreseen < best.threshold)
     beside, alone = model.predictor, model.predictor.without_context()
     full = text_flops(beside, [""] * len(read), tokens)
     expected = len(read) * summary_flops(beside)
-    expected += text_flops(beside, [""] * int(read.sum()), tokens[read])
+    left = early.get(CAPTION, {}).get("left", ())
+    expected += text_flops(beside, [""] * int(read.sum()), tokens[read], left)
     expected += text_flops(alone, [""] * int((~read).sum()), tokens[~read])
     flops = of_a_text(PICTURE, len(read), full, expected)
     told = {"read": float(read.mean()), "flops": flops, "worth": dataclasses.asdict(worth)}
@@ -227,6 +245,9 @@ def worth_measured(model: Any, split: Any) -> tuple[Any, Any, Any]:
     """Returns of each picture its gain in nats a token, its caption's tokens and its summary.
 
     The gain is of its first caption, over the same read without the picture.
+
+    Raises:
+      ValueError: a caption's likelihood is not finite.
     """
     import numpy as np
 
@@ -237,8 +258,6 @@ def worth_measured(model: Any, split: Any) -> tuple[Any, Any, Any]:
         dataclasses.replace(record, texts=(Text("", captions_of(record)[0]),))
         for record in split.captioned
     ]
-    if len(records) < 2:
-        raise ValueError(f"--pictures: {len(records)} pictures have captions; two are the least")
     alone = model.predictor.without_context()
 
     def measured(batch: Any) -> Any:
@@ -249,6 +268,11 @@ def worth_measured(model: Any, split: Any) -> tuple[Any, Any, Any]:
 
     rows = model.predictor.over(records, model.config.evaluation.batch_size, measured)
     gains, tokens, *summaries = np.array(rows, np.float64).T
+    if len(bad := np.flatnonzero(~np.isfinite(gains))):
+        raise ValueError(
+            f"--pictures: the captions of {len(bad)} examples have no finite likelihood, first "
+            f"{records[bad[0]].id!r}: weights are damaged, or numbers too narrow (model.dtype)"
+        )
     return gains, tokens, np.stack(summaries, axis=1)
 
 

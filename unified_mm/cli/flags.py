@@ -68,7 +68,7 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
     ),
     "workdir": _text("RUN", "the folder of the run that is trained"),
     "run": _text("RUN", "the folder of a finished run"),
-    "exits": _switch("tokens leave layers early, as `calibrate` found for the run"),
+    "exits": _switch("leave out layers and pictures, as `calibrate` found for the run"),
     "best": _switch("take the run's best state on the way (evaluation.every), not its last"),
     "part": {
         "choices": ("image", "text"),
@@ -114,7 +114,7 @@ FLAGS: Mapping[str, Mapping[str, Any]] = {
     "profile": _count("steps that jax.profiler traces into the run's folder; none", 0),
     "tolerance": _number(
         "SHARE",
-        "of tokens that may be others than by all layers (0.05)",
+        "of tokens that may be others, or of captions that may lose by it (0.05)",
         0.05,
         at_least(float, 0, 0.999),
     ),

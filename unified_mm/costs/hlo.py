@@ -128,7 +128,7 @@ class Program:
                 inner = times * (self._trips(line) if line.opcode == "while" else 1)
                 parts = [list(walk(each, inner, line.opcode == "fusion")) for each in line.calls]
                 if line.opcode == "conditional" and cost is not None:
-                    parts = [max(parts, key=lambda part: sum(map(cost, part)))]
+                    parts = [max(parts, key=lambda part: sum(map(cost, part)), default=[])]
                 yield from itertools.chain(*parts)
 
         yield from walk(self.entry, 1, False)

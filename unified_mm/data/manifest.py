@@ -351,6 +351,9 @@ def _without_entries(manifest: Manifest) -> str:
 @uncollected()
 def _with_entries(entries: Mapping[Key, Entry], text: str) -> Manifest:
     bare = from_json(text, {})
+    for each in bare.records:
+        if each.id not in entries:
+            raise ValueError(f"it holds an example {each.id!r} that the list lacks")
     records = tuple(_record(entries[each.id], each.mirrorable) for each in bare.records)
     return dataclasses.replace(bare, records=records)
 

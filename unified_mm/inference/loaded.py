@@ -561,7 +561,7 @@ def load(
       mesh: the mesh that the parameters are laid out on; by default of one device.
       step: step of a checkpoint that the run still has.
       best: the state in `best/`, which had the best score on the way (`evaluation.best_by`).
-      exits: whether tokens leave layers early, as `python -m unified_mm.calibrate` found.
+      exits: whether layers and pictures are left out, as `python -m unified_mm.calibrate` found.
 
     Raises:
       FileNotFoundError: no run there, nor a model of that name; no best state of the run, or no

@@ -34,7 +34,7 @@ from unified_mm.task import Task
 
 Batch = Mapping[str, Mapping[str, np.ndarray]]
 CAPTION, ANSWER = "caption", "answer"  # kinds of texts: without and with a prompt
-KNOWN = 100_000  # answers without a picture that are kept; the oldest go first
+KNOWN = 100_000  # texts without a picture that are kept; the oldest go first
 
 
 class Predictor:
@@ -184,7 +184,7 @@ class Predictor:
           first: number of the first example, which is part of the seed of each draw.
 
         Raises:
-          ValueError: a prompt that leaves no room for an answer.
+          ValueError: a prompt that leaves no room for an answer, or as `without_pictures` does.
         """
         self._objective(Captioning, "write")  # there may be no text at all
         alone = self.without_pictures(batch, prompts, decoding)
@@ -308,16 +308,17 @@ class Predictor:
         Raises:
           ValueError: tokens are drawn, or beams compared: the exits are of the likeliest token.
         """
-        if not self.exits:
+        kinds = [ANSWER if prompt else CAPTION for prompt in prompts]
+        alone = {ANSWER: QUESTION_ONLY, CAPTION: PICTURE}
+        if not self.exits.keys() & {*kinds, *(alone[kind] for kind in kinds)}:
             return None
         if decoding.temperature > 0 or decoding.beams > 1:
             raise ValueError(
                 "exits were calibrated for the likeliest token: give neither a temperature nor "
                 "beams with them"
             )
-        if not self.exits.keys() & {CAPTION, ANSWER}:
+        if not self.exits.keys() & {*kinds}:
             return None
-        kinds = [ANSWER if prompt else CAPTION for prompt in prompts]
         return np.array([self.exits.get(kind, np.inf) for kind in kinds], np.float32)
 
     def continue_text(

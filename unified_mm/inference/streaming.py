@@ -23,8 +23,9 @@ def stream(
     """
     if decoding.beams > 1 or decoding.samples > 1:
         raise ValueError("one text can be streamed: give neither beams nor samples")
-    if known := predictor.sure([prompt], decoding):
-        return iter([known[prompt].text])
+    (alone,) = predictor.without_pictures(batch, [prompt], decoding)
+    if alone is not None:
+        return iter([alone.text])
     tokenizer = predictor.task.tokenizer
     length = predictor.task.modalities["text"].length
     text, used = predictor.prompts([prompt])

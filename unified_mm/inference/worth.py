@@ -28,10 +28,13 @@ def summary(model: Any, batch: Mapping[str, Mapping[str, Array]]) -> Float[Array
 
 
 def spread(tokens: Tokens) -> tuple[Float[Array, "B D"], Float[Array, "B D"]]:
-    """Returns mean and standard deviation over the valid tokens; zeros where there are none."""
+    """Returns mean and standard deviation over the valid tokens; NaN where there are none.
+
+    What is worth NaN is below no threshold: what was fitted to whole examples tells of no others.
+    """
     x = tokens.embeddings.astype(jnp.float32)
     there = tokens.metadata.valid[..., None]
-    count = jnp.maximum(there.sum(1, dtype=jnp.float32), 1)
+    count = there.sum(1, dtype=jnp.float32)
     mean = jnp.where(there, x, 0).sum(1) / count
     variance = jnp.where(there, jnp.square(x - mean[:, None]), 0).sum(1) / count
     return mean, jnp.sqrt(variance)

@@ -369,7 +369,8 @@ def with_room(
 def by_share(function: Callable[..., Array]) -> Callable[..., list[Array]]:
     """Returns a function of weights and parts of examples, each device's share of them by itself.
 
-    Left alone, the compiler gathers all tokens on each device, as blocks hold any of them.
+    Left alone, the compiler gathers all tokens on each device, as blocks hold any of them. Devices
+    along `mesh.expert` run the same tokens, and gather what they share of these.
     """
 
     def each(weights: Weights, parts: Sequence[tuple[Array, ...]]) -> list[Array]:

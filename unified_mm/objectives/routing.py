@@ -30,8 +30,8 @@ class Routing(Auxiliary):
     Each is a mean over layers, pools and groups of examples. The entropies are of all tokens of a
     modality in the batch, over devices and micro-batches (examples that are alike within and differ
     from each other use all experts together, but few apart), and count in each group that has such
-    tokens. To balance loads by a bias is an option of the experts; its gradient comes with this
-    objective.
+    tokens; micro-batches are read once more for them. To balance loads by a bias is an option of
+    the experts; its gradient comes with this objective.
 
     Attributes:
       weight: of the sum in the total.
