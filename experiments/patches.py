@@ -6,8 +6,7 @@ layer (`model.dropping`)?
 Expected: `keep_20` takes 0.70 of the FLOPs of a whole example's forward pass, the 30% that dynamic
 routing between modalities is said to save, at 3% more nats at most and recall within the noise of
 `all`. A picture of the world is mostly background, so a fifth of its patches can hold its objects;
-`keep_50` should cost nothing. `grid` is the other way to compute less of a picture: a patch sees
-the 5 x 5 around it, in all layers, and text sees all.
+`keep_50` should cost nothing.
 """
 
 from experiments.sweeping.ablation import Ablation
@@ -25,7 +24,6 @@ def get_ablation(size: str) -> Ablation:
             "keep_50": {KEEP: 0.5},
             "keep_35": {KEEP: 0.35},
             "keep_20": {KEEP: 0.2},
-            "grid": {"model.sparse": {"image": {"grid": 2}}},
         },
         scores=("caption/nats", "caption/cider_d", "single_caption/text_to_image/recall_at_1"),
     )

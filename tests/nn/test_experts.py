@@ -87,7 +87,7 @@ def by_loop(module, params, x, valid):
         span = slice(STARTS[name], STARTS[name] + size)
         p[:, span] = nn.softmax(x[:, span] @ params[f"router_{pool}"]["kernel"])
         bias = np.asarray(params.get(f"balance_{pool}", np.zeros(module.count)))
-        share = module.group if order == "place" else 1
+        share = 1 if order == "choice" else module.group
         room = math.ceil(share * size * module.top_k * module.capacity / module.count)
         for first in range(0, ROWS, share):
             tokens = [

@@ -84,8 +84,8 @@ class Experts(nn.Module):
       dropless: whether nothing is dropped in training either.
       group: how many neighbouring examples of a batch share the room.
       order: who comes first among the tokens of a context: 'place'; 'priority', the surest choice
-        within the picture, all first choices before second ones (Riquelme et al. 2021, batch
-        priority); 'choice', each expert takes the tokens of a picture that suit it best (Zhou et
+        of the group's pictures, all first choices before second ones (Riquelme et al. 2021, batch
+        priority); 'choice', each expert takes the tokens of one picture that suit it best (Zhou et
         al. 2022). Text comes in order of place.
       gate: what an expert's output is multiplied by, for the router's probability p: 'scaled',
         E p / K, about 1 from scratch; 'normalised', p divided by the sum over the chosen, which is
@@ -206,7 +206,7 @@ class Experts(nn.Module):
                     chosen,
                     modality,
                     order,
-                    group if order == "place" and not plan.deterministic else 1,
+                    1 if plan.deterministic or order == "choice" else group,
                     self._capacity(plan, modality),
                 )
             )
