@@ -21,12 +21,12 @@ def test_a_caption_costs_what_its_tokens_run(predictor, left):
 
 
 def test_answers_count_with_their_prompts_and_without_their_pictures(predictor):
-    """A prompt is filled up to 8 tokens."""
+    """A prompt is filled up to 16 tokens, here to the 12 that the model reads."""
     questions, tokens = ["a red", "a blue"], np.array([1.0, 3.0])
     found = text_flops(predictor, questions, tokens)
-    assert found == pytest.approx(by_hand(8, 1) + by_hand(8, 3), rel=1e-6)
+    assert found == pytest.approx(by_hand(12, 1) + by_hand(12, 3), rel=1e-6)
     alone = text_flops(predictor.without_context(), questions, tokens)
-    expected = by_hand(8, 1, patches=0) + by_hand(8, 3, patches=0)
+    expected = by_hand(12, 1, patches=0) + by_hand(12, 3, patches=0)
     assert alone == pytest.approx(expected, rel=1e-6)
     assert text_flops(predictor, [], np.zeros(0)) == 0
 

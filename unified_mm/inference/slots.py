@@ -1,7 +1,8 @@
 """The device's side of continuous batching: a fixed number of texts, and cached images.
 
 All shapes are fixed but two: how many enter at once (`ENTERING`) and how wide their prompts are
-(`Predictor.prompts`); each combination is compiled once.
+(`Predictor.prompts`). Reading prompts is compiled once for each combination; what enters has one
+shape, whatever was read.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class Slots:
         self.writer = predictor.writer(self.length - 1)
         cache: Cache = self._empty(self._read_images, self._views([], images))
         self.images = predictor.replicated(written(cache, cache.slots))
-        state: DecodeState = self._empty(self._begin, self.images, self._arrays([], count))
+        inputs = self._arrays([], count)
+        read: Any = self._empty(self._read_prompts, self.images, inputs.pop("reading"))
+        state: DecodeState = self._empty(self._begin, read, inputs)
         cache = state.read_state.cache
         cache = written(cache, cache.slots - self.writer.cache_room)
         read_state = state.read_state.replace(cache=cache)  # type: ignore[attr-defined]
@@ -85,14 +88,17 @@ class Slots:
           ValueError: a prompt or a stop that `check` refuses.
         """
 
-        def enter(params: Any, state: DecodeState, images: Cache, inputs: Any) -> Any:
+        def enter(params: Any, state: DecodeState, read: Any, inputs: Any) -> Any:
             slots = inputs.pop("slots")
-            begun = self._begin(params, images, inputs)
+            begun = self._begin(params, read, inputs)
             return state.put(slots, begun), begun.token, begun.done
 
         inputs = self._arrays(entries, entering(len(entries)))
+        read = self.predictor.call(
+            "engine reads prompts", self._read_prompts, self.images, inputs.pop("reading")
+        )
         self.state, token, done = self.predictor.call(
-            "engine enters", enter, self.state, self.images, inputs, donated=(1,)
+            "engine enters", enter, self.state, read, inputs, donated=(1,)
         )
         token, done = jax.device_get((token, done))
         return token[: len(entries)], done[: len(entries)]
@@ -126,16 +132,19 @@ class Slots:
             raise ValueError(f"stop: {len(stops) - 1} tokens, at most {STOPS - 1} can be watched")
         self.predictor.prompts([prompt])
 
-    def _begin(self, params: Any, images: Cache, inputs: Any) -> DecodeState:
-        """Returns the state of texts with one token, beside images that were read before."""
-        inputs = dict(inputs)
-        inputs.pop("slots", None)
-        prefix = images.select(inputs.pop("images"))
-        prompt = inputs.pop("prompt")
-        sampling = make_sampling(**inputs.pop("sampling"))
+    def _read_prompts(self, params: Any, images: Cache, reading: Any) -> Any:
+        """Reads prompts beside images that were read before."""
+        prefix = images.select(reading["images"])
         room = self.length + self.writer.cache_room  # for the longest prompt, then the ring
-        read = self.writer.read_beside(params, prefix, prompt, room)
-        return self.writer.first_token(*read, **inputs, sampling=sampling)
+        return self.writer.read_beside(params, prefix, reading["prompt"], room)
+
+    def _begin(self, params: Any, read: Any, inputs: Any) -> DecodeState:
+        """Returns the state of texts with one token, after their prompts."""
+        del params
+        sampling = make_sampling(**inputs["sampling"])
+        return self.writer.first_token(
+            *read, inputs["max_tokens"], inputs["stop"], sampling=sampling
+        )
 
     def _read_images(self, params: Any, inputs: Any) -> Cache:
         model, view = self.writer.model, self.writer.view
@@ -156,7 +165,7 @@ class Slots:
         return batch
 
     def _arrays(self, entries: Sequence[Entry], size: int) -> dict[str, Any]:
-        """Returns what `_begin` takes, filled up with the first entry, and the slots."""
+        """Returns what `enter` takes, filled up with the first entry; `reading` is of prompts."""
         entries = list(entries) or [Entry(0, 0, "x", Decoding())]
         entries += entries[:1] * (size - len(entries))
         text, used = self.predictor.prompts([entry.prompt for entry in entries])
@@ -168,8 +177,10 @@ class Slots:
         rows = [sampling_arrays(entry.decoding, 1) for entry in entries]
         return {
             "slots": np.array([entry.slot for entry in entries], np.int32),
-            "images": np.array([entry.image for entry in entries], np.int32),
-            "prompt": text,
+            "reading": {
+                "images": np.array([entry.image for entry in entries], np.int32),
+                "prompt": text,
+            },
             "max_tokens": np.minimum(self.length - used, wanted).astype(np.int32),
             "stop": stop,
             "sampling": jax.tree.map(lambda *each: np.concatenate(each), *rows),
@@ -178,7 +189,8 @@ class Slots:
     def _empty(self, function: Any, *args: Any) -> Any:
         """Returns what a function of parameters returns, all zero."""
         shapes = jax.eval_shape(function, self.predictor.params, *args)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        # One program, where each array would be one by itself.
+        return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))()
 
 
 def written(cache: Cache, slots: int) -> Cache:

@@ -22,12 +22,18 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in params.items():
         if name == LAYERS:
-            count = len(jax.tree.leaves(value)[0])
-            for number in range(count):
-                found[f"{LAYERS}_{number}"] = jax.tree.map(lambda x, i=number: x[i], value)
+            for number, layer in enumerate(apart(value)):
+                found[f"{LAYERS}_{number}"] = layer
         else:
             found[name] = unstack_layers(value) if isinstance(value, Mapping) else value
     return found
+
+
+@jax.jit  # one program, where each slice would be one by itself
+def apart(stacked: Any) -> list[Any]:
+    """Returns each layer of parameters [periods, ...]."""
+    count = len(jax.tree.leaves(stacked)[0])
+    return [jax.tree.map(lambda x, i=number: x[i], stacked) for number in range(count)]
 
 
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:

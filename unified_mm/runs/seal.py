@@ -62,12 +62,20 @@ def tree_checksums(tree: PyTree[Any]) -> PyTree[UInt32[np.ndarray, " 2"]]:
 
     Leaves may be of any shape (also [] and [0]) and of float, complex, integer, bool or PRNG key
     dtype. Two leaves of different dtype or shape may share a checksum: compare those as well.
-    Within a leaf, positions repeat after 2**32 words. Compiled once for each shape, dtype and
-    sharding, so that moments cost no more compilation than their parameters.
+    Within a leaf, positions repeat after 2**32 words. What lies in a CPU's memory is read there, as
+    it is; elsewhere a program is compiled for each shape, dtype and sharding.
     """
     # One at a time: many programs that each reduce over all devices, queued at once, wait for each
     # other's threads for ever where the devices are a CPU's.
-    return jax.tree.map(lambda leaf: jax.device_get(array_checksum(leaf)), tree)
+    return jax.tree.map(_leaf_checksum, tree)
+
+
+def _leaf_checksum(leaf: Shaped[Array, " ..."]) -> UInt32[np.ndarray, " 2"]:
+    (device, *others) = leaf.sharding.device_set
+    if others or device.platform != "cpu":
+        return jax.device_get(array_checksum(leaf))
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return host_checksum(np.asarray(jax.random.key_data(leaf) if is_key else leaf))
 
 
 @jax.jit
