@@ -41,7 +41,7 @@ def test_the_table_has_an_h200_by_the_h100s_program(tmp_path):
 
 
 def test_a_program_that_does_not_fit_has_no_times(tmp_path):
-    refused = {name: None for name in ("traffic_bytes", "collective_seconds", "step_seconds")}
+    refused = dict.fromkeys(("traffic_bytes", "collective_seconds", "step_seconds"))
     facts = FACTS | refused | {"fits": False, "peak_bytes": 120 * 10**9}
     write_json(tmp_path / "large_h100_1.json", facts)
     for line in compiled.table(tmp_path).splitlines()[2:]:

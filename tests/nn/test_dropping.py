@@ -9,7 +9,7 @@ import tiny
 from unified_mm.analysis.attention_maps import attention_over_patches
 from unified_mm.analysis.layer_features import image_features
 from unified_mm.nn.attention.rules import View
-from unified_mm.nn.dropping import kept_of, most_important
+from unified_mm.nn.dropping import distinctness, kept_of, most_important
 from unified_mm.nn.options import DroppingOptions
 from unified_mm.nn.tokens import Group, join_metadata, offset_positions, single_document
 from unified_mm.serving.limits import Limits
@@ -104,6 +104,34 @@ def test_the_best_go_on_in_order():
     assert [(g.name, g.length, g.places) for g in kept.groups] == [
         ("image", 3, 5), ("sound", 2, 3),
     ]  # fmt: skip
+
+
+def test_what_is_unlike_the_rest_of_its_group_is_distinct():
+    groups = (Group("image", "image", 4), Group("sound", "sound", 2))
+    valid = jnp.array([[1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 0, 0]], bool)
+    parts = single_document(valid[:, :4], groups[0]), single_document(valid[:, 4:], groups[1])
+    x = np.random.default_rng(0).normal(size=(2, 6, 8)).astype(np.float32)
+    x[1, 2] = 5.0
+    found = distinctness(jnp.asarray(x), join_metadata(parts))
+    for row, span in ((0, slice(0, 4)), (0, slice(4, 6)), (1, slice(0, 4))):
+        mean = x[row, span][np.asarray(valid)[row, span]].mean(0)
+        expected = np.square(x[row, span] - mean).mean(-1)
+        np.testing.assert_allclose(found[row, span], expected, rtol=1e-5)
+    assert found[1, :4].argmax() == 2 and np.isfinite(found).all()
+
+
+def test_the_distinct_patch_of_an_even_picture_goes_on():
+    """There is nothing to learn for it, and nothing is learned by it."""
+    built = task(0.1, model__dropping__by="distinct")
+    params, batch = tiny.params(built), tiny.batch(built, 2)
+    assert "scorer" not in params
+    pixels = np.full_like(batch["image"]["pixels"], 128)
+    corner = (slice(8, 16), slice(16, 24))  # of 4 x 4 patches the one in row 1, column 2
+    pixels[0][corner], pixels[1][:8, :8] = 255, 0
+    drawn = {**batch, "image": {**batch["image"], "pixels": pixels, "present": np.ones(2, bool)}}
+    position = read(built, params, drawn, outputs)[2]
+    assert 1 * 4 + 2 in position[0, :2] and 0 in position[1, :2]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(losses(built, params, batch)))
 
 
 @pytest.fixture(scope="module")

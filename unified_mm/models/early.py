@@ -21,7 +21,7 @@ from unified_mm.models.unified import (
 from unified_mm.nn.attention.attention import AttentionPlan, plan_attention
 from unified_mm.nn.attention.cache import Cache
 from unified_mm.nn.attention.rules import ALL, MaskTable, View, plan_passes
-from unified_mm.nn.dropping import Scorer, is_pair, most_important, rows_at, weighed
+from unified_mm.nn.dropping import Scorer, distinctness, is_pair, most_important, rows_at, weighed
 from unified_mm.nn.options import DroppingOptions
 from unified_mm.nn.tokens import (
     Group,
@@ -50,7 +50,8 @@ class EarlyFusion(UnifiedModel):
 
     def setup(self) -> None:
         super().setup()
-        if self.options.dropping.keep < 1:
+        dropping = self.options.dropping
+        if dropping.keep < 1 and dropping.by == "learned":
             self.scorer = Scorer(self.options)
 
     def embed_context(self, batch: Batch) -> list[Tokens]:
@@ -132,6 +133,12 @@ class EarlyFusion(UnifiedModel):
             for view in views
         }
 
+    def _importance(self, x: Float[Array, "B N D"], metadata: TokenMetadata) -> Any:
+        """Returns what each token of the context is worth, [B, N]."""
+        if self.options.dropping.by == "distinct":
+            return distinctness(x, metadata)
+        return self.scorer(x)
+
     def _encode_dropping(
         self,
         context: Tokens,
@@ -156,7 +163,7 @@ class EarlyFusion(UnifiedModel):
             return plan_attention(o, table, metadata, metadata, keep=keep)
 
         x, first = run(context.embeddings, plan(context.metadata), span=(0, drop))
-        scores = self.scorer(jax.lax.stop_gradient(x))
+        scores = self._importance(jax.lax.stop_gradient(x), context.metadata)
         slots, metadata = most_important(scores, context.metadata, o.dropping.keep)
         score = rows_at(scores, slots, 1)
         weight = 1 + (score - jax.lax.stop_gradient(score))

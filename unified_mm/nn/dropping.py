@@ -1,9 +1,10 @@
 """Dropped tokens of a context: the most important go on after a layer, the others end there.
 
-A scorer says after the first layers what each token is worth; of each group a share goes on, so the
-sequence is really shorter, and shapes are static. The choice has no gradient; the scorer learns by
-what is read of a token, which is weighed by `1 + score - stop_gradient(score)`: exactly one. That
-is what a token's contribution to the loss would change by (Molchanov et al. 2019, equation 8).
+After the first layers it is said what each token is worth; of each group a share goes on, so the
+sequence is really shorter, and shapes are static. The choice has no gradient. What is unlike the
+rest goes on, or what a scorer says, which learns by what is read of a token: that is weighed by
+`1 + score - stop_gradient(score)`, exactly one, so that the score's gradient is what a token's
+contribution to the loss would change by (Molchanov et al. 2019, equation 8).
 """
 
 from __future__ import annotations
@@ -32,6 +33,17 @@ class Scorer(nn.Module):
             x.astype(jnp.float32)
         )
         return Choosing((1,), ("embed",), (None,), use_bias=False, name="score")(x)[..., 0]
+
+
+def distinctness(x: Float[Array, "B N D"], metadata: TokenMetadata) -> Float[Array, "B N"]:
+    """Returns how far each token is from the mean of its group's tokens: the mean square."""
+    found = []
+    for span in spans(metadata.groups).values():
+        part, there = x[:, span].astype(jnp.float32), metadata.valid[:, span, None]
+        count = jnp.maximum(there.sum(1, keepdims=True, dtype=jnp.float32), 1)
+        mean = jnp.where(there, part, 0).sum(1, keepdims=True) / count
+        found.append(jnp.square(part - mean).mean(-1))
+    return jnp.concatenate(found, axis=1)
 
 
 def most_important(

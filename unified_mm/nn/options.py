@@ -114,10 +114,13 @@ class DroppingOptions:
     Attributes:
       keep: the share of each modality's tokens that goes on; with 1 all do, and nothing is scored.
       after: the layer after which the others end.
+      by: what is important: 'learned', what a scorer says; 'distinct', what is unlike the mean of
+        its group's tokens, which learns more (experiments/patches.py).
     """
 
     keep: float = option(1.0, above=0)
     after: int = option(1, least=1)
+    by: str = option("learned", choices=("learned", "distinct"))
 
     def __post_init__(self) -> None:
         check_options(self, "model.dropping")
