@@ -82,7 +82,7 @@ def attention(
 def picture(keep: float) -> Any:
     """Returns the pass over some pictures, compiled, as a call; and an example's counted FLOPs."""
     config = get_config("tiny")
-    config.model.dropping.keep = keep
+    config.model.dropping.keep, config.model.dropping.by = keep, "distinct"
     task, shapes = shapes_of(Config(config.to_dict()))
     flops = forward_flops(task, shapes)
     params = jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype), shapes)

@@ -107,7 +107,8 @@ def by_loop(module, params, x, valid):
                 asks.sort(key=lambda ask: (ask[1], -p[ask[0]].max()))
             for token, k in asks:
                 e = best[token][k]
-                if module.dropless or taken[first : first + share, span, e].sum() < room:
+                kept = module.dropless or (modality == "text" and not module.drop_text)
+                if kept or taken[first : first + share, span, e].sum() < room:
                     taken[*token, e] = True
     chosen = np.zeros_like(taken)
     np.put_along_axis(chosen, np.argsort(-p, kind="stable")[..., : module.top_k], True, axis=-1)
@@ -149,6 +150,7 @@ WAYS = {
     "priority": {"top_k": 2, "order": "priority", "capacity": 0.7, "group": 4, "shared": True},
     "choice": {"order": "choice", "capacity": 1.0, "gate": "normalised", "group": 2},
     "dropless": {"top_k": 2, "dropless": True},
+    "all text": {"order": "priority", "capacity": 0.5, "group": 2, "drop_text": False},
     "bias": {"bias_balance": True, "capacity": 0.7},
 }
 

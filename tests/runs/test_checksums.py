@@ -113,7 +113,9 @@ def test_equal_values_at_other_places_of_another_layout_count():
 
 
 def test_tree_keeps_its_structure():
-    tree = {"a": jnp.ones(3), "b": (jnp.zeros((), jnp.int32), None)}
+    tree = {"a": jnp.ones(3), "b": (jnp.zeros((), jnp.int32), None), "key": jax.random.key(3)}
     sums = tree_checksums(tree)
     assert jax.tree.structure(sums) == jax.tree.structure(tree)
+    compiled = jax.tree.map(array_checksum, tree)
+    assert jax.tree.map(list, sums) == jax.tree.map(lambda x: x.tolist(), compiled)
     assert all(s.shape == (2,) and s.dtype == jnp.uint32 for s in jax.tree.leaves(sums))

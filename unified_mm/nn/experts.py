@@ -82,6 +82,8 @@ class Experts(nn.Module):
         inference, for the tokens of a context in each example by itself; 0 drops nothing. Of text
         nothing is dropped there: it is written token by token.
       dropless: whether nothing is dropped in training either.
+      drop_text: whether text is dropped in training, where its experts are full. Served by place,
+        it is the ends of texts that are dropped, which are then written badly.
       group: how many neighbouring examples of a batch share the room.
       order: who comes first among the tokens of a context: 'place'; 'priority', the surest choice
         of the group's pictures, all first choices before second ones (Riquelme et al. 2021, batch
@@ -104,6 +106,7 @@ class Experts(nn.Module):
     capacity: float = option(1.25, above=0, below=math.inf)
     evaluation_capacity: float = option(0.0, least=0, below=math.inf)
     dropless: bool = False
+    drop_text: bool = True
     group: int = option(1, least=1)
     order: str = option("place", choices=("place", "priority", "choice"))
     gate: str = option("scaled", choices=("scaled", "normalised"))
@@ -142,7 +145,8 @@ class Experts(nn.Module):
             return 0.0
         if plan.deterministic:
             return 0.0 if modality == "text" else self.evaluation_capacity
-        return 0.0 if self.dropless else self.capacity
+        kept = self.dropless or (modality == "text" and not self.drop_text)
+        return 0.0 if kept else self.capacity
 
     def _check(self, rows: int, group: int) -> None:
         check_options(self, WHERE)
