@@ -18,7 +18,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from unified_mm.cli.recipes import load_recipe
-from unified_mm.config import defaults_of
+from unified_mm.default_config import own_options
 from unified_mm.nn.experts import Experts
 
 coco = load_recipe(Path(__file__).with_name("coco.py"))
@@ -27,9 +27,7 @@ coco = load_recipe(Path(__file__).with_name("coco.py"))
 def get_config(size: str = "auto") -> ConfigDict:
     """The recipe at a size; 'auto' is resolved by the command once jax has its devices."""
     config = coco.get_config(size)
-    own = defaults_of(Experts)
-    options = {name: own[name] for name in own if name not in ("parent", "name")}
     config.model.feed_forward_type = "experts"
-    config.model.feed_forward_options = options | {"every": 2, "order": "priority"}
+    config.model.feed_forward_options = own_options(Experts) | {"every": 2, "order": "priority"}
     config.objectives.routing.weight = 1.0
     return config

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from unified_mm.costs.chips import CHIPS, Gpu
-from unified_mm.costs.memory_share import UNSAID
 from unified_mm.costs.roofline import Roofline, utilisation
 from unified_mm.files import write_json
 
@@ -34,7 +33,7 @@ TORI = {
 # Examples of a chip and step, alike for all of a kind: what fits into the smallest one.
 GPU_BATCH = {"base": 256, "large": 128, "10b": 16}
 TPU_BATCH = {"base": 64, "large": 8, "10b": 16}
-# Parameters are divided within a host, where links are fast.
+# `large` is divided within a host, where links are fast; of `10b` a host has no room for that.
 OF_HOSTS = ("--config.mesh.data=8", "--config.mesh.fsdp=8")
 TWINS = {"h200": "h100"}  # whose programs are another's
 
@@ -104,10 +103,10 @@ def table(kept: Path) -> str:
 def reckoned(facts: dict[str, Any], chip: str) -> dict[str, Any]:
     """Returns the estimate of another chip with the same programs and links."""
     other = CHIPS[chip]
-    memory = int(other.memory * UNSAID)
+    memory = int(other.memory * facts["memory_share"])
+    if facts["traffic_bytes"] is None:  # the compiler refused, and said of a part what it needs
+        return facts | {"memory_bytes": memory}
     found = facts | {"memory_bytes": memory, "fits": facts["peak_bytes"] <= memory}
-    if facts["traffic_bytes"] is None:  # the compiler refused
-        return found
     least = Roofline(
         facts["computed_flops"] / facts["chips"] / other.flops,
         facts["traffic_bytes"] / other.memory_bandwidth,
@@ -115,8 +114,8 @@ def reckoned(facts: dict[str, Any], chip: str) -> dict[str, Any]:
     )
     both = {"mfu": least.step, "serial_mfu": least.serial}
     shares = {
-        name: utilisation(other, facts["chips"], facts["flops"], seconds)
-        for name, seconds in both.items()
+        name: utilisation(other, facts["chips"], facts["flops"], step)
+        for name, step in both.items()
     }
     seconds = {"step_seconds": least.step, "serial_seconds": least.serial, "bound": least.bound}
     return found | seconds | shares

@@ -6,7 +6,6 @@ layer (`model.dropping`), those that are most like the picture's mean, or those 
 Expected: `keep_20` takes 0.70 of the FLOPs of a whole example's forward pass, the 30% that dynamic
 routing between modalities is said to save, at 3% more nats at most and recall within the noise of
 `all`. A picture of the world is mostly background, so a fifth of its patches can hold its objects.
-The scorer of `learned_20` came to keep background, to which the first layer brings what it needs.
 """
 
 from experiments.sweeping.ablation import Ablation

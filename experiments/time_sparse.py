@@ -6,8 +6,9 @@ CPU seconds are those of all threads, taken in turns. Attention is of 4 heads of
 text of 4,096 tokens as a share of `chunked`'s time, over one of 16,384 by blocks alone, and over
 the patches of some pictures, each of which sees its neighbours, as a share of the time in which
 each sees all. `bytes` are those that a program holds meanwhile, `apart` by how much an output is
-another than by the whole mask. Dropped patches are those of `experiments/recipe.py:tiny`: `flops`
-are counted of a whole example's forward pass, and `picture` is the time of a picture's alone.
+another than by the whole mask. Patches of `experiments/recipe.py:tiny` are dropped by `distinct`:
+`flops` are counted of a whole example's forward pass, and `picture` is the time of a picture's
+alone.
 """
 
 import json

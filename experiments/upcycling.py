@@ -1,6 +1,6 @@
 """Does a dense model that goes on as experts learn more than one that goes on dense?
 
-    python -m experiments.sweep experiments/upcycling.py --seeds=0 --runs=runs/ablations \\
+    python -m experiments.sweep experiments/upcycling.py --name=upcycling --seeds=0 \\
         --config.model.start_from.whole=runs/ablations/experts/dense-0
 
 Question: what does a trained dense run gain in 1,000 steps more, where each feed-forward becomes
@@ -13,14 +13,21 @@ active FLOPs (Komatsuzaki et al. 2022, "Sparse upcycling").
 from experiments.sweeping.ablation import Ablation
 from experiments.sweeping.presets import of_coco
 
-EXPERTS = {"count": 4, "by": "modality", "order": "priority", "group": 16, "gate": "normalised"}
+EXPERTS = {
+    "count": 4,
+    "by": "modality",
+    "order": "priority",
+    "group": 16,
+    "drop_text": False,
+    "gate": "normalised",
+}
 
 
 def get_ablation(size: str) -> Ablation:
     """Returns the ablation at a size, `tiny` or `base`."""
     return of_coco(
         size,
-        common={"train.steps": 1000},
+        common={"train.steps": 1000, "train.warmup_steps": 30},
         variants={
             "dense": {},
             "upcycled": {

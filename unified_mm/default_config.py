@@ -22,6 +22,7 @@ from unified_mm.modalities.text import TextEmbedding, TextModality
 from unified_mm.modalities.video import VideoModality
 from unified_mm.models.features import ProjectorOptions
 from unified_mm.nn.options import (
+    FEED_FORWARDS,
     OWN_OPTIONS,
     DroppingOptions,
     GateOptions,
@@ -203,14 +204,22 @@ def default_config() -> ConfigDict:
 def defaults() -> dict[str, Any]:
     """Returns all defaults as plain values, to read saved runs with; `*` is any phase's.
 
-    What recipes alone declare is among them, such as audio, points and video.
+    What recipes alone declare is among them, such as audio, points and video, and of each kind of
+    feed-forward its own options.
     """
     found: dict[str, Any] = default_config().to_dict()
     found["train"]["phases"]["*"] = phase(0)
     declared = {"audio": AudioModality, "points": PointsModality, "video": VideoModality}
     for name, kind in declared.items():
         found["model"]["modalities"][name] = {"type": name, **defaults_of(kind)}
+    kinds = {name: resolve("feed-forward", name, FEED_FORWARDS) for name in FEED_FORWARDS}
+    found["model"]["feed_forward_options"] = {name: own_options(kinds[name]) for name in kinds}
     return found
+
+
+def own_options(kind: Any) -> dict[str, Any]:
+    """Returns the defaults of the options that a kind of module has of its own."""
+    return {name: x for name, x in defaults_of(kind).items() if name not in ("parent", "name")}
 
 
 def data_fields() -> dict:

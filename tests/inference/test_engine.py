@@ -11,6 +11,7 @@ import tiny
 
 from unified_mm.inference.decoding import GREEDY, Decoding, Written
 from unified_mm.inference.engine import Engine, KnownImages
+from unified_mm.inference.predictor import width_of
 from unified_mm.inference.slots import Slots
 from unified_mm.inference.writing import Cancelled, QueueFull
 
@@ -237,10 +238,13 @@ def test_each_program_is_compiled_once_for_its_shapes():
     """What an engine begins with lies as what its programs leave: none is compiled anew."""
     fresh = tiny.loaded()
     with Engine(fresh, **SIZES) as engine:
-        for picture in views(3):  # one after the other: each is read and enters alone
-            engine.submit(picture).result(60.0)
-    compiled = fresh.predictor._compiled
-    sizes = {
-        name: compiled[f"engine {name}"]._cache_size() for name in ("reads", "enters", "steps")
-    }
-    assert sizes == {"reads": 1, "enters": 1, "steps": 1}
+        # One after the other: each is read and enters alone, with prompts of two widths.
+        for picture, prompt in zip(views(3), ("", "a red", "a red small"), strict=True):
+            engine.submit(picture, prompt).result(60.0)
+    names = ("reads", "reads prompts", "enters", "steps")
+    compiled = [fresh.predictor._compiled[f"engine {name}"]._cache_size() for name in names]
+    assert compiled == [1, 2, 1, 1]
+
+
+def test_prompts_have_few_widths():
+    assert [width_of(n) for n in (1, 2, 16, 17, 32, 33, 65)] == [1, 16, 16, 32, 32, 64, 128]

@@ -55,9 +55,11 @@ def test_sequence_stage_and_expert_are_axes():
     with pytest.raises(ValueError, match="mesh.expert=4: no layer has experts; set mesh.expert=1"):
         in_training(Config(tiny.config_dict().to_dict()), tiny.task(), mesh)
     experts = {"model__feed_forward_type": "experts", "objectives__matching__weight": 0.0}
-    whole = experts | {"model__feed_forward_options": {"dropless": True}}
-    with pytest.raises(ValueError, match=r"mesh.expert=4: experts that drop nothing .*dropless=T"):
-        in_training(Config(tiny.config_dict(**whole).to_dict()), tiny.task(**whole), mesh)
+    for name, value in (("dropless", True), ("drop_text", False)):
+        whole = experts | {"model__feed_forward_options": {name: value}}
+        why = rf"mesh.expert=4: experts that drop nothing .*{name}={value}"
+        with pytest.raises(ValueError, match=why):
+            in_training(Config(tiny.config_dict(**whole).to_dict()), tiny.task(**whole), mesh)
 
 
 def test_devices_of_one_cpu_want_threads(monkeypatch):

@@ -1,5 +1,6 @@
 """The run folder: what may share a config, what is written when, and who holds the run."""
 
+import copy
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unified_mm.cli.recipes import load_recipe
+from unified_mm.default_config import defaults
 from unified_mm.files import read_json, write_json
 from unified_mm.runs.folder import (
     ConfigDifference,
@@ -78,6 +81,20 @@ def test_every_other_difference_is_listed_and_nothing_written(tmp_path):
     ]
     assert "--workdir" in str(error.value)
     assert read_json(run.config)["train"]["steps"] == 100
+
+
+def test_an_option_of_a_kind_that_came_later_is_no_difference(tmp_path):
+    """The run says nothing of it, and a recipe that names all options asks for its default."""
+    asked = load_recipe("configs/coco_experts.py").get_config("tiny").to_dict()
+    old = copy.deepcopy(asked)
+    del old["model"]["feed_forward_options"]["drop_text"]
+    folder = RunFolder(tmp_path / "run")
+    assert folder.create_or_check(old, defaults())
+    assert "drop_text" not in folder.read_config(defaults())["model"]["feed_forward_options"]
+    assert not folder.check(asked, defaults()) and not folder.check(old, defaults())
+    asked["model"]["feed_forward_options"]["drop_text"] = False
+    with pytest.raises(ConfigDifference, match=r"feed_forward_options.drop_text.*true.*false"):
+        folder.check(asked, defaults())
 
 
 def test_true_is_not_one_but_one_is_one_point_zero():

@@ -3,13 +3,20 @@
 import signal
 import socket
 import threading
+from contextlib import closing
+from itertools import product
 
 import httpx
 import live_server
 import pytest
 
+from unified_mm.inference.loaded import BATCHES
+from unified_mm.inference.slots import ENTERING
 from unified_mm.serving.limits import Limits
 from unified_mm.serving.server import bind, url_of
+from unified_mm.serving.service import Service
+from unified_mm.serving.starting import prompts_of_each_width, warm_up
+from unified_mm.serving.worker import Worker
 
 GOOD = live_server.png()
 
@@ -130,3 +137,24 @@ def test_an_address_that_is_taken_is_named():
             bind("127.0.0.1", port)
     with pytest.raises(ValueError, match="--host=no.such.host.invalid"):
         bind("no.such.host.invalid", 0)
+
+
+def test_warming_up_asks_for_all_that_is_compiled_and_says_what_fails(model, monkeypatch):
+    embedded, begun = [], []
+
+    def embed(_, batch, of, objective):
+        embedded.append((len(batch["image"]["present"]), of))
+
+    monkeypatch.setattr(type(model.predictor), "embed", embed)
+    monkeypatch.setattr(Service, "begin", lambda _, view, prompt, how: begun.append(prompt) or "a")
+    with Worker(1) as worker, closing(Service(model, worker, Limits())) as service:
+        service.missing.pop("/caption", None)
+        warm_up(service)
+        assert sorted(embedded) == sorted(product(BATCHES, ("image", "text")))
+        prompts = prompts_of_each_width(model)
+        used = [model.predictor.prompts([each])[0]["ids"].shape[1] for each in prompts]
+        assert used == [1, model.task.modalities["text"].length]  # the longest is below 16
+        assert begun == [each for each in prompts for size in ENTERING for _ in range(size + 1)]
+        monkeypatch.setattr(type(model.predictor), "embed", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            warm_up(service)

@@ -1,8 +1,8 @@
 """The device's side of continuous batching: a fixed number of texts, and cached images.
 
 All shapes are fixed but two: how many enter at once (`ENTERING`) and how wide their prompts are
-(`Predictor.prompts`). Reading prompts is compiled once for each combination; what enters has one
-shape, whatever was read.
+(`Predictor.prompts`). Reading prompts is compiled once for each combination, and what follows once
+for each number that enter, whatever their width.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Slots:
         self.writer = predictor.writer(self.length - 1)
         cache: Cache = self._empty(self._read_images, self._views([], images))
         self.images = predictor.replicated(written(cache, cache.slots))
-        inputs = self._arrays([], count)
-        read: Any = self._empty(self._read_prompts, self.images, inputs.pop("reading"))
-        state: DecodeState = self._empty(self._begin, read, inputs)
+        prompts, inputs = self._arrays([], count)
+        read = jax.eval_shape(self._read_prompts, predictor.params, self.images, prompts)
+        state: DecodeState = self._empty(lambda _, *args: self._begin(*args), read, inputs)
         cache = state.read_state.cache
         cache = written(cache, cache.slots - self.writer.cache_room)
         read_state = state.read_state.replace(cache=cache)  # type: ignore[attr-defined]
@@ -88,15 +88,12 @@ class Slots:
           ValueError: a prompt or a stop that `check` refuses.
         """
 
-        def enter(params: Any, state: DecodeState, read: Any, inputs: Any) -> Any:
-            slots = inputs.pop("slots")
-            begun = self._begin(params, read, inputs)
-            return state.put(slots, begun), begun.token, begun.done
+        def enter(_: Any, state: DecodeState, read: Any, inputs: Any) -> Any:
+            begun = self._begin(read, inputs)
+            return state.put(inputs["slots"], begun), begun.token, begun.done
 
-        inputs = self._arrays(entries, entering(len(entries)))
-        read = self.predictor.call(
-            "engine reads prompts", self._read_prompts, self.images, inputs.pop("reading")
-        )
+        prompts, inputs = self._arrays(entries, entering(len(entries)))
+        read = self.predictor.call("engine reads prompts", self._read_prompts, self.images, prompts)
         self.state, token, done = self.predictor.call(
             "engine enters", enter, self.state, read, inputs, donated=(1,)
         )
@@ -132,15 +129,14 @@ class Slots:
             raise ValueError(f"stop: {len(stops) - 1} tokens, at most {STOPS - 1} can be watched")
         self.predictor.prompts([prompt])
 
-    def _read_prompts(self, params: Any, images: Cache, reading: Any) -> Any:
+    def _read_prompts(self, params: Any, images: Cache, prompts: Any) -> Any:
         """Reads prompts beside images that were read before."""
-        prefix = images.select(reading["images"])
+        prefix = images.select(prompts["images"])
         room = self.length + self.writer.cache_room  # for the longest prompt, then the ring
-        return self.writer.read_beside(params, prefix, reading["prompt"], room)
+        return self.writer.read_beside(params, prefix, prompts["text"], room)
 
-    def _begin(self, params: Any, read: Any, inputs: Any) -> DecodeState:
-        """Returns the state of texts with one token, after their prompts."""
-        del params
+    def _begin(self, read: Any, inputs: Any) -> DecodeState:
+        """Returns the state of texts with one token, after prompts that were read."""
         sampling = make_sampling(**inputs["sampling"])
         return self.writer.first_token(
             *read, inputs["max_tokens"], inputs["stop"], sampling=sampling
@@ -164,8 +160,8 @@ class Slots:
             batch["image"] = {"pixels": pixels, "present": np.ones(size, bool)}
         return batch
 
-    def _arrays(self, entries: Sequence[Entry], size: int) -> dict[str, Any]:
-        """Returns what `enter` takes, filled up with the first entry; `reading` is of prompts."""
+    def _arrays(self, entries: Sequence[Entry], size: int) -> tuple[Any, Any]:
+        """Returns what `_read_prompts` and `enter` take, filled up with the first entry."""
         entries = list(entries) or [Entry(0, 0, "x", Decoding())]
         entries += entries[:1] * (size - len(entries))
         text, used = self.predictor.prompts([entry.prompt for entry in entries])
@@ -175,12 +171,9 @@ class Slots:
             stop[row, : len(ids)] = ids
         wanted = [entry.decoding.tokens or self.length for entry in entries]
         rows = [sampling_arrays(entry.decoding, 1) for entry in entries]
-        return {
+        images = np.array([entry.image for entry in entries], np.int32)
+        return {"images": images, "text": text}, {
             "slots": np.array([entry.slot for entry in entries], np.int32),
-            "reading": {
-                "images": np.array([entry.image for entry in entries], np.int32),
-                "prompt": text,
-            },
             "max_tokens": np.minimum(self.length - used, wanted).astype(np.int32),
             "stop": stop,
             "sampling": jax.tree.map(lambda *each: np.concatenate(each), *rows),

@@ -133,11 +133,11 @@ class EarlyFusion(UnifiedModel):
             for view in views
         }
 
-    def _importance(self, x: Float[Array, "B N D"], metadata: TokenMetadata) -> Any:
-        """Returns what each token of the context is worth, [B, N]."""
+    def _importance(self, x: Float[Array, "B N D"], metadata: TokenMetadata) -> Float[Array, "B N"]:
+        """Returns what each token of the context is worth."""
         if self.options.dropping.by == "distinct":
             return distinctness(x, metadata)
-        return self.scorer(x)
+        return self.scorer(x)  # type: ignore[no-any-return]
 
     def _encode_dropping(
         self,
@@ -165,13 +165,14 @@ class EarlyFusion(UnifiedModel):
         x, first = run(context.embeddings, plan(context.metadata), span=(0, drop))
         scores = self._importance(jax.lax.stop_gradient(x), context.metadata)
         slots, metadata = most_important(scores, context.metadata, o.dropping.keep)
-        score = rows_at(scores, slots, 1)
-        weight = 1 + (score - jax.lax.stop_gradient(score))
         first = jax.tree.map(lambda each: rows_at(each, slots, each.ndim - 2), first)
         x = rows_at(x, slots, 1)
         x, rest = run(x, plan(metadata), span=(drop, o.periods))
-        layers = weighed(join_periods(first, rest), weight)
-        x = x * weight[..., None].astype(x.dtype)
+        layers = join_periods(first, rest)
+        if o.dropping.by == "learned":
+            score = rows_at(scores, slots, 1)
+            weight = 1 + (score - jax.lax.stop_gradient(score))
+            layers, x = weighed(layers, weight), x * weight[..., None].astype(x.dtype)
         length = jnp.array(slots.shape[1], jnp.int32)
         cache = Cache(layers, metadata, length)
         where = spans(metadata.groups)

@@ -1,10 +1,10 @@
 """Dropped tokens of a context: the most important go on after a layer, the others end there.
 
-After the first layers it is said what each token is worth; of each group a share goes on, so the
-sequence is really shorter, and shapes are static. The choice has no gradient. What is unlike the
-rest goes on, or what a scorer says, which learns by what is read of a token: that is weighed by
-`1 + score - stop_gradient(score)`, exactly one, so that the score's gradient is what a token's
-contribution to the loss would change by (Molchanov et al. 2019, equation 8).
+Of each group a share goes on, so the sequence is really shorter, and shapes are static. The choice
+has no gradient. By `distinct` the tokens farthest from their group's mean go on, by `learned` those
+that a scorer names. The scorer learns because what is read of a token is weighed by `1 + score -
+stop_gradient(score)`, exactly one: the score's gradient is what a token's contribution to the loss
+would change by (Molchanov et al. 2019, equation 8).
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class DroppingOptions:
       keep: the share of each modality's tokens that goes on; with 1 all do, and nothing is scored.
       after: the layer after which the others end.
       by: what is important: 'learned', what a scorer says; 'distinct', what is unlike the mean of
-        its group's tokens, which learns more (experiments/patches.py).
+        its group's tokens.
     """
 
     keep: float = option(1.0, above=0)

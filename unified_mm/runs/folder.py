@@ -29,7 +29,7 @@ from unified_mm.files import (
     user_path,
     write_json,
 )
-from unified_mm.runs.saved import UnknownField, todays_config
+from unified_mm.runs.saved import UnknownField, todays_config, with_kinds_completed
 
 # What may change between two commands on one run: none of it changes what the run computes at a
 # step. The data behind another `data.dir`, `data.manifest` or `data.negatives_of` is compared by
@@ -263,7 +263,8 @@ class RunFolder:
         if not self.exists:
             return True
         asked = todays_config(_as_json(config), defaults)
-        found = differences(self.read_config(defaults), asked)
+        saved = self.read_config(defaults)
+        found = differences(*(with_kinds_completed(each, defaults) for each in (saved, asked)))
         if found:
             raise ConfigDifference(self._explain(found))
         return False

@@ -7,6 +7,7 @@ is completed with the default. What was renamed has a line in one of the tables 
 from __future__ import annotations
 
 import fnmatch
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -30,6 +31,8 @@ ORIGINS = ("imported", "quantized")
 GROUPS = ("data", "model", "objectives", "train", "evaluation")
 # Groups whose members users name; a member that has a `type` takes that type's defaults.
 NAMED_GROUPS = ("model.modalities", "objectives", "train.phases")
+# Groups whose fields are those of a kind, by the field beside them that names it: none is added.
+KIND_GROUPS = {"model.feed_forward_options": "feed_forward_type"}
 # Groups that a recipe may give fields of its own: of each modality, where its weights come from.
 FREE_GROUPS = ("model.start_from",)
 # Groups that code from outside the package may read fields of its own from, and the fields that
@@ -62,6 +65,19 @@ def todays_config(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict
     fields = {name: value for name, value in saved.items() if name not in ORIGINS}
     origins = {name: value for name, value in saved.items() if name in ORIGINS}
     return _completed(_todays_names(fields), defaults) | origins
+
+
+def with_kinds_completed(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config in which the options of kinds that it lacks have their defaults.
+
+    So that one that came later is no difference between a run and what a recipe asks for.
+    """
+    found = json.loads(json.dumps(config))
+    for path, field in KIND_GROUPS.items():
+        group, _, name = path.rpartition(".")
+        own = defaults[group].get(name, {}).get(found[group].get(field), {})
+        found[group][name] = json.loads(json.dumps(own)) | found[group].get(name, {})
+    return found
 
 
 def refuse_unknown(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -133,13 +149,15 @@ def _completed(
         for name, value in defaults.items()
         if (path := f"{group}.{name}".lstrip(".")) in NAMED_GROUPS
     }
-    found = {**defaults, **absent}
+    kinds = {path.rpartition(".")[2] for path in KIND_GROUPS if path.rpartition(".")[0] == group}
+    found = {**defaults, **absent, **{name: {} for name in kinds}}
     for name, value in fields.items():
         path, default = f"{group}.{name}".lstrip("."), defaults.get(name)
         if name not in defaults and not open_to_others:
             raise UnknownField(f"the field {path}")
         if isinstance(default, Mapping) and isinstance(value, Mapping):
-            found[name] = _completed(value, default, path) if default else value
+            whole = path in KIND_GROUPS or not default
+            found[name] = value if whole else _completed(value, default, path)
         elif isinstance(default, Mapping) or (default is not None and isinstance(value, Mapping)):
             raise UnknownField(f"the field {path}={value!r}, which is a group in but one of them")
         else:

@@ -54,6 +54,7 @@ def _file_names(folder: Path) -> list[str]:
 
 # Odd constants without meaning; they only keep the two sums of a leaf independent.
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
+SMALL = 2**20  # elements: the host takes about as long for them as a compiler for its program
 _PART = 2**16  # words that are summed at a time on the host: a core's cache holds them
 
 
@@ -62,8 +63,8 @@ def tree_checksums(tree: PyTree[Any]) -> PyTree[UInt32[np.ndarray, " 2"]]:
 
     Leaves may be of any shape (also [] and [0]) and of float, complex, integer, bool or PRNG key
     dtype. Two leaves of different dtype or shape may share a checksum: compare those as well.
-    Within a leaf, positions repeat after 2**32 words. What lies in a CPU's memory is read there, as
-    it is; elsewhere a program is compiled for each shape, dtype and sharding.
+    Within a leaf, positions repeat after 2**32 words. A program is compiled for each shape, dtype
+    and sharding, but not for a small leaf that lies on one CPU device.
     """
     # One at a time: many programs that each reduce over all devices, queued at once, wait for each
     # other's threads for ever where the devices are a CPU's.
@@ -71,8 +72,8 @@ def tree_checksums(tree: PyTree[Any]) -> PyTree[UInt32[np.ndarray, " 2"]]:
 
 
 def _leaf_checksum(leaf: Shaped[Array, " ..."]) -> UInt32[np.ndarray, " 2"]:
-    (device, *others) = leaf.sharding.device_set
-    if others or device.platform != "cpu":
+    device, *others = leaf.sharding.device_set
+    if others or device.platform != "cpu" or leaf.size > SMALL:
         return jax.device_get(array_checksum(leaf))
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return host_checksum(np.asarray(jax.random.key_data(leaf) if is_key else leaf))

@@ -86,7 +86,7 @@ def warm_up_texts(service: Service) -> None:
 def prompts_of_each_width(model: LoadedModel) -> list[str]:
     """Returns one prompt for each compiled program that reads prompts.
 
-    Prompts of about as many tokens share a program.
+    Prompts are filled up to few widths (`predictor.width_of`).
     """
     found: dict[int, str] = {}
     for words in range(model.task.modalities["text"].length):

@@ -36,14 +36,15 @@ def in_training(config: Config, task: Task, mesh: Mesh) -> Task:
             f"mesh.expert={mesh.shape['expert']}: no layer has experts; set mesh.expert=1, or "
             "model.feed_forward_type='experts'"
         )
-    if mesh.shape["expert"] > 1 and any(
-        each.own("dropless", False) for each in task.model.stacks.values()
-    ):
-        raise ValueError(
-            f"mesh.expert={mesh.shape['expert']}: experts that drop nothing "
-            "(model.feed_forward_options.dropless=True) are computed whole on every device; set "
-            "mesh.expert=1, or dropless=False and a capacity"
-        )
+    for each in task.model.stacks.values():
+        whole = {"dropless=True": each.own("dropless", False)}
+        whole["drop_text=False"] = not each.own("drop_text", True)
+        for said in (name for name, kept in whole.items() if kept and mesh.shape["expert"] > 1):
+            raise ValueError(
+                f"mesh.expert={mesh.shape['expert']}: experts that drop nothing "
+                f"(model.feed_forward_options.{said}) are computed whole on every device; set "
+                "mesh.expert=1, or give it the other value, and a capacity"
+            )
     stages = mesh.shape["stage"]
     asked = build_options(MeshOptions, config.mesh, "mesh").stage_micro_batches
     if stages == 1:
