@@ -87,13 +87,13 @@ def test_an_option_of_a_kind_that_came_later_is_no_difference(tmp_path):
     """The run says nothing of it, and a recipe that names all options asks for its default."""
     asked = load_recipe("configs/coco_experts.py").get_config("tiny").to_dict()
     old = copy.deepcopy(asked)
-    del old["model"]["feed_forward_options"]["drop_text"]
+    del old["model"]["feed_forward_options"]["shared"]
     folder = RunFolder(tmp_path / "run")
     assert folder.create_or_check(old, defaults())
-    assert "drop_text" not in folder.read_config(defaults())["model"]["feed_forward_options"]
+    assert "shared" not in folder.read_config(defaults())["model"]["feed_forward_options"]
     assert not folder.check(asked, defaults()) and not folder.check(old, defaults())
-    asked["model"]["feed_forward_options"]["drop_text"] = False
-    with pytest.raises(ConfigDifference, match=r"feed_forward_options.drop_text.*true.*false"):
+    asked["model"]["feed_forward_options"]["shared"] = True
+    with pytest.raises(ConfigDifference, match=r"feed_forward_options.shared.*false.*true"):
         folder.check(asked, defaults())
 
 
