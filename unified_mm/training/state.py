@@ -167,7 +167,7 @@ def state_of_phase(
     shapes = jax.eval_shape(optimizer.init, abstract.params)
     replicated = NamedSharding(placement.mesh, P())
     shardings = shardings_like(abstract.params, placement.moments, shapes, replicated)
-    begin = jax.jit(optimizer.init, out_shardings=shardings)
+    begin = jax.jit(optimizer.init, out_shardings=shardings, compiler_options=compiled_for_once())
 
     def enter(state: TrainState) -> TrainState:
         return state.replace(optimizer=begin(state.params))  # type: ignore[attr-defined]
