@@ -70,7 +70,7 @@ def compiled(chip: str, size: str, chips: int) -> dict[str, Any]:
     Raises:
       RuntimeError: it ended otherwise; the message has its last words.
     """
-    known = CHIPS[chip]
+    known: Any = CHIPS[chip]
     shapes = SHAPES if isinstance(known, Gpu) else TORI[known.dimensions]
     batch = (GPU_BATCH if isinstance(known, Gpu) else TPU_BATCH)[size] * chips
     hosts = OF_HOSTS if isinstance(known, Gpu) and (size, chips) == ("large", 64) else ()

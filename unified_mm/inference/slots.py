@@ -137,9 +137,10 @@ class Slots:
 
     def _begin(self, read: Any, inputs: Any) -> DecodeState:
         """Returns the state of texts with one token, after prompts that were read."""
+        logits, read_state = read
         sampling = make_sampling(**inputs["sampling"])
         return self.writer.first_token(
-            *read, inputs["max_tokens"], inputs["stop"], sampling=sampling
+            logits, read_state, inputs["max_tokens"], inputs["stop"], sampling
         )
 
     def _read_images(self, params: Any, inputs: Any) -> Cache:

@@ -264,7 +264,8 @@ class RunFolder:
             return True
         asked = todays_config(_as_json(config), defaults)
         saved = self.read_config(defaults)
-        found = differences(*(with_kinds_completed(each, defaults) for each in (saved, asked)))
+        saved, asked = (with_kinds_completed(each, defaults) for each in (saved, asked))
+        found = differences(saved, asked)
         if found:
             raise ConfigDifference(self._explain(found))
         return False

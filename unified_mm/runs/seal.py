@@ -72,8 +72,8 @@ def tree_checksums(tree: PyTree[Any]) -> PyTree[UInt32[np.ndarray, " 2"]]:
 
 
 def _leaf_checksum(leaf: Shaped[Array, " ..."]) -> UInt32[np.ndarray, " 2"]:
-    device, *others = leaf.sharding.device_set
-    if others or device.platform != "cpu" or leaf.size > SMALL:
+    devices: set[Any] = leaf.sharding.device_set
+    if len(devices) > 1 or next(iter(devices)).platform != "cpu" or leaf.size > SMALL:
         return jax.device_get(array_checksum(leaf))
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return host_checksum(np.asarray(jax.random.key_data(leaf) if is_key else leaf))
