@@ -7,8 +7,8 @@ text of 4,096 tokens as a share of `chunked`'s time, over one of 16,384 by block
 the patches of some pictures, each of which sees its neighbours, as a share of the time in which
 each sees all. `bytes` are those that a program holds meanwhile, `apart` by how much an output is
 another than by the whole mask. Patches of `experiments/recipe.py:tiny` are dropped by `distinct`:
-`flops` are counted of a whole example's forward pass, and `picture` is the time of a picture's
-alone.
+`flops` are counted of a whole example's forward pass, `read` and `embedded` are the times of some
+pictures' passes alone.
 """
 
 import json
@@ -45,6 +45,7 @@ GRIDS: dict[str, tuple[str, dict[str, int]]] = {
 }
 KEEPS = (1.0, 0.5, 0.35, 0.2)
 PICTURES = 8
+READ = 32  # pictures that are read, of whose patches some are dropped
 TURNS = 5
 
 
@@ -80,21 +81,27 @@ def attention(
     return partial(program, *arrays), memory.temp_size_in_bytes
 
 
-def picture(keep: float) -> Any:
-    """Returns the pass over some pictures, compiled, as a call; and an example's counted FLOPs."""
+def picture(keep: float) -> tuple[Any, Any, int]:
+    """Returns passes over some pictures, compiled, as calls; and an example's counted FLOPs.
+
+    One reads them for texts, which need the last layer's keys and values alone; one embeds them.
+    """
     config = get_config("tiny")
     config.model.dropping.keep, config.model.dropping.by = keep, "distinct"
     task, shapes = shapes_of(Config(config.to_dict()))
     flops = forward_flops(task, shapes)
     params = jax.tree.map(lambda x: jnp.full(x.shape, 0.01, x.dtype), shapes)
-    batch: Any = jax.tree.map(jnp.asarray, task.example_batch(PICTURES))
+    batch: Any = jax.tree.map(jnp.asarray, task.example_batch(READ))
     view = next(each.view for each in task.objectives if each.name == "captioning")  # type: ignore[attr-defined]
 
     def read(params: Any, batch: Any) -> Any:
         found: Any = task.model.apply({"params": params}, batch, view, method="prefix")
         return found.layers
 
-    return partial(jax.jit(read), params, batch), flops
+    def embed(params: Any, batch: Any) -> Any:
+        return task.embed(params, {"image": batch["image"]}, "image", "contrastive")
+
+    return partial(jax.jit(read), params, batch), partial(jax.jit(embed), params, batch), flops
 
 
 def cpu_seconds(run: Any) -> float:
@@ -146,10 +153,16 @@ def main() -> None:
         grid.append({"gradient": gradient, "of_dense": ratios(runs), "apart": off})
         print(grid[-1], file=sys.stderr)
     passes = {keep: picture(keep) for keep in KEEPS}
-    shares = ratios({keep: run for keep, (run, _) in passes.items()})
+    read = ratios({keep: run for keep, (run, _, _) in passes.items()})
+    embedded = ratios({keep: run for keep, (_, run, _) in passes.items()})
     dropped = [
-        {"keep": keep, "flops": round(flops / passes[1.0][1], 3), "picture": shares[keep]}
-        for keep, (_, flops) in passes.items()
+        {
+            "keep": keep,
+            "flops": round(flops / passes[1.0][2], 3),
+            "read": read[keep],
+            "embedded": embedded[keep],
+        }
+        for keep, (_, _, flops) in passes.items()
     ]
     found = {"attention": rows, "long": long, "grid": grid, "patches": dropped}
     print(json.dumps({**found, **provenance()}))

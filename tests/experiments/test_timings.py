@@ -66,7 +66,15 @@ def test_few_neurons_are_timed_beside_all(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_sparse_attention_is_timed_beside_dense(monkeypatch, capsys):
-    small = {"TOKENS": 256, "LONG": 512, "SIDE": 4, "PICTURES": 1, "KEEPS": (1.0, 0.5), "TURNS": 1}
+    small = {
+        "TOKENS": 256,
+        "LONG": 512,
+        "SIDE": 4,
+        "PICTURES": 1,
+        "READ": 1,
+        "KEEPS": (1.0, 0.5),
+        "TURNS": 1,
+    }
     found = shrunk(monkeypatch, capsys, time_sparse, **small)
     (forward, backward) = found["long"]
     assert forward["tokens"] == 512 and 0 < forward["bytes"] < backward["bytes"]
