@@ -410,7 +410,8 @@ def without_drops(
     def one(block: tuple[Array, Array]) -> Array:
         slots, pool = block
         own = jax.tree.map(lambda leaf: leaf[pool], weights)
-        return expert(options, own, gather(x, slots)) * gather(gates[:, pool, None], slots)
+        y = expert(options, own, gather(x, slots)).astype(gates.dtype)
+        return y * gather(gates[:, pool, None], slots)
 
     # The gradient would keep a copy of an expert's kernels for every block.
     one = jax.checkpoint(one, prevent_cse=False)
