@@ -54,7 +54,7 @@ def _file_names(folder: Path) -> list[str]:
 
 # Odd constants without meaning; they only keep the two sums of a leaf independent.
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
-SMALL = 2**20  # elements: the host takes about as long for them as a compiler for its program
+SMALL = 2**20  # elements: the host has summed them before a program for it is compiled
 _PART = 2**16  # words that are summed at a time on the host: a core's cache holds them
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import flax.linen as nn
@@ -36,14 +37,13 @@ def in_training(config: Config, task: Task, mesh: Mesh) -> Task:
             f"mesh.expert={mesh.shape['expert']}: no layer has experts; set mesh.expert=1, or "
             "model.feed_forward_type='experts'"
         )
-    for each in task.model.stacks.values():
-        whole = {"dropless=True": each.own("dropless", False)}
-        whole["drop_text=False"] = not each.own("drop_text", True)
-        for said in (name for name, kept in whole.items() if kept and mesh.shape["expert"] > 1):
+    divided = task.model.stacks.values() if mesh.shape["expert"] > 1 else ()
+    for each, (name, keeps) in product(divided, (("dropless", True), ("drop_text", False))):
+        if each.own(name, not keeps) == keeps:
             raise ValueError(
                 f"mesh.expert={mesh.shape['expert']}: experts that drop nothing "
-                f"(model.feed_forward_options.{said}) are computed whole on every device; set "
-                "mesh.expert=1, or give it the other value, and a capacity"
+                f"(model.feed_forward_options.{name}={keeps}) are computed whole on every device; "
+                "set mesh.expert=1, or give it the other value, and a capacity"
             )
     stages = mesh.shape["stage"]
     asked = build_options(MeshOptions, config.mesh, "mesh").stage_micro_batches
