@@ -3,6 +3,7 @@
 import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import rule_items, shard_bytes, to_global
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder
-from unified_mm.task import build_task, parameter_counts
+from unified_mm.task import Task, build_task, parameter_counts
 from unified_mm.training import ahead
 from unified_mm.training import estimate as estimating
 from unified_mm.training.ahead import (
@@ -93,11 +94,23 @@ def test_what_was_compiled_ahead_is_not_compiled_when_it_is_called(caplog):
     assert "Compiling jit(step)" in caplog.text
 
 
+def test_the_first_parameters_are_traced_once(monkeypatch):
+    """For their shapes, and not again for the program that makes them."""
+    traced = Mock(side_effect=Task.init)
+    monkeypatch.setattr(Task, "init", lambda task, key: traced(task, key))
+    config = Config(tiny.config_dict().to_dict())
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    make_state, _ = plan(config, build_task(config, tiny.tokenizer()), mesh, stand_in_data(config))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+        make_state.lower()
+    assert traced.call_count == 1
+
+
 def test_what_the_compiler_says_is_raised_where_the_step_is_asked_for(monkeypatch):
     def full(*_):
         raise ValueError("there is no memory")
 
-    monkeypatch.setattr(ahead, "lower_step", full)
+    monkeypatch.setattr(ahead, "lower_step", lambda *_: SimpleNamespace(compile=full))
     (phase,) = planned()
     with pytest.raises(ValueError, match="no memory"):
         StepAhead(phase, 0.0).step_of(phase)

@@ -105,12 +105,14 @@ class StepAhead:
         self._thread: threading.Thread | None = None
         if phase is not None:
             self._step = phase.make_step(ema_decay)
-            self._thread = threading.Thread(target=self._compile, args=(phase,), daemon=True)
+            # Traced here: in a thread it would take turns with the state's tracing, and be late.
+            lowered = lower_step(phase, self._step)
+            self._thread = threading.Thread(target=self._compile, args=(lowered,), daemon=True)
             self._thread.start()
 
-    def _compile(self, phase: Phase) -> None:
+    def _compile(self, lowered: Any) -> None:
         try:
-            lower_step(phase, self._step).compile()
+            lowered.compile()
         except Exception as error:
             self._error = error
 

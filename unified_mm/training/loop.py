@@ -283,10 +283,9 @@ class Run:
         """Trains from step `start` to the phase's last, and returns the state."""
         options = self.setup.options
         data, tolerant = self.setup.config.data, bool(self.setup.train.unchecked)
-        step_function = self.ahead.step_of(phase)
         self.computing = True
         given = (phase, state.params, self.predictor, data, tolerant, self.say)
-        phase = computed(*given, leave=self.leave)
+        planned, phase = phase, computed(*given, leave=self.leave)
         self.computing = False
         since: list[StepMetrics] = []
         waiting: Interval | None = None
@@ -296,6 +295,7 @@ class Run:
         one_by_one = shares_threads(self.setup.mesh)
         in_flight = InFlight()
         with closing(phase_batches(self.setup, phase, start)) as batches:  # type: ignore[type-var]
+            step_function = self.ahead.step_of(planned)
             for step in range(start + 1, phase.stop + 1):
                 with self.starved.waiting():
                     rows = self.next_rows(batches, step - 1, state)

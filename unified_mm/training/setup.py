@@ -53,7 +53,7 @@ from unified_mm.training.start_from import (
     news_of_start,
     weights_to_start_from,
 )
-from unified_mm.training.state import TrainState, initial_state
+from unified_mm.training.state import TrainState, initial_state, key_of_params
 from unified_mm.training.treatment import treatment_of
 
 
@@ -77,9 +77,12 @@ def plan(
     Raises:
       ValueError: a config that cannot be trained, or a mesh that does not divide it.
     """
-    placement = param_shardings(task.abstract_params(), mesh, config.mesh.zero)
+    init = jax.jit(task.init)
+    with jax.set_mesh(mesh):  # and for the same key as where it is called: so it is traced once
+        boxed = jax.eval_shape(lambda: init(key_of_params(config.seed)))
+    placement = param_shardings(boxed, mesh, config.mesh.zero)
     make_state, abstract = initial_state(
-        task.init,
+        init,
         placement,
         config.seed,
         averaged=keeps_average(config.train),

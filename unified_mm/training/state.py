@@ -88,6 +88,11 @@ class TrainState:
     treatment: Any = None
 
 
+def key_of_params(seed: int) -> jax.Array:
+    """Returns the random key that a run's first parameters are drawn with."""
+    return jax.random.fold_in(jax.random.key(seed), 0)
+
+
 def initial_state(
     init_params: Callable[[jax.Array], Any],
     placement: ParamShardings,
@@ -115,20 +120,20 @@ def initial_state(
     """
 
     def make() -> TrainState:
-        root = jax.random.key(seed)
-        params = without_names(init_params(jax.random.fold_in(root, 0)))
+        params = without_names(init_params(key_of_params(seed)))
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             optimizer=None,
             average=jax.tree.map(jnp.copy, params) if averaged else None,
-            key=jax.random.fold_in(root, 1),
+            key=jax.random.fold_in(jax.random.key(seed), 1),
             bad_step=jnp.full((), -1, jnp.int32),
             loss_scale=LossScale.start(scale_patience) if scale_patience else None,
             treatment=treatment.init(params) if treatment else None,
         )
 
-    shapes = jax.eval_shape(make)
+    with jax.set_mesh(placement.mesh):
+        shapes = jax.eval_shape(make)
     replicated = NamedSharding(placement.mesh, P())
     shardings = jax.tree.map(lambda leaf: replicated, shapes).replace(
         params=placement.params,
