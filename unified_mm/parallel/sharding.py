@@ -272,7 +272,5 @@ def batch_shards(mesh: Mesh) -> int:
 
 def to_global(batch: Any, mesh: Mesh) -> Any:
     """Returns device arrays of the global batch [B, ...], from this process's rows [rows, ...]."""
-    sharding = NamedSharding(mesh, BATCH)
-    return jax.tree.map(
-        lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
-    )
+    rows = jax.tree.map(np.asarray, batch)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), rows)
