@@ -1,10 +1,14 @@
 """The scripts that time parts of a model run to their end, shrunk; what they measure is no test."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
-from experiments import time_exits, time_experts, time_neurons, time_sparse
+from experiments import inference_beside, time_exits, time_experts, time_neurons, time_sparse
 from experiments.train_beside_peers import RECIPE, Shape, rates
 from unified_mm.cli.recipes import recipe_config
 from unified_mm.config import Config
@@ -32,6 +36,40 @@ def test_training_is_compared_with_pytorch_without_and_with_huge_pages():
         "times_torch_with_huge_pages": 1.75,
         "times_torch_with_huge_pages_least_most": [1.5, 2.0],
     }
+
+
+ANSWERS = """
+import json, sys
+print(json.dumps({captions}), flush=True)
+for line in sys.stdin:
+    print(json.dumps([{seconds}, 2 * {seconds}]), flush=True)
+"""
+
+
+def answering(monkeypatch, **facts):
+    """Lets processes stand for checkouts, which say what is given of `this` and `other`."""
+
+    def begin(checkout, run, pictures):
+        said = facts["other" if checkout == Path("other") else "this"]
+        command = [sys.executable, "-c", ANSWERS.format(**said) if said else ""]
+        return subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True)
+
+    monkeypatch.setattr(inference_beside, "begin", begin)
+    return inference_beside.beside(Path("other"), Path("run"), Path("pictures"), 3)
+
+
+def test_inference_is_timed_beside_another_checkout_that_writes_the_same(monkeypatch):
+    this, other = ({"captions": ["a cube"], "seconds": seconds} for seconds in (1.5, 2.0))
+    found = answering(monkeypatch, this=this, other=other)
+    assert found.keys() == {"embed_32", "captions_32", "captions_1"}
+    assert found["captions_1"] == {
+        "seconds": {"this": 1.5, "other": 2.0, "times_other": 0.75},
+        "cpu_seconds": {"this": 3.0, "other": 4.0, "times_other": 0.75},
+    }
+    with pytest.raises(RuntimeError, match="run: the checkouts write other captions: .*a ball"):
+        answering(monkeypatch, this=this, other=other | {"captions": ["a ball"]})
+    with pytest.raises(RuntimeError, match="ended by itself"):
+        answering(monkeypatch, this=this, other=None)
 
 
 def shrunk(monkeypatch, capsys, script, **constants):
