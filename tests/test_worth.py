@@ -8,7 +8,7 @@ import tiny
 
 from unified_mm.inference.decoding import Decoding
 from unified_mm.inference.streaming import stream
-from unified_mm.inference.worth import PICTURE, RIDGE, Worth, spread
+from unified_mm.inference.worth import PICTURE, RIDGE, Worth, spread, summary
 from unified_mm.nn.tokens import Group, Tokens, single_document
 
 FEW = (0, 3, 4)  # pictures that are sent away
@@ -120,3 +120,10 @@ def test_what_lacks_a_picture_is_worth_no_number_and_is_read(model):
     batch["image"]["present"] = np.array([True, False, True, True, True])
     left_out = [each is not None for each in predictor.without_pictures(batch, [""] * 5)]
     assert left_out == [True, False, True, True, True]
+
+
+def test_what_is_foreseen_is_of_the_stem_also_where_towers_look_first():
+    built = tiny.task(model__fusion="early_features", objectives__matching__weight=0.0)
+    image = {"image": tiny.batch(built, 3)["image"]}
+    found = built.model.apply({"params": tiny.params(built)}, image, method=summary)
+    assert found.shape == (3, 2 * 16) and np.isfinite(found).all()

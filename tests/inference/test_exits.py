@@ -12,6 +12,7 @@ from unified_mm.inference.decoding import Decoding
 from unified_mm.inference.engine import Engine
 from unified_mm.inference.generate import TextWriter, confidence
 from unified_mm.inference.predictor import inputs_of
+from unified_mm.inference.quantization import quantized
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.cache import Cache
 from unified_mm.nn.attention.rules import MaskTable, View
@@ -216,6 +217,8 @@ def test_what_exits_were_not_calibrated_for_is_refused(model):
     with pytest.raises(ValueError, match="cache: exits were calibrated with the run's own"):
         leaving.with_options(cache="int8")
     assert leaving.with_options(cache="same").predictor.exits == {"caption": 0.5}
+    with pytest.raises(ValueError, match="exits were calibrated with float weights"):
+        quantized(leaving)
     with pytest.raises(ValueError, match="the engine runs all layers"):
         Engine(leaving)
 

@@ -1,6 +1,7 @@
 """Models with experts: training in parts, writing with a cache, int8, decay, sizes, upcycling."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from unified_mm.nn.pipeline import Pipeline
 from unified_mm.nn.quantized import Quantized
 from unified_mm.objectives.routing import balance, sown
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import axis_names, path_of
+from unified_mm.parallel.sharding import axis_names, path_of, without_names
 from unified_mm.task import build_task
 from unified_mm.training.layout import in_training
 from unified_mm.training.muon import matrix_axes
@@ -137,6 +138,22 @@ def test_no_bit_of_a_caption_tells_of_words_to_come(order):
         after = run(jnp.asarray(others))
         np.testing.assert_array_equal(after[0, :known], before[0, :known])
         assert (after[0, known:] != before[0, known:]).any()
+
+
+def test_pictures_of_one_document_share_no_room():
+    """Texts between them would depend on a later one, by what it leaves to the earlier."""
+    built = tiny.task(
+        model__fusion="gated_cross_attention",
+        model__tower__feed_forward_type="experts",
+        model__tower__feed_forward_options={"group": 2},
+        objectives__captioning__rule="interleaved_latest",
+        objectives__contrastive__weight=0.0,
+        objectives__matching__weight=0.0,
+    )
+    given = without_names(built.abstract_params()), tiny.documents(built), jax.random.key(0)
+    jax.eval_shape(partial(built.metrics, deterministic=True), *given)
+    with pytest.raises(ValueError, match="group=2 of the tower of image: pictures of one document"):
+        jax.eval_shape(partial(built.metrics, deterministic=False), *given)
 
 
 def test_experts_are_not_exported():

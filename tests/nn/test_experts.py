@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unified_mm.costs.flops import matmul_flops
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.rules import MaskTable, View
 from unified_mm.nn.feed_forward import Mlp
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import Group, join_metadata, single_document
-from unified_mm.parallel.sharding import path_of, without_names
+from unified_mm.parallel.mesh import make_mesh
+from unified_mm.parallel.sharding import path_of, rule_items, without_names
 
 WIDTH, HIDDEN, ROWS = 8, 12, 4
 SIZES = {"image": 6, "caption": 5, "contrast": 5}
@@ -251,6 +253,45 @@ def test_a_gradient_without_drops_keeps_no_kernels_for_each_block():
     kept = jax.eval_shape(lambda p: jax.vjp(lambda p: run(p, x, plan.valid), p)[1], params)
     largest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(kept))
     assert largest == 2 * WIDTH * HIDDEN  # of the kernels themselves
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_flops_are_counted_once_each_way(stages):
+    """Recomputation is not the model's, nor are the stages of a pipeline that is left out."""
+    o = replace(options(dropless=True), counted=True)
+    x, plan = inputs()
+    module = o.make_feed_forward(options=o)
+    params = without_names(jax.eval_shape(module.init, jax.random.key(0), x, plan)["params"])
+
+    def run(params, x):
+        return module.apply({"params": params}, x, plan).sum()
+
+    def counted(function, stages):
+        mesh = make_mesh({"data": 2, "stage": stages}, jax.devices()[: stages * 2])
+        with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+            return matmul_flops(function, params, x)
+
+    forward = counted(run, stages)
+    assert forward == counted(run, 1)
+    assert counted(jax.value_and_grad(run, (0, 1)), stages) == 3 * forward
+
+
+def test_a_group_without_tokens_is_left_out():
+    parts = [single_document(jnp.ones((2, n), bool), Group(name, name, n))
+             for name, n in (("image", 0), ("text", 5))]  # fmt: skip
+    metadata = join_metadata(parts)
+    plan = plan_attention(options(), MaskTable((View("text", "prefix"),)), metadata, metadata)
+    x = jnp.ones((2, 5, WIDTH))
+    for own in ({}, {"dropless": True}):
+        module = options(**own).make_feed_forward(options=options(**own))
+        given = plan.replace(deterministic=False)
+        y, _ = module.init_with_output(jax.random.key(0), x, given)
+        assert y.shape == x.shape
+
+
+def test_another_kind_has_none_of_the_options_of_the_one_before():
+    changed = options().changed({"feed_forward_type": "dense"})
+    assert changed.feed_forward_options == () and options().changed({}) == options()
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,23 @@ def test_the_first_of_equals_is_chosen():
 
 
 @pytest.mark.parametrize(
+    "changes", [{"model__window": 8}, {"model__sparse": {"image": {"grid": 1}}}]
+)
+def test_windows_and_grids_put_no_patch_before_another(changes):
+    task(**changes).abstract_params()
+
+
+def test_a_tower_that_does_not_run_has_nothing_to_learn():
+    towers = {"model__fusion": "late", "objectives__captioning__weight": 0.0}
+    built = task(**towers, objectives__matching__weight=0.0)
+    params, batch = tiny.params(built), tiny.batch(built, 2)
+    looked = {"looked": jnp.ones((2, 4, 16)), "looked_valid": jnp.ones((2, 4), bool)}
+    batch["image"] = {"present": batch["image"]["present"], **looked}
+    found, _ = losses(built, params, batch)
+    assert found["neurons/loss"] == (0, 0)
+
+
+@pytest.mark.parametrize(
     "changes, why",
     [
         ({"model__feed_forward_options": {"of": ("text",)}}, "leave 'text' out"),

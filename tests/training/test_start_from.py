@@ -1,6 +1,7 @@
 """A run that starts from the weights of others has them, layer by layer, wherever they lie."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -281,6 +282,16 @@ def test_what_contradicts_a_whole_model_is_refused(clip, changes, asked, named):
 def test_exits_may_be_added_to_a_whole_model(late):
     config = tiny.config_dict(model__start_from__whole=str(late), model__exits=(1,))
     assert tuple(config_from_run(config, ("model.exits",)).model.exits) == (1,)
+
+
+def test_exits_of_a_whole_model_are_not_taken_over(late, tmp_path):
+    run = shutil.copytree(late, tmp_path / "run")
+    saved = json.loads((run / "config.json").read_text())
+    saved["model"]["exits"] = [1]
+    saved["objectives"]["exits"]["weight"] = 1.0
+    (run / "config.json").write_text(json.dumps(saved))
+    config = config_from_run(tiny.config_dict(model__start_from__whole=str(run)), ())
+    assert not config.model.exits and config.objectives.exits.weight == 0
 
 
 def test_the_length_of_texts_is_free_but_where_padding_is_seen(clip):

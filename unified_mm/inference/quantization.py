@@ -30,7 +30,8 @@ def quantized(
       source: where the model is from, as its config will say.
 
     Raises:
-      ValueError: another kind of numbers, a model that is quantised already, or no qwix.
+      ValueError: another kind of numbers, a model that is quantised already or whose exits were
+        calibrated with its floats, or no qwix.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights={weights!r}: one of {', '.join(WEIGHTS)}")
@@ -40,6 +41,11 @@ def quantized(
         raise ValueError(
             f"the model's weights are {model.config.quantized.weights} already: quantise the run "
             f"that they were made from ({model.config.quantized['from']})"
+        )
+    if model.predictor.exits:
+        raise ValueError(
+            "the model's exits were calibrated with float weights: load it without, quantise it, "
+            "and calibrate what comes out"
         )
     fields = model.config.as_dict()
     fields["quantized"] = {

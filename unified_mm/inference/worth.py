@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from unified_mm.nn.tokens import Tokens
+from unified_mm.nn.tokens import Tokens, unfold_items
 
 PICTURE = "picture"  # beside the kinds of texts that leave layers early
 RIDGE = 0.01  # of the examples' number
@@ -23,7 +23,10 @@ RIDGE = 0.01  # of the examples' number
 
 def summary(model: Any, batch: Mapping[str, Mapping[str, Array]]) -> Float[Array, "B F"]:
     """Returns mean and standard deviation of the stem's tokens, of one modality after another."""
-    parts: list[Tokens] = model.embed_context(batch)
+    parts = []
+    for name in model.context_names:
+        tokens: Tokens = model.embed_items(name, batch[name])
+        parts.append(unfold_items(tokens.embeddings, tokens.metadata, batch[name], 0))
     return jnp.concatenate([each for part in parts for each in spread(part)], axis=1)
 
 

@@ -164,8 +164,8 @@ class EarlyFeatures(EarlyFusion, WithTowers):
 
     def embed_text(self, text: Mapping[str, Array], name: str, after: int = 0) -> Tokens:
         tokens = super().embed_text(text, name, after)
-        if self.picture is not None:  # it begins before the picture, also where it is read on
-            groups = tuple(each._replace(first=0) for each in tokens.metadata.groups)
+        if self.picture is not None:  # it begins before the picture, or after none
+            groups = tuple(each._replace(first=None) for each in tokens.metadata.groups)
             metadata = tokens.metadata.replace(groups=groups)  # type: ignore[attr-defined]
             tokens = tokens.replace(metadata=metadata)  # type: ignore[attr-defined]
         if "last" not in text:

@@ -75,7 +75,16 @@ class WithTowers(UnifiedModel):
 
         A batch may hold them as `looked` [rows, N, D], with `looked_valid` [rows, N]: they were
         computed before (`training.features`).
+
+        Raises:
+          ValueError: pictures of one document would share the room of experts.
         """
+        group = self.tower_of(name).own("group", 1)
+        if group > 1 and batch[name]["present"].ndim == 2 and not deterministic:
+            raise ValueError(
+                f"feed_forward_options.group={group} of the tower of {name}: pictures of one "
+                "document would share an expert's room, and texts depend on later ones: set it to 1"
+            )
         items = fold_items(batch[name])
         if "looked" in items:
             x, valid = items["looked"].astype(self.options.dtype), items["looked_valid"]

@@ -123,10 +123,15 @@ class UnifiedModel(nn.Module):
                     f"model.sparse.{name}: the model has no such modality, only "
                     f"{', '.join(self.modalities)}"
                 )
-        few = self.options.own("of", ()) if self.options.feed_forward_type == "neurons" else ()
+        few = [
+            name
+            for each in self.stacks.values()
+            if each.feed_forward_type == "neurons"
+            for name in each.own("of", ())
+        ]
         for name in set(few) - set(self.modalities):
             raise ValueError(
-                f"model.feed_forward_options.of={few}: the model has no modality {name!r}, only "
+                f"feed_forward_options.of={few}: the model has no modality {name!r}, only "
                 f"{', '.join(self.modalities)}"
             )
         self.transformer = Transformer(self.options)

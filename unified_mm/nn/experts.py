@@ -122,10 +122,13 @@ class Experts(nn.Module):
         self._check(x.shape[0], group)
         x = constrain(x, "batch", None, "activation")
         pools: dict[str, list[int]] = {}
+        parts: dict[int, Array] = {}
         for number, each in enumerate(plan.groups):
+            if not each.length:  # the one token of a picture that stands within the text
+                parts[number] = x[:, :0]
+                continue
             name = "all" if self.by == "all" else each.modality
             pools.setdefault(name, []).append(number)
-        parts: dict[int, Array] = {}
         for name, numbers in pools.items():
             routed = self._route(name, x, plan, numbers, group)
             weights = ExpertMlp(self.options, self.count, name=f"experts_{name}")()
@@ -245,7 +248,7 @@ class Experts(nn.Module):
             slots = joined(slots, r.x.shape[1] * r.group, group // r.group)
             limited[number] = Dispatched(by_group(r.x, group), by_group(gates, group), slots)
         if whole:
-            run = by_share(partial(without_drops, self.options, self.top_k))
+            run = by_share(self.options, partial(without_drops, self.options, self.top_k))
             outputs |= zip(whole, run(weights, list(whole.values())), strict=True)
         if limited:
             found = with_room(self.options, weights, list(limited.values()))
@@ -370,7 +373,9 @@ def with_room(
     return found
 
 
-def by_share(function: Callable[..., Array]) -> Callable[..., list[Array]]:
+def by_share(
+    options: TransformerOptions, function: Callable[..., Array]
+) -> Callable[..., list[Array]]:
     """Returns a function of weights and parts of examples, each device's share of them by itself.
 
     Left alone, the compiler gathers all tokens on each device, as blocks hold any of them. Devices
@@ -385,7 +390,7 @@ def by_share(function: Callable[..., Array]) -> Callable[..., list[Array]]:
     if axes is None or mesh.size <= 1:
         return each
     # A pipeline maps this along its stages, and only an axis that is named can be mapped.
-    named = {stage, *axes} if mesh.shape[stage] > 1 else {*axes}
+    named = {stage, *axes} if options.pipeline else {*axes}
     rows = P(axes)
     return jax.shard_map(
         each, in_specs=(P(), rows), out_specs=rows, axis_names=named, check_vma=False
@@ -414,8 +419,8 @@ def without_drops(
         return y * gather(gates[:, pool, None], slots)
 
     # The gradient would keep a copy of an expert's kernels for every block.
-    one = jax.checkpoint(one, prevent_cse=False)
-    y = scatter_add(jax.lax.map(one, (slots, pools)).astype(x.dtype), slots, rows)
+    run = one if options.counted else jax.checkpoint(one, prevent_cse=False)
+    y = scatter_add(jax.lax.map(run, (slots, pools)).astype(x.dtype), slots, rows)
     return y.reshape(shape)
 
 

@@ -406,8 +406,14 @@ class TransformerOptions:
         return cls(**known)
 
     def changed(self, changes: Mapping[str, Any]) -> TransformerOptions:
-        """Returns the options with other values; None, or a size of 0, leaves a value as it is."""
+        """Returns the options with other values; None, or a size of 0, leaves a value as it is.
+
+        Another kind of block or feed-forward has none of the own options of the one before.
+        """
         given = {name: value for name, value in changes.items() if value is not None}
+        for kind in ("block", "feed_forward_type"):
+            if given.get(kind, getattr(self, kind)) != getattr(self, kind):
+                given.setdefault(f"{kind.removesuffix('_type')}_options", {})
         given |= frozen({name: given[name] for name in OWN_OPTIONS if name in given})
         for name in ("width", "layers", "heads", "feed_forward"):
             if not given.get(name):

@@ -25,7 +25,8 @@ class Group(NamedTuple):
       placed: whether its tokens have time and coords.
       grid: of each item, how many tokens lie nowhere and come first, and the rows and columns of
         the patches that follow, row by row; empty where the tokens lie on no grid.
-      first: position at which the tokens of its modality begin in a document.
+      first: position at which the tokens of its modality begin in a document; None where that
+        is data, as in documents of several pictures.
       ordered: whether it is known of positions that are data that within a document each is later
         than that of the token before.
       places: how many positions it takes up, where some of its tokens were dropped; 0 for `length`.
@@ -38,7 +39,7 @@ class Group(NamedTuple):
     valid_first: bool = False
     placed: bool = False
     grid: tuple[int, ...] = ()
-    first: int = 0
+    first: int | None = 0
     ordered: bool = False
     places: int = 0
 
@@ -169,11 +170,12 @@ def offset_positions(
       offset: how many tokens come before, where the batch has no positions.
     """
     if "position" in arrays:
-        return with_positions(metadata, **{key: arrays[key] for key in POSITION_KEYS})
+        placed = with_positions(metadata, **{key: arrays[key] for key in POSITION_KEYS})
+        return placed.replace(groups=tuple(each._replace(first=None) for each in placed.groups))  # type: ignore[attr-defined]
     groups = tuple(
         group._replace(
             start=None if group.start is None else group.start + offset,
-            first=group.first + offset,
+            first=None if group.first is None else group.first + offset,
         )
         for group in metadata.groups
     )

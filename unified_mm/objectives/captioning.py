@@ -50,8 +50,9 @@ class Captioning(TextObjective):
         *,
         deterministic: bool,
     ) -> ObjectiveOutput:
+        chunk = 0 if model.options.counted else self.chunk  # which computes twice
         log_likelihood, right, scored = score_text(
-            model.logits, encoded[self.name].text, batch["text"], self.chunk
+            model.logits, encoded[self.name].text, batch["text"], chunk
         )
         return ObjectiveOutput(
             loss=masked_metric(-log_likelihood, scored),

@@ -48,10 +48,11 @@ class Exits(Auxiliary):
             return ObjectiveOutput((jnp.zeros(()), jnp.zeros(())), {}, {})
         sown = f"{EXIT}:{context.read_as[self.of]}"
         (states,) = (x for path, x in context.auxiliary.items() if path.endswith(f"/{sown}"))
+        chunk = 0 if model.options.counted else self.chunk  # which computes twice
         total, metrics = jnp.zeros(()), {}
         for layer in exits:
             x = model.transformer.normed(states[layer // model.options.blocks_per_period - 1])
-            likelihood, right, scored = score_text(model.logits, x, batch["text"], self.chunk)
+            likelihood, right, scored = score_text(model.logits, x, batch["text"], chunk)
             loss = masked_metric(-likelihood, scored)
             total = total + layer / sum(exits) * loss[0]
             metrics[f"loss_{layer}"] = loss

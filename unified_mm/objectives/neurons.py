@@ -34,7 +34,8 @@ class Neurons(Auxiliary):
         deterministic: bool,
     ) -> ObjectiveOutput:
         left = [x for path, x in context.auxiliary.items() if path.endswith(f"/{NEURONS}")]
-        if model.is_initializing():
+        # Towers whose features were computed before do not run.
+        if model.is_initializing() or not left:
             return ObjectiveOutput((jnp.zeros(()), jnp.zeros(())), {}, {})
         loss, found, seen = sum(x.reshape(-1, 3).sum(0) for x in left)
         return ObjectiveOutput((loss, seen), {"found": (found, seen)}, {})

@@ -190,6 +190,8 @@ def take_whole(
         field = f"objectives.{name}.weight"
         if options["weight"] <= 0:
             continue
+        if options["type"] == "exits" and not chosen.model.exits:  # they are this run's own affair
+            continue
         if name not in chosen.objectives:
             set_field(chosen, f"objectives.{name}", options)
         elif get_field(chosen, field) <= 0 and field not in asked:

@@ -1,6 +1,8 @@
 """Sparse patterns against masks written out token by token, and the backend of their blocks."""
 
 import json
+from contextlib import nullcontext
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from unified_mm.nn.tokens import (
     single_document,
     with_positions,
 )
+from unified_mm.parallel.sharding import without_names
 
 TEXT, IMAGE = "text", "image"
 OTHERS = {"early": {}, "gated_cross_attention": {"objectives__matching__weight": 0.0}}
@@ -284,6 +287,16 @@ def test_patterns_are_the_same_after_they_were_kept():
     made = frozen(given)
     kept = json.loads(json.dumps(made))["sparse"]
     assert frozen({"sparse": dict(kept)}) == made and hash(made["sparse"])
+
+
+def test_the_first_of_a_modality_are_not_guessed_where_pictures_stand_among_words():
+    """A document that begins with its picture has no text at the first positions."""
+    built = tiny.task(model__sparse={TEXT: {"window": 2, "first": 1}})
+    params = without_names(built.abstract_params())
+    for batch, refused in ((tiny.batch(built), False), (tiny.documents(built), True)):
+        given = partial(built.metrics, deterministic=True)
+        with pytest.raises(ValueError, match="first=1 and random=0") if refused else nullcontext():
+            jax.eval_shape(given, params, batch, jax.random.key(0))
 
 
 def test_what_cannot_be_is_refused():

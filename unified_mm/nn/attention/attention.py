@@ -24,7 +24,7 @@ from unified_mm.nn.attention.masks import (
     cut,
     slice_keys,
 )
-from unified_mm.nn.attention.patterns import refined
+from unified_mm.nn.attention.patterns import refined, without_patterns
 from unified_mm.nn.attention.rotary import rotary_places, rotary_rates, rotate
 from unified_mm.nn.attention.rules import ALL, NONE, MaskTable, Window
 from unified_mm.nn.layers import Dense, Norm, PerModality
@@ -73,7 +73,7 @@ class AttentionPlan:
         return any(
             overlap(span, call.queries)
             and overlap(span, (key.start, key.stop))
-            and key.predicate != ALL
+            and without_patterns(key.predicate) != ALL
             for call in self.calls
             for key in call.keys
         )

@@ -154,6 +154,13 @@ class NearInSpace(Pattern):
         return self.keeps(query, key) if "coords" in query and "coords" in key else None
 
 
+def without_patterns(predicate: Predicate) -> Predicate:
+    """Returns what a rule lets a token see before patterns and windows, which are symmetric."""
+    while isinstance(predicate, Sparse | Window):
+        predicate = predicate.of
+    return predicate
+
+
 def refined(of: Predicate, sparse: SparseOptions, group: Group) -> Predicate:
     """Returns what `model.sparse` leaves a group to see of its own modality.
 
@@ -163,7 +170,8 @@ def refined(of: Predicate, sparse: SparseOptions, group: Group) -> Predicate:
       group: of the queries.
 
     Raises:
-      ValueError: it asks for neighbours on a grid, and the tokens lie on none.
+      ValueError: it asks for neighbours on a grid, and the tokens lie on none; or for the first
+        tokens, and which these are is not known.
     """
     found: list[Predicate] = []
     if sparse.window:
@@ -177,8 +185,15 @@ def refined(of: Predicate, sparse: SparseOptions, group: Group) -> Predicate:
         _, down, across = group.grid
         # Half a patch more, so that rounding decides nothing.
         found.append(NearInSpace((sparse.grid + 0.5) / across, (sparse.grid + 0.5) / down))
-    if sparse.first:
-        found.append(First(sparse.first, group.first))
-    if sparse.random:
-        found.append(RandomBlocks(sparse.random, sparse.block, sparse.seed, group.first))
+    if sparse.first or sparse.random:
+        if group.first is None:
+            raise ValueError(
+                f"model.sparse.{group.modality}: first={sparse.first} and random={sparse.random} "
+                "count its tokens from the first in a document, and where pictures stand among "
+                "words nothing says which that is: set both to 0, and a window or a grid"
+            )
+        if sparse.first:
+            found.append(First(sparse.first, group.first))
+        if sparse.random:
+            found.append(RandomBlocks(sparse.random, sparse.block, sparse.seed, group.first))
     return Sparse(of, tuple(found))
