@@ -109,7 +109,7 @@ def test_a_text_without_a_picture_is_as_if_no_token_stood_for_one(model, outputs
     assert np.abs(np.delete(first, 1, 0) - np.delete(later, 3, 0)).max() < 1e-5
 
 
-NEAR = (("text", (("window", 1), ("first", 3), ("random", 1), ("block", 2))),)
+NEAR = (("text", (("window", 2),)),)
 
 
 @pytest.mark.parametrize("sparse", [(), NEAR])
@@ -144,6 +144,9 @@ def test_what_it_cannot_do_is_said(model):
 
     with pytest.raises(ValueError, match="write with `generate`"):
         Slots(model.predictor, 2, 4)
+    first = tiny.replace_model(model.task, sparse=(("text", (("first", 3),)),))
+    with pytest.raises(ValueError, match="first=3 and random=0 count its tokens from the first"):
+        first.abstract_params()
     config = Config(tiny.config_dict(**FIELDS | {"model__fusion": "early"}).to_dict())
     with pytest.raises(ValueError, match="image='<unk>': model.fusion='early' reads no picture"):
         build_task(config, tokenizer())
