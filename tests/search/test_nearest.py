@@ -23,7 +23,9 @@ def nearest(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("vectors")
     few = len(VECTORS) if request.param == "all compared" else len(VECTORS) - 1
     parts = np.array_split(VECTORS, 7)
-    write_vectors(folder, "image", parts, VECTORS.shape, exact_up_to=few)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.cpu_count", lambda: 1)  # several threads join another graph each time
+        write_vectors(folder, "image", parts, VECTORS.shape, exact_up_to=few)
     return Nearest.open(folder, "image")
 
 
@@ -37,8 +39,7 @@ def test_they_are_found_with_their_cosines(nearest, request):
     numbers, scores = oracle(QUERIES, 10)
     found = nearest.search(QUERIES, 10)
     kept = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found.numbers, numbers)])
-    # Threads join a graph in another order each time, which busy cores make worse.
-    assert kept == 1 if nearest.graph is None else kept > 0.8
+    assert kept == 1 if nearest.graph is None else kept > 0.98
     exact = nearest.exact(QUERIES, 10)
     np.testing.assert_array_equal(exact.numbers, numbers)
     np.testing.assert_allclose(exact.scores, scores, atol=1e-6)
