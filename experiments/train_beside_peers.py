@@ -1,14 +1,15 @@
 """A training step of `tiny` on a CPU: this package against PyTorch, with and without huge pages.
 
     pip install '.[parity]'
-    python -m experiments.train_beside_peers
+    python -m experiments.train_beside_peers [--before=../before]
 
 All train early fusion of the same shapes on the same ready batches: one pass over [image | text of
 contrast | text of captioning], softmax contrast and next tokens, AdamW, the norm of gradients
 clipped, float32, as many threads. PyTorch attends by its own fused function, part by part as we do.
 Each is a process of its own; they take turns of a few steps, so that other load on the machine
-slows all, and the ratio of a turn counts: to PyTorch without and with huge pages. Run it on idle
-cores.
+slows all, and the ratio of a turn counts: to PyTorch without and with huge pages. Another checkout
+of this package takes its turns too, with its own recipe of the same shapes, and the losses of its
+first steps must be ours. Run it on idle cores.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from unified_mm.files import read_json, write_json
 
 HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 BATCHES = 4
+SAME = 20  # steps whose losses another checkout must have
 LEARNED = ("contrastive", "captioning")  # PyTorch's side adds up these losses
 RECIPE = "experiments/recipe.py:tiny"
 
@@ -46,14 +48,18 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=12, help="of each, alternating")
     parser.add_argument("--steps", type=int, default=4, help="in a turn")
     parser.add_argument("--compiled", action="store_true", help="torch.compile too")
+    parser.add_argument("--before", type=Path, help="another checkout of this package")
+    parser.add_argument(
+        "--before-recipe", default="configs/coco.py:tiny", help="its recipe of the same shapes"
+    )
     parser.add_argument("--replace", action="store_true", help="overwrite what was kept before")
     parser.add_argument("--work", choices=WORKERS, help=argparse.SUPPRESS)
     parser.add_argument("--batches", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         with redirect_stdout(sys.stderr):  # what is said on the way is no answer
-            step = WORKERS[args.work](args.batches)
-        serve(step)
+            step = WORKERS[args.work](args)
+        serve(step, SAME)
         return
     from experiments.keep import new_result
     from unified_mm.benchmarks.timing import provenance
@@ -69,16 +75,15 @@ def main() -> None:
 def in_turns(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Starts a worker for each way to train, lets them take turns, and returns a row for each."""
     kinds = ["ours", "torch", *(["torch_compiled"] if args.compiled else [])]
+    kinds += ["before"] if args.before else []
     workers = {}
+    losses = {}
     for kind in kinds:  # ours comes first: it writes the batches
         for name, more in ((kind, {}), (f"{kind}, huge pages", HUGE)):
-            command = [sys.executable, "-m", "experiments.train_beside_peers"]
-            kept = {key: value for key, value in os.environ.items() if key not in HUGE}
-            workers[name] = subprocess.Popen(
-                [*command, f"--work={kind}", f"--batches={folder}"],
-                env=kept | more, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            )  # fmt: skip
-            read(workers[name])
+            workers[name] = start(kind, args, folder, more)
+            losses[name] = read(workers[name])["losses"]
+    if args.before:
+        same_losses(losses["ours"], losses["before"])
     turns: dict[str, list[float]] = {name: [] for name in workers}
     for turn in range(args.turns):
         order = list(workers) if turn % 2 == 0 else list(workers)[::-1]
@@ -93,10 +98,43 @@ def in_turns(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return rows
 
 
+def start(
+    kind: str, args: argparse.Namespace, folder: Path, more: Mapping[str, str]
+) -> subprocess.Popen[str]:
+    """Starts a worker, in the checkout that it measures."""
+    place = args.before.resolve() if kind == "before" else Path(__file__).parents[1]
+    own = [f"--work={kind}", f"--batches={folder}", f"--before-recipe={args.before_recipe}"]
+    kept = {key: value for key, value in os.environ.items() if key not in HUGE}
+    return subprocess.Popen(
+        [sys.executable, __file__, *own],
+        cwd=place, env=kept | more | {"PYTHONPATH": str(place)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def same_losses(ours: list[float], before: list[float]) -> None:
+    """Checks that two checkouts train alike.
+
+    Raises:
+      ValueError: a loss differs by more than a ten-thousandth.
+    """
+    apart = [abs(a - b) / abs(b) for a, b in zip(ours, before, strict=True)]
+    if max(apart) > 1e-4:
+        step = apart.index(max(apart))
+        raise ValueError(
+            f"step {step} has a loss of {ours[step]} here and of {before[step]} there: the two "
+            "do not train alike, so their speeds say nothing; give --before-recipe the same "
+            f"shapes as {RECIPE}"
+        )
+
+
 def rates(turns: Mapping[str, list[float]], name: str) -> dict[str, Any]:
     """Returns the speed of one way to train, alone and as a multiple of PyTorch's in each turn."""
     found: dict[str, Any] = {"steps_per_second": round(1 / statistics.median(turns[name]), 3)}
-    for key, peer in (("torch", "torch"), ("torch_with_huge_pages", "torch, huge pages")):
+    peers = {"torch": "torch", "torch_with_huge_pages": "torch, huge pages", "before": "before"}
+    for key, peer in peers.items():
+        if peer not in turns:
+            continue
         ratios = [b / a for a, b in zip(turns[name], turns[peer], strict=True)]
         found[f"times_{key}"] = round(statistics.median(ratios), 3)
         found[f"times_{key}_least_most"] = [round(min(ratios), 3), round(max(ratios), 3)]
@@ -120,9 +158,14 @@ def read(worker: subprocess.Popen[str]) -> Any:
     return json.loads(line)
 
 
-def serve(step: Callable[[], float]) -> None:
-    """Does as many steps as each line of the input says, and prints the seconds of each."""
-    first = [step() for _ in range(3)]
+def serve(step: Callable[[], float], before: int = 3) -> None:
+    """Does as many steps as each line of the input says, and prints the seconds of each.
+
+    Args:
+      step: does a step and returns its loss.
+      before: steps that are not timed; their losses are printed first.
+    """
+    first = [step() for _ in range(before)]
     print(json.dumps({"losses": first}), flush=True)
     for line in sys.stdin:
         seconds = []
@@ -135,12 +178,26 @@ def serve(step: Callable[[], float]) -> None:
         print(json.dumps({"seconds": seconds} if seconds else about), flush=True)
 
 
-def ours(folder: Path) -> Callable[[], float]:
+def before(args: argparse.Namespace) -> Callable[[], float]:
+    """Returns a step of the checkout that this process stands in.
+
+    Raises:
+      SystemExit: there is no checkout.
+    """
+    import unified_mm
+    from unified_mm.benchmarks.training import Step
+
+    if Path.cwd() not in Path(str(unified_mm.__file__)).resolve().parents:
+        raise SystemExit(f"{Path.cwd()} is no checkout: {unified_mm.__file__} would be measured")
+    return Step(prepared(args.before_recipe), BATCHES).loss
+
+
+def ours(args: argparse.Namespace) -> Callable[[], float]:
     """Returns a step of ours on the first batches of the recipe, which it writes as files."""
     from unified_mm.benchmarks.training import Step
     from unified_mm.training.loop import phase_batches
 
-    setup = prepared()
+    setup, folder = prepared(), args.batches
     with closing(phase_batches(setup, setup.phases[0], 0)) as batches:  # type: ignore[type-var]
         for number in range(BATCHES):
             image, text = (next(batches)[name] for name in ("image", "text"))
@@ -150,22 +207,26 @@ def ours(folder: Path) -> Callable[[], float]:
     return Step(setup, BATCHES).loss
 
 
-def prepared() -> Any:
-    """Returns the setup of the recipe's training."""
-    from unified_mm.cli.recipes import recipe_config
+def prepared(recipe: str = RECIPE) -> Any:
+    """Returns the setup of a recipe's training."""
+    try:
+        from unified_mm.cli.recipes import recipe_config
+    except ImportError:  # an older checkout
+        from unified_mm.recipes import recipe_config  # type: ignore[import-not-found,no-redef]
     from unified_mm.runs.folder import RunFolder
     from unified_mm.training.setup import prepare
 
     with tempfile.TemporaryDirectory() as folder:
-        config = Config(recipe_config(RECIPE).to_dict())
+        config = Config(recipe_config(recipe).to_dict())
         return prepare(config, RunFolder(folder), lambda line: None)
 
 
-def theirs(folder: Path, compiled: bool = False) -> Callable[[], float]:
+def theirs(args: argparse.Namespace, compiled: bool = False) -> Callable[[], float]:
     """Returns a step of PyTorch's on the batches that ours wrote."""
     import torch
 
     torch.manual_seed(0)
+    folder = args.batches
     model = early_fusion(Shape.read(folder))
     run = torch.compile(model) if compiled else model
     decayed = [each for each in model.parameters() if each.ndim > 1]
@@ -362,8 +423,9 @@ def early_fusion(shape: Shape, *, half: bool = False, flash: bool = False) -> An
     return EarlyFusion()
 
 
-WORKERS: dict[str, Callable[[Path], Callable[[], float]]] = {
+WORKERS: dict[str, Callable[[argparse.Namespace], Callable[[], float]]] = {
     "ours": ours,
+    "before": before,
     "torch": theirs,
     "torch_compiled": partial(theirs, compiled=True),
 }
