@@ -190,3 +190,26 @@ def wait_until(condition, seconds=20):
     while not condition() and time.time() < deadline:
         time.sleep(0.05)
     return condition()
+
+
+UNGUARDED = f"""
+from pathlib import Path
+from unified_mm.world.build import ensure_world
+from unified_mm.world.scenes import WorldSpec
+ensure_world({replace(SPEC, train=130)!r}, Path("cache"), processes=2)
+"""
+
+
+@pytest.mark.parametrize("piped", [True, False])
+def test_a_script_that_no_process_can_import_is_told_so(tmp_path, piped):
+    """A pool that started others in place of those that cannot begin would go on for ever."""
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    done = subprocess.run(
+        [sys.executable, *([] if piped else ["script.py"])],
+        input=UNGUARDED if piped else "", cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "has ended by itself" in done.stderr
+    assert not list(tmp_path.glob("cache/*"))

@@ -7,9 +7,12 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +78,7 @@ def ensure_world(
 
     Raises:
       FileNotFoundError: the folder has lost its annotations.
+      RuntimeError: a process that renders could not begin, or was killed.
     """
     folder = cache / f"world-{_digest(spec)}"
     if folder.is_dir():
@@ -154,10 +158,33 @@ def _rendered(
         yield from map(_render_chunk, work)
         return
     # Spawned, for a process that runs jax has threads that a fork would break.
-    with without_interrupts():
-        workers = multiprocessing.get_context("spawn").Pool(processes)
-    with workers as pool:
-        yield from pool.imap(_render_chunk, work)
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawned, initializer=_end_with_parent) as pool:
+        try:
+            with without_interrupts():
+                told = [pool.submit(_render_chunk, part) for part in work]
+            for each in told:
+                yield each.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a process that renders the world has ended by itself. If its error above is about "
+                "__main__ or bootstrapping: each such process imports the script that was started, "
+                "which must be a file, and do what it does under `if __name__ == '__main__':`"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Lets this process end when the one that started it was killed."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _render_chunk(work: tuple[WorldSpec, str, int, int, str]) -> list[SceneText]:
