@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from hand_counts import ROWS, TIMES, WIDTH, W, X, loop, norm, product, traffic
+from hand_counts import ROWS, TIMES, WIDTH, W, X, layers, loop, norm, product, traffic
 
 from unified_mm.costs import topologies
 from unified_mm.costs.chips import CHIPS, GPUS, TPUS
@@ -101,11 +101,13 @@ def test_one_device_a_chip(topology, count):
 
 @pytest.mark.topology
 def test_the_counter_agrees_with_counts_by_hand():
-    """A loop copies what it hands on, and a norm reads its rows twice."""
+    """A loop copies what it hands on, a norm reads its rows twice, a slice is no whole stack."""
     devices, _ = target("v5e:1x1")
     x, w = (ROWS, WIDTH), (WIDTH, WIDTH)
     assert traffic(devices, product, x, w) == pytest.approx(2 * X + W, rel=0.1)
     assert traffic(devices, loop, x, w) == pytest.approx(TIMES * (4 * X + W), rel=0.1)
+    stack = traffic(devices, layers, x, (TIMES, *w))
+    assert stack == pytest.approx(TIMES * (2 * X + W), rel=0.1)
     assert traffic(devices, norm, x, w) == pytest.approx(3 * X, rel=0.1)
 
 

@@ -85,6 +85,26 @@ KERNELS = """
   ROOT %s = f32[1,16] dynamic-slice(%b, %i, %i), dynamic_slice_sizes={1,16}
 }
 
+%row_of (p: f32[8,16], i: s32[]) -> bf16[1,16] {
+  %i = s32[] parameter(1)
+  %p = f32[8,16] parameter(0)
+  %h = bf16[8,16] convert(%p)
+  ROOT %s = bf16[1,16] dynamic-slice(%h, %i, %i), dynamic_slice_sizes={1,16}
+}
+
+%of_row (i: s32[], p: f32[8,16]) -> bf16[1,16] {
+  %i = s32[] parameter(0)
+  %p = f32[8,16] parameter(1)
+  %f = bf16[1,16] fusion(%p, %i), kind=kLoop, calls=%row_of
+  ROOT %n = bf16[1,16] negate(%f)
+}
+
+%within (p: f32[8,16], r: f32[1,16]) -> f32[8,16] {
+  %p = f32[8,16] parameter(0)
+  %r = f32[1,16] parameter(1)
+  ROOT %f = f32[8,16] fusion(%p, %r), kind=kLoop, calls=%change_of
+}
+
 %change_of (p: f32[8,16], r: f32[1,16]) -> f32[8,16] {
   %p = f32[8,16] parameter(0)
   %r = f32[1,16] parameter(1)
@@ -115,6 +135,11 @@ KERNELS = """
          "%y = f32[1,16] fusion(%x, %c), kind=kLoop, calls=%slice_of", 2 * ROW + 4),
         ("%r = f32[1,16] constant(0)\n"
          "%y = f32[8,16] fusion(%x, %r), kind=kLoop, calls=%change_of", 2 * ROW),
+        # A kernel within a kernel: of a stack of layers one is read, in half the bits.
+        ("%c = s32[] constant(2)\n"
+         "%y = bf16[1,16] fusion(%c, %x), kind=kOutput, calls=%of_row", ROW + 4 + ROW // 2),
+        ("%r = f32[1,16] constant(0)\n"
+         "%y = f32[8,16] fusion(%x, %r), kind=kLoop, calls=%within", 2 * ROW),
         ("%y = f32[8,16] all-reduce(%x), replica_groups=[1,2]<=[2], to_apply=%add", 2 * WHOLE),
         ("%s = (f32[8,16]{1,0:S(1)}, f32[8,16], u32[]{:S(2)}) copy-start(%x)\n"
          "%y = f32[8,16]{1,0:S(1)} copy-done(%s)", WHOLE),

@@ -27,7 +27,7 @@ class Instruction:
     type: str
     opcode: str
     operands: tuple[str, ...]
-    attributes: str  # of a constant: its value
+    attributes: str  # of a constant its value, of a parameter its number, in parentheses
     root: bool  # whether it is its computation's result
 
     @classmethod
@@ -39,7 +39,7 @@ class Instruction:
         root, name, type_, opcode = found.groups()
         operands, attributes = _parenthesis(line[found.end() - 1 :])
         names = tuple(re.findall(NAME, operands))
-        rest = operands if opcode == "constant" else attributes
+        rest = operands if opcode in ("constant", "parameter") else attributes
         return cls(name, type_, opcode, names, rest, bool(root))
 
     def attribute(self, pattern: str) -> str:
@@ -150,11 +150,17 @@ class Program:
 
 def array_bytes(type_: str) -> int:
     """Returns the bytes of an array type `bf16[8,64]{1,0}`, or of all arrays of a tuple type."""
-    arrays = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", type_)
-    return sum(
-        _bits(name) * math.prod(int(size) for size in shape.split(",") if size) // 8
-        for name, shape in arrays
-    )
+    return sum(_bits(name) * size // 8 for name, size in _arrays(type_))
+
+
+def array_size(type_: str) -> int:
+    """Returns the numbers that an array type holds, or all arrays of a tuple type."""
+    return sum(size for _, size in _arrays(type_))
+
+
+def _arrays(type_: str) -> list[tuple[str, int]]:
+    found = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", type_)
+    return [(name, math.prod(map(int, shape.split(",") if shape else ()))) for name, shape in found]
 
 
 def _bits(name: str) -> int:

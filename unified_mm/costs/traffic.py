@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from unified_mm.costs.collectives import collectives_once, kind_of
-from unified_mm.costs.hlo import Instruction, Program, Run, array_bytes
+from unified_mm.costs.hlo import Instruction, Program, Run, array_bytes, array_size
 
 # What moves nothing by itself.
 STILL = frozenset(
@@ -16,6 +17,7 @@ STILL = frozenset(
 )
 LIBRARIES = ("__cublas", "__cudnn")  # calls of these hold, as a last result, room to work in
 SLICES = ("dynamic-slice", "slice", "gather")
+SAME = ("convert", "copy", "transpose")  # who reads a share of the result, reads it of the operand
 
 
 def memory_traffic(program: Program) -> int:
@@ -42,7 +44,7 @@ def _traffic(run: Run, program: Program) -> int:
     if line.opcode in STILL or line.opcode.endswith("-done"):
         return 0
     if line.opcode == "fusion":
-        return sum(_fusion_traffic(program.computations[name]) for name in line.calls)
+        return Kernel(program.computations[line.calls[0]], program).traffic()
     if line.opcode in SLICES:
         return 2 * array_bytes(line.type)
     if line.opcode.removesuffix("-start") in SLICES:  # its tuple holds what it takes a slice of
@@ -77,40 +79,89 @@ def _own_traffic(run: Run, program: Program) -> int:
     return written + sum(_near(around[name].type) for name in run.line.operands)
 
 
-def _fusion_traffic(lines: Mapping[str, Instruction]) -> int:
-    """Returns the bytes of a kernel: its parameters, or the slices it reads, and its results."""
-    users: dict[str, list[Instruction]] = {}
-    for line in lines.values():
-        for name in line.operands:
-            users.setdefault(name, []).append(line)
+@dataclass(frozen=True)
+class Kernel:
+    """A fusion, which is computed without its inner arrays ever being written.
 
-    def read(name: str, whole: int) -> int:
-        total = 0
-        for user in users.get(name, ()):
-            first = user.operands[0] == name
-            if user.opcode == "bitcast":
-                total += read(user.name, whole)
-            elif user.opcode in SLICES and first:
-                total += array_bytes(user.type)
-            elif _passes(user) or (user.opcode == "dynamic-update-slice" and first):
-                continue
-            else:
-                total += whole
-        return min(total, whole)
+    Attributes:
+      lines: its instructions by name; some are fusions themselves.
+      program: whose it is.
+    """
 
-    def written(line: Instruction) -> int:
+    lines: Mapping[str, Instruction]
+    program: Program
+
+    @cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """The instructions that read each."""
+        found: dict[str, list[Instruction]] = {}
+        for line in self.lines.values():
+            for name in dict.fromkeys(line.operands):
+                found.setdefault(name, []).append(line)
+        return found
+
+    @property
+    def parameters(self) -> dict[int, Instruction]:
+        """The parameters by number."""
+        lines = (line for line in self.lines.values() if line.opcode == "parameter")
+        return {int(line.attributes.strip("()")): line for line in lines}
+
+    @cached_property
+    def root(self) -> Instruction:
+        """The instruction whose result is the kernel's."""
+        return next(line for line in self.lines.values() if line.root)
+
+    @cached_property
+    def results(self) -> frozenset[str]:
+        """The names of what the kernel hands out."""
+        found = [self.root]
+        for line in found:  # which grows
+            if line.opcode in ("tuple", "bitcast"):
+                found += [self.lines[name] for name in line.operands]
+        return frozenset(line.name for line in found)
+
+    def within(self, line: Instruction) -> Kernel:
+        """Returns the kernel that one of the instructions is, as part of this one."""
+        return Kernel(self.program.computations[line.calls[0]], self.program)
+
+    def traffic(self) -> int:
+        """Returns the bytes of the parameters, or of the slices it reads, and of the results."""
+        parameters = self.parameters.values()
+        read = sum(round(_near(line.type) * self.share(line.name)) for line in parameters)
+        return read + self.written(self.root)
+
+    def share(self, name: str) -> float:
+        """Returns which share of an array is read."""
+        return min(1.0, sum(self.used(name, user) for user in self.users.get(name, ())))
+
+    def used(self, name: str, user: Instruction) -> float:
+        """Returns which share of an array an instruction reads."""
+        places = [place for place, operand in enumerate(user.operands) if operand == name]
+        if user.opcode in SLICES and places == [0]:
+            return array_size(user.type) / max(1, array_size(self.lines[name].type))
+        if user.opcode == "bitcast" or (user.opcode in SAME and user.name not in self.results):
+            return self.share(user.name)
+        if user.opcode == "fusion":
+            inner = self.within(user)
+            return sum(inner.share(inner.parameters[place].name) for place in places)
+        if _passes(user) or (user.opcode == "dynamic-update-slice" and places == [0]):
+            return 0.0
+        return 1.0
+
+    def written(self, line: Instruction) -> int:
+        """Returns the bytes that are written of a result."""
         if line.opcode == "tuple":
-            return sum(written(lines[name]) for name in line.operands)
-        if line.opcode == "bitcast" and _near(line.type):
-            return written(lines[line.operands[0]])
-        if line.opcode == "dynamic-update-slice" and _near(line.type):
-            return array_bytes(lines[line.operands[1]].type)
-        return 0 if line.opcode == "parameter" or _passes(line) else _near(line.type)
-
-    parameters = [line for line in lines.values() if line.opcode == "parameter"]
-    return sum(read(line.name, _near(line.type)) for line in parameters) + sum(
-        written(line) for line in lines.values() if line.root
-    )
+            return sum(self.written(self.lines[name]) for name in line.operands)
+        if not _near(line.type) or line.opcode == "parameter" or _passes(line):
+            return 0
+        if line.opcode == "bitcast":
+            return self.written(self.lines[line.operands[0]])
+        if line.opcode == "dynamic-update-slice":
+            return array_bytes(self.lines[line.operands[1]].type)
+        if line.opcode == "fusion":
+            inner = self.within(line)
+            return inner.written(inner.root)
+        return _near(line.type)
 
 
 def _passes(line: Instruction) -> bool:
