@@ -130,6 +130,9 @@ KERNELS = """
         ("%y = f32[8,16]{1,0:T(8,128)S(1)} negate(%x)", WHOLE),  # kept beside the units
         ("%y = (f32[8,16], f32[8,16]) tuple(%x, %x)\n%z = f32[8,16] bitcast(%x)", 0),
         ("%y = f32[1,16] slice(%x), slice={[0:1], [0:16]}", 2 * ROW),
+        ("%y = f32[1,16]{1,0:S(1)} slice(%x), slice={[0:1], [0:16]}", ROW),
+        ("%y = f32[1,16]{1,0:S(1)} negate(%x)\n"
+         "%z = f32[8,16] dynamic-update-slice(%x, %y, %x, %x)", WHOLE + ROW),
         ("%y = f32[8,16] custom-call(), custom_call_target=\"AllocateBuffer\"", 0),
         ("%c = s32[] constant(2)\n"
          "%y = f32[1,16] fusion(%x, %c), kind=kLoop, calls=%slice_of", 2 * ROW + 4),

@@ -46,13 +46,15 @@ def _traffic(run: Run, program: Program) -> int:
     if line.opcode == "fusion":
         return Kernel(program.computations[line.calls[0]], program).traffic()
     if line.opcode in SLICES:
-        return 2 * array_bytes(line.type)
+        source = around[line.operands[0]].type
+        return (_near(source) > 0) * array_bytes(line.type) + _near(line.type)
     if line.opcode.removesuffix("-start") in SLICES:  # its tuple holds what it takes a slice of
         return array_bytes(line.type) - sum(array_bytes(around[n].type) for n in line.operands)
     if line.opcode == "custom-call":
         return _custom_traffic(run, program)
     if line.opcode == "dynamic-update-slice":
-        return 2 * array_bytes(around[line.operands[1]].type)
+        part = around[line.operands[1]].type
+        return _near(part) + (_near(line.type) > 0) * array_bytes(part)
     return _own_traffic(run, program)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -63,6 +64,15 @@ def counts_of(objectives: Sequence[Objective], metrics: Metrics) -> dict[str, An
     return {each.name: metrics[f"{each.name}/loss"][1] for each in objectives}
 
 
+def row_major(x: jax.Array) -> jax.Array:
+    """Asks the compiler for the memory layout of an array that goes in or out of a program.
+
+    Without it a TPU's lays out a product as is best for the product, and what it is added to, which
+    comes and goes in this layout, is copied before and after.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
 def gradients(
     task: Task,
     optimizer: Optimizer,
@@ -89,9 +99,9 @@ def gradients(
     """
 
     def laid_out(gradient: Any) -> Any:
-        if shardings is None:
-            return gradient
-        return jax.lax.with_sharding_constraint(gradient, shardings)
+        if shardings is not None:
+            gradient = jax.lax.with_sharding_constraint(gradient, shardings)
+        return jax.tree.map(row_major, gradient)
 
     if micro_batches == 1:
 
