@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from unified_mm.nn.quantized import Quantized
 from unified_mm.nn.tokens import Group
 
 Initializer = Callable[..., Any]
+CHOOSING = re.compile(r"router_\w+|score|narrow|wide")
 PRODUCT = "product"  # the name by which remat knows what `Dense` computes
 
 
@@ -71,7 +73,30 @@ class Dense(nn.Module):
 
 
 class Choosing(Dense):
-    """A dense map by whose outputs something is chosen: what is rounded may choose otherwise."""
+    """A dense map by whose outputs something is chosen: what is rounded may choose otherwise.
+
+    It has one of the names `CHOOSING`, by which `rounded` knows it.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name and not CHOOSING.fullmatch(self.name):
+            raise ValueError(f"{self.name!r} is not among the names of what chooses: {CHOOSING}")
+
+
+def rounded(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Returns a stack's parameters with kernels rounded as each `Dense` would round its own.
+
+    So the gradients of all layers, which are no more exact than that, take half of the memory.
+    """
+    return {
+        name: each.astype(dtype)
+        if name == "kernel"
+        else rounded(each, dtype)
+        if isinstance(each, Mapping) and not CHOOSING.fullmatch(name)
+        else each
+        for name, each in params.items()
+    }
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
