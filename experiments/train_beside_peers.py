@@ -107,7 +107,7 @@ def start(
     kept = {key: value for key, value in os.environ.items() if key not in HUGE}
     return subprocess.Popen(
         [sys.executable, __file__, *own],
-        cwd=place, env=kept | more | {"PYTHONPATH": str(place)},
+        cwd=place, env={**kept, **more, "PYTHONPATH": str(place)},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -54,7 +54,7 @@ def main(options: argparse.Namespace) -> int:
     }
     if isinstance(chip, Gpu):
         about["memory_share"] = memory_share(os.environ)
-    facts = estimate(phase, chip, config.train.ema_decay)
+    facts = estimate(phase, chip)
     say(f"{options.topology}: " + "\n".join(lines(facts)))
     if facts["problem"]:
         say(facts["problem"])

@@ -152,7 +152,6 @@ def train(options: argparse.Namespace) -> int:
 
     The same command resumes a run that was stopped.
     """
-    from unified_mm.analysis.run_report import write_report
     from unified_mm.evaluation.results import results_beside, write_results
     from unified_mm.runs.environment import or_warn, unseen_accelerator
     from unified_mm.training.loop import NotFinite, Stopped
@@ -200,6 +199,8 @@ def train(options: argparse.Namespace) -> int:
         try:
             output.begin(config.as_dict(), setup.task.tokenizer)
             result, found = train_and_score(setup, output, traced=options.profile)
+            from unified_mm.analysis.run_report import write_report  # no step waits for it
+
             scored, banner = found[config.evaluation.split], setup.source.banner
             report = partial(write_report, folder, result, config.as_dict(), scored, banner)
             output.write(lambda: or_warn(f"{folder.report}", report))

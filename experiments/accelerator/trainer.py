@@ -44,7 +44,7 @@ class Trainer:
         self._mesh = make_mesh(config.mesh)
         task = build_task(config, stand_in_for(config))
         self._make_state, (phase, *_) = plan(config, task, self._mesh, stand_in_data(config))
-        self._phase, self._ema_decay = phase, config.train.ema_decay
+        self._phase = phase
         self.batch_size = phase.batch_size
         self.of_state = tree_bytes(phase.abstract)
         self.vocabulary = task.modalities["text"].embedding.vocabulary
@@ -52,7 +52,7 @@ class Trainer:
 
     @functools.cached_property
     def _program(self) -> tuple[Any, float]:
-        return compile_step(self._phase, self._ema_decay)
+        return compile_step(self._phase)
 
     @property
     def compiled(self) -> Any:

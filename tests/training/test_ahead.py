@@ -2,6 +2,7 @@
 
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -21,16 +22,15 @@ from unified_mm.parallel.sharding import rule_items, shard_bytes, to_global
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder
 from unified_mm.task import Task, build_task, parameter_counts
-from unified_mm.training import ahead
 from unified_mm.training import estimate as estimating
 from unified_mm.training.ahead import (
     DoesNotFit,
     StepAhead,
     abstract_phases,
-    lower_step,
     stand_in_data,
 )
 from unified_mm.training.estimate import estimate, lines, problem
+from unified_mm.training.layout import attention_line
 from unified_mm.training.loop import first_phase, phase_batches
 from unified_mm.training.phases import Phase, batch_shapes, computed_flops, training_flops
 from unified_mm.training.setup import Setup, plan, prepare
@@ -54,7 +54,7 @@ def facts():
     """A step of eight devices, for a chip that is slow, and a little too small for it."""
     (phase,) = planned(**BOTH, **WIDE)
     chip = Chip(2**22, 1e9, 1e9, 1e9)
-    return phase, chip, estimate(phase, chip, 0.0)
+    return phase, chip, estimate(phase, chip)
 
 
 @pytest.mark.slow
@@ -69,9 +69,8 @@ def test_what_is_lowered_is_what_a_run_lowers(tmp_path):
     with jax.set_mesh(setup.mesh), nn.logical_axis_rules(rule_items()):
         with closing(phase_batches(setup, setup.phases[0], 0)) as batches:
             batch = to_global(next(batches), setup.mesh)
-        step = setup.phases[0].make_step(setup.options.train.ema_decay)
-        real = step.lower(setup.phases[0].abstract, batch)
-    assert lower_step(phase, phase.make_step(0.0)).as_text() == real.as_text()
+        real = setup.phases[0].step.lower(setup.phases[0].abstract, batch)
+    assert phase.lowered().as_text() == real.as_text()
 
 
 def test_what_was_compiled_ahead_is_not_compiled_when_it_is_called(caplog):
@@ -80,7 +79,7 @@ def test_what_was_compiled_ahead_is_not_compiled_when_it_is_called(caplog):
     task = build_task(config, tiny.tokenizer())
     mesh = make_mesh(config.mesh, jax.devices())
     make_state, (phase,) = plan(config, task, mesh, stand_in_data(config))
-    step = StepAhead(phase, 0.0).step_of(phase)
+    step = StepAhead(phase).step_of(phase)
     batch = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype), batch_shapes(phase.rows, phase.batch_size)
     )
@@ -90,7 +89,7 @@ def test_what_was_compiled_ahead_is_not_compiled_when_it_is_called(caplog):
             state, told = step(state, to_global(batch, mesh))
     assert int(state.step) == 1 and "Compiling jit(step)" not in caplog.text
     with jax.log_compiles():
-        lower_step(phase, phase.make_step(0.0))  # another step: it is told where one is compiled
+        replace(phase, ema_decay=0.5).lowered()  # another step: it is told where one is compiled
     assert "Compiling jit(step)" in caplog.text
 
 
@@ -106,15 +105,27 @@ def test_the_first_parameters_are_traced_once(monkeypatch):
     assert traced.call_count == 1
 
 
+def test_a_step_is_traced_once(monkeypatch):
+    """For the line that says what computes attention, and not again for the compiler."""
+    traced = Mock(side_effect=Task.metrics)
+    monkeypatch.setattr(
+        Task, "metrics", lambda task, *given, **named: traced(task, *given, **named)
+    )
+    (phase,) = planned()
+    assert attention_line([phase]).startswith("attention: xla for ")
+    phase.lowered()
+    assert traced.call_count == 1
+
+
 def test_what_the_compiler_says_is_raised_where_the_step_is_asked_for(monkeypatch):
     def full(*_):
         raise ValueError("there is no memory")
 
-    monkeypatch.setattr(ahead, "lower_step", lambda *_: SimpleNamespace(compile=full))
+    monkeypatch.setattr(Phase, "lowered", lambda _: SimpleNamespace(compile=full))
     (phase,) = planned()
     with pytest.raises(ValueError, match="no memory"):
-        StepAhead(phase, 0.0).step_of(phase)
-    StepAhead(None, 0.0).wait()
+        StepAhead(phase).step_of(phase)
+    StepAhead(None).wait()
 
 
 def test_bytes_of_a_device_are_its_share(facts):
@@ -148,11 +159,11 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_change(facts, monkeypatc
     assert "mesh.fsdp" not in told["problem"]  # the state has room
     assert "mesh.fsdp" in problem(told | {"memory_bytes": 2**17})
 
-    def refuse(phase, ema_decay):
+    def refuse(phase):
         raise DoesNotFit("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm. Exceeded by 4.75G.")
 
     monkeypatch.setattr(estimating, "compile_step", refuse)
-    refused = estimate(phase, CHIPS["v5e"], 0.0)
+    refused = estimate(phase, CHIPS["v5e"])
     assert not refused["fits"]
     assert refused["peak_bytes"] == int(20.5 * 2**30)
     assert f"{int(4.75 * 2**30):,} too few" in refused["problem"]
@@ -226,7 +237,7 @@ def test_a_step_for_sixteen_chips(mesh):
     )  # fmt: skip
     config.mesh.update({"data": 1, **mesh})
     (phase,) = abstract_phases(Config(config.to_dict()), devices)
-    told = estimate(phase, chip, 0.0)
+    told = estimate(phase, chip)
     assert told["chips"] == 16 and told["fits"]
     shards = mesh["fsdp"] * mesh.get("tensor", 1)
     assert told["parameter_bytes"] <= 1.1 * 4 * told["parameters"] / shards

@@ -98,8 +98,7 @@ class Step:
             self._state = phase.enter(setup.make_state())
             with closing(phase_batches(setup, phase, 0)) as read:  # type: ignore[type-var]
                 ready = [to_global(next(read), setup.mesh) for _ in range(batches)]
-            step: Any = phase.make_step(setup.options.train.ema_decay)
-            self._compiled = step.lower(self._state, ready[0]).compile()
+            self._compiled = phase.step.lower(self._state, ready[0]).compile()
         self._batches = cycle(ready)
         self.bytes = held_bytes(self._compiled)
         self.weight_bytes = tree_bytes(self._state.params)
@@ -184,8 +183,7 @@ def step_bytes(setup: Setup) -> int:
         lambda: jax.tree.map(jax.numpy.asarray, phase.task.example_batch(phase.batch_size))
     )
     with _on(setup):
-        step: Any = phase.make_step(setup.options.train.ema_decay)
-        return held_bytes(step.lower(phase.abstract, batch).compile())
+        return held_bytes(phase.step.lower(phase.abstract, batch).compile())
 
 
 def _prepared(fields: Mapping[str, Any], batch: int, options: Mapping[str, str]) -> Setup:

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 import jax
-from jax.sharding import NamedSharding
 
 from unified_mm.config import Config
 from unified_mm.costs.collectives import Collective, collectives_in
@@ -19,9 +17,8 @@ from unified_mm.costs.hlo import Program
 from unified_mm.costs.traffic import memory_traffic
 from unified_mm.data.records import Manifest, Record, Text
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import BATCH, rule_items
 from unified_mm.task import build_task
-from unified_mm.training.phases import Phase, batch_shapes
+from unified_mm.training.phases import Phase
 from unified_mm.training.setup import plan
 from unified_mm.training.sizes import stand_in_for
 
@@ -81,32 +78,20 @@ def stand_in_data(config: Config) -> Manifest:
     return Manifest("train", records, "none", "", "none")
 
 
-def lower_step(phase: Phase, step: Any) -> Any:
-    """Lowers a phase's step for the arguments that training gives it."""
-    mesh = phase.placement.mesh
-    shapes = batch_shapes(phase.rows, phase.batch_size)
-    batch = jax.tree.map(lambda leaf: leaf.update(sharding=NamedSharding(mesh, BATCH)), shapes)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
-        return step.lower(phase.abstract, batch)
-
-
 class StepAhead:
     """The step of a phase, compiled in a thread while a state is made and data is read.
 
     Args:
       phase: the phase that training begins with; None compiles nothing ahead.
-      ema_decay: as in `Phase.make_step`.
     """
 
-    def __init__(self, phase: Phase | None, ema_decay: float) -> None:
+    def __init__(self, phase: Phase | None) -> None:
         self._phase = phase
-        self._ema_decay = ema_decay
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
         if phase is not None:
-            self._step = phase.make_step(ema_decay)
-            # Traced here: in a thread it would take turns with the state's tracing, and be late.
-            lowered = lower_step(phase, self._step)
+            # Lowered here: in a thread it would take turns with the state's tracing, and be late.
+            lowered = phase.lowered()
             self._thread = threading.Thread(target=self._compile, args=(lowered,), daemon=True)
             self._thread.start()
 
@@ -122,25 +107,24 @@ class StepAhead:
             self._thread.join()
 
     def step_of(self, phase: Phase) -> Any:
-        """Returns the step of a phase: that which was compiled, or one that is when it is called.
+        """Returns the step of a phase, which is compiled by now, or when it is called.
 
         Raises:
           Exception: what the compiler raised.
         """
-        if phase is not self._phase:
-            return phase.make_step(self._ema_decay)
-        self.wait()
-        if self._error is not None:
-            raise self._error
-        return self._step
+        if phase is self._phase:
+            self.wait()
+            if self._error is not None:
+                raise self._error
+        return phase.step
 
 
-def program_text(phase: Phase, step: Any) -> str:
+def program_text(phase: Phase) -> str:
     """Returns the text of a phase's compiled step, without compiling again what has run."""
-    return str(lower_step(phase, step).compile().as_text())
+    return str(phase.lowered().compile().as_text())
 
 
-def compile_step(phase: Phase, ema_decay: float) -> tuple[Any, float]:
+def compile_step(phase: Phase) -> tuple[Any, float]:
     """Compiles the step that training runs, and measures the seconds that took.
 
     Raises:
@@ -148,7 +132,7 @@ def compile_step(phase: Phase, ema_decay: float) -> tuple[Any, float]:
     """
     began = time.perf_counter()
     try:
-        compiled = lower_step(phase, phase.make_step(ema_decay)).compile()
+        compiled = phase.lowered().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise DoesNotFit(str(error).splitlines()[0]) from error

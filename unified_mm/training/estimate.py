@@ -15,13 +15,12 @@ from unified_mm.training.phases import Phase, computed_flops, training_flops
 Facts = dict[str, Any]
 
 
-def estimate(phase: Phase, chip: Chip | None, ema_decay: float) -> Facts:
+def estimate(phase: Phase, chip: Chip | None) -> Facts:
     """Compiles the step of a phase and estimates its cost; values that are not known are None.
 
     Args:
       phase: a phase on a mesh of the chips.
       chip: the peaks of each chip; without it there is no estimate of time, and everything fits.
-      ema_decay: `train.ema_decay`.
 
     Returns:
       `parameters`, `flops`, `computed_flops` (recomputation included): of all chips together. Sizes
@@ -31,7 +30,7 @@ def estimate(phase: Phase, chip: Chip | None, ema_decay: float) -> Facts:
     """
     facts = asked(phase, chip)
     try:
-        facts |= taken(phase, chip, ema_decay, facts)
+        facts |= taken(phase, chip, facts)
     except DoesNotFit as error:
         # The compiler tells of the temporaries alone, or of everything.
         facts |= {"fits": False, "peak_bytes": error.needed, "memory_bytes": error.there}
@@ -66,13 +65,13 @@ def asked(phase: Phase, chip: Chip | None) -> Facts:
     }
 
 
-def taken(phase: Phase, chip: Chip | None, ema_decay: float, facts: Facts) -> Facts:
+def taken(phase: Phase, chip: Chip | None, facts: Facts) -> Facts:
     """Compiles the step and returns its cost, with estimated times if the chip's peaks are known.
 
     Raises:
       DoesNotFit: the devices have too little memory.
     """
-    compiled, seconds = compile_step(phase, ema_decay)
+    compiled, seconds = compile_step(phase)
     found = footprint(compiled)
     told: Facts = {
         "temporary_bytes": found.temporary,

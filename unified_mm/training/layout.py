@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.extend.core import Jaxpr
 from jax.sharding import Mesh
 
 from unified_mm.config import Config, build_options
@@ -84,7 +85,7 @@ def run_summary(mesh: Mesh, phases: Sequence[Phase]) -> str:
                     f"{phase_line(phase)}; {passes_of(phase.task)}{offered(phase, mesh)}"
                     for phase in phases
                 ),
-                attention_line(phases, mesh),
+                attention_line(phases),
             ]
         )
     )
@@ -149,14 +150,10 @@ def offered(phase: Phase, mesh: Mesh) -> str:
     return f"; MFLOPs of an example's losses by rule: {', '.join(costs)}"
 
 
-def attention_line(phases: Sequence[Phase], mesh: Mesh) -> str:
+def attention_line(phases: Sequence[Phase]) -> str:
     """Says which backend computes attention, and for how many queries and keys a call."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
-        found = (
-            chosen(partial(phase.task.metrics, deterministic=False), *examples(phase))
-            for phase in phases
-        )
-        return f"attention: {' | '.join(dict.fromkeys(found))}"
+    found = (chosen(phase.traced().jaxpr.jaxpr) for phase in phases)
+    return f"attention: {' | '.join(dict.fromkeys(found))}"
 
 
 def examples(phase: Phase) -> tuple[Any, Any, Any]:
@@ -165,15 +162,10 @@ def examples(phase: Phase) -> tuple[Any, Any, Any]:
     return phase.abstract.params, batch, jax.eval_shape(lambda: jax.random.key(0))
 
 
-def chosen(function: Callable[..., Any], *args: Any) -> str:
-    """Lists the attention backends in a function, with the queries x keys of their calls.
-
-    Args:
-      function: traced, not run.
-      args: its arguments; shapes will do.
-    """
+def chosen(program: Jaxpr) -> str:
+    """Lists the attention backends in a traced program, with the queries x keys of their calls."""
     found: dict[str, set[tuple[int, int]]] = {}
-    for equation in equations(jax.make_jaxpr(function)(*args).jaxpr):
+    for equation in equations(program):
         for name, rows, columns in SCOPE.findall(str(equation.source_info.name_stack)):
             found.setdefault(name, set()).add((int(rows), int(columns)))
     return "; ".join(

@@ -171,7 +171,7 @@ def train(
                 asynchronous=options.checkpoint.asynchronous,
             )
         )
-        ahead = StepAhead(first_phase(setup, checkpoints), options.train.ema_decay)
+        ahead = StepAhead(first_phase(setup, checkpoints))
         stack.callback(ahead.wait)
         state, start, earlier = first_state(setup, checkpoints, output.say)
         metrics = stack.enter_context(output.metrics(options.logging.tensorboard, start or None))
@@ -306,7 +306,7 @@ class Run:
                 self.fresh = True
                 done = self.starved.until(measured)
                 if self.trace.ends_with(step):
-                    self.trace.finish(measured, program_text(phase, step_function))
+                    self.trace.finish(measured, program_text(phase))
                 since.append(measured)
                 in_flight.add(measured)
                 last = step == phase.stop

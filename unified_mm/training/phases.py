@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from unified_mm.config import Config, build_options
 from unified_mm.costs.flops import matmul_flops
@@ -30,7 +31,13 @@ from unified_mm.data.records import Manifest, Record
 from unified_mm.default_config import PhaseOptions, TrainOptions, phase
 from unified_mm.modalities.interleaved import interleaved_preparers
 from unified_mm.objectives.objective import weighted
-from unified_mm.parallel.sharding import BATCH_AXES, ParamShardings, batch_shards, rule_items
+from unified_mm.parallel.sharding import (
+    BATCH,
+    BATCH_AXES,
+    ParamShardings,
+    batch_shards,
+    rule_items,
+)
 from unified_mm.runs.folder import keeps_average
 from unified_mm.task import Task
 from unified_mm.training.features import kept_in, kept_preparers, with_kept
@@ -72,7 +79,8 @@ class Phase:
       placement: shardings of the parameters and what belongs to them.
       abstract: shapes, types and shardings of its state.
       treatment: what changes its gradients beside the optimizer, or None.
-      ema_warmup: whether the decay of the moving average rises with the steps.
+      ema_decay: decay of the moving average of parameters; 0 keeps none.
+      ema_warmup: whether that decay rises with the steps.
       enter: the state of the phase before, or the first one -> the state that this one begins with.
     """
 
@@ -87,6 +95,7 @@ class Phase:
     placement: ParamShardings
     abstract: TrainState
     treatment: Treatment | None
+    ema_decay: float
     ema_warmup: bool
     enter: Callable[[TrainState], TrainState]
 
@@ -94,8 +103,9 @@ class Phase:
         """Returns how many rows of this phase were read up to a step of the run."""
         return max(0, min(step, self.stop) - self.start) * self.batch_size
 
-    def make_step(self, ema_decay: float) -> Any:
-        """Returns the compiled step of the phase; see `make_train_step`."""
+    @cached_property
+    def step(self) -> Any:
+        """The compiled step of the phase; see `make_train_step`."""
         return make_train_step(
             self.task,
             self.optimizer,
@@ -103,9 +113,23 @@ class Phase:
             self.abstract,
             micro_batches=self.micro_batches,
             treatment=self.treatment,
-            ema_decay=ema_decay,
+            ema_decay=self.ema_decay,
             ema_warmup=self.ema_warmup,
         )
+
+    def traced(self) -> Any:
+        """Returns the step traced for the arguments that training gives it; that is done once."""
+        mesh = self.placement.mesh
+        shapes = batch_shapes(self.rows, self.batch_size)
+        batch = jax.tree.map(lambda leaf: leaf.update(sharding=NamedSharding(mesh, BATCH)), shapes)
+        with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+            return self.step.trace(self.abstract, batch)
+
+    def lowered(self) -> Any:
+        """Returns the step as the compiler gets it."""
+        traced = self.traced()
+        with jax.set_mesh(self.placement.mesh):
+            return traced.lower()
 
 
 def phase_options(config: Config) -> dict[str, PhaseOptions]:
@@ -179,6 +203,7 @@ def build_phases(
                 placement=placement,
                 abstract=state,
                 treatment=treatment,
+                ema_decay=config.train.ema_decay,
                 ema_warmup=config.train.ema_warmup,
                 enter=enter,
             )

@@ -1,7 +1,6 @@
 """Every attention backend against softmax under the whole mask, written out in float64."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -13,6 +12,7 @@ from attending import WIDTH, agree, attended, heads_of, on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unified_mm.config import Config
 from unified_mm.inference.predictor import Predictor
 from unified_mm.models.unified import text_group
 from unified_mm.nn.attention import chunked, cudnn, masks, splash
@@ -33,9 +33,9 @@ from unified_mm.nn.tokens import (
     with_positions,
 )
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import rule_items, without_names
+from unified_mm.parallel.sharding import rule_items
+from unified_mm.training.ahead import abstract_phases
 from unified_mm.training.layout import attention_line, chosen
-from unified_mm.training.phases import Phase, Rows
 
 GROUPS = (
     Group("image", "image", 7),
@@ -507,7 +507,7 @@ def test_what_was_chosen_is_read_off_the_traced_program():
     run = by_calls("chunked", table, metadata, metadata, chunked.attend)
     arrays = heads_of(metadata, metadata, 0)[:3]
     gradient = jax.grad(lambda *arrays: jax.jit(run)(*arrays).sum())
-    assert chosen(gradient, *arrays) == "chunked for 6 x 14, 8 x 8"
+    assert chosen(jax.make_jaxpr(gradient)(*arrays).jaxpr) == "chunked for 6 x 14, 8 x 8"
 
 
 def test_an_unknown_backend_is_refused():
@@ -515,28 +515,16 @@ def test_an_unknown_backend_is_refused():
         options("flash")
 
 
-def phase_of(task):
-    """As much of a phase of training as its losses need."""
-    phase = object.__new__(Phase)
-    known = {
-        "task": task,
-        "rows": Rows((), task.modalities, ""),
-        "batch_size": 8,
-        "micro_batches": 2,
-        "abstract": SimpleNamespace(params=without_names(task.abstract_params())),
-    }
-    for name, value in known.items():
-        object.__setattr__(phase, name, value)
-    return phase
+def planned(**changes):
+    """The phase of a tiny run on one device."""
+    config = Config(tiny.config_dict(train__micro_batches=2, **changes).to_dict())
+    return abstract_phases(config, jax.devices()[:1])
 
 
 def test_a_run_says_once_what_was_chosen_or_refuses_before_its_first_step():
-    mesh = make_mesh({}, jax.devices()[:1])
-    line = attention_line([phase_of(tiny.task())] * 2, mesh)
-    assert line == "attention: xla for 4 x 4, 12 x 12, 12 x 16"
-    asked = phase_of(tiny.task(model__attention="cudnn"))  # parameters have their shapes anyhow
+    assert attention_line(planned() * 2) == "attention: xla for 4 x 4, 12 x 12, 12 x 16"
     with pytest.raises(ValueError, match="'cudnn' needs an NVIDIA GPU, and this runs on cpu"):
-        attention_line([asked], mesh)
+        attention_line(planned(model__attention="cudnn"))  # parameters have their shapes anyhow
 
 
 def test_a_trained_model_is_asked_on_any_device():
