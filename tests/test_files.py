@@ -1,5 +1,6 @@
 """Files and folders: what is written is whole, what is wrong is named, and one holder at a time."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 from unified_mm import files
-from unified_mm.files import FolderHeld, hold, naming, read_json, write_json
+from unified_mm.files import FolderHeld, hold, naming, read_json, uncollected, write_json
 
 
 def names_in(folder):
@@ -103,3 +104,13 @@ def test_a_lock_that_was_removed_before_it_was_taken_is_opened_anew(tmp_path, mo
     monkeypatch.setattr(files, "_take", late)
     with hold(folder):
         assert len(taken) == 2 and (folder / ".lock").read_text() == str(os.getpid())
+
+
+def test_garbage_is_looked_for_again_where_it_was_before():
+    assert gc.isenabled()
+    with pytest.raises(KeyError), uncollected():
+        with uncollected():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()

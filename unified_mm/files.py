@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -251,6 +252,21 @@ def without_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Makes Python look for no garbage in the body, which makes many objects and drops few.
+
+    To look at them again and again can take as long as to make them; of a start it was a sixth.
+    """
+    looked = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looked:
+            gc.enable()
 
 
 def is_text(name: str) -> bool:

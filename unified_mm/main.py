@@ -14,10 +14,13 @@ Linux CPU the command starts itself again with huge pages; UNIFIED_MM_HUGE_PAGES
 
 from __future__ import annotations
 
+import gc
+
 from unified_mm.cli.huge_pages import start_again
 
 if __name__ == "__main__":
     start_again("unified_mm.main")
+    gc.disable()  # while all that follows is imported: nothing of it is dropped
 
 import argparse
 import json
@@ -44,7 +47,7 @@ from unified_mm.cli.messages import (
 from unified_mm.cli.recipes import DATA_FIELDS, outside, resolve, settled_fields
 from unified_mm.config import Config, get_field
 from unified_mm.default_config import defaults
-from unified_mm.files import naming, user_path, write_json
+from unified_mm.files import naming, uncollected, user_path, write_json
 from unified_mm.parallel.processes import first_before_others, refuse_unequal, start, together
 from unified_mm.runs.checkpoints import refuse_name
 from unified_mm.runs.folder import RunFolder
@@ -189,7 +192,8 @@ def train(options: argparse.Namespace) -> int:
         if warning := unseen_accelerator():
             output.say(f"WARNING: {warning}")
         config = Config(chosen.to_dict())
-        setup = prepare(config, folder, output.say)
+        with uncollected():
+            setup = prepare(config, folder, output.say)
         settled = settled_fields(chosen)
         refuse_unread(config, [field for field in asked_fields(options) if field not in settled])
         check_asked(config, setup)
@@ -424,4 +428,5 @@ def refuse_unread(config: Config, fields: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    gc.enable()
     main(sys.argv[1:])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -254,21 +252,6 @@ def stays_below(name: str) -> bool:
 
 def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Makes Python look for no garbage in the body, which makes many objects and drops few.
-
-    To look at them again and again would take as long as to make them.
-    """
-    looked = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if looked:
-            gc.enable()
 
 
 class Row(NamedTuple):

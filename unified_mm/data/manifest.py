@@ -25,10 +25,9 @@ from unified_mm.data.listing import (
     id_hint,
     medium_of,
     no_text,
-    uncollected,
 )
 from unified_mm.data.records import ByteStore, File, Manifest, Problem, Record, Source, Stored, Text
-from unified_mm.files import naming, write_atomically
+from unified_mm.files import naming, uncollected, write_atomically
 
 FORMAT = 4  # raise it when the checks or the caches change: older caches are not found then
 # Sides in English, alone or in a word that is made of one: lefthand, left_side, rightmost.

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from unified_mm.files import without_interrupts
+from unified_mm.files import uncollected, without_interrupts
 
 Arrays = dict[str, np.ndarray]
 Batch = dict[str, Arrays]  # modality -> key -> array [B, ...]
@@ -249,7 +249,8 @@ def evaluation_batches(
 
 
 def _read(source: Any, rows: _Rows, threads: int, workers: int, prefetch: int) -> Iterator[Batch]:
-    import grain
+    with uncollected():
+        import grain
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch * rows.rows)
     batches = (

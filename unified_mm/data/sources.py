@@ -19,12 +19,11 @@ from unified_mm.data.listing import (
     Question,
     files_of,
     held_out,
-    uncollected,
     what_is_there,
 )
 from unified_mm.data.manifest import Sidecar, build_manifest, with_questions
 from unified_mm.data.records import Manifest
-from unified_mm.files import naming, user_cache, user_path
+from unified_mm.files import naming, uncollected, user_cache, user_path
 from unified_mm.registry import resolve
 
 BUILT_IN = {

@@ -21,6 +21,7 @@ from unified_mm.data.mixture import Mixture
 from unified_mm.data.pipeline import Unreadable, training_batches
 from unified_mm.evaluation.directions import higher_is_better
 from unified_mm.evaluation.evaluate import evaluate
+from unified_mm.files import uncollected
 from unified_mm.inference.predictor import Predictor
 from unified_mm.parallel.mesh import may_stand_still, shares_threads
 from unified_mm.parallel.processes import first_decides, own_rows
@@ -171,9 +172,10 @@ def train(
                 asynchronous=options.checkpoint.asynchronous,
             )
         )
-        ahead = StepAhead(first_phase(setup, checkpoints))
-        stack.callback(ahead.wait)
-        state, start, earlier = first_state(setup, checkpoints, output.say)
+        with uncollected():
+            ahead = StepAhead(first_phase(setup, checkpoints))
+            stack.callback(ahead.wait)
+            state, start, earlier = first_state(setup, checkpoints, output.say)
         metrics = stack.enter_context(output.metrics(options.logging.tensorboard, start or None))
         traced = traced if output.writes else 0
         left = [(max(start, each.start), each.stop) for each in setup.phases if start < each.stop]
