@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unified_mm.config import Config
+from unified_mm.costs.flops import equations
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import param_shardings, rule_items, to_global
 from unified_mm.training.optimizer import kept_as, make_optimizer, rounded_at_random
@@ -187,3 +189,49 @@ def test_stochastic_rounding_of_float32_is_refused():
     config = tiny.config_dict(train__moments_rounding="stochastic")
     with pytest.raises(ValueError, match="is for train.moments_dtype='bfloat16'"):
         make_optimizer(Config(config.to_dict()).train, 4, {"a": {"kernel": jnp.zeros(5)}})
+
+
+EXPERTS = {
+    "model__feed_forward_type": "experts",
+    "model__feed_forward_options": {"count": 4, "noise": 0.0},
+}
+
+
+@pytest.mark.parametrize("changes", [{}, EXPERTS, {"train__micro_batches": 2}], ids=str)
+def test_gradients_of_all_layers_are_as_exact_as_those_of_each(changes):
+    """Kernels are rounded once for all layers, but for those whose outputs choose something."""
+    changes = CHANGES | {"model__dtype": "bfloat16", "model__layers": 2, **changes}
+    task = tiny.task(**changes)
+    params, batch, key = tiny.params(task), tiny.batch(task, 4), jax.random.key(0)
+    optimizer = make_optimizer(Config(tiny.config_dict().to_dict()).train, 4, params)
+    mesh = make_mesh({}, jax.devices()[:1])
+    placement = param_shardings(task.abstract_params(), mesh)
+
+    def gradient(params, placement):
+        parts = changes.get("train__micro_batches", 1)
+        return gradients(task, optimizer, params, batch, key, parts, placement=placement)[1]
+
+    def kinds(placement):
+        """The types of what the scans of the backward pass hand out, by shape."""
+        traced = jax.make_jaxpr(lambda params: gradient(params, placement))(params).jaxpr
+        found = {}
+        for equation in equations(traced):
+            if equation.primitive.name == "scan" and equation.params["reverse"]:
+                for var in equation.outvars:
+                    found.setdefault(var.aval.shape, set()).add(str(var.aval.dtype))
+        return found
+
+    queries, hidden = (2, 16, 2, 8), (2, 16, 32)
+    if "model__feed_forward_type" in changes:
+        hidden = (2, 4, 16, 32)
+        assert kinds(placement)[2, 16, 4] == {"float32"}  # the router's
+    assert kinds(placement)[queries] == kinds(placement)[hidden] == {"bfloat16"}
+    assert kinds(None)[queries] == {"float32"}
+    with jax.set_mesh(mesh):
+        found, expected = (
+            jax.tree.leaves(jax.jit(partial(gradient, placement=each))(params))
+            for each in (placement, None)
+        )
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, rtol=0.02, atol=0.01 * np.abs(other).max())

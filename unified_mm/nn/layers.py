@@ -84,19 +84,25 @@ class Choosing(Dense):
             raise ValueError(f"{self.name!r} is not among the names of what chooses: {CHOOSING}")
 
 
-def rounded(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    """Returns a stack's parameters with kernels rounded as each `Dense` would round its own.
+def rounded(params: Mapping[str, Any], dtype: Any, shardings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parameters of a stack with kernels rounded as each `Dense` would round its own.
 
     So the gradients of all layers, which are no more exact than that, take half of the memory.
+
+    Args:
+      params: parameters, each of all layers.
+      dtype: type that the stack computes in.
+      shardings: their shardings, which a compiler would not find by itself.
     """
-    return {
-        name: each.astype(dtype)
-        if name == "kernel"
-        else rounded(each, dtype)
-        if isinstance(each, Mapping) and not CHOOSING.fullmatch(name)
-        else each
-        for name, each in params.items()
-    }
+    found: dict[str, Any] = {}
+    for name, each in params.items():
+        if isinstance(each, Mapping) and not CHOOSING.fullmatch(name):
+            found[name] = rounded(each, dtype, shardings[name])
+        elif name == "kernel":
+            found[name] = jax.lax.with_sharding_constraint(each.astype(dtype), shardings[name])
+        else:
+            found[name] = each
+    return found
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from unified_mm.nn.attention.attention import Attention, AttentionPlan
 from unified_mm.nn.attention.cache import LayerKV
 from unified_mm.nn.attention.cross_attention import GatedCrossLayer
-from unified_mm.nn.layers import PRODUCT, Norm, rounded
+from unified_mm.nn.layers import PRODUCT, Norm
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.pipeline import Pipeline, run_pipeline
 from unified_mm.nn.sow import (
@@ -213,8 +213,6 @@ class Transformer(nn.Module):
                 unroll=o.unroll if o.remat == "none" else 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            if not (deterministic or self.is_initializing()):
-                layers = nn.map_variables(layers, "params", partial(rounded, dtype=o.dtype))
             x, kv = layers(o, deterministic, name=LAYERS)(x, plan, cross, cached)
             if span is not None:  # parameters are those of the whole stack
                 kv = jax.tree.map(lambda each: each[slice(*span)], kv)

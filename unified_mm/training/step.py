@@ -15,6 +15,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from unified_mm.nn.layers import rounded
+from unified_mm.nn.unstack import LAYERS
 from unified_mm.objectives.objective import CrossExampleLoss, Metric, Objective, mean, same_rank
 from unified_mm.parallel.sharding import BATCH, ParamShardings, from_parts, into_parts
 from unified_mm.task import Task
@@ -82,7 +84,7 @@ def gradients(
     micro_batches: int,
     *,
     scale: Any = 1.0,
-    shardings: Any = None,
+    placement: ParamShardings | None = None,
     step: Any = 0,
 ) -> tuple[Any, Any, Metrics]:
     """Returns the total loss over the whole batch, its gradient by what is trained, and metrics.
@@ -94,21 +96,24 @@ def gradients(
       micro_batches: parts that the batch is split into.
       scale: the loss is multiplied by it before it is differentiated, and the gradient divided by
         it after, so that small gradients of half-precision activations do not vanish.
-      shardings: shardings of the trained parameters' gradients; None leaves them as they come.
+      placement: shardings of the parameters and their gradients; None leaves them as they come.
       step: how many steps were done before.
     """
 
     def laid_out(gradient: Any) -> Any:
-        if shardings is not None:
+        if placement is not None:
+            shardings = optimizer.part(placement.gradients)
             gradient = jax.lax.with_sharding_constraint(gradient, shardings)
         return jax.tree.map(row_major, gradient)
+
+    def whole(part: Any) -> Any:
+        known = optimizer.whole(part, params)
+        return known if placement is None else rounded_stacks(task, known, placement.params)
 
     if micro_batches == 1:
 
         def loss(part: Any) -> tuple[Any, tuple[Any, Metrics]]:
-            metrics = task.metrics(
-                optimizer.whole(part, params), batch, key, deterministic=False, step=step
-            )
+            metrics = task.metrics(whole(part), batch, key, deterministic=False, step=step)
             counts = counts_of(task.objectives, metrics)
             total = weighted_total(task.objectives, metrics, counts, task.weight_factors(step))
             return scale * total, (total, metrics)
@@ -116,9 +121,20 @@ def gradients(
         gradient, (total, metrics) = jax.grad(loss, has_aux=True)(optimizer.part(params))
         gradient = laid_out(gradient)
     else:
-        accumulation = Accumulation(task, optimizer, params, scale, laid_out, step)
+        trained = optimizer.part(params)
+        accumulation = Accumulation(task, trained, whole, scale, laid_out, step)
         total, gradient, metrics = accumulation.run(batch, key, micro_batches)
     return total, jax.tree.map(lambda g: g / scale, gradient), metrics
+
+
+def rounded_stacks(task: Task, params: Any, shardings: Any) -> Any:
+    """Returns the parameters with the kernels of all stacks rounded to what these compute in."""
+    found = dict(params)
+    for name, options in task.model.stacks.items():
+        if options.dtype != jnp.float32:
+            layers = rounded(params[name][LAYERS], options.dtype, shardings[name][LAYERS])
+            found[name] = {**params[name], LAYERS: layers}
+    return found
 
 
 @dataclass
@@ -135,8 +151,8 @@ class Accumulation:
     """
 
     task: Task
-    optimizer: Optimizer
-    params: Any
+    part: Any  # the parameters that are trained
+    whole: Callable[[Any], Any]  # makes all parameters of these
     scale: Any
     laid_out: Callable[[Any], Any]
     step: Any
@@ -175,7 +191,7 @@ class Accumulation:
     def look(self, rows: Any, key: jax.Array) -> tuple[dict[str, Any], Any]:
         """Returns the counts of a micro-batch's own losses, and its embeddings."""
         metrics, embedded = self.task.metrics_and_embedded(
-            self.params, rows, key, deterministic=False, step=self.step
+            self.whole(self.part), rows, key, deterministic=False, step=self.step
         )
         return counts_of(self.own, metrics), embedded
 
@@ -188,14 +204,14 @@ class Accumulation:
 
         def loss(part: Any, vectors: Any) -> tuple[Any, tuple[Any, Metrics]]:
             whole = {name: each.replace(vectors=vectors[name]) for name, each in embedded.items()}
-            metrics = self.task.compared(self.optimizer.whole(part, self.params), whole)
+            metrics = self.task.compared(self.whole(part), whole)
             counts = counts_of(self.comparing, metrics)
             total = weighted_total(self.comparing, metrics, counts, self.factors)
             return self.scale * total, (jnp.asarray(total, jnp.float32), metrics)
 
         vectors = {name: each.vectors for name, each in embedded.items()}
         (gradient, pulls), (total, metrics) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
-            self.optimizer.part(self.params), vectors
+            self.part, vectors
         )
         return total, gradient, pulls, metrics
 
@@ -209,7 +225,7 @@ class Accumulation:
 
         def loss(part: Any) -> tuple[Any, tuple[Any, Metrics]]:
             metrics, embedded = self.task.metrics_and_embedded(
-                self.optimizer.whole(part, self.params),
+                self.whole(part),
                 rows,
                 key,
                 deterministic=False,
@@ -226,7 +242,7 @@ class Accumulation:
             }
             return self.scale * total + sum(jax.tree.leaves(pulled)), (total, mine)
 
-        gradient, (total, metrics) = jax.grad(loss, has_aux=True)(self.optimizer.part(self.params))
+        gradient, (total, metrics) = jax.grad(loss, has_aux=True)(self.part)
         return total, gradient, metrics
 
 
@@ -270,7 +286,6 @@ def make_train_step(
     A step whose loss or gradient is not finite changes no parameter. Where the loss is scaled and
     the scale can fall, it does, and training goes on; else the step is named in `bad_step`.
     """
-    gradient_shardings = optimizer.part(placement.gradients)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
@@ -283,7 +298,7 @@ def make_train_step(
             key,
             micro_batches,
             scale=1.0 if scaling is None else scaling.scale,
-            shardings=gradient_shardings,
+            placement=placement,
             step=state.step,
         )
         norm = optax.tree.norm(gradient)
