@@ -149,6 +149,11 @@ def test_the_estimate_follows_from_what_the_program_does(facts):
     assert "FLOPs a step" in "\n".join(lines(told))
 
 
+def test_parameters_are_gathered_and_gradients_are_not(facts):
+    told = facts[2]
+    assert 0 < told["collectives"]["all-gather"]["bytes"] < 4 * told["parameters"]
+
+
 def test_what_does_not_fit_says_by_how_much_and_what_to_change(facts, monkeypatch):
     phase, chip, told = facts
     assert not told["fits"]

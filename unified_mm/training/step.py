@@ -66,13 +66,18 @@ def counts_of(objectives: Sequence[Objective], metrics: Metrics) -> dict[str, An
     return {each.name: metrics[f"{each.name}/loss"][1] for each in objectives}
 
 
-def row_major(x: jax.Array) -> jax.Array:
-    """Asks the compiler for the memory layout of an array that goes in or out of a program.
+def row_major(tree: Any, shardings: Any) -> Any:
+    """Asks the compiler for the memory layout of arrays that go in or out of a program.
 
     Without it a TPU's lays out a product as is best for the product, and what it is added to, which
     comes and goes in this layout, is copied before and after.
     """
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+
+    def local(tree: Any) -> Any:  # on all of an array at once the compiler would gather it
+        return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), tree)
+
+    return jax.shard_map(local, in_specs=(specs,), out_specs=specs, check_vma=False)(tree)
 
 
 def gradients(
@@ -101,10 +106,10 @@ def gradients(
     """
 
     def laid_out(gradient: Any) -> Any:
-        if placement is not None:
-            shardings = optimizer.part(placement.gradients)
-            gradient = jax.lax.with_sharding_constraint(gradient, shardings)
-        return jax.tree.map(row_major, gradient)
+        if placement is None:
+            return gradient
+        shardings = optimizer.part(placement.gradients)
+        return row_major(jax.lax.with_sharding_constraint(gradient, shardings), shardings)
 
     def whole(part: Any) -> Any:
         known = optimizer.whole(part, params)
