@@ -28,7 +28,6 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from absl import logging
@@ -203,10 +202,13 @@ def train(options: argparse.Namespace) -> int:
         try:
             output.begin(config.as_dict(), setup.task.tokenizer)
             result, found = train_and_score(setup, output, traced=options.profile)
-            from unified_mm.analysis.run_report import write_report  # no step waits for it
-
             scored, banner = found[config.evaluation.split], setup.source.banner
-            report = partial(write_report, folder, result, config.as_dict(), scored, banner)
+
+            def report() -> None:
+                from unified_mm.analysis.run_report import write_report  # no step waits for it
+
+                write_report(folder, result, config.as_dict(), scored, banner)
+
             output.write(lambda: or_warn(f"{folder.report}", report))
             files, place = results_beside(folder.result), setup.source.folder
             output.write(lambda: write_results(files, scored, place))

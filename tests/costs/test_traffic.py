@@ -105,6 +105,24 @@ KERNELS = """
   ROOT %f = f32[8,16] fusion(%p, %r), kind=kLoop, calls=%change_of
 }
 
+%same (p: f32[8,16]) -> f32[128] {
+  %p = f32[8,16] parameter(0)
+  ROOT %b = f32[128] bitcast(%p)
+}
+
+%of_same (p: f32[8,16]) -> f32[128] {
+  %p = f32[8,16] parameter(0)
+  %f = f32[128] fusion(%p), kind=kLoop, calls=%same
+  ROOT %n = f32[128] negate(%f)
+}
+
+%of_changed (p: f32[8,16], r: f32[1,16]) -> f32[8,16] {
+  %p = f32[8,16] parameter(0)
+  %r = f32[1,16] parameter(1)
+  %f = f32[8,16] fusion(%p, %r), kind=kLoop, calls=%change_of
+  ROOT %n = f32[8,16] negate(%f)
+}
+
 %change_of (p: f32[8,16], r: f32[1,16]) -> f32[8,16] {
   %p = f32[8,16] parameter(0)
   %r = f32[1,16] parameter(1)
@@ -143,6 +161,10 @@ KERNELS = """
          "%y = bf16[1,16] fusion(%c, %x), kind=kOutput, calls=%of_row", ROW + 4 + ROW // 2),
         ("%r = f32[1,16] constant(0)\n"
          "%y = f32[8,16] fusion(%x, %r), kind=kLoop, calls=%within", 2 * ROW),
+        # What is within hands on what it is given, changed or not, and the kernel reads that.
+        ("%y = f32[128] fusion(%x), kind=kLoop, calls=%of_same", 2 * WHOLE),
+        ("%r = f32[1,16] constant(0)\n"
+         "%y = f32[8,16] fusion(%x, %r), kind=kLoop, calls=%of_changed", 2 * WHOLE + ROW),
         ("%y = f32[8,16] all-reduce(%x), replica_groups=[1,2]<=[2], to_apply=%add", 2 * WHOLE),
         ("%s = (f32[8,16]{1,0:S(1)}, f32[8,16], u32[]{:S(2)}) copy-start(%x)\n"
          "%y = f32[8,16]{1,0:S(1)} copy-done(%s)", WHOLE),

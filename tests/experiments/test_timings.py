@@ -1,6 +1,7 @@
 """The scripts that time parts of a model run to their end, shrunk; what they measure is no test."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from subprocess import PIPE
 import pytest
 
 from experiments import inference_beside, time_exits, time_experts, time_neurons, time_sparse
-from experiments.train_beside_peers import RECIPE, Shape, rates
+from experiments.train_beside_peers import RECIPE, Shape, rates, same_losses
 from unified_mm.cli.recipes import recipe_config
 from unified_mm.config import Config
 
@@ -36,6 +37,17 @@ def test_training_is_compared_with_pytorch_without_and_with_huge_pages():
         "times_torch_with_huge_pages": 1.75,
         "times_torch_with_huge_pages_least_most": [1.5, 2.0],
     }
+
+
+def test_another_checkout_is_a_peer_if_it_trains_alike():
+    turns = {"ours": [2.0], "torch": [4.0], "torch, huge pages": [4.0], "before": [3.0]}
+    turns["before, huge pages"] = [1.0]
+    found = rates(turns, "ours")
+    assert (found["times_before"], found["times_before_with_huge_pages"]) == (1.5, 0.5)
+    same_losses([1.0, 2.0], [1.0, 2.0001])
+    for other in (2.001, math.nan):
+        with pytest.raises(ValueError, match="step 1 has a loss of 2.0 here and of"):
+            same_losses([1.0, 2.0], [1.0, other])
 
 
 ANSWERS = """

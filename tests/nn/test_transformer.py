@@ -11,7 +11,6 @@ import pytest
 from unified_mm.nn import sow_auxiliary
 from unified_mm.nn.attention.attention import plan_attention
 from unified_mm.nn.attention.rules import MaskTable, View
-from unified_mm.nn.layers import Choosing
 from unified_mm.nn.options import REMAT, TransformerOptions
 from unified_mm.nn.pipeline import Pipeline
 from unified_mm.nn.tokens import Group, single_document
@@ -109,8 +108,3 @@ def test_layers_leave_as_many_groups_for_each_example(changes):
         message = rf"block_0/feed_forward/load: the layer leaves values of shape \({groups}, 5\)"
         with pytest.raises(ValueError, match=f"{message} for {rows} examples; their first axis"):
             run(groups)
-
-
-def test_what_chooses_is_known_by_its_name():
-    with pytest.raises(ValueError, match="'gate' is not among the names of what chooses"):
-        Choosing((1,), ("embed",), (None,), name="gate")

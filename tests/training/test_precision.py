@@ -1,6 +1,7 @@
 """Half-precision training: the loss's scale, steps that are skipped, moments in bfloat16."""
 
 import functools
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 
 from unified_mm.config import Config
 from unified_mm.costs.flops import equations
+from unified_mm.nn.transformer import rounded
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import param_shardings, rule_items, to_global
+from unified_mm.parallel.sharding import param_shardings, path_of, rule_items, to_global
 from unified_mm.training.optimizer import kept_as, make_optimizer, rounded_at_random
 from unified_mm.training.state import LARGEST, START, LossScale, initial_state, state_of_phase
 from unified_mm.training.step import gradients, make_train_step
@@ -191,43 +193,55 @@ def test_stochastic_rounding_of_float32_is_refused():
         make_optimizer(Config(config.to_dict()).train, 4, {"a": {"kernel": jnp.zeros(5)}})
 
 
-EXPERTS = {
-    "model__feed_forward_type": "experts",
-    "model__feed_forward_options": {"count": 4, "noise": 0.0},
+EXPERTS = {"feed_forward_type": "experts", "feed_forward_options": {"count": 4, "noise": 0.0}}
+DROPLESS = {
+    "feed_forward_type": "experts",
+    "feed_forward_options": {"count": 4, "noise": 0.0, "dropless": True},
 }
+NAMES = {"query", "value", "up", "down"}
+GATED = {"fusion": "gated_cross_attention", "cross__every": 1}
+CASES = [
+    (DROPLESS, {"data": 2}, "query value"),
+    ({}, {"data": 1}, "down query up value"),
+    ({}, {"data": 1, "fsdp": 2, "tensor": 2}, "down query up value"),
+    ({"train": 2}, {"data": 2}, "down query up value"),
+    (GATED, {"data": 1}, "down query up value"),
+    (EXPERTS, {"data": 1}, "query value"),  # of experts each device's share is added up
+    ({"separate_attention": True}, {"data": 1}, "down up"),
+]
 
 
-@pytest.mark.parametrize("changes", [{}, EXPERTS, {"train__micro_batches": 2}], ids=str)
-def test_gradients_of_all_layers_are_as_exact_as_those_of_each(changes):
-    """Kernels are rounded once for all layers, but for those whose outputs choose something."""
-    changes = CHANGES | {"model__dtype": "bfloat16", "model__layers": 2, **changes}
-    task = tiny.task(**changes)
+def halves(options, params, placement):
+    """The paths of a stack's parameters that are rounded."""
+    layers, shardings = (each["transformer"]["layers"] for each in (params, placement.params))
+    shapes = jax.eval_shape(lambda layers: rounded(options, layers, shardings), layers)
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    return {path_of(path) for path, leaf in leaves if leaf.dtype == jnp.bfloat16}
+
+
+@pytest.mark.parametrize("changes, mesh, half", CASES, ids=str)
+def test_gradients_of_all_layers_are_as_exact_as_those_of_each(changes, mesh, half):
+    """Kernels are rounded once for all layers, where each has one gradient."""
+    parts = changes.get("train", 1)
+    model = {f"model__{name}": value for name, value in changes.items() if name != "train"}
+    task = tiny.task(**CHANGES | {"model__dtype": "bfloat16", "model__layers": 2, **model})
     params, batch, key = tiny.params(task), tiny.batch(task, 4), jax.random.key(0)
     optimizer = make_optimizer(Config(tiny.config_dict().to_dict()).train, 4, params)
-    mesh = make_mesh({}, jax.devices()[:1])
+    devices = jax.devices()[: math.prod(mesh.values())]
+    mesh = make_mesh(mesh, devices)
     placement = param_shardings(task.abstract_params(), mesh)
 
+    params = jax.device_put(jax.tree.map(np.asarray, params), placement.params)
+    batch = to_global(batch, mesh)
+
     def gradient(params, placement):
-        parts = changes.get("train__micro_batches", 1)
         return gradients(task, optimizer, params, batch, key, parts, placement=placement)[1]
 
-    def kinds(placement):
-        """The types of what the scans of the backward pass hand out, by shape."""
-        traced = jax.make_jaxpr(lambda params: gradient(params, placement))(params).jaxpr
-        found = {}
-        for equation in equations(traced):
-            if equation.primitive.name == "scan" and equation.params["reverse"]:
-                for var in equation.outvars:
-                    found.setdefault(var.aval.shape, set()).add(str(var.aval.dtype))
-        return found
-
-    queries, hidden = (2, 16, 2, 8), (2, 16, 32)
-    if "model__feed_forward_type" in changes:
-        hidden = (2, 4, 16, 32)
-        assert kinds(placement)[2, 16, 4] == {"float32"}  # the router's
-    assert kinds(placement)[queries] == kinds(placement)[hidden] == {"bfloat16"}
-    assert kinds(None)[queries] == {"float32"}
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
+        found = halves(task.model.options, params, placement)
+        names = {name for path in found for name in path.split("/")} & NAMES
+        assert " ".join(sorted(names)) == half
+        assert all(path.endswith("/kernel") for path in found)
         found, expected = (
             jax.tree.leaves(jax.jit(partial(gradient, placement=each))(params))
             for each in (placement, None)
@@ -235,3 +249,28 @@ def test_gradients_of_all_layers_are_as_exact_as_those_of_each(changes):
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == jnp.float32
         np.testing.assert_allclose(one, other, rtol=0.02, atol=0.01 * np.abs(other).max())
+
+
+def test_the_gradients_of_all_layers_take_half_of_the_memory():
+    changes = CHANGES | {"model__dtype": "bfloat16", "model__layers": 2}
+    task = tiny.task(**changes)
+    params, batch, key = tiny.params(task), tiny.batch(task, 4), jax.random.key(0)
+    optimizer = make_optimizer(Config(tiny.config_dict().to_dict()).train, 4, params)
+    placement = param_shardings(task.abstract_params(), make_mesh({}, jax.devices()[:1]))
+    other = task.model.options.changed({"block": "toy_parts:Doubled"})
+    assert not halves(other, params, placement)  # what it would round is not known
+
+    def kinds(placement):
+        """The types of what the scan of the backward pass hands out, by shape."""
+        traced = jax.make_jaxpr(
+            lambda params: gradients(task, optimizer, params, batch, key, 1, placement=placement)[1]
+        )(params)
+        found = {}
+        for equation in equations(traced.jaxpr):
+            if equation.primitive.name == "scan" and equation.params["reverse"]:
+                for var in equation.outvars:
+                    found.setdefault(var.aval.shape, set()).add(str(var.aval.dtype))
+        return found
+
+    assert kinds(placement)[2, 16, 2, 8] == kinds(placement)[2, 16, 32] == {"bfloat16"}
+    assert kinds(None)[2, 16, 2, 8] == kinds(None)[2, 16, 32] == {"float32"}

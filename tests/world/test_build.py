@@ -212,4 +212,4 @@ def test_a_script_that_no_process_can_import_is_told_so(tmp_path, piped):
     )  # fmt: skip
     assert done.returncode == 1
     assert "has ended by itself" in done.stderr
-    assert not list(tmp_path.glob("cache/*"))
+    assert not list(tmp_path.glob("cache/world-*"))

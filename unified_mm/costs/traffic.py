@@ -83,15 +83,17 @@ def _own_traffic(run: Run, program: Program) -> int:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A fusion, which is computed without its inner arrays ever being written.
+    """A fusion, whose inner arrays are computed and never written.
 
     Attributes:
       lines: its instructions by name; some are fusions themselves.
       program: whose it is.
+      read: which share of its result the kernel around it reads; None where it is written.
     """
 
     lines: Mapping[str, Instruction]
     program: Program
+    read: float | None = None
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
@@ -102,7 +104,7 @@ class Kernel:
                 found.setdefault(name, []).append(line)
         return found
 
-    @property
+    @cached_property
     def parameters(self) -> dict[int, Instruction]:
         """The parameters by number."""
         lines = (line for line in self.lines.values() if line.opcode == "parameter")
@@ -124,7 +126,9 @@ class Kernel:
 
     def within(self, line: Instruction) -> Kernel:
         """Returns the kernel that one of the instructions is, as part of this one."""
-        return Kernel(self.program.computations[line.calls[0]], self.program)
+        written = self.read is None and line.name in self.results
+        read = None if written else self.share(line.name)
+        return Kernel(self.program.computations[line.calls[0]], self.program, read)
 
     def traffic(self) -> int:
         """Returns the bytes of the parameters, or of the slices it reads, and of the results."""
@@ -134,21 +138,27 @@ class Kernel:
 
     def share(self, name: str) -> float:
         """Returns which share of an array is read."""
-        return min(1.0, sum(self.used(name, user) for user in self.users.get(name, ())))
+        shares = [self.used(name, user) for user in self.users.get(name, ())]
+        if self.read is not None and self.lines[name].root:
+            shares.append(self.read)
+        return min(1.0, sum(shares))
 
     def used(self, name: str, user: Instruction) -> float:
         """Returns which share of an array an instruction reads."""
         places = [place for place, operand in enumerate(user.operands) if operand == name]
+        written = self.read is None and user.name in self.results
         if user.opcode in SLICES and places == [0]:
             return array_size(user.type) / max(1, array_size(self.lines[name].type))
-        if user.opcode == "bitcast" or (user.opcode in SAME and user.name not in self.results):
+        if user.opcode == "dynamic-update-slice" and places == [0]:
+            return 0.0 if written else self.share(user.name)
+        if user.opcode == "bitcast" or (user.opcode in SAME and not written):
             return self.share(user.name)
         if user.opcode == "fusion":
             inner = self.within(user)
             return sum(inner.share(inner.parameters[place].name) for place in places)
-        if _passes(user) or (user.opcode == "dynamic-update-slice" and places == [0]):
-            return 0.0
-        return 1.0
+        if user.opcode == "tuple" and self.read is not None:
+            return self.read
+        return 0.0 if _passes(user) else 1.0
 
     def written(self, line: Instruction) -> int:
         """Returns the bytes that are written of a result."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,6 @@ from unified_mm.nn.quantized import Quantized
 from unified_mm.nn.tokens import Group
 
 Initializer = Callable[..., Any]
-CHOOSING = re.compile(r"router_\w+|score|narrow|wide")
 PRODUCT = "product"  # the name by which remat knows what `Dense` computes
 
 
@@ -73,36 +71,7 @@ class Dense(nn.Module):
 
 
 class Choosing(Dense):
-    """A dense map by whose outputs something is chosen: what is rounded may choose otherwise.
-
-    It has one of the names `CHOOSING`, by which `rounded` knows it.
-    """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.name and not CHOOSING.fullmatch(self.name):
-            raise ValueError(f"{self.name!r} is not among the names of what chooses: {CHOOSING}")
-
-
-def rounded(params: Mapping[str, Any], dtype: Any, shardings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the parameters of a stack with kernels rounded as each `Dense` would round its own.
-
-    So the gradients of all layers, which are no more exact than that, take half of the memory.
-
-    Args:
-      params: parameters, each of all layers.
-      dtype: type that the stack computes in.
-      shardings: their shardings, which a compiler would not find by itself.
-    """
-    found: dict[str, Any] = {}
-    for name, each in params.items():
-        if isinstance(each, Mapping) and not CHOOSING.fullmatch(name):
-            found[name] = rounded(each, dtype, shardings[name])
-        elif name == "kernel":
-            found[name] = jax.lax.with_sharding_constraint(each.astype(dtype), shardings[name])
-        else:
-            found[name] = each
-    return found
+    """A dense map by whose outputs something is chosen: what is rounded may choose otherwise."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

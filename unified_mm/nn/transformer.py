@@ -93,6 +93,34 @@ class Block(nn.Module):
         return constrain(x, "batch", "length", "activation"), kv
 
 
+def rounded(options: TransformerOptions, layers: Any, shardings: Any) -> Any:
+    """Returns a stack's parameters with the kernels of its blocks rounded to what these compute in.
+
+    Each `Dense` rounds its own. Where all layers' are rounded at once, so are their gradients,
+    products in that type, which take half of the memory together. Kernels that a layer uses for
+    several groups of tokens, or a pipeline for several micro-batches, stay as they are: their
+    gradients are sums. So do those of kinds of layers that are not known here.
+
+    Args:
+      options: of the stack.
+      layers: parameters of the scanned periods, each of all periods; None where they are frozen.
+      shardings: their shardings, which the compiler would not find by itself.
+    """
+    if options.dtype == jnp.float32 or options.pipeline or options.block != "transformer":
+        return layers
+    parts = {"attention"} if not options.separate_attention else set()
+    if options.feed_forward_type == "dense" and not options.separate_feed_forward:
+        parts.add("feed_forward")
+
+    def cast(path: Any, kernel: Array, sharding: Any) -> Array:
+        names = [each.key for each in path]
+        if names[-1] != "kernel" or (names[0] != CROSS and names[1] not in parts):
+            return kernel
+        return jax.lax.with_sharding_constraint(kernel.astype(options.dtype), sharding)
+
+    return jax.tree_util.tree_map_with_path(cast, layers, shardings)
+
+
 class Period(nn.Module):
     """The repeated part of a stack: n blocks, or one gated cross layer and n blocks."""
 

@@ -308,7 +308,7 @@ class Run:
                 self.fresh = True
                 done = self.starved.until(measured)
                 if self.trace.ends_with(step):
-                    self.trace.finish(measured, program_text(phase))
+                    self.trace.finish(measured, program_text(planned))
                 since.append(measured)
                 in_flight.add(measured)
                 last = step == phase.stop

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from unified_mm.nn.layers import rounded
+from unified_mm.nn.transformer import rounded
 from unified_mm.nn.unstack import LAYERS
 from unified_mm.objectives.objective import CrossExampleLoss, Metric, Objective, mean, same_rank
 from unified_mm.parallel.sharding import BATCH, ParamShardings, from_parts, into_parts
@@ -66,18 +66,20 @@ def counts_of(objectives: Sequence[Objective], metrics: Metrics) -> dict[str, An
     return {each.name: metrics[f"{each.name}/loss"][1] for each in objectives}
 
 
-def row_major(tree: Any, shardings: Any) -> Any:
+def row_major(tree: Any, shardings: Any, mesh: Mesh) -> Any:
     """Asks the compiler for the memory layout of arrays that go in or out of a program.
 
-    Without it a TPU's lays out a product as is best for the product, and what it is added to, which
-    comes and goes in this layout, is copied before and after.
+    Without it a TPU's compiler lays out a product as is best for the product, and copies what it is
+    added to, which comes and goes in this layout, before and after.
     """
     specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
 
     def local(tree: Any) -> Any:  # on all of an array at once the compiler would gather it
         return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), tree)
 
-    return jax.shard_map(local, in_specs=(specs,), out_specs=specs, check_vma=False)(tree)
+    return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=specs, check_vma=False)(
+        tree
+    )
 
 
 def gradients(
@@ -109,11 +111,13 @@ def gradients(
         if placement is None:
             return gradient
         shardings = optimizer.part(placement.gradients)
-        return row_major(jax.lax.with_sharding_constraint(gradient, shardings), shardings)
+        gradient = jax.lax.with_sharding_constraint(gradient, shardings)
+        return row_major(gradient, shardings, placement.mesh)
 
     def whole(part: Any) -> Any:
-        known = optimizer.whole(part, params)
-        return known if placement is None else rounded_stacks(task, known, placement.params)
+        if placement is not None:
+            part = rounded_stacks(task, part, optimizer.part(placement.params))
+        return optimizer.whole(part, params)
 
     if micro_batches == 1:
 
@@ -133,12 +137,11 @@ def gradients(
 
 
 def rounded_stacks(task: Task, params: Any, shardings: Any) -> Any:
-    """Returns the parameters with the kernels of all stacks rounded to what these compute in."""
+    """Returns parameters with the kernels of all stacks `rounded`."""
     found = dict(params)
     for name, options in task.model.stacks.items():
-        if options.dtype != jnp.float32:
-            layers = rounded(params[name][LAYERS], options.dtype, shardings[name][LAYERS])
-            found[name] = {**params[name], LAYERS: layers}
+        layers = rounded(options, params[name][LAYERS], shardings[name][LAYERS])
+        found[name] = {**params[name], LAYERS: layers}
     return found
 
 

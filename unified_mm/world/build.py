@@ -159,20 +159,20 @@ def _rendered(
         return
     # Spawned, for a process that runs jax has threads that a fork would break.
     spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawned, initializer=_end_with_parent) as pool:
-        try:
-            with without_interrupts():
-                told = [pool.submit(_render_chunk, part) for part in work]
-            for each in told:
-                yield each.result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a process that renders the world has ended by itself. If its error above is about "
-                "__main__ or bootstrapping: each such process imports the script that was started, "
-                "which must be a file, and do what it does under `if __name__ == '__main__':`"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool = ProcessPoolExecutor(processes, spawned, initializer=_end_with_parent)
+    try:
+        with without_interrupts():
+            told = [pool.submit(_render_chunk, part) for part in work]
+        for each in told:
+            yield each.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a process that renders the world has ended by itself. If its error above is about "
+            "__main__ or bootstrapping: each such process imports the script that was started, "
+            "which must be a file, and do what it does under `if __name__ == '__main__':`"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
