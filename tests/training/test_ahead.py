@@ -27,6 +27,7 @@ from unified_mm.training.ahead import (
     DoesNotFit,
     StepAhead,
     abstract_phases,
+    program_text,
     stand_in_data,
 )
 from unified_mm.training.estimate import estimate, lines, problem
@@ -87,6 +88,7 @@ def test_what_was_compiled_ahead_is_not_compiled_when_it_is_called(caplog):
         state = phase.enter(make_state())
         with jax.log_compiles():
             state, told = step(state, to_global(batch, mesh))
+            assert program_text(phase).startswith("HloModule jit_step")
     assert int(state.step) == 1 and "Compiling jit(step)" not in caplog.text
     with jax.log_compiles():
         replace(phase, ema_decay=0.5).lowered()  # another step: it is told where one is compiled
