@@ -66,8 +66,8 @@ def counts_of(objectives: Sequence[Objective], metrics: Metrics) -> dict[str, An
     return {each.name: metrics[f"{each.name}/loss"][1] for each in objectives}
 
 
-# A TPU's compiler would divide a product whose weights it gathers into rounds of a ring, each of which
-# reads and writes the whole sum: five times the memory traffic of gathering them first.
+# A TPU's compiler would divide a product whose weights it gathers into rounds of a ring, each of
+# which reads and writes the whole sum: five times the memory traffic of gathering them first.
 COMPILED = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 
 
