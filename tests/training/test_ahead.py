@@ -16,6 +16,7 @@ import tiny
 from unified_mm.cli.recipes import recipe_config
 from unified_mm.config import Config
 from unified_mm.costs.chips import CHIPS, Chip
+from unified_mm.costs.flops import equations
 from unified_mm.costs.topologies import target
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import rule_items, shard_bytes, to_global
@@ -117,6 +118,16 @@ def test_a_step_is_traced_once(monkeypatch):
     assert attention_line([phase]).startswith("attention: xla for ")
     phase.lowered()
     assert traced.call_count == 1
+
+
+def test_every_gradient_has_the_layout_of_its_parameter():
+    (phase,) = planned()
+    asked = [
+        each.outvars[0].aval.shape
+        for each in equations(phase.traced().jaxpr.jaxpr)
+        if each.primitive.name == "layout_constraint"
+    ]
+    assert sorted(asked) == sorted(leaf.shape for leaf in jax.tree.leaves(phase.abstract.params))
 
 
 def test_what_the_compiler_says_is_raised_where_the_step_is_asked_for(monkeypatch):

@@ -24,6 +24,10 @@ from unified_mm.training.state import TrainState
 from unified_mm.training.treatment import Treatment
 from unified_mm.training.update import Optimizer
 
+# A TPU's compiler would divide a product whose weights it gathers into rounds of a ring, each of
+# which reads and writes the whole sum: five times the memory traffic of gathering them first.
+COMPILED = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
+
 Metrics = dict[str, Metric]
 
 
@@ -66,11 +70,6 @@ def counts_of(objectives: Sequence[Objective], metrics: Metrics) -> dict[str, An
     return {each.name: metrics[f"{each.name}/loss"][1] for each in objectives}
 
 
-# A TPU's compiler would divide a product whose weights it gathers into rounds of a ring, each of
-# which reads and writes the whole sum: five times the memory traffic of gathering them first.
-COMPILED = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
-
-
 def row_major(tree: Any, shardings: Any, mesh: Mesh) -> Any:
     """Asks the compiler for the memory layout of arrays that go in or out of a program.
 
@@ -108,7 +107,8 @@ def gradients(
       micro_batches: parts that the batch is split into.
       scale: the loss is multiplied by it before it is differentiated, and the gradient divided by
         it after, so that small gradients of half-precision activations do not vanish.
-      placement: shardings of the parameters and their gradients; None leaves them as they come.
+      placement: shardings of the parameters and their gradients; None leaves them as they come, and
+        no kernel is rounded before its layer does.
       step: how many steps were done before.
     """
 
