@@ -19,10 +19,16 @@ from unified_mm.config import Config
 from unified_mm.costs.flops import equations
 from unified_mm.nn.transformer import rounded
 from unified_mm.parallel.mesh import make_mesh
-from unified_mm.parallel.sharding import param_shardings, path_of, rule_items, to_global
+from unified_mm.parallel.sharding import (
+    param_shardings,
+    path_of,
+    rule_items,
+    to_global,
+    without_names,
+)
 from unified_mm.training.optimizer import kept_as, make_optimizer, rounded_at_random
 from unified_mm.training.state import LARGEST, START, LossScale, initial_state, state_of_phase
-from unified_mm.training.step import gradients, make_train_step
+from unified_mm.training.step import gradients, make_train_step, rounded_stacks
 
 CHANGES = {
     "model__dtype": "float16",
@@ -274,3 +280,19 @@ def test_the_gradients_of_all_layers_take_half_of_the_memory():
 
     assert kinds(placement)[2, 16, 2, 8] == kinds(placement)[2, 16, 32] == {"bfloat16"}
     assert kinds(None)[2, 16, 2, 8] == kinds(None)[2, 16, 32] == {"float32"}
+
+
+def test_a_stack_that_nothing_uses_has_nothing_to_round():
+    """Classes of pictures by a tower alone: the language model has no parameters."""
+    changes = {"model__dtype": "bfloat16", "model__fusion": "late"}
+    task = tiny.task(**CHANGES | changes | {"objectives__captioning__weight": 0.0})
+    mesh = make_mesh({}, jax.devices()[:1])
+    shapes = task.abstract_params()
+    placement = param_shardings(shapes, mesh)
+    alone, shardings = (
+        {"towers_image": each["towers_image"]} for each in (without_names(shapes), placement.params)
+    )
+    found = jax.eval_shape(lambda params: rounded_stacks(task, params, shardings), alone)
+    assert list(found) == ["towers_image"]
+    block = found["towers_image"]["layers"]["block_0"]
+    assert block["feed_forward"]["mlp"]["shared"]["up"]["kernel"].dtype == jnp.bfloat16
