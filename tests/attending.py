@@ -60,7 +60,8 @@ class Attending(nn.Module):
 
 def attended(plan, attend, *arrays):
     """Attention under a plan, each call by `attend` instead of its backend's function."""
-    plan = plan.replace(masks=tuple(each.replace(attend=attend) for each in plan.masks))
+    changed = [each and each.replace(attend=attend) for each in (*plan.masks, plan.at_once)]
+    plan = plan.replace(masks=tuple(changed[:-1]), at_once=changed[-1])
     return Attending(plan).apply({}, *arrays)
 
 

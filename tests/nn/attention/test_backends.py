@@ -329,6 +329,26 @@ def test_splash_of_lengths_that_it_pads():
         agree(run, arrays, reference_mask(table, metadata, metadata))
 
 
+def test_splash_of_a_whole_pass_is_one_call():
+    """A picture, a caption that reads it and a text that does not, with holes: one kernel."""
+    metadata = in_order({"image": 40, "t": 24, "u": 16})
+    metadata = metadata.replace(valid=metadata.valid.at[0, :42].set(False).at[1, 70:].set(False))
+    table = MaskTable((View("t", "prefix_separate"), View("u", "separate_causal")))
+    mask = reference_mask(table, metadata, metadata)
+    run = by_calls("splash", table, metadata, metadata, partial(splash.attend, interpret=True))
+    with on("tpu"):
+        arrays = heads_of(metadata, metadata, 8, 2, 1, 64)
+        agree(run, arrays, mask)
+        assert str(jax.make_jaxpr(run)(*arrays[:3])).count("pallas_call[") == 1
+        asked = options("splash", width=64)
+        some = plan_attention(asked, table, take(metadata, ["t", "u"]), metadata)
+        assert len(some.at_once.joined) == 2
+        auto = options("auto", width=64)
+        short = in_order({"image": 40, "t": 24, "u": 15})  # too few for the kernel
+        assert plan_attention(auto, table, short, short).at_once is None
+    assert plan_attention(auto, table, metadata, metadata).at_once is None
+
+
 def test_splash_in_packed_documents_that_see_all():
     metadata = filled([Group("image", "image", 128), Group("t", "text", 128)], seed=2, documents=3)
     table = MaskTable((View("t", "joint"),))

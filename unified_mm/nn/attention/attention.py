@@ -13,7 +13,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from unified_mm.nn.attention import chunked, masks
-from unified_mm.nn.attention.backends import KERNEL_OF, LONG, PLAIN, kernel_mask
+from unified_mm.nn.attention.backends import KERNEL_OF, LONG, PLAIN, kernel_mask, mask_at_once
 from unified_mm.nn.attention.cache import LayerKV, read_slots, write_slots
 from unified_mm.nn.attention.masks import (
     BlockCall,
@@ -40,6 +40,7 @@ class AttentionPlan:
 
     Attributes:
       masks: of the block calls.
+      at_once: the mask of all of them for a kernel that computes them at once, else None.
       positions: int32 [B, Q] of the queries, or float32 [B, Q, 3], for rotary positions.
       valid: bool [B, Q], which of the queries are valid, for layers that leave padding out.
       write_at: int32 [], the slot of the cache where new keys begin; None without a cache.
@@ -51,6 +52,7 @@ class AttentionPlan:
     """
 
     masks: tuple[BlockMask, ...]
+    at_once: BlockMask | None
     positions: Any
     valid: Any
     write_at: Any
@@ -176,6 +178,7 @@ def plan_attention(
         block_masks.append(seen_by)
     return AttentionPlan(
         masks=tuple(block_masks),
+        at_once=mask_at_once(block_masks, tuple(calls), queries, keys),
         positions=rotary_places(queries) if options.rotary_axes == "places" else queries.position,
         valid=queries.valid,
         write_at=write_at,
@@ -276,8 +279,11 @@ def attend(
       query, key, value: all Q and all K.
       plan: of the pass.
     """
+    calls, seen_by_calls = plan.calls, plan.masks
+    if plan.at_once is not None:
+        calls, seen_by_calls = (plan.at_once.call,), (plan.at_once,)
     parts = []
-    for call, seen_by in zip(plan.calls, plan.masks, strict=True):
+    for call, seen_by in zip(calls, seen_by_calls, strict=True):
         rows, keys, values = (
             query[:, slice(*call.queries)],
             slice_keys(key, call),
@@ -293,7 +299,7 @@ def attend(
         seen = jnp.concatenate(parts, axis=1)
     else:
         seen = jnp.zeros_like(query)
-        for call, part in zip(plan.calls, parts, strict=True):
+        for call, part in zip(calls, parts, strict=True):
             seen = seen.at[:, slice(*call.queries)].set(part)
     if module.is_mutable_collection(ATTENTION) and not module.is_initializing():
         groups = plan.groups, plan.key_groups

@@ -17,10 +17,14 @@ A backend refuses what it cannot do, and what `auto` chose is said. Neither kern
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from unified_mm.nn.attention import blocked, cudnn, splash
-from unified_mm.nn.attention.masks import BlockCall, BlockMask, cut, has_keys
+from unified_mm.nn.attention.masks import BlockCall, BlockMask, KeySlice, cut, has_keys
+from unified_mm.nn.attention.rules import ALL
 from unified_mm.nn.options import TransformerOptions
 from unified_mm.nn.tokens import TokenMetadata
 from unified_mm.registry import resolve
@@ -30,7 +34,8 @@ from unified_mm.registry import resolve
 LONG = 2**19
 # Kernels, each with a device of its own, and listed blocks. A backend from outside the package is
 # an object, or a module, of the same two functions: `refusal`, which says what it cannot do, and
-# `attend`; with `ZEROES_UNSEEN` it sees itself to queries that see no key.
+# `attend`; with `ZEROES_UNSEEN` it sees itself to queries that see no key; with `AT_ONCE` it can
+# compute all block calls of a pass together, which are `joined` in their mask.
 KERNELS: dict[str, Any] = {"blocks": blocked, "cudnn": cudnn, "splash": splash}
 PLAIN = ("auto", "xla", "chunked")
 KERNEL_OF = {"gpu": "cudnn", "tpu": "splash"}
@@ -78,3 +83,38 @@ def kernel_mask(
         "counted": options.counted,
     }
     return BlockMask(call, name, kernel.attend, **own)
+
+
+def mask_at_once(
+    masks: Sequence[BlockMask],
+    calls: tuple[BlockCall, ...],
+    queries: TokenMetadata,
+    keys: TokenMetadata,
+) -> BlockMask | None:
+    """Returns one mask for all block calls of a pass; None where they are computed one by one.
+
+    A kernel that pads what it gets then does so once, and keys of several calls are read once.
+
+    Args:
+      masks: of the block calls.
+      calls: the block calls.
+      queries, keys: metadata of whole sequences.
+    """
+    length = queries.valid.shape[1]
+    if len(masks) < 2 or sum(stop - start for start, stop in (c.queries for c in calls)) < length:
+        return None
+    if len({each.backend for each in masks}) > 1 or masks[0].backend in PLAIN:
+        return None
+    kernel = resolve("attention backend (model.attention)", masks[0].backend, KERNELS)
+    if not getattr(kernel, "AT_ONCE", False):
+        return None
+    sees = [each.has_keys for each in masks if each.has_keys is not None]
+    return BlockMask(
+        BlockCall((0, length), (KeySlice(0, keys.valid.shape[1], ALL),)),
+        masks[0].backend,
+        masks[0].attend,
+        queries=queries,
+        keys=keys,
+        has_keys=jnp.concatenate(sees, axis=1) if sees else None,
+        joined=calls,
+    )

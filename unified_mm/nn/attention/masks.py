@@ -59,6 +59,8 @@ class BlockMask:
       has_keys: bool [B, Q], whether a query sees any key: where it sees none, the output becomes
         zero. None where the backend sees to that.
       counted: as in `TransformerOptions`; static.
+      joined: the block calls that are computed at once, counted among `queries` and `keys`, where
+        `call` is more than one: its bounds are theirs then, its predicate is not; static.
     """
 
     call: BlockCall = struct.field(pytree_node=False)
@@ -70,6 +72,7 @@ class BlockMask:
     keys: Any = None
     has_keys: Any = None
     counted: bool = struct.field(pytree_node=False, default=False)
+    joined: tuple[BlockCall, ...] = struct.field(pytree_node=False, default=())
 
 
 def slice_keys(x: Shaped[Array, "B K *rest"], call: BlockCall) -> Shaped[Array, "B seen *rest"]:
@@ -238,6 +241,20 @@ def static_mask(call: BlockCall, queries: TokenMetadata, keys: TokenMetadata) ->
             return None
         parts.append(seen)
     return np.concatenate(parts, axis=1)
+
+
+def joined_mask(
+    calls: Sequence[BlockCall], queries: TokenMetadata, keys: TokenMetadata
+) -> np.ndarray | None:
+    """Returns the mask [Q, K] of several calls together, as `static_mask` does of one."""
+    mask = np.zeros((queries.valid.shape[1], keys.valid.shape[1]), bool)
+    for call in calls:
+        part = static_mask(*cut(call, queries, keys))
+        if part is None:
+            return None
+        seen = np.concatenate([np.arange(each.start, each.stop) for each in call.keys])
+        mask[slice(*call.queries), seen] = part
+    return mask
 
 
 def unknown_to_kernels(call: BlockCall) -> str:

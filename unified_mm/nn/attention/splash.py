@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Shaped
 from unified_mm.nn.attention.masks import (
     BlockCall,
     BlockMask,
+    joined_mask,
     static_mask,
     unknown_to_kernels,
     widen,
@@ -23,7 +24,8 @@ from unified_mm.nn.tokens import TokenMetadata
 
 LANES = 128  # the kernel's lengths are multiples of it: others are padded
 FEWEST = 16  # tokens that are worth a whole multiple
-BLOCKS = (512, 256, LANES)  # sizes of a block of queries or keys, the largest that divides
+BLOCKS = (512, 256, LANES)  # sizes of a block where it cannot be the whole length
+AT_ONCE = True  # all block calls of a pass can be one of the kernel, which has their whole mask
 NOWHERE = np.iinfo(np.int32).min  # the document of keys that are not there
 
 
@@ -70,7 +72,7 @@ def attend(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B Q H A"]:
-    """Computes attention of a block call.
+    """Computes attention of a block call, or of several at once.
 
     Queries and keys are padded: what is added is of no document that is asked for.
 
@@ -79,7 +81,8 @@ def attend(
       seen_by: with `queries` and `keys`.
       interpret: whether to interpret the kernel, which works on any device.
     """
-    mask = static_mask(seen_by.call, seen_by.queries, seen_by.keys)
+    calls = seen_by.joined or (seen_by.call,)
+    mask = joined_mask(calls, seen_by.queries, seen_by.keys)
     assert mask is not None  # or `refusal` would have said so
     documents = (
         seen_by.queries.document,
@@ -137,7 +140,10 @@ def kernel(mask: np.ndarray, heads: int, interpret: bool) -> Callable[..., Array
     """Returns the kernel for one example, [H, Q, A] and [G, K, A], under a mask [Q, K]."""
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
-    rows, columns = (next(size for size in BLOCKS if n % size == 0) for n in mask.shape)
+    rows, columns = (
+        next(size for size in (min(length, BLOCKS[0]), *BLOCKS) if length % size == 0)
+        for length in mask.shape
+    )
     sizes = pallas.BlockSizes(
         block_q=rows, block_kv=columns, block_kv_compute=columns,
         block_q_dkv=rows, block_kv_dkv=columns, block_kv_dkv_compute=columns,
