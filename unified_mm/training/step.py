@@ -144,9 +144,10 @@ def gradients(
 def rounded_stacks(task: Task, params: Any, shardings: Any) -> Any:
     """Returns parameters with the kernels of all stacks that are in use `rounded`."""
     found = dict(params)
-    for name in found.keys() & task.model.stacks.keys():
-        layers = rounded(task.model.stacks[name], params[name][LAYERS], shardings[name][LAYERS])
-        found[name] = {**params[name], LAYERS: layers}
+    for name, options in task.model.stacks.items():
+        if name in params:
+            layers = rounded(options, params[name][LAYERS], shardings[name][LAYERS])
+            found[name] = {**params[name], LAYERS: layers}
     return found
 
 
