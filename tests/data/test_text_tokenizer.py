@@ -2,6 +2,7 @@
 
 import pickle
 import unicodedata
+from functools import partial
 
 import numpy as np
 import pytest
@@ -48,6 +49,22 @@ def test_training_twice_gives_equal_tokenizers(tmp_path):
     for name in ("one", "two"):
         TextTokenizer.train(iter(TEXTS), 400).save(tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_what_was_trained_is_kept_for_the_same_texts(tmp_path):
+    once = partial(TextTokenizer.train_once, kept=tmp_path / "tokenizers")
+    first = once(TEXTS, 400)
+    assert first.as_json() == TextTokenizer.train(TEXTS, 400).as_json()
+    (kept,) = (tmp_path / "tokenizers").iterdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextTokenizer, "train", None)
+        assert once(TEXTS, 400).as_json() == first.as_json()
+        for others in ((TEXTS[:-1], 400), (TEXTS[::-1], 400), (TEXTS, 399)):
+            with pytest.raises(TypeError):  # it would be trained
+                once(*others)
+        kept.write_bytes(kept.read_bytes()[:-9])
+        with pytest.raises(ValueError, match=f"{kept.name} is no usable .* delete it"):
+            once(TEXTS, 400)
 
 
 # Lower case of one character at a time: a final sigma is not special here.

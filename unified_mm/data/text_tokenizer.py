@@ -19,6 +19,7 @@ from unified_mm.files import write_atomically
 
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, UNKNOWN)
+FORMAT = 1  # raise it when training changes: what was trained before is not found then
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # every byte must have a token
 
 
@@ -126,6 +127,24 @@ class TextTokenizer:
         )
         tokenizer.train_from_iterator(texts, trainer)
         return cls(tokenizer)
+
+    @classmethod
+    def train_once(cls, texts: Sequence[str], vocabulary_size: int, kept: Path) -> "TextTokenizer":
+        """Returns what `train` makes of texts; a folder keeps it for the next time.
+
+        Raises:
+          ValueError: as `train` does, or the tokenizer that is kept is damaged.
+        """
+        made_of = [FORMAT, tokenizers.__version__, vocabulary_size, *texts]
+        path = kept / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()}.json"
+        if path.is_file():
+            try:
+                return cls.load(path)
+            except ValueError as error:
+                raise ValueError(f"{error}: it is kept for the next run, delete it") from error
+        tokenizer = cls.train(texts, vocabulary_size)
+        tokenizer.save(path)
+        return tokenizer
 
     @classmethod
     def load(

@@ -16,7 +16,7 @@ from unified_mm.config import Config, build_options, get_field, option, set_fiel
 from unified_mm.data.cleaning import cleaned
 from unified_mm.data.manifest import summary, with_foils
 from unified_mm.data.records import Manifest
-from unified_mm.data.sources import Source, foils_of, open_source
+from unified_mm.data.sources import Source, cache_folder, foils_of, open_source
 from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.default_config import (
     CheckpointOptions,
@@ -29,7 +29,7 @@ from unified_mm.default_config import (
 from unified_mm.evaluation.directions import higher_is_better
 from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.splits import evaluated_splits, open_split, read_manifest
-from unified_mm.files import user_path
+from unified_mm.files import naming, user_path
 from unified_mm.modalities.modality import BUILT_IN as MODALITIES
 from unified_mm.modalities.modality import build_modalities
 from unified_mm.objectives.contrastive import named_modalities
@@ -364,7 +364,7 @@ def check_epochs(config: Config, examples: int) -> None:
 
 
 def run_tokenizer(config: Config, folder: RunFolder, train: Manifest) -> TextTokenizer:
-    """Returns the run's tokenizer: the saved one, else the one given, else one trained now."""
+    """Returns the run's tokenizer: the saved one, else the one given, else one that is trained."""
     given, size = config.data.tokenizer, config.data.vocabulary_size
     if folder.tokenizer.is_file():
         return load_tokenizer(folder.tokenizer, config)
@@ -373,7 +373,9 @@ def run_tokenizer(config: Config, folder: RunFolder, train: Manifest) -> TextTok
         path, named = user_path(given, "data.tokenizer"), config.data.special_tokens
         tokenizer = TextTokenizer.load(path, **named) if reader else load_tokenizer(path, config)
     else:
-        tokenizer = TextTokenizer.train(training_texts(train), size)
+        cache = cache_folder(config.data)
+        with naming(f"data.cache_dir={cache}"):
+            tokenizer = TextTokenizer.train_once(training_texts(train), size, cache / "tokenizers")
     if reader:
         names = config.model.reader["special_tokens"]
         tokenizer.reader = TextTokenizer.load(RunFolder(reader).tokenizer, **names)
