@@ -31,6 +31,7 @@ from unified_mm.training.ahead import (
     program_text,
     stand_in_data,
 )
+from unified_mm.training.compilation import Compilation
 from unified_mm.training.estimate import estimate, lines, problem
 from unified_mm.training.layout import attention_line
 from unified_mm.training.loop import first_phase, phase_batches
@@ -85,8 +86,13 @@ def test_what_was_compiled_ahead_is_not_compiled_when_it_is_called(caplog):
     batch = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype), batch_shapes(phase.rows, phase.batch_size)
     )
+    with jax.set_mesh(mesh):
+        Compilation(make_state.lower()).finish()
     with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
-        state = phase.enter(make_state())
+        with jax.log_compiles():
+            made = make_state()
+        assert "Compiling jit(make)" not in caplog.text
+        state = phase.enter(made)
         with jax.log_compiles():
             state, told = step(state, to_global(batch, mesh))
             assert program_text(phase).startswith("HloModule jit_step")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from unified_mm.costs.traffic import memory_traffic
 from unified_mm.data.records import Manifest, Record, Text
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.task import build_task
+from unified_mm.training.compilation import Compilation
 from unified_mm.training.phases import Phase
 from unified_mm.training.setup import plan
 from unified_mm.training.sizes import stand_in_for
@@ -79,7 +79,7 @@ def stand_in_data(config: Config) -> Manifest:
 
 
 class StepAhead:
-    """The step of a phase, compiled in a thread while a state is made and data is read.
+    """The step of a phase, compiled while a state is made and data is read.
 
     Args:
       phase: the phase that training begins with; None compiles nothing ahead.
@@ -87,24 +87,12 @@ class StepAhead:
 
     def __init__(self, phase: Phase | None) -> None:
         self._phase = phase
-        self._error: Exception | None = None
-        self._thread: threading.Thread | None = None
-        if phase is not None:
-            # Lowered here: in a thread it would take turns with the state's tracing, and be late.
-            lowered = phase.lowered()
-            self._thread = threading.Thread(target=self._compile, args=(lowered,), daemon=True)
-            self._thread.start()
-
-    def _compile(self, lowered: Any) -> None:
-        try:
-            lowered.compile()
-        except Exception as error:
-            self._error = error
+        self._compilation = None if phase is None else Compilation(phase.lowered())
 
     def wait(self) -> None:
-        """Waits until nothing is compiled: a process that ends meanwhile would crash."""
-        if self._thread is not None:
-            self._thread.join()
+        """Waits until nothing is compiled."""
+        if self._compilation is not None:
+            self._compilation.wait()
 
     def step_of(self, phase: Phase) -> Any:
         """Returns the step of a phase, which is compiled by now, or when it is called.
@@ -112,10 +100,8 @@ class StepAhead:
         Raises:
           Exception: what the compiler raised.
         """
-        if phase is self._phase:
-            self.wait()
-            if self._error is not None:
-                raise self._error
+        if phase is self._phase and self._compilation is not None:
+            self._compilation.finish()
         return phase.step
 
 

@@ -29,6 +29,7 @@ from unified_mm.parallel.sharding import rule_items, to_global
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.environment import or_warn
 from unified_mm.training.ahead import StepAhead, program_text
+from unified_mm.training.compilation import may_compile_beside
 from unified_mm.training.features import computed
 from unified_mm.training.output import Output
 from unified_mm.training.phases import Phase, training_flops
@@ -205,13 +206,9 @@ def train(
 
 
 def first_phase(setup: Setup, checkpoints: Checkpoints) -> Phase | None:
-    """Returns the phase whose step is compiled ahead, that a process alone goes on with.
-
-    None where no step is left, and on devices that share a CPU's threads with the compiler.
-    """
+    """Returns the phase to go on with, whose step is compiled ahead; None where that cannot be."""
     start = max(checkpoints.steps(), default=0)
-    alone = jax.process_count() == 1 and not shares_threads(setup.mesh)
-    if not alone or start >= setup.options.train.steps:
+    if not may_compile_beside(setup.mesh) or start >= setup.options.train.steps:
         return None
     return setup.phase_at(start + 1)
 

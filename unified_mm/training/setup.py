@@ -41,6 +41,7 @@ from unified_mm.registry import resolve
 from unified_mm.runs.checkpoints import Checkpoints
 from unified_mm.runs.folder import RunFolder, keeps_average
 from unified_mm.task import Resources, Task, build_task, load_tokenizer
+from unified_mm.training.compilation import Compilation, may_compile_beside
 from unified_mm.training.layout import in_training, run_summary
 from unified_mm.training.notices import notices
 from unified_mm.training.output import framed
@@ -71,7 +72,7 @@ class LoopOptions:
 
 def plan(
     config: Config, task: Task, mesh: Mesh, train: Manifest
-) -> tuple[Callable[[], TrainState], tuple[Phase, ...]]:
+) -> tuple[jax.stages.Wrapped, tuple[Phase, ...]]:
     """Returns a function that makes a run's first state on a mesh, and the run's phases.
 
     Raises:
@@ -205,12 +206,18 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     connect(mesh)
     check_evaluation_batch(options.evaluation.batch_size, mesh)
     make_state, phases = plan(config, task, mesh, train)
+    beside = None
+    if may_compile_beside(mesh) and not folder.checkpoints.exists():
+        with jax.set_mesh(mesh):
+            beside = Compilation(make_state.lower())  # while steps are traced
     brought = weights_to_start_from(config)
     if news := news_of_start(phases[0].abstract.params, config, brought):
         say(news)
 
     def first_state() -> TrainState:
         """Makes the first state, with the weights of the runs in `model.start_from`."""
+        if beside is not None:
+            beside.finish()
         state = make_state()
         params = load_params(state.params, config, brought)
         average = state.average
