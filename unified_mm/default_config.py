@@ -138,6 +138,7 @@ class LoggingOptions:
 
     every: int = option(10, least=1)  # steps
     tensorboard: bool = True
+    peak_flops: float = option(0.0, least=0)  # FLOP/s of a device, for MFU; 0: the kind's, if known
 
 
 @dataclass(frozen=True)

@@ -108,3 +108,5 @@ def test_peaks_by_the_names_of_jax():
     peak, said = peak_of([SimpleNamespace(device_kind="TPU v4")] * 4)
     assert peak == 4 * 275e12 and "275 TFLOP/s" in said and "v4" in said
     assert peak_of(jax.devices()) is None
+    peak, said = peak_of(jax.devices()[:2], 3e11)
+    assert peak == 6e11 and said == "0.3 TFLOP/s, logging.peak_flops of each cpu"

@@ -34,11 +34,20 @@ def chip_of(kind: str) -> tuple[str, Chip] | None:
     return name, CHIPS[name]
 
 
-def peak_of(devices: Sequence[Any]) -> tuple[float, str] | None:
+def peak_of(devices: Sequence[Any], given: float = 0.0) -> tuple[float, str] | None:
     """Returns the FLOP/s of devices together at their peak, and which peak that is, in words.
 
     It is None where it is not known.
+
+    Args:
+      devices: of one kind.
+      given: the FLOP/s of each, for a kind that is not known, or as it was measured; 0 for none.
     """
+    if given:
+        kind = devices[0].device_kind
+        return len(
+            devices
+        ) * given, f"{given / 1e12:,.3g} TFLOP/s, logging.peak_flops of each {kind}"
     found = chip_of(devices[0].device_kind)
     if found is None:
         return None

@@ -266,9 +266,12 @@ class Run:
     def know_peak(self, start: int) -> None:
         """Says which peak MFU is of, or that it is left out for want of one."""
         devices = self.setup.mesh.devices.ravel().tolist()
-        if (found := peak_of(devices)) is None:
+        if (found := peak_of(devices, self.setup.options.logging.peak_flops)) is None:
             kind = devices[0].device_kind
-            self.say(f"metrics leave out MFU: the peak of this device ({kind}) is not known")
+            self.say(
+                f"metrics leave out MFU: the peak of this device ({kind}) is not known; "
+                "logging.peak_flops gives it, and `python -m unified_mm.bench` measures one"
+            )
             return
         self.peak, said = found
         self.say(f"MFU in the metrics is of {said}")
