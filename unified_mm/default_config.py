@@ -251,7 +251,7 @@ def data_fields() -> dict:
         },
         "val_rows": "",  # of lists, as 'fold=4' or 'take=5,6': 'val', and all others 'train'
         "val_share": 0.1,  # of a folder without a split to score on, by the examples' names
-        "cache_dir": "",  # where the world and checked manifests are kept; '' is the user's cache
+        "cache_dir": "",  # where what is made of data is kept; '' is the user's cache
         "train_split": "train",
         "image_size": 64,
         "crop_scale": (0.5, 1.0),  # share of a picture's area that a training crop keeps

@@ -192,7 +192,7 @@ def train(options: argparse.Namespace) -> int:
             output.say(f"WARNING: {warning}")
         config = Config(chosen.to_dict())
         with uncollected():
-            setup = prepare(config, folder, output.say)
+            setup = prepare(config, folder, output.say, ahead=True)
         settled = settled_fields(chosen)
         refuse_unread(config, [field for field in asked_fields(options) if field not in settled])
         check_asked(config, setup)

@@ -65,6 +65,10 @@ def test_what_was_trained_is_kept_for_the_same_texts(tmp_path):
         kept.write_bytes(kept.read_bytes()[:-9])
         with pytest.raises(ValueError, match=f"{kept.name} is no usable .* delete it"):
             once(TEXTS, 400)
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="is not kept for the next run: .*file.*"):
+        made = TextTokenizer.train_once(TEXTS, 400, tmp_path / "file")
+    assert made.as_json() == first.as_json()
 
 
 # Lower case of one character at a time: a final sigma is not special here.

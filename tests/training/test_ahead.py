@@ -3,6 +3,7 @@
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -18,6 +19,7 @@ from unified_mm.config import Config
 from unified_mm.costs.chips import CHIPS, Chip
 from unified_mm.costs.flops import equations
 from unified_mm.costs.topologies import target
+from unified_mm.data.text_tokenizer import TextTokenizer
 from unified_mm.parallel.mesh import make_mesh
 from unified_mm.parallel.sharding import rule_items, shard_bytes, to_global
 from unified_mm.runs.checkpoints import Checkpoints
@@ -37,6 +39,8 @@ from unified_mm.training.layout import attention_line
 from unified_mm.training.loop import first_phase, phase_batches
 from unified_mm.training.phases import Phase, batch_shapes, computed_flops, training_flops
 from unified_mm.training.setup import Setup, plan, prepare
+from unified_mm.training.state import compiled_for_once
+from unified_mm.training.step import compiler_options
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 BOTH = {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2, "data__vocabulary_size": 320}
@@ -86,13 +90,8 @@ def test_what_was_compiled_ahead_is_not_compiled_when_it_is_called(caplog):
     batch = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype), batch_shapes(phase.rows, phase.batch_size)
     )
-    with jax.set_mesh(mesh):
-        Compilation(make_state.lower()).finish()
     with jax.set_mesh(mesh), nn.logical_axis_rules(rule_items()):
-        with jax.log_compiles():
-            made = make_state()
-        assert "Compiling jit(make)" not in caplog.text
-        state = phase.enter(made)
+        state = phase.enter(make_state())
         with jax.log_compiles():
             state, told = step(state, to_global(batch, mesh))
             assert program_text(phase).startswith("HloModule jit_step")
@@ -100,6 +99,39 @@ def test_what_was_compiled_ahead_is_not_compiled_when_it_is_called(caplog):
     with jax.log_compiles():
         replace(phase, ema_decay=0.5).lowered()  # another step: it is told where one is compiled
     assert "Compiling jit(step)" in caplog.text
+
+
+def test_a_start_compiles_its_state_ahead_and_keeps_its_tokenizer(tmp_path, monkeypatch, caplog):
+    off = {f"objectives__{name}__weight": 0.0 for name in ("captioning", "matching")}
+    config = tiny.config_dict(**off)
+    config.data.dir = str(tiny.write_coco(tmp_path / "coco"))
+    config.data.cache_dir = str(tmp_path / "cache")
+    config = Config(config.to_dict())
+    monkeypatch.setattr("unified_mm.training.setup.may_compile_beside", lambda mesh: True)
+    compilation = Mock(side_effect=Compilation)
+    monkeypatch.setattr("unified_mm.training.setup.Compilation", compilation)
+    begin = partial(prepare, config, RunFolder(tmp_path / "run"), lambda _: None)
+    with jax.log_compiles():
+        setup = begin(ahead=True)
+    with jax.set_mesh(setup.mesh), nn.logical_axis_rules(rule_items()), jax.log_compiles():
+        state = setup.make_state()
+    assert compilation.call_count == 1 and int(state.step) == 0
+    assert caplog.text.count("Compiling jit(make)") == 1
+    monkeypatch.setattr(TextTokenizer, "train", None)  # the one that was trained is taken
+    again = begin()
+    assert again.task.tokenizer.as_json() == setup.task.tokenizer.as_json()
+    assert compilation.call_count == 1  # a state is not asked for at once
+
+
+def test_a_cpu_compiles_a_step_at_the_second_level_unless_it_is_to_optimise_little():
+    assert compiler_options("gpu") is None and compiler_options("cpu") is None  # as tests run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.config, "read", lambda name: False)
+        told = compiler_options("cpu")
+    for options in (told, compiled_for_once()):  # versions of jax differ in what there is
+        lowered = jax.jit(lambda x: x + 1).lower(1.0)
+        assert lowered.compile(compiler_options=options)(1.0) == 2.0
+    assert told["xla_backend_optimization_level"] == 2
 
 
 def test_the_first_parameters_are_traced_once(monkeypatch):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,20 +131,26 @@ class TextTokenizer:
 
     @classmethod
     def train_once(cls, texts: Sequence[str], vocabulary_size: int, kept: Path) -> "TextTokenizer":
-        """Returns what `train` makes of texts; a folder keeps it for the next time.
+        """Returns what `train` makes of texts; a folder that can be written keeps it.
 
         Raises:
           ValueError: as `train` does, or the tokenizer that is kept is damaged.
         """
-        made_of = [FORMAT, tokenizers.__version__, vocabulary_size, *texts]
-        path = kept / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()}.json"
-        if path.is_file():
+        digest = hashlib.sha256(f"{FORMAT} {tokenizers.__version__} {vocabulary_size}".encode())
+        for text in texts:
+            digest.update(f" {len(text)} {text}".encode(errors="surrogatepass"))
+        path = kept / f"{digest.hexdigest()}.json"
+        if os.path.isfile(path):
             try:
                 return cls.load(path)
             except ValueError as error:
                 raise ValueError(f"{error}: it is kept for the next run, delete it") from error
         tokenizer = cls.train(texts, vocabulary_size)
-        tokenizer.save(path)
+        try:
+            tokenizer.save(path)
+        except OSError as error:
+            said = f"the tokenizer is not kept for the next run: {path}: {error.strerror or error}"
+            warnings.warn(said, stacklevel=2)
         return tokenizer
 
     @classmethod

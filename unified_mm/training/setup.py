@@ -29,7 +29,7 @@ from unified_mm.default_config import (
 from unified_mm.evaluation.directions import higher_is_better
 from unified_mm.evaluation.evaluate import Split
 from unified_mm.evaluation.splits import evaluated_splits, open_split, read_manifest
-from unified_mm.files import naming, user_path
+from unified_mm.files import user_path
 from unified_mm.modalities.modality import BUILT_IN as MODALITIES
 from unified_mm.modalities.modality import build_modalities
 from unified_mm.objectives.contrastive import named_modalities
@@ -171,8 +171,17 @@ class Setup:
         )
 
 
-def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Setup:
+def prepare(
+    config: Config, folder: RunFolder, say: Callable[[str], None], *, ahead: bool = False
+) -> Setup:
     """Reads the data, builds everything, and prints a summary.
+
+    Args:
+      config: of the run.
+      folder: of the run.
+      say: called with each line.
+      ahead: whether the first state is to be made at once, so that its program may be compiled
+        while the steps are traced.
 
     Raises:
       FileNotFoundError: data or a tokenizer that is not there.
@@ -206,13 +215,14 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
     connect(mesh)
     check_evaluation_batch(options.evaluation.batch_size, mesh)
     make_state, phases = plan(config, task, mesh, train)
-    beside = None
-    if may_compile_beside(mesh) and not folder.checkpoints.exists():
-        with jax.set_mesh(mesh):
-            beside = Compilation(make_state.lower())  # while steps are traced
+    best_by = best_score(config, splits[options.evaluation.split])
     brought = weights_to_start_from(config)
     if news := news_of_start(phases[0].abstract.params, config, brought):
         say(news)
+    beside = None
+    if ahead and may_compile_beside(mesh) and not folder.checkpoints.exists():
+        with jax.set_mesh(mesh):
+            beside = Compilation(make_state.lower())
 
     def first_state() -> TrainState:
         """Makes the first state, with the weights of the runs in `model.start_from`."""
@@ -232,7 +242,6 @@ def prepare(config: Config, folder: RunFolder, say: Callable[[str], None]) -> Se
         return state.replace(params=params, average=average, treatment=kept)  # type: ignore[attr-defined]
 
     say(run_summary(mesh, phases))
-    best_by = best_score(config, splits[options.evaluation.split])
     setup = Setup(
         config, options, best_by, folder, source, train, splits, task, mesh, first_state, phases
     )
@@ -380,9 +389,8 @@ def run_tokenizer(config: Config, folder: RunFolder, train: Manifest) -> TextTok
         path, named = user_path(given, "data.tokenizer"), config.data.special_tokens
         tokenizer = TextTokenizer.load(path, **named) if reader else load_tokenizer(path, config)
     else:
-        cache = cache_folder(config.data)
-        with naming(f"data.cache_dir={cache}"):
-            tokenizer = TextTokenizer.train_once(training_texts(train), size, cache / "tokenizers")
+        kept = cache_folder(config.data) / "tokenizers"
+        tokenizer = TextTokenizer.train_once(training_texts(train), size, kept)
     if reader:
         names = config.model.reader["special_tokens"]
         tokenizer.reader = TextTokenizer.load(RunFolder(reader).tokenizer, **names)

@@ -152,10 +152,12 @@ def compiled_for_once() -> dict[str, Any] | None:
     """
     if jax.default_backend() != "cpu":
         return None
+    # Later versions have no other emitters than those.
+    emitters = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
     return {
         "xla_backend_optimization_level": 0,
         "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
+        **emitters,
     }
 
 

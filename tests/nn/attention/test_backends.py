@@ -346,6 +346,9 @@ def test_splash_of_a_whole_pass_is_one_call():
         auto = options("auto", width=64)
         short = in_order({"image": 40, "t": 24, "u": 15})  # too few for the kernel
         assert plan_attention(auto, table, short, short).at_once is None
+        # Two blocks of 512 queries become nine of 128 where the text's 64 are added.
+        long = in_order({"image": 1024, "t": 64, "u": 64})
+        assert plan_attention(asked, table, long, long).at_once is None
     assert plan_attention(auto, table, metadata, metadata).at_once is None
 
 

@@ -272,7 +272,7 @@ def attend(
     value: Float[Array, "B K G A"],
     plan: AttentionPlan,
 ) -> Float[Array, "B Q H A"]:
-    """Computes attention call by call; a query that sees no key gets zero.
+    """Computes attention, call by call or at once; a query that sees no key gets zero.
 
     Args:
       module: the attention module, which hands out the weights where they are asked for.

@@ -34,8 +34,8 @@ from unified_mm.registry import resolve
 LONG = 2**19
 # Kernels, each with a device of its own, and listed blocks. A backend from outside the package is
 # an object, or a module, of the same two functions: `refusal`, which says what it cannot do, and
-# `attend`; with `ZEROES_UNSEEN` it sees itself to queries that see no key; with `AT_ONCE` it can
-# compute all block calls of a pass together, which are `joined` in their mask.
+# `attend`; with `ZEROES_UNSEEN` it sees itself to queries that see no key; with `AT_ONCE` it
+# computes all block calls of a pass of at most so many tokens together, `joined` in their mask.
 KERNELS: dict[str, Any] = {"blocks": blocked, "cudnn": cudnn, "splash": splash}
 PLAIN = ("auto", "xla", "chunked")
 KERNEL_OF = {"gpu": "cudnn", "tpu": "splash"}
@@ -100,21 +100,21 @@ def mask_at_once(
       calls: the block calls.
       queries, keys: metadata of whole sequences.
     """
-    length = queries.valid.shape[1]
+    length, seen = queries.valid.shape[1], keys.valid.shape[1]
     if len(masks) < 2 or sum(stop - start for start, stop in (c.queries for c in calls)) < length:
         return None
     if len({each.backend for each in masks}) > 1 or masks[0].backend in PLAIN:
         return None
     kernel = resolve("attention backend (model.attention)", masks[0].backend, KERNELS)
-    if not getattr(kernel, "AT_ONCE", False):
+    if max(length, seen) > getattr(kernel, "AT_ONCE", 0):
         return None
-    sees = [each.has_keys for each in masks if each.has_keys is not None]
+    alone = getattr(kernel, "ZEROES_UNSEEN", False)
     return BlockMask(
-        BlockCall((0, length), (KeySlice(0, keys.valid.shape[1], ALL),)),
+        BlockCall((0, length), (KeySlice(0, seen, ALL),)),
         masks[0].backend,
         masks[0].attend,
         queries=queries,
         keys=keys,
-        has_keys=jnp.concatenate(sees, axis=1) if sees else None,
+        has_keys=None if alone else jnp.concatenate([each.has_keys for each in masks], axis=1),
         joined=calls,
     )

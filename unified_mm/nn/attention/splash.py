@@ -24,8 +24,10 @@ from unified_mm.nn.tokens import TokenMetadata
 
 LANES = 128  # the kernel's lengths are multiples of it: others are padded
 FEWEST = 16  # tokens that are worth a whole multiple
-BLOCKS = (512, 256, LANES)  # sizes of a block where it cannot be the whole length
-AT_ONCE = True  # all block calls of a pass can be one of the kernel, which has their whole mask
+BLOCKS = (512, 256, LANES)  # sizes of a block of queries or keys, the largest that divides
+# So many tokens, padded, are a block: a pass of no more is one call. The blocks of a longer one may
+# be smaller than those of its calls.
+AT_ONCE = BLOCKS[0]
 NOWHERE = np.iinfo(np.int32).min  # the document of keys that are not there
 
 
@@ -141,7 +143,7 @@ def kernel(mask: np.ndarray, heads: int, interpret: bool) -> Callable[..., Array
     from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
     rows, columns = (
-        next(size for size in (min(length, BLOCKS[0]), *BLOCKS) if length % size == 0)
+        length if length <= AT_ONCE else next(size for size in BLOCKS if length % size == 0)
         for length in mask.shape
     )
     sizes = pallas.BlockSizes(
