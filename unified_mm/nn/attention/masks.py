@@ -180,15 +180,17 @@ def _attention_forward(
 
 
 def _attention_backward(kept: Any, cotangent: Array) -> tuple[Array | None, ...]:
-    """Returns the gradients, by that of a softmax p: `p (dp - sum(p dp))`.
+    """Returns the gradients, by that of a softmax p: `p dp - p sum(p dp)`.
 
-    With the output o and its gradient g that sum is `sum(g o)`, which is over fewer numbers, but
-    takes a CPU longer: they lie in another order than the scores.
+    Written as `p (dp - sum(p dp))` a CPU takes longer for it. With the output o and its gradient g
+    that sum is `sum(g o)`, which is over fewer numbers, but takes longer, too: they lie in another
+    order than the scores.
     """
     query, key, value, weights, bias = kept
     by_weight = _product("BQGRA,BKGA->BGRQK", cotangent, value)
     wide = weights.astype(jnp.float32)
-    by_score = wide * (by_weight - (wide * by_weight).sum(-1, keepdims=True))
+    weighted = wide * by_weight
+    by_score = weighted - wide * weighted.sum(-1, keepdims=True)
     narrow = by_score.astype(query.dtype)
     scale = query.shape[-1] ** -0.5
     return (
