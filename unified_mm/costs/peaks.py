@@ -45,9 +45,8 @@ def peak_of(devices: Sequence[Any], given: float = 0.0) -> tuple[float, str] | N
     """
     if given:
         kind = devices[0].device_kind
-        return len(
-            devices
-        ) * given, f"{given / 1e12:,.3g} TFLOP/s, logging.peak_flops of each {kind}"
+        said = f"{given / 1e12:,.3g} TFLOP/s, logging.peak_flops of each {kind}"
+        return len(devices) * given, said
     found = chip_of(devices[0].device_kind)
     if found is None:
         return None
