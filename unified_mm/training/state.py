@@ -148,11 +148,11 @@ def initial_state(
 def compiled_for_once() -> dict[str, Any] | None:
     """Returns the options of a compiler for a program that runs once: on a CPU, not to optimise.
 
-    It takes a third of the time to compile the first parameters so.
+    The first parameters compile in a third of the CPU seconds so, in half of the time.
     """
     if jax.default_backend() != "cpu":
         return None
-    # Later versions have no other emitters than those.
+    # Without XLA's fusion emitters; later versions have no others.
     emitters = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
     return {
         "xla_backend_optimization_level": 0,

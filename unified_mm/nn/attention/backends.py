@@ -11,7 +11,7 @@
   leaves out half of them, else `chunked` | |
 
 A backend refuses what it cannot do, and what `auto` chose is said. Neither kernel has been run yet:
-`splash` was checked interpreted, and compiled for a v5e; `cudnn` was compiled for four GPUs.
+`splash` was checked interpreted, and compiled for three TPUs; `cudnn` was compiled for three GPUs.
 """
 
 from __future__ import annotations
